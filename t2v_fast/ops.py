@@ -1,0 +1,374 @@
+"""The four primitives behind every weighted layer, as registered torch operators.
+
+===============  ===========================================================  ======================================
+op               per-example gradient G_m                                     layers
+===============  ===========================================================  ======================================
+``sq_outer``     sum_s g[m, s, :] x[n, s, :]^T, shape [O, I]                  linear
+``sq_conv``      the same over the patches of x, never unfolded               convolution
+``sq_prod``      sum_s g[m, s, :] (x[n, s, :] - shift) scale, shape [C]       norm weights; biases (without x)
+``sq_scatter``   sum of g[m, s, :] over the s with index[n, s] = v, [V, O]    embedding tables
+===============  ===========================================================  ======================================
+
+``name(...)`` returns the sums of squares over each filter (a row of G), one per cotangent row: ``q[M, O]``.
+``name_acc_(out, ..., weight)`` adds ``sum_m weight[m] G_m^2`` to ``out``, elementwise, and returns nothing.
+
+M = K * N: K cotangents of one batch of N examples, cotangent-major, share one ``x``; row m belongs to example m % N.
+Inputs are float64, float32, bfloat16 or float16, contiguous, channels-last or strided; sums are held in at least
+float32, which is also the dtype of ``q`` (float64 for float64). Results are deterministic.
+
+Calls go through the torch dispatcher: the compiled extension implements the operators for the devices it was built
+for, :mod:`t2v_fast.reference` answers for every other. :func:`use_backend` forces one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "reference", "cpu")
+PATHS = ("auto", "explicit", "gram")
+
+_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+SCHEMAS = {
+    "sq_outer": '(Tensor x, Tensor g, str path="auto") -> Tensor',
+    "sq_outer_acc_": "(Tensor(a!) out, Tensor x, Tensor g, Tensor weight) -> ()",
+    "sq_conv": f'(Tensor x, Tensor g, int[2] kernel_size, {_GEOMETRY}, str path="auto") -> Tensor',
+    "sq_conv_acc_": f"(Tensor(a!) out, Tensor x, Tensor g, Tensor weight, {_GEOMETRY}) -> ()",
+    "sq_prod": "(Tensor g, Tensor? x=None, Tensor? shift=None, Tensor? scale=None) -> Tensor",
+    "sq_prod_acc_": "(Tensor(a!) out, Tensor g, Tensor weight, Tensor? x=None, Tensor? shift=None, "
+    "Tensor? scale=None) -> ()",
+    "sq_scatter": "(Tensor index, Tensor g, int num_rows) -> Tensor",
+    "sq_scatter_acc_": "(Tensor(a!) out, Tensor index, Tensor g, Tensor weight) -> ()",
+}
+
+_backend: contextvars.ContextVar[str] = contextvars.ContextVar("t2v_fast_backend", default="auto")
+
+
+def _load_extension() -> str | None:
+    """Import the compiled extension, which registers its kernels; return why it is missing, or None."""
+    try:
+        importlib.import_module("t2v_fast._C")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def backend_status() -> dict[str, str]:
+    """For every backend, ``"available"`` or the reason why it cannot run here."""
+    return {
+        "reference": "available",
+        "cpu": "available" if _missing is None else f"the compiled extension did not load: {_missing}",
+    }
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the ops of this context on one backend of :data:`BACKENDS`; only ``"auto"`` may fall back.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason, for a backend that cannot run here.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
+    if name != "auto" and (why := backend_status()[name]) != "available":
+        raise RuntimeError(f"backend {name!r} was asked for but cannot run: {why}")
+    token = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def _call(name: str, *args: object) -> Tensor | None:
+    forced = _backend.get()
+    if forced == "reference":
+        return getattr(reference, name)(*args)
+    if forced == "cpu":
+        for a in args:
+            if isinstance(a, Tensor) and a.device.type != "cpu":
+                raise RuntimeError(f"{name}: backend 'cpu' was asked for, but an argument is on {a.device}")
+    return getattr(torch.ops.t2v_fast, name)(*args)
+
+
+def _shape(t: Tensor) -> str:
+    return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
+
+
+def _require(condition: bool, name: str, message: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}: {message}")
+
+
+def _check_floating(name: str, **tensors: Tensor) -> None:
+    first, reference_tensor = next(iter(tensors.items()))
+    for key, t in tensors.items():
+        _require(t.is_floating_point(), name, f"{key} must be floating point, got {_shape(t)}")
+        _require(
+            t.dtype == reference_tensor.dtype and t.device == reference_tensor.device,
+            name,
+            f"{key} is {_shape(t)} but {first} is {_shape(reference_tensor)}: expected one dtype and device",
+        )
+
+
+def _check_rows(name: str, key: str, examples: Tensor, g: Tensor) -> None:
+    n, m = examples.shape[0], g.shape[0]
+    _require(
+        (m == 0) if n == 0 else m % n == 0,
+        name,
+        f"g has {m} rows, expected a multiple of the {n} examples of {key}: {_shape(g)} against {_shape(examples)}",
+    )
+
+
+def _check_accumulator(name: str, out: Tensor, shape: Sequence[int], g: Tensor, weight: Tensor) -> None:
+    dtype = reference.accumulate_dtype(g.dtype)
+    _require(
+        list(out.shape) == list(shape) and out.dtype == dtype and out.device == g.device and out.is_contiguous(),
+        name,
+        f"out is {_shape(out)}, expected contiguous {list(shape)} {dtype} on {g.device}",
+    )
+    _require(
+        list(weight.shape) == [g.shape[0]] and weight.dtype == dtype and weight.device == g.device,
+        name,
+        f"weight is {_shape(weight)}, expected [{g.shape[0]}] {dtype} on {g.device}: one weight a row of g",
+    )
+
+
+def _check_outer(name: str, x: Tensor, g: Tensor, path: str = "auto") -> None:
+    _check_floating(name, x=x, g=g)
+    _require(path in PATHS, name, f"path {path!r} is none of {', '.join(PATHS)}")
+    _require(
+        x.dim() == 3 and g.dim() == 3 and x.shape[1] == g.shape[1],
+        name,
+        f"expected x [N, S, I] and g [M, S, O] with one S, got x {_shape(x)} and g {_shape(g)}",
+    )
+    _check_rows(name, "x", x, g)
+
+
+def conv_output_size(
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Spatial output size of a convolution, one entry per spatial axis."""
+    return [
+        (s + 2 * p - d * (k - 1) - 1) // t + 1
+        for s, k, t, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True)
+    ]
+
+
+def _check_conv(
+    name: str,
+    x: Tensor,
+    g: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    path: str = "auto",
+) -> None:
+    _check_floating(name, x=x, g=g)
+    _require(path in PATHS, name, f"path {path!r} is none of {', '.join(PATHS)}")
+    _require(
+        x.dim() == 4 and g.dim() == 4,
+        name,
+        f"expected x [N, C, H, W] and g [M, O, Ho, Wo], got x {_shape(x)} and g {_shape(g)}",
+    )
+    geometry = (
+        f"kernel_size {list(kernel_size)}, stride {list(stride)}, padding {list(padding)}, "
+        f"dilation {list(dilation)}, groups {groups}"
+    )
+    _require(
+        min(*kernel_size, *stride, *dilation, groups) >= 1 and min(padding) >= 0,
+        name,
+        f"expected positive sizes and padding of at least 0, got {geometry}",
+    )
+    _require(
+        x.shape[1] % groups == 0 and g.shape[1] % groups == 0,
+        name,
+        f"groups {groups} must divide the {x.shape[1]} input and the {g.shape[1]} output channels",
+    )
+    expected = conv_output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    _require(
+        list(g.shape[2:]) == expected and min(expected) >= 1,
+        name,
+        f"g is {_shape(g)} but x {_shape(x)} with {geometry} gives spatial size {expected}",
+    )
+    _check_rows(name, "x", x, g)
+
+
+def _check_prod(
+    name: str, g: Tensor, x: Tensor | None = None, shift: Tensor | None = None, scale: Tensor | None = None
+) -> None:
+    _require(g.dim() == 3, name, f"expected g [M, S, C], got {_shape(g)}")
+    if x is None:
+        _check_floating(name, g=g)
+        _require(shift is None and scale is None, name, "shift and scale act on x, which was not given")
+        return
+    _check_floating(name, g=g, x=x)
+    _require(
+        x.dim() == 3 and x.shape[1:] == g.shape[1:],
+        name,
+        f"expected g [M, S, C] and x [N, S, C], got g {_shape(g)} and x {_shape(x)}",
+    )
+    for key, t in (("shift", shift), ("scale", scale)):
+        if t is not None:
+            broadcasts = t.dim() <= 3 and all(
+                a in (1, b) for a, b in zip(reversed(t.shape), reversed(x.shape), strict=False)
+            )
+            _require(
+                broadcasts and t.is_floating_point() and t.device == x.device,
+                name,
+                f"{key} is {_shape(t)}, expected floating point that broadcasts to x {_shape(x)}",
+            )
+    _check_rows(name, "x", x, g)
+
+
+def _check_scatter(name: str, index: Tensor, g: Tensor, num_rows: int) -> None:
+    _check_floating(name, g=g)
+    _require(
+        index.dim() == 2 and g.dim() == 3 and index.shape[1] == g.shape[1] and index.dtype == torch.int64,
+        name,
+        f"expected index [N, S] int64 and g [M, S, O], got index {_shape(index)} and g {_shape(g)}",
+    )
+    _require(index.device == g.device, name, f"index is on {index.device} but g on {g.device}")
+    _require(num_rows >= 1, name, f"num_rows is {num_rows}, expected at least 1")
+    _check_rows(name, "index", index, g)
+
+
+def sq_outer(x: Tensor, g: Tensor, path: str = "auto") -> Tensor:
+    """q[m, o] = sum_i (sum_s g[m, s, o] x[n, s, i])^2.
+
+    x [N, S, I], g [M, S, O] -> q [M, O]. ``path``: ``"explicit"`` forms each G_m in tiles, 2 S I O flops;
+    ``"gram"`` evaluates g_o^T (x x^T) g_o, S^2 (I + O) flops with x x^T formed once per example;
+    ``"auto"`` leaves the choice to the backend. Raises ValueError with the shapes given and expected.
+    """
+    _check_outer("sq_outer", x, g, path)
+    return _call("sq_outer", x, g, path)
+
+
+def sq_outer_acc_(out: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> None:
+    """out[o, i] += sum_m weight[m] (sum_s g[m, s, o] x[n, s, i])^2.  out [O, I], weight [M], rest as in sq_outer."""
+    _check_outer("sq_outer_acc_", x, g)
+    _check_accumulator("sq_outer_acc_", out, (g.shape[2], x.shape[2]), g, weight)
+    _call("sq_outer_acc_", out, x, g, weight)
+
+
+def sq_conv(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    path: str = "auto",
+) -> Tensor:
+    """Sum of squares over each filter of the per-example weight gradient of a 2-d convolution.
+
+    x [N, C, H, W], g [M, O, Ho, Wo] -> q [M, O]. Zero padding. ``path``: ``"explicit"`` forms each gradient in tiles,
+    2 P O C/groups kh kw flops for P = Ho Wo; ``"gram"`` evaluates g_o^T K g_o with the patches' Gram matrix K
+    (P x P), taken from the pixels' autocorrelation. Raises ValueError with the shapes given and expected.
+    """
+    _check_conv("sq_conv", x, g, kernel_size, stride, padding, dilation, groups, path)
+    return _call("sq_conv", x, g, kernel_size, stride, padding, dilation, groups, path)
+
+
+def sq_conv_acc_(
+    out: Tensor,
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """out += sum_m weight[m] G_m^2 for a 2-d convolution.  out [O, C / groups, kh, kw], the rest as :func:`sq_conv`."""
+    _require(out.dim() == 4, "sq_conv_acc_", f"out must be [O, C / groups, kh, kw], got {_shape(out)}")
+    _check_conv("sq_conv_acc_", x, g, out.shape[2:], stride, padding, dilation, groups)
+    _check_accumulator("sq_conv_acc_", out, (g.shape[1], x.shape[1] // groups, *out.shape[2:]), g, weight)
+    _call("sq_conv_acc_", out, x, g, weight, stride, padding, dilation, groups)
+
+
+def sq_prod(g: Tensor, x: Tensor | None = None, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """q[m, c] = (sum_s g[m, s, c] (x[n, s, c] - shift) scale)^2; without x, (sum_s g[m, s, c])^2.
+
+    g [M, S, C], x [N, S, C] -> q [M, C]. shift and scale broadcast to x; their dtype may be wider than that of x.
+    """
+    _check_prod("sq_prod", g, x, shift, scale)
+    return _call("sq_prod", g, x, shift, scale)
+
+
+def sq_prod_acc_(
+    out: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    x: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    """out[c] += sum_m weight[m] q[m, c] with the q of :func:`sq_prod`.  out [C], weight [M]."""
+    _check_prod("sq_prod_acc_", g, x, shift, scale)
+    _check_accumulator("sq_prod_acc_", out, (g.shape[2],), g, weight)
+    _call("sq_prod_acc_", out, g, weight, x, shift, scale)
+
+
+def sq_scatter(index: Tensor, g: Tensor, num_rows: int) -> Tensor:
+    """q[m, v] = sum_o (sum over s with index[n, s] = v of g[m, s, o])^2.
+
+    index [N, S] int64, g [M, S, O] -> q [M, num_rows]. Negative indices are left out (padding); an index of num_rows
+    or more raises IndexError.
+    """
+    _check_scatter("sq_scatter", index, g, num_rows)
+    return _call("sq_scatter", index, g, num_rows)
+
+
+def sq_scatter_acc_(out: Tensor, index: Tensor, g: Tensor, weight: Tensor) -> None:
+    """out[v, o] += sum_m weight[m] (sum over s with index[n, s] = v of g[m, s, o])^2.  out [V, O], weight [M]."""
+    _require(out.dim() == 2, "sq_scatter_acc_", f"out must be [V, O], got {_shape(out)}")
+    _check_scatter("sq_scatter_acc_", index, g, out.shape[0])
+    _check_accumulator("sq_scatter_acc_", out, (out.shape[0], g.shape[2]), g, weight)
+    _call("sq_scatter_acc_", out, index, g, weight)
+
+
+def _register() -> torch.library.Library:
+    """Define the operators: reference kernels for every device, fake kernels for tracing."""
+    library = torch.library.Library("t2v_fast", "DEF")
+    fakes = {
+        "sq_outer": lambda x, g, path="auto": (g, g.shape[2]),
+        "sq_conv": lambda x, g, *geometry: (g, g.shape[1]),
+        "sq_prod": lambda g, x=None, shift=None, scale=None: (g, g.shape[2]),
+        "sq_scatter": lambda index, g, num_rows: (g, num_rows),
+    }
+
+    def fake(columns):
+        def q(*args, **kwargs):
+            g, width = columns(*args, **kwargs)
+            return g.new_empty((g.shape[0], width), dtype=reference.accumulate_dtype(g.dtype))
+
+        return q
+
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema)
+        library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+        kernel = fake(fakes[name]) if name in fakes else lambda *args, **kwargs: None
+        torch.library.register_fake(f"t2v_fast::{name}", kernel, lib=library)
+    return library
+
+
+_library = _register()
+_missing = _load_extension()
+if _missing is not None:
+    log.info("running on the reference ops: %s", _missing)

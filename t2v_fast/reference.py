@@ -1,0 +1,143 @@
+"""The ops in plain torch: their definition, and what runs when nothing was compiled.
+
+Letters: ``x`` layer input, ``g`` cotangent of the layer's output, N examples, M = K * N cotangent rows (K cotangents of
+one batch, cotangent-major, sharing ``x``: row m belongs to example m % N), S summed positions, I input and O output
+features. Per-example gradients exist one at a time and are squared and reduced at once. Shapes and meaning of every
+argument: :mod:`t2v_fast.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over ``dtype`` values are held: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _widen(*tensors: Tensor) -> list[Tensor]:
+    return [t.to(accumulate_dtype(t.dtype)) for t in tensors]
+
+
+def _outer(x: Tensor, g: Tensor) -> Iterator[Tensor]:
+    x, g = _widen(x, g)
+    for m in range(g.shape[0]):
+        yield g[m].T @ x[m % x.shape[0]]  # [O, I]
+
+
+def sq_outer(x: Tensor, g: Tensor, path: str = "auto") -> Tensor:
+    q = g.new_zeros((g.shape[0], g.shape[2]), dtype=accumulate_dtype(g.dtype))
+    for m, gradient in enumerate(_outer(x, g)):
+        q[m] = gradient.square().sum(1)
+    return q
+
+
+def sq_outer_acc_(out: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> None:
+    for m, gradient in enumerate(_outer(x, g)):
+        out.add_(gradient.square_().mul_(weight[m]))
+
+
+def _conv(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Iterator[Tensor]:
+    x, g = _widen(x, g)
+    kernel = x.new_empty((g.shape[1], x.shape[1] // groups, *kernel_size))  # its values are never read
+    for m in range(g.shape[0]):
+        n = m % x.shape[0]
+        yield torch.ops.aten.convolution_backward(
+            g[m : m + 1],
+            x[n : n + 1],
+            kernel,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            [False, True, False],
+        )[1]  # [O, I / groups, kh, kw]
+
+
+def sq_conv(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    path: str = "auto",
+) -> Tensor:
+    q = g.new_zeros(g.shape[:2], dtype=accumulate_dtype(g.dtype))
+    for m, gradient in enumerate(_conv(x, g, kernel_size, stride, padding, dilation, groups)):
+        q[m] = gradient.square().sum((1, 2, 3))
+    return q
+
+
+def sq_conv_acc_(
+    out: Tensor,
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    for m, gradient in enumerate(_conv(x, g, out.shape[2:], stride, padding, dilation, groups)):
+        out.add_(gradient.square_().mul_(weight[m]))
+
+
+def sq_prod(g: Tensor, x: Tensor | None = None, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    (g,) = _widen(g)
+    if x is None:
+        return g.sum(1).square()
+    (x,) = _widen(x)
+    if shift is not None:
+        x = x - shift.to(x.dtype)
+    if scale is not None:
+        x = x * scale.to(x.dtype)
+    return (g.unflatten(0, (-1, x.shape[0])) * x).sum(2).flatten(0, 1).square() if g.shape[0] else g.sum(1)
+
+
+def sq_prod_acc_(
+    out: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    x: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    q = sq_prod(g, x, shift, scale)
+    out.add_((q * weight.to(q.dtype)[:, None]).sum(0))
+
+
+def _scatter(index: Tensor, g: Tensor, num_rows: int) -> Iterator[Tensor]:
+    (g,) = _widen(g)
+    for m in range(g.shape[0]):
+        rows = index[m % index.shape[0]]
+        used = rows >= 0
+        yield g.new_zeros((num_rows, g.shape[2])).index_add_(0, rows[used], g[m][used])
+
+
+def sq_scatter(index: Tensor, g: Tensor, num_rows: int) -> Tensor:
+    q = g.new_zeros((g.shape[0], num_rows), dtype=accumulate_dtype(g.dtype))
+    for m, gradient in enumerate(_scatter(index, g, num_rows)):
+        q[m] = gradient.square().sum(1)
+    return q
+
+
+def sq_scatter_acc_(out: Tensor, index: Tensor, g: Tensor, weight: Tensor) -> None:
+    for m, gradient in enumerate(_scatter(index, g, out.shape[0])):
+        out.add_(gradient.square_().mul_(weight[m]))
