@@ -1,0 +1,273 @@
+"""Which directions to backpropagate: an estimator of the Fisher is only a choice of cotangents of the logits.
+
+With S_n the Fisher of the logits of example n (softmax: diag(p) - p p^T), any cotangents with E[sum_k u_k u_k^T] = S_n
+give sum_k (J_n^T u_k)^2 with the diagonal Fisher as its expectation, since each entry is a quadratic form in u.
+
+===============  ================================================================================================
+``exact``        a factor of S_n: no sampling error, C - 1 cotangents for a softmax over C classes
+``deflated``     the leading samples - 1 eigenvectors of S_n, and one random-sign sketch of all others; unbiased
+``hutchinson``   random-sign sketches of the whole factor (Hutchinson, 1989); unbiased
+``monte_carlo``  scores of labels drawn from the model, as in Task2Vec's public code; unbiased
+``empirical``    the score of the data set's own label (the "empirical Fisher": another quantity than the Fisher)
+===============  ================================================================================================
+
+Everything is float64 on the CPU: a confident head has 1 - p around 1e-7, which float32 cannot hold, and drawing signs
+on the CPU in example order makes a seed give the same numbers on every device and at every batch size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+ESTIMATORS = ("exact", "deflated", "hutchinson", "monte_carlo", "empirical")
+DENSE_CLASSES = 64  # above this many classes eigenvectors come from the secular equation, not from a dense solver
+
+
+class Likelihood(ABC):
+    """A model of labels y given the logits z [N, C] of a batch (float64)."""
+
+    @abstractmethod
+    def exact(self, z: Tensor) -> Tensor:
+        """Cotangents [K, N, C] with sum_k u_k u_k^T = S_n."""
+
+    @abstractmethod
+    def deflated(self, z: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+        """At most ``samples`` cotangents: leading eigenvectors of S_n and one sketch of the rest."""
+
+    @abstractmethod
+    def sketch(self, z: Tensor, signs: Tensor) -> Tensor:
+        """B_n @ signs_n, where B_n B_n^T = S_n and signs [..., N, C]."""
+
+    @abstractmethod
+    def draw(self, z: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+        """``samples`` labels for each example, drawn from the model: [K, N, ...]."""
+
+    @abstractmethod
+    def score(self, z: Tensor, labels: Tensor) -> Tensor:
+        """The gradient of -log p(labels | z) with respect to z, [..., N, C]."""
+
+
+def _signs(n: int, k: int, c: int, generator: torch.Generator) -> Tensor:
+    """Independent signs [k, n, c], drawn example by example so that they do not depend on the batch size."""
+    return (torch.randint(0, 2, (n, k, c), generator=generator, dtype=torch.float64) * 2 - 1).transpose(0, 1)
+
+
+def _uniform(z: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Uniform numbers in [0, 1), [N, *shape], drawn example by example for the same reason."""
+    return torch.rand((z.shape[0], *shape), generator=generator, dtype=z.dtype)
+
+
+class Softmax(Likelihood):
+    """One label in 0..C-1 for each example; S = diag(p) - p p^T."""
+
+    def exact(self, z: Tensor) -> Tensor:
+        # The Cholesky factor of a multinomial covariance in closed form (Tanabe and Sagae, 1992, J. R. Stat. Soc. B):
+        # C - 1 columns, where sqrt(p_c) (e_c - p) needs C.
+        p = z.softmax(1)
+        tail = p.flip(1).cumsum(1).flip(1)  # [N, C], tail[c] = p[c] + p[c + 1] + ...; no 1 - sum, which would cancel
+        here, after = tail[:, :-1], tail[:, 1:]
+        diagonal = (p[:, :-1] * after / here.clamp_min(torch.finfo(z.dtype).tiny)).sqrt()  # [N, C - 1]
+        ratio = p[:, None, :] / after[:, :, None].clamp_min(torch.finfo(z.dtype).tiny)  # [N, C - 1, C]
+        factor = torch.eye(p.shape[1], dtype=z.dtype)[:-1] - ratio.triu(1)
+        return (diagonal[:, :, None] * factor).transpose(0, 1)
+
+    def deflated(self, z: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+        p = z.softmax(1)
+        n, c = p.shape
+        if c <= DENSE_CLASSES:
+            values, vectors = torch.linalg.eigh(_covariance(p))
+            values, vectors = values.flip(1)[:, :-1], vectors.flip(2)[:, :, :-1]  # the least one is 0, of (1, ..., 1)
+            columns = (vectors * values.clamp_min(0).sqrt()[:, None, :]).permute(2, 0, 1)  # [C - 1, N, C]
+            if samples >= c - 1:
+                return columns
+            signs = _signs(n, 1, c - samples, generator)[0].T  # [C - samples, N]
+            rest = (columns[samples - 1 :] * signs[:, :, None]).sum(0, keepdim=True)
+            return torch.cat([columns[: samples - 1], rest])
+        signs = _signs(n, 1, c, generator)  # [1, N, C]
+        if samples == 1:
+            return self.sketch(z, signs)
+        # With B B^T = S, any orthonormal Q gives S = B Q Q^T B^T + B (I - Q Q^T) B^T, so the result is unbiased however
+        # accurate Q is; the right singular vectors of B make the second part small.
+        vectors = _leading_eigenvectors(p, samples - 1)  # [N, C, samples - 1]
+        root = p.sqrt()[:, :, None]
+        right = root * (vectors - (p[:, :, None] * vectors).sum(1, keepdim=True))  # B^T v
+        q = torch.linalg.qr(right)[0]
+        remainder = signs[0, :, :, None] - q @ (q.mT @ signs[0, :, :, None])
+        return self.sketch(z, torch.cat([q, remainder], 2).permute(2, 0, 1))
+
+    def sketch(self, z: Tensor, signs: Tensor) -> Tensor:
+        p = z.softmax(1)
+        weighted = p.sqrt() * signs
+        return weighted - p * weighted.sum(-1, keepdim=True)
+
+    def draw(self, z: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+        cumulative = z.softmax(1).cumsum(1)
+        cumulative = cumulative / cumulative[:, -1:]  # so that rounding leaves no gap below one
+        return torch.searchsorted(cumulative, _uniform(z, (samples,), generator), right=True).T
+
+    def score(self, z: Tensor, labels: Tensor) -> Tensor:
+        return z.softmax(1) - torch.nn.functional.one_hot(labels, z.shape[1])
+
+
+class _Diagonal(Likelihood):
+    """Outputs that are independent given the logits: S is diagonal."""
+
+    @abstractmethod
+    def variance(self, z: Tensor) -> Tensor:
+        """The diagonal of S, [N, C]."""
+
+    def exact(self, z: Tensor) -> Tensor:
+        return torch.diag_embed(self.variance(z).sqrt()).transpose(0, 1)
+
+    def deflated(self, z: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+        if samples >= z.shape[1]:
+            return self.exact(z)
+        root = self.variance(z).sqrt()
+        leading = root.topk(samples - 1, dim=1).indices  # [N, samples - 1]
+        kept = torch.zeros(samples - 1, *z.shape, dtype=z.dtype).scatter_(2, leading.T[:, :, None], 1)
+        rest = root * (1 - kept.sum(0)) * _signs(z.shape[0], 1, z.shape[1], generator)
+        return torch.cat([kept * root, rest])
+
+    def sketch(self, z: Tensor, signs: Tensor) -> Tensor:
+        return self.variance(z).sqrt() * signs
+
+
+class Sigmoid(_Diagonal):
+    """C independent yes-or-no labels for each example (multi-label); S = diag(p (1 - p))."""
+
+    def variance(self, z: Tensor) -> Tensor:
+        return z.sigmoid() * (-z).sigmoid()
+
+    def draw(self, z: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+        uniform = _uniform(z, (samples, z.shape[1]), generator).transpose(0, 1)
+        return (uniform < z.sigmoid()).to(z.dtype)
+
+    def score(self, z: Tensor, labels: Tensor) -> Tensor:
+        return z.sigmoid() - labels
+
+
+class Gaussian(_Diagonal):
+    """Regression, y = z + sigma * standard normal noise; S = I / sigma^2."""
+
+    def __init__(self, sigma: float = 1.0) -> None:
+        if not sigma > 0:
+            raise ValueError(f"sigma is {sigma}, expected a positive number")
+        self.sigma = sigma
+
+    def variance(self, z: Tensor) -> Tensor:
+        return torch.full_like(z, self.sigma**-2)
+
+    def draw(self, z: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+        uniform = _uniform(z, (samples, z.shape[1]), generator).transpose(0, 1)
+        return z + self.sigma * torch.special.ndtri(uniform.clamp_min(2**-54))
+
+    def score(self, z: Tensor, labels: Tensor) -> Tensor:
+        return (z - labels) / self.sigma**2
+
+
+LIKELIHOODS: dict[str, type[Likelihood]] = {"softmax": Softmax, "sigmoid": Sigmoid, "gaussian": Gaussian}
+
+
+def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
+    """A likelihood by its name in :data:`LIKELIHOODS`, or the given one."""
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    if likelihood not in LIKELIHOODS:
+        raise ValueError(f"unknown likelihood {likelihood!r}: expected one of {', '.join(LIKELIHOODS)}")
+    return LIKELIHOODS[likelihood]()
+
+
+def check_estimator(estimator: str, samples: int) -> None:
+    """Raise ValueError for an unknown estimator or a number of cotangents that makes no sense."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"unknown estimator {estimator!r}: expected one of {', '.join(ESTIMATORS)}")
+    if samples < 1:
+        raise ValueError(f"samples is {samples}, expected at least one cotangent for each example")
+
+
+def cotangents(
+    logits: Tensor,
+    estimator: str = "deflated",
+    samples: int = 2,
+    likelihood: str | Likelihood = "softmax",
+    labels: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The cotangents of one batch: u [K, N, C] for logits [N, C], in the logits' dtype and on their device.
+
+    ``samples`` counts the cotangents of the sampling estimators (``deflated`` may return fewer, when they are exact);
+    ``labels`` are needed by ``empirical`` alone: [N] class indices for softmax, [N, C] targets otherwise. Without a
+    ``generator`` the default one of torch is used. Raises ValueError naming what does not fit.
+    """
+    check_estimator(estimator, samples)
+    model = get_likelihood(likelihood)
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits are {list(logits.shape)} {logits.dtype}, expected floating point [N, C]")
+    z = logits.detach().to("cpu", torch.float64)
+    if not z.isfinite().all():
+        bad = int((~z.isfinite().all(1)).nonzero()[0])
+        raise ValueError(f"the logits of example {bad} of the batch are not finite: {z[bad].tolist()[:8]}")
+    if isinstance(model, Softmax) and z.shape[1] < 2:
+        raise ValueError(
+            "a softmax over one class has no Fisher information: use likelihood='sigmoid', or more classes"
+        )
+    if estimator == "exact":
+        u = model.exact(z)
+    elif estimator == "deflated":
+        u = model.deflated(z, samples, generator)
+    elif estimator == "hutchinson":
+        u = model.sketch(z, _signs(z.shape[0], samples, z.shape[1], generator)) / samples**0.5
+    elif estimator == "monte_carlo":
+        u = model.score(z, model.draw(z, samples, generator)) / samples**0.5
+    else:
+        if labels is None:
+            raise ValueError("estimator 'empirical' needs the labels of the batch, got none")
+        u = model.score(z, _check_labels(labels.cpu(), z, model))[None]
+    return u.to(logits.device, logits.dtype)
+
+
+def _check_labels(labels: Tensor, z: Tensor, model: Likelihood) -> Tensor:
+    n, c = z.shape
+    if isinstance(model, Softmax):
+        whole = not labels.is_floating_point() and labels.dtype != torch.bool
+        if list(labels.shape) != [n] or not whole:
+            raise ValueError(f"labels are {list(labels.shape)} {labels.dtype}, expected integers [{n}]")
+        if n and (int(labels.min()) < 0 or int(labels.max()) >= c):
+            raise ValueError(f"labels go from {labels.min()} to {labels.max()}, expected 0 to {c - 1}")
+        return labels.long()
+    if list(labels.shape) != [n, c]:
+        raise ValueError(f"labels are {list(labels.shape)}, expected targets [{n}, {c}]")
+    return labels.to(z.dtype)
+
+
+def _covariance(p: Tensor) -> Tensor:
+    """diag(p) - p p^T, [N, C, C], accurate relative to its own size, which for a confident row is 1 - max p."""
+    top = p.argmax(1, keepdim=True)
+    complement = (1 - p).scatter(1, top, p.scatter(1, top, 0).sum(1, keepdim=True))  # 1 - p without cancellation
+    covariance = -p[:, :, None] * p[:, None, :]
+    covariance.diagonal(dim1=1, dim2=2).copy_(p * complement)
+    return covariance
+
+
+def _leading_eigenvectors(p: Tensor, r: int) -> Tensor:
+    """About the r leading eigenvectors [N, C, r] of diag(p) - p p^T, by bisection on its secular equation.
+
+    The eigenvalues interlace with the sorted probabilities, p_(i) >= lambda_i >= p_(i+1), and are the roots of
+    1 - sum_c p_c^2 / (p_c - lambda); the eigenvector of lambda is p_c / (p_c - lambda). O(N C r) a step.
+    """
+    # Equal probabilities have no root between them; a relative shift far below any sampling error tells them apart.
+    jitter = 1 + 1e-9 * torch.linspace(-1, 1, p.shape[1], dtype=p.dtype)
+    p = p.clamp_min(torch.finfo(p.dtype).tiny) * jitter
+    top = p.topk(r + 1, dim=1).values
+    high, low = top[:, None, :r].clone(), top[:, None, 1:].clone()  # [N, 1, r]
+    for _ in range(60):
+        middle = (high + low) / 2
+        secular = 1 - (p.square()[:, :, None] / (p[:, :, None] - middle)).sum(1, keepdim=True)
+        above = secular > 0  # the secular function falls from +inf at p_(i+1) to -inf at p_(i)
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    gap = p[:, :, None] - (high + low) / 2
+    vectors = p[:, :, None] / torch.where(gap == 0, torch.finfo(p.dtype).tiny, gap)
+    return vectors / vectors.abs().amax(1, keepdim=True)

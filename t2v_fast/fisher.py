@@ -1,0 +1,314 @@
+"""fisher(): the diagonal Fisher information of a network over a data set."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from tqdm import tqdm
+
+from .cotangents import Likelihood, check_estimator, cotangents, get_likelihood
+from .graph import UnsupportedError
+from .recorder import FisherRecorder, ParameterFilter
+
+BATCH_MEAN = "batch_mean"
+# What two examples may differ by from plain autograd in the self-check, relative to the norm of a parameter's values.
+# A wrong rule is wrong by order one; rounding (and the odd ReLU that flips) stays far below these.
+SELF_CHECK_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
+
+
+class SelfCheckError(RuntimeError):
+    """The fused computation disagreed with plain per-example autograd; the message names the parameter."""
+
+
+@dataclass(frozen=True)
+class FisherDiagonal(Mapping[str, Tensor]):
+    """A diagonal Fisher by parameter name, float64 on the CPU.
+
+    Values: [O] for a parameter [O, ...] at granularity ``filter``, its shape at ``parameter``, a scalar at ``tensor``.
+    ``standard_error`` has the same keys and shapes: the standard deviation of the estimate over data sets like this one
+    and over the estimator's own draws, NaN where fewer than two units were seen. The units are examples, for
+    ``parameter`` and ``batch_mean`` batches.
+    """
+
+    values_: dict[str, Tensor]
+    standard_error: dict[str, Tensor]
+    granularity: str
+    estimator: str
+    samples: int
+    num_examples: int
+    unused: frozenset[str] = field(default_factory=frozenset)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values_[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
+
+    def vector(self) -> Tensor:
+        """All values in one vector, parameter after parameter."""
+        return torch.cat([v.reshape(-1) for v in self.values_.values()])
+
+    def standard_error_vector(self) -> Tensor:
+        """All standard errors in one vector, in the order of :meth:`vector`."""
+        return torch.cat([v.reshape(-1) for v in self.standard_error.values()])
+
+    def __repr__(self) -> str:
+        return (
+            f"FisherDiagonal({len(self)} parameters, granularity={self.granularity!r}, estimator={self.estimator!r}, "
+            f"samples={self.samples}, num_examples={self.num_examples})"
+        )
+
+
+class _Moments:
+    """Weighted mean of independent units and its standard error, by the delta method for a ratio of sums."""
+
+    def __init__(self) -> None:
+        self.units = 0
+        self.weight = self.weight2 = 0.0
+        self.first: Tensor | float = 0.0  # sum_u a q
+        self.cross: Tensor | float = 0.0  # sum_u a^2 q
+        self.second: Tensor | float = 0.0  # sum_u a^2 q^2
+
+    def add(self, values: Tensor, weights: Tensor) -> None:
+        """values [U, ...] and weights [U] of U more units."""
+        a = weights.to("cpu", torch.float64)
+        q = values.to("cpu", torch.float64)
+        self.units += len(a)
+        self.weight += float(a.sum())
+        self.weight2 += float(a.square().sum())
+        self.first = self.first + torch.tensordot(a, q, 1)
+        self.cross = self.cross + torch.tensordot(a.square(), q, 1)
+        self.second = self.second + torch.tensordot(a.square(), q.square(), 1)
+
+    def mean(self) -> Tensor:
+        return self.first / self.weight
+
+    def standard_error(self) -> Tensor:
+        mean = self.mean()
+        if self.units < 2:
+            return torch.full_like(mean, float("nan"))
+        spread = self.second - 2 * mean * self.cross + mean.square() * self.weight2  # sum_u a^2 (q - mean)^2
+        return (spread.clamp_min(0) * self.units / (self.units - 1)).sqrt() / self.weight
+
+
+def _split_batch(batch: Any) -> tuple[Any, Tensor | None]:
+    """(input, labels) of what a loader yields: (input, labels, ...), or the input alone."""
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        return batch[0], batch[1]
+    if isinstance(batch, (tuple, list)) and len(batch) == 1:
+        return batch[0], None
+    return batch, None
+
+
+def _default_forward(model: nn.Module, inputs: Any) -> Tensor:
+    output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    return getattr(output, "logits", output)
+
+
+def _check_logits(logits: Any, n: int) -> Tensor:
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the model returned {type(logits).__name__}, expected logits [N, C]: pass forward=lambda model, x: ..."
+        )
+    if logits.dim() != 2 or logits.shape[0] != n:
+        raise ValueError(f"the model gave logits {list(logits.shape)} for {n} examples, expected [{n}, C]")
+    return logits
+
+
+def _check_inputs(inputs: Any, batch: int) -> int:
+    """The number of examples of a batch, whose floating-point values must be finite."""
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+    if not tensors:
+        raise TypeError(f"batch {batch} holds no tensor but {type(inputs).__name__}: expected tensors, examples first")
+    for t in tensors:
+        if t.is_floating_point() and not t.isfinite().all():
+            bad = int((~t.flatten(1).isfinite().all(1)).nonzero()[0]) if t.dim() > 1 else 0
+            raise ValueError(f"batch {batch}, example {bad}: the input has NaN or infinite values")
+    return tensors[0].shape[0]
+
+
+def fisher(
+    model: nn.Module,
+    loader: Iterable[Any],
+    estimator: str = "deflated",
+    samples: int = 2,
+    granularity: str = "filter",
+    *,
+    likelihood: str | Likelihood = "softmax",
+    parameters: ParameterFilter = None,
+    weights: Tensor | None = None,
+    seed: int = 0,
+    self_check: bool = True,
+    device: str | torch.device | None = None,
+    forward: Callable[[nn.Module, Any], Tensor] = _default_forward,
+    progress: bool = False,
+) -> FisherDiagonal:
+    """The diagonal Fisher information of ``model`` over the examples of ``loader``, exactly per example.
+
+    F = sum_n a_n E_{y ~ p(y | x_n)} [(d log p(y | x_n) / d w)^2] (Achille et al., 2019, equation 1), reduced by
+    ``granularity``; a_n = 1/N, or ``weights`` [number of examples], in the loader's order, divided by their sum.
+
+    ``loader`` yields (input, labels, ...) or inputs, examples along the first axis; mappings are passed as keyword
+    arguments. ``estimator`` and ``samples`` choose the cotangents (:mod:`t2v_fast.cotangents`); besides those,
+    ``"batch_mean"`` is the squared gradient of the batch's mean loss, labels drawn from the model, averaged over
+    batches: what Task2Vec's public code computes. It is another quantity, and allows batch norm in training mode.
+    ``likelihood``: ``"softmax"`` (logits [N, C]), ``"sigmoid"`` (C yes-or-no labels) or ``"gaussian"``.
+    ``parameters``: names, or a function of name and parameter; default all. The model's mode is left as it is.
+
+    The first batch is checked against plain autograd on two of its examples (``self_check``): two small forward and
+    backward passes and one backward of the batch.
+
+    Raises UnsupportedError where no exact per-example gradient can be had, SelfCheckError when the check fails, and
+    ValueError for bad input, naming what is wrong.
+    """
+    if estimator != BATCH_MEAN:
+        check_estimator(estimator, samples)
+    likelihood = get_likelihood(likelihood)
+    recorder = FisherRecorder(model, parameters, granularity)
+    if device is None:
+        device = next(iter(recorder.parameters.values())).device
+    if weights is not None and (weights.dim() != 1 or not (weights >= 0).all() or not weights.isfinite().all()):
+        raise ValueError(f"weights {list(weights.shape)} must be one finite number of at least 0 for each example")
+    generator = torch.Generator().manual_seed(seed)
+    moments = {name: _Moments() for name in recorder.parameters}
+    seen = 0
+    with torch.inference_mode(False), torch.enable_grad(), recorder, _unchanged_buffers(model):
+        for index, batch in enumerate(tqdm(loader, desc="Fisher", unit="batch", disable=not progress, leave=False)):
+            inputs, labels = _split_batch(batch)
+            inputs = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, inputs)
+            n = _check_inputs(inputs, index)
+            if n == 0:
+                continue
+            a = torch.ones(n, dtype=torch.float64) if weights is None else weights[seen : seen + n].double()
+            if len(a) < n:
+                raise ValueError(f"weights has {len(weights)} entries but the loader yields more examples than that")
+            logits = _check_logits(forward(model, inputs), n)
+            if estimator == BATCH_MEAN:
+                values = _batch_mean(recorder, logits, likelihood, a, generator)
+            else:
+                if self_check and seen == 0:
+                    _self_check(recorder, forward, inputs, logits)
+                u = cotangents(logits, estimator, samples, likelihood, labels, generator)
+                values = recorder.backward(logits, u, a if granularity == "parameter" else None)
+            _accumulate(moments, values, a, estimator, granularity)
+            seen += n
+    if seen == 0:
+        raise ValueError("the loader gave no example")
+    if weights is not None and len(weights) != seen:
+        raise ValueError(f"weights has {len(weights)} entries but the loader gave {seen} examples")
+    if not next(iter(moments.values())).weight > 0:
+        raise ValueError("the weights of all examples are zero")
+    for name, m in moments.items():
+        if not m.mean().isfinite().all():
+            raise ValueError(f"the Fisher of {name!r} is not finite: the network's activations or gradients overflow")
+    return FisherDiagonal(
+        {name: m.mean() for name, m in moments.items()},
+        {name: m.standard_error() for name, m in moments.items()},
+        granularity,
+        estimator,
+        samples,
+        seen,
+        recorder.unused,
+    )
+
+
+@contextlib.contextmanager
+def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Put back what a forward in training mode changes: the running statistics of batch norm."""
+    before = [(b, b.clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for b, value in before:
+                b.copy_(value)
+
+
+def _accumulate(
+    moments: dict[str, _Moments], values: dict[str, Tensor], a: Tensor, estimator: str, granularity: str
+) -> None:
+    for name, q in values.items():
+        if estimator == BATCH_MEAN:
+            moments[name].add(q[None], torch.ones(1))
+        elif granularity == "parameter":  # summed over the batch already
+            if a.sum() > 0:
+                moments[name].add(q[None] / a.sum(), a.sum()[None])
+        else:
+            moments[name].add(q, a)
+
+
+def _reduce(gradient: Tensor, granularity: str) -> Tensor:
+    """The square of one gradient, at a granularity."""
+    square = gradient.square()
+    if granularity == "parameter":
+        return square
+    return square.mean() if granularity == "tensor" else square.reshape(max(square.shape[:1], default=1), -1).mean(1)
+
+
+def _batch_mean(
+    recorder: FisherRecorder, logits: Tensor, likelihood: Likelihood, a: Tensor, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Squares of the gradient of the weighted mean loss of one batch, labels drawn from the model."""
+    u = cotangents(logits, "monte_carlo", 1, likelihood, generator=generator)[0]
+    u = u * (a / a.sum()).to(u.device, u.dtype)[:, None]
+    gradients = torch.autograd.grad(
+        [logits], list(recorder.parameters.values()), [u], allow_unused=True, materialize_grads=True
+    )
+    return {
+        name: _reduce(g.detach(), recorder.granularity) for name, g in zip(recorder.parameters, gradients, strict=True)
+    }
+
+
+def _self_check(
+    recorder: FisherRecorder, forward: Callable[[nn.Module, Any], Tensor], inputs: Any, logits: Tensor
+) -> None:
+    """Compare the fused pass on two examples of a batch with plain autograd on each alone; raise SelfCheckError."""
+    n = logits.shape[0]
+    examples = sorted({n // 2, n - 1})
+    directions = torch.randn(n, logits.shape[1], generator=torch.Generator().manual_seed(n))
+    cotangent = torch.zeros_like(logits)
+    cotangent[examples] = directions[examples].to(logits)
+    got = recorder.backward(logits, cotangent, retain_graph=True)
+    if recorder.granularity != "parameter":
+        got = {name: q[examples].sum(0) for name, q in got.items()}
+    want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
+    tolerance = SELF_CHECK_TOLERANCE[logits.dtype]
+    for e in examples:
+        alone = forward(recorder.model, tree_map(lambda t, e=e: t[e : e + 1] if isinstance(t, Tensor) else t, inputs))
+        apart = float((alone[0] - logits[e]).detach().abs().max())
+        if not apart <= tolerance * float(logits.detach().abs().max()):
+            raise SelfCheckError(
+                f"the logits of example {e} change by {apart:.2g} when it is run alone: examples interact, or the "
+                "network is random; call eval() on it"
+            )
+        gradients = torch.autograd.grad(
+            [alone],
+            list(recorder.parameters.values()),
+            [cotangent[e : e + 1]],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for name, g in zip(recorder.parameters, gradients, strict=True):
+            want[name] += _reduce(g.double(), recorder.granularity)
+    # A parameter whose true gradient vanishes (a bias that a softmax ignores) holds rounding of larger ones only.
+    floor = (1e3 * torch.finfo(logits.dtype).eps) ** 2 * max(float(w.max()) for w in want.values() if w.numel())
+    for name, w in want.items():
+        difference = float((got[name].double() - w).norm())
+        if not difference <= tolerance * float(w.norm()) + floor * w.numel() ** 0.5:
+            raise SelfCheckError(
+                f"self-check failed for {name!r}: its squared per-example gradients differ from plain autograd by "
+                f"{difference / max(float(w.norm()), 1e-300):.2g} relative (allowed {tolerance:.0e}). The result would "
+                "be wrong; leave the parameter out with parameters=..., and please report the layer"
+            )
+
+
+__all__ = ["FisherDiagonal", "FisherRecorder", "SelfCheckError", "UnsupportedError", "fisher"]

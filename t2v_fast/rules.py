@@ -1,0 +1,223 @@
+"""From an autograd node to op calls: the only file to edit for a new layer.
+
+A :class:`Rule` belongs to one kind of node. Given the node's cotangent it says which rows there are (``rows``), and for
+each parameter that enters the node, which primitive yields its per-example squared gradients (``factors``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from . import ops
+from .graph import RowLayout, Taps, UnsupportedError, Use
+
+
+class Factors(Protocol):
+    """The two factors of a parameter's per-example gradients, ready for a primitive."""
+
+    def filter_sums(self) -> Tensor:
+        """Sum of squares over each filter, q [N, filters]."""
+
+    def accumulate_(self, out: Tensor, weight: Tensor) -> None:
+        """out += sum_n weight[n] G_n^2, out of the parameter's shape, weight [N]."""
+
+
+@dataclass(frozen=True)
+class Outer:
+    """G_n = sum_s g x^T; the parameter is [O, I]."""
+
+    x: Tensor  # [N, S, I]
+    g: Tensor  # [N, S, O]
+
+    def filter_sums(self) -> Tensor:
+        return ops.sq_outer(self.x, self.g)
+
+    def accumulate_(self, out: Tensor, weight: Tensor) -> None:
+        ops.sq_outer_acc_(out, self.x, self.g, weight)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """G_n of a convolution; the parameter is [O, C / groups, *kernel] with one or two spatial axes."""
+
+    x: Tensor  # [N, C, H, W]
+    g: Tensor  # [N, O, Ho, Wo]
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def filter_sums(self) -> Tensor:
+        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        return ops.sq_conv(self.x, self.g, *geometry)
+
+    def accumulate_(self, out: Tensor, weight: Tensor) -> None:
+        out = out.view(out.shape[0], out.shape[1], *self.kernel_size)
+        ops.sq_conv_acc_(out, self.x, self.g, weight, self.stride, self.padding, self.dilation, self.groups)
+
+
+@dataclass(frozen=True)
+class Product:
+    """G_n = sum_s g (x - shift) scale, or sum_s g for a bias; the parameter is [C]."""
+
+    g: Tensor  # [N, S, C]
+    x: Tensor | None = None  # [N, S, C]
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+
+    def filter_sums(self) -> Tensor:
+        return ops.sq_prod(self.g, self.x, self.shift, self.scale)
+
+    def accumulate_(self, out: Tensor, weight: Tensor) -> None:
+        ops.sq_prod_acc_(out, self.g, weight, self.x, self.shift, self.scale)
+
+
+def _channels(g: Tensor) -> Tensor:
+    """[R, C, *spatial], the row axis first."""
+    return g
+
+
+def _features(g: Tensor) -> Tensor:
+    """[..., O] -> [R, O]."""
+    return g.reshape(-1, g.shape[-1])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one kind of node yields the factors of the parameters that enter it.
+
+    ``factors(use, g, layout, n, parameter)`` gets the cotangent of the node's output, the layout of its rows over the
+    n examples, and the parameter itself (for its shape). It raises UnsupportedError where it has no exact answer.
+    """
+
+    factors: Callable[[Use, Tensor, RowLayout, int, Tensor], Factors]
+    rows: Callable[[Tensor], Tensor] = field(default=_channels)
+
+
+RULES: dict[str, Rule] = {}
+
+
+def register_rule(*nodes: str, rows: Callable[[Tensor], Tensor] = _channels) -> Callable:
+    """Make the decorated function the rule of the autograd nodes of these names; a name can be taken only once."""
+
+    def decorate(factors: Callable) -> Callable:
+        for name in nodes:
+            if name in RULES:
+                raise ValueError(f"the autograd node {name!r} already has a rule: {RULES[name].factors.__name__}")
+            RULES[name] = Rule(factors, rows)
+        return factors
+
+    return decorate
+
+
+def rows_of(node: Node, g: Tensor) -> Tensor:
+    """The cotangent at a tapped node as rows, [R, ...]; each row belongs to one example."""
+    return RULES[node.name()].rows(g)
+
+
+def check_supported(taps: Taps) -> None:
+    """Raise UnsupportedError, naming parameter and node, unless every use has a rule and no parameter is used twice."""
+    users: dict[str, Use] = {}
+    for node, uses in taps.uses.items():
+        for use in uses:
+            if node.name() not in RULES:
+                raise UnsupportedError(
+                    f"the parameter {use} has no rule: it is transformed before use, or the layer is not supported; "
+                    f"leave it out with parameters=..., or register a rule (rules are known for {', '.join(RULES)})"
+                )
+            if use.parameter in users:
+                raise UnsupportedError(
+                    f"the parameter {use} is used more than once, here and by {users[use.parameter]}: "
+                    "its per-example gradients would have to be summed before squaring, which is not supported"
+                )
+            users[use.parameter] = use
+
+
+def _unsupported(use: Use, why: str) -> UnsupportedError:
+    return UnsupportedError(f"the parameter {use} {why}")
+
+
+def _bias(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tensor) -> Product:
+    if list(parameter.shape) != [g.shape[-1]]:
+        raise _unsupported(use, f"has shape {list(parameter.shape)}, expected a bias [{g.shape[-1]}] of the last axis")
+    return Product(layout.split(_features(g), n))
+
+
+def _one_row_each(use: Use, layout: RowLayout) -> None:
+    if (layout.outer, layout.inner) != (1, 1):
+        raise _unsupported(
+            use,
+            f"sees {layout.outer * layout.inner} images of each example along its batch axis, which is not supported",
+        )
+
+
+@register_rule("ConvolutionBackward0")
+def _convolution(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tensor) -> Factors:
+    node = use.node
+    _one_row_each(use, layout)
+    if use.chain and use.slot == 1 and use.transposed:
+        raise _unsupported(use, "is transposed before use")
+    if use.slot == 2:
+        return Product(g.flatten(2).transpose(1, 2))
+    if use.slot != 1:
+        raise _unsupported(use, "is the input of a convolution")
+    if node._saved_transposed:
+        raise _unsupported(use, "belongs to a transposed convolution")
+    x, kernel = node._saved_input, tuple(parameter.shape[2:])
+    geometry = [tuple(getattr(node, f"_saved_{key}")) for key in ("stride", "padding", "dilation")]
+    geometry = [given * len(kernel) if len(given) == 1 else given for given in geometry]  # one number for all axes
+    if len(kernel) == 1:  # as a 2-d convolution over images of height 1
+        x, g, kernel = x.unsqueeze(2), g.unsqueeze(2), (1, *kernel)
+        geometry = [(neutral, *given) for neutral, given in zip((1, 0, 1), geometry, strict=True)]
+    if len(kernel) != 2:
+        raise _unsupported(use, f"belongs to a convolution with {len(kernel)} spatial axes")
+    return Convolution(x, g, kernel, *geometry, node._saved_groups)
+
+
+@register_rule("NativeBatchNormBackward0")
+def _batch_norm(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tensor) -> Factors:
+    node = use.node
+    if node._saved_training:
+        raise _unsupported(
+            use,
+            "belongs to a batch norm in training mode: it couples the examples of a batch, so per-example gradients do "
+            "not exist; call eval() on the network, or use estimator='batch_mean'",
+        )
+    _one_row_each(use, layout)
+
+    def positions(t: Tensor) -> Tensor:
+        return t.unsqueeze(1) if t.dim() == 2 else t.flatten(2).transpose(1, 2)  # [N, S, C]
+
+    if use.slot == 2:
+        return Product(positions(g))
+    mean = node._saved_running_mean
+    scale = (node._saved_running_var + node._saved_eps).rsqrt()
+    return Product(positions(g), positions(node._saved_input), mean, scale)
+
+
+@register_rule("AddmmBackward0", "MmBackward0", rows=_features)
+def _linear(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tensor) -> Factors:
+    node = use.node
+    biased = node.name() == "AddmmBackward0"
+    if biased and (node._saved_alpha, node._saved_beta) != (1, 1):
+        raise _unsupported(use, f"enters addmm with alpha={node._saved_alpha} and beta={node._saved_beta}, expected 1")
+    if biased and use.slot == 0:
+        return _bias(use, g, layout, n, parameter)
+    if use.slot != (2 if biased else 1):
+        raise _unsupported(use, "is the left factor of a matrix product, where rows are no examples")
+    x = layout.split(node._saved_mat1 if biased else node._saved_self, n)
+    g = layout.split(g, n)
+    return Outer(x, g) if use.transposed else Outer(g, x)
+
+
+@register_rule("AddBackward0", rows=_features)
+def _add(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tensor) -> Factors:
+    if use.slot == 1 and use.node._saved_alpha != 1:
+        raise _unsupported(use, f"is added with alpha={use.node._saved_alpha}, expected 1")
+    return _bias(use, g, layout, n, parameter)
