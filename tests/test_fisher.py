@@ -185,9 +185,7 @@ def test_batch_mean_is_the_squared_gradient_of_the_mean_loss() -> None:
             strict=True,
         ):
             want[name] += g.square() / 2
-    for name in ("0.bias", "3.bias"):  # constants before or after a norm of the whole batch: rounding alone, both
-        assert relative_error(got[name], want[name]) < 1e-9 or float(want[name].max()) < 1e-25
-        del want[name]
+    assert float(want.pop("0.bias").max()) < 1e-25  # the norm takes it out again: rounding alone is left
     assert_agrees({name: got[name] for name in want}, want)
 
 

@@ -1,0 +1,53 @@
+# Every target sets up what it needs: a virtual environment, pinned requirements, the compiled extension.
+# TORCH=2.13.0 does the same beside the CPU-only build of that version, in an environment of its own.
+TORCH ?= 2.14.1
+PYTHON ?= python3
+VENV := $(if $(filter 2.14.1,$(TORCH)),.venv,.venv-$(TORCH))
+BIN := $(VENV)/bin
+# Each torch gets its own build folder, or switching between them would recompile everything.
+export T2V_FAST_BUILD_DIR := build/torch-$(TORCH)
+
+REQUIREMENTS := requirements/torch-$(TORCH).txt requirements/common.txt
+BUILD_FILES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: setup demo test slow lint format bench wheel clean
+
+setup: $(VENV)/.built
+
+$(VENV)/.installed: $(REQUIREMENTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --progress-bar off $(foreach file,$(REQUIREMENTS),-r $(file))
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(BUILD_FILES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(BIN)/python -m t2v_fast.cli info
+	touch $@
+
+demo: setup
+	$(BIN)/t2v-fast demo --output demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: setup
+	$(BIN)/python -m pytest -m slow
+
+bench: setup
+	$(BIN)/python -m pytest bench --benchmark-only
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+wheel: setup
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist demo *.egg-info t2v_fast/*.so

@@ -1,0 +1,66 @@
+// Argument checks with expected and actual, shared by every backend: the operators can be called without Python's.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "geometry.h"
+
+namespace t2v {
+
+inline at::ScalarType sum_type(const at::Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline void check_pair(const char* op, const char* name, const at::Tensor& t, const at::Tensor& g, int64_t dims) {
+  TORCH_CHECK_VALUE(t.dim() == dims && g.dim() == dims, op, ": expected ", name, " and g with ", dims, " axes, got ",
+                    t.sizes(), " and ", g.sizes());
+  TORCH_CHECK_VALUE(t.scalar_type() == g.scalar_type(), op, ": expected one dtype, got ", name, " ", t.scalar_type(),
+                    " and g ", g.scalar_type());
+}
+
+inline void check_rows(const char* op, const at::Tensor& examples, const at::Tensor& g) {
+  const int64_t n = examples.size(0), m = g.size(0);
+  TORCH_CHECK_VALUE(n == 0 ? m == 0 : m % n == 0, op, ": g has ", m, " rows, expected a multiple of the ", n,
+                    " examples");
+}
+
+inline void check_accumulator(const char* op, const at::Tensor& out, at::IntArrayRef shape, const at::Tensor& g,
+                              const at::Tensor& weight) {
+  TORCH_CHECK_VALUE(out.sizes() == shape && out.scalar_type() == sum_type(g) && out.is_contiguous(), op, ": out is ",
+                    out.sizes(), " ", out.scalar_type(), ", expected contiguous ", shape, " ", sum_type(g));
+  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == g.size(0) && weight.scalar_type() == sum_type(g), op,
+                    ": weight is ", weight.sizes(), " ", weight.scalar_type(), ", expected [", g.size(0), "] ",
+                    sum_type(g));
+}
+
+inline void check_path(const char* op, c10::string_view path) {
+  TORCH_CHECK_VALUE(path == "auto" || path == "explicit" || path == "gram", op, ": path '", path,
+                    "' is none of auto, explicit, gram");
+}
+
+inline ConvGeometry check_conv(const char* op, const at::Tensor& x, const at::Tensor& g, at::IntArrayRef kernel,
+                               at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                               int64_t groups) {
+  check_pair(op, "x", x, g, 4);
+  for (const at::IntArrayRef& pair : {kernel, stride, padding, dilation})
+    TORCH_CHECK_VALUE(pair.size() == 2, op, ": expected two numbers for each of kernel, stride, padding, dilation");
+  for (int axis = 0; axis < 2; ++axis)
+    TORCH_CHECK_VALUE(kernel[axis] >= 1 && stride[axis] >= 1 && dilation[axis] >= 1 && padding[axis] >= 0, op,
+                      ": expected positive sizes, got kernel ", kernel, ", stride ", stride, ", padding ", padding,
+                      ", dilation ", dilation);
+  TORCH_CHECK_VALUE(groups >= 1 && x.size(1) % groups == 0 && g.size(1) % groups == 0, op, ": groups ", groups,
+                    " must divide the ", x.size(1), " input and ", g.size(1), " output channels");
+  int64_t expected[2];
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t span = x.size(2 + axis) + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1;
+    expected[axis] = span < 0 ? 0 : span / stride[axis] + 1;
+    TORCH_CHECK_VALUE(expected[axis] >= 1 && g.size(2 + axis) == expected[axis], op, ": g is ", g.sizes(), " but x ",
+                      x.sizes(), " with kernel ", kernel, ", stride ", stride, ", padding ", padding, ", dilation ",
+                      dilation, " gives size ", expected[axis], " along axis ", 2 + axis);
+  }
+  check_rows(op, x, g);
+  return {x.size(1), x.size(2), x.size(3),  g.size(1),  g.size(2),   g.size(3),   kernel[0], kernel[1],
+          stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], groups};
+}
+
+}  // namespace t2v

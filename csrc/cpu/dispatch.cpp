@@ -1,0 +1,81 @@
+// Chooses the instruction set at run time.
+#include <atomic>
+#include <cstring>
+
+#include "tile.h"
+
+namespace t2v {
+
+#define T2V_DECLARE(isa)                     \
+  namespace isa {                            \
+  extern const Kernels<float> single_table;  \
+  extern const Kernels<double> double_table; \
+  }
+
+T2V_DECLARE(portable)
+#ifdef T2V_X86
+T2V_DECLARE(avx2)
+T2V_DECLARE(avx512)
+#endif
+
+namespace {
+
+struct Capability {
+  const Kernels<float>* single;
+  const Kernels<double>* both;
+  bool available;
+};
+
+// Best first.
+const Capability* capabilities(int& count) {
+  static const Capability all[] = {
+#ifdef T2V_X86
+      {&avx512::single_table, &avx512::double_table,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl")},
+      {&avx2::single_table, &avx2::double_table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#endif
+      {&portable::single_table, &portable::double_table, true},
+  };
+  count = sizeof(all) / sizeof(all[0]);
+  return all;
+}
+
+const Capability* best() {
+  int count;
+  const Capability* all = capabilities(count);
+  while (!all->available) ++all;
+  return all;
+}
+
+std::atomic<const Capability*>& current() {
+  static std::atomic<const Capability*> value{best()};
+  return value;
+}
+
+}  // namespace
+
+template <>
+const Kernels<float>& kernels<float>() {
+  return *current().load()->single;
+}
+
+template <>
+const Kernels<double>& kernels<double>() {
+  return *current().load()->both;
+}
+
+bool set_cpu_capability(const char* name) {
+  int count;
+  const Capability* all = capabilities(count);
+  for (int k = 0; k < count; ++k)
+    if (all[k].available && std::strcmp(all[k].single->name, name) == 0) {
+      current() = &all[k];
+      return true;
+    }
+  return false;
+}
+
+const char* cpu_capability() { return current().load()->single->name; }
+
+}  // namespace t2v

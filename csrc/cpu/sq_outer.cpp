@@ -1,0 +1,148 @@
+// Squared per-example gradients of a linear layer, summed over tokens.
+#include <torch/library.h>
+
+#include "pack.h"
+
+namespace t2v {
+namespace {
+
+template <class S>
+class Outer {
+ public:
+  using T = SumOf<S>;
+
+  Outer(const at::Tensor& x, const at::Tensor& g)
+      : examples(x.size(0)),
+        rows(g.size(0)),
+        positions(x.size(1)),
+        inputs(x.size(2)),
+        outputs(g.size(2)),
+        tiles(filter_tiles(1, outputs, kernels<T>().max_height)),
+        x_(x),
+        g_(g) {}
+
+  static Positions<S> of(const at::Tensor& t, int64_t row) {
+    return {t.const_data_ptr<S>() + row * t.stride(0), 1, t.size(1), 0, t.stride(1), t.stride(2)};
+  }
+
+  // One token: the gradient has rank one, so q = g^2 |x|^2.
+  void single_sums(T* q) const {
+    at::parallel_for(0, examples, 1, [&](int64_t begin, int64_t end) {
+      const Scratch<T> input(inputs);
+      for (int64_t n = begin; n < end; ++n) {
+        pack_columns_last(input.get(), inputs, of(x_, n), 0, inputs);
+        const T norm = kernels<T>().shifted_dot(input.get(), input.get(), T(0), inputs);
+        for (int64_t m = n; m < rows; m += examples) {
+          const Positions<S> g = of(g_, m);
+          for (int64_t o = 0; o < outputs; ++o) {
+            const T value = static_cast<T>(g.data[o * g.column_stride]);
+            q[m * outputs + o] = value * value * norm;
+          }
+        }
+      }
+    });
+  }
+
+  void explicit_sums(T* q) const {
+    parallel_examples(examples, tiles.size(), [&](int64_t n, int64_t first, int64_t last) {
+      const Scratch<T> input(positions * inputs), panel(positions * kernels<T>().max_height);
+      pack_columns_last(input.get(), inputs, of(x_, n), 0, inputs);
+      for (int64_t m = n; m < rows; m += examples)
+        for (int64_t t = first; t < last; ++t) {
+          pack_panel(panel.get(), of(g_, m), tiles[t].first, tiles[t].height);
+          kernels<T>().square_sum(q + m * outputs + tiles[t].first, panel.get(), tiles[t].height, token_rows(),
+                                  input.get(), inputs);
+        }
+    });
+  }
+
+  // q[m, o] = g_o^T (x x^T) g_o
+  void gram_sums(T* q) const {
+    parallel_examples(examples, tiles.size(), [&](int64_t n, int64_t first, int64_t last) {
+      const int64_t height = kernels<T>().max_height;
+      const Scratch<T> input(inputs * positions), gram(positions * positions), d(height * positions);
+      const Scratch<T> panel(std::max(inputs, positions) * height);
+      pack_positions_last(input.get(), positions, of(x_, n), 0, inputs);
+      upper_gram(gram.get(), positions, input.get(), positions, inputs, positions, panel.get());
+      fold_symmetric(gram.get(), positions, positions);
+      for (int64_t m = n; m < rows; m += examples)
+        for (int64_t t = first; t < last; ++t) {
+          pack_panel(panel.get(), of(g_, m), tiles[t].first, tiles[t].height);
+          pack_positions_last(d.get(), positions, of(g_, m), tiles[t].first, tiles[t].height);
+          quadratic_form(q + m * outputs + tiles[t].first, gram.get(), positions, d.get(), positions, panel.get(),
+                         tiles[t].height, positions);
+        }
+    });
+  }
+
+  // out [O, I] += sum_m weight[m] G_m^2; each worker owns a share of the filters.
+  void accumulate(T* out, const T* weight) const {
+    at::parallel_for(0, tiles.size(), 1, [&](int64_t first, int64_t last) {
+      const Scratch<T> input(positions * inputs), panel(positions * kernels<T>().max_height);
+      for (int64_t n = 0; n < examples; ++n) {
+        pack_columns_last(input.get(), inputs, of(x_, n), 0, inputs);
+        for (int64_t m = n; m < rows; m += examples)
+          for (int64_t t = first; t < last; ++t) {
+            pack_panel(panel.get(), of(g_, m), tiles[t].first, tiles[t].height);
+            kernels<T>().square_add(out + tiles[t].first * inputs, inputs, weight[m], panel.get(), tiles[t].height,
+                                    token_rows(), input.get(), inputs);
+          }
+      }
+    });
+  }
+
+  // 2 S I O flops against S^2 (I + O), counted at the symmetric half.
+  bool prefers_gram() const { return double(positions) * (inputs + outputs) < 1.4 * double(inputs) * outputs; }
+
+  const int64_t examples, rows, positions, inputs, outputs;
+  const std::vector<FilterTile> tiles;
+
+ private:
+  Rows token_rows() const { return {1, positions, 0, inputs}; }
+
+  const at::Tensor &x_, &g_;
+};
+
+void check_outer(const char* op, const at::Tensor& x, const at::Tensor& g) {
+  check_pair(op, "x", x, g, 3);
+  TORCH_CHECK_VALUE(x.size(1) == g.size(1), op, ": expected x [N, S, I] and g [M, S, O] with one S, got ", x.sizes(),
+                    " and ", g.sizes());
+  check_rows(op, x, g);
+}
+
+at::Tensor sq_outer(const at::Tensor& x, const at::Tensor& g, c10::string_view path) {
+  check_path("sq_outer", path);
+  check_outer("sq_outer", x, g);
+  at::Tensor q = at::zeros({g.size(0), g.size(2)}, g.options().dtype(sum_type(g)));
+  if (q.numel() == 0 || x.numel() == 0) return q;
+  T2V_DISPATCH(g.scalar_type(), "sq_outer", [&] {
+    const Outer<scalar_t> outer(x, g);
+    auto* sums = q.mutable_data_ptr<SumOf<scalar_t>>();
+    if (path == "gram" || (path == "auto" && outer.positions > 1 && outer.prefers_gram()))
+      outer.gram_sums(sums);
+    else if (outer.positions == 1)
+      outer.single_sums(sums);
+    else
+      outer.explicit_sums(sums);
+  });
+  return q;
+}
+
+void sq_outer_acc_(at::Tensor& out, const at::Tensor& x, const at::Tensor& g, const at::Tensor& weight) {
+  check_outer("sq_outer_acc_", x, g);
+  check_accumulator("sq_outer_acc_", out, {g.size(2), x.size(2)}, g, weight);
+  if (g.numel() == 0 || x.numel() == 0) return;
+  const at::Tensor w = weight.contiguous();
+  T2V_DISPATCH(g.scalar_type(), "sq_outer_acc_", [&] {
+    using T = SumOf<scalar_t>;
+    Outer<scalar_t>(x, g).accumulate(out.mutable_data_ptr<T>(), w.const_data_ptr<T>());
+  });
+}
+
+TORCH_LIBRARY_IMPL(t2v_fast, CPU, m) {
+  m.impl("sq_outer", sq_outer);
+  m.impl("sq_outer_acc_", sq_outer_acc_);
+}
+
+}  // namespace
+}  // namespace t2v

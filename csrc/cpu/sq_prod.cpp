@@ -1,0 +1,151 @@
+// Squared per-example gradients of norm weights and of biases: one pass over the cotangent and the input.
+#include <torch/library.h>
+
+#include "pack.h"
+
+namespace t2v {
+namespace {
+
+// What the input is shifted and scaled by, broadcast to [N, S, C] by strides of zero; null where there is none.
+template <class T>
+struct Affine {
+  const T* data = nullptr;
+  int64_t strides[3] = {0, 0, 0};
+
+  Affine() = default;
+  Affine(const at::Tensor& broadcast)
+      : data(broadcast.const_data_ptr<T>()), strides{broadcast.stride(0), broadcast.stride(1), broadcast.stride(2)} {}
+
+  bool per_channel() const { return !data || (strides[0] == 0 && strides[1] == 0); }
+  T at(int64_t n, int64_t s, int64_t c, T none) const {
+    return data ? data[n * strides[0] + s * strides[1] + c * strides[2]] : none;
+  }
+};
+
+template <class S>
+class Product {
+ public:
+  using T = SumOf<S>;
+
+  Product(const at::Tensor& g, const at::Tensor* x, const Affine<T>& shift, const Affine<T>& scale)
+      : g_(g), x_(x), shift_(shift), scale_(scale), rows(g.size(0)), positions(g.size(1)), channels(g.size(2)) {}
+
+  // sums[c] = sum_s g[m, s, c] (x[n, s, c] - shift) scale
+  void gradient(T* sums, int64_t m, int64_t n) const {
+    const S* g = g_.const_data_ptr<S>() + m * g_.stride(0);
+    const S* x = x_ ? x_->const_data_ptr<S>() + n * x_->stride(0) : nullptr;
+    const bool simple = shift_.per_channel() && scale_.per_channel();
+    if (simple && g_.stride(1) == 1 && (!x || x_->stride(1) == 1)) return along_positions(sums, g, x);
+    if (simple && g_.stride(2) == 1 && (!x || x_->stride(2) == 1)) return along_channels(sums, g, x);
+    for (int64_t c = 0; c < channels; ++c) {
+      T sum = 0;
+      for (int64_t s = 0; s < positions; ++s) {
+        T value = static_cast<T>(g[s * g_.stride(1) + c * g_.stride(2)]);
+        if (x)
+          value *= (static_cast<T>(x[s * x_->stride(1) + c * x_->stride(2)]) - shift_.at(n, s, c, T(0))) *
+                   scale_.at(n, s, c, T(1));
+        sum += value;
+      }
+      sums[c] = sum;
+    }
+  }
+
+ private:
+  static constexpr int64_t chunk = 1024;  // elements converted at a time, where the dtype is narrower than the sums
+
+  // The values themselves, or their conversion in `buffer`.
+  static const T* widen(const S* from, int64_t count, T* buffer) {
+    if constexpr (std::is_same_v<S, T>) return from;
+    for (int64_t k = 0; k < count; ++k) buffer[k] = static_cast<T>(from[k]);
+    return buffer;
+  }
+
+  void along_positions(T* sums, const S* g, const S* x) const {
+    T wide_g[chunk], wide_x[chunk];
+    for (int64_t c = 0; c < channels; ++c) {
+      const T shift = shift_.at(0, 0, c, T(0));
+      T sum = 0;
+      for (int64_t s = 0; s < positions; s += chunk) {
+        const int64_t count = std::min(chunk, positions - s);
+        const T* some_g = widen(g + c * g_.stride(2) + s, count, wide_g);
+        sum += x ? kernels<T>().shifted_dot(some_g, widen(x + c * x_->stride(2) + s, count, wide_x), shift, count)
+                 : kernels<T>().sum(some_g, count);
+      }
+      sums[c] = sum * scale_.at(0, 0, c, T(1));
+    }
+  }
+
+  void along_channels(T* sums, const S* g, const S* x) const {
+    T wide_g[chunk], wide_x[chunk], shift[chunk];
+    for (int64_t c = 0; c < channels; c += chunk) {
+      const int64_t count = std::min(chunk, channels - c);
+      for (int64_t k = 0; k < count; ++k) shift[k] = shift_.at(0, 0, c + k, T(0));
+      std::fill(sums + c, sums + c + count, T(0));
+      for (int64_t s = 0; s < positions; ++s) {
+        const T* some_g = widen(g + s * g_.stride(1) + c, count, wide_g);
+        if (x)
+          kernels<T>().add_shifted(sums + c, some_g, widen(x + s * x_->stride(1) + c, count, wide_x), shift, count);
+        else
+          kernels<T>().add(sums + c, some_g, count);
+      }
+      for (int64_t k = 0; k < count; ++k) sums[c + k] *= scale_.at(0, 0, c + k, T(1));
+    }
+  }
+
+  const at::Tensor& g_;
+  const at::Tensor* x_;
+  const Affine<T>&shift_, &scale_;
+
+ public:
+  const int64_t rows, positions, channels;
+};
+
+at::Tensor sq_prod(const at::Tensor& g, const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& shift,
+                   const std::optional<at::Tensor>& scale) {
+  TORCH_CHECK_VALUE(g.dim() == 3, "sq_prod: expected g [M, S, C], got ", g.sizes());
+  if (x) {
+    check_pair("sq_prod", "x", *x, g, 3);
+    TORCH_CHECK_VALUE(x->size(1) == g.size(1) && x->size(2) == g.size(2),
+                      "sq_prod: expected g [M, S, C] and x [N, S, C], got ", g.sizes(), " and ", x->sizes());
+    check_rows("sq_prod", *x, g);
+  } else {
+    TORCH_CHECK_VALUE(!shift && !scale, "sq_prod: shift and scale act on x, which was not given");
+  }
+  at::Tensor q = at::zeros({g.size(0), g.size(2)}, g.options().dtype(sum_type(g)));
+  if (g.numel() == 0) return q;
+  const auto broadcast = [&](const std::optional<at::Tensor>& t) {
+    return t ? t->to(sum_type(g)).expand(x->sizes()) : at::Tensor();
+  };
+  const at::Tensor wide_shift = broadcast(shift), wide_scale = broadcast(scale);
+  T2V_DISPATCH(g.scalar_type(), "sq_prod", [&] {
+    using T = SumOf<scalar_t>;
+    const Affine<T> by = wide_shift.defined() ? Affine<T>(wide_shift) : Affine<T>();
+    const Affine<T> times = wide_scale.defined() ? Affine<T>(wide_scale) : Affine<T>();
+    const Product<scalar_t> product(g, x ? &*x : nullptr, by, times);
+    T* sums = q.mutable_data_ptr<T>();
+    const int64_t examples = x ? x->size(0) : g.size(0);
+    at::parallel_for(0, product.rows, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) {
+        T* row = sums + m * product.channels;
+        product.gradient(row, m, m % examples);
+        for (int64_t c = 0; c < product.channels; ++c) row[c] *= row[c];
+      }
+    });
+  });
+  return q;
+}
+
+void sq_prod_acc_(at::Tensor& out, const at::Tensor& g, const at::Tensor& weight, const std::optional<at::Tensor>& x,
+                  const std::optional<at::Tensor>& shift, const std::optional<at::Tensor>& scale) {
+  const at::Tensor q = sq_prod(g, x, shift, scale);
+  check_accumulator("sq_prod_acc_", out, {g.size(2)}, g, weight);
+  out.add_(at::mul(q, weight.unsqueeze(1)).sum(0));
+}
+
+TORCH_LIBRARY_IMPL(t2v_fast, CPU, m) {
+  m.impl("sq_prod", sq_prod);
+  m.impl("sq_prod_acc_", sq_prod_acc_);
+}
+
+}  // namespace
+}  // namespace t2v

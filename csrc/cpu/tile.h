@@ -1,0 +1,55 @@
+// The inner loops of the CPU backend: plain C++, compiled once for each instruction set, chosen at run time.
+//
+// Nothing of torch may be included here or in tile.cpp: inline functions compiled with AVX-512 flags could otherwise be
+// the copies that the linker keeps for the whole process.
+#pragma once
+
+#include <cstdint>
+
+namespace t2v {
+
+// The summed positions of a product, as two nested loops over the vector operand b; its columns are contiguous.
+struct Rows {
+  int64_t outer, inner;
+  int64_t outer_stride, inner_stride;  // of b, in elements
+};
+
+// A register tile G[i, c] = sum over rows of a[row, i] * b[row, c], for `height` <= max_height values of i.
+// a is a packed panel [rows][height]. Columns beyond `columns` may be read, up to the next multiple of `width`, but
+// never count: whatever lies there, NaN included, does not reach a result.
+template <class T>
+struct Kernels {
+  const char* name;
+  int width;       // elements of a vector
+  int max_height;  // largest height of a tile
+
+  // q[i] += sum_c G[i, c]^2
+  void (*square_sum)(T* q, const T* a, int height, Rows rows, const T* b, int64_t columns);
+  // out[i * ld + c] += weight * G[i, c]^2
+  void (*square_add)(T* out, int64_t ld, T weight, const T* a, int height, Rows rows, const T* b, int64_t columns);
+  // out[i * ld + c] = G[i, c]
+  void (*store)(T* out, int64_t ld, const T* a, int height, Rows rows, const T* b, int64_t columns);
+  // q[i] += sum_c G[i, c] * d[i * ld + c]
+  void (*dot)(T* q, const T* d, int64_t ld, const T* a, int height, Rows rows, const T* b, int64_t columns);
+
+  // r[k * ld + c] = sum over rows of a[row * a_stride + c] * b[row, offsets[k] + c]: depthwise taps
+  void (*taps)(T* r, int64_t ld, const T* a, int64_t a_stride, Rows rows, const T* b, const int64_t* offsets, int count,
+               int64_t columns);
+
+  // sum_s g[s] * (x[s] - shift); sum_s g[s]
+  T (*shifted_dot)(const T* g, const T* x, T shift, int64_t n);
+  T (*sum)(const T* g, int64_t n);
+  // r[c] += g[c] * (x[c] - shift[c]); r[c] += g[c]
+  void (*add_shifted)(T* r, const T* g, const T* x, const T* shift, int64_t n);
+  void (*add)(T* r, const T* g, int64_t n);
+};
+
+// The kernels of the best instruction set that this processor has, or of the one that was forced.
+template <class T>
+const Kernels<T>& kernels();
+
+// Force "avx512", "avx2" or "portable"; false if this build or processor does not have it.
+bool set_cpu_capability(const char* name);
+const char* cpu_capability();
+
+}  // namespace t2v

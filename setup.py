@@ -1,0 +1,92 @@
+"""Builds t2v_fast._C by CMake. Settings of the build, all optional:
+
+T2V_FAST_CUDA=0|1          leave the CUDA sources out, or insist on them (default: when nvcc and a CUDA torch are found)
+T2V_FAST_REQUIRE_EXT=1     fail instead of installing without the extension where it cannot be compiled
+T2V_FAST_BUILD_DIR=FOLDER  where CMake works (default: build/cmake); kept, so that a second build compiles what changed
+T2V_FAST_SANITIZE=LIST     sanitizers, such as address,undefined
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def say(message: str) -> None:
+    print(f"t2v-fast: {message}", file=sys.stderr, flush=True)
+
+
+def cuda_choice() -> tuple[bool, str]:
+    """Whether to build the CUDA sources, and why not."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    asked = os.environ.get("T2V_FAST_CUDA", "")
+    if asked not in ("", "0", "1"):
+        raise SystemExit(f"T2V_FAST_CUDA is {asked!r}, expected 0 or 1")
+    if asked == "0":
+        return False, "T2V_FAST_CUDA=0"
+    missing = []
+    if torch.version.cuda is None:
+        missing.append("this torch is a CPU build")
+    if CUDA_HOME is None and shutil.which("nvcc") is None:
+        missing.append("nvcc was not found")
+    if not list(ROOT.glob("csrc/cuda/*.cu")):
+        missing.append("this version has no CUDA sources")
+    if missing and asked == "1":
+        raise SystemExit(f"T2V_FAST_CUDA=1, but {' and '.join(missing)}")
+    return not missing, " and ".join(missing)
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, extension: Extension) -> None:
+        try:
+            self.compile(extension)
+        except (OSError, subprocess.CalledProcessError, ImportError) as error:
+            if os.environ.get("T2V_FAST_REQUIRE_EXT") == "1":
+                raise
+            say(f"built backends: none, the plain torch reference will be used ({error})")
+
+    def compile(self, extension: Extension) -> None:
+        import torch
+
+        cuda, why_not = cuda_choice()
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        folder = ROOT / os.environ.get("T2V_FAST_BUILD_DIR", "build/cmake")
+        folder.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            "-GNinja",
+            f"-S{ROOT}",
+            f"-B{folder}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DT2V_CUDA={'ON' if cuda else 'OFF'}",
+            f"-DT2V_SANITIZE={os.environ.get('T2V_FAST_SANITIZE', '')}",
+        ]
+        if cuda:
+            architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0").replace("+PTX", "").replace(" ", ";")
+            configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures.replace('.', '')}")
+        environment = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+        subprocess.run(configure, check=True, env=environment, stdout=sys.stderr)
+        subprocess.run(["cmake", "--build", str(folder)], check=True, env=environment, stdout=sys.stderr)
+        built = next(folder.glob("_C*.so"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A new file, not new contents: a running process may have the old one mapped.
+        temporary = target.with_suffix(".new")
+        shutil.copyfile(built, temporary)
+        os.replace(temporary, target)
+        say(f"built backends: cpu, {'cuda' if cuda else f'not cuda ({why_not})'}; for torch {torch.__version__}")
+
+
+setup(
+    packages=["t2v_fast", "t2v_fast.kernels"],
+    package_dir={"t2v_fast.kernels": "kernels"},
+    ext_modules=[Extension("t2v_fast._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

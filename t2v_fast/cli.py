@@ -1,0 +1,188 @@
+"""The command line: ``t2v-fast embed | distance | demo | info``."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from . import __version__, ops
+from .cotangents import ESTIMATORS
+from .fisher import BATCH_MEAN
+
+console = Console(highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 for an error that is the input's, 130 for an interrupt."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print(
+            "t2v-fast: interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr
+        )
+        return 130
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        print(f"t2v-fast: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="t2v-fast", description="Task2Vec embeddings and diagonal Fishers, fast.")
+    parser.add_argument("--version", action="version", version=f"t2v-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    embed = commands.add_parser("embed", help="embed image folders, one task a folder (one sub-folder a class)")
+    embed.add_argument("tasks", nargs="+", type=Path, metavar="FOLDER")
+    embed.add_argument("--output", type=Path, default=Path("embeddings"), help="folder for NAME.safetensors files")
+    embed.add_argument("--overwrite", action="store_true", help="embed again what is there already")
+    embed.add_argument(
+        "--skip-unreadable", action="store_true", help="leave out images that cannot be read, and say so"
+    )
+    _pipeline_options(embed)
+    embed.set_defaults(run=_embed)
+
+    distance = commands.add_parser("distance", help="distances between stored embeddings")
+    distance.add_argument("embeddings", nargs="+", type=Path, metavar="FILE", help="files, or folders of them")
+    distance.add_argument("--metric", default="cosine")
+    distance.add_argument("--csv", type=Path, help="write the matrix here")
+    distance.add_argument("--plot", type=Path, help="write a clustered heat map here (PNG)")
+    distance.set_defaults(run=_distance)
+
+    demo = commands.add_parser("demo", help="embed, compare and draw real tasks that need no download")
+    demo.add_argument("--output", type=Path, default=Path("demo"))
+    demo.add_argument("--images", type=int, default=None, help="images a task (default: what fits the demo's minutes)")
+    _pipeline_options(demo)
+    demo.set_defaults(run=_demo)
+
+    info = commands.add_parser("info", help="versions, and which backends run here or why not")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _pipeline_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--probe",
+        default="efficientnet-lite0",
+        help="the packaged efficientnet-lite0, torchvision/NAME, timm/NAME, or a bare NAME (default: %(default)s)",
+    )
+    parser.add_argument("--weights", default="default", help="default, none (random), or a weights file")
+    parser.add_argument("--head", default=None, help="name of the probe's last linear layer, where it is not found")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cpu)")
+    parser.add_argument("--estimator", default="deflated", choices=[*ESTIMATORS, BATCH_MEAN])
+    parser.add_argument("--samples", type=int, default=2, help="cotangents an image (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _task2vec(arguments: argparse.Namespace, **options):
+    from .probe import load_probe
+    from .task2vec import Task2Vec
+
+    if arguments.device is not None and torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"--device {arguments.device}: this torch sees no CUDA device")
+    probe = load_probe(arguments.probe, weights=arguments.weights, head=arguments.head, **options)
+    return Task2Vec(
+        probe,
+        estimator=arguments.estimator,
+        samples=arguments.samples,
+        batch_size=arguments.batch_size,
+        num_workers=arguments.workers,
+        device=arguments.device,
+        seed=arguments.seed,
+        progress=not arguments.quiet,
+    )
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    from .embedding import Embedding
+
+    names = [folder.resolve().name for folder in arguments.tasks]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two tasks are called {sorted(twice)[0]!r}: their embeddings would have one file name")
+    for folder in arguments.tasks:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder: expected a folder with one sub-folder of images a class")
+    task2vec = _task2vec(arguments)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name, folder in zip(names, arguments.tasks, strict=True):
+        path = arguments.output / f"{name}.safetensors"
+        if path.exists() and not arguments.overwrite:
+            if Embedding.load(path).fingerprint != task2vec.fingerprint():
+                raise ValueError(f"{path} was made with other settings: pass --overwrite, or another --output")
+            console.print(f"{name}: already in {path}", markup=False)
+            continue
+        embedding = task2vec.embed(folder, name=name, skip_unreadable=arguments.skip_unreadable)
+        embedding.save(path)
+        skipped = embedding.meta["skipped_images"]
+        note = f", {len(skipped)} unreadable left out: {', '.join(skipped[:3])}" if skipped else ""
+        seconds = sum(embedding.meta["seconds"].values())
+        console.print(
+            f"{name}: {embedding.num_examples} images, {len(embedding.meta['classes'])} classes, {seconds:.1f} s{note} "
+            f"-> {path}",
+            markup=False,
+        )
+    return 0
+
+
+def _distance(arguments: argparse.Namespace) -> int:
+    from .distance import pdist
+    from .embedding import Embedding
+
+    paths = []
+    for path in arguments.embeddings:
+        paths += sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if len(paths) < 2:
+        raise ValueError(f"distances need at least two embeddings, found {len(paths)}")
+    embeddings = [Embedding.load(path) for path in paths]
+    names = [str(e.meta.get("task") or path.stem) for e, path in zip(embeddings, paths, strict=True)]
+    distances = pdist(embeddings, metric=arguments.metric)
+    table = Table("task", "nearest", arguments.metric)
+    for i, name in enumerate(names):
+        others = distances[i].copy()
+        others[i] = float("inf")
+        j = int(others.argmin())
+        table.add_row(Text(name), Text(names[j]), f"{distances[i, j]:.4g}")
+    console.print(table)
+    if arguments.csv:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["task", *names])
+            for name, row in zip(names, distances, strict=True):
+                writer.writerow([name, *(repr(float(d)) for d in row)])
+        console.print(f"distances -> {arguments.csv}", markup=False)
+    if arguments.plot:
+        from .plot import heatmap
+
+        heatmap(distances, names, arguments.plot)
+        console.print(f"heat map -> {arguments.plot}", markup=False)
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from . import demo
+
+    options = {} if arguments.images is None else {"images_per_task": arguments.images}
+    demo.run_demo(arguments.output, _task2vec(arguments), demo.demo_tasks(seed=arguments.seed, **options))
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    console.print(f"t2v-fast {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads", markup=False)
+    for name, status in ops.backend_status().items():
+        console.print(f"  {name}: {status}", markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
