@@ -1,0 +1,119 @@
+"""Embeddings: validation, files that survive, fingerprints."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from t2v_fast.embedding import Embedding, FingerprintMismatch, check_comparable, stack
+
+
+def make(task: str = "a", seed: int = 0, **changes) -> Embedding:
+    h = np.random.default_rng(seed).random(5)
+    options = {
+        "hessian": h,
+        "scale": np.ones(5),
+        "standard_error": h / 10,
+        "layers": (("stem.weight", 0, 2), ("block.weight", 2, 5)),
+        "num_examples": 7,
+        "meta": {"task": task, "seconds": {"fisher": 0.5}},
+        "fingerprint": {"probe": "p", "preprocessing": {"crop": 224}},
+    }
+    return Embedding(**{**options, **changes})
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    e = make()
+    e.save(tmp_path / "a.safetensors")
+    back = Embedding.load(tmp_path / "a.safetensors")
+    for name in ("hessian", "scale", "standard_error"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(e, name))
+    for name in ("layers", "num_examples", "meta", "fingerprint", "fingerprint_id", "norm"):
+        assert getattr(back, name) == getattr(e, name)
+    without = make(standard_error=None)
+    without.save(tmp_path / "a.safetensors")
+    assert Embedding.load(tmp_path / "a.safetensors").standard_error is None
+
+
+def test_layers_and_repr() -> None:
+    e = make()
+    assert e.layer_names == ["stem.weight", "block.weight"]
+    np.testing.assert_array_equal(e.layer("block.weight"), e.hessian[2:])
+    with pytest.raises(KeyError, match=r"no layer 'x'; there are stem\.weight, block\.weight"):
+        e.layer("x")
+    assert "'a', 5 entries in 2 layers, 7 examples" in repr(e)
+    assert len(e) == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hessian": np.ones((5, 1))}, r"hessian has shape \(5, 1\)"),
+        ({"scale": np.ones(4)}, r"scale has shape \(4,\), expected one axis of 5"),
+        ({"hessian": np.array([1, 2, np.nan, 1, 1])}, r"hessian\[2\] is nan"),
+        ({"standard_error": np.array([1, -2, 1, 1, 1])}, r"standard_error\[1\] is -2"),
+        ({"layers": (("a", 0, 2), ("b", 3, 5))}, r"layer 'b' covers \[3, 5\), expected a start at 2"),
+        ({"layers": (("a", 0, 4),)}, "the layers cover 4 entries, but the embedding has 5"),
+    ],
+)
+def test_bad_embeddings(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_the_old_file_survives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, where: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    make("old").save(path)
+
+    def fail(*_: object) -> None:
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, where, fail)
+        with pytest.raises(type(failure)):
+            make("new").save(path)
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+    assert Embedding.load(path).meta["task"] == "old"
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(FileNotFoundError):
+        Embedding.load(path)
+    path.write_bytes(b"a pickle, perhaps")
+    with pytest.raises(ValueError, match=r"x\.safetensors is no embedding: it is not a complete safetensors file"):
+        Embedding.load(path)
+    safetensors.numpy.save_file({"w": np.ones(3)}, path)
+    with pytest.raises(ValueError, match="but no embedding"):
+        Embedding.load(path)
+    make().save(path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        Embedding.load(path)
+    header = {"format": "t2v-fast embedding", "version": "2"}
+    safetensors.numpy.save_file({"hessian": np.ones(3)}, path, metadata=header)
+    with pytest.raises(ValueError, match="format version 2: upgrade"):
+        Embedding.load(path)
+    safetensors.numpy.save_file({"hessian": np.ones(3)}, path, metadata={**header, "version": "1"})
+    with pytest.raises(ValueError, match="damaged embedding"):
+        Embedding.load(path)
+
+
+def test_only_comparable_embeddings_are_stacked() -> None:
+    a, b = make("a", 0), make("b", 1)
+    assert stack([a, b]).shape == (2, 5)
+    check_comparable([])
+    other = make("c", fingerprint={"probe": "q", "preprocessing": {"crop": 224}})
+    with pytest.raises(FingerprintMismatch, match=r"0 \('a'\) and 2 \('c'\).*probe \('p' against 'q'\)"):
+        stack([a, b, other])
+    with pytest.raises(FingerprintMismatch, match="the layers"):
+        stack([a, make(layers=(("stem.weight", 0, 5),))])
