@@ -1,7 +1,29 @@
 """t2v-fast: exact diagonal Fisher information and Task2Vec embeddings, fast."""
 
-from . import ops
-from .fisher import FisherDiagonal, FisherRecorder, SelfCheckError, UnsupportedError, fisher
+from . import distance, ops
+from .data import DataError, TaskData
+from .embedding import Embedding, FingerprintMismatch
+from .fisher import FisherDiagonal, SelfCheckError, fisher
+from .graph import UnsupportedError
+from .probe import Preprocessing, Probe, load_probe
+from .recorder import FisherRecorder
+from .task2vec import Task2Vec
 
 __version__ = "0.1.0"
-__all__ = ["FisherDiagonal", "FisherRecorder", "SelfCheckError", "UnsupportedError", "fisher", "ops"]
+__all__ = [
+    "DataError",
+    "Embedding",
+    "FingerprintMismatch",
+    "FisherDiagonal",
+    "FisherRecorder",
+    "Preprocessing",
+    "Probe",
+    "SelfCheckError",
+    "Task2Vec",
+    "TaskData",
+    "UnsupportedError",
+    "distance",
+    "fisher",
+    "load_probe",
+    "ops",
+]

