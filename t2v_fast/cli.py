@@ -6,6 +6,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,9 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, ops
+from . import __version__, demo, ops, plot
 from .cotangents import ESTIMATORS
+from .distance import METRICS, pdist
+from .embedding import Embedding
 from .fisher import BATCH_MEAN
+from .probe import load_probe
+from .task2vec import Task2Vec
 
 console = Console(highlight=False)
 
@@ -52,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     distance = commands.add_parser("distance", help="distances between stored embeddings")
     distance.add_argument("embeddings", nargs="+", type=Path, metavar="FILE", help="files, or folders of them")
-    distance.add_argument("--metric", default="cosine")
+    distance.add_argument("--metric", default="cosine", choices=METRICS)
     distance.add_argument("--csv", type=Path, help="write the matrix here")
     distance.add_argument("--plot", type=Path, help="write a clustered heat map here (PNG)")
     distance.set_defaults(run=_distance)
@@ -61,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=Path, default=Path("demo"))
     demo.add_argument("--images", type=int, default=None, help="images a task (default: what fits the demo's minutes)")
     _pipeline_options(demo)
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, size=96)  # glyphs hold no finer detail, and 224 would take five times as long
 
     info = commands.add_parser("info", help="versions, and which backends run here or why not")
     info.set_defaults(run=_info)
@@ -76,6 +81,9 @@ def _pipeline_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weights", default="default", help="default, none (random), or a weights file")
     parser.add_argument("--head", default=None, help="name of the probe's last linear layer, where it is not found")
+    parser.add_argument(
+        "--size", type=int, default=None, help="side of the images in pixels (default: as the probe was trained)"
+    )
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--estimator", default="deflated", choices=[*ESTIMATORS, BATCH_MEAN])
     parser.add_argument("--samples", type=int, default=2, help="cotangents an image (default: %(default)s)")
@@ -85,13 +93,12 @@ def _pipeline_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def _task2vec(arguments: argparse.Namespace, **options):
-    from .probe import load_probe
-    from .task2vec import Task2Vec
-
+def _task2vec(arguments: argparse.Namespace) -> Task2Vec:
     if arguments.device is not None and torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"--device {arguments.device}: this torch sees no CUDA device")
-    probe = load_probe(arguments.probe, weights=arguments.weights, head=arguments.head, **options)
+    probe = load_probe(arguments.probe, weights=arguments.weights, head=arguments.head)
+    if arguments.size is not None:
+        probe.preprocessing = replace(probe.preprocessing, resize=arguments.size, crop=arguments.size)
     return Task2Vec(
         probe,
         estimator=arguments.estimator,
@@ -105,8 +112,6 @@ def _task2vec(arguments: argparse.Namespace, **options):
 
 
 def _embed(arguments: argparse.Namespace) -> int:
-    from .embedding import Embedding
-
     names = [folder.resolve().name for folder in arguments.tasks]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two tasks are called {sorted(twice)[0]!r}: their embeddings would have one file name")
@@ -136,9 +141,6 @@ def _embed(arguments: argparse.Namespace) -> int:
 
 
 def _distance(arguments: argparse.Namespace) -> int:
-    from .distance import pdist
-    from .embedding import Embedding
-
     paths = []
     for path in arguments.embeddings:
         paths += sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
@@ -162,16 +164,12 @@ def _distance(arguments: argparse.Namespace) -> int:
                 writer.writerow([name, *(repr(float(d)) for d in row)])
         console.print(f"distances -> {arguments.csv}", markup=False)
     if arguments.plot:
-        from .plot import heatmap
-
-        heatmap(distances, names, arguments.plot)
+        plot.heatmap(distances, names, arguments.plot)
         console.print(f"heat map -> {arguments.plot}", markup=False)
     return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from . import demo
-
     options = {} if arguments.images is None else {"images_per_task": arguments.images}
     demo.run_demo(arguments.output, _task2vec(arguments), demo.demo_tasks(seed=arguments.seed, **options))
     return 0

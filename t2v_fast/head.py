@@ -134,13 +134,16 @@ def _lbfgs(
     max_iterations: int,
     tolerance: float,
 ) -> tuple[Tensor, Tensor, int, bool]:
-    # The same objective in other variables, v = w * scale on centred features, whose Hessian has a diagonal near one:
-    # features of a network differ in spread by orders of magnitude, and many are constant.
+    # The same objective in other variables: W = V diag(1 / scale) B^T, with B the principal axes of the weighted
+    # features. The best W lies in their span (a part outside it only adds to the penalty), and there the Hessian of V
+    # is near a multiple of the identity, while raw features of a network differ in spread by orders of magnitude.
     mean = (a[:, None] * x).sum(0)
     centred = x - mean
-    scale = ((a[:, None] * centred.square()).sum(0) / 4 + weight_decay).sqrt().clamp_min(1e-12)
-    scaled = centred / scale
-    v = torch.zeros(num_classes, x.shape[1], dtype=torch.float64, requires_grad=True)
+    _, spread, axes = torch.linalg.svd(a.sqrt()[:, None] * centred, full_matrices=False)
+    kept = spread > spread[0] * 1e-10
+    axes, scale = axes[kept], (spread[kept].square() / 4 + weight_decay).sqrt()
+    scaled = centred @ axes.T / scale  # [N, r]
+    v = torch.zeros(num_classes, len(scale), dtype=torch.float64, requires_grad=True)
     b = torch.zeros(num_classes, dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS(
         [v, b],
@@ -172,7 +175,7 @@ def _lbfgs(
             f"expected {tolerance:.0e}; raise max_iterations or weight_decay",
             stacklevel=3,
         )
-    weight = (v / scale).detach()
+    weight = (v / scale).detach() @ axes
     return weight, b.detach() - weight @ mean, iterations, converged
 
 
