@@ -50,25 +50,30 @@ def heatmap(
         )
     condensed = squareform(distances, checks=False)
     tree = optimal_leaf_ordering(linkage(condensed, "average"), condensed)
-    cell = max(0.28, min(0.42, 9 / t))  # inches
-    side = cell * t
-    figure = Figure(figsize=(side + 5.2, side + 3.0), dpi=DPI, layout="constrained")
-    branches, axes = figure.subplots(1, 2, width_ratios=[1.1, side])
+    # Everything is placed in inches: automatic layouts keep neither the tree's leaves on the map's rows nor long names.
+    side = t * max(0.28, min(0.42, 9 / t))
+    names_width = 0.2 + 0.075 * max(map(len, names))
+    left, bottom = 1.3, 0.2 + 0.9 * names_width
+    width, height = left + side + names_width + 1.0, bottom + side + 0.95
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    branches = figure.add_axes((0.1 / width, bottom / height, (left - 0.15) / width, side / height))
+    axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+    scale = figure.add_axes(((width - 0.75) / width, (bottom + 0.2 * side) / height, 0.2 / width, 0.6 * side / height))
     order = dendrogram(
         tree, ax=branches, orientation="left", no_labels=True, color_threshold=0, above_threshold_color="#777777"
     )["leaves"]
-    branches.invert_yaxis()  # the first leaf on top, as the first row of the map
+    branches.set_ylim(10 * t, 0)  # leaves are 10 apart; the first on top, as the first row of the map
     branches.set_axis_off()
-    image = axes.imshow(distances[np.ix_(order, order)], cmap="viridis", aspect="equal")
+    image = axes.imshow(distances[np.ix_(order, order)], cmap="viridis", aspect="auto")
     axes.set_xticks(range(t), [names[k] for k in order], rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(range(t), [names[k] for k in order], fontsize=8)
     axes.yaxis.tick_right()
     axes.tick_params(length=0)
-    figure.colorbar(image, ax=axes, label=label, shrink=0.6, pad=0.02, location="right")
+    figure.colorbar(image, cax=scale, label=label)
     if families is not None:
         _colour_names(axes, [families[k] for k in order])
     if title:
-        figure.suptitle(title, fontsize=11)
+        axes.text(0.5, 1 + 0.62 / side, title, transform=axes.transAxes, ha="center", va="bottom", fontsize=11)
     _write(figure, path)
 
 
@@ -83,7 +88,14 @@ def _colour_names(axes, families: Sequence[str]) -> None:
     ]:
         tick.set_color(colours[family])
     handles = [Line2D([], [], marker="s", linestyle="", color=colours[kind], label=kind) for kind in kinds]
-    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.01), ncols=3, frameon=False, fontsize=8)
+    axes.legend(
+        handles=handles,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1),
+        ncols=len(kinds) if len(kinds) < 6 else 4,
+        frameon=False,
+        fontsize=8,
+    )
 
 
 def contact_sheet(

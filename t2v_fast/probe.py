@@ -52,11 +52,11 @@ class Preprocessing:
         pixels = _rgb(image).float()  # [3, H, W], 0 to 255
         h, w = pixels.shape[1:]
         shorter = min(h, w)
-        size = [max(self.resize, round(s * self.resize / shorter)) for s in (h, w)]
+        size = [max(self.resize, int(s * self.resize / shorter)) for s in (h, w)]
         if size != [h, w]:
             pixels = F.interpolate(pixels[None], size, mode=self.interpolation, align_corners=False, antialias=True)[0]
             pixels = pixels.clamp(0, 255)  # bicubic overshoots
-        top, left = (size[0] - self.crop) // 2, (size[1] - self.crop) // 2
+        top, left = (round((s - self.crop) / 2) for s in size)
         pixels = pixels[:, top : top + self.crop, left : left + self.crop] / 255
         return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
@@ -109,14 +109,8 @@ class Probe:
         self.network = network.eval()
         self.preprocessing = preprocessing or Preprocessing()
         self.name = name or type(network).__name__
-        self.head = _find_head(self.network, self.preprocessing.crop) if head is None else head
-        layer = dict(network.named_modules()).get(self.head)
-        if not isinstance(layer, nn.Linear):
-            raise ValueError(
-                f"head {self.head!r} is {'no part of the network' if layer is None else type(layer).__name__}, "
-                f"expected one of its linear layers: {_linear_names(network)}"
-            )
-        self.feature_dim = layer.in_features
+        self.head = _find_head(self.network, self.preprocessing.crop, head)
+        self.feature_dim = network.get_submodule(self.head).in_features
         self._fingerprint: str | None = None
 
     @contextmanager
@@ -136,7 +130,7 @@ class Probe:
         if list(features.shape) != [len(images), self.feature_dim]:
             raise ValueError(
                 f"the features before head {self.head!r} are {list(features.shape)}, expected "
-                f"[{len(images)}, {self.feature_dim}]: the network changes them after the head"
+                f"[{len(images)}, {self.feature_dim}]: a probe has one feature vector an image"
             )
         return features
 
@@ -168,35 +162,34 @@ class Probe:
         return self._fingerprint
 
 
-def _linear_names(network: nn.Module) -> str:
-    return ", ".join(name for name, m in network.named_modules() if isinstance(m, nn.Linear)) or "there is none"
-
-
-def _find_head(network: nn.Module, size: int) -> str:
-    """The name of the linear layer whose output is the network's output."""
-    last: list[tuple[str, Tensor]] = []
-
-    def record(name: str, module: nn.Module) -> Any:
-        return module.register_forward_hook(lambda m, i, output: last.append((name, output)))
-
-    leaves = [(name, m) for name, m in network.named_modules() if not list(m.children())]
-    handles = [record(name, m) for name, m in leaves]
+def _find_head(network: nn.Module, size: int, name: str | None) -> str:
+    """The name of the linear layer whose output is the network's output, or a check that ``name`` is its name."""
+    leaves = {key: m for key, m in network.named_modules() if not list(m.children())}
+    linear = ", ".join(key for key, m in leaves.items() if isinstance(m, nn.Linear)) or "there is none"
+    if name is not None and not isinstance(leaves.get(name), nn.Linear):
+        kind = type(leaves[name]).__name__ if name in leaves else "no layer of the network"
+        raise ValueError(f"head {name!r} is {kind}, expected one of the linear layers: {linear}")
+    outputs: list[tuple[str, Tensor]] = []
+    handles = [
+        m.register_forward_hook(lambda m, i, output, key=key: outputs.append((key, output)))
+        for key, m in leaves.items()
+    ]
     parameter = next(network.parameters(), torch.empty(0))
     try:
         with torch.no_grad():
-            output = network(torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device))
+            result = network(torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device))
     finally:
         for handle in handles:
             handle.remove()
-    modules = dict(leaves)
-    for name, value in reversed(last):
-        same = isinstance(value, Tensor) and isinstance(output, Tensor) and value.data_ptr() == output.data_ptr()
-        if same and value.shape == output.shape and isinstance(modules[name], nn.Linear):
-            return name
-    end = f"{last[-1][0]!r} ({type(modules[last[-1][0]]).__name__})" if last else "no module"
+    for key, output in reversed(outputs):
+        is_result = isinstance(output, Tensor) and isinstance(result, Tensor) and output.data_ptr() == result.data_ptr()
+        if is_result and output.shape == result.shape and isinstance(leaves[key], nn.Linear) and name in (None, key):
+            return key
+    end = f"{outputs[-1][0]!r} ({type(leaves[outputs[-1][0]]).__name__})" if outputs else "no layer"
+    what = "no head was found" if name is None else f"{name!r} is no head"
     raise ValueError(
-        f"no head was found in {type(network).__name__}: no linear layer gives its output, which comes after {end}. "
-        f"Pass head=NAME with one of its linear layers: {_linear_names(network)}"
+        f"{what} in {type(network).__name__}: its output must be that of a linear layer, but comes after {end}. "
+        f"Wrap the network so that it ends with a linear layer; it has {linear}"
     )
 
 

@@ -1,0 +1,136 @@
+"""The whole pipeline on a small probe, against the same steps written out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracle import per_example_squares, reduce, relative_error
+from small import PREPROCESSING, shapes, small_probe, write_folder
+from torch import nn
+
+from t2v_fast import DataError, Embedding, FingerprintMismatch, Task2Vec, TaskData, distance
+from t2v_fast.cotangents import cotangents
+from t2v_fast.head import fit_head
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_embed_is_features_head_fisher(balanced: bool) -> None:
+    images, labels = shapes(20)
+    keep = np.r_[0:12, 13, 16]  # classes of unequal size
+    images, labels = images[keep], labels[keep]
+    probe = small_probe()
+    embedding = Task2Vec(probe, estimator="exact", balanced=balanced, batch_size=5).embed((images, labels), name="t")
+
+    x, y = torch.stack([PREPROCESSING(i) for i in images]), torch.from_numpy(labels)
+    counts = torch.bincount(y).double()
+    w = (1 / counts[y] if balanced else torch.ones(len(y))).double()
+    w = w / w.sum()
+    network = small_probe().network
+    features = network[:7](x).detach()
+    network[7] = fit_head(features, y, num_classes=3, weights=w).linear
+    network, x = network.double(), x.double()
+    with torch.no_grad():
+        u = cotangents(network(x), "exact")
+    squares = per_example_squares(network, x, u)
+    want = torch.cat([torch.tensordot(w, reduce(squares[f"{k}.weight"], "filter"), 1) for k in (0, 1, 3)])
+    assert relative_error(torch.from_numpy(embedding.hessian), want) < 1e-4
+    assert embedding.layer_names == ["0.weight", "1.weight", "3.weight"]
+    assert len(embedding) == 6 + 6 + 8
+    assert embedding.num_examples == 14
+    assert (embedding.scale == 1).all()
+    assert embedding.standard_error is not None
+    assert embedding.meta["task"] == "t"
+    assert embedding.meta["classes"] == ["0", "1", "2"]
+
+
+def test_related_tasks_are_near() -> None:
+    task2vec = Task2Vec(small_probe())
+    same, other = [task2vec.embed(shapes(60, seed=s)) for s in (0, 1)], task2vec.embed(shapes(60, 2, seed=2))
+    d = distance.pdist([*same, other])
+    assert d[0, 1] < d[0, 2]
+    assert d[0, 1] < d[1, 2]
+
+
+def test_seeds_files_and_fingerprints(tmp_path: Path) -> None:
+    task = shapes()
+    a = Task2Vec(small_probe(), seed=1).embed(task)
+    assert np.array_equal(a.hessian, Task2Vec(small_probe(), seed=1, batch_size=32).embed(task).hessian)
+    a.save(tmp_path / "a.safetensors")
+    back = Embedding.load(tmp_path / "a.safetensors")
+    assert distance.pdist([a, back])[0, 1] == 0
+    comparable = Task2Vec(small_probe(), estimator="hutchinson", seed=5).embed(task)
+    assert distance.pdist([a, comparable])[0, 1] < 0.5
+    for other in (
+        Task2Vec(small_probe(seed=3)),
+        Task2Vec(small_probe(), estimator="batch_mean"),
+        Task2Vec(small_probe(), balanced=False),
+        Task2Vec(small_probe(), head="adam", head_options={"epochs": 1, "draws": 100}),
+    ):
+        with pytest.raises(FingerprintMismatch):
+            distance.pdist([a, other.embed(task)])
+
+
+def test_multilabel_tasks() -> None:
+    images, labels = shapes(30)
+    targets = np.stack([labels == 0, labels > 0], 1).astype(np.int64)
+    e = Task2Vec(small_probe(), task_type="multilabel").embed((images, targets))
+    assert e.meta["classes"] == ["0", "1"]
+    assert e.hessian.sum() > 0
+
+
+@pytest.mark.parametrize("estimator", ["exact", "hutchinson", "monte_carlo", "empirical", "batch_mean"])
+def test_every_estimator(estimator: str) -> None:
+    e = Task2Vec(small_probe(), estimator=estimator, batch_size=7).embed(shapes())
+    assert e.meta["estimator"] == estimator
+    assert np.isfinite(e.hessian).all()
+    assert e.hessian.sum() > 0
+
+
+def test_a_bare_network_is_a_probe() -> None:
+    network = small_probe().network
+    e = Task2Vec(network).embed((torch.randn(12, 3, 12, 12), torch.arange(12) % 2))
+    assert e.fingerprint["probe"] == "Sequential"
+
+
+def test_the_probe_is_left_as_it_was() -> None:
+    probe = small_probe()
+    head, before = probe.network[7], {k: v.clone() for k, v in probe.network.state_dict().items()}
+    Task2Vec(probe).embed(shapes())
+    assert probe.network[7] is head
+    for key, value in probe.network.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_unreadable_images_are_reported(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "task", *shapes())
+    (folder / "class 2" / "002.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"task 'task': .*002\.png cannot be read"):
+        Task2Vec(small_probe()).embed(folder)
+    e = Task2Vec(small_probe()).embed(folder, skip_unreadable=True)
+    assert e.num_examples == 23
+    assert [Path(p).name for p in e.meta["skipped_images"]] == ["002.png"]
+    assert e.meta["classes"] == ["class 0", "class 1", "class 2"]
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="unknown task_type 'regression'"):
+        Task2Vec(small_probe(), task_type="regression")
+    with pytest.raises(ValueError, match="unknown estimator"):
+        Task2Vec(small_probe(), estimator="best")
+    with pytest.raises(ValueError, match="no head was found"):
+        Task2Vec(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten()))
+    with pytest.raises(DataError, match="one class only"):
+        Task2Vec(small_probe()).embed((shapes()[0], shapes()[1] * 0))
+    probe = small_probe()
+    probe.network.train()
+    with pytest.raises(RuntimeError, match="batch norm in training mode"):
+        Task2Vec(probe).embed(shapes())
+    probe = small_probe()
+    nn.init.constant_(probe.network[3].weight, float("inf"))
+    with pytest.raises(ValueError, match="features of example 0 are not finite"):
+        Task2Vec(probe).embed(shapes())
+    data = TaskData.of(shapes())
+    assert Task2Vec(small_probe()).embed(data).num_examples == 24
