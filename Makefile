@@ -10,7 +10,7 @@ export T2V_FAST_BUILD_DIR := build/torch-$(TORCH)
 REQUIREMENTS := requirements/torch-$(TORCH).txt requirements/common.txt
 BUILD_FILES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test slow lint format bench wheel clean
+.PHONY: setup demo pictures test slow lint format bench wheel clean
 
 setup: $(VENV)/.built
 
@@ -26,6 +26,9 @@ $(VENV)/.built: $(VENV)/.installed $(BUILD_FILES)
 
 demo: setup
 	$(BIN)/t2v-fast demo --output demo
+
+pictures: demo
+	cp demo/heatmap.png demo/tasks.png docs/
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow"

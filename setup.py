@@ -4,6 +4,7 @@ T2V_FAST_CUDA=0|1          leave the CUDA sources out, or insist on them (defaul
 T2V_FAST_REQUIRE_EXT=1     fail instead of installing without the extension where it cannot be compiled
 T2V_FAST_BUILD_DIR=FOLDER  where CMake works (default: build/cmake); kept, so that a second build compiles what changed
 T2V_FAST_SANITIZE=LIST     sanitizers, such as address,undefined
+T2V_FAST_CMAKE=PROGRAM     the cmake to use (default: the environment's own, or the first in PATH)
 """
 
 import os
@@ -60,8 +61,9 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         folder = ROOT / os.environ.get("T2V_FAST_BUILD_DIR", "build/cmake")
         folder.mkdir(parents=True, exist_ok=True)
+        cmake = os.environ.get("T2V_FAST_CMAKE", "cmake")
         configure = [
-            "cmake",
+            cmake,
             "-GNinja",
             f"-S{ROOT}",
             f"-B{folder}",
@@ -74,7 +76,7 @@ class CMakeBuild(build_ext):
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures.replace('.', '')}")
         environment = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
         subprocess.run(configure, check=True, env=environment, stdout=sys.stderr)
-        subprocess.run(["cmake", "--build", str(folder)], check=True, env=environment, stdout=sys.stderr)
+        subprocess.run([cmake, "--build", str(folder)], check=True, env=environment, stdout=sys.stderr)
         built = next(folder.glob("_C*.so"))
         target.parent.mkdir(parents=True, exist_ok=True)
         # A new file, not new contents: a running process may have the old one mapped.

@@ -57,9 +57,12 @@ _backend: contextvars.ContextVar[str] = contextvars.ContextVar("t2v_fast_backend
 def _load_extension() -> str | None:
     """Import the compiled extension, which registers its kernels; return why it is missing, or None."""
     try:
-        importlib.import_module("t2v_fast._C")
+        extension = importlib.import_module("t2v_fast._C")
     except ImportError as error:
         return str(error)
+    built, running = extension.build_info()["torch"], torch.__version__
+    if built.split(".")[:2] != running.split(".")[:2]:
+        return f"it was built for torch {built}, but this is torch {running}: install t2v-fast again"
     return None
 
 

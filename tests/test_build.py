@@ -1,0 +1,105 @@
+"""The build: a wheel that runs elsewhere, and clear words when something is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2v_fast import _C, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(c) for c in command], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_build_info() -> None:
+    info = _C.build_info()
+    assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
+    assert "portable" in info["cpu"]
+    assert _C.cpu_capability() in info["cpu"].split()
+    with pytest.raises(ValueError, match="instruction set 'mmx' is not in this build"):
+        _C.set_cpu_capability("mmx")
+
+
+def test_a_missing_extension_is_explained(tmp_path: Path) -> None:
+    """Without the extension everything runs on the reference ops, and `info` says why."""
+    shutil.copytree(ROOT / "t2v_fast", tmp_path / "t2v_fast", ignore=shutil.ignore_patterns("*.so"))
+    # An editable install would find the extension all the same.
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]; import t2v_fast.cli; "
+    code += "raise SystemExit(t2v_fast.cli.main(['info']))"
+    found = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert found.returncode == 0, found.stderr
+    assert "reference: available" in found.stdout
+    assert "cpu: the compiled extension did not load: No module named 't2v_fast._C'" in found.stdout
+
+
+def test_an_extension_of_another_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "1.0.0")
+    why = ops._load_extension()
+    assert why is not None
+    assert "built for torch" in why
+    assert "install t2v-fast again" in why
+
+
+def setup_py(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    return run(
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-lib",
+        tmp_path,
+        "--build-temp",
+        tmp_path,
+        cwd=ROOT,
+        **environment,
+    )
+
+
+def test_cuda_that_cannot_be_built_is_an_error_only_when_asked_for(tmp_path: Path) -> None:
+    found = setup_py(tmp_path, T2V_FAST_CUDA="maybe")
+    assert found.returncode != 0
+    assert "T2V_FAST_CUDA is 'maybe', expected 0 or 1" in found.stderr
+    if torch.version.cuda is None or not list(ROOT.glob("csrc/cuda/*.cu")):
+        found = setup_py(tmp_path, T2V_FAST_CUDA="1")
+        assert found.returncode != 0
+        assert "T2V_FAST_CUDA=1, but " in found.stderr
+
+
+def test_no_compiler(tmp_path: Path) -> None:
+    (tmp_path / "cmake").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "cmake").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    broken = {"T2V_FAST_CMAKE": str(tmp_path / "cmake"), "PATH": path, "T2V_FAST_BUILD_DIR": str(tmp_path / "build")}
+    found = setup_py(tmp_path / "out", **broken)
+    assert found.returncode == 0, found.stderr
+    assert "built backends: none, the plain torch reference will be used" in found.stderr
+    assert setup_py(tmp_path / "out", **broken, T2V_FAST_REQUIRE_EXT="1").returncode != 0
+
+
+@pytest.mark.slow
+def test_a_wheel_runs_from_another_folder(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip"]
+    built = run(*pip, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, ".", cwd=ROOT)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("t2v_fast-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert "t2v_fast/kernels/__init__.py" in names
+    assert any(name.startswith("t2v_fast/_C.") for name in names)
+    assert not any(name.startswith(("tests/", "bench/", "csrc/")) for name in names)
+    target = tmp_path / "site"
+    assert run(*pip, "install", "--no-deps", "--target", target, wheel, cwd=tmp_path).returncode == 0
+    code = "import t2v_fast, t2v_fast.kernels; print(t2v_fast.__file__, t2v_fast.ops.backend_status()['cpu'])"
+    found = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(target))
+    assert found.stdout.split() == [str(target / "t2v_fast" / "__init__.py"), "available"], found.stderr

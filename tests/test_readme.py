@@ -1,0 +1,66 @@
+"""Every example of the README runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from small import shapes, write_folder
+from torch import nn
+
+from t2v_fast import cli
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.conv(x).relu().mean((2, 3)))
+
+
+def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    images, labels = torch.randn(6, 3, 8, 8), torch.arange(6) % 3
+    namespace = {
+        "tasks": {"a": shapes(6), "b": shapes(6, 2)},
+        "model": Model(),
+        "loader": [(images, labels)],
+        "weights": torch.ones(6),
+        "images": images,
+    }
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["D"].shape == (1, 2)
+    assert namespace["q"]["conv.weight"].shape == (6, 4)
+
+
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("flowers", "birds")):
+        write_folder(tmp_path / name, *shapes(6, seed=seed))
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+    assert len(commands) == 3
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "t2v-fast"
+        assert cli.main(arguments) == 0, command
+    assert (tmp_path / "distances.png").exists()
+
+
+def test_targets_and_links() -> None:
+    root = Path(__file__).resolve().parent.parent
+    makefile = (root / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (root / link).exists(), link
