@@ -33,9 +33,11 @@ inline void check_accumulator(const char* op, const at::Tensor& out, at::IntArra
                     sum_type(g));
 }
 
-inline void check_path(const char* op, c10::string_view path) {
-  TORCH_CHECK_VALUE(path == "auto" || path == "explicit" || path == "gram", op, ": path '", path,
-                    "' is none of auto, explicit, gram");
+inline void check_path(const char* op, c10::string_view path, std::initializer_list<const char*> allowed) {
+  for (const char* name : allowed)
+    if (path == name) return;
+  TORCH_CHECK_VALUE(false, op, ": path '", path, "' is none of ",
+                    c10::Join(", ", std::vector<std::string>(allowed.begin(), allowed.end())));
 }
 
 inline ConvGeometry check_conv(const char* op, const at::Tensor& x, const at::Tensor& g, at::IntArrayRef kernel,

@@ -36,7 +36,8 @@ from . import reference
 log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "cpu")
-PATHS = ("auto", "explicit", "gram")
+CONV_PATHS = ("auto", "explicit", "gram", "winograd")
+OUTER_PATHS = ("auto", "explicit", "gram")
 
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 SCHEMAS = {
@@ -147,7 +148,7 @@ def _check_accumulator(name: str, out: Tensor, shape: Sequence[int], g: Tensor, 
 
 def _check_outer(name: str, x: Tensor, g: Tensor, path: str = "auto") -> None:
     _check_floating(name, x=x, g=g)
-    _require(path in PATHS, name, f"path {path!r} is none of {', '.join(PATHS)}")
+    _require(path in OUTER_PATHS, name, f"path {path!r} is none of {', '.join(OUTER_PATHS)}")
     _require(
         x.dim() == 3 and g.dim() == 3 and x.shape[1] == g.shape[1],
         name,
@@ -170,6 +171,11 @@ def conv_output_size(
     ]
 
 
+def winograd_fits(kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
+    """Whether the ``"winograd"`` path of :func:`sq_conv` can do a convolution of this geometry."""
+    return tuple(kernel_size) == (3, 3) and {*stride, *dilation, groups} == {1}
+
+
 def _check_conv(
     name: str,
     x: Tensor,
@@ -182,7 +188,7 @@ def _check_conv(
     path: str = "auto",
 ) -> None:
     _check_floating(name, x=x, g=g)
-    _require(path in PATHS, name, f"path {path!r} is none of {', '.join(PATHS)}")
+    _require(path in CONV_PATHS, name, f"path {path!r} is none of {', '.join(CONV_PATHS)}")
     _require(
         x.dim() == 4 and g.dim() == 4,
         name,
@@ -207,6 +213,11 @@ def _check_conv(
         list(g.shape[2:]) == expected and min(expected) >= 1,
         name,
         f"g is {_shape(g)} but x {_shape(x)} with {geometry} gives spatial size {expected}",
+    )
+    _require(
+        path != "winograd" or winograd_fits(kernel_size, stride, dilation, groups),
+        name,
+        f"path 'winograd' is for 3x3 kernels of stride 1, dilation 1 and one group, got {geometry}",
     )
     _check_rows(name, "x", x, g)
 
@@ -282,7 +293,8 @@ def sq_conv(
 
     x [N, C, H, W], g [M, O, Ho, Wo] -> q [M, O]. Zero padding. ``path``: ``"explicit"`` forms each gradient in tiles,
     2 P O C/groups kh kw flops for P = Ho Wo; ``"gram"`` evaluates g_o^T K g_o with the patches' Gram matrix K
-    (P x P), taken from the pixels' autocorrelation. Raises ValueError with the shapes given and expected.
+    (P x P), taken from the pixels' autocorrelation; ``"winograd"`` (3x3, stride 1) is explicit by F(3x3, 4x4), with a
+    quarter of the multiplications. Raises ValueError with the shapes given and expected.
     """
     _check_conv("sq_conv", x, g, kernel_size, stride, padding, dilation, groups, path)
     return _call("sq_conv", x, g, kernel_size, stride, padding, dilation, groups, path)

@@ -152,6 +152,12 @@ def check(
         assert_close(out, want, dtype, terms)
 
 
+def conv_paths(case: ConvCase) -> list[str]:
+    kernel, stride, _, dilation, groups = case.geometry
+    fits = ops.winograd_fits(kernel, stride, dilation, groups)
+    return [path for path in ops.CONV_PATHS if path != "winograd" or fits]
+
+
 LAYOUTS = ["contiguous", "channels_last", "sliced"]
 
 
@@ -164,7 +170,7 @@ def test_sq_conv(case: ConvCase, dtype: torch.dtype, name: str) -> None:
         g = guarded((case.n * case.cotangents, case.o, *case.out_size), dtype, 2, LAYOUTS[(k + 1) % 3])
         gradients = conv_gradients(case, x, g)
         terms = case.out_size[0] * case.out_size[1]
-        for path in ops.PATHS:
+        for path in conv_paths(case):
             check(
                 name,
                 dtype,
@@ -183,7 +189,7 @@ def test_sq_outer(case: OuterCase, dtype: torch.dtype, name: str) -> None:
         x = guarded((case.n, case.s, case.i), dtype, 1, layout)
         g = guarded((case.n * case.cotangents, case.s, case.o), dtype, 2, layout)
         gradients = outer_gradients(x, g)
-        for path in ops.PATHS:
+        for path in ops.OUTER_PATHS:
             check(
                 name,
                 dtype,
@@ -253,7 +259,7 @@ def test_expanded_inputs(name: str) -> None:
     case = ConvCase("expanded", 3, 4, (6, 5), 7)
     x, g = torch.randn(3, 4, 6, 5), torch.randn(3, 7, 1, 1).expand(3, 7, 6, 5)
     with variant(name):
-        for path in ops.PATHS:
+        for path in conv_paths(case):
             assert_close(ops.sq_conv(x, g, *case.geometry, path), filter_sums(conv_gradients(case, x, g)), x.dtype, 30)
         g = torch.randn(3, 1, 4).expand(3, 5, 4)
         assert_close(ops.sq_prod(g), g.double().sum(1).square(), g.dtype, 5)
@@ -273,7 +279,7 @@ def test_thread_counts_change_nothing(name: str) -> None:
                     g = guarded((case.n * case.cotangents, case.o, *case.out_size), torch.float32, 2)
                     out = torch.zeros(case.o, case.c // case.groups, *case.kernel)
                     ops.sq_conv_acc_(out, x, g, torch.ones(len(g)), *case.geometry[1:])
-                    found += [ops.sq_conv(x, g, *case.geometry, path) for path in ops.PATHS] + [out]
+                    found += [ops.sq_conv(x, g, *case.geometry, path) for path in conv_paths(case)] + [out]
             results.append(found)
     finally:
         torch.set_num_threads(before)
@@ -295,7 +301,7 @@ def test_plain_torch_is_no_more_accurate() -> None:
     errors = {}
     for name in VARIANTS:
         with variant(name):
-            for path in ("explicit", "gram"):
+            for path in ("explicit", "gram", "winograd"):
                 errors[name, path] = error(ops.sq_conv(x, g, *case.geometry, path))
     floor = 4 * torch.finfo(torch.float32).eps
     for key, value in errors.items():
@@ -337,7 +343,15 @@ BAD = {
     "conv_groups": (lambda o: o.sq_conv(X, G, (3, 3), (1, 1), (1, 1), (1, 1), 3), "groups 3 must divide the 4 input"),
     "conv_stride": (lambda o: o.sq_conv(X, G, (3, 3), (0, 1), (1, 1), (1, 1), 1), "positive sizes"),
     "conv_rows": (lambda o: o.sq_conv(X, G[:1], *SAME), "g has 1 rows, expected a multiple of the 2 examples"),
-    "conv_path": (lambda o: o.sq_conv(X, G, *SAME, "fast"), "path 'fast' is none of auto, explicit, gram"),
+    "conv_path": (lambda o: o.sq_conv(X, G, *SAME, "fast"), "path 'fast' is none of auto, explicit, gram, winograd"),
+    "conv_winograd": (
+        lambda o: o.sq_conv(X, G[:, :, :3, :3], (3, 3), (2, 2), (1, 1), (1, 1), 1, "winograd"),
+        "path 'winograd' is for 3x3 kernels of stride 1",
+    ),
+    "outer_path": (
+        lambda o: o.sq_outer(torch.ones(2, 3, 4), torch.ones(2, 3, 4), "winograd"),
+        "path 'winograd' is none",
+    ),
     "conv_kernel": (
         lambda o: o.sq_conv(X, G, (9, 3), (1, 1), (1, 1), (1, 1), 1),
         r"kernel(_size)? \[9, 3\]",

@@ -56,61 +56,87 @@ struct Positions {
   int64_t outer, inner;
   int64_t outer_stride, inner_stride, column_stride;
 
-  int64_t count() const { return outer * inner; }
+  // The same with a single loop, where the strides allow.
+  Positions merged() const {
+    if (outer == 1 || outer_stride != inner * inner_stride) return *this;
+    return {data, 1, outer * inner, 0, inner_stride, column_stride};
+  }
 };
 
-// to[position][i] = from[position, first + i]
+// to[c * to_stride + r] = from[r * row_stride + c] for narrower inputs: blocks are widened first.
 template <class T, class S>
-void pack_panel(T* to, const Positions<S>& from, int64_t first, int height) {
-  for (int64_t y = 0; y < from.outer; ++y) {
-    const S* p = from.data + y * from.outer_stride + first * from.column_stride;
-    for (int64_t z = 0; z < from.inner; ++z, p += from.inner_stride, to += height)
-      for (int i = 0; i < height; ++i) to[i] = static_cast<T>(p[i * from.column_stride]);
-  }
+void transpose(T* to, int64_t to_stride, const S* from, int64_t row_stride, int64_t rows, int64_t columns) {
+  if constexpr (std::is_same_v<S, T>) return kernels<T>().transpose(to, to_stride, from, row_stride, rows, columns);
+  constexpr int64_t height = 16, width = 128;
+  T block[height * width];
+  for (int64_t r = 0; r < rows; r += height)
+    for (int64_t c = 0; c < columns; c += width) {
+      const int64_t h = std::min(height, rows - r), w = std::min(width, columns - c);
+      for (int64_t i = 0; i < h; ++i)
+        for (int64_t j = 0; j < w; ++j) block[i * width + j] = static_cast<T>(from[(r + i) * row_stride + c + j]);
+      kernels<T>().transpose(to + c * to_stride + r, to_stride, block, width, h, w);
+    }
 }
 
 // to[position][c] = from[position, first + c], rows `stride` apart
 template <class T, class S>
-void pack_columns_last(T* to, int64_t stride, const Positions<S>& from, int64_t first, int64_t columns) {
-  constexpr int64_t block = 16;  // columns that are read together, where they are far apart
+void pack_columns_last(T* to, int64_t stride, const Positions<S>& strided, int64_t first, int64_t columns) {
+  const Positions<S> from = strided.merged();
   for (int64_t y = 0; y < from.outer; ++y) {
     const S* row = from.data + y * from.outer_stride + first * from.column_stride;
     T* out = to + y * from.inner * stride;
-    if (from.column_stride == 1) {
-      for (int64_t z = 0; z < from.inner; ++z)
-        for (int64_t c = 0; c < columns; ++c) out[z * stride + c] = static_cast<T>(row[z * from.inner_stride + c]);
+    if (from.inner_stride == 1 && from.column_stride != 1) {
+      transpose(out, stride, row, from.column_stride, columns, from.inner);
       continue;
     }
-    for (int64_t c0 = 0; c0 < columns; c0 += block) {
-      const int64_t end = std::min(c0 + block, columns);
-      for (int64_t z = 0; z < from.inner; ++z)
-        for (int64_t c = c0; c < end; ++c)
-          out[z * stride + c] = static_cast<T>(row[z * from.inner_stride + c * from.column_stride]);
-    }
+    for (int64_t z = 0; z < from.inner; ++z, row += from.inner_stride, out += stride)
+      for (int64_t c = 0; c < columns; ++c) out[c] = static_cast<T>(row[c * from.column_stride]);
   }
 }
 
 // to[c][position] = from[position, first + c], rows `stride` apart
 template <class T, class S>
-void pack_positions_last(T* to, int64_t stride, const Positions<S>& from, int64_t first, int64_t columns) {
-  for (int64_t c = 0; c < columns; ++c)
-    for (int64_t y = 0; y < from.outer; ++y) {
-      const S* p = from.data + y * from.outer_stride + (first + c) * from.column_stride;
-      T* out = to + c * stride + y * from.inner;
-      for (int64_t z = 0; z < from.inner; ++z) out[z] = static_cast<T>(p[z * from.inner_stride]);
+void pack_positions_last(T* to, int64_t stride, const Positions<S>& strided, int64_t first, int64_t columns) {
+  const Positions<S> from = strided.merged();
+  for (int64_t y = 0; y < from.outer; ++y) {
+    const S* row = from.data + y * from.outer_stride + first * from.column_stride;
+    T* out = to + y * from.inner;
+    if (from.column_stride == 1 && from.inner_stride != 1) {
+      transpose(out, stride, row, from.inner_stride, from.inner, columns);
+      continue;
     }
+    for (int64_t c = 0; c < columns; ++c, row += from.column_stride, out += stride)
+      for (int64_t z = 0; z < from.inner; ++z) out[z] = static_cast<T>(row[z * from.inner_stride]);
+  }
 }
 
-// gram[p][p'] = sum_r rows[r][p] rows[r][p'] for p' >= p, from rows [count][stride]; `panel` holds count * max_height.
-template <class T>
-void upper_gram(T* gram, int64_t ld, const T* rows, int64_t stride, int64_t count, int64_t positions, T* panel) {
-  const Kernels<T>& k = kernels<T>();
-  const Positions<T> source{rows, 1, count, 0, stride, 1};
-  for (const FilterTile& tile : filter_tiles(1, positions, k.max_height)) {
-    pack_panel(panel, source, tile.first, tile.height);
-    k.store(gram + tile.first * ld + tile.first, ld, panel, tile.height, {1, count, 0, stride}, rows + tile.first,
-            positions - tile.first);
+// An operand [positions][columns] of one example: the tensor's own memory where it lies so already, or a copy.
+template <class T, class S>
+struct ColumnsLast {
+  const T* data;
+  int64_t stride;
+
+  ColumnsLast(const Positions<S>& strided, int64_t columns, const Scratch<T>& scratch) {
+    const Positions<S> from = strided.merged();
+    if constexpr (std::is_same_v<S, T>)
+      if (from.outer == 1 && from.column_stride == 1) {
+        data = from.data;
+        stride = from.inner_stride;
+        return;
+      }
+    pack_columns_last(scratch.get(), columns, strided, 0, columns);
+    data = scratch.get();
+    stride = columns;
   }
+};
+
+// gram[p][p'] = sum_r rows[r][p] rows[r][p'] for p' >= p, from rows [count][stride].
+template <class T>
+void upper_gram(T* gram, int64_t ld, const T* rows, int64_t stride, int64_t count, int64_t positions) {
+  const Kernels<T>& k = kernels<T>();
+  for (const FilterTile& tile : filter_tiles(1, positions, k.max_height))
+    k.store(gram + tile.first * ld + tile.first, ld, rows + tile.first, tile.height, {1, count, 0, stride, stride},
+            rows + tile.first, positions - tile.first);
 }
 
 // Doubles what is above the diagonal and clears what is below, so that the upper half stands for the whole.
@@ -123,15 +149,17 @@ void fold_symmetric(T* gram, int64_t ld, int64_t positions) {
   }
 }
 
-// q[i] = d_i^T gram d_i for the filters of a tile, gram folded; d [.., positions] of the group and its panel.
+// q[i] = d_i^T gram d_i for `height` filters, gram folded; d both ways round: columns [positions][d_stride], rows
+// [height][positions].
 template <class T>
-void quadratic_form(T* q, const T* gram, int64_t ld, const T* d, int64_t d_ld, const T* panel, int height,
+void quadratic_form(T* q, const T* gram, const T* d_columns, int64_t d_stride, const T* d_rows, int height,
                     int64_t positions) {
   const Kernels<T>& k = kernels<T>();
   const int64_t step = 2 * k.width;
   for (int64_t c = 0; c < positions; c += step) {
     const int64_t rows = std::min(c + step, positions);  // below the diagonal there are zeros
-    k.dot(q, d + c, d_ld, panel, height, {1, rows, 0, ld}, gram + c, std::min(step, positions - c));
+    k.dot(q, d_rows + c, positions, d_columns, height, {1, rows, 0, positions, d_stride}, gram + c,
+          std::min(step, positions - c));
   }
 }
 

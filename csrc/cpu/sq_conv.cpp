@@ -43,73 +43,156 @@ class Conv {
         tiles(filter_tiles(shape.groups, shape.group_filters(), kernels<T>().max_height)) {}
 
   int64_t padded_size() const { return s.padded_height() * s.padded_width() * s.channels; }
-  int64_t panel_size() const { return s.positions() * kernels<T>().max_height; }
+  int64_t cotangent_size() const { return s.positions() * s.filters; }
   int64_t gradient_size() const { return s.kernel_h * s.kernel_w * s.group_channels(); }
   bool depthwise() const { return s.group_channels() == 1 && s.groups > 1; }
 
+  Positions<S> input(int64_t n) const {
+    return {x_.const_data_ptr<S>() + n * x_.stride(0), s.height, s.width, x_.stride(2), x_.stride(3), x_.stride(1)};
+  }
   Positions<S> cotangent(int64_t m) const {
     return {
         g_.const_data_ptr<S>() + m * g_.stride(0), s.out_height, s.out_width, g_.stride(2), g_.stride(3), g_.stride(1)};
   }
 
-  // One example's input, zero-padded, channels last: [padded_height][padded_width][channels].
-  void pad(T* to, int64_t n) const {
-    const S* from = x_.const_data_ptr<S>() + n * x_.stride(0);
-    const int64_t width = s.padded_width();
-    const int64_t left = std::min(s.pad_w, width), right = std::clamp<int64_t>(s.pad_w + s.width, left, width);
-    for (int64_t y = 0; y < s.padded_height(); ++y, to += width * s.channels) {
-      const int64_t row = y - s.pad_h;
-      if (row < 0 || row >= s.height) {
-        std::fill(to, to + width * s.channels, T(0));
+  // Images [height][width][channels] at an offset in a larger image of zeros, `pixel` elements a pixel.
+  static void embed(T* to, int64_t to_height, int64_t to_width, int64_t pixel, const Positions<S>& from, int64_t top,
+                    int64_t left, int64_t channels) {
+    left = std::min(left, to_width);
+    const int64_t right = std::min(left + from.inner, to_width);
+    for (int64_t y = 0; y < to_height; ++y, to += to_width * pixel) {
+      const int64_t row = y - top;
+      if (row < 0 || row >= from.outer) {
+        std::fill(to, to + to_width * pixel, T(0));
         continue;
       }
-      std::fill(to, to + left * s.channels, T(0));
-      pack_columns_last(to + left * s.channels, s.channels,
-                        Positions<S>{from + row * x_.stride(2), 1, right - left, 0, x_.stride(3), x_.stride(1)}, 0,
-                        s.channels);
-      std::fill(to + right * s.channels, to + width * s.channels, T(0));
+      std::fill(to, to + left * pixel, T(0));
+      pack_columns_last(
+          to + left * pixel, pixel,
+          Positions<S>{from.data + row * from.outer_stride, 1, right - left, 0, from.inner_stride, from.column_stride},
+          0, channels);
+      std::fill(to + right * pixel, to + to_width * pixel, T(0));
     }
   }
 
-  Rows window_rows() const {
-    return {s.out_height, s.out_width, s.stride_h * s.padded_width() * s.channels, s.stride_w * s.channels};
+  // One example's input, zero-padded, channels last: [padded_height][padded_width][channels].
+  void pad(T* to, int64_t n) const {
+    embed(to, s.padded_height(), s.padded_width(), s.channels, input(n), s.pad_h, s.pad_w, s.channels);
   }
+
+  Rows window_rows(int64_t g_stride) const {
+    return {s.out_height, s.out_width, s.stride_h * s.padded_width() * s.channels, s.stride_w * s.channels, g_stride};
+  }
+
+  int64_t filter(const FilterTile& tile) const { return tile.group * s.group_filters() + tile.first; }
 
   // q [M, O]
   void explicit_sums(T* q) const {
     parallel_examples(examples, tiles.size(), [&](int64_t n, int64_t first, int64_t last) {
-      const Kernels<T>& k = kernels<T>();
-      const Scratch<T> padded(padded_size()), panel(panel_size());
+      const Scratch<T> padded(padded_size()), scratch(cotangent_size());
       pad(padded.get(), n);
-      for (int64_t m = n; m < rows; m += examples)
-        for (int64_t t = first; t < last; ++t) {
-          const FilterTile& tile = tiles[t];
-          const int64_t filter = tile.group * s.group_filters() + tile.first;
-          pack_panel(panel.get(), cotangent(m), filter, tile.height);
+      for (int64_t m = n; m < rows; m += examples) {
+        const ColumnsLast<T, S> g(cotangent(m), s.filters, scratch);
+        for (int64_t t = first; t < last; ++t)
           for (const Block& block : blocks)
-            k.square_sum(q + m * s.filters + filter, panel.get(), tile.height, window_rows(),
-                         padded.get() + block.offset + tile.group * s.group_channels(), block.columns);
-        }
+            kernels<T>().square_sum(q + m * s.filters + filter(tiles[t]), g.data + filter(tiles[t]), tiles[t].height,
+                                    window_rows(g.stride),
+                                    padded.get() + block.offset + tiles[t].group * s.group_channels(), block.columns);
+      }
     });
   }
 
   // sums [O, kernel_h, kernel_w, C / groups] += sum_m weight[m] G_m^2; each worker owns a share of the filters.
-  void accumulate(T* sums, const T* weight) const {
+  void explicit_accumulate(T* sums, const T* weight) const {
     at::parallel_for(0, tiles.size(), 1, [&](int64_t first, int64_t last) {
-      const Kernels<T>& k = kernels<T>();
-      const Scratch<T> padded(padded_size()), panel(panel_size());
+      const Scratch<T> padded(padded_size()), scratch(cotangent_size());
       for (int64_t n = 0; n < examples; ++n) {
         pad(padded.get(), n);
-        for (int64_t m = n; m < rows; m += examples)
-          for (int64_t t = first; t < last; ++t) {
-            const FilterTile& tile = tiles[t];
-            const int64_t filter = tile.group * s.group_filters() + tile.first;
-            pack_panel(panel.get(), cotangent(m), filter, tile.height);
+        for (int64_t m = n; m < rows; m += examples) {
+          const ColumnsLast<T, S> g(cotangent(m), s.filters, scratch);
+          for (int64_t t = first; t < last; ++t)
             for (const Block& block : blocks)
-              k.square_add(sums + filter * gradient_size() + block.result, gradient_size(), weight[m], panel.get(),
-                           tile.height, window_rows(), padded.get() + block.offset + tile.group * s.group_channels(),
-                           block.columns);
-          }
+              kernels<T>().square_add(sums + filter(tiles[t]) * gradient_size() + block.result, gradient_size(),
+                                      weight[m], g.data + filter(tiles[t]), tiles[t].height, window_rows(g.stride),
+                                      padded.get() + block.offset + tiles[t].group * s.group_channels(), block.columns);
+        }
+      }
+    });
+  }
+
+  bool winograd_fits() const {
+    return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
+           s.dilation_w == 1 && s.groups == 1;
+  }
+
+  // One example in tiles of 4x4 positions, its operands transformed once for all its filters.
+  class WinogradExample {
+   public:
+    explicit WinogradExample(const Conv& conv)
+        : conv_(conv),
+          high_((conv.s.out_height + 3) / 4),
+          wide_((conv.s.out_width + 3) / 4),
+          x_stride_(whole(conv.s.channels)),
+          g_stride_(whole(conv.s.filters)),
+          image_(std::max((4 * high_ + 2) * (4 * wide_ + 2) * x_stride_, 16 * high_ * wide_ * g_stride_)),
+          x_(36 * high_ * wide_ * x_stride_),
+          g_(36 * high_ * wide_ * g_stride_) {}
+
+    void load_input(int64_t n) const {
+      const ConvGeometry& s = conv_.s;
+      embed(image_.get(), 4 * high_ + 2, 4 * wide_ + 2, x_stride_, conv_.input(n), s.pad_h, s.pad_w, s.channels);
+      for_tiles(4 * wide_ + 2, x_stride_, x_, kernels<T>().winograd_input, s.channels);
+    }
+    void load_cotangent(int64_t m) const {
+      const ConvGeometry& s = conv_.s;
+      embed(image_.get(), 4 * high_, 4 * wide_, g_stride_, conv_.cotangent(m), 0, 0, s.filters);
+      for_tiles(4 * wide_, g_stride_, g_, kernels<T>().winograd_cotangent, s.filters);
+    }
+    Winograd<T> operands() const { return {high_ * wide_, x_.get(), x_stride_, g_.get(), g_stride_}; }
+
+   private:
+    static int64_t whole(int64_t count) {
+      const int64_t width = kernels<T>().width;
+      return (count + width - 1) / width * width;
+    }
+    template <class Transform>
+    void for_tiles(int64_t image_width, int64_t pixel, const Scratch<T>& to, Transform transform,
+                   int64_t channels) const {
+      for (int64_t y = 0; y < high_; ++y)
+        for (int64_t x = 0; x < wide_; ++x)
+          transform(to.get() + (y * wide_ + x) * pixel, high_ * wide_ * pixel,
+                    image_.get() + 4 * (y * image_width + x) * pixel, image_width * pixel, pixel, channels);
+    }
+
+    const Conv& conv_;
+    const int64_t high_, wide_, x_stride_, g_stride_;
+    const Scratch<T> image_, x_, g_;
+  };
+
+  void winograd_sums(T* q) const {
+    parallel_examples(examples, tiles.size(), [&](int64_t n, int64_t first, int64_t last) {
+      const WinogradExample example(*this);
+      example.load_input(n);
+      for (int64_t m = n; m < rows; m += examples) {
+        example.load_cotangent(m);
+        for (int64_t t = first; t < last; ++t)
+          kernels<T>().winograd_sum(q + m * s.filters + tiles[t].first, example.operands(), tiles[t].first,
+                                    tiles[t].height, s.channels);
+      }
+    });
+  }
+
+  void winograd_accumulate(T* sums, const T* weight) const {
+    at::parallel_for(0, tiles.size(), 1, [&](int64_t first, int64_t last) {
+      const WinogradExample example(*this);
+      for (int64_t n = 0; n < examples; ++n) {
+        example.load_input(n);
+        for (int64_t m = n; m < rows; m += examples) {
+          example.load_cotangent(m);
+          for (int64_t t = first; t < last; ++t)
+            kernels<T>().winograd_add(sums + tiles[t].first * gradient_size(), gradient_size(), weight[m],
+                                      example.operands(), tiles[t].first, tiles[t].height, s.channels);
+        }
       }
     });
   }
@@ -130,7 +213,7 @@ class Conv {
         from.data += j * from.column_stride;
         from.column_stride *= multiples;
         pack_columns_last(cotangents.get(), s.channels, from, 0, s.channels);
-        k.taps(gradient.get(), s.channels, cotangents.get(), s.channels, window_rows(), padded.get(), offsets.data(),
+        k.taps(gradient.get(), s.channels, cotangents.get(), window_rows(s.channels), padded.get(), offsets.data(),
                static_cast<int>(taps), s.channels);
         use(m, j, gradient.get());
       }
@@ -164,47 +247,54 @@ class Conv {
   // offset, patches p and p' meet in the pixels that they see there. Known from convolutional kernel networks
   // (Mairal et al., 2014) and Neural Tangents (Novak et al., 2020), where the shifts are separable as here.
   void gram_sums(T* q) const {
-    const int64_t count = static_cast<int64_t>(tiles.size()) / s.groups;  // tiles of a group
-    parallel_examples(examples, s.groups * count, [&](int64_t n, int64_t first, int64_t last) {
+    parallel_examples(examples, tiles.size(), [&](int64_t n, int64_t first, int64_t last) {
       const int64_t pixels = s.pixels(), positions = s.positions(), channels = s.group_channels();
-      const int64_t height = kernels<T>().max_height;
-      const Scratch<T> image(channels * pixels), pixel_gram(pixels * pixels),
-          panel(std::max(channels, positions) * height);
-      const Scratch<T> half(s.out_height * s.width * s.out_height * s.width), gram(positions * positions);
-      const Scratch<T> d(height * positions);
-      const Positions<S> source{
-          x_.const_data_ptr<S>() + n * x_.stride(0), s.height, s.width, x_.stride(2), x_.stride(3), x_.stride(1)};
+      const Scratch<T> image(channels * pixels), pixel_gram(pixels * pixels), gram(positions * positions);
+      const Scratch<T> half(s.out_height * s.width * s.out_height * s.width);
+      const Scratch<T> scratch(cotangent_size()), d(kernels<T>().max_height * positions);
       int64_t ready = -1;
       for (int64_t t = first; t < last; ++t) {
-        const FilterTile& tile = tiles[t];
-        if (tile.group != ready) {
-          pack_positions_last(image.get(), pixels, source, tile.group * channels, channels);
-          upper_gram(pixel_gram.get(), pixels, image.get(), pixels, channels, pixels, panel.get());
+        if (tiles[t].group != ready) {
+          ready = tiles[t].group;
+          pack_positions_last(image.get(), pixels, input(n), ready * channels, channels);
+          upper_gram(pixel_gram.get(), pixels, image.get(), pixels, channels, pixels);
           patch_gram(gram.get(), half.get(), pixel_gram.get());
           fold_symmetric(gram.get(), positions, positions);
-          ready = tile.group;
         }
-        const int64_t filter = tile.group * s.group_filters() + tile.first;
         for (int64_t m = n; m < rows; m += examples) {
-          pack_panel(panel.get(), cotangent(m), filter, tile.height);
-          pack_positions_last(d.get(), positions, cotangent(m), filter, tile.height);
-          quadratic_form(q + m * s.filters + filter, gram.get(), positions, d.get(), positions, panel.get(),
-                         tile.height, positions);
+          // Copied once where there is one cotangent; with several, a copy for each tile is the price of one Gram.
+          const Positions<S> from = cotangent(m);
+          if (t == first || rows > examples) pack_columns_last(scratch.get(), s.filters, from, 0, s.filters);
+          pack_positions_last(d.get(), positions, from, filter(tiles[t]), tiles[t].height);
+          quadratic_form(q + m * s.filters + filter(tiles[t]), gram.get(), scratch.get() + filter(tiles[t]), s.filters,
+                         d.get(), tiles[t].height, positions);
         }
       }
     });
   }
 
-  // Flops of the two paths; 2 for each multiply-add. The Gram's are counted at their symmetric half.
+  // Costs of the paths in flops, 2 for each multiply-add, of one example; the Gram's at its symmetric half.
   double explicit_cost() const { return 2.0 * s.filters * gradient_size() * s.positions(); }
   double gram_cost() const {
     const double pixels = s.pixels(), positions = s.positions(), half = s.out_height * s.width;
     return s.groups * (pixels * pixels * s.group_channels() + positions * positions * s.group_filters() +
                        half * half * s.kernel_h + positions * positions * s.kernel_w);
   }
-  bool prefers_gram() const {
+  double winograd_cost() const {
+    const double tiles_ = ((s.out_height + 3) / 4) * ((s.out_width + 3) / 4), channels = s.channels;
+    return 72 * tiles_ * s.filters * channels + 200 * s.filters * channels + 400 * tiles_ * (s.filters + channels);
+  }
+
+  std::string best_path() const {
     constexpr double largest = 1 << 20;  // elements of a Gram matrix that still fit in a cache
-    return !depthwise() && double(s.pixels()) * s.pixels() <= largest && gram_cost() < 0.7 * explicit_cost();
+    double best = explicit_cost();
+    std::string path = "explicit";
+    if (winograd_fits() && winograd_cost() < best) {
+      best = winograd_cost();
+      path = "winograd";
+    }
+    if (!depthwise() && double(s.pixels()) * s.pixels() <= largest && 1.4 * gram_cost() < best) path = "gram";
+    return path;
   }
 
   const ConvGeometry s;
@@ -256,15 +346,20 @@ class Conv {
 
 at::Tensor sq_conv(const at::Tensor& x, const at::Tensor& g, at::IntArrayRef kernel, at::IntArrayRef stride,
                    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, c10::string_view path) {
-  check_path("sq_conv", path);
+  check_path("sq_conv", path, {"auto", "explicit", "gram", "winograd"});
   const ConvGeometry shape = check_conv("sq_conv", x, g, kernel, stride, padding, dilation, groups);
   at::Tensor q = at::zeros({g.size(0), g.size(1)}, g.options().dtype(sum_type(g)));
   if (q.numel() == 0) return q;
   T2V_DISPATCH(g.scalar_type(), "sq_conv", [&] {
     const Conv<scalar_t> conv(x, g, shape);
     auto* sums = q.mutable_data_ptr<SumOf<scalar_t>>();
-    if (path == "gram" || (path == "auto" && conv.prefers_gram()))
+    const std::string chosen = path == "auto" ? conv.best_path() : std::string(path);
+    TORCH_CHECK_VALUE(chosen != "winograd" || conv.winograd_fits(),
+                      "sq_conv: path 'winograd' is for 3x3 kernels of stride 1, dilation 1 and one group");
+    if (chosen == "gram")
       conv.gram_sums(sums);
+    else if (chosen == "winograd")
+      conv.winograd_sums(sums);
     else if (conv.depthwise())
       conv.depthwise_sums(sums);
     else
@@ -284,10 +379,14 @@ void sq_conv_acc_(at::Tensor& out, const at::Tensor& x, const at::Tensor& g, con
   T2V_DISPATCH(g.scalar_type(), "sq_conv_acc_", [&] {
     using T = SumOf<scalar_t>;
     const Conv<scalar_t> conv(x, g, s);
+    T* to = sums.mutable_data_ptr<T>();
+    const T* by = w.const_data_ptr<T>();
     if (conv.depthwise())
-      conv.depthwise_accumulate(sums.mutable_data_ptr<T>(), w.const_data_ptr<T>());
+      conv.depthwise_accumulate(to, by);
+    else if (conv.winograd_fits() && conv.winograd_cost() < conv.explicit_cost())
+      conv.winograd_accumulate(to, by);
     else
-      conv.accumulate(sums.mutable_data_ptr<T>(), w.const_data_ptr<T>());
+      conv.explicit_accumulate(to, by);
   });
   out.add_(sums.permute({0, 3, 1, 2}));
 }

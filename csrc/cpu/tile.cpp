@@ -3,6 +3,7 @@
 #include "tile.h"
 
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__)
 #define T2V_BYTES 64
@@ -55,7 +56,7 @@ inline void tile(const T* a, const Rows& rows, const T* b, int64_t column, int64
     for (int v = 0; v < NV; ++v) sums[i][v] = V<T>{};
   for (int64_t y = 0; y < rows.outer; ++y) {
     const T* p = b + y * rows.outer_stride + column;
-    for (int64_t z = 0; z < rows.inner; ++z, p += rows.inner_stride, a += MR) {
+    for (int64_t z = 0; z < rows.inner; ++z, p += rows.inner_stride, a += rows.a_stride) {
       V<T> values[NV];
       for (int v = 0; v < NV; ++v) values[v] = load(p + v * width);
       for (int i = 0; i < MR; ++i)
@@ -122,8 +123,7 @@ void dot(T* q, const T* d, int64_t ld, const T* a, int height, Rows rows, const 
 }
 
 template <class T, int K>
-void some_taps(T* r, int64_t ld, const T* a, int64_t a_stride, const Rows& rows, const T* b, const int64_t* offsets,
-               int64_t columns) {
+void some_taps(T* r, int64_t ld, const T* a, const Rows& rows, const T* b, const int64_t* offsets, int64_t columns) {
   constexpr int width = Vector<T>::width;
   for (int64_t column = 0; column < columns; column += width) {
     V<T> sums[K];
@@ -131,7 +131,7 @@ void some_taps(T* r, int64_t ld, const T* a, int64_t a_stride, const Rows& rows,
     const T* from = a + column;
     for (int64_t y = 0; y < rows.outer; ++y) {
       const T* p = b + y * rows.outer_stride + column;
-      for (int64_t z = 0; z < rows.inner; ++z, p += rows.inner_stride, from += a_stride) {
+      for (int64_t z = 0; z < rows.inner; ++z, p += rows.inner_stride, from += rows.a_stride) {
         const V<T> value = load(from);
         for (int k = 0; k < K; ++k) sums[k] += value * load(p + offsets[k]);
       }
@@ -143,11 +143,159 @@ void some_taps(T* r, int64_t ld, const T* a, int64_t a_stride, const Rows& rows,
 }
 
 template <class T>
-void taps(T* r, int64_t ld, const T* a, int64_t a_stride, Rows rows, const T* b, const int64_t* offsets, int count,
-          int64_t columns) {
-  for (; count >= 3; count -= 3, offsets += 3, r += 3 * ld)
-    some_taps<T, 3>(r, ld, a, a_stride, rows, b, offsets, columns);
-  for (; count > 0; --count, ++offsets, r += ld) some_taps<T, 1>(r, ld, a, a_stride, rows, b, offsets, columns);
+void taps(T* r, int64_t ld, const T* a, Rows rows, const T* b, const int64_t* offsets, int count, int64_t columns) {
+  for (; count >= 5; count -= 5, offsets += 5, r += 5 * ld) some_taps<T, 5>(r, ld, a, rows, b, offsets, columns);
+  for (; count >= 3; count -= 3, offsets += 3, r += 3 * ld) some_taps<T, 3>(r, ld, a, rows, b, offsets, columns);
+  for (; count > 0; --count, ++offsets, r += ld) some_taps<T, 1>(r, ld, a, rows, b, offsets, columns);
+}
+
+// Winograd's F(3x3, 4x4) (Lavin and Gray, 2016): a 3x3 gradient over 4x4 positions from 36 products instead of 144.
+// The same points 0, 1, -1, 2, -2, infinity as for F(4x4, 3x3), with the roles of filter and output exchanged.
+template <class T>
+inline void transform_input(const V<T>* d, int step, V<T>* to, int to_step) {  // 6 to 6
+  const V<T> d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
+  const V<T> a = d4 - T(4) * d2, b = d3 - T(4) * d1, c = d4 - d2, e = T(2) * (d3 - d1);
+  to[0] = T(4) * d0 - T(5) * d2 + d4;
+  to[to_step] = a + b;
+  to[2 * to_step] = a - b;
+  to[3 * to_step] = c + e;
+  to[4 * to_step] = c - e;
+  to[5 * to_step] = T(4) * d1 - T(5) * d3 + d5;
+}
+
+template <class T>
+inline void transform_cotangent(const V<T>* d, int step, V<T>* to, int to_step) {  // 4 to 6
+  const V<T> d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step];
+  const V<T> a = T(-1. / 6) * (d0 + d2), b = T(-1. / 6) * (d1 + d3);
+  const V<T> c = T(1. / 24) * (d0 + T(4) * d2), e = T(1. / 12) * (d1 + T(4) * d3);
+  to[0] = T(1. / 4) * d0;
+  to[to_step] = a + b;
+  to[2 * to_step] = a - b;
+  to[3 * to_step] = c + e;
+  to[4 * to_step] = c - e;
+  to[5 * to_step] = d3;
+}
+
+template <class T>
+inline void transform_output(const V<T>* d, int step, V<T>* to, int to_step) {  // 6 to 3
+  const V<T> a = d[step] + d[2 * step], b = d[step] - d[2 * step];
+  const V<T> c = d[3 * step] + d[4 * step], e = d[3 * step] - d[4 * step];
+  to[0] = d[0] + a + c;
+  to[to_step] = b + T(2) * e;
+  to[2 * to_step] = a + T(4) * c + d[5 * step];
+}
+
+template <class T>
+void winograd_input(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels) {
+  for (int64_t c = 0; c < channels; c += Vector<T>::width) {
+    V<T> d[36], half[36], out[6];
+    for (int y = 0; y < 6; ++y)
+      for (int x = 0; x < 6; ++x) d[y * 6 + x] = load(from + y * row + x * pixel + c);
+    for (int x = 0; x < 6; ++x) transform_input<T>(d + x, 6, half + x, 6);
+    for (int y = 0; y < 6; ++y) {
+      transform_input<T>(half + y * 6, 1, out, 1);
+      for (int x = 0; x < 6; ++x) store(to + (y * 6 + x) * to_stride + c, out[x]);
+    }
+  }
+}
+
+template <class T>
+void winograd_cotangent(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels) {
+  for (int64_t c = 0; c < channels; c += Vector<T>::width) {
+    V<T> d[16], half[24], out[6];
+    for (int y = 0; y < 4; ++y)
+      for (int x = 0; x < 4; ++x) d[y * 4 + x] = load(from + y * row + x * pixel + c);
+    for (int x = 0; x < 4; ++x) transform_cotangent<T>(d + x, 4, half + x, 4);
+    for (int y = 0; y < 6; ++y) {
+      transform_cotangent<T>(half + y * 4, 1, out, 1);
+      for (int x = 0; x < 6; ++x) store(to + (y * 6 + x) * to_stride + c, out[x]);
+    }
+  }
+}
+
+// Hands the squares of each 3x3 gradient to the epilogue: (i, column, valid, squares[9]).
+template <class T, int MR = max_height, class Epilogue>
+void winograd(const Winograd<T>& w, int64_t first, int height, int64_t columns, const Epilogue& epilogue) {
+  if (height != MR) {
+    if constexpr (MR > 1) winograd<T, MR - 1>(w, first, height, columns, epilogue);
+    return;
+  }
+  constexpr int width = Vector<T>::width, block = 2 * width;
+  const Rows rows{1, w.tiles, 0, w.x_stride, w.g_stride};
+  T products[36 * MR * block];
+  for (int64_t column = 0; column < columns; column += block) {
+    for (int f = 0; f < 36; ++f) {
+      T* to = products + f * MR * block;
+      tile<T, MR, 2>(w.g + f * w.tiles * w.g_stride + first, rows, w.x + f * w.tiles * w.x_stride, column,
+                     column + block,
+                     [=](int i, int64_t at, int, V<T> sums) { store(to + i * block + at - column, sums); });
+    }
+    for (int i = 0; i < MR; ++i)
+      for (int v = 0; v < 2; ++v) {
+        const int64_t at = column + v * width, left = columns - at;
+        if (left <= 0) continue;
+        V<T> d[36], half[18], out[9];
+        for (int f = 0; f < 36; ++f) d[f] = load(products + (f * MR + i) * block + v * width);
+        for (int x = 0; x < 6; ++x) transform_output<T>(d + x, 6, half + x, 6);
+        for (int y = 0; y < 3; ++y) transform_output<T>(half + y * 6, 1, out + y * 3, 1);
+        for (int k = 0; k < 9; ++k) out[k] *= out[k];
+        epilogue(i, at, left < width ? static_cast<int>(left) : width, out);
+      }
+  }
+}
+
+template <class T>
+void winograd_sum(T* q, const Winograd<T>& operands, int64_t first, int height, int64_t columns) {
+  winograd(operands, first, height, columns, [q](int i, int64_t, int valid, const V<T>* squares) {
+    V<T> sum = squares[0];
+    for (int k = 1; k < 9; ++k) sum += squares[k];
+    q[i] += total<T>(sum, valid);
+  });
+}
+
+template <class T>
+void winograd_add(T* out, int64_t ld, T weight, const Winograd<T>& operands, int64_t first, int height,
+                  int64_t columns) {
+  winograd(operands, first, height, columns, [=](int i, int64_t column, int valid, const V<T>* squares) {
+    for (int k = 0; k < 9; ++k)
+      for (int c = 0; c < valid; ++c) out[i * ld + k * columns + column + c] += weight * squares[k][c];
+  });
+}
+
+// Blocks of width x width in registers, by exchanging halves, quarters, and so on of pairs of rows.
+template <class T, int Step>
+inline void exchange(V<T>* r) {
+  constexpr int width = Vector<T>::width;
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index;
+  typedef Index Indices __attribute__((vector_size(T2V_BYTES)));
+  Indices low, high;
+  for (int k = 0; k < width; ++k) {
+    low[k] = k & Step ? width + k - Step : k;
+    high[k] = k & Step ? width + k : k + Step;
+  }
+  for (int i = 0; i < width; ++i)
+    if (!(i & Step)) {
+      const V<T> a = r[i], b = r[i + Step];
+      r[i] = __builtin_shuffle(a, b, low);
+      r[i + Step] = __builtin_shuffle(a, b, high);
+    }
+  if constexpr (Step > 1) exchange<T, Step / 2>(r);
+}
+
+template <class T>
+void transpose(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t rows, int64_t columns) {
+  constexpr int width = Vector<T>::width;
+  const int64_t whole_rows = rows - rows % width, whole_columns = columns - columns % width;
+  for (int64_t r = 0; r < whole_rows; r += width)
+    for (int64_t c = 0; c < whole_columns; c += width) {
+      V<T> block[width];
+      for (int k = 0; k < width; ++k) block[k] = load(from + (r + k) * from_stride + c);
+      exchange<T, width / 2>(block);
+      for (int k = 0; k < width; ++k) store(to + (c + k) * to_stride + r, block[k]);
+    }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
+      to[c * to_stride + r] = from[r * from_stride + c];
 }
 
 // Four chains hide the latency of the additions.
@@ -208,9 +356,23 @@ void add(T* r, const T* g, int64_t n) {
 
 template <class T>
 constexpr Kernels<T> make_table() {
-  return {T2V_STRING(T2V_ISA), Vector<T>::width, max_height,     square_sum<T>,
-          square_add<T>,       store_tile<T>,    dot<T>,         taps<T>,
-          shifted_dot<T>,      sum<T>,           add_shifted<T>, add<T>};
+  return {T2V_STRING(T2V_ISA),
+          Vector<T>::width,
+          max_height,
+          square_sum<T>,
+          square_add<T>,
+          store_tile<T>,
+          dot<T>,
+          winograd_input<T>,
+          winograd_cotangent<T>,
+          winograd_sum<T>,
+          winograd_add<T>,
+          taps<T>,
+          transpose<T>,
+          shifted_dot<T>,
+          sum<T>,
+          add_shifted<T>,
+          add<T>};
 }
 
 extern const Kernels<float> single_table;

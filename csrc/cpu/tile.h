@@ -8,15 +8,26 @@
 
 namespace t2v {
 
-// The summed positions of a product, as two nested loops over the vector operand b; its columns are contiguous.
+// The summed positions of a product, as two nested loops; the columns of both operands are contiguous.
 struct Rows {
   int64_t outer, inner;
-  int64_t outer_stride, inner_stride;  // of b, in elements
+  int64_t outer_stride, inner_stride;  // of the vector operand b, in elements
+  int64_t a_stride;                    // of the broadcast operand a, from each position to the next
+};
+
+// The operands of Winograd's F(3x3, 4x4) after their transforms: 36 matrices [tiles][stride] each.
+template <class T>
+struct Winograd {
+  int64_t tiles;
+  const T* x;
+  int64_t x_stride;
+  const T* g;
+  int64_t g_stride;
 };
 
 // A register tile G[i, c] = sum over rows of a[row, i] * b[row, c], for `height` <= max_height values of i.
-// a is a packed panel [rows][height]. Columns beyond `columns` may be read, up to the next multiple of `width`, but
-// never count: whatever lies there, NaN included, does not reach a result.
+// Columns beyond `columns` may be read, up to the next multiple of `width`, but never count: whatever lies there, NaN
+// included, does not reach a result.
 template <class T>
 struct Kernels {
   const char* name;
@@ -32,9 +43,21 @@ struct Kernels {
   // q[i] += sum_c G[i, c] * d[i * ld + c]
   void (*dot)(T* q, const T* d, int64_t ld, const T* a, int height, Rows rows, const T* b, int64_t columns);
 
+  // The 36 transformed values of 6x6 input pixels, and of 4x4 cotangent pixels, for `channels` channels (rounded up to
+  // whole vectors): to[f * to_stride + c] from from[y * row + x * pixel + c].
+  void (*winograd_input)(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels);
+  void (*winograd_cotangent)(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels);
+  // For the 3x3 gradients G[i, k, c] of filters first..first + height: q[i] += sum G^2, and
+  // out[i * ld + k * columns + c] += weight * G^2.
+  void (*winograd_sum)(T* q, const Winograd<T>& operands, int64_t first, int height, int64_t columns);
+  void (*winograd_add)(T* out, int64_t ld, T weight, const Winograd<T>& operands, int64_t first, int height,
+                       int64_t columns);
+
   // r[k * ld + c] = sum over rows of a[row * a_stride + c] * b[row, offsets[k] + c]: depthwise taps
-  void (*taps)(T* r, int64_t ld, const T* a, int64_t a_stride, Rows rows, const T* b, const int64_t* offsets, int count,
-               int64_t columns);
+  void (*taps)(T* r, int64_t ld, const T* a, Rows rows, const T* b, const int64_t* offsets, int count, int64_t columns);
+
+  // to[c * to_stride + r] = from[r * from_stride + c]
+  void (*transpose)(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t rows, int64_t columns);
 
   // sum_s g[s] * (x[s] - shift); sum_s g[s]
   T (*shifted_dot)(const T* g, const T* x, T shift, int64_t n);
