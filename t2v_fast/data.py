@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -34,7 +34,7 @@ class TaskData:
         name: str | None,
         task_type: str,
         classes: list[str] | None = None,
-        describe: Callable[[int], str] = lambda index: f"image {index}",
+        describe: Callable[[int], str] = "image {}".format,  # not a lambda: it travels to workers
         skip_unreadable: bool = False,
     ) -> None:
         if task_type not in TASK_TYPES:
@@ -48,8 +48,9 @@ class TaskData:
     def of(
         cls, data: Any, *, name: str | None = None, task_type: str = "multiclass", skip_unreadable: bool = False
     ) -> TaskData:
-        """``data``: (images, labels) arrays or tensors, images first axis N; a folder with one sub-folder of images a
-        class; a map-style torch data set of (image, label, ...); or an iterable of such that can be iterated again.
+        """``data``: (images, labels), images an array or tensor with first axis N; a folder with one sub-folder of
+        images a class; a map-style torch data set of (image, label, ...); or an iterable of such that can be iterated
+        again.
         """
         if isinstance(data, TaskData):
             return data
@@ -58,7 +59,9 @@ class TaskData:
             return cls(
                 folder, name or Path(data).resolve().name, task_type, folder.classes, folder.describe, skip_unreadable
             )
-        if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, (np.ndarray, Tensor)) for part in data):
+        if isinstance(data, DataLoader):
+            raise DataError(f"{_task(name)}: a DataLoader makes batches of its own: pass its data set")
+        if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], (np.ndarray, Tensor)):
             return cls(_Arrays(*data, name), name, task_type)
         if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
             if not isinstance(data, Iterable):
@@ -91,36 +94,57 @@ class TaskData:
         else:
             dataset = _Iterated(self.source, read)
             num_workers = 0  # each worker would yield the whole of it
-        loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=list)
+        # A generator of its own: a loader would otherwise draw from torch's global one.
+        loader = DataLoader(
+            dataset, batch_size, num_workers=num_workers, collate_fn=list, generator=torch.Generator().manual_seed(0)
+        )
         labels: list[Tensor] = []
-        self.skipped = []
+        first: Item | None = None
+        seen, self.skipped = 0, []
         for items in loader:
-            self.skipped += [item for item in items if isinstance(item, str)]
-            kept = [item for item in items if not isinstance(item, str)]
+            kept: list[Item] = []
+            for item in items:
+                if isinstance(item, DataError):
+                    raise item
+                if isinstance(item, str):
+                    self.skipped.append(item)
+                else:
+                    first = first or item
+                    self._check_like(first, item)
+                    kept.append(item)
             if not kept:
                 continue
             labels.append(torch.stack([label for _, label, _ in kept]))
-            yield self._stack(kept), labels[-1]
+            seen += len(kept)
+            if self._labels is not None and seen > len(self._labels):
+                raise self._other_pass("has more")
+            if self._labels is not None and not torch.equal(labels[-1], self._labels[seen - len(kept) : seen]):
+                raise self._other_pass(f"has other labels from image {seen - len(kept)} on")
+            yield torch.stack([image for image, _, _ in kept]), labels[-1]
         if not labels:
             skipped = f" ({len(self.skipped)} files were unreadable)" if self.skipped else ""
             raise DataError(f"{_task(self.name)} has no image{skipped}")
-        found = torch.cat(labels)
-        if self._labels is not None and not torch.equal(found, self._labels):
-            raise DataError(
-                f"{_task(self.name)}: the second pass gave {len(found)} images with other labels than the first, of "
-                f"{len(self._labels)}: the data set must give the same images in the same order each time"
-            )
-        self._labels = found
+        if self._labels is not None and seen != len(self._labels):
+            raise self._other_pass(f"has {seen}")
+        self._labels = torch.cat(labels)
 
-    def _stack(self, items: list[tuple[Tensor, Tensor, str]]) -> Tensor:
-        first, _, name = items[0]
-        for image, _, other in items:
-            if image.shape != first.shape:
-                raise DataError(
-                    f"{_task(self.name)}: {other} is {list(image.shape)} but {name} is {list(first.shape)}: prepared "
-                    "images must have one size"
-                )
-        return torch.stack([image for image, _, _ in items])
+    def _check_like(self, first: Item, item: Item) -> None:
+        (image, label, where), (first_image, first_label, first_where) = item, first
+        if (image.shape, image.dtype) != (first_image.shape, first_image.dtype):
+            raise DataError(
+                f"{_task(self.name)}: {where} is {list(image.shape)} {image.dtype} but {first_where} is "
+                f"{list(first_image.shape)} {first_image.dtype}: prepared images must have one size and dtype"
+            )
+        if label.shape != first_label.shape:
+            raise DataError(
+                f"{_task(self.name)}: {where} has {len(label)} labels but {first_where} has {len(first_label)}"
+            )
+
+    def _other_pass(self, what: str) -> DataError:
+        return DataError(
+            f"{_task(self.name)}: the first pass gave {len(self._labels)} images, the second {what}: the data set must "
+            "give the same images in the same order each time"
+        )
 
     def encode_labels(self, labels: Tensor) -> tuple[Tensor, list]:
         """Labels as codes 0 to C-1 over the sorted distinct values, and the classes they stand for.
@@ -149,21 +173,29 @@ def _task(name: str | None) -> str:
     return f"task {name!r}" if name else "the task"
 
 
+Item = tuple[Tensor, Tensor, str]  # image [C, H, W], label [] or [L], and what to call it
+
+
 class _Reader:
-    """Reads, checks and prepares one item; a string instead of an item is the name of an unreadable file."""
+    """Reads, checks and prepares one item; a string instead of an item is the name of a file that was skipped.
+
+    Errors are returned, not raised: a worker would bury them in a traceback.
+    """
 
     def __init__(self, data: TaskData, prepare: Callable[[Any], Tensor]) -> None:
         self.task, self.prepare = _task(data.name), prepare
         self.multilabel, self.describe, self.skip = data.task_type == "multilabel", data.describe, data.skip_unreadable
 
-    def __call__(self, get: Callable[[], Any], index: int) -> tuple[Tensor, Tensor, str] | str:
+    def __call__(self, get: Callable[[], Any], index: int) -> Item | str | DataError:
         where = self.describe(index)
         try:
-            item = get()
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-            if self.skip:
-                return where
-            raise DataError(f"{self.task}: {where} cannot be read: {error}") from None
+            return self._item(get(), where)
+        except DataError as error:
+            return error
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            return where if self.skip else DataError(f"{self.task}: {where} cannot be read: {error}")
+
+    def _item(self, item: Any, where: str) -> Item:
         if not isinstance(item, (tuple, list)) or len(item) < 2:
             raise DataError(f"{self.task}: {where} is {type(item).__name__}, expected (image, label)")
         try:
@@ -175,9 +207,12 @@ class _Reader:
         return image, self.label(item[1], where), where
 
     def label(self, label: Any, where: str) -> Tensor:
-        value = torch.as_tensor(label)
+        try:
+            value = torch.as_tensor(label)
+        except (TypeError, ValueError, RuntimeError):  # None, a string, a ragged list
+            value = torch.empty(0)
         if self.multilabel:
-            if value.dim() != 1 or not ((value == 0) | (value == 1)).all():
+            if value.dim() != 1 or not len(value) or not ((value == 0) | (value == 1)).all():
                 raise DataError(f"{self.task}: {where} has label {label!r}, expected a vector of 0 and 1")
             return value.float()
         if value.numel() != 1 or value.is_floating_point() or value.is_complex():
@@ -194,7 +229,7 @@ class _Mapped(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str] | str:
+    def __getitem__(self, index: int) -> Item | str | DataError:
         return self.read(lambda: self.source[index], index)
 
 
@@ -202,13 +237,18 @@ class _Iterated(IterableDataset):
     def __init__(self, source: Iterable, read: _Reader) -> None:
         self.source, self.read = source, read
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, str] | str]:
+    def __iter__(self) -> Iterator[Item | str | DataError]:
         for index, item in enumerate(self.source):
             yield self.read(lambda item=item: item, index)
 
 
 class _Arrays:
-    def __init__(self, images: np.ndarray | Tensor, labels: np.ndarray | Tensor, name: str | None) -> None:
+    def __init__(self, images: np.ndarray | Tensor, labels: Sequence | np.ndarray | Tensor, name: str | None) -> None:
+        if images.ndim not in (3, 4) or not hasattr(labels, "__getitem__") or not getattr(labels, "ndim", 1):
+            raise DataError(
+                f"{_task(name)}: images are {list(images.shape)} and labels {type(labels).__name__}, expected images "
+                "[N, H, W], [N, H, W, C] or [N, C, H, W] and one label an image"
+            )
         if len(images) != len(labels):
             raise DataError(f"{_task(name)} has {len(images)} images but {len(labels)} labels")
         self.images, self.labels = images, labels
@@ -247,6 +287,11 @@ class _Folder:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.files[index]
-        with Image.open(path) as image:
-            image.load()  # a truncated file fails here
+        try:
+            with Image.open(path) as image:
+                image.load()  # a truncated file fails here
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged files make the decoders fail with almost anything
+            raise OSError(str(error) or type(error).__name__) from error
         return image, label

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import string
 from collections.abc import Callable, Sequence
@@ -37,6 +38,14 @@ class DemoTask:
         """The name as a file name."""
         return "".join(c if c.isalnum() else "-" for c in self.name)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the images and labels: a stored embedding is of these or of others."""
+        digest = hashlib.sha256(f"{self.images.shape}".encode())
+        digest.update(np.ascontiguousarray(self.images).tobytes())
+        digest.update(self.labels.astype(np.int64).tobytes())
+        return digest.hexdigest()
+
 
 LATIN_CAPITALS = string.ascii_uppercase
 LATIN_SMALL = string.ascii_lowercase
@@ -44,7 +53,8 @@ GREEK = "ΑΒΓΔΘΛΞΠΣΦΨΩαβγδεζθλμπσφω"
 CYRILLIC = "БГДЖЗИЛПУФЦЧШЩЪЫЭЮЯ"
 MATHEMATICS = "∀∂∃∅∇∈∏∑√∞∩∪∫≈≠≤≥⊂⊕"  # noqa: RUF001 (a union is no U)
 ARROWS = "←↑→↓↔↕⇐⇒⇑⇓"
-CONFUSABLE_WITH_CAPITALS = set("cosvwxzkpu")  # look alike in both cases: left out where case is the label
+# Left out where the case is the label: those that look alike in both, and l, which looks like a capital I.
+CONFUSABLE_WITH_CAPITALS = set("ckloipsuvwxz")
 
 SERIF = ("DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSerif-Italic.ttf", "STIXGeneral.ttf", "STIXGeneralBol.ttf")
 SANS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSans-Oblique.ttf", "DejaVuSans-BoldOblique.ttf")
@@ -148,7 +158,8 @@ def demo_tasks(images_per_task: int = IMAGES_PER_TASK, seed: int = 0) -> list[De
         return "large" if d > 4 else "small"
 
     letters, symbols, style, printed = "letters", "symbols", "font style", "printed digits"
-    vowels, consonants = "AEIOUYaeiouy", "BCDFGHJKLMNPQRSTVWXZbcdfghjklmnpqrstvwxz"
+    # Without y, which is either, and l, which without serifs looks like a capital I.
+    vowels, consonants = "AEIOUaeiou", "BCDFGHJKLMNPQRSTVWXZbcdfghjkmnpqrstvwxz"
     small = "".join(c for c in LATIN_SMALL if c not in CONFUSABLE_WITH_CAPITALS)
     mixed = LATIN_CAPITALS + LATIN_SMALL + string.digits
     return [
@@ -215,7 +226,7 @@ def run_demo(output: Path, task2vec: Task2Vec, tasks: Sequence[DemoTask], consol
         embedding = _stored(path, task, task2vec)
         if embedding is None:
             embedding = task2vec.embed((task.images, task.labels), name=task.name)
-            embedding.meta["demo_images"] = len(task.images)
+            embedding.meta["demo_data"] = task.digest
             embedding.save(path)
             seconds = sum(embedding.meta["seconds"].values())
             console.print(f"{task.name}: {len(task.images)} images, {len(task.classes)} classes, {seconds:.1f} s")
@@ -254,15 +265,13 @@ def _stored(path: Path, task: DemoTask, task2vec: Task2Vec) -> Embedding | None:
     """An embedding of an earlier, perhaps interrupted run, if it was made with the same settings."""
     if not path.exists():
         return None
-    embedding = Embedding.load(path)
-    wanted = (task2vec.fingerprint(), task2vec.estimator, task2vec.samples, len(task.images))
-    found = (
-        embedding.fingerprint,
-        embedding.meta["estimator"],
-        embedding.meta["samples"],
-        embedding.meta["demo_images"],
-    )
-    return embedding if wanted == found else None
+    try:
+        embedding = Embedding.load(path)
+    except ValueError:  # damaged, or something else: made again
+        return None
+    wanted = {"estimator": task2vec.estimator, "samples": task2vec.samples, "seed": task2vec.seed}
+    same = embedding.fingerprint == task2vec.fingerprint() and embedding.meta.get("demo_data") == task.digest
+    return embedding if same and all(embedding.meta.get(key) == value for key, value in wanted.items()) else None
 
 
 def _write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:

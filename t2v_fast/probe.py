@@ -6,9 +6,10 @@ import hashlib
 import importlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PACKAGED = "efficientnet-lite0"
+CHANNELS = (1, 3, 4)  # grey, colour, colour with transparency
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """From an image to the network's input: resize the shorter side, crop the centre, normalise.
 
-    Images are PIL images, or uint8 arrays or tensors: [H, W], [H, W, 1 | 3 | 4], or as tensors [1 | 3 | 4, H, W]. Grey
-    becomes three equal channels; transparency is laid over white. A floating-point tensor or array [C, H, W] counts as
-    prepared already and passes unchanged.
+    Images are PIL images, or uint8: [H, W], arrays [H, W, C] (or [C, H, W], where it can be nothing else), or tensors
+    [C, H, W], with C of 1, 3 or 4. Grey becomes three equal channels; transparency is laid over white. A floating-point
+    tensor or array [3, H, W] counts as prepared already and passes unchanged.
     """
 
     resize: int = 224
@@ -40,14 +42,19 @@ class Preprocessing:
             raise ValueError(f"interpolation is {self.interpolation!r}, expected 'bilinear' or 'bicubic'")
         if not 1 <= self.crop <= self.resize:
             raise ValueError(f"crop is {self.crop} and resize {self.resize}, expected 1 <= crop <= resize")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean is {self.mean} and std {self.std}, expected three numbers each, std above 0")
 
     def __call__(self, image: Any) -> Tensor:
         """float32 [3, crop, crop]; ValueError for what is no image."""
         if isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating):
             image = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
         if isinstance(image, Tensor) and image.is_floating_point():
-            if image.dim() != 3:
-                raise ValueError(f"a prepared image must be [C, H, W], got {list(image.shape)}")
+            if image.dim() != 3 or image.shape[0] != 3 or not image.numel():
+                raise ValueError(
+                    f"a floating-point image counts as prepared and must be [3, H, W], got {list(image.shape)}; pixels "
+                    "from 0 to 255 are prepared if they are uint8"
+                )
             return image
         pixels = _rgb(image).float()  # [3, H, W], 0 to 255
         h, w = pixels.shape[1:]
@@ -68,23 +75,30 @@ class Preprocessing:
 def _rgb(image: Any) -> Tensor:
     """uint8 [3, H, W] of any image that is described in :class:`Preprocessing`."""
     if isinstance(image, Image.Image):
+        if image.mode in ("I", "F"):
+            raise ValueError(f"a PIL image of mode {image.mode!r} has no fixed range of pixels: convert it to 8 bits")
+        if image.mode.startswith("I;16"):  # PIL would clip 16 bits to 8, not scale them
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         if image.mode not in ("L", "RGB", "RGBA"):
-            transparent = "A" in image.mode or "transparency" in image.info
-            image = image.convert("RGBA" if transparent else "RGB")
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         image = np.array(image)
     given = f"{type(image).__name__} {list(getattr(image, 'shape', []))} {getattr(image, 'dtype', '')}".strip()
     if isinstance(image, np.ndarray):
         pixels = torch.from_numpy(np.ascontiguousarray(image)) if image.dtype == np.uint8 else None
-        if pixels is not None and pixels.dim() == 3:
+        if (
+            pixels is not None
+            and pixels.dim() == 3
+            and (pixels.shape[2] in CHANNELS or pixels.shape[0] not in CHANNELS)
+        ):
             pixels = pixels.permute(2, 0, 1)
     else:
         pixels = image if isinstance(image, Tensor) and image.dtype == torch.uint8 else None
     if pixels is not None and pixels.dim() == 2:
         pixels = pixels[None]
-    if pixels is None or pixels.dim() != 3 or pixels.shape[0] not in (1, 3, 4) or not pixels.numel():
+    if pixels is None or pixels.dim() != 3 or pixels.shape[0] not in CHANNELS or not pixels.numel():
         raise ValueError(
-            f"no image: got {given}, expected a PIL image, uint8 [H, W] or [H, W, 1 | 3 | 4], a uint8 tensor "
-            "[1 | 3 | 4, H, W], or a prepared floating-point tensor [C, H, W]"
+            f"no image: got {given}, expected a PIL image, uint8 [H, W], a uint8 array [H, W, C] or tensor [C, H, W] "
+            "with C of 1, 3 or 4, or a prepared floating-point tensor [3, H, W]"
         )
     if pixels.shape[0] == 4:
         alpha = pixels[3:].float() / 255
@@ -153,8 +167,8 @@ class Probe:
         if self._fingerprint is None:
             digest = hashlib.sha256()
             for key, value in sorted(self.network.state_dict().items()):
-                if key.startswith(f"{self.head}."):
-                    continue
+                if key.startswith(f"{self.head}.") or key.endswith("num_batches_tracked"):
+                    continue  # a counter of training steps changes no feature, and weight files may lack it
                 value = value.detach().cpu().contiguous()
                 digest.update(f"{key} {list(value.shape)} {value.dtype};".encode())
                 digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -162,16 +176,20 @@ class Probe:
         return self._fingerprint
 
 
+def _version(output: Any) -> int:
+    return output._version if isinstance(output, Tensor) else 0
+
+
 def _find_head(network: nn.Module, size: int, name: str | None) -> str:
     """The name of the linear layer whose output is the network's output, or a check that ``name`` is its name."""
     leaves = {key: m for key, m in network.named_modules() if not list(m.children())}
-    linear = ", ".join(key for key, m in leaves.items() if isinstance(m, nn.Linear)) or "there is none"
+    linear = ", ".join(key for key, m in leaves.items() if isinstance(m, nn.Linear)) or "none"
     if name is not None and not isinstance(leaves.get(name), nn.Linear):
         kind = type(leaves[name]).__name__ if name in leaves else "no layer of the network"
-        raise ValueError(f"head {name!r} is {kind}, expected one of the linear layers: {linear}")
-    outputs: list[tuple[str, Tensor]] = []
+        raise ValueError(f"head {name!r} is {kind}, expected one of its linear layers: {linear}")
+    outputs: list[tuple[str, Any, int]] = []  # of each leaf as it ran, with the version of its output
     handles = [
-        m.register_forward_hook(lambda m, i, output, key=key: outputs.append((key, output)))
+        m.register_forward_hook(lambda m, i, output, key=key: outputs.append((key, output, _version(output))))
         for key, m in leaves.items()
     ]
     parameter = next(network.parameters(), torch.empty(0))
@@ -181,15 +199,17 @@ def _find_head(network: nn.Module, size: int, name: str | None) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    for key, output in reversed(outputs):
+    for key, output, version in reversed(outputs):
         is_result = isinstance(output, Tensor) and isinstance(result, Tensor) and output.data_ptr() == result.data_ptr()
+        # An operation in place after the layer leaves the storage as it was, but not the version.
+        is_result = is_result and _version(output) == version
         if is_result and output.shape == result.shape and isinstance(leaves[key], nn.Linear) and name in (None, key):
             return key
     end = f"{outputs[-1][0]!r} ({type(leaves[outputs[-1][0]]).__name__})" if outputs else "no layer"
     what = "no head was found" if name is None else f"{name!r} is no head"
     raise ValueError(
         f"{what} in {type(network).__name__}: its output must be that of a linear layer, but comes after {end}. "
-        f"Wrap the network so that it ends with a linear layer; it has {linear}"
+        f"Wrap the network so that it ends with a linear layer; its linear layers: {linear}"
     )
 
 
@@ -208,25 +228,25 @@ def load_probe(
 
     Raises ImportError naming the missing package, and ValueError for an unknown name or a file that does not fit.
     """
-    pretrained = os.fspath(weights) == "default"
-    build = {PACKAGED: _packaged}.get(name)
-    if build is None:
-        source, _, model = name.rpartition("/")
-        if source not in ("", "torchvision", "timm"):
-            raise ValueError(f"unknown probe {name!r}: expected {PACKAGED}, torchvision/NAME or timm/NAME")
-        build = _sources(source, model)
+    weights = os.fspath(weights)
+    if weights not in ("default", "none") and not os.path.exists(weights):
+        raise FileNotFoundError(f"no weights file {weights!r}: expected 'default', 'none' or a file")
+    full_name, build = _find_builder(name)
     try:
-        network, own_preprocessing = build(pretrained)
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
+        network, own_preprocessing = build(weights == "default")
+    except ImportError:
+        raise
+    except Exception as error:  # each downloader has errors of its own
+        if weights != "default":
             raise
         raise RuntimeError(
-            f"the default weights of {name!r} could not be had ({error}): pass a weights file instead"
+            f"the default weights of {name!r} could not be had ({type(error).__name__}: {error}): pass a weights file "
+            "instead"
         ) from error
-    if not pretrained and os.fspath(weights) == "none":
+    if weights == "none":
         warnings.warn(f"the probe {name!r} has random weights: its embeddings mean little", stacklevel=2)
-    probe = Probe(network, head, preprocessing or own_preprocessing, name)
-    if not pretrained and os.fspath(weights) != "none":
+    probe = Probe(network, head, preprocessing or own_preprocessing, full_name)
+    if weights not in ("default", "none"):
         _load_weights(probe, weights)
     return probe
 
@@ -234,7 +254,7 @@ def load_probe(
 def _import(package: str, install: str) -> Any:
     try:
         return importlib.import_module(package)
-    except ImportError as error:
+    except Exception as error:  # a torchvision that was built for another torch fails with whatever it likes
         raise ImportError(f"this probe needs the package {install!r}: pip install {install} ({error})") from error
 
 
@@ -249,23 +269,32 @@ def _packaged(pretrained: bool) -> tuple[nn.Module, Preprocessing]:
     return network, Preprocessing(256, 224, "bicubic", (127 / 255,) * 3, (128 / 255,) * 3)
 
 
-def _sources(source: str, model: str) -> Any:
-    """The builder of a model in torchvision or timm."""
-    if source in ("", "torchvision"):
+Builder = Callable[[bool], tuple[nn.Module, Preprocessing]]  # with pretrained weights or without
+
+
+def _find_builder(name: str) -> tuple[str, Builder]:
+    """A probe's full name, the same whichever way it was asked for, and what builds it."""
+    if name == PACKAGED:
+        return name, _packaged
+    source, _, model = name.rpartition("/")
+    if source not in ("", "torchvision", "timm"):
+        raise ValueError(f"unknown probe {name!r}: expected {PACKAGED}, torchvision/NAME or timm/NAME")
+    missing: list[ImportError] = []
+    for package in ("torchvision", "timm"):
+        if source not in ("", package):
+            continue
         try:
-            models = importlib.import_module("torchvision.models")
-        except Exception as error:  # a torchvision that was built for another torch fails with whatever it likes
-            if source:
-                raise ImportError(f"this probe needs a torchvision built for this torch ({error})") from error
-        else:
-            if model in models.list_models():
-                return lambda pretrained: _torchvision(models, model, pretrained)
-            if source:
-                raise ValueError(f"unknown probe: no model {model!r} in torchvision")
-    timm = _import("timm", "timm")
-    if not timm.is_model(model):
-        raise ValueError(f"unknown probe: no model {model!r} in {'timm' if source else 'torchvision or timm'}")
-    return lambda pretrained: _timm(timm, model, pretrained)
+            module = _import(package, package)
+        except ImportError as error:
+            missing.append(error)
+            continue
+        if package == "torchvision" and model in module.models.list_models(module=module.models):  # classifiers only
+            return f"{package}/{model}", partial(_torchvision, module.models, model)
+        if package == "timm" and module.is_model(model):
+            return f"{package}/{model}", partial(_timm, module, model)
+    if missing:
+        raise missing[0]
+    raise ValueError(f"unknown probe {name!r}: no such classifier in {source or 'torchvision or timm'}")
 
 
 def _torchvision(models: Any, model: str, pretrained: bool) -> tuple[nn.Module, Preprocessing]:

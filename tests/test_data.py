@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from small import PREPROCESSING, shapes, write_folder
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from t2v_fast.data import DataError, TaskData, balanced_weights
 
@@ -47,6 +48,7 @@ def test_every_kind_of_data_gives_the_same_batches(tmp_path: Path) -> None:
     (folder / ".hidden").mkdir()
     kinds = [
         (images, labels),
+        (images, labels.tolist()),
         (torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)),
         folder,
         str(folder),
@@ -90,6 +92,8 @@ def test_multilabel() -> None:
         data.encode_labels(torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
     with pytest.raises(DataError, match=r"image 0 has label .*, expected a vector of 0 and 1"):
         collect(TaskData.of((images, labels * 2), task_type="multilabel"))
+    with pytest.raises(DataError, match="image 2 has 3 labels but image 0 has 2"):
+        collect(TaskData.of((images, [[0, 1], [1, 1], [0, 0, 1], [1, 0]]), task_type="multilabel"))
     with pytest.raises(ValueError, match="unknown task_type 'regression'"):
         TaskData.of((images, labels), task_type="regression")
 
@@ -111,7 +115,12 @@ def changed(k: int, value) -> tuple[list, np.ndarray]:
         ((shapes()[0].astype(np.int32), shapes()[1]), "image 0: no image: got ndarray .14, 16, 3. int32"),
         ((shapes()[0][..., :2], shapes()[1]), r"no image: got ndarray \[14, 16, 2\] uint8"),
         (list(zip(*changed(3, torch.full((3, 12, 12), float("nan"))), strict=True)), "image 3 has NaN or infinite"),
-        (list(zip(*changed(2, torch.zeros(3, 9, 12)), strict=True)), r"image 2 is \[3, 9, 12\] but image 0 is"),
+        (list(zip(*changed(2, torch.zeros(3, 9, 12)), strict=True)), r"image 2 is \[3, 9, 12\] .* but image 0 is"),
+        ([(torch.zeros(3, 8 + k // 5, 8), k % 2) for k in range(8)], r"image 5 is \[3, 9, 8\] .* but image 0 is"),
+        ([(torch.zeros(3, 4, 4), None)], "image 0 has label None, expected one integer"),
+        ([(torch.zeros(3, 4, 4), "cat")], "image 0 has label 'cat', expected one integer"),
+        ((shapes()[0], np.array(3)), r"images are \[24, 14, 16, 3\] and labels ndarray, expected"),
+        (DataLoader([(torch.zeros(3, 4, 4), 0)]), "a DataLoader makes batches of its own: pass its data set"),
         ([torch.zeros(3, 4, 4)], "image 0 is Tensor, expected"),
         (iter([]), "can be visited only once"),
         (3, "int is no data set"),
@@ -139,8 +148,9 @@ def test_folders(tmp_path: Path) -> None:
     good = (folder / "class 1" / "001.png").read_bytes()
     (folder / "class 1" / "001.png").write_bytes(good[: len(good) // 2])
     (folder / "class 2" / "002.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"class 1/001\.png cannot be read: .*truncated"):
-        collect(TaskData.of(folder))
+    for workers in (0, 1):  # a worker's traceback must not bury the file's name
+        with pytest.raises(DataError, match=r"^task 'task': .*class 1/001\.png cannot be read: .*truncated"):
+            collect(TaskData.of(folder), num_workers=workers)
     data = TaskData.of(folder, skip_unreadable=True)
     _, y = collect(data)
     assert len(y) == 22
@@ -157,5 +167,33 @@ def test_a_second_pass_must_be_like_the_first() -> None:
     turns = iter(range(1000))
     data = TaskData.of(Shuffled(images, labels))
     collect(data)
-    with pytest.raises(DataError, match="the second pass gave 24 images with other labels"):
+    with pytest.raises(DataError, match="the first pass gave 24 images, the second has other labels from image 0 on"):
+        next(data.batches(PREPROCESSING, 5))  # before a batch of it is used
+
+
+@pytest.mark.parametrize(("change", "message"), [(10, "the second has more"), (-10, "the second has 14")])
+def test_a_second_pass_must_be_as_long_as_the_first(change: int, message: str) -> None:
+    items = list(zip(*shapes(), strict=True))
+
+    class Changing:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return iter(items if self.passes == 1 else (items + items)[: len(items) + change])
+
+    data = TaskData.of(Changing())
+    collect(data)
+    with pytest.raises(DataError, match=f"the first pass gave 24 images, {message}"):
         collect(data)
+
+
+def test_reading_leaves_the_random_state_alone() -> None:
+    state = torch.get_rng_state()
+    collect(TaskData.of(shapes()))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_sources_travel_to_spawned_workers(tmp_path: Path) -> None:
+    for data in (shapes(), write_folder(tmp_path / "task", *shapes())):
+        assert pickle.loads(pickle.dumps(TaskData.of(data).describe))(0)

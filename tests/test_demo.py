@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from PIL import Image
 from rich.console import Console
 from small import small_probe
 
-from t2v_fast import Task2Vec
-from t2v_fast.demo import FONTS, demo_tasks, draw_glyph, run_demo
+from t2v_fast import Task2Vec, demo
+from t2v_fast.demo import FONTS, SANS, demo_tasks, draw_glyph, run_demo
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,26 @@ def test_the_tasks(tasks: list) -> None:
             assert 0.005 < ink < 0.6, task.name  # neither blank nor a box
         distinct = {image.tobytes() for image in task.images}
         assert len(distinct) == 60
+
+
+def test_no_glyph_has_two_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str, str]] = []
+
+    def draw(character: str, font: str, rng: np.random.Generator) -> np.ndarray:
+        # Without serifs a small l is a capital I.
+        drawn.append(("I" if character == "l" and font in SANS else character, font))
+        return np.zeros((1, 1), np.uint8)
+
+    monkeypatch.setattr(demo, "draw_glyph", draw)
+    start = 0
+    for task in demo_tasks(1500):
+        if task.family == "handwritten digits":
+            continue
+        labels: dict[tuple[str, str], int] = {}
+        for glyph, label in zip(drawn[start:], task.labels.tolist(), strict=False):
+            assert labels.setdefault(glyph, label) == label, (task.name, glyph)
+        start += len(task.labels)
+    assert start == len(drawn)
 
 
 def test_the_seed_decides(tasks: list) -> None:
@@ -76,6 +97,17 @@ def test_run_and_resume(tasks: list, tmp_path: Path, monkeypatch: pytest.MonkeyP
     again = run_demo(tmp_path, task2vec, chosen, Console(file=text))
     assert embedded == [chosen[2].name]
     np.testing.assert_array_equal(again.distances, result.distances)
+    # A damaged file is made again, and so is the embedding of other images under the same name.
+    damaged = tmp_path / "embeddings" / f"{chosen[1].slug}.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
     embedded.clear()
-    run_demo(tmp_path, Task2Vec(small_probe(), samples=3), chosen, Console(file=text))
-    assert len(embedded) == 4
+    run_demo(tmp_path, task2vec, chosen, Console(file=text))
+    assert embedded == [chosen[1].name]
+    embedded.clear()
+    others = [replace(chosen[0], images=255 - chosen[0].images), *chosen[1:]]
+    run_demo(tmp_path, task2vec, others, Console(file=text))
+    assert embedded == [chosen[0].name]
+    for options in ({"samples": 3}, {"seed": 1}):
+        embedded.clear()
+        run_demo(tmp_path, Task2Vec(small_probe(), **options), chosen, Console(file=text))
+        assert len(embedded) == 4

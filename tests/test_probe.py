@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +36,22 @@ def test_the_head_is_found_and_replaced() -> None:
 
 def test_networks_without_a_head() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(ValueError, match=r"no head was found in Sequential: .* after '2' \(Flatten\).* there is none"):
+    with pytest.raises(
+        ValueError, match=r"no head was found in Sequential: .* after '2' \(Flatten\).* its linear layers: none"
+    ):
         Probe(network)
     network.append(nn.Linear(4, 4)).append(nn.Softmax(1))
-    with pytest.raises(ValueError, match=r"no head was found .* after '4' \(Softmax\).*; it has 3"):
+    with pytest.raises(ValueError, match=r"no head was found .* after '4' \(Softmax\).*; its linear layers: 3"):
         Probe(network)
     with pytest.raises(ValueError, match="'3' is no head in Sequential"):
         Probe(network, head="3")
-    with pytest.raises(ValueError, match="head 'fc' is no layer of the network, expected one of the linear layers: 3"):
+    with pytest.raises(ValueError, match="head 'fc' is no layer of the network, expected one of its linear layers: 3"):
         Probe(network, head="fc")
     with pytest.raises(ValueError, match="head '0' is Conv2d"):
         Probe(network, head="0")
+    network[4] = nn.ReLU(inplace=True)  # leaves the linear layer's storage as the output's
+    with pytest.raises(ValueError, match=r"no head was found .* after '4' \(ReLU\)"):
+        Probe(network)
     tokens = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.Linear(100, 2))
     with pytest.raises(ValueError, match="a probe has one feature vector an image"):
         Probe(tokens, preprocessing=Preprocessing(12, 12)).features(torch.zeros(2, 3, 12, 12))
@@ -73,6 +79,9 @@ def test_the_fingerprint_is_that_of_the_weights() -> None:
     nn.init.zeros_(b.network[7].weight)  # every task has a head of its own
     assert a.fingerprint() == b.fingerprint()
     b = small_probe(0)
+    b.network[1].num_batches_tracked += 1  # changes no feature
+    assert a.fingerprint() == b.fingerprint()
+    b = small_probe(0)
     b.network[1].running_mean += 1e-3
     assert a.fingerprint() != b.fingerprint()
 
@@ -92,6 +101,15 @@ def test_preprocessing_takes_every_kind_of_image(size: tuple[int, int]) -> None:
         torch.testing.assert_close(prepare(image), prepare(grey))
     torch.testing.assert_close(prepare(np.zeros((*size, 4), np.uint8)), prepare(np.full((*size, 3), 255, np.uint8)))
     assert prepare(want) is want  # prepared already
+    torch.testing.assert_close(prepare(np.ascontiguousarray(rgb.transpose(2, 0, 1))), want)
+
+
+def test_deep_pixels_are_scaled_not_clipped() -> None:
+    prepare = Preprocessing(12, 12)
+    deep = np.linspace(0, 65535, 144).reshape(12, 12).astype(np.uint16)
+    torch.testing.assert_close(prepare(Image.fromarray(deep)), prepare((deep // 257).astype(np.uint8)))
+    with pytest.raises(ValueError, match="mode 'F' has no fixed range of pixels"):
+        prepare(Image.fromarray(deep.astype(np.float32)))
 
 
 def test_preprocessing_agrees_with_torchvision() -> None:
@@ -117,6 +135,13 @@ def test_bad_preprocessing() -> None:
         Preprocessing(interpolation="nearest")
     with pytest.raises(ValueError, match="crop is 300 and resize 256"):
         Preprocessing(256, 300)
+    with pytest.raises(ValueError, match=r"mean is \(1, 2\).* expected three numbers each, std above 0"):
+        Preprocessing(mean=(1, 2))
+    with pytest.raises(ValueError, match=r"std \(0, 1, 1\), expected"):
+        Preprocessing(std=(0, 1, 1))
+    for bad in (torch.zeros(1, 12, 12), torch.zeros(2, 3, 12, 12), np.zeros((12, 12, 3))):
+        with pytest.raises(ValueError, match=r"counts as prepared and must be \[3, H, W\]"):
+            Preprocessing()(bad)
 
 
 def test_the_packaged_probe() -> None:
@@ -139,6 +164,7 @@ def test_probes_by_name(name: str) -> None:
     with pytest.warns(UserWarning, match="random weights"):
         probe = load_probe(name, weights="none")
     assert probe.head == "fc"
+    assert probe.name == ("timm/resnet18" if name == "timm/resnet18" else "torchvision/resnet18")
     assert probe.preprocessing.crop == 224
     assert len(probe.embedding_parameters()) == 40
 
@@ -156,8 +182,10 @@ def test_weights_from_files(tmp_path: Path) -> None:
 
 def test_bad_weights(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"no weights file .*w\.pt'"):
         load_probe(weights=path)
+    with pytest.raises(FileNotFoundError, match="'imagenet': expected 'default', 'none' or a file"):
+        load_probe(weights="imagenet")
     path.write_bytes(b"hello")
     with pytest.raises(ValueError, match=r"w\.pt is no weights file"):
         load_probe(weights=path)
@@ -185,8 +213,28 @@ def test_bad_weights(tmp_path: Path) -> None:
 def test_unknown_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="unknown probe 'hub/x': expected efficientnet-lite0, torchvision/NAME"):
         load_probe("hub/x")
-    import sys
-
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match="pip install timm"):
         load_probe("timm/resnet18")
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    for name in ("torchvision/resnet18", "resnet18"):
+        with pytest.raises(ImportError, match="pip install torchvision"):
+            load_probe(name)
+
+
+def test_only_classifiers_are_probes() -> None:
+    pytest.importorskip("torchvision", reason="this torch has no torchvision built for it")
+    for name in ("fasterrcnn_resnet50_fpn", "raft_large"):
+        with pytest.raises(ValueError, match="no such classifier in torchvision"):
+            load_probe(f"torchvision/{name}", weights="none")
+
+
+def test_a_failed_download_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = pytest.importorskip("torchvision.models", reason="this torch has no torchvision built for it")
+
+    def get_model(name: str, weights: object) -> None:
+        raise TimeoutError("no route")
+
+    monkeypatch.setattr(models, "get_model", get_model)
+    with pytest.raises(RuntimeError, match=r"could not be had \(TimeoutError: no route\): pass a weights file"):
+        load_probe("torchvision/resnet18")
