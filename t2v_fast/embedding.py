@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,8 @@ class Embedding:
     ``hessian`` and ``scale`` [D] are named as in the public code (``scale`` is one for this estimator);
     ``standard_error`` [D] or None; ``layers`` are (parameter name, start, stop) slices that cover the vector in order.
     ``fingerprint`` holds everything that must agree for two embeddings to be comparable, ``meta`` everything else
-    (task, classes, estimator, timings); both must be JSON. Raises ValueError for anything that is not so.
+    (task, classes, estimator, timings); both must be JSON and are kept as their file will return them (tuples become
+    lists). Raises ValueError for anything that is not so.
     """
 
     hessian: np.ndarray
@@ -57,6 +58,17 @@ class Embedding:
             bad = np.flatnonzero(~np.isfinite(values) | (values < 0))
             if len(bad):
                 raise ValueError(f"{name}[{bad[0]}] is {values[bad[0]]}: expected finite numbers of at least 0")
+        if self.num_examples < 1:
+            raise ValueError(f"num_examples is {self.num_examples}, expected at least 1")
+        for name in ("meta", "fingerprint"):
+            try:
+                # A fingerprint must equal itself after a round trip through a file.
+                setattr(self, name, json.loads(_json(getattr(self, name))))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name} must be JSON: {error}") from None
+        self._check_layers()
+
+    def _check_layers(self) -> None:
         stop = 0
         for name, start, end in self.layers:
             if start != stop or end <= start:
@@ -122,11 +134,12 @@ class Embedding:
             raise ValueError(f"{path} is no embedding: it is not a complete safetensors file ({error})") from None
         if header.get("format") != FORMAT:
             raise ValueError(f"{path} is a safetensors file, but no embedding of t2v-fast")
-        if int(header["version"]) > VERSION:
-            raise ValueError(
-                f"{path} has format version {header['version']}: upgrade t2v-fast, which reads up to {VERSION}"
-            )
+        version = header.get("version", "")
+        if version.isdecimal() and int(version) > VERSION:
+            raise ValueError(f"{path} has format version {version}: upgrade t2v-fast, which reads up to {VERSION}")
         try:
+            if version != str(VERSION):
+                raise ValueError(f"its format version is {version!r}")
             return cls(
                 **arrays,
                 layers=tuple(tuple(layer) for layer in json.loads(header["layers"])),
@@ -145,13 +158,12 @@ def _json(value: Any) -> str:
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     """Write to a temporary name beside ``path``, flush to the disk, and rename: readers see the old file or the new."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

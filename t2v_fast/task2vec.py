@@ -41,7 +41,7 @@ class Task2Vec:
         samples: int = 2,
         task_type: str = "multiclass",
         balanced: bool = True,
-        head: str = "lbfgs",
+        head: str = "newton",
         head_options: dict[str, Any] | None = None,
         batch_size: int = 32,
         num_workers: int = 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from pathlib import Path
 
@@ -40,6 +41,19 @@ def test_round_trip(tmp_path: Path) -> None:
     assert Embedding.load(tmp_path / "a.safetensors").standard_error is None
 
 
+def test_a_fingerprint_survives_its_file(tmp_path: Path) -> None:
+    e = make(fingerprint={"mean": (0.485, 0.456), "levels": {3: "x"}})
+    e.save(tmp_path / "a")
+    check_comparable([e, Embedding.load(tmp_path / "a")])
+    assert e.fingerprint == {"mean": [0.485, 0.456], "levels": {"3": "x"}}
+
+
+def test_files_have_ordinary_permissions(tmp_path: Path) -> None:
+    make().save(tmp_path / "a")
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
 def test_layers_and_repr() -> None:
     e = make()
     assert e.layer_names == ["stem.weight", "block.weight"]
@@ -58,6 +72,9 @@ def test_layers_and_repr() -> None:
         ({"hessian": np.array([1, 2, np.nan, 1, 1])}, r"hessian\[2\] is nan"),
         ({"standard_error": np.array([1, -2, 1, 1, 1])}, r"standard_error\[1\] is -2"),
         ({"layers": (("a", 0, 2), ("b", 3, 5))}, r"layer 'b' covers \[3, 5\), expected a start at 2"),
+        ({"num_examples": 0}, "num_examples is 0, expected at least 1"),
+        ({"meta": {"x": np.ones(2)}}, "meta must be JSON: .*ndarray"),
+        ({"fingerprint": {"x": float("nan")}}, "fingerprint must be JSON"),
         ({"layers": (("a", 0, 4),)}, "the layers cover 4 entries, but the embedding has 5"),
     ],
 )
@@ -85,6 +102,23 @@ def test_the_old_file_survives(
     assert Embedding.load(path).meta["task"] == "old"
 
 
+def test_a_full_disk_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.safetensors"
+    make("old").save(path)
+
+    class FullDisk(io.FileIO):
+        def write(self, data: bytes) -> int:
+            super().write(data[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", FullDisk)
+        with pytest.raises(OSError, match="No space left"):
+            make("new").save(path)
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+    assert Embedding.load(path).meta["task"] == "old"
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     with pytest.raises(FileNotFoundError):
@@ -102,6 +136,9 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     header = {"format": "t2v-fast embedding", "version": "2"}
     safetensors.numpy.save_file({"hessian": np.ones(3)}, path, metadata=header)
     with pytest.raises(ValueError, match="format version 2: upgrade"):
+        Embedding.load(path)
+    safetensors.numpy.save_file({"hessian": np.ones(3)}, path, metadata={**header, "version": "one"})
+    with pytest.raises(ValueError, match=r"x\.safetensors is a damaged embedding: its format version is 'one'"):
         Embedding.load(path)
     safetensors.numpy.save_file({"hessian": np.ones(3)}, path, metadata={**header, "version": "1"})
     with pytest.raises(ValueError, match="damaged embedding"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from torch.nn import functional as F
 
 from t2v_fast.head import fit_head
 
@@ -22,10 +25,11 @@ def blobs(n: int = 120, d: int = 20, classes: int = 4, seed: int = 0) -> tuple[t
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("weight_decay", [1e-1, 1e-4])
-def test_lbfgs_finds_the_optimum(weighted: bool, weight_decay: float) -> None:
+@pytest.mark.parametrize("method", ["newton", "lbfgs"])
+def test_it_finds_the_optimum(method: str, weighted: bool, weight_decay: float) -> None:
     x, y = blobs()
     w = torch.rand(len(x), generator=torch.Generator().manual_seed(1)) + 0.1 if weighted else torch.ones(len(x))
-    fit = fit_head(x, y, num_classes=4, weights=w, weight_decay=weight_decay)
+    fit = fit_head(x, y, num_classes=4, weights=w, method=method, weight_decay=weight_decay)
     assert fit.converged
     a = (w / w.sum()).double().numpy()
     # scikit-learn minimises C sum_n w_n l_n + |W|^2 / 2 on unscaled features; ours divided by the weight decay.
@@ -39,12 +43,75 @@ def test_lbfgs_finds_the_optimum(weighted: bool, weight_decay: float) -> None:
     assert objective(fit.linear.weight.detach().numpy(), fit.loss) <= best * (1 + 1e-6)
 
 
-def test_sigmoid_fits_each_label() -> None:
+def gradient_norm(fit, x: torch.Tensor, y: torch.Tensor, weight_decay: float, likelihood: str) -> float:
+    """By autograd, at the float32 head."""
+    weight, bias = (p.detach().double().requires_grad_() for p in (fit.linear.weight, fit.linear.bias))
+    logits = x.double() @ weight.T + bias
+    if likelihood == "softmax":
+        loss = F.cross_entropy(logits, y)
+    else:
+        loss = F.binary_cross_entropy_with_logits(logits, y.double(), reduction="none").sum(1).mean()
+    (loss + weight_decay / 2 * weight.square().sum()).backward()
+    return float(torch.cat([weight.grad.flatten(), bias.grad]).norm())
+
+
+@pytest.mark.parametrize("likelihood", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("n", [40, 400])  # fewer and more examples than features
+def test_newton_needs_few_iterations_where_features_are_ill_conditioned(likelihood: str, n: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = blobs(n, d=200)
+    x = x @ torch.randn(200, 200, generator=g)  # correlated, too
+    labels = y if likelihood == "softmax" else (torch.rand(n, 4, generator=g) < 0.3).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit = fit_head(x, labels, num_classes=4, likelihood=likelihood)
+    assert fit.converged
+    assert fit.iterations <= 25
+    assert gradient_norm(fit, x, labels, 1e-4, likelihood) < 1e-5 * float(x.norm(dim=1).mean())
+    if likelihood == "softmax":
+        assert float(fit.linear.weight.detach().sum(0).abs().max()) < 1e-5
+
+
+def test_newton_and_lbfgs_agree() -> None:
+    x, y = blobs()
+    newton, lbfgs = (fit_head(x, y, num_classes=4, method=m, weight_decay=1e-2) for m in ("newton", "lbfgs"))
+    torch.testing.assert_close(newton.linear(x).softmax(1), lbfgs.linear(x).softmax(1), rtol=0, atol=1e-4)
+    assert newton.loss == pytest.approx(lbfgs.loss, rel=1e-5)
+    top = newton.linear(x).detach().softmax(1).amax(1).mean()
+    assert newton.mean_top_probability == pytest.approx(float(top), abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["newton", "lbfgs"])
+def test_sigmoid_fits_each_label(method: str) -> None:
     x, y = blobs(classes=2)
     labels = torch.stack([y, 1 - y], 1)
-    fit = fit_head(x, labels, num_classes=2, likelihood="sigmoid", weight_decay=1e-2)
+    fit = fit_head(x, labels, num_classes=2, likelihood="sigmoid", method=method, weight_decay=1e-2)
     assert fit.converged
     torch.testing.assert_close(fit.linear.weight[0], -fit.linear.weight[1], rtol=1e-3, atol=1e-4)
+    reference = LogisticRegression(C=1 / (1e-2 * len(x)), tol=1e-10, max_iter=100_000).fit(
+        x.double().numpy(), y.numpy()
+    )
+    want = reference.predict_proba(x.double().numpy())[:, 1]
+    assert np.abs(fit.linear(x)[:, 0].sigmoid().detach().numpy() - want).max() < 1e-4
+
+
+def test_constant_features_leave_the_class_frequencies() -> None:
+    y = torch.tensor([0, 0, 0, 1])
+    fit = fit_head(torch.ones(4, 3), y, num_classes=2)
+    assert fit.converged
+    torch.testing.assert_close(fit.linear(torch.ones(1, 3)).softmax(1), torch.tensor([[0.75, 0.25]]))
+    balanced = fit_head(torch.ones(4, 3), y, num_classes=2, weights=torch.tensor([1.0, 1, 1, 3]))
+    assert balanced.converged  # the gradient is zero from the start
+    assert fit_head(torch.ones(4, 3), y, num_classes=2, weights=torch.tensor([2.0, 1, 0, 3])).loss == pytest.approx(
+        np.log(2)
+    )
+
+
+def test_it_works_without_autograd() -> None:
+    x, y = blobs()
+    with torch.inference_mode():
+        fit = fit_head(x * 1, y, num_classes=4)
+    assert fit.converged
 
 
 def test_adam_is_the_public_schedule_and_reproducible() -> None:
@@ -58,10 +125,12 @@ def test_adam_is_the_public_schedule_and_reproducible() -> None:
     assert longer.loss < a.loss
 
 
-def test_it_says_when_it_did_not_converge() -> None:
+@pytest.mark.parametrize("method", ["newton", "lbfgs"])
+def test_it_says_when_it_did_not_converge(method: str) -> None:
     x, y = blobs()
-    with pytest.warns(UserWarning, match="did not converge: after 2 iterations"):
-        assert not fit_head(x, y, num_classes=4, max_iterations=2).converged
+    with pytest.warns(UserWarning, match="did not converge: after 2 iterations the gradient's") as record:
+        assert not fit_head(x, y, num_classes=4, method=method, max_iterations=2).converged
+    assert record[0].filename == __file__  # the warning points at the caller
 
 
 X, Y = blobs(8)
@@ -71,15 +140,21 @@ X, Y = blobs(8)
     ("options", "message"),
     [
         ({"features": X * float("nan")}, "features of example 0 are not finite"),
-        ({"features": X[:0], "labels": Y[:0]}, "N of at least 1"),
+        ({"features": X[:0], "labels": Y[:0]}, "N and D of at least 1"),
         ({"labels": Y.float()}, "expected integers"),
         ({"labels": Y + 1}, "from 1 to 4, expected 0 to 3"),
         ({"labels": Y - 1}, "from -1 to 2"),
         ({"num_classes": 5}, "class 4 of 5 has no example"),
         ({"num_classes": 1, "labels": Y * 0}, "at least two classes, got 1"),
         ({"weights": -torch.ones(8)}, "at least 0"),
+        ({"weights": torch.full((8,), torch.inf)}, "finite numbers"),
+        ({"weights": (Y != 2).float()}, "the examples of class 2 of 4 all have weight 0"),
+        ({"weight_decay": 0}, "expected above 0"),
+        ({"weight_decay": -1, "method": "adam"}, "weight_decay is -1"),
+        ({"likelihood": "sigmoid", "labels": torch.eye(4).repeat(2, 1) * 2}, "between 0 and 1"),
+        ({"likelihood": "sigmoid", "labels": torch.ones(8, 4)}, "label 0 of 4 is the same in every example"),
         ({"weights": torch.ones(7)}, r"\[7\], expected \[8\]"),
-        ({"method": "sgd"}, "unknown head method 'sgd': expected one of lbfgs, adam"),
+        ({"method": "sgd"}, "unknown head method 'sgd': expected one of newton, lbfgs, adam"),
         ({"likelihood": "sigmoid"}, r"expected \[8, 4\]"),
         ({"likelihood": "poisson"}, "'poisson'"),
     ],
