@@ -69,6 +69,11 @@ CONVOLUTIONS = [
     ConvCase("empty_batch", 0, 3, (5, 5), 4),
     ConvCase("three_cotangents", 2, 5, (6, 7), 8, cotangents=3),
     ConvCase("three_cotangents_depthwise", 2, 4, (6, 7), 4, groups=4, cotangents=3),
+    ConvCase("three_cotangents_grouped", 2, 6, (5, 6), 8, groups=2, cotangents=3),
+    ConvCase("wide_rows", 2, 20, (18, 21), 35, padding=(1, 2)),
+    ConvCase("channels_a_page_apart", 1, 17, (32, 32), 18),
+    ConvCase("1x1_channels_a_page_apart", 2, 18, (32, 32), 17, (1, 1), padding=(0, 0)),
+    ConvCase("depthwise_one_example", 1, 37, (20, 5), 37, groups=37),
     ConvCase("padding_beyond_the_kernel", 1, 2, (3, 3), 3, (2, 2), (3, 3), (4, 4)),
 ]
 
@@ -97,6 +102,7 @@ OUTERS = [
     OuterCase("one_feature", 3, 4, 1, 1),
     OuterCase("empty_batch", 0, 3, 4, 5),
     OuterCase("no_tokens", 2, 0, 4, 5),
+    OuterCase("tokens_a_page_apart", 2, 512, 19, 18),
     OuterCase("three_cotangents", 2, 6, 8, 9, cotangents=3),
     OuterCase("three_cotangents_one_token", 2, 1, 8, 9, cotangents=3),
 ]

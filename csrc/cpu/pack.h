@@ -56,6 +56,12 @@ struct Positions {
   int64_t outer, inner;
   int64_t outer_stride, inner_stride, column_stride;
 
+  Positions from_column(int64_t first) const {
+    Positions later = *this;
+    later.data += first * column_stride;
+    return later;
+  }
+
   // The same with a single loop, where the strides allow.
   Positions merged() const {
     if (outer == 1 || outer_stride != inner * inner_stride) return *this;
@@ -110,23 +116,43 @@ void pack_positions_last(T* to, int64_t stride, const Positions<S>& strided, int
   }
 }
 
-// An operand [positions][columns] of one example: the tensor's own memory where it lies so already, or a copy.
-template <class T, class S>
-struct ColumnsLast {
-  const T* data;
-  int64_t stride;
+// Columns a multiple of half a page apart fall into the same few lines of the cache.
+template <class T>
+bool crowded(int64_t stride) {
+  return stride * sizeof(T) % 2048 == 0;
+}
+template <class T>
+int64_t spread(int64_t stride) {
+  return crowded<T>(stride) ? stride + 16 : stride;
+}
 
-  ColumnsLast(const Positions<S>& strided, int64_t columns, const Scratch<T>& scratch) {
+// The operand a of one example's products: the tensor's own memory where the positions have one stride, or a copy.
+template <class T, class S>
+struct Broadcast {
+  const T* data;
+  int64_t stride, column;
+
+  static int64_t size(int64_t positions, int64_t columns) { return spread<T>(positions) * columns; }
+
+  Broadcast(const Positions<S>& strided, int64_t columns, const Scratch<T>& scratch) {
     const Positions<S> from = strided.merged();
     if constexpr (std::is_same_v<S, T>)
-      if (from.outer == 1 && from.column_stride == 1) {
+      if (from.outer == 1 && !crowded<T>(from.column_stride)) {
         data = from.data;
         stride = from.inner_stride;
+        column = from.column_stride;
         return;
       }
-    pack_columns_last(scratch.get(), columns, strided, 0, columns);
     data = scratch.get();
-    stride = columns;
+    if (from.column_stride == 1) {
+      stride = columns;
+      column = 1;
+      pack_columns_last(scratch.get(), columns, from, 0, columns);
+    } else {
+      stride = 1;
+      column = spread<T>(from.outer * from.inner);
+      pack_positions_last(scratch.get(), column, from, 0, columns);
+    }
   }
 };
 
@@ -149,17 +175,14 @@ void fold_symmetric(T* gram, int64_t ld, int64_t positions) {
   }
 }
 
-// q[i] = d_i^T gram d_i for `height` filters, gram folded; d both ways round: columns [positions][d_stride], rows
-// [height][positions].
+// q[i] = d_i^T gram d_i for `height` filters, gram folded, d [height][positions] with rows `ld` apart.
 template <class T>
-void quadratic_form(T* q, const T* gram, const T* d_columns, int64_t d_stride, const T* d_rows, int height,
-                    int64_t positions) {
+void quadratic_form(T* q, const T* gram, const T* d, int64_t ld, int height, int64_t positions) {
   const Kernels<T>& k = kernels<T>();
   const int64_t step = 2 * k.width;
   for (int64_t c = 0; c < positions; c += step) {
     const int64_t rows = std::min(c + step, positions);  // below the diagonal there are zeros
-    k.dot(q, d_rows + c, positions, d_columns, height, {1, rows, 0, positions, d_stride}, gram + c,
-          std::min(step, positions - c));
+    k.dot(q, d + c, ld, d, height, {1, rows, 0, positions, 1, ld}, gram + c, std::min(step, positions - c));
   }
 }
 

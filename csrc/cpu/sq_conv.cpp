@@ -43,7 +43,7 @@ class Conv {
         tiles(filter_tiles(shape.groups, shape.group_filters(), kernels<T>().max_height)) {}
 
   int64_t padded_size() const { return s.padded_height() * s.padded_width() * s.channels; }
-  int64_t cotangent_size() const { return s.positions() * s.filters; }
+  int64_t cotangent_size() const { return Broadcast<T, S>::size(s.positions(), s.filters); }
   int64_t gradient_size() const { return s.kernel_h * s.kernel_w * s.group_channels(); }
   bool depthwise() const { return s.group_channels() == 1 && s.groups > 1; }
 
@@ -60,6 +60,8 @@ class Conv {
                     int64_t left, int64_t channels) {
     left = std::min(left, to_width);
     const int64_t right = std::min(left + from.inner, to_width);
+    if (top == 0 && left == 0 && to_height == from.outer && to_width == from.inner)  // no border: in one piece
+      return pack_columns_last(to, pixel, from, 0, channels);
     for (int64_t y = 0; y < to_height; ++y, to += to_width * pixel) {
       const int64_t row = y - top;
       if (row < 0 || row >= from.outer) {
@@ -80,8 +82,9 @@ class Conv {
     embed(to, s.padded_height(), s.padded_width(), s.channels, input(n), s.pad_h, s.pad_w, s.channels);
   }
 
-  Rows window_rows(int64_t g_stride) const {
-    return {s.out_height, s.out_width, s.stride_h * s.padded_width() * s.channels, s.stride_w * s.channels, g_stride};
+  Rows window_rows(const Broadcast<T, S>& g) const {
+    const int64_t pixel = s.channels;
+    return {s.out_height, s.out_width, s.stride_h * s.padded_width() * pixel, s.stride_w * pixel, g.stride, g.column};
   }
 
   int64_t filter(const FilterTile& tile) const { return tile.group * s.group_filters() + tile.first; }
@@ -92,11 +95,11 @@ class Conv {
       const Scratch<T> padded(padded_size()), scratch(cotangent_size());
       pad(padded.get(), n);
       for (int64_t m = n; m < rows; m += examples) {
-        const ColumnsLast<T, S> g(cotangent(m), s.filters, scratch);
+        const Broadcast<T, S> g(cotangent(m), s.filters, scratch);
         for (int64_t t = first; t < last; ++t)
           for (const Block& block : blocks)
-            kernels<T>().square_sum(q + m * s.filters + filter(tiles[t]), g.data + filter(tiles[t]), tiles[t].height,
-                                    window_rows(g.stride),
+            kernels<T>().square_sum(q + m * s.filters + filter(tiles[t]), g.data + filter(tiles[t]) * g.column,
+                                    tiles[t].height, window_rows(g),
                                     padded.get() + block.offset + tiles[t].group * s.group_channels(), block.columns);
       }
     });
@@ -109,11 +112,11 @@ class Conv {
       for (int64_t n = 0; n < examples; ++n) {
         pad(padded.get(), n);
         for (int64_t m = n; m < rows; m += examples) {
-          const ColumnsLast<T, S> g(cotangent(m), s.filters, scratch);
+          const Broadcast<T, S> g(cotangent(m), s.filters, scratch);
           for (int64_t t = first; t < last; ++t)
             for (const Block& block : blocks)
               kernels<T>().square_add(sums + filter(tiles[t]) * gradient_size() + block.result, gradient_size(),
-                                      weight[m], g.data + filter(tiles[t]), tiles[t].height, window_rows(g.stride),
+                                      weight[m], g.data + filter(tiles[t]) * g.column, tiles[t].height, window_rows(g),
                                       padded.get() + block.offset + tiles[t].group * s.group_channels(), block.columns);
         }
       }
@@ -198,49 +201,59 @@ class Conv {
   }
 
   // Depthwise: channels are the vector, taps the registers. Hands out gradients G [kernel size][channels] of the
-  // `multiple`-th filter of each channel: use(m, multiple, G).
+  // `multiple`-th filter of each of `channels` channels: use(m, multiple, G).
   template <class Use>
-  void depthwise_gradients(int64_t n, const Use& use) const {
-    const Kernels<T>& k = kernels<T>();
-    const int64_t taps = s.kernel_h * s.kernel_w, multiples = s.group_filters();
-    const Scratch<T> padded(padded_size()), cotangents(s.positions() * s.channels), gradient(taps * s.channels);
+  void depthwise_gradients(int64_t n, int64_t first, int64_t channels, const Use& use) const {
+    const int64_t taps = s.kernel_h * s.kernel_w, multiples = s.group_filters(), width = s.padded_width();
+    const Scratch<T> padded(s.padded_height() * width * channels), cotangents(s.positions() * channels);
+    const Scratch<T> gradient(taps * channels);
     std::vector<int64_t> offsets;
-    for (const Block& block : blocks) offsets.push_back(block.offset);
-    pad(padded.get(), n);
+    for (int64_t h = 0; h < s.kernel_h; ++h)
+      for (int64_t w = 0; w < s.kernel_w; ++w)
+        offsets.push_back((h * s.dilation_h * width + w * s.dilation_w) * channels);
+    const Rows window{s.out_height, s.out_width, s.stride_h * width * channels, s.stride_w * channels, channels};
+    embed(padded.get(), s.padded_height(), width, channels, input(n).from_column(first), s.pad_h, s.pad_w, channels);
     for (int64_t m = n; m < rows; m += examples)
       for (int64_t j = 0; j < multiples; ++j) {
-        Positions<S> from = cotangent(m);  // of filter c * multiples + j, at column c
-        from.data += j * from.column_stride;
+        Positions<S> from = cotangent(m).from_column(first * multiples + j);  // of filter c * multiples + j, column c
         from.column_stride *= multiples;
-        pack_columns_last(cotangents.get(), s.channels, from, 0, s.channels);
-        k.taps(gradient.get(), s.channels, cotangents.get(), window_rows(s.channels), padded.get(), offsets.data(),
-               static_cast<int>(taps), s.channels);
+        pack_columns_last(cotangents.get(), channels, from, 0, channels);
+        kernels<T>().taps(gradient.get(), channels, cotangents.get(), window, padded.get(), offsets.data(),
+                          static_cast<int>(taps), channels);
         use(m, j, gradient.get());
       }
   }
 
+  // Vectors of channels, which workers share as they do tiles.
+  int64_t channel_blocks() const { return (s.channels + kernels<T>().width - 1) / kernels<T>().width; }
+
   void depthwise_sums(T* q) const {
-    at::parallel_for(0, examples, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n)
-        depthwise_gradients(n, [&](int64_t m, int64_t j, const T* gradient) {
-          for (int64_t t = 0; t < gradient_size(); ++t)
-            for (int64_t c = 0; c < s.channels; ++c) {
-              const T value = gradient[t * s.channels + c];
-              q[m * s.filters + c * s.group_filters() + j] += value * value;
-            }
-        });
+    parallel_examples(examples, channel_blocks(), [&](int64_t n, int64_t first, int64_t last) {
+      first *= kernels<T>().width;
+      const int64_t count = std::min(last * kernels<T>().width, s.channels) - first;
+      depthwise_gradients(n, first, count, [&](int64_t m, int64_t j, const T* gradient) {
+        for (int64_t t = 0; t < gradient_size(); ++t)
+          for (int64_t c = 0; c < count; ++c) {
+            const T value = gradient[t * count + c];
+            q[m * s.filters + (first + c) * s.group_filters() + j] += value * value;
+          }
+      });
     });
   }
 
   void depthwise_accumulate(T* sums, const T* weight) const {
-    for (int64_t n = 0; n < examples; ++n)
-      depthwise_gradients(n, [&](int64_t m, int64_t j, const T* gradient) {
-        for (int64_t c = 0; c < s.channels; ++c)
-          for (int64_t t = 0; t < gradient_size(); ++t) {
-            const T value = gradient[t * s.channels + c];
-            sums[(c * s.group_filters() + j) * gradient_size() + t] += weight[m] * value * value;
-          }
-      });
+    at::parallel_for(0, channel_blocks(), 1, [&](int64_t first, int64_t last) {
+      first *= kernels<T>().width;
+      const int64_t count = std::min(last * kernels<T>().width, s.channels) - first;
+      for (int64_t n = 0; n < examples; ++n)
+        depthwise_gradients(n, first, count, [&](int64_t m, int64_t j, const T* gradient) {
+          for (int64_t c = 0; c < count; ++c)
+            for (int64_t t = 0; t < gradient_size(); ++t) {
+              const T value = gradient[t * count + c];
+              sums[((first + c) * s.group_filters() + j) * gradient_size() + t] += weight[m] * value * value;
+            }
+        });
+    });
   }
 
   // q[m, o] = d_o^T K d_o, with the Gram matrix K of the patches taken from that of the pixels: for every kernel
@@ -251,24 +264,20 @@ class Conv {
       const int64_t pixels = s.pixels(), positions = s.positions(), channels = s.group_channels();
       const Scratch<T> image(channels * pixels), pixel_gram(pixels * pixels), gram(positions * positions);
       const Scratch<T> half(s.out_height * s.width * s.out_height * s.width);
-      const Scratch<T> scratch(cotangent_size()), d(kernels<T>().max_height * positions);
-      int64_t ready = -1;
-      for (int64_t t = first; t < last; ++t) {
-        if (tiles[t].group != ready) {
-          ready = tiles[t].group;
-          pack_positions_last(image.get(), pixels, input(n), ready * channels, channels);
-          upper_gram(pixel_gram.get(), pixels, image.get(), pixels, channels, pixels);
-          patch_gram(gram.get(), half.get(), pixel_gram.get());
-          fold_symmetric(gram.get(), positions, positions);
-        }
-        for (int64_t m = n; m < rows; m += examples) {
-          // Copied once where there is one cotangent; with several, a copy for each tile is the price of one Gram.
-          const Positions<S> from = cotangent(m);
-          if (t == first || rows > examples) pack_columns_last(scratch.get(), s.filters, from, 0, s.filters);
-          pack_positions_last(d.get(), positions, from, filter(tiles[t]), tiles[t].height);
-          quadratic_form(q + m * s.filters + filter(tiles[t]), gram.get(), scratch.get() + filter(tiles[t]), s.filters,
-                         d.get(), tiles[t].height, positions);
-        }
+      const int64_t ld = spread<T>(positions);
+      const Scratch<T> d(kernels<T>().max_height * ld);
+      for (int64_t t = first; t < last;) {
+        const int64_t group = tiles[t].group, begin = t;
+        while (t < last && tiles[t].group == group) ++t;
+        pack_positions_last(image.get(), pixels, input(n), group * channels, channels);
+        upper_gram(pixel_gram.get(), pixels, image.get(), pixels, channels, pixels);
+        patch_gram(gram.get(), half.get(), pixel_gram.get());
+        fold_symmetric(gram.get(), positions, positions);
+        for (int64_t m = n; m < rows; m += examples)
+          for (int64_t k = begin; k < t; ++k) {
+            pack_positions_last(d.get(), ld, cotangent(m), filter(tiles[k]), tiles[k].height);
+            quadratic_form(q + m * s.filters + filter(tiles[k]), gram.get(), d.get(), ld, tiles[k].height, positions);
+          }
       }
     });
   }

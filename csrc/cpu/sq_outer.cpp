@@ -45,13 +45,13 @@ class Outer {
 
   void explicit_sums(T* q) const {
     parallel_examples(examples, tiles.size(), [&](int64_t n, int64_t first, int64_t last) {
-      const Scratch<T> input(positions * inputs), scratch(positions * outputs);
+      const Scratch<T> input(positions * inputs), scratch(Broadcast<T, S>::size(positions, outputs));
       pack_columns_last(input.get(), inputs, of(x_, n), 0, inputs);
       for (int64_t m = n; m < rows; m += examples) {
-        const ColumnsLast<T, S> g(of(g_, m), outputs, scratch);
+        const Broadcast<T, S> g(of(g_, m), outputs, scratch);
         for (int64_t t = first; t < last; ++t)
-          kernels<T>().square_sum(q + m * outputs + tiles[t].first, g.data + tiles[t].first, tiles[t].height,
-                                  token_rows(g.stride), input.get(), inputs);
+          kernels<T>().square_sum(q + m * outputs + tiles[t].first, g.data + tiles[t].first * g.column, tiles[t].height,
+                                  token_rows(g), input.get(), inputs);
       }
     });
   }
@@ -59,33 +59,32 @@ class Outer {
   // q[m, o] = g_o^T (x x^T) g_o
   void gram_sums(T* q) const {
     parallel_examples(examples, tiles.size(), [&](int64_t n, int64_t first, int64_t last) {
-      const Scratch<T> input(inputs * positions), gram(positions * positions), scratch(positions * outputs);
-      const Scratch<T> d(kernels<T>().max_height * positions);
+      const Scratch<T> input(inputs * positions), gram(positions * positions);
+      const int64_t ld = spread<T>(positions);
+      const Scratch<T> d(kernels<T>().max_height * ld);
       pack_positions_last(input.get(), positions, of(x_, n), 0, inputs);
       upper_gram(gram.get(), positions, input.get(), positions, inputs, positions);
       fold_symmetric(gram.get(), positions, positions);
-      for (int64_t m = n; m < rows; m += examples) {
-        const ColumnsLast<T, S> g(of(g_, m), outputs, scratch);
+      for (int64_t m = n; m < rows; m += examples)
         for (int64_t t = first; t < last; ++t) {
-          pack_positions_last(d.get(), positions, of(g_, m), tiles[t].first, tiles[t].height);
-          quadratic_form(q + m * outputs + tiles[t].first, gram.get(), g.data + tiles[t].first, g.stride, d.get(),
-                         tiles[t].height, positions);
+          pack_positions_last(d.get(), ld, of(g_, m), tiles[t].first, tiles[t].height);
+          quadratic_form(q + m * outputs + tiles[t].first, gram.get(), d.get(), ld, tiles[t].height, positions);
         }
-      }
     });
   }
 
   // out [O, I] += sum_m weight[m] G_m^2; each worker owns a share of the filters.
   void accumulate(T* out, const T* weight) const {
     at::parallel_for(0, tiles.size(), 1, [&](int64_t first, int64_t last) {
-      const Scratch<T> input(positions * inputs), scratch(positions * outputs);
+      const Scratch<T> input(positions * inputs), scratch(Broadcast<T, S>::size(positions, outputs));
       for (int64_t n = 0; n < examples; ++n) {
         pack_columns_last(input.get(), inputs, of(x_, n), 0, inputs);
         for (int64_t m = n; m < rows; m += examples) {
-          const ColumnsLast<T, S> g(of(g_, m), outputs, scratch);
+          const Broadcast<T, S> g(of(g_, m), outputs, scratch);
           for (int64_t t = first; t < last; ++t)
-            kernels<T>().square_add(out + tiles[t].first * inputs, inputs, weight[m], g.data + tiles[t].first,
-                                    tiles[t].height, token_rows(g.stride), input.get(), inputs);
+            kernels<T>().square_add(out + tiles[t].first * inputs, inputs, weight[m],
+                                    g.data + tiles[t].first * g.column, tiles[t].height, token_rows(g), input.get(),
+                                    inputs);
         }
       }
     });
@@ -98,7 +97,7 @@ class Outer {
   const std::vector<FilterTile> tiles;
 
  private:
-  Rows token_rows(int64_t g_stride) const { return {1, positions, 0, inputs, g_stride}; }
+  Rows token_rows(const Broadcast<T, S>& g) const { return {1, positions, 0, inputs, g.stride, g.column}; }
 
   const at::Tensor &x_, &g_;
 };

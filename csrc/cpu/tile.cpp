@@ -60,7 +60,7 @@ inline void tile(const T* a, const Rows& rows, const T* b, int64_t column, int64
       V<T> values[NV];
       for (int v = 0; v < NV; ++v) values[v] = load(p + v * width);
       for (int i = 0; i < MR; ++i)
-        for (int v = 0; v < NV; ++v) sums[i][v] += a[i] * values[v];
+        for (int v = 0; v < NV; ++v) sums[i][v] += a[i * rows.a_column] * values[v];
     }
   }
   for (int i = 0; i < MR; ++i)
@@ -285,17 +285,20 @@ inline void exchange(V<T>* r) {
 template <class T>
 void transpose(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t rows, int64_t columns) {
   constexpr int width = Vector<T>::width;
-  const int64_t whole_rows = rows - rows % width, whole_columns = columns - columns % width;
-  for (int64_t r = 0; r < whole_rows; r += width)
-    for (int64_t c = 0; c < whole_columns; c += width) {
+  if (rows < width || columns < width) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
+    return;
+  }
+  // The last block of each axis ends where the axis does, and so may overlap the one before.
+  for (int64_t r0 = 0; r0 < rows; r0 += width)
+    for (int64_t c0 = 0; c0 < columns; c0 += width) {
+      const int64_t r = r0 + width <= rows ? r0 : rows - width, c = c0 + width <= columns ? c0 : columns - width;
       V<T> block[width];
       for (int k = 0; k < width; ++k) block[k] = load(from + (r + k) * from_stride + c);
       exchange<T, width / 2>(block);
       for (int k = 0; k < width; ++k) store(to + (c + k) * to_stride + r, block[k]);
     }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
-      to[c * to_stride + r] = from[r * from_stride + c];
 }
 
 // Four chains hide the latency of the additions.

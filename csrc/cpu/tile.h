@@ -8,11 +8,13 @@
 
 namespace t2v {
 
-// The summed positions of a product, as two nested loops; the columns of both operands are contiguous.
+// The summed positions of a product, as two nested loops. The columns of the vector operand b are contiguous; the
+// broadcast operand a may lie either way round.
 struct Rows {
   int64_t outer, inner;
-  int64_t outer_stride, inner_stride;  // of the vector operand b, in elements
-  int64_t a_stride;                    // of the broadcast operand a, from each position to the next
+  int64_t outer_stride, inner_stride;  // of b, in elements
+  int64_t a_stride;                    // of a, from each position to the next
+  int64_t a_column = 1;                // of a, from each of its columns to the next
 };
 
 // The operands of Winograd's F(3x3, 4x4) after their transforms: 36 matrices [tiles][stride] each.
