@@ -94,7 +94,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _call(name: str, *args: object) -> Tensor | None:
     forced = _backend.get()
-    if forced == "reference":
+    # An extension that loaded but does not fit this torch has registered its kernels: they must not be dispatched to.
+    if forced == "reference" or _missing is not None:
         return getattr(reference, name)(*args)
     if forced == "cpu":
         for a in args:

@@ -401,5 +401,8 @@ def test_forcing_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     monkeypatch.setattr(ops, "_missing", "no compiler was found")
     assert "no compiler was found" in ops.backend_status()["cpu"]
+    with monkeypatch.context() as patch:  # an extension that loaded but does not fit is not used either
+        patch.setattr(ops.reference, "sq_prod", lambda *_: "the reference")
+        assert ops.sq_prod(torch.ones(1, 2, 3)) == "the reference"
     with pytest.raises(RuntimeError, match=r"'cpu' was asked for .* no compiler was found"), ops.use_backend("cpu"):
         pass
