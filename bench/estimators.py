@@ -1,6 +1,6 @@
 """Error of each estimator against ``exact`` on the demo's tasks, at 1, 2 and 4 cotangents an image.
 
-    python bench/estimators.py [--images 80] [--size 96] [--head lbfgs|adam]
+    python bench/estimators.py [--images 80] [--size 96] [--head newton|adam]
 
 Prints Markdown: relative error of the whole embedding, |estimate - exact| / |exact|, the median over tasks and draws,
 and in brackets the largest. Each task has one head, shared by all estimators.
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=80)
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--head", default="lbfgs")
+    parser.add_argument("--head", default="newton")
     arguments = parser.parse_args()
     probe = load_probe()
     probe.preprocessing = replace(probe.preprocessing, resize=arguments.size, crop=arguments.size)
