@@ -81,10 +81,27 @@ def test_no_compiler(tmp_path: Path) -> None:
     (tmp_path / "cmake").chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     broken = {"T2V_FAST_CMAKE": str(tmp_path / "cmake"), "PATH": path, "T2V_FAST_BUILD_DIR": str(tmp_path / "build")}
-    found = setup_py(tmp_path / "out", **broken)
+    found = setup_py(tmp_path / "out", **broken, T2V_FAST_REQUIRE_EXT="0")
     assert found.returncode == 0, found.stderr
     assert "built backends: none, the plain torch reference will be used" in found.stderr
     assert setup_py(tmp_path / "out", **broken, T2V_FAST_REQUIRE_EXT="1").returncode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("editable", [False, True])
+def test_an_install_without_a_compiler_works(editable: bool, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT,
+        source,
+        ignore=shutil.ignore_patterns("*.so", "build", ".git", ".venv*", "demo", "*.egg-info", "__pycache__"),
+    )
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", tmp_path / "site"]
+    command = [*pip, *(["--editable"] if editable else []), "."]
+    broken = {"T2V_FAST_CMAKE": "false", "T2V_FAST_BUILD_DIR": str(tmp_path / "build"), "T2V_FAST_REQUIRE_EXT": "0"}
+    found = run(*command, cwd=source, **broken)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert not list((source if editable else tmp_path / "site").rglob("*.so"))
 
 
 @pytest.mark.slow
