@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,8 +15,9 @@ from rich.text import Text
 
 from . import __version__, demo, ops, plot
 from .cotangents import ESTIMATORS
-from .distance import METRICS, pdist
+from .distance import METRICS, distance_rows, nearest_tasks, pdist
 from .embedding import Embedding
+from .files import write_csv
 from .fisher import BATCH_MEAN
 from .probe import load_probe
 from .task2vec import Task2Vec
@@ -150,18 +150,11 @@ def _distance(arguments: argparse.Namespace) -> int:
     names = [str(e.meta.get("task") or path.stem) for e, path in zip(embeddings, paths, strict=True)]
     distances = pdist(embeddings, metric=arguments.metric)
     table = Table("task", "nearest", arguments.metric)
-    for i, name in enumerate(names):
-        others = distances[i].copy()
-        others[i] = float("inf")
-        j = int(others.argmin())
-        table.add_row(Text(name), Text(names[j]), f"{distances[i, j]:.4g}")
+    for i, j in enumerate(nearest_tasks(distances)):
+        table.add_row(Text(names[i]), Text(names[j]), f"{distances[i, j]:.4g}")
     console.print(table)
     if arguments.csv:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["task", *names])
-            for name, row in zip(names, distances, strict=True):
-                writer.writerow([name, *(repr(float(d)) for d in row)])
+        write_csv(arguments.csv, distance_rows(names, distances))
         console.print(f"distances -> {arguments.csv}", markup=False)
     if arguments.plot:
         plot.heatmap(distances, names, arguments.plot)

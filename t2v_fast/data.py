@@ -14,11 +14,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-TASK_TYPES = ("multiclass", "multilabel")
+TASK_TYPES = {"multiclass": "softmax", "multilabel": "sigmoid"}  # and the likelihood of their labels
 
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the task and the image."""
+
+
+def check_task_type(task_type: str) -> None:
+    """Raise ValueError for a task type that is none of :data:`TASK_TYPES`."""
+    if task_type not in TASK_TYPES:
+        raise ValueError(f"unknown task_type {task_type!r}: expected one of {', '.join(TASK_TYPES)}")
 
 
 class TaskData:
@@ -37,8 +43,7 @@ class TaskData:
         describe: Callable[[int], str] = "image {}".format,  # not a lambda: it travels to workers
         skip_unreadable: bool = False,
     ) -> None:
-        if task_type not in TASK_TYPES:
-            raise ValueError(f"unknown task_type {task_type!r}: expected one of {', '.join(TASK_TYPES)}")
+        check_task_type(task_type)
         self.source, self.name, self.task_type, self.classes = source, name, task_type, classes
         self.describe, self.skip_unreadable = describe, skip_unreadable
         self.skipped: list[str] = []

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +14,10 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
-from .embedding import Embedding, write_atomically
+from .distance import distance_rows, nearest_tasks, pdist
+from .embedding import Embedding
+from .files import write_csv
+from .plot import contact_sheet, heatmap
 from .task2vec import Task2Vec
 
 IMAGES_PER_TASK = 150
@@ -214,9 +215,6 @@ def run_demo(output: Path, task2vec: Task2Vec, tasks: Sequence[DemoTask], consol
 
     Writes embeddings/NAME.safetensors, distances.csv (square), nearest.csv, heatmap.png and tasks.png.
     """
-    from .distance import pdist
-    from .plot import contact_sheet, heatmap
-
     console = console or Console(highlight=False)
     folder = output / "embeddings"
     folder.mkdir(parents=True, exist_ok=True)
@@ -233,7 +231,7 @@ def run_demo(output: Path, task2vec: Task2Vec, tasks: Sequence[DemoTask], consol
         embeddings.append(embedding)
     names, families = [t.name for t in tasks], [t.family for t in tasks]
     distances = pdist(embeddings)
-    nearest = np.argmin(distances + np.diag(np.full(len(tasks), np.inf)), axis=1).tolist()
+    nearest = nearest_tasks(distances)
     same = sum(families[i] == families[j] for i, j in enumerate(nearest))
     table = Table("task", "family", "nearest task", "its family", "distance")
     for i, j in enumerate(nearest):
@@ -241,11 +239,8 @@ def run_demo(output: Path, task2vec: Task2Vec, tasks: Sequence[DemoTask], consol
         table.add_row(names[i], families[i], names[j] + mark, families[j], f"{distances[i, j]:.4f}")
     console.print(table)
     console.print(f"{same} of {len(tasks)} tasks have a nearest task of their own family")
-    _write_csv(
-        output / "distances.csv",
-        [["task", *names], *([n, *map(repr, map(float, row))] for n, row in zip(names, distances, strict=True))],
-    )
-    _write_csv(
+    write_csv(output / "distances.csv", distance_rows(names, distances))
+    write_csv(
         output / "nearest.csv",
         [["task", "family", "nearest", "nearest_family", "distance"]]
         + [[names[i], families[i], names[j], families[j], repr(float(distances[i, j]))] for i, j in enumerate(nearest)],
@@ -272,9 +267,3 @@ def _stored(path: Path, task: DemoTask, task2vec: Task2Vec) -> Embedding | None:
     wanted = {"estimator": task2vec.estimator, "samples": task2vec.samples, "seed": task2vec.seed}
     same = embedding.fingerprint == task2vec.fingerprint() and embedding.meta.get("demo_data") == task.digest
     return embedding if same and all(embedding.meta.get(key) == value for key, value in wanted.items()) else None
-
-
-def _write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_atomically(path, text.getvalue().encode())

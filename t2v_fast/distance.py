@@ -176,6 +176,16 @@ def pdist(embeddings: Vectors, metric: str = "cosine", *, epsilon: float = 0.0) 
     return out + out.T
 
 
+def nearest_tasks(distances: np.ndarray) -> list[int]:
+    """For each task of a square matrix [T, T], the index of the nearest other one."""
+    return np.argmin(distances + np.diag(np.full(len(distances), np.inf)), axis=1).tolist()
+
+
+def distance_rows(names: Sequence[str], distances: np.ndarray) -> list[list[str]]:
+    """A square matrix as rows of text, names on top and on the left; numbers keep all their digits."""
+    return [["task", *names], *([name, *map(repr, row.tolist())] for name, row in zip(names, distances, strict=True))]
+
+
 def _measure(metric: str) -> Metric:
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}: expected one of {', '.join(METRICS)}")

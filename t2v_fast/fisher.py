@@ -206,11 +206,12 @@ def fisher(
         raise ValueError(f"weights has {len(weights)} entries but the loader gave {seen} examples")
     if not next(iter(moments.values())).weight > 0:
         raise ValueError("the weights of all examples are zero")
-    for name, m in moments.items():
-        if not m.mean().isfinite().all():
+    values = {name: m.mean() for name, m in moments.items()}
+    for name, mean in values.items():
+        if not mean.isfinite().all():
             raise ValueError(f"the Fisher of {name!r} is not finite: the network's activations or gradients overflow")
     return FisherDiagonal(
-        {name: m.mean() for name, m in moments.items()},
+        values,
         {name: m.standard_error() for name, m in moments.items()},
         granularity,
         estimator,
@@ -286,7 +287,7 @@ def _self_check(
             alone = forward(
                 recorder.model, tree_map(lambda t, e=e: t[e : e + 1] if isinstance(t, Tensor) else t, inputs)
             )
-        apart = float((alone[0] - logits[e]).detach().abs().max())
+        apart = float((alone[0] - logits[e].detach()).abs().max())
         if not apart <= tolerance * float(logits.detach().abs().max()):
             raise SelfCheckError(
                 f"the logits of example {e} change by {apart:.2g} when it is run alone: examples interact, or the "

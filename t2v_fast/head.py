@@ -321,15 +321,11 @@ def _lbfgs(
     max_iterations: int,
     tolerance: float,
 ) -> tuple[Tensor, Tensor, int, bool]:
-    # The same objective in other variables: W = V diag(1 / scale) B^T, with B the principal axes of the weighted
-    # features. The best W lies in their span (a part outside it only adds to the penalty), and there the Hessian of V
-    # is near a multiple of the identity, while raw features of a network differ in spread by orders of magnitude.
-    mean = (a[:, None] * x).sum(0)
-    centred = x - mean
-    _, spread, axes = torch.linalg.svd(a.sqrt()[:, None] * centred, full_matrices=False)
-    kept = spread > spread[0] * 1e-10
-    axes, scale = axes[kept], (spread[kept].square() / 4 + weight_decay).sqrt()
-    scaled = centred @ axes.T / scale  # [N, r]
+    # The same objective in other variables: W = V diag(1 / scale) axes^T, where the Hessian of V is near a multiple of
+    # the identity.
+    mean, z, axes = _principal_axes(x, a)
+    scale = (a @ z.square() / 4 + weight_decay).sqrt()
+    scaled = z / scale  # [N, R]
     v = torch.zeros(num_classes, len(scale), dtype=torch.float64, requires_grad=True)
     b = torch.zeros(num_classes, dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS(
@@ -359,7 +355,7 @@ def _lbfgs(
     converged = largest <= tolerance or (largest <= 10 * tolerance and iterations < max_iterations)
     if not converged:
         _warn(iterations, f"the gradient's largest entry is {largest:.1e}", f"{tolerance:.0e}")
-    weight = (v / scale).detach() @ axes
+    weight = (v / scale).detach() @ axes.T
     return weight, b.detach() - weight @ mean, iterations, converged
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .embedding import write_atomically
+from .files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -88,6 +88,11 @@ def _features(g: Tensor) -> Tensor:
     return g.reshape(-1, g.shape[-1])
 
 
+def _positions(t: Tensor) -> Tensor:
+    """[N, C] or [N, C, *spatial] -> [N, S, C]."""
+    return t.unsqueeze(1) if t.dim() == 2 else t.flatten(2).transpose(1, 2)
+
+
 @dataclass(frozen=True)
 class Rule:
     """How one kind of node yields the factors of the parameters that enter it.
@@ -161,12 +166,12 @@ def _one_row_each(use: Use, layout: RowLayout) -> None:
 def _convolution(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tensor) -> Factors:
     node = use.node
     _one_row_each(use, layout)
-    if use.chain and use.slot == 1 and use.transposed:
-        raise _unsupported(use, "is transposed before use")
     if use.slot == 2:
-        return Product(g.flatten(2).transpose(1, 2))
+        return Product(_positions(g))
     if use.slot != 1:
         raise _unsupported(use, "is the input of a convolution")
+    if use.transposed:
+        raise _unsupported(use, "is transposed before use")
     if node._saved_transposed:
         raise _unsupported(use, "belongs to a transposed convolution")
     x, kernel = node._saved_input, tuple(parameter.shape[2:])
@@ -190,15 +195,13 @@ def _batch_norm(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tenso
             "not exist; call eval() on the network, or use estimator='batch_mean'",
         )
     _one_row_each(use, layout)
-
-    def positions(t: Tensor) -> Tensor:
-        return t.unsqueeze(1) if t.dim() == 2 else t.flatten(2).transpose(1, 2)  # [N, S, C]
-
     if use.slot == 2:
-        return Product(positions(g))
+        return Product(_positions(g))
+    if use.slot != 1:
+        raise _unsupported(use, "is the input of a batch norm")
     mean = node._saved_running_mean
     scale = (node._saved_running_var + node._saved_eps).rsqrt()
-    return Product(positions(g), positions(node._saved_input), mean, scale)
+    return Product(_positions(g), _positions(node._saved_input), mean, scale)
 
 
 @register_rule("AddmmBackward0", "MmBackward0", rows=_features)

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .cotangents import check_estimator
-from .data import TaskData, balanced_weights
+from .data import TASK_TYPES, TaskData, balanced_weights, check_task_type
 from .embedding import Embedding
 from .fisher import BATCH_MEAN, FisherDiagonal, fisher
 from .head import HeadFit, fit_head
 from .probe import Probe, load_probe
-
-TASK_TYPES = {"multiclass": "softmax", "multilabel": "sigmoid"}
 
 
 class Task2Vec:
@@ -50,8 +48,7 @@ class Task2Vec:
         self_check: bool = True,
         progress: bool = False,
     ) -> None:
-        if task_type not in TASK_TYPES:
-            raise ValueError(f"unknown task_type {task_type!r}: expected one of {', '.join(TASK_TYPES)}")
+        check_task_type(task_type)
         if estimator != BATCH_MEAN:
             check_estimator(estimator, samples)
         if isinstance(probe, str):

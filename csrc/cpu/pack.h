@@ -84,12 +84,12 @@ void transpose(T* to, int64_t to_stride, const S* from, int64_t row_stride, int6
     }
 }
 
-// to[position][c] = from[position, first + c], rows `stride` apart
+// to[position][c] = from[position, c], rows `stride` apart
 template <class T, class S>
-void pack_columns_last(T* to, int64_t stride, const Positions<S>& strided, int64_t first, int64_t columns) {
+void pack_columns_last(T* to, int64_t stride, const Positions<S>& strided, int64_t columns) {
   const Positions<S> from = strided.merged();
   for (int64_t y = 0; y < from.outer; ++y) {
-    const S* row = from.data + y * from.outer_stride + first * from.column_stride;
+    const S* row = from.data + y * from.outer_stride;
     T* out = to + y * from.inner * stride;
     if (from.inner_stride == 1 && from.column_stride != 1) {
       transpose(out, stride, row, from.column_stride, columns, from.inner);
@@ -100,12 +100,12 @@ void pack_columns_last(T* to, int64_t stride, const Positions<S>& strided, int64
   }
 }
 
-// to[c][position] = from[position, first + c], rows `stride` apart
+// to[c][position] = from[position, c], rows `stride` apart
 template <class T, class S>
-void pack_positions_last(T* to, int64_t stride, const Positions<S>& strided, int64_t first, int64_t columns) {
+void pack_positions_last(T* to, int64_t stride, const Positions<S>& strided, int64_t columns) {
   const Positions<S> from = strided.merged();
   for (int64_t y = 0; y < from.outer; ++y) {
-    const S* row = from.data + y * from.outer_stride + first * from.column_stride;
+    const S* row = from.data + y * from.outer_stride;
     T* out = to + y * from.inner;
     if (from.column_stride == 1 && from.inner_stride != 1) {
       transpose(out, stride, row, from.inner_stride, from.inner, columns);
@@ -147,11 +147,11 @@ struct Broadcast {
     if (from.column_stride == 1) {
       stride = columns;
       column = 1;
-      pack_columns_last(scratch.get(), columns, from, 0, columns);
+      pack_columns_last(scratch.get(), columns, from, columns);
     } else {
       stride = 1;
       column = spread<T>(from.outer * from.inner);
-      pack_positions_last(scratch.get(), column, from, 0, columns);
+      pack_positions_last(scratch.get(), column, from, columns);
     }
   }
 };

@@ -61,7 +61,7 @@ class Conv {
     left = std::min(left, to_width);
     const int64_t right = std::min(left + from.inner, to_width);
     if (top == 0 && left == 0 && to_height == from.outer && to_width == from.inner)  // no border: in one piece
-      return pack_columns_last(to, pixel, from, 0, channels);
+      return pack_columns_last(to, pixel, from, channels);
     for (int64_t y = 0; y < to_height; ++y, to += to_width * pixel) {
       const int64_t row = y - top;
       if (row < 0 || row >= from.outer) {
@@ -72,7 +72,7 @@ class Conv {
       pack_columns_last(
           to + left * pixel, pixel,
           Positions<S>{from.data + row * from.outer_stride, 1, right - left, 0, from.inner_stride, from.column_stride},
-          0, channels);
+          channels);
       std::fill(to + right * pixel, to + to_width * pixel, T(0));
     }
   }
@@ -217,7 +217,7 @@ class Conv {
       for (int64_t j = 0; j < multiples; ++j) {
         Positions<S> from = cotangent(m).from_column(first * multiples + j);  // of filter c * multiples + j, column c
         from.column_stride *= multiples;
-        pack_columns_last(cotangents.get(), channels, from, 0, channels);
+        pack_columns_last(cotangents.get(), channels, from, channels);
         kernels<T>().taps(gradient.get(), channels, cotangents.get(), window, padded.get(), offsets.data(),
                           static_cast<int>(taps), channels);
         use(m, j, gradient.get());
@@ -269,13 +269,13 @@ class Conv {
       for (int64_t t = first; t < last;) {
         const int64_t group = tiles[t].group, begin = t;
         while (t < last && tiles[t].group == group) ++t;
-        pack_positions_last(image.get(), pixels, input(n), group * channels, channels);
+        pack_positions_last(image.get(), pixels, input(n).from_column(group * channels), channels);
         upper_gram(pixel_gram.get(), pixels, image.get(), pixels, channels, pixels);
         patch_gram(gram.get(), half.get(), pixel_gram.get());
         fold_symmetric(gram.get(), positions, positions);
         for (int64_t m = n; m < rows; m += examples)
           for (int64_t k = begin; k < t; ++k) {
-            pack_positions_last(d.get(), ld, cotangent(m), filter(tiles[k]), tiles[k].height);
+            pack_positions_last(d.get(), ld, cotangent(m).from_column(filter(tiles[k])), tiles[k].height);
             quadratic_form(q + m * s.filters + filter(tiles[k]), gram.get(), d.get(), ld, tiles[k].height, positions);
           }
       }

@@ -30,7 +30,7 @@ class Outer {
     at::parallel_for(0, examples, 1, [&](int64_t begin, int64_t end) {
       const Scratch<T> input(inputs);
       for (int64_t n = begin; n < end; ++n) {
-        pack_columns_last(input.get(), inputs, of(x_, n), 0, inputs);
+        pack_columns_last(input.get(), inputs, of(x_, n), inputs);
         const T norm = kernels<T>().shifted_dot(input.get(), input.get(), T(0), inputs);
         for (int64_t m = n; m < rows; m += examples) {
           const Positions<S> g = of(g_, m);
@@ -46,7 +46,7 @@ class Outer {
   void explicit_sums(T* q) const {
     parallel_examples(examples, tiles.size(), [&](int64_t n, int64_t first, int64_t last) {
       const Scratch<T> input(positions * inputs), scratch(Broadcast<T, S>::size(positions, outputs));
-      pack_columns_last(input.get(), inputs, of(x_, n), 0, inputs);
+      pack_columns_last(input.get(), inputs, of(x_, n), inputs);
       for (int64_t m = n; m < rows; m += examples) {
         const Broadcast<T, S> g(of(g_, m), outputs, scratch);
         for (int64_t t = first; t < last; ++t)
@@ -62,12 +62,12 @@ class Outer {
       const Scratch<T> input(inputs * positions), gram(positions * positions);
       const int64_t ld = spread<T>(positions);
       const Scratch<T> d(kernels<T>().max_height * ld);
-      pack_positions_last(input.get(), positions, of(x_, n), 0, inputs);
+      pack_positions_last(input.get(), positions, of(x_, n), inputs);
       upper_gram(gram.get(), positions, input.get(), positions, inputs, positions);
       fold_symmetric(gram.get(), positions, positions);
       for (int64_t m = n; m < rows; m += examples)
         for (int64_t t = first; t < last; ++t) {
-          pack_positions_last(d.get(), ld, of(g_, m), tiles[t].first, tiles[t].height);
+          pack_positions_last(d.get(), ld, of(g_, m).from_column(tiles[t].first), tiles[t].height);
           quadratic_form(q + m * outputs + tiles[t].first, gram.get(), d.get(), ld, tiles[t].height, positions);
         }
     });
@@ -78,7 +78,7 @@ class Outer {
     at::parallel_for(0, tiles.size(), 1, [&](int64_t first, int64_t last) {
       const Scratch<T> input(positions * inputs), scratch(Broadcast<T, S>::size(positions, outputs));
       for (int64_t n = 0; n < examples; ++n) {
-        pack_columns_last(input.get(), inputs, of(x_, n), 0, inputs);
+        pack_columns_last(input.get(), inputs, of(x_, n), inputs);
         for (int64_t m = n; m < rows; m += examples) {
           const Broadcast<T, S> g(of(g_, m), outputs, scratch);
           for (int64_t t = first; t < last; ++t)
