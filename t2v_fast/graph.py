@@ -140,6 +140,11 @@ def backpropagate(
             handle.remove()
 
 
+def output_like(node: Node) -> Tensor:
+    """A tensor without data, of the shape of what ``node`` put out in the forward pass and so of its cotangent."""
+    return torch.empty(tuple(node._input_metadata[0].shape), device="meta")
+
+
 @dataclass(frozen=True)
 class RowLayout:
     """Rows of a flattened activation in terms of examples: row (a, n, b) of shape [outer, N, inner] is of example n."""
@@ -180,20 +185,20 @@ class Layouts:
             return
         candidates: dict[Node, list[RowLayout]] = {}
         lit: dict[Node, Tensor] = {}
-
-        def visit(node: Node, g: Tensor) -> None:
-            rows = rows_of(node, g)
-            per_example = rows.shape[0] // n
-            if rows.shape[0] % n:
-                raise UnsupportedError(
-                    f"{taps.uses[node][0]}: {rows.shape[0]} rows cannot be shared out over {n} examples"
-                )
-            if per_example == 1 or all((use.parameter, per_example) in self.known for use in taps.uses[node]):
-                return
-            if node not in candidates:
+        for node, uses in taps.uses.items():
+            count = rows_of(node, output_like(node)).shape[0]
+            if count % n:
+                raise UnsupportedError(f"{uses[0]}: {count} rows cannot be shared out over {n} examples")
+            per_example = count // n
+            if per_example > 1 and not all((use.parameter, per_example) in self.known for use in uses):
                 divisors = [b for b in range(1, per_example + 1) if per_example % b == 0]
                 candidates[node] = [RowLayout(per_example // b, b) for b in reversed(divisors)]
-            lit[node] = (rows != 0).flatten(1).any(1)
+        if not candidates:
+            return
+
+        def visit(node: Node, g: Tensor) -> None:
+            if node in candidates:
+                lit[node] = (rows_of(node, g) != 0).flatten(1).any(1)
 
         # From the middle outwards and example 0 last: row 0 belongs to example 0 in every layout and tells nothing.
         examples = sorted(range(n), key=lambda e: (e == 0, abs(e - n // 2)))
