@@ -26,7 +26,7 @@ import contextlib
 import contextvars
 import importlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -108,20 +108,21 @@ def _shape(t: Tensor) -> str:
     return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
 
 
-def _require(condition: bool, name: str, message: str) -> None:
+def _require(condition: bool, name: str, message: Callable[[], str]) -> None:
+    """The message is a function because composing it would take longer than a small op."""
     if not condition:
-        raise ValueError(f"{name}: {message}")
+        raise ValueError(f"{name}: {message()}")
 
 
 def _check_floating(name: str, **tensors: Tensor) -> None:
     first, reference_tensor = next(iter(tensors.items()))
     for key, t in tensors.items():
-        _require(t.is_floating_point(), name, f"{key} must be floating point, got {_shape(t)}")
-        _require(
-            t.dtype == reference_tensor.dtype and t.device == reference_tensor.device,
-            name,
-            f"{key} is {_shape(t)} but {first} is {_shape(reference_tensor)}: expected one dtype and device",
-        )
+        if not t.is_floating_point():
+            raise ValueError(f"{name}: {key} must be floating point, got {_shape(t)}")
+        if t.dtype != reference_tensor.dtype or t.device != reference_tensor.device:
+            raise ValueError(
+                f"{name}: {key} is {_shape(t)} but {first} is {_shape(reference_tensor)}: expected one dtype and device"
+            )
 
 
 def _check_rows(name: str, key: str, examples: Tensor, g: Tensor) -> None:
@@ -129,7 +130,9 @@ def _check_rows(name: str, key: str, examples: Tensor, g: Tensor) -> None:
     _require(
         (m == 0) if n == 0 else m % n == 0,
         name,
-        f"g has {m} rows, expected a multiple of the {n} examples of {key}: {_shape(g)} against {_shape(examples)}",
+        lambda: (
+            f"g has {m} rows, expected a multiple of the {n} examples of {key}: {_shape(g)} against {_shape(examples)}"
+        ),
     )
 
 
@@ -138,22 +141,22 @@ def _check_accumulator(name: str, out: Tensor, shape: Sequence[int], g: Tensor, 
     _require(
         list(out.shape) == list(shape) and out.dtype == dtype and out.device == g.device and out.is_contiguous(),
         name,
-        f"out is {_shape(out)}, expected contiguous {list(shape)} {dtype} on {g.device}",
+        lambda: f"out is {_shape(out)}, expected contiguous {list(shape)} {dtype} on {g.device}",
     )
     _require(
         list(weight.shape) == [g.shape[0]] and weight.dtype == dtype and weight.device == g.device,
         name,
-        f"weight is {_shape(weight)}, expected [{g.shape[0]}] {dtype} on {g.device}: one weight a row of g",
+        lambda: f"weight is {_shape(weight)}, expected [{g.shape[0]}] {dtype} on {g.device}: one weight a row of g",
     )
 
 
 def _check_outer(name: str, x: Tensor, g: Tensor, path: str = "auto") -> None:
     _check_floating(name, x=x, g=g)
-    _require(path in OUTER_PATHS, name, f"path {path!r} is none of {', '.join(OUTER_PATHS)}")
+    _require(path in OUTER_PATHS, name, lambda: f"path {path!r} is none of {', '.join(OUTER_PATHS)}")
     _require(
         x.dim() == 3 and g.dim() == 3 and x.shape[1] == g.shape[1],
         name,
-        f"expected x [N, S, I] and g [M, S, O] with one S, got x {_shape(x)} and g {_shape(g)}",
+        lambda: f"expected x [N, S, I] and g [M, S, O] with one S, got x {_shape(x)} and g {_shape(g)}",
     )
     _check_rows(name, "x", x, g)
 
@@ -189,36 +192,39 @@ def _check_conv(
     path: str = "auto",
 ) -> None:
     _check_floating(name, x=x, g=g)
-    _require(path in CONV_PATHS, name, f"path {path!r} is none of {', '.join(CONV_PATHS)}")
+    _require(path in CONV_PATHS, name, lambda: f"path {path!r} is none of {', '.join(CONV_PATHS)}")
     _require(
         x.dim() == 4 and g.dim() == 4,
         name,
-        f"expected x [N, C, H, W] and g [M, O, Ho, Wo], got x {_shape(x)} and g {_shape(g)}",
+        lambda: f"expected x [N, C, H, W] and g [M, O, Ho, Wo], got x {_shape(x)} and g {_shape(g)}",
     )
-    geometry = (
-        f"kernel_size {list(kernel_size)}, stride {list(stride)}, padding {list(padding)}, "
-        f"dilation {list(dilation)}, groups {groups}"
-    )
+
+    def geometry() -> str:
+        return (
+            f"kernel_size {list(kernel_size)}, stride {list(stride)}, padding {list(padding)}, "
+            f"dilation {list(dilation)}, groups {groups}"
+        )
+
     _require(
         min(*kernel_size, *stride, *dilation, groups) >= 1 and min(padding) >= 0,
         name,
-        f"expected positive sizes and padding of at least 0, got {geometry}",
+        lambda: f"expected positive sizes and padding of at least 0, got {geometry()}",
     )
     _require(
         x.shape[1] % groups == 0 and g.shape[1] % groups == 0,
         name,
-        f"groups {groups} must divide the {x.shape[1]} input and the {g.shape[1]} output channels",
+        lambda: f"groups {groups} must divide the {x.shape[1]} input and the {g.shape[1]} output channels",
     )
     expected = conv_output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     _require(
         list(g.shape[2:]) == expected and min(expected) >= 1,
         name,
-        f"g is {_shape(g)} but x {_shape(x)} with {geometry} gives spatial size {expected}",
+        lambda: f"g is {_shape(g)} but x {_shape(x)} with {geometry()} gives spatial size {expected}",
     )
     _require(
         path != "winograd" or winograd_fits(kernel_size, stride, dilation, groups),
         name,
-        f"path 'winograd' is for 3x3 kernels of stride 1, dilation 1 and one group, got {geometry}",
+        lambda: f"path 'winograd' is for 3x3 kernels of stride 1, dilation 1 and one group, got {geometry()}",
     )
     _check_rows(name, "x", x, g)
 
@@ -226,27 +232,25 @@ def _check_conv(
 def _check_prod(
     name: str, g: Tensor, x: Tensor | None = None, shift: Tensor | None = None, scale: Tensor | None = None
 ) -> None:
-    _require(g.dim() == 3, name, f"expected g [M, S, C], got {_shape(g)}")
+    _require(g.dim() == 3, name, lambda: f"expected g [M, S, C], got {_shape(g)}")
     if x is None:
         _check_floating(name, g=g)
-        _require(shift is None and scale is None, name, "shift and scale act on x, which was not given")
+        _require(shift is None and scale is None, name, lambda: "shift and scale act on x, which was not given")
         return
     _check_floating(name, g=g, x=x)
     _require(
         x.dim() == 3 and x.shape[1:] == g.shape[1:],
         name,
-        f"expected g [M, S, C] and x [N, S, C], got g {_shape(g)} and x {_shape(x)}",
+        lambda: f"expected g [M, S, C] and x [N, S, C], got g {_shape(g)} and x {_shape(x)}",
     )
     for key, t in (("shift", shift), ("scale", scale)):
-        if t is not None:
-            broadcasts = t.dim() <= 3 and all(
-                a in (1, b) for a, b in zip(reversed(t.shape), reversed(x.shape), strict=False)
-            )
-            _require(
-                broadcasts and t.is_floating_point() and t.device == x.device,
-                name,
-                f"{key} is {_shape(t)}, expected floating point that broadcasts to x {_shape(x)}",
-            )
+        if t is None:
+            continue
+        broadcasts = t.dim() <= 3 and all(
+            a in (1, b) for a, b in zip(reversed(t.shape), reversed(x.shape), strict=False)
+        )
+        if not broadcasts or not t.is_floating_point() or t.device != x.device:
+            raise ValueError(f"{name}: {key} is {_shape(t)}, expected floating point that broadcasts to x {_shape(x)}")
     _check_rows(name, "x", x, g)
 
 
@@ -255,10 +259,10 @@ def _check_scatter(name: str, index: Tensor, g: Tensor, num_rows: int) -> None:
     _require(
         index.dim() == 2 and g.dim() == 3 and index.shape[1] == g.shape[1] and index.dtype == torch.int64,
         name,
-        f"expected index [N, S] int64 and g [M, S, O], got index {_shape(index)} and g {_shape(g)}",
+        lambda: f"expected index [N, S] int64 and g [M, S, O], got index {_shape(index)} and g {_shape(g)}",
     )
-    _require(index.device == g.device, name, f"index is on {index.device} but g on {g.device}")
-    _require(num_rows >= 1, name, f"num_rows is {num_rows}, expected at least 1")
+    _require(index.device == g.device, name, lambda: f"index is on {index.device} but g on {g.device}")
+    _require(num_rows >= 1, name, lambda: f"num_rows is {num_rows}, expected at least 1")
     _check_rows(name, "index", index, g)
 
 
@@ -312,7 +316,7 @@ def sq_conv_acc_(
     groups: int,
 ) -> None:
     """out += sum_m weight[m] G_m^2 for a 2-d convolution.  out [O, C / groups, kh, kw], the rest as :func:`sq_conv`."""
-    _require(out.dim() == 4, "sq_conv_acc_", f"out must be [O, C / groups, kh, kw], got {_shape(out)}")
+    _require(out.dim() == 4, "sq_conv_acc_", lambda: f"out must be [O, C / groups, kh, kw], got {_shape(out)}")
     _check_conv("sq_conv_acc_", x, g, out.shape[2:], stride, padding, dilation, groups)
     _check_accumulator("sq_conv_acc_", out, (g.shape[1], x.shape[1] // groups, *out.shape[2:]), g, weight)
     _call("sq_conv_acc_", out, x, g, weight, stride, padding, dilation, groups)
@@ -353,7 +357,7 @@ def sq_scatter(index: Tensor, g: Tensor, num_rows: int) -> Tensor:
 
 def sq_scatter_acc_(out: Tensor, index: Tensor, g: Tensor, weight: Tensor) -> None:
     """out[v, o] += sum_m weight[m] (sum over s with index[n, s] = v of g[m, s, o])^2.  out [V, O], weight [M]."""
-    _require(out.dim() == 2, "sq_scatter_acc_", f"out must be [V, O], got {_shape(out)}")
+    _require(out.dim() == 2, "sq_scatter_acc_", lambda: f"out must be [V, O], got {_shape(out)}")
     _check_scatter("sq_scatter_acc_", index, g, out.shape[0])
     _check_accumulator("sq_scatter_acc_", out, (out.shape[0], g.shape[2]), g, weight)
     _call("sq_scatter_acc_", out, index, g, weight)

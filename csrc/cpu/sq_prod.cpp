@@ -17,6 +17,8 @@ struct Affine {
       : data(broadcast.const_data_ptr<T>()), strides{broadcast.stride(0), broadcast.stride(1), broadcast.stride(2)} {}
 
   bool per_channel() const { return !data || (strides[0] == 0 && strides[1] == 0); }
+  // The values of consecutive channels, where they lie so; else null.
+  const T* channels_from(int64_t c) const { return data && strides[2] == 1 ? data + c : nullptr; }
   T at(int64_t n, int64_t s, int64_t c, T none) const {
     return data ? data[n * strides[0] + s * strides[1] + c * strides[2]] : none;
   }
@@ -35,6 +37,7 @@ class Product {
     const S* g = g_.const_data_ptr<S>() + m * g_.stride(0);
     const S* x = x_ ? x_->const_data_ptr<S>() + n * x_->stride(0) : nullptr;
     const bool simple = shift_.per_channel() && scale_.per_channel();
+    if (simple && positions < few) return few_positions(sums, g, x);
     if (simple && g_.stride(1) == 1 && (!x || x_->stride(1) == 1)) return along_positions(sums, g, x);
     if (simple && g_.stride(2) == 1 && (!x || x_->stride(2) == 1)) return along_channels(sums, g, x);
     for (int64_t c = 0; c < channels; ++c) {
@@ -51,6 +54,7 @@ class Product {
   }
 
  private:
+  static constexpr int64_t few = 16;
   static constexpr int64_t chunk = 1024;  // elements converted at a time, where the dtype is narrower than the sums
 
   // The values themselves, or their conversion in `buffer`.
@@ -58,6 +62,21 @@ class Product {
     if constexpr (std::is_same_v<S, T>) return from;
     for (int64_t k = 0; k < count; ++k) buffer[k] = static_cast<T>(from[k]);
     return buffer;
+  }
+
+  // Too few positions to fill a vector: where possible, the channels do.
+  void few_positions(T* sums, const S* g, const S* x) const {
+    const int64_t g_step = g_.stride(1), g_column = g_.stride(2), x_step = x ? x_->stride(1) : 0,
+                  x_column = x ? x_->stride(2) : 0;
+    if (g_column == 1 && (!x || x_column == 1)) return along_channels(sums, g, x);
+    for (int64_t c = 0; c < channels; ++c, g += g_column, x += x_column) {
+      const T shift = shift_.at(0, 0, c, T(0));
+      T sum = 0;
+      for (int64_t s = 0; s < positions; ++s)
+        sum +=
+            x ? static_cast<T>(g[s * g_step]) * (static_cast<T>(x[s * x_step]) - shift) : static_cast<T>(g[s * g_step]);
+      sums[c] = sum * scale_.at(0, 0, c, T(1));
+    }
   }
 
   void along_positions(T* sums, const S* g, const S* x) const {
@@ -79,16 +98,21 @@ class Product {
     T wide_g[chunk], wide_x[chunk], shift[chunk];
     for (int64_t c = 0; c < channels; c += chunk) {
       const int64_t count = std::min(chunk, channels - c);
-      for (int64_t k = 0; k < count; ++k) shift[k] = shift_.at(0, 0, c + k, T(0));
+      const T* by = shift_.channels_from(c);
+      if (!by) {
+        for (int64_t k = 0; k < count; ++k) shift[k] = shift_.at(0, 0, c + k, T(0));
+        by = shift;
+      }
       std::fill(sums + c, sums + c + count, T(0));
       for (int64_t s = 0; s < positions; ++s) {
         const T* some_g = widen(g + s * g_.stride(1) + c, count, wide_g);
         if (x)
-          kernels<T>().add_shifted(sums + c, some_g, widen(x + s * x_->stride(1) + c, count, wide_x), shift, count);
+          kernels<T>().add_shifted(sums + c, some_g, widen(x + s * x_->stride(1) + c, count, wide_x), by, count);
         else
           kernels<T>().add(sums + c, some_g, count);
       }
-      for (int64_t k = 0; k < count; ++k) sums[c + k] *= scale_.at(0, 0, c + k, T(1));
+      if (scale_.data)
+        for (int64_t k = 0; k < count; ++k) sums[c + k] *= scale_.at(0, 0, c + k, T(1));
     }
   }
 

@@ -37,8 +37,27 @@ inline void store(T* p, V<T> v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
+// The sum of a vector, by halves.
+template <class T, int Bytes = T2V_BYTES>
+inline T whole_total(const void* v) {
+  if constexpr (Bytes > 16) {
+    typedef T Half __attribute__((vector_size(Bytes / 2)));
+    Half low, high;
+    std::memcpy(&low, v, sizeof(low));
+    std::memcpy(&high, static_cast<const char*>(v) + sizeof(low), sizeof(high));
+    const Half sum = low + high;
+    return whole_total<T, Bytes / 2>(&sum);
+  } else {
+    T values[Bytes / sizeof(T)];
+    std::memcpy(values, v, Bytes);
+    if constexpr (sizeof(T) == 8) return values[0] + values[1];
+    return (values[0] + values[1]) + (values[2] + values[3]);
+  }
+}
+
 template <class T>
 inline T total(V<T> v, int valid = Vector<T>::width) {
+  if (valid == Vector<T>::width) return whole_total<T>(&v);
   T sum = 0;
   for (int k = 0; k < valid; ++k) sum += v[k];
   return sum;
