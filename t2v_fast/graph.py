@@ -168,37 +168,35 @@ class Layouts:
 
     def get(self, parameter: str, rows: int, n: int) -> RowLayout:
         """The layout of ``rows`` rows over ``n`` examples at the tap of ``parameter``."""
-        per_example = rows // n
-        if per_example == 1 or n == 1:
-            return RowLayout(1, per_example)
-        return self.known[parameter, per_example]
+        return RowLayout(1, rows) if n == 1 else self.known[parameter, rows // n]
 
-    def probe(self, output: Tensor, taps: Taps, rows_of: Callable[[Node, Tensor], Tensor]) -> None:
-        """Find the layouts of the taps whose rows outnumber the examples and are not yet known.
+    def probe(self, output: Tensor, taps: Taps, rows_of: Callable[[Use, Tensor], Tensor]) -> None:
+        """Find the layouts of the taps that are not yet known.
 
-        ``rows_of(node, g)`` views the cotangent at a tap as rows, [R, ...]. A forward pass cannot tell which of them
+        ``rows_of(use, g)`` views the cotangent at a tap as rows, [R, ...]. A forward pass cannot tell which of them
         belong to one example, so a cotangent is sent from one example at a time to see which rows light up, until one
         layout remains at each tap. Raises UnsupportedError where they fit no layout: there examples interact.
         """
         n = output.shape[0]
         if n == 1:
             return
-        candidates: dict[Node, list[RowLayout]] = {}
-        lit: dict[Node, Tensor] = {}
-        for node, uses in taps.uses.items():
-            count = rows_of(node, output_like(node)).shape[0]
+        candidates: dict[Use, list[RowLayout]] = {}
+        lit: dict[Use, Tensor] = {}
+        for use in (use for uses in taps.uses.values() for use in uses):
+            count = rows_of(use, output_like(use.node)).shape[0]
             if count % n:
-                raise UnsupportedError(f"{uses[0]}: {count} rows cannot be shared out over {n} examples")
+                raise UnsupportedError(f"{use}: {count} rows cannot be shared out over {n} examples")
             per_example = count // n
-            if per_example > 1 and not all((use.parameter, per_example) in self.known for use in uses):
+            if (use.parameter, per_example) not in self.known:
                 divisors = [b for b in range(1, per_example + 1) if per_example % b == 0]
-                candidates[node] = [RowLayout(per_example // b, b) for b in reversed(divisors)]
+                candidates[use] = [RowLayout(per_example // b, b) for b in reversed(divisors)]
         if not candidates:
             return
 
         def visit(node: Node, g: Tensor) -> None:
-            if node in candidates:
-                lit[node] = (rows_of(node, g) != 0).flatten(1).any(1)
+            for use in taps.uses[node]:
+                if use in candidates:
+                    lit[use] = (rows_of(use, g) != 0).flatten(1).any(1)
 
         # From the middle outwards and example 0 last: row 0 belongs to example 0 in every layout and tells nothing.
         examples = sorted(range(n), key=lambda e: (e == 0, abs(e - n // 2)))
@@ -207,21 +205,20 @@ class Layouts:
             cotangent = torch.zeros_like(output)
             cotangent[example] = torch.linspace(1, 2, output[example].numel()).view_as(output[example])
             backpropagate(output, cotangent, taps, visit, retain_graph=True)
-            for node, rows in lit.items():
+            for use, rows in lit.items():
                 left = []
-                for layout in candidates[node]:
+                for layout in candidates[use]:
                     mine = rows.view(layout.outer, n, layout.inner)
                     if int(mine.sum()) == int(mine[:, example].sum()):
                         left.append(layout)
                 if not left:
                     raise UnsupportedError(
-                        f"{taps.uses[node][0]}: a cotangent on example {example} alone reaches rows of other examples; "
+                        f"{use}: a cotangent on example {example} alone reaches rows of other examples; "
                         "examples interact in this network, so per-example gradients do not exist"
                     )
-                candidates[node] = left
+                candidates[use] = left
             if all(len(left) == 1 for left in candidates.values()):
                 break
-        for node, left in candidates.items():
+        for use, left in candidates.items():
             # Where several remain they agree on every row that any cotangent can reach.
-            for use in taps.uses[node]:
-                self.known[use.parameter, left[0].outer * left[0].inner] = left[0]
+            self.known[use.parameter, left[0].outer * left[0].inner] = left[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from .graph import Layouts, Taps, backpropagate, find_taps
+from .graph import Layouts, Taps, Use, backpropagate, find_taps
 from .reference import accumulate_dtype
 from .rules import RULES, check_supported, rows_of
 
@@ -109,13 +109,16 @@ class FisherRecorder:
             )
         taps = find_taps(output, self.parameters)
         check_supported(taps)
-        self._layouts.probe(output, taps, rows_of)
+        self._layouts.probe(output, taps, self._rows)
         self.unused = taps.unused
         sums = self._zeros(n)
         visit = self._visitor(taps, n, sums, weights)
         for k, cotangent in enumerate(cotangents):
             backpropagate(output, cotangent, taps, visit, retain_graph or k + 1 < len(cotangents))
         return {name: self._mean(name, q) for name, q in sums.items()}
+
+    def _rows(self, use: Use, g: Tensor) -> Tensor:
+        return rows_of(use, g, self.parameters[use.parameter])
 
     def _zeros(self, n: int) -> dict[str, Tensor]:
         def shape(p: nn.Parameter) -> tuple[int, ...]:
@@ -130,11 +133,9 @@ class FisherRecorder:
         self, taps: Taps, n: int, sums: dict[str, Tensor], weights: Tensor | None
     ) -> Callable[[Node, Tensor], None]:
         def visit(node: Node, g: Tensor) -> None:
-            rule = RULES[node.name()]
-            rows = rule.rows(g).shape[0]
             for use in taps.uses[node]:
-                layout = self._layouts.get(use.parameter, rows, n)
-                factors = rule.factors(use, g, layout, n, self.parameters[use.parameter])
+                layout = self._layouts.get(use.parameter, self._rows(use, g).shape[0], n)
+                factors = RULES[node.name()].factors(use, g, layout, n, self.parameters[use.parameter])
                 out = sums[use.parameter]
                 if self.granularity != "parameter":
                     out += factors.filter_sums()

@@ -6,12 +6,12 @@ each parameter that enters the node, which primitive yields its per-example squa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from . import ops
 from .graph import RowLayout, Taps, UnsupportedError, Use
@@ -64,28 +64,50 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Product:
-    """G_n = sum_s g (x - shift) scale, or sum_s g for a bias; the parameter is [C]."""
+    """G_n = sum_s g (x - shift) scale, or sum_s g for a bias; C entries of the parameter, in its own order."""
 
     g: Tensor  # [N, S, C]
     x: Tensor | None = None  # [N, S, C]
     shift: Tensor | None = None
     scale: Tensor | None = None
+    filters: int | None = None  # where the parameter's first axis is shorter than C
 
     def filter_sums(self) -> Tensor:
-        return ops.sq_prod(self.g, self.x, self.shift, self.scale)
+        q = ops.sq_prod(self.g, self.x, self.shift, self.scale)
+        return q if self.filters is None else q.unflatten(1, (self.filters, -1)).sum(2)
 
     def accumulate_(self, out: Tensor, weight: Tensor) -> None:
-        ops.sq_prod_acc_(out, self.g, weight, self.x, self.shift, self.scale)
+        ops.sq_prod_acc_(out.view(-1), self.g, weight, self.x, self.shift, self.scale)
 
 
-def _channels(g: Tensor) -> Tensor:
-    """[R, C, *spatial], the row axis first."""
+Shape = tuple[int, ...]
+
+
+def _first_axis(g: Tensor, shape: Shape) -> Tensor:
+    """[R, ...]: the first axis holds the rows."""
     return g
 
 
-def _features(g: Tensor) -> Tensor:
+def _features(g: Tensor, shape: Shape) -> Tensor:
     """[..., O] -> [R, O]."""
     return g.reshape(-1, g.shape[-1])
+
+
+def _normalised(g: Tensor, shape: Shape) -> Tensor:
+    """[..., *shape] -> [R, C]."""
+    return g.flatten(-len(shape)).reshape(-1, math.prod(shape))
+
+
+def _elementwise(g: Tensor, shape: Shape) -> Tensor:
+    """The rows of a sum or product with a parameter that is broadcast over the examples, wherever their axis is.
+
+    A parameter of the last axis alone, [C], may meet rows of any layout; any other leaves the first axis to them.
+    """
+    return _features(g, shape) if _of_last_axis(shape, g) else g
+
+
+def _of_last_axis(shape: Shape, t: Tensor) -> bool:
+    return math.prod(shape[:-1]) == 1 and shape[-1:] == tuple(t.shape[-1:])
 
 
 def _positions(t: Tensor) -> Tensor:
@@ -102,13 +124,13 @@ class Rule:
     """
 
     factors: Callable[[Use, Tensor, RowLayout, int, Tensor], Factors]
-    rows: Callable[[Tensor], Tensor] = field(default=_channels)
+    rows: Callable[[Tensor, Shape], Tensor] = field(default=_first_axis)
 
 
 RULES: dict[str, Rule] = {}
 
 
-def register_rule(*nodes: str, rows: Callable[[Tensor], Tensor] = _channels) -> Callable:
+def register_rule(*nodes: str, rows: Callable[[Tensor, Shape], Tensor] = _first_axis) -> Callable:
     """Make the decorated function the rule of the autograd nodes of these names; a name can be taken only once."""
 
     def decorate(factors: Callable) -> Callable:
@@ -121,9 +143,9 @@ def register_rule(*nodes: str, rows: Callable[[Tensor], Tensor] = _channels) -> 
     return decorate
 
 
-def rows_of(node: Node, g: Tensor) -> Tensor:
-    """The cotangent at a tapped node as rows, [R, ...]; each row belongs to one example."""
-    return RULES[node.name()].rows(g)
+def rows_of(use: Use, g: Tensor, parameter: Tensor) -> Tensor:
+    """The cotangent at a parameter's tap as rows, [R, ...]; each row belongs to one example."""
+    return RULES[use.node.name()].rows(g, tuple(parameter.shape))
 
 
 def check_supported(taps: Taps) -> None:
@@ -148,10 +170,27 @@ def _unsupported(use: Use, why: str) -> UnsupportedError:
     return UnsupportedError(f"the parameter {use} {why}")
 
 
+def _broadcast(use: Use, t: Tensor, layout: RowLayout, n: int, parameter: Tensor) -> Tensor:
+    """``t``, of the shape of what the parameter was added to or multiplied with, as [N, S, C]: what it is broadcast
+    over becomes S, its own axes become C."""
+    shape = tuple(parameter.shape)
+    if _of_last_axis(shape, t):
+        return layout.split(_features(t, shape), n)
+    _one_row_each(use, layout)
+    own = (1,) * (t.dim() - len(shape)) + shape
+    if own[0] != 1 or any(size not in (1, whole) for size, whole in zip(own, t.shape, strict=True)):
+        raise _unsupported(use, f"has shape {list(shape)}, expected one that is broadcast over the examples of {use}")
+    summed = [axis for axis in range(1, t.dim()) if own[axis] == 1]
+    kept = [axis for axis in range(1, t.dim()) if own[axis] != 1]
+    return t.permute(0, *summed, *kept).reshape(n, math.prod(t.shape[axis] for axis in summed), -1)
+
+
+def _filters(parameter: Tensor) -> int | None:
+    return None if parameter.dim() < 2 else parameter.shape[0]
+
+
 def _bias(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tensor) -> Product:
-    if list(parameter.shape) != [g.shape[-1]]:
-        raise _unsupported(use, f"has shape {list(parameter.shape)}, expected a bias [{g.shape[-1]}] of the last axis")
-    return Product(layout.split(_features(g), n))
+    return Product(_broadcast(use, g, layout, n, parameter), filters=_filters(parameter))
 
 
 def _one_row_each(use: Use, layout: RowLayout) -> None:
@@ -215,11 +254,40 @@ def _linear(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tensor) -
     if use.slot != (2 if biased else 1):
         raise _unsupported(use, "is the left factor of a matrix product, where rows are no examples")
     x = layout.split(node._saved_mat1 if biased else node._saved_self, n)
-    g = layout.split(g, n)
+    g = layout.split(_features(g, ()), n)
     return Outer(x, g) if use.transposed else Outer(g, x)
 
 
-@register_rule("AddBackward0", rows=_features)
+@register_rule("NativeLayerNormBackward0", rows=_normalised)
+def _layer_norm(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tensor) -> Factors:
+    node, shape = use.node, tuple(parameter.shape)
+
+    def tokens(t: Tensor) -> Tensor:
+        return layout.split(_normalised(t, shape), n)
+
+    if use.slot == 2:
+        return Product(tokens(g), filters=_filters(parameter))
+    if use.slot != 1:
+        raise _unsupported(use, "is the input of a layer norm")
+    mean, scale = (layout.split(t.reshape(-1, 1), n) for t in (node._saved_result1, node._saved_result2))
+    return Product(tokens(g), tokens(node._saved_input), mean, scale, _filters(parameter))
+
+
+@register_rule("MulBackward0", rows=_elementwise)
+def _multiply(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tensor) -> Factors:
+    other = use.node._saved_self if use.slot == 1 else use.node._saved_other
+    if other is None:
+        raise _unsupported(use, "is multiplied by a number before use")
+    x = _broadcast(use, other.expand(g.shape), layout, n, parameter)
+    return Product(_broadcast(use, g, layout, n, parameter), x.to(g.dtype), filters=_filters(parameter))
+
+
+@register_rule("ExpandBackward0", rows=_elementwise)
+def _expand(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tensor) -> Factors:
+    return _bias(use, g, layout, n, parameter)
+
+
+@register_rule("AddBackward0", rows=_elementwise)
 def _add(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tensor) -> Factors:
     if use.slot == 1 and use.node._saved_alpha != 1:
         raise _unsupported(use, f"is added with alpha={use.node._saved_alpha}, expected 1")

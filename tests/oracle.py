@@ -38,7 +38,7 @@ def reduce(squares: Tensor, granularity: str) -> Tensor:
     if granularity == "parameter":
         return squares
     if granularity == "tensor":
-        return squares.flatten(1).mean(1)
+        return squares.reshape(squares.shape[0], -1).mean(1)
     return squares.reshape(squares.shape[0], max(squares.shape[1:2], default=1), -1).mean(2)
 
 

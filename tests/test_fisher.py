@@ -306,6 +306,87 @@ def test_padding_modes(mode: str, padding, memory_format: torch.memory_format) -
     assert_agrees(fisher(network, [x], "exact"), truth(network, x, "exact", "filter"))
 
 
+class Elementwise(nn.Module):
+    """A parameter that activations are multiplied with, or that is added to them, before a mixing layer."""
+
+    def __init__(self, shape: tuple[int, ...], how: str, left: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.parameter = nn.Parameter(torch.randn(shape))
+        self.how, self.left = how, left
+        self.mix = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 2, 3, 4]
+        p = self.parameter
+        if self.how == "scale":
+            x = p * x if self.left else x * p
+        elif self.how == "shift":
+            x = p + x if self.left else x + p
+        else:  # a class token
+            x = torch.cat([p.expand(len(x), -1, -1, -1), x[:, 1:]], 1)
+        return self.mix(x.tanh().flatten(1))
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("how", ["scale", "shift"])
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 1, 1), (2, 3, 1), (1, 1, 4), (1, 2, 3, 4), (1, 1, 3, 1), (1,), ()])
+def test_elementwise_parameters(shape: tuple[int, ...], how: str, left: bool) -> None:
+    network = Elementwise(shape, how, left).double()
+    x = torch.randn(4, 2, 3, 4, dtype=torch.float64, generator=generator())
+    for granularity in ("filter", "parameter", "tensor"):
+        assert_agrees(fisher(network, [x], "exact", granularity=granularity), truth(network, x, "exact", granularity))
+
+
+def test_class_tokens() -> None:
+    network = Elementwise((1, 1, 3, 4), "expand").double()
+    x = torch.randn(4, 2, 3, 4, dtype=torch.float64, generator=generator())
+    for granularity in ("filter", "parameter"):
+        assert_agrees(fisher(network, [x], "exact", granularity=granularity), truth(network, x, "exact", granularity))
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+@pytest.mark.parametrize("token_major", [False, True])
+def test_layer_norm(axes: int, token_major: bool) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm = nn.LayerNorm((3, 4)[2 - axes :])
+            self.mix = nn.Linear(24, 3)
+            with torch.no_grad():
+                for p in self.norm.parameters():
+                    p.copy_(torch.randn_like(p))
+
+        def forward(self, x: Tensor) -> Tensor:  # [N, 2, 3, 4]
+            y = self.norm(x.transpose(0, 1)).transpose(0, 1) if token_major else self.norm(x)
+            return self.mix(y.tanh().flatten(1))
+
+    network = Normed().double()
+    x = torch.randn(4, 2, 3, 4, dtype=torch.float64, generator=generator())
+    for granularity in ("filter", "parameter", "tensor"):
+        assert_agrees(fisher(network, [x], "exact", granularity=granularity), truth(network, x, "exact", granularity))
+
+
+def test_transformers_and_convnexts_agree_with_per_example_autograd() -> None:
+    models = pytest.importorskip("torchvision", reason="this torch has no torchvision built for it").models
+    torch.manual_seed(0)
+    block = models.convnext.CNBlockConfig
+    networks = {
+        "vit": (models.VisionTransformer(24, 8, 2, 2, 12, 20, num_classes=4), (24, 24)),
+        "convnext": (models.ConvNeXt([block(8, 12, 2), block(12, None, 1)], num_classes=4, layer_scale=0.5), (33, 26)),
+    }
+    for name, (network, size) in networks.items():
+        network = network.eval().double()
+        with torch.no_grad():
+            for p in network.parameters():  # a fresh ViT has a head of zeros, whose gradients vanish
+                p.add_(0.1 * torch.randn_like(p))
+        x = images(3, size)
+        for granularity in ("filter", "parameter"):
+            got = fisher(network, [x[:2], x[2:]], "exact", granularity=granularity)
+            assert_agrees(got, truth(network, x, "exact", granularity))
+            assert not got.unused, name
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -325,13 +406,13 @@ class Standardised(nn.Module):
         return F.conv2d(x, (w - w.mean((1, 2, 3), keepdim=True)) * 2, self.conv.bias).mean((2, 3))
 
 
-class Scaled(nn.Module):
+class Exponential(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(3, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x * self.scale).mean((2, 3))
+        return (x * self.scale.exp()).mean((2, 3))
 
 
 @pytest.mark.parametrize(
@@ -339,7 +420,8 @@ class Scaled(nn.Module):
     [
         (Twice(), torch.randn(3, 4), "'shared.bias'.*used more than once"),
         (Standardised(), torch.randn(3, 3, 5, 5), "'conv.weight'.*no rule"),
-        (Scaled(), torch.randn(3, 3, 5, 5), r"'scale' \(input 1 of MulBackward0\) has no rule"),
+        (Exponential(), torch.randn(3, 3, 5, 5), r"'scale' \(input 0 of ExpBackward0\) has no rule"),
+        (Elementwise((3, 2, 3, 4), "scale"), torch.randn(3, 2, 3, 4), "'parameter'.*broadcast over the examples"),
         (nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.Flatten()), torch.randn(2, 3, 4, 4), "transposed convolution"),
         (nn.Sequential(nn.Conv3d(3, 4, 2), nn.Flatten()), torch.randn(2, 3, 3, 3, 3), "3 spatial axes"),
         (
@@ -378,7 +460,7 @@ def test_interacting_examples_are_refused() -> None:
             z = self.linear(x)
             return z - z.mean(0)
 
-    with pytest.raises(SelfCheckError, match="examples interact"):
+    with pytest.raises(UnsupportedError, match=r"'linear.bias'.*examples interact"):
         fisher(Centred(), [torch.randn(4, 4)])
 
     class TokensCentred(Tokens):
