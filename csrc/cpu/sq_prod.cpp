@@ -17,6 +17,7 @@ struct Affine {
       : data(broadcast.const_data_ptr<T>()), strides{broadcast.stride(0), broadcast.stride(1), broadcast.stride(2)} {}
 
   bool per_channel() const { return !data || (strides[0] == 0 && strides[1] == 0); }
+  bool per_position() const { return !data || strides[2] == 0; }
   // The values of consecutive channels, where they lie so; else null.
   const T* channels_from(int64_t c) const { return data && strides[2] == 1 ? data + c : nullptr; }
   T at(int64_t n, int64_t s, int64_t c, T none) const {
@@ -40,6 +41,8 @@ class Product {
     if (simple && positions < few) return few_positions(sums, g, x);
     if (simple && g_.stride(1) == 1 && (!x || x_->stride(1) == 1)) return along_positions(sums, g, x);
     if (simple && g_.stride(2) == 1 && (!x || x_->stride(2) == 1)) return along_channels(sums, g, x);
+    if (x && shift_.per_position() && scale_.per_position() && g_.stride(2) == 1 && x_->stride(2) == 1)
+      return normalised_channels(sums, g, x, n);
     for (int64_t c = 0; c < channels; ++c) {
       T sum = 0;
       for (int64_t s = 0; s < positions; ++s) {
@@ -113,6 +116,19 @@ class Product {
       }
       if (scale_.data)
         for (int64_t k = 0; k < count; ++k) sums[c + k] *= scale_.at(0, 0, c + k, T(1));
+    }
+  }
+
+  // Shift and scale of each position: layer norm.
+  void normalised_channels(T* sums, const S* g, const S* x, int64_t n) const {
+    T wide_g[chunk], wide_x[chunk];
+    for (int64_t c = 0; c < channels; c += chunk) {
+      const int64_t count = std::min(chunk, channels - c);
+      std::fill(sums + c, sums + c + count, T(0));
+      for (int64_t s = 0; s < positions; ++s)
+        kernels<T>().add_normalised(sums + c, widen(g + s * g_.stride(1) + c, count, wide_g),
+                                    widen(x + s * x_->stride(1) + c, count, wide_x), shift_.at(n, s, 0, T(0)),
+                                    scale_.at(n, s, 0, T(1)), count);
     }
   }
 

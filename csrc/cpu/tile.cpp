@@ -364,6 +364,14 @@ void add_shifted(T* r, const T* g, const T* x, const T* shift, int64_t n) {
 }
 
 template <class T>
+void add_normalised(T* r, const T* g, const T* x, T shift, T scale, int64_t n) {
+  constexpr int width = Vector<T>::width;
+  int64_t c = 0;
+  for (; c + width <= n; c += width) store(r + c, load(r + c) + load(g + c) * ((load(x + c) - shift) * scale));
+  for (; c < n; ++c) r[c] += g[c] * ((x[c] - shift) * scale);
+}
+
+template <class T>
 void add(T* r, const T* g, int64_t n) {
   constexpr int width = Vector<T>::width;
   int64_t c = 0;
@@ -394,6 +402,7 @@ constexpr Kernels<T> make_table() {
           shifted_dot<T>,
           sum<T>,
           add_shifted<T>,
+          add_normalised<T>,
           add<T>};
 }
 

@@ -64,8 +64,9 @@ struct Kernels {
   // sum_s g[s] * (x[s] - shift); sum_s g[s]
   T (*shifted_dot)(const T* g, const T* x, T shift, int64_t n);
   T (*sum)(const T* g, int64_t n);
-  // r[c] += g[c] * (x[c] - shift[c]); r[c] += g[c]
+  // r[c] += g[c] * (x[c] - shift[c]); r[c] += g[c] * ((x[c] - shift) * scale); r[c] += g[c]
   void (*add_shifted)(T* r, const T* g, const T* x, const T* shift, int64_t n);
+  void (*add_normalised)(T* r, const T* g, const T* x, T shift, T scale, int64_t n);
   void (*add)(T* r, const T* g, int64_t n);
 };
 
