@@ -40,29 +40,40 @@ inline void check_path(const char* op, c10::string_view path, std::initializer_l
                     c10::Join(", ", std::vector<std::string>(allowed.begin(), allowed.end())));
 }
 
+// The geometry of a convolution of x with `filters` filters.
+inline ConvGeometry check_conv(const char* op, const at::Tensor& x, int64_t filters, at::IntArrayRef kernel,
+                               at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                               int64_t groups) {
+  TORCH_CHECK_VALUE(x.dim() == 4, op, ": expected x with 4 axes, got ", x.sizes());
+  for (const at::IntArrayRef& pair : {kernel, stride, padding, dilation})
+    TORCH_CHECK_VALUE(pair.size() == 2, op, ": expected two numbers for each of kernel, stride, padding, dilation");
+  int64_t out[2];
+  for (int axis = 0; axis < 2; ++axis) {
+    TORCH_CHECK_VALUE(kernel[axis] >= 1 && stride[axis] >= 1 && dilation[axis] >= 1 && padding[axis] >= 0, op,
+                      ": expected positive sizes, got kernel ", kernel, ", stride ", stride, ", padding ", padding,
+                      ", dilation ", dilation);
+    const int64_t span = x.size(2 + axis) + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1;
+    out[axis] = span < 0 ? 0 : span / stride[axis] + 1;
+    TORCH_CHECK_VALUE(out[axis] >= 1, op, ": x ", x.sizes(), " with kernel ", kernel, ", stride ", stride, ", padding ",
+                      padding, ", dilation ", dilation, " gives size 0 along axis ", 2 + axis);
+  }
+  TORCH_CHECK_VALUE(groups >= 1 && x.size(1) % groups == 0 && filters % groups == 0, op, ": groups ", groups,
+                    " must divide the ", x.size(1), " input and ", filters, " output channels");
+  return {x.size(1), x.size(2), x.size(3),  filters,    out[0],      out[1],      kernel[0], kernel[1],
+          stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], groups};
+}
+
+// The same, of which g is the output's cotangent.
 inline ConvGeometry check_conv(const char* op, const at::Tensor& x, const at::Tensor& g, at::IntArrayRef kernel,
                                at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                                int64_t groups) {
   check_pair(op, "x", x, g, 4);
-  for (const at::IntArrayRef& pair : {kernel, stride, padding, dilation})
-    TORCH_CHECK_VALUE(pair.size() == 2, op, ": expected two numbers for each of kernel, stride, padding, dilation");
-  for (int axis = 0; axis < 2; ++axis)
-    TORCH_CHECK_VALUE(kernel[axis] >= 1 && stride[axis] >= 1 && dilation[axis] >= 1 && padding[axis] >= 0, op,
-                      ": expected positive sizes, got kernel ", kernel, ", stride ", stride, ", padding ", padding,
-                      ", dilation ", dilation);
-  TORCH_CHECK_VALUE(groups >= 1 && x.size(1) % groups == 0 && g.size(1) % groups == 0, op, ": groups ", groups,
-                    " must divide the ", x.size(1), " input and ", g.size(1), " output channels");
-  int64_t expected[2];
-  for (int axis = 0; axis < 2; ++axis) {
-    const int64_t span = x.size(2 + axis) + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1;
-    expected[axis] = span < 0 ? 0 : span / stride[axis] + 1;
-    TORCH_CHECK_VALUE(expected[axis] >= 1 && g.size(2 + axis) == expected[axis], op, ": g is ", g.sizes(), " but x ",
-                      x.sizes(), " with kernel ", kernel, ", stride ", stride, ", padding ", padding, ", dilation ",
-                      dilation, " gives size ", expected[axis], " along axis ", 2 + axis);
-  }
+  const ConvGeometry s = check_conv(op, x, g.size(1), kernel, stride, padding, dilation, groups);
+  TORCH_CHECK_VALUE(g.size(2) == s.out_height && g.size(3) == s.out_width, op, ": g is ", g.sizes(), " but x ",
+                    x.sizes(), " with kernel ", kernel, ", stride ", stride, ", padding ", padding, ", dilation ",
+                    dilation, " gives size ", s.out_height, " x ", s.out_width);
   check_rows(op, x, g);
-  return {x.size(1), x.size(2), x.size(3),  g.size(1),  g.size(2),   g.size(3),   kernel[0], kernel[1],
-          stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], groups};
+  return s;
 }
 
 }  // namespace t2v

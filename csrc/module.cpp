@@ -22,6 +22,12 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "What this extension was built with.");
+  m.def(
+      "vector_width",
+      [](bool double_precision) {
+        return double_precision ? t2v::kernels<double>().width : t2v::kernels<float>().width;
+      },
+      py::arg("double_precision"), "Elements of a vector in the instruction set in use.");
   m.def("cpu_capability", &t2v::cpu_capability, "The instruction set in use.");
   m.def(
       "set_cpu_capability",

@@ -9,6 +9,9 @@ op               per-example gradient G_m                                     la
 ``sq_scatter``   sum of g[m, s, :] over the s with index[n, s] = v, [V, O]    embedding tables
 ===============  ===========================================================  ======================================
 
+``conv_gram`` and ``sq_gram`` are the two halves of the gram path of ``sq_conv`` and ``sq_outer``, for callers who have
+several cotangents of one input.
+
 ``name(...)`` returns the sums of squares over each filter (a row of G), one per cotangent row: ``q[M, O]``.
 ``name_acc_(out, ..., weight)`` adds ``sum_m weight[m] G_m^2`` to ``out``, elementwise, and returns nothing.
 
@@ -24,9 +27,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import logging
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -36,15 +43,18 @@ from . import reference
 log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "cpu")
-CONV_PATHS = ("auto", "explicit", "gram", "winograd")
-OUTER_PATHS = ("auto", "explicit", "gram")
+CONV_PATHS = ("explicit", "gram", "winograd")
+CONV_ACC_PATHS = ("explicit", "winograd")
+OUTER_PATHS = ("explicit", "gram")
 
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 SCHEMAS = {
-    "sq_outer": '(Tensor x, Tensor g, str path="auto") -> Tensor',
+    "sq_outer": '(Tensor x, Tensor g, str path="explicit") -> Tensor',
     "sq_outer_acc_": "(Tensor(a!) out, Tensor x, Tensor g, Tensor weight) -> ()",
-    "sq_conv": f'(Tensor x, Tensor g, int[2] kernel_size, {_GEOMETRY}, str path="auto") -> Tensor',
-    "sq_conv_acc_": f"(Tensor(a!) out, Tensor x, Tensor g, Tensor weight, {_GEOMETRY}) -> ()",
+    "sq_conv": f'(Tensor x, Tensor g, int[2] kernel_size, {_GEOMETRY}, str path="explicit") -> Tensor',
+    "sq_conv_acc_": f'(Tensor(a!) out, Tensor x, Tensor g, Tensor weight, {_GEOMETRY}, str path="explicit") -> ()',
+    "conv_gram": f"(Tensor x, int[2] kernel_size, {_GEOMETRY}) -> Tensor",
+    "sq_gram": "(Tensor gram, Tensor g) -> Tensor",
     "sq_prod": "(Tensor g, Tensor? x=None, Tensor? shift=None, Tensor? scale=None) -> Tensor",
     "sq_prod_acc_": "(Tensor(a!) out, Tensor g, Tensor weight, Tensor? x=None, Tensor? shift=None, "
     "Tensor? scale=None) -> ()",
@@ -55,10 +65,15 @@ SCHEMAS = {
 _backend: contextvars.ContextVar[str] = contextvars.ContextVar("t2v_fast_backend", default="auto")
 
 
+@functools.cache
+def _extension() -> ModuleType:
+    return importlib.import_module("t2v_fast._C")
+
+
 def _load_extension() -> str | None:
     """Import the compiled extension, which registers its kernels; return why it is missing, or None."""
     try:
-        extension = importlib.import_module("t2v_fast._C")
+        extension = _extension()
     except ImportError as error:
         return str(error)
     built, running = extension.build_info()["torch"], torch.__version__
@@ -90,6 +105,27 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _backend.reset(token)
+
+
+def uses_cpu_extension(t: Tensor) -> bool:
+    """Whether the ops run on the compiled CPU kernels for a tensor like ``t``."""
+    return t.device.type == "cpu" and _missing is None and _backend.get() != "reference"
+
+
+def cpu_capability() -> str:
+    """The instruction set of the compiled CPU kernels: ``"avx512"``, ``"avx2"``, ...; needs the extension."""
+    return _extension().cpu_capability()
+
+
+def vector_width(dtype: torch.dtype) -> int:
+    """How many sums over ``dtype`` values a vector of the compiled CPU kernels holds; needs the extension."""
+    return _extension().vector_width(reference.accumulate_dtype(dtype) == torch.float64)
+
+
+def build_id() -> str:
+    """Changes whenever the extension is built again; needs the extension."""
+    file = os.stat(_extension().__file__)
+    return f"{file.st_mtime_ns:x}-{file.st_size:x}"
 
 
 def _call(name: str, *args: object) -> Tensor | None:
@@ -150,7 +186,7 @@ def _check_accumulator(name: str, out: Tensor, shape: Sequence[int], g: Tensor, 
     )
 
 
-def _check_outer(name: str, x: Tensor, g: Tensor, path: str = "auto") -> None:
+def _check_outer(name: str, x: Tensor, g: Tensor, path: str = "explicit") -> None:
     _check_floating(name, x=x, g=g)
     _require(path in OUTER_PATHS, name, lambda: f"path {path!r} is none of {', '.join(OUTER_PATHS)}")
     _require(
@@ -189,7 +225,7 @@ def _check_conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    path: str = "auto",
+    path: str = "explicit",
 ) -> None:
     _check_floating(name, x=x, g=g)
     _require(path in CONV_PATHS, name, lambda: f"path {path!r} is none of {', '.join(CONV_PATHS)}")
@@ -266,12 +302,12 @@ def _check_scatter(name: str, index: Tensor, g: Tensor, num_rows: int) -> None:
     _check_rows(name, "index", index, g)
 
 
-def sq_outer(x: Tensor, g: Tensor, path: str = "auto") -> Tensor:
+def sq_outer(x: Tensor, g: Tensor, path: str = "explicit") -> Tensor:
     """q[m, o] = sum_i (sum_s g[m, s, o] x[n, s, i])^2.
 
     x [N, S, I], g [M, S, O] -> q [M, O]. ``path``: ``"explicit"`` forms each G_m in tiles, 2 S I O flops;
     ``"gram"`` evaluates g_o^T (x x^T) g_o, S^2 (I + O) flops with x x^T formed once per example;
-    ``"auto"`` leaves the choice to the backend. Raises ValueError with the shapes given and expected.
+    Which is faster says :mod:`t2v_fast.plan`. Raises ValueError with the shapes given and expected.
     """
     _check_outer("sq_outer", x, g, path)
     return _call("sq_outer", x, g, path)
@@ -292,7 +328,7 @@ def sq_conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    path: str = "auto",
+    path: str = "explicit",
 ) -> Tensor:
     """Sum of squares over each filter of the per-example weight gradient of a 2-d convolution.
 
@@ -314,12 +350,61 @@ def sq_conv_acc_(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    path: str = "explicit",
 ) -> None:
-    """out += sum_m weight[m] G_m^2 for a 2-d convolution.  out [O, C / groups, kh, kw], the rest as :func:`sq_conv`."""
+    """out += sum_m weight[m] G_m^2 for a 2-d convolution.  out [O, C / groups, kh, kw], the rest as :func:`sq_conv`.
+
+    ``path``: ``"explicit"`` or ``"winograd"``.
+    """
     _require(out.dim() == 4, "sq_conv_acc_", lambda: f"out must be [O, C / groups, kh, kw], got {_shape(out)}")
-    _check_conv("sq_conv_acc_", x, g, out.shape[2:], stride, padding, dilation, groups)
+    _require(path in CONV_ACC_PATHS, "sq_conv_acc_", lambda: f"path {path!r} is none of {', '.join(CONV_ACC_PATHS)}")
+    _check_conv("sq_conv_acc_", x, g, out.shape[2:], stride, padding, dilation, groups, path)
     _check_accumulator("sq_conv_acc_", out, (g.shape[1], x.shape[1] // groups, *out.shape[2:]), g, weight)
-    _call("sq_conv_acc_", out, x, g, weight, stride, padding, dilation, groups)
+    _call("sq_conv_acc_", out, x, g, weight, stride, padding, dilation, groups, path)
+
+
+def conv_gram(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Gram matrices K = U^T U of the patches of x [N, C, H, W]: [N, groups, P, P] for P = Ho Wo output positions.
+
+    Folded: entries above the diagonal are doubled and those below are zero, which leaves every quadratic form as it is.
+    Raises ValueError with the shapes given and expected.
+    """
+    _require(x.dim() == 4, "conv_gram", lambda: f"expected x [N, C, H, W], got {_shape(x)}")
+    size = conv_output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    g = x.new_empty((1, 1, 1, 1)).expand(x.shape[0], groups, *size) if min(size) >= 1 else x
+    _check_conv("conv_gram", x, g, kernel_size, stride, padding, dilation, groups)
+    return _call("conv_gram", x, kernel_size, stride, padding, dilation, groups)
+
+
+def sq_gram(gram: Tensor, g: Tensor) -> Tensor:
+    """q[m, o] = g_o^T K g_o with the K of :func:`conv_gram`, [N, groups, P, P]; g [M, O, Ho, Wo] -> q [M, O].
+
+    A linear layer over S tokens is a 1x1 convolution over an image of 1 x S pixels.
+    """
+    _check_floating("sq_gram", g=g)
+    _require(
+        gram.dim() == 4
+        and g.dim() == 4
+        and gram.shape[2] == gram.shape[3] == g.shape[2] * g.shape[3]
+        and gram.shape[1] >= 1
+        and g.shape[1] % gram.shape[1] == 0,
+        "sq_gram",
+        lambda: f"expected gram [N, groups, P, P], g [M, O, Ho, Wo], P = Ho Wo; got {_shape(gram)} and {_shape(g)}",
+    )
+    _require(
+        gram.dtype == reference.accumulate_dtype(g.dtype) and gram.device == g.device,
+        "sq_gram",
+        lambda: f"gram is {_shape(gram)}, expected {reference.accumulate_dtype(g.dtype)} for g {_shape(g)}",
+    )
+    _check_rows("sq_gram", "gram", gram, g)
+    return _call("sq_gram", gram, g)
 
 
 def sq_prod(g: Tensor, x: Tensor | None = None, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -367,8 +452,9 @@ def _register() -> torch.library.Library:
     """Define the operators: reference kernels for every device, fake kernels for tracing."""
     library = torch.library.Library("t2v_fast", "DEF")
     fakes = {
-        "sq_outer": lambda x, g, path="auto": (g, g.shape[2]),
+        "sq_outer": lambda x, g, path="explicit": (g, g.shape[2]),
         "sq_conv": lambda x, g, *geometry: (g, g.shape[1]),
+        "sq_gram": lambda gram, g: (g, g.shape[1]),
         "sq_prod": lambda g, x=None, shift=None, scale=None: (g, g.shape[2]),
         "sq_scatter": lambda index, g, num_rows: (g, num_rows),
     }
@@ -380,10 +466,15 @@ def _register() -> torch.library.Library:
 
         return q
 
+    def fake_gram(x, kernel_size, stride, padding, dilation, groups):
+        p = math.prod(conv_output_size(x.shape[2:], kernel_size, stride, padding, dilation))
+        return x.new_empty((x.shape[0], groups, p, p), dtype=reference.accumulate_dtype(x.dtype))
+
     for name, schema in SCHEMAS.items():
         library.define(name + schema)
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
         kernel = fake(fakes[name]) if name in fakes else lambda *args, **kwargs: None
+        kernel = fake_gram if name == "conv_gram" else kernel
         torch.library.register_fake(f"t2v_fast::{name}", kernel, lib=library)
     return library
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
 
@@ -11,7 +12,7 @@ from torch.autograd.graph import Node
 
 from .graph import Layouts, Taps, Use, backpropagate, find_taps
 from .reference import accumulate_dtype
-from .rules import RULES, check_supported, rows_of
+from .rules import RULES, Factors, Reuse, check_supported, rows_of
 
 GRANULARITIES = ("filter", "parameter", "tensor")
 ParameterFilter = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
@@ -60,6 +61,8 @@ class FisherRecorder:
         self.granularity = granularity
         self.parameters = select_parameters(model, parameters)
         self.unused: frozenset[str] = frozenset()  # wanted parameters that the last output did not depend on
+        # Called after each op with the use, its factors, the number of cotangents, and its first and last second.
+        self.observer: Callable[[Use, Factors, int, float, float], None] | None = None
         self._layouts = Layouts()
         self._required: list[tuple[nn.Parameter, bool]] | None = None
 
@@ -112,7 +115,7 @@ class FisherRecorder:
         self._layouts.probe(output, taps, self._rows)
         self.unused = taps.unused
         sums = self._zeros(n)
-        visit = self._visitor(taps, n, sums, weights)
+        visit = self._visitor(taps, n, sums, weights, len(cotangents))
         for k, cotangent in enumerate(cotangents):
             backpropagate(output, cotangent, taps, visit, retain_graph or k + 1 < len(cotangents))
         return {name: self._mean(name, q) for name, q in sums.items()}
@@ -130,18 +133,23 @@ class FisherRecorder:
         }
 
     def _visitor(
-        self, taps: Taps, n: int, sums: dict[str, Tensor], weights: Tensor | None
+        self, taps: Taps, n: int, sums: dict[str, Tensor], weights: Tensor | None, cotangents: int
     ) -> Callable[[Node, Tensor], None]:
+        reuse = {use: Reuse(cotangents) for uses in taps.uses.values() for use in uses}
+
         def visit(node: Node, g: Tensor) -> None:
             for use in taps.uses[node]:
                 layout = self._layouts.get(use.parameter, self._rows(use, g).shape[0], n)
                 factors = RULES[node.name()].factors(use, g, layout, n, self.parameters[use.parameter])
                 out = sums[use.parameter]
+                start = time.perf_counter()
                 if self.granularity != "parameter":
-                    out += factors.filter_sums()
-                    continue
-                w = torch.ones(n) if weights is None else weights
-                factors.accumulate_(out, w.to(out.device, out.dtype))
+                    out += factors.filter_sums(reuse[use])
+                else:
+                    w = torch.ones(n) if weights is None else weights
+                    factors.accumulate_(out, w.to(out.device, out.dtype))
+                if self.observer is not None:
+                    self.observer(use, factors, cotangents, start, time.perf_counter())
 
         return visit
 

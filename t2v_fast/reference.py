@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,7 +30,7 @@ def _outer(x: Tensor, g: Tensor) -> Iterator[Tensor]:
         yield g[m].T @ x[m % x.shape[0]]  # [O, I]
 
 
-def sq_outer(x: Tensor, g: Tensor, path: str = "auto") -> Tensor:
+def sq_outer(x: Tensor, g: Tensor, path: str = "explicit") -> Tensor:
     q = g.new_zeros((g.shape[0], g.shape[2]), dtype=accumulate_dtype(g.dtype))
     for m, gradient in enumerate(_outer(x, g)):
         q[m] = gradient.square().sum(1)
@@ -77,7 +78,7 @@ def sq_conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    path: str = "auto",
+    path: str = "explicit",
 ) -> Tensor:
     q = g.new_zeros(g.shape[:2], dtype=accumulate_dtype(g.dtype))
     for m, gradient in enumerate(_conv(x, g, kernel_size, stride, padding, dilation, groups)):
@@ -94,9 +95,38 @@ def sq_conv_acc_(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    path: str = "explicit",
 ) -> None:
     for m, gradient in enumerate(_conv(x, g, out.shape[2:], stride, padding, dilation, groups)):
         out.add_(gradient.square_().mul_(weight[m]))
+
+
+def conv_gram(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    (x,) = _widen(x)
+    patches = F.unfold(x, tuple(kernel_size), tuple(dilation), tuple(padding), tuple(stride))  # [N, C kh kw, P]
+    patches = patches.unflatten(1, (groups, -1))
+    return _fold(patches.transpose(2, 3) @ patches)
+
+
+def _fold(k: Tensor) -> Tensor:
+    """The same quadratic form by the upper triangle alone."""
+    return k.triu() + k.triu(1)
+
+
+def sq_gram(gram: Tensor, g: Tensor) -> Tensor:
+    (g,) = _widen(g)
+    n, groups = gram.shape[:2]
+    if g.shape[0] == 0:
+        return g.new_zeros(g.shape[:2])
+    d = g.flatten(2).unflatten(1, (groups, -1)).unflatten(0, (-1, n))  # [K, N, groups, O / groups, P]
+    return ((d @ gram) * d).sum(-1).flatten(2).flatten(0, 1)
 
 
 def sq_prod(g: Tensor, x: Tensor | None = None, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:

@@ -13,53 +13,109 @@ from typing import Protocol
 
 from torch import Tensor
 
-from . import ops
+from . import ops, plan
 from .graph import RowLayout, Taps, UnsupportedError, Use
+
+
+@dataclass
+class Reuse:
+    """What the cotangents of one batch share at one use of a parameter."""
+
+    cotangents: int = 1  # how many there will be
+    gram: Tensor | None = None  # of the layer's input
 
 
 class Factors(Protocol):
     """The two factors of a parameter's per-example gradients, ready for a primitive."""
 
-    def filter_sums(self) -> Tensor:
+    def filter_sums(self, reuse: Reuse) -> Tensor:
         """Sum of squares over each filter, q [N, filters]."""
 
     def accumulate_(self, out: Tensor, weight: Tensor) -> None:
         """out += sum_n weight[n] G_n^2, out of the parameter's shape, weight [N]."""
 
+    def work(self, cotangents: int) -> tuple[str, plan.Work]:
+        """The path that ``filter_sums`` takes, and its work for one example and all its cotangents."""
+
+
+class _Layer:
+    """A convolution of x [N, C, H, W] with cotangent g [N, O, Ho, Wo], or a linear layer seen as one."""
+
+    @property
+    def conv(self) -> plan.Conv:
+        raise NotImplementedError
+
+    def images(self, t: Tensor) -> Tensor:
+        """x or g as images."""
+        raise NotImplementedError
+
+    def sums(self, path: str) -> Tensor:
+        raise NotImplementedError
+
+    def path(self, cotangents: int) -> str:
+        return plan.choose(self.conv, self.x, cotangents)
+
+    def filter_sums(self, reuse: Reuse) -> Tensor:
+        path = self.path(reuse.cotangents)
+        # A Gram matrix is kept for the next cotangent only where that takes no more memory than the layer itself.
+        if (
+            path == "gram"
+            and reuse.cotangents > 1
+            and self.conv.gram_numel * len(self.x) <= self.x.numel() + self.g.numel()
+        ):
+            if reuse.gram is None:
+                reuse.gram = ops.conv_gram(self.images(self.x), *self.conv.arguments)
+            return ops.sq_gram(reuse.gram, self.images(self.g))
+        return self.sums(path)
+
+    def work(self, cotangents: int) -> tuple[str, plan.Work]:
+        path = self.path(cotangents)
+        return path, plan.work(self.conv, path, self.x.element_size(), cotangents)
+
 
 @dataclass(frozen=True)
-class Outer:
+class Outer(_Layer):
     """G_n = sum_s g x^T; the parameter is [O, I]."""
 
     x: Tensor  # [N, S, I]
     g: Tensor  # [N, S, O]
 
-    def filter_sums(self) -> Tensor:
-        return ops.sq_outer(self.x, self.g)
+    @property
+    def conv(self) -> plan.Conv:
+        return plan.Conv(self.x.shape[2], (1, self.x.shape[1]), self.g.shape[2])
+
+    def images(self, t: Tensor) -> Tensor:
+        return t.transpose(1, 2).unsqueeze(2)
+
+    def sums(self, path: str) -> Tensor:
+        return ops.sq_outer(self.x, self.g, path)
 
     def accumulate_(self, out: Tensor, weight: Tensor) -> None:
         ops.sq_outer_acc_(out, self.x, self.g, weight)
 
 
 @dataclass(frozen=True)
-class Convolution:
+class Convolution(_Layer):
     """G_n of a convolution; the parameter is [O, C / groups, *kernel] with one or two spatial axes."""
 
     x: Tensor  # [N, C, H, W]
     g: Tensor  # [N, O, Ho, Wo]
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
+    geometry: tuple  # kernel_size, stride, padding, dilation, groups
 
-    def filter_sums(self) -> Tensor:
-        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-        return ops.sq_conv(self.x, self.g, *geometry)
+    @property
+    def conv(self) -> plan.Conv:
+        return plan.Conv(self.x.shape[1], tuple(self.x.shape[2:]), self.g.shape[1], *self.geometry)
+
+    def images(self, t: Tensor) -> Tensor:
+        return t
+
+    def sums(self, path: str) -> Tensor:
+        return ops.sq_conv(self.x, self.g, *self.geometry, path)
 
     def accumulate_(self, out: Tensor, weight: Tensor) -> None:
-        out = out.view(out.shape[0], out.shape[1], *self.kernel_size)
-        ops.sq_conv_acc_(out, self.x, self.g, weight, self.stride, self.padding, self.dilation, self.groups)
+        kernel_size, *rest = self.geometry
+        out = out.view(*out.shape[:2], *kernel_size)
+        ops.sq_conv_acc_(out, self.x, self.g, weight, *rest, plan.choose(self.conv, self.x, elementwise=True))
 
 
 @dataclass(frozen=True)
@@ -72,12 +128,17 @@ class Product:
     scale: Tensor | None = None
     filters: int | None = None  # where the parameter's first axis is shorter than C
 
-    def filter_sums(self) -> Tensor:
+    def filter_sums(self, reuse: Reuse) -> Tensor:
         q = ops.sq_prod(self.g, self.x, self.shift, self.scale)
         return q if self.filters is None else q.unflatten(1, (self.filters, -1)).sum(2)
 
     def accumulate_(self, out: Tensor, weight: Tensor) -> None:
         ops.sq_prod_acc_(out.view(-1), self.g, weight, self.x, self.shift, self.scale)
+
+    def work(self, cotangents: int) -> tuple[str, plan.Work]:
+        n = self.g[0].numel() * cotangents
+        operands = 1 if self.x is None else 2
+        return "pass", plan.Work((), (), n * operands, n * operands * self.g.element_size())
 
 
 Shape = tuple[int, ...]
@@ -221,7 +282,7 @@ def _convolution(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tens
         geometry = [(neutral, *given) for neutral, given in zip((1, 0, 1), geometry, strict=True)]
     if len(kernel) != 2:
         raise _unsupported(use, f"belongs to a convolution with {len(kernel)} spatial axes")
-    return Convolution(x, g, kernel, *geometry, node._saved_groups)
+    return Convolution(x, g, (kernel, *geometry, node._saved_groups))
 
 
 @register_rule("NativeBatchNormBackward0")

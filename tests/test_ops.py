@@ -175,10 +175,15 @@ def test_sq_conv(case: ConvCase, dtype: torch.dtype, name: str) -> None:
                 name,
                 dtype,
                 lambda x=x, g=g, path=path: ops.sq_conv(x, g, *case.geometry, path),
-                lambda out, w, x=x, g=g: ops.sq_conv_acc_(out, x, g, w, *case.geometry[1:]),
+                lambda out, w, x=x, g=g, path=path: ops.sq_conv_acc_(
+                    out, x, g, w, *case.geometry[1:], "winograd" if path == "winograd" else "explicit"
+                ),
                 gradients,
                 terms,
             )
+        with variant(name):
+            q = ops.sq_gram(ops.conv_gram(x, *case.geometry), g)
+        assert_close(q, filter_sums(gradients), dtype, terms)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -322,6 +327,8 @@ OPCHECKS = {
         (1, 1),
         2,
     ),
+    "conv_gram": lambda: (torch.randn(2, 4, 5, 5), (3, 3), (1, 1), (1, 1), (1, 1), 2),
+    "sq_gram": lambda: (torch.randn(2, 3, 4, 4), torch.randn(4, 6, 2, 2)),
     "sq_prod": lambda: (torch.randn(4, 3, 5), torch.randn(2, 3, 5), torch.randn(5), torch.randn(5)),
     "sq_prod_acc_": lambda: (torch.zeros(5), torch.randn(4, 3, 5), torch.ones(4), torch.randn(2, 3, 5)),
     "sq_scatter": lambda: (torch.randint(0, 4, (2, 3)), torch.randn(4, 3, 5), 4),
@@ -343,7 +350,7 @@ BAD = {
     "conv_groups": (lambda o: o.sq_conv(X, G, (3, 3), (1, 1), (1, 1), (1, 1), 3), "groups 3 must divide the 4 input"),
     "conv_stride": (lambda o: o.sq_conv(X, G, (3, 3), (0, 1), (1, 1), (1, 1), 1), "positive sizes"),
     "conv_rows": (lambda o: o.sq_conv(X, G[:1], *SAME), "g has 1 rows, expected a multiple of the 2 examples"),
-    "conv_path": (lambda o: o.sq_conv(X, G, *SAME, "fast"), "path 'fast' is none of auto, explicit, gram, winograd"),
+    "conv_path": (lambda o: o.sq_conv(X, G, *SAME, "fast"), "path 'fast' is none of explicit, gram, winograd"),
     "conv_winograd": (
         lambda o: o.sq_conv(X, G[:, :, :3, :3], (3, 3), (2, 2), (1, 1), (1, 1), 1, "winograd"),
         "path 'winograd' is for 3x3 kernels of stride 1",

@@ -186,6 +186,25 @@ void quadratic_form(T* q, const T* gram, const T* d, int64_t ld, int height, int
   }
 }
 
+// Sums of squares as quadratic forms of folded Gram matrices.
+template <class S>
+class QuadraticForms {
+ public:
+  using T = SumOf<S>;
+  explicit QuadraticForms(int64_t positions)
+      : positions_(positions), ld_(spread<T>(positions)), d_(kernels<T>().max_height * ld_) {}
+
+  // q[k] += d_k^T K d_k for `height` columns of the cotangent
+  void add(T* q, const T* gram, const Positions<S>& cotangent, int height) const {
+    pack_positions_last(d_.get(), ld_, cotangent, height);
+    quadratic_form(q, gram, d_.get(), ld_, height, positions_);
+  }
+
+ private:
+  const int64_t positions_, ld_;
+  const Scratch<T> d_;
+};
+
 // Work on n examples in parallel, and on shares of each example's tiles where examples are fewer than threads:
 // work(example, first tile, last tile). Which worker does a tile changes no result.
 template <class Work>

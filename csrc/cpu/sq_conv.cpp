@@ -256,54 +256,63 @@ class Conv {
     });
   }
 
-  // q[m, o] = d_o^T K d_o, with the Gram matrix K of the patches taken from that of the pixels: for every kernel
-  // offset, patches p and p' meet in the pixels that they see there. Known from convolutional kernel networks
-  // (Mairal et al., 2014) and Neural Tangents (Novak et al., 2020), where the shifts are separable as here.
+  // The Gram matrix K of the patches of one example and group, [positions][positions], folded onto its upper half. It
+  // is taken from that of the pixels: for every kernel offset, patches p and p' meet in the pixels that they see there.
+  // Known from convolutional kernel networks (Mairal et al., 2014) and Neural Tangents (Novak et al., 2020), where the
+  // shifts are separable as here.
+  class PatchGram {
+   public:
+    explicit PatchGram(const Conv& conv)
+        : conv_(conv),
+          image_(conv.s.group_channels() * conv.s.pixels()),
+          pixels_(conv.pointwise() ? 0 : conv.s.pixels() * conv.s.pixels()),
+          half_(conv.pointwise() ? 0 : conv.s.out_height * conv.s.width * conv.s.out_height * conv.s.width) {}
+
+    void form(T* gram, int64_t n, int64_t group) const {
+      const ConvGeometry& s = conv_.s;
+      const int64_t pixels = s.pixels(), channels = s.group_channels();
+      T* pixel_gram = conv_.pointwise() ? gram : pixels_.get();
+      pack_positions_last(image_.get(), pixels, conv_.input(n).from_column(group * channels), channels);
+      upper_gram(pixel_gram, pixels, image_.get(), pixels, channels, pixels);
+      if (!conv_.pointwise()) conv_.patch_gram(gram, half_.get(), pixel_gram);
+      fold_symmetric(gram, s.positions(), s.positions());
+    }
+
+   private:
+    const Conv& conv_;
+    const Scratch<T> image_, pixels_, half_;
+  };
+
+  // Patches that are pixels.
+  bool pointwise() const {
+    return s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 && s.pad_h == 0 && s.pad_w == 0;
+  }
+
+  // q[m, o] = d_o^T K d_o
   void gram_sums(T* q) const {
     parallel_examples(examples, tiles.size(), [&](int64_t n, int64_t first, int64_t last) {
-      const int64_t pixels = s.pixels(), positions = s.positions(), channels = s.group_channels();
-      const Scratch<T> image(channels * pixels), pixel_gram(pixels * pixels), gram(positions * positions);
-      const Scratch<T> half(s.out_height * s.width * s.out_height * s.width);
-      const int64_t ld = spread<T>(positions);
-      const Scratch<T> d(kernels<T>().max_height * ld);
+      const PatchGram patches(*this);
+      const Scratch<T> gram(s.positions() * s.positions());
+      const QuadraticForms<S> forms(s.positions());
       for (int64_t t = first; t < last;) {
         const int64_t group = tiles[t].group, begin = t;
         while (t < last && tiles[t].group == group) ++t;
-        pack_positions_last(image.get(), pixels, input(n).from_column(group * channels), channels);
-        upper_gram(pixel_gram.get(), pixels, image.get(), pixels, channels, pixels);
-        patch_gram(gram.get(), half.get(), pixel_gram.get());
-        fold_symmetric(gram.get(), positions, positions);
+        patches.form(gram.get(), n, group);
         for (int64_t m = n; m < rows; m += examples)
-          for (int64_t k = begin; k < t; ++k) {
-            pack_positions_last(d.get(), ld, cotangent(m).from_column(filter(tiles[k])), tiles[k].height);
-            quadratic_form(q + m * s.filters + filter(tiles[k]), gram.get(), d.get(), ld, tiles[k].height, positions);
-          }
+          for (int64_t k = begin; k < t; ++k)
+            forms.add(q + m * s.filters + filter(tiles[k]), gram.get(), cotangent(m).from_column(filter(tiles[k])),
+                      tiles[k].height);
       }
     });
   }
 
-  // Costs of the paths in flops, 2 for each multiply-add, of one example; the Gram's at its symmetric half.
-  double explicit_cost() const { return 2.0 * s.filters * gradient_size() * s.positions(); }
-  double gram_cost() const {
-    const double pixels = s.pixels(), positions = s.positions(), half = s.out_height * s.width;
-    return s.groups * (pixels * pixels * s.group_channels() + positions * positions * s.group_filters() +
-                       half * half * s.kernel_h + positions * positions * s.kernel_w);
-  }
-  double winograd_cost() const {
-    const double tiles_ = ((s.out_height + 3) / 4) * ((s.out_width + 3) / 4), channels = s.channels;
-    return 72 * tiles_ * s.filters * channels + 200 * s.filters * channels + 400 * tiles_ * (s.filters + channels);
-  }
-
-  std::string best_path() const {
-    constexpr double largest = 1 << 20;  // elements of a Gram matrix that still fit in a cache
-    double best = explicit_cost();
-    std::string path = "explicit";
-    if (winograd_fits() && winograd_cost() < best) {
-      best = winograd_cost();
-      path = "winograd";
-    }
-    if (!depthwise() && double(s.pixels()) * s.pixels() <= largest && 1.4 * gram_cost() < best) path = "gram";
-    return path;
+  // grams [N, groups, positions, positions]
+  void grams(T* grams) const {
+    at::parallel_for(0, examples * s.groups, 1, [&](int64_t begin, int64_t end) {
+      const PatchGram patches(*this);
+      for (int64_t unit = begin; unit < end; ++unit)
+        patches.form(grams + unit * s.positions() * s.positions(), unit / s.groups, unit % s.groups);
+    });
   }
 
   const ConvGeometry s;
@@ -353,21 +362,24 @@ class Conv {
   const std::vector<FilterTile> tiles;
 };
 
+void check_winograd(const char* op, c10::string_view path, bool fits) {
+  TORCH_CHECK_VALUE(path != "winograd" || fits, op,
+                    ": path 'winograd' is for 3x3 kernels of stride 1, dilation 1 and one group");
+}
+
 at::Tensor sq_conv(const at::Tensor& x, const at::Tensor& g, at::IntArrayRef kernel, at::IntArrayRef stride,
                    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, c10::string_view path) {
-  check_path("sq_conv", path, {"auto", "explicit", "gram", "winograd"});
+  check_path("sq_conv", path, {"explicit", "gram", "winograd"});
   const ConvGeometry shape = check_conv("sq_conv", x, g, kernel, stride, padding, dilation, groups);
   at::Tensor q = at::zeros({g.size(0), g.size(1)}, g.options().dtype(sum_type(g)));
   if (q.numel() == 0) return q;
   T2V_DISPATCH(g.scalar_type(), "sq_conv", [&] {
     const Conv<scalar_t> conv(x, g, shape);
     auto* sums = q.mutable_data_ptr<SumOf<scalar_t>>();
-    const std::string chosen = path == "auto" ? conv.best_path() : std::string(path);
-    TORCH_CHECK_VALUE(chosen != "winograd" || conv.winograd_fits(),
-                      "sq_conv: path 'winograd' is for 3x3 kernels of stride 1, dilation 1 and one group");
-    if (chosen == "gram")
+    check_winograd("sq_conv", path, conv.winograd_fits());
+    if (path == "gram")
       conv.gram_sums(sums);
-    else if (chosen == "winograd")
+    else if (path == "winograd")
       conv.winograd_sums(sums);
     else if (conv.depthwise())
       conv.depthwise_sums(sums);
@@ -378,7 +390,9 @@ at::Tensor sq_conv(const at::Tensor& x, const at::Tensor& g, at::IntArrayRef ker
 }
 
 void sq_conv_acc_(at::Tensor& out, const at::Tensor& x, const at::Tensor& g, const at::Tensor& weight,
-                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                  c10::string_view path) {
+  check_path("sq_conv_acc_", path, {"explicit", "winograd"});
   TORCH_CHECK_VALUE(out.dim() == 4, "sq_conv_acc_: out must have 4 axes, got ", out.sizes());
   const ConvGeometry s = check_conv("sq_conv_acc_", x, g, out.sizes().slice(2), stride, padding, dilation, groups);
   check_accumulator("sq_conv_acc_", out, {s.filters, s.group_channels(), s.kernel_h, s.kernel_w}, g, weight);
@@ -390,17 +404,62 @@ void sq_conv_acc_(at::Tensor& out, const at::Tensor& x, const at::Tensor& g, con
     const Conv<scalar_t> conv(x, g, s);
     T* to = sums.mutable_data_ptr<T>();
     const T* by = w.const_data_ptr<T>();
-    if (conv.depthwise())
-      conv.depthwise_accumulate(to, by);
-    else if (conv.winograd_fits() && conv.winograd_cost() < conv.explicit_cost())
+    check_winograd("sq_conv_acc_", path, conv.winograd_fits());
+    if (path == "winograd")
       conv.winograd_accumulate(to, by);
+    else if (conv.depthwise())
+      conv.depthwise_accumulate(to, by);
     else
       conv.explicit_accumulate(to, by);
   });
   out.add_(sums.permute({0, 3, 1, 2}));
 }
 
+at::Tensor conv_gram(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                     at::IntArrayRef dilation, int64_t groups) {
+  const ConvGeometry s = check_conv("conv_gram", x, groups, kernel, stride, padding, dilation, groups);
+  at::Tensor grams = at::empty({x.size(0), groups, s.positions(), s.positions()}, x.options().dtype(sum_type(x)));
+  if (grams.numel() == 0) return grams;
+  T2V_DISPATCH(x.scalar_type(), "conv_gram",
+               [&] { Conv<scalar_t>(x, x, s).grams(grams.mutable_data_ptr<SumOf<scalar_t>>()); });
+  return grams;
+}
+
+// q[m, o] = d_o^T K d_o with Gram matrices as conv_gram gives them
+at::Tensor sq_gram(const at::Tensor& gram, const at::Tensor& g) {
+  TORCH_CHECK_VALUE(gram.dim() == 4 && g.dim() == 4 && gram.size(2) == gram.size(3) &&
+                        gram.size(2) == g.size(2) * g.size(3) && gram.size(1) >= 1 && g.size(1) % gram.size(1) == 0,
+                    "sq_gram: expected gram [N, groups, P, P] and g [M, O, Ho, Wo] with P = Ho Wo, got ", gram.sizes(),
+                    " and ", g.sizes());
+  TORCH_CHECK_VALUE(gram.scalar_type() == sum_type(g), "sq_gram: expected gram ", sum_type(g), " for g ",
+                    g.scalar_type(), ", got ", gram.scalar_type());
+  check_rows("sq_gram", gram, g);
+  at::Tensor q = at::zeros({g.size(0), g.size(1)}, g.options().dtype(sum_type(g)));
+  if (q.numel() == 0) return q;
+  const at::Tensor grams = gram.contiguous();
+  T2V_DISPATCH(g.scalar_type(), "sq_gram", [&] {
+    using T = SumOf<scalar_t>;
+    const int64_t examples = gram.size(0), groups = gram.size(1), positions = gram.size(2), filters = g.size(1);
+    const std::vector<FilterTile> tiles = filter_tiles(groups, filters / groups, kernels<T>().max_height);
+    const T* from = grams.const_data_ptr<T>();
+    T* to = q.mutable_data_ptr<T>();
+    parallel_examples(g.size(0), tiles.size(), [&](int64_t m, int64_t first, int64_t last) {
+      const QuadraticForms<scalar_t> forms(positions);
+      const Positions<scalar_t> d{
+          g.const_data_ptr<scalar_t>() + m * g.stride(0), g.size(2), g.size(3), g.stride(2), g.stride(3), g.stride(1)};
+      for (int64_t t = first; t < last; ++t) {
+        const int64_t filter = tiles[t].group * (filters / groups) + tiles[t].first;
+        forms.add(to + m * filters + filter, from + ((m % examples) * groups + tiles[t].group) * positions * positions,
+                  d.from_column(filter), tiles[t].height);
+      }
+    });
+  });
+  return q;
+}
+
 TORCH_LIBRARY_IMPL(t2v_fast, CPU, m) {
+  m.impl("conv_gram", conv_gram);
+  m.impl("sq_gram", sq_gram);
   m.impl("sq_conv", sq_conv);
   m.impl("sq_conv_acc_", sq_conv_acc_);
 }

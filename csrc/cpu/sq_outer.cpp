@@ -60,16 +60,14 @@ class Outer {
   void gram_sums(T* q) const {
     parallel_examples(examples, tiles.size(), [&](int64_t n, int64_t first, int64_t last) {
       const Scratch<T> input(inputs * positions), gram(positions * positions);
-      const int64_t ld = spread<T>(positions);
-      const Scratch<T> d(kernels<T>().max_height * ld);
+      const QuadraticForms<S> forms(positions);
       pack_positions_last(input.get(), positions, of(x_, n), inputs);
       upper_gram(gram.get(), positions, input.get(), positions, inputs, positions);
       fold_symmetric(gram.get(), positions, positions);
       for (int64_t m = n; m < rows; m += examples)
-        for (int64_t t = first; t < last; ++t) {
-          pack_positions_last(d.get(), ld, of(g_, m).from_column(tiles[t].first), tiles[t].height);
-          quadratic_form(q + m * outputs + tiles[t].first, gram.get(), d.get(), ld, tiles[t].height, positions);
-        }
+        for (int64_t t = first; t < last; ++t)
+          forms.add(q + m * outputs + tiles[t].first, gram.get(), of(g_, m).from_column(tiles[t].first),
+                    tiles[t].height);
     });
   }
 
@@ -90,9 +88,6 @@ class Outer {
     });
   }
 
-  // 2 S I O flops against S^2 (I + O), counted at the symmetric half.
-  bool prefers_gram() const { return double(positions) * (inputs + outputs) < 1.4 * double(inputs) * outputs; }
-
   const int64_t examples, rows, positions, inputs, outputs;
   const std::vector<FilterTile> tiles;
 
@@ -110,14 +105,14 @@ void check_outer(const char* op, const at::Tensor& x, const at::Tensor& g) {
 }
 
 at::Tensor sq_outer(const at::Tensor& x, const at::Tensor& g, c10::string_view path) {
-  check_path("sq_outer", path, {"auto", "explicit", "gram"});
+  check_path("sq_outer", path, {"explicit", "gram"});
   check_outer("sq_outer", x, g);
   at::Tensor q = at::zeros({g.size(0), g.size(2)}, g.options().dtype(sum_type(g)));
   if (q.numel() == 0 || x.numel() == 0) return q;
   T2V_DISPATCH(g.scalar_type(), "sq_outer", [&] {
     const Outer<scalar_t> outer(x, g);
     auto* sums = q.mutable_data_ptr<SumOf<scalar_t>>();
-    if (path == "gram" || (path == "auto" && outer.positions > 1 && outer.prefers_gram()))
+    if (path == "gram")
       outer.gram_sums(sums);
     else if (outer.positions == 1)
       outer.single_sums(sums);
