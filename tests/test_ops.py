@@ -355,6 +355,17 @@ BAD = {
         lambda o: o.sq_conv(X, G[:, :, :3, :3], (3, 3), (2, 2), (1, 1), (1, 1), 1, "winograd"),
         "path 'winograd' is for 3x3 kernels of stride 1",
     ),
+    "conv_acc_path": (
+        lambda o: o.sq_conv_acc_(torch.zeros(6, 4, 3, 3), X, G, torch.ones(2), *SAME[1:], "gram"),
+        "path 'gram' is none of explicit, winograd",
+    ),
+    "gram_empty": (lambda o: o.conv_gram(X, (9, 9), (1, 1), (0, 0), (1, 1), 1), r"\[2, 4, 5, 5\]"),
+    "gram_groups": (lambda o: o.conv_gram(X, *SAME[:4], 3), "groups 3 must divide the 4 input"),
+    "gram_size": (lambda o: o.sq_gram(torch.zeros(2, 1, 24, 24), G), r"\[2, 1, 24, 24\]"),
+    "gram_dtype": (
+        lambda o: o.sq_gram(torch.zeros(2, 1, 25, 25), G.double()),
+        r"expected .*gram|gram .*expected|float64",
+    ),
     "outer_path": (
         lambda o: o.sq_outer(torch.ones(2, 3, 4), torch.ones(2, 3, 4), "winograd"),
         "path 'winograd' is none",
