@@ -6,6 +6,7 @@ from .embedding import Embedding, FingerprintMismatch
 from .fisher import FisherDiagonal, SelfCheckError, fisher
 from .graph import UnsupportedError
 from .probe import Preprocessing, Probe, load_probe
+from .profile import Profile, profile
 from .recorder import FisherRecorder
 from .task2vec import Task2Vec
 
@@ -18,6 +19,7 @@ __all__ = [
     "FisherRecorder",
     "Preprocessing",
     "Probe",
+    "Profile",
     "SelfCheckError",
     "Task2Vec",
     "TaskData",
@@ -26,4 +28,5 @@ __all__ = [
     "fisher",
     "load_probe",
     "ops",
+    "profile",
 ]

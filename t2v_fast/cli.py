@@ -1,4 +1,4 @@
-"""The command line: ``t2v-fast embed | distance | demo | info``."""
+"""The command line: ``t2v-fast embed | distance | profile | demo | info``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .embedding import Embedding
 from .files import write_csv
 from .fisher import BATCH_MEAN
 from .probe import load_probe
+from .profile import profile
 from .task2vec import Task2Vec
 
 console = Console(highlight=False)
@@ -67,6 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--images", type=int, default=None, help="images a task (default: what fits the demo's minutes)")
     _pipeline_options(demo)
     demo.set_defaults(run=_demo, size=96)  # glyphs hold no finer detail, and 224 would take five times as long
+
+    profiling = commands.add_parser("profile", help="where the time of a Fisher goes, layer by layer")
+    _pipeline_options(profiling)
+    profiling.add_argument("--classes", type=int, default=10, help="classes of the head (default: %(default)s)")
+    profiling.add_argument("--rounds", type=int, default=5, help="rounds that are measured (default: %(default)s)")
+    profiling.add_argument("--slowest", type=int, help="show only this many layers")
+    profiling.add_argument("--json", type=Path, help="write all that was measured here")
+    profiling.add_argument("--trace", type=Path, help="write one batch here, for chrome://tracing or ui.perfetto.dev")
+    profiling.add_argument("--plot", type=Path, help="write a roofline picture here (PNG)")
+    profiling.set_defaults(run=_profile)
 
     info = commands.add_parser("info", help="versions, and which backends run here or why not")
     info.set_defaults(run=_info)
@@ -165,6 +176,37 @@ def _distance(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     options = {} if arguments.images is None else {"images_per_task": arguments.images}
     demo.run_demo(arguments.output, _task2vec(arguments), demo.demo_tasks(seed=arguments.seed, **options))
+    return 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    task2vec = _task2vec(arguments)
+    probe, size = task2vec.probe, task2vec.probe.preprocessing.crop
+    generator = torch.Generator().manual_seed(arguments.seed)
+    images = torch.randn(arguments.batch_size, 3, size, size, generator=generator)
+    images = images.to(task2vec.device, next(probe.network.parameters()).dtype)
+    torch.manual_seed(arguments.seed)
+    head = torch.nn.Linear(probe.features(images[:1]).shape[1], arguments.classes).to(images)
+    with probe.with_head(head) as network:
+        report = profile(
+            network,
+            images,
+            arguments.estimator,
+            arguments.samples,
+            labels=torch.zeros(arguments.batch_size, dtype=torch.long),
+            parameters=probe.embedding_parameters(),
+            rounds=arguments.rounds,
+        )
+    console.print(report.table(arguments.slowest))
+    console.print(report.summary(), markup=False)
+    for path, save in (
+        (arguments.json, report.save_json),
+        (arguments.trace, report.save_trace),
+        (arguments.plot, report.save_roofline),
+    ):
+        if path is not None:
+            save(path)
+            console.print(f"-> {path}", markup=False)
     return 0
 
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
+from . import plan
 from .cotangents import Likelihood, check_estimator, cotangents, get_likelihood
+from .graph import Use
 from .recorder import FisherRecorder, ParameterFilter
+from .rules import Factors
+
+log = logging.getLogger(__name__)
 
 BATCH_MEAN = "batch_mean"
 # What two examples may differ by from plain autograd in the self-check, relative to the norm of a parameter's values.
@@ -149,7 +156,9 @@ def fisher(
     self_check: bool = True,
     device: str | torch.device | None = None,
     forward: Callable[[nn.Module, Any], Tensor] = _default_forward,
+    channels_last: bool = True,
     progress: bool = False,
+    explain: bool = False,
 ) -> FisherDiagonal:
     """The diagonal Fisher information of ``model`` over the examples of ``loader``, exactly per example.
 
@@ -166,6 +175,12 @@ def fisher(
     The first batch is checked against plain autograd on two of its examples (``self_check``): three backward passes of
     the batch and two forward passes of one example.
 
+    ``channels_last``: give a network on the CPU its images [N, C, H, W] in that memory format, in which convolutions
+    are faster; one that cannot take them so (it calls ``view`` on activations) gets them as they come.
+
+    ``explain`` prints, after the first batch, which path each layer takes (:mod:`t2v_fast.plan`), and what it was
+    predicted to cost and did.
+
     Raises UnsupportedError where no exact per-example gradient can be had, SelfCheckError when the check fails, and
     ValueError for bad input, naming what is wrong.
     """
@@ -177,6 +192,8 @@ def fisher(
         device = next(iter(recorder.parameters.values())).device
     if weights is not None and (weights.dim() != 1 or not (weights >= 0).all() or not weights.isfinite().all()):
         raise ValueError(f"weights {list(weights.shape)} must be one finite number of at least 0 for each example")
+    if channels_last and torch.device(device).type == "cpu":
+        forward = _ChannelsLast(forward)
     generator = torch.Generator().manual_seed(seed)
     moments = {name: _Moments() for name in recorder.parameters}
     seen = 0
@@ -197,7 +214,8 @@ def fisher(
                 if self_check and seen == 0:
                     _self_check(recorder, forward, inputs, logits)
                 u = cotangents(logits, estimator, samples, likelihood, labels, generator)
-                values = recorder.backward(logits, u, a if granularity == "parameter" else None)
+                with _explained(recorder, n) if explain and seen == 0 else contextlib.nullcontext():
+                    values = recorder.backward(logits, u, a if granularity == "parameter" else None)
             _accumulate(moments, values, a, estimator, granularity)
             seen += n
     if seen == 0:
@@ -219,6 +237,51 @@ def fisher(
         seen,
         recorder.unused,
     )
+
+
+class _ChannelsLast:
+    """A forward function that gets its images channels-last, unless the network refuses them so."""
+
+    def __init__(self, forward: Callable[[nn.Module, Any], Tensor]) -> None:
+        self.forward, self.works = forward, None
+
+    def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
+        if self.works is False:
+            return self.forward(model, inputs)
+        try:
+            output = self.forward(model, tree_map(_images_channels_last, inputs))
+        except RuntimeError as error:
+            if self.works:
+                raise
+            output = self.forward(model, inputs)  # raises the same, where the memory format is not the cause
+            log.info("the network does not take channels-last images: %s", error)
+            self.works = False
+            return output
+        self.works = True
+        return output
+
+
+def _images_channels_last(t: Any) -> Any:
+    images = isinstance(t, Tensor) and t.dim() == 4 and t.is_floating_point()
+    return t.contiguous(memory_format=torch.channels_last) if images else t
+
+
+@contextlib.contextmanager
+def _explained(recorder: FisherRecorder, examples: int) -> Iterator[None]:
+    """Print what the planner chose for the backward passes of this context, and what they cost."""
+    calls: dict[str, tuple[str, float | None, float]] = {}
+
+    def observe(use: Use, factors: Factors, cotangents_: int, start: float, end: float) -> None:
+        spent = calls[use.parameter][2] if use.parameter in calls else 0.0
+        path, predicted = factors.work(cotangents_)[0], factors.predict(cotangents_)
+        calls[use.parameter] = path, None if predicted is None else predicted * examples, spent + end - start
+
+    recorder.observer = observe
+    try:
+        yield
+    finally:
+        recorder.observer = None
+    Console().print(plan.explanation((name, *call) for name, call in calls.items()))
 
 
 @contextlib.contextmanager

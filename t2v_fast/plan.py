@@ -21,12 +21,14 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from . import ops
@@ -329,3 +331,22 @@ def choose(conv: Conv, x: Tensor, cotangents: int = 1, elementwise: bool = False
     if not ops.uses_cpu_extension(x):
         return "explicit"  # the reference ops know one way only
     return _best(conv, x.dtype, ops.cpu_capability(), cotangents, elementwise)
+
+
+def predict(conv: Conv, x: Tensor, path: str, cotangents: int = 1) -> float | None:
+    """Seconds for one example on all threads, each with examples of its own; None but for the compiled CPU kernels."""
+    if not ops.uses_cpu_extension(x):
+        return None
+    return costs(x.dtype).predict(conv, path, cotangents) / torch.get_num_threads()
+
+
+def explanation(calls: Iterable[tuple[str, str, float | None, float]]) -> Table:
+    """A table of (parameter, path, predicted seconds or None, measured seconds), and the totals."""
+    table = Table("parameter", "path", show_footer=True)
+    calls = [call for call in calls if call[2] is not None]
+    for title, column in (("predicted ms", 2), ("measured ms", 3)):
+        total = sum(call[column] for call in calls)
+        table.add_column(title, footer=f"{1e3 * total:.2f}", justify="right")
+    for name, path, predicted, measured in calls:
+        table.add_row(Text(name), path, f"{1e3 * predicted:.2f}", f"{1e3 * measured:.2f}")
+    return table

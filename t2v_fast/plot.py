@@ -1,4 +1,4 @@
-"""Pictures of distances between tasks."""
+"""Pictures: distances between tasks, and the roofline of a profile."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from .files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from .profile import Profile
 
 DPI = 150
 # Okabe and Ito's colours, which most colour-blind people can tell apart, dark enough for text on white.
@@ -128,6 +130,37 @@ def contact_sheet(
             if c == 0:
                 text = name if captions is None else f"{name}\n{captions[r]}"
                 axes.text(-0.15, 0.5, text, ha="right", va="center", transform=axes.transAxes, fontsize=8)
+    _write(figure, path)
+
+
+def roofline(profile: Profile, path: str | os.PathLike) -> None:
+    """Every layer of a profile as a point, its rate over its flops a byte, under the machine's two limits.
+
+    The PNG at ``path`` is replaced only once the picture is complete.
+    """
+    from matplotlib.figure import Figure
+
+    machine = profile.machine
+    figure = Figure(figsize=(8, 5), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    intensity = np.array([layer.flops / layer.bytes for layer in profile.layers])
+    rate = np.array([layer.flops / layer.seconds for layer in profile.layers])
+    span = np.array([min(intensity.min(), 0.1) / 1.5, max(intensity.max(), 100) * 1.5])
+    ridge = machine.flops_per_second / machine.bytes_per_second
+    x = np.sort(np.append(span, np.clip(ridge, *span)))
+    limit = np.minimum(machine.flops_per_second, machine.bytes_per_second * x)
+    axes.plot(x, limit / 1e9, color="#444444", label="limits of the machine, measured")
+    for colour, kind in zip(FAMILY_COLOURS, ("explicit", "winograd", "gram", "pass"), strict=False):
+        chosen = np.array([layer.path == kind for layer in profile.layers])
+        if chosen.any():
+            area = 12 + 400 * np.array([layer.seconds for layer in profile.layers])[chosen] / profile.fisher
+            axes.scatter(intensity[chosen], rate[chosen] / 1e9, s=area, color=colour, alpha=0.7, label=kind)
+    axes.set(xscale="log", yscale="log", xlim=span, xlabel="flops a byte", ylabel="GFLOP/s")
+    axes.set_title(
+        f"{profile.examples} images, {profile.dtype}, {profile.threads} threads; areas are shares of the time"
+    )
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
     _write(figure, path)
 
 

@@ -37,6 +37,9 @@ class Factors(Protocol):
     def work(self, cotangents: int) -> tuple[str, plan.Work]:
         """The path that ``filter_sums`` takes, and its work for one example and all its cotangents."""
 
+    def predict(self, cotangents: int) -> float | None:
+        """Seconds that the planner expects for one example and all its cotangents; None where it does not choose."""
+
 
 class _Layer:
     """A convolution of x [N, C, H, W] with cotangent g [N, O, Ho, Wo], or a linear layer seen as one."""
@@ -71,6 +74,9 @@ class _Layer:
     def work(self, cotangents: int) -> tuple[str, plan.Work]:
         path = self.path(cotangents)
         return path, plan.work(self.conv, path, self.x.element_size(), cotangents)
+
+    def predict(self, cotangents: int) -> float | None:
+        return plan.predict(self.conv, self.x, self.path(cotangents), cotangents)
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,9 @@ class Product:
         operands = 1 if self.x is None else 2
         return "pass", plan.Work((), (), n * operands, n * operands * self.g.element_size())
 
+    def predict(self, cotangents: int) -> float | None:
+        return None
+
 
 Shape = tuple[int, ...]
 
@@ -186,19 +195,24 @@ class Rule:
 
     factors: Callable[[Use, Tensor, RowLayout, int, Tensor], Factors]
     rows: Callable[[Tensor, Shape], Tensor] = field(default=_first_axis)
+    check: Callable[[Use], None] | None = None  # raises UnsupportedError for what the node alone rules out
 
 
 RULES: dict[str, Rule] = {}
 
 
-def register_rule(*nodes: str, rows: Callable[[Tensor, Shape], Tensor] = _first_axis) -> Callable:
+def register_rule(
+    *nodes: str,
+    rows: Callable[[Tensor, Shape], Tensor] = _first_axis,
+    check: Callable[[Use], None] | None = None,
+) -> Callable:
     """Make the decorated function the rule of the autograd nodes of these names; a name can be taken only once."""
 
     def decorate(factors: Callable) -> Callable:
         for name in nodes:
             if name in RULES:
                 raise ValueError(f"the autograd node {name!r} already has a rule: {RULES[name].factors.__name__}")
-            RULES[name] = Rule(factors, rows)
+            RULES[name] = Rule(factors, rows, check)
         return factors
 
     return decorate
@@ -219,6 +233,8 @@ def check_supported(taps: Taps) -> None:
                     f"the parameter {use} has no rule: it is transformed before use, or the layer is not supported; "
                     f"leave it out with parameters=..., or register a rule (rules are known for {', '.join(RULES)})"
                 )
+            if check := RULES[node.name()].check:
+                check(use)
             if use.parameter in users:
                 raise UnsupportedError(
                     f"the parameter {use} is used more than once, here and by {users[use.parameter]}: "
@@ -285,15 +301,18 @@ def _convolution(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tens
     return Convolution(x, g, (kernel, *geometry, node._saved_groups))
 
 
-@register_rule("NativeBatchNormBackward0")
-def _batch_norm(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tensor) -> Factors:
-    node = use.node
-    if node._saved_training:
+def _evaluating(use: Use) -> None:
+    if use.node._saved_training:
         raise _unsupported(
             use,
             "belongs to a batch norm in training mode: it couples the examples of a batch, so per-example gradients do "
             "not exist; call eval() on the network, or use estimator='batch_mean'",
         )
+
+
+@register_rule("NativeBatchNormBackward0", check=_evaluating)
+def _batch_norm(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tensor) -> Factors:
+    node = use.node
     _one_row_each(use, layout)
     if use.slot == 2:
         return Product(_positions(g))

@@ -566,3 +566,51 @@ def test_recorder_errors() -> None:
             logits = network(x)
         with pytest.raises(ValueError, match="no autograd graph"):
             recorder.backward(logits, torch.ones_like(logits))
+
+
+def test_explain_prints_what_was_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    x = images(4).float()
+    fisher(small_network().float(), [x[:2], x[2:]], explain=True)
+    printed = capsys.readouterr().out
+    if t2v_fast.ops.backend_status()["cpu"] == "available":
+        assert printed.count("0.weight") == 1  # the first batch alone
+        assert "predicted ms" in printed
+
+
+class Viewing(nn.Module):
+    """Works only on contiguous images, as it says by the memory format that it saw."""
+
+    def __init__(self, view: bool) -> None:
+        super().__init__()
+        self.conv, self.linear, self.view, self.seen = nn.Conv2d(3, 4, 3), nn.Linear(4 * 9 * 7, 3), view, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.is_contiguous(memory_format=torch.channels_last))
+        z = self.conv(x).tanh()
+        return self.linear(z.view(len(x), -1) if self.view else z.flatten(1))
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_images_go_channels_last_where_they_can(view: bool, channels_last: bool) -> None:
+    torch.manual_seed(0)
+    network = Viewing(view).double()
+    want = truth(network, images(4), "exact", "filter")
+    network.seen.clear()
+    x = images(4)
+    got = fisher(network, [x[:2], x[2:]], "exact", channels_last=channels_last, self_check=False)
+    assert_agrees(got, want)
+    assert network.seen == ([False, False] if not channels_last else [True, False, False] if view else [True, True])
+
+
+def test_an_error_of_the_network_stays_its_own() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fisher(Broken(), [images(2).float()])

@@ -134,3 +134,18 @@ def test_errors() -> None:
         Task2Vec(probe).embed(shapes())
     data = TaskData.of(shapes())
     assert Task2Vec(small_probe()).embed(data).num_examples == 24
+
+
+def test_reduced_precision_is_close_and_kept_apart() -> None:
+    probe = small_probe()
+    full = Task2Vec(probe).embed(shapes())
+    task2vec = Task2Vec(probe, dtype=torch.bfloat16)
+    reduced = task2vec.embed(shapes())
+    assert next(task2vec.probe.network.parameters()).dtype == torch.bfloat16
+    assert next(probe.network.parameters()).dtype == torch.float32  # the caller's own is not rounded
+    a, b = full.hessian.astype(float), reduced.hessian.astype(float)
+    assert a @ b / np.sqrt((a @ a) * (b @ b)) > 0.99
+    with pytest.raises(FingerprintMismatch, match="dtype"):
+        distance.pdist([full, reduced])
+    with pytest.raises(ValueError, match="expected a floating-point one"):
+        Task2Vec(probe, dtype=torch.int8)
