@@ -1,7 +1,7 @@
 """What is measured. ``run(prepare(model), x, y)`` gives {parameter name: filter means [O] summed over the examples}.
 
-``prepare`` is called once and may change the model; ``run`` is what is timed. A contestant that cannot do a model raises,
-and the suites report what it said.
+``prepare`` is called once and may change the model; ``run`` is what is timed. A contestant that cannot do a model
+raises, and the suites report what it said.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def step(model: nn.Module, x: Tensor, y: Tensor) -> None:
 def naive(model: nn.Module, x: Tensor, y: Tensor) -> Sums:
     """The batch-size-1 loop."""
     parameters = dict(model.named_parameters())
-    sums = {name: 0.0 for name in parameters}
+    sums = dict.fromkeys(parameters, 0.0)
     for image, label in zip(x, y, strict=True):
         loss = F.cross_entropy(model(image[None]), label[None])
         for name, g in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
@@ -89,7 +89,7 @@ def per_example_vmap(model: nn.Module, x: Tensor, y: Tensor, chunk: int | None =
     def loss(p: Sums, image: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(model, (p, buffers), (image[None],)), label[None])
 
-    sums = {name: 0.0 for name in parameters}
+    sums = dict.fromkeys(parameters, 0.0)
     # By hand: the chunks of vmap's own chunk_size are concatenated before they can be squared.
     for images, labels in zip(x.split(chunk), y.split(chunk), strict=True):
         gradients = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")(parameters, images, labels)
