@@ -39,15 +39,18 @@ def stream(images: int, size: int, resident: list[int]) -> Iterator[tuple[Tensor
 )
 def test_stream(benchmark: Any, pytestconfig: pytest.Config, model: str, size: int, contestant: str) -> None:
     images = pytestconfig.getoption("images") or IMAGES[size]
-    entry = harness.cell(model, size).enter(contestant)
+    cell = harness.cell(model, size)
+    entry = cell.enter(contestant)
     resident: list[int] = []
     if contestant in OURS:
         examples = images
 
         def run() -> None:
-            fisher(harness.cell(model, size).model, stream(examples, size, resident), OURS[contestant])
+            fisher(cell.model, stream(examples, size, resident), OURS[contestant])
     else:
-        examples = min(images, 4 * harness.BATCH[size], entry.part(images, pytestconfig.getoption("limit")))
+        batch = harness.BATCH[size]
+        batches = max(1, entry.part(4 * batch, pytestconfig.getoption("limit")) // batch)
+        examples = min(images, batches * batch)
 
         def run() -> None:
             for x, y in stream(examples, size, resident):
@@ -56,5 +59,6 @@ def test_stream(benchmark: Any, pytestconfig: pytest.Config, model: str, size: i
     benchmark.group = f"stream-{model}-{size}"
     benchmark.extra_info |= entry.verdict | {"images": images, "examples": examples}
     with harness.refusals():
+        entry.run(cell.x, cell.y)  # warm
         benchmark.pedantic(run, rounds=1)
     benchmark.extra_info["resident"] = resident
