@@ -12,7 +12,7 @@ export T2V_FAST_BUILD_DIR := build/torch-$(TORCH)
 REQUIREMENTS := requirements/torch-$(TORCH).txt requirements/common.txt
 BUILD_FILES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo pictures test slow lint format bench wheel clean
+.PHONY: setup demo pictures test slow lint format bench peers benchmarks wheel clean
 
 setup: $(VENV)/.built
 
@@ -38,8 +38,22 @@ test: setup
 slow: setup
 	$(BIN)/python -m pytest -m slow
 
+RESULTS := build/bench
+BENCH := mkdir -p $(RESULTS) && $(BIN)/python -m pytest --benchmark-quiet
+
+# The table of the performance contract.
 bench: setup
-	$(BIN)/python bench/contract.py
+	$(BENCH) bench/test_fisher.py -m contract -k "resnet18 or resnet50 or convnext" --benchmark-json $(RESULTS)/contract.json
+	$(BIN)/python bench/report.py $(RESULTS)/contract.json
+
+peers: setup
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/peers.txt
+
+# Everything, for hours: a suite at a time, so that one's results outlive another's crash.
+benchmarks: peers
+	for suite in memory stream fisher; do \
+		$(BENCH) bench/test_$$suite.py -k "not toy" --benchmark-json $(RESULTS)/$$suite.json || exit 1; done
+	$(BIN)/python bench/report.py $(RESULTS)/memory.json $(RESULTS)/stream.json $(RESULTS)/fisher.json --plots $(RESULTS)/plots > $(RESULTS)/report.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -62,7 +62,7 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> None:
 
 def ratio(row: Row) -> float:
     """Time over this library's for as many images: the median over pairs. NaN without pairs."""
-    scale = row.get("batch", 1) / row.get("examples", 1)
+    scale = row["batch"] / row["examples"] if "batch" in row else 1  # a stream's pairs are of equal parts
     pairs = zip(row.get("seconds", ()), row.get("reference", ()), strict=False)
     return statistics.median([scale * s / r for s, r in pairs] or [float("nan")])
 
@@ -104,7 +104,7 @@ def bad(row: Row) -> bool:
     return row["verdict"].startswith(("wrong", "raises", "absent"))
 
 
-def bars(axes: Any, rows: Sequence[Row], values: Sequence[float], label: str, log: bool = True) -> None:
+def bars(axes: Any, rows: Sequence[Row], values: Sequence[float], label: str, log: bool) -> None:
     """Horizontal bars with their values; what cannot be measured says why."""
     names = [row["contestant"] for row in rows]
     colours = [COLOURS.get(row["verdict"].replace(":", " ").partition(" ")[0], "tab:orange") for row in rows]
@@ -117,6 +117,7 @@ def bars(axes: Any, rows: Sequence[Row], values: Sequence[float], label: str, lo
     axes.set_xlabel(label)
     if log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -135,15 +136,13 @@ class Plots:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def save(self, name: str, title: str, *panels: tuple[Sequence[Row], Sequence[float], str, bool]) -> None:
+    def save(self, name: str, title: str, rows: Sequence[Row], values: Sequence[float], label: str, log: bool) -> None:
         if self.folder is None:
             return
         from matplotlib.figure import Figure
 
-        height = 1.4 + 0.26 * max(len(rows) for rows, *_ in panels)
-        figure = Figure(figsize=(8 * len(panels) ** 0.7, height), layout="constrained")
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            bars(axes, *panel)
+        figure = Figure(figsize=(8, 1.4 + 0.26 * len(rows)), layout="constrained")
+        bars(figure.subplots(), rows, values, label, log)
         figure.suptitle(title, fontsize=10)
         legend(figure)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +159,7 @@ def report_fisher(rows: Sequence[Row], plots: Plots) -> None:
         head = ("contestant", "ms/image", "times fisher", "verdict")
         table(head, ([r["contestant"], milliseconds(r), number(ratio(r)), verdict(r)] for r in found))
         title = f"{model}, {size} pixels: time over this library's, one cotangent"
-        plots.save(f"fisher-{model}-{size}", title, (found, [ratio(r) for r in found], "times fisher", True))
+        plots.save(f"fisher-{model}-{size}", title, found, [ratio(r) for r in found], "times fisher", True)
 
 
 def report_stream(rows: Sequence[Row], plots: Plots) -> None:
@@ -177,17 +176,16 @@ def report_stream(rows: Sequence[Row], plots: Plots) -> None:
                 r["contestant"],
                 number(s),
                 number(images / s),
+                number(ratio(r)),
                 *(f"{m[i]:.0f}" if m else "-" for i in (0, -1)),
                 verdict(r, "images"),
             )
             for r, s, m in zip(found, seconds, mib, strict=True)
         ]
-        head = ("contestant", "seconds", "images/s", "MiB resident at 10%", "at the end", "verdict")
+        head = ("contestant", "seconds", "images/s", "times fisher", "MiB resident at 10%", "at the end", "verdict")
         table(head, body)
         title = f"{images:,} images of {size} pixels, {model}"
-        whole = [(r, m[-1] / m[0]) for r, m in zip(found, mib, strict=True) if m]
-        memory = ([r for r, _ in whole], [v for _, v in whole], "memory at the end over memory at 10%", False)
-        plots.save(f"stream-{model}-{size}", title, (found, seconds, "seconds", True), memory)
+        plots.save(f"stream-{model}-{size}", title, found, seconds, "seconds", True)
 
 
 def report_memory(rows: Sequence[Row], plots: Plots) -> None:
@@ -206,7 +204,7 @@ def report_memory(rows: Sequence[Row], plots: Plots) -> None:
             for r, o in zip(found, over, strict=True)
         ]
         table(("contestant", "MiB", "/ step", "verdict"), body)
-        plots.save(f"memory-{model}-{size}", f"{model}, {size} pixels: peak memory", (found, over, "of a step", False))
+        plots.save(f"memory-{model}-{size}", f"{model}, {size} pixels: peak memory", found, over, "of a step", False)
 
 
 def main() -> None:

@@ -1,10 +1,13 @@
-"""A large data set to its end, at a memory that does not grow; the peers run on a part of it.
+"""A large data set to its end, at a memory that does not grow.
+
+The peers run on a part of it, straight after this library on the same part: that pair is their ratio.
 
 python -m pytest bench/test_stream.py --benchmark-json stream.json
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,24 +44,29 @@ def test_stream(benchmark: Any, pytestconfig: pytest.Config, model: str, size: i
     images = pytestconfig.getoption("images") or IMAGES[size]
     cell = harness.cell(model, size)
     entry = cell.enter(contestant)
+    batch, limit = harness.BATCH[size], pytestconfig.getoption("limit")
+    batches = max(1, entry.part(4 * batch, limit) // batch)
+    examples = images if contestant in OURS else min(images, batches * batch)
     resident: list[int] = []
-    if contestant in OURS:
-        examples = images
 
-        def run() -> None:
-            fisher(cell.model, stream(examples, size, resident), OURS[contestant])
-    else:
-        batch = harness.BATCH[size]
-        batches = max(1, entry.part(4 * batch, pytestconfig.getoption("limit")) // batch)
-        examples = min(images, batches * batch)
+    def run(runner: harness.Entry) -> None:
+        for x, y in stream(examples, size, resident):
+            runner.run(x, y)
 
-        def run() -> None:
-            for x, y in stream(examples, size, resident):
-                entry.run(x, y)
+    def run_reference() -> None:
+        if cell.reference is not None:
+            start = time.perf_counter()
+            run(cell.reference)
+            benchmark.extra_info["reference"] = [time.perf_counter() - start]
+            resident.clear()
 
     benchmark.group = f"stream-{model}-{size}"
     benchmark.extra_info |= entry.verdict | {"images": images, "examples": examples}
     with harness.refusals():
-        entry.run(cell.x, cell.y)  # warm
-        benchmark.pedantic(run, rounds=1)
+        if contestant in OURS:
+            batches_of = stream(examples, size, resident)
+            benchmark.pedantic(fisher, (cell.model, batches_of, OURS[contestant]), rounds=1)
+        else:
+            entry.run(cell.x, cell.y)  # warm
+            benchmark.pedantic(run, (entry,), setup=run_reference, rounds=1)
     benchmark.extra_info["resident"] = resident

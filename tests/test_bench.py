@@ -1,0 +1,90 @@
+"""The benchmark suites and their report run, on a toy model. Nothing is asserted about times."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SUITES = {
+    "test_fisher": ("step", "floor", "fisher", "fisher_exact", "fisher_deflated", "naive", "vmap", "opacus"),
+    "test_stream": ("fisher", "naive"),
+    "test_memory": ("step",),
+}
+
+
+def run(folder: Path, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_suites_and_report(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    wanted = [f"{ROOT}/bench/{s}.py::{s}[toy-32-{name}]" for s, names in SUITES.items() for name in names]
+    settings = (
+        "--rounds=2",
+        "--images=130",
+        "--benchmark-quiet",
+        "--benchmark-json=all.json",
+        "-p",
+        "no:cacheprovider",
+    )
+    run(tmp_path, "-m", "pytest", *settings, *wanted)
+    path = tmp_path / "all.json"
+    results = json.loads(path.read_text())
+    verdicts = {(b["group"], b["params"]["contestant"]): b["extra_info"]["verdict"] for b in results["benchmarks"]}
+    for name in ("fisher", "fisher_exact", "naive", "vmap"):
+        assert verdicts["toy-32", name].startswith("exact"), verdicts
+    # With or without the package: a verdict, or why there is none.
+    refused = {r["params"]["contestant"]: r["verdict"] for r in results["refused"]}
+    assert "opacus" in refused or ("toy-32", "opacus") in verdicts
+    results["refused"].append(
+        {
+            "suite": "test_fisher",
+            "params": {"model": "toy", "size": 32, "contestant": "asdl"},
+            "verdict": "raises: Error: a | b",
+        }
+    )
+    path.write_text(json.dumps(results))
+
+    markdown = run(tmp_path, f"{ROOT}/bench/report.py", "all.json", "--plots", "plots")
+    assert "| toy, 32, 64 |" in markdown  # the contract's table
+    assert "| asdl | - | - | raises: Error: a / b |" in markdown
+    assert "### A stream of 130 images" in markdown
+    assert "### Peak memory" in markdown
+    assert {p.name for p in (tmp_path / "plots").iterdir()} == {
+        "fisher-toy-32.png",
+        "stream-toy-32.png",
+        "memory-toy-32.png",
+    }
+
+
+def test_a_wrong_contestant_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import contestants
+    import harness
+
+    cell = harness.Cell("toy", 32)
+
+    def off(model, x, y):
+        sums = contestants.naive(model, x, y)
+        sums["0.weight"] = 1.5 * sums["0.weight"]
+        return sums
+
+    x, y = cell.judged
+    wrong = harness.judge(contestants.Contestant(off), off(cell.model, x, y), cell)
+    assert wrong["verdict"] == "wrong: 0.weight is off by 0.5"
+    missing = {name: q for name, q in contestants.naive(cell.model, x, y).items() if name != "0.bias"}
+    assert "nothing for 1 of 8" in harness.judge(contestants.Contestant(off), missing, cell)["verdict"]
+
+    def absent(name):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(contestants, "find", absent)
+    with pytest.raises(harness.Refused, match="absent: No module named 'opacus'"):
+        cell.enter("opacus")
