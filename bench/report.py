@@ -22,7 +22,13 @@ BOUNDS = {
     ("resnet18", 32): (1.25, 0.75, 12, 30),
 }
 MEMORY_BOUND = 1.15  # fisher / step
-COLOURS = {"": "0.6", "exact": "tab:blue", "cosine": "tab:blue", "wrong": "tab:red"}  # by the verdict's first word
+COLOURS = {
+    "": "0.6",
+    "exact": "tab:blue",
+    "cosine": "tab:blue",
+    "wrong": "tab:red",
+    "incomplete": "tab:red",
+}  # by the verdict's first word
 Row = dict[str, Any]
 
 
@@ -73,7 +79,8 @@ def milliseconds(row: Row) -> str:
 
 def verdict(row: Row, whole: str = "batch") -> str:
     part = "examples" in row and row["examples"] < row[whole]
-    return row["verdict"].replace("|", "/") + (f"; extrapolated from {row['examples']} images" if part else "")
+    words = (row["verdict"].replace("|", "/"), f"extrapolated from {row['examples']} images" if part else "")
+    return "; ".join(filter(None, words))
 
 
 def number(value: float) -> str:
@@ -101,7 +108,7 @@ def contract(cells: dict[tuple[str, int], dict[str, Row]]) -> None:
 
 
 def bad(row: Row) -> bool:
-    return row["verdict"].startswith(("wrong", "raises", "absent"))
+    return row["verdict"].startswith(("wrong", "incomplete", "raises", "absent"))
 
 
 def bars(axes: Any, rows: Sequence[Row], values: Sequence[float], label: str, log: bool) -> None:
@@ -125,7 +132,12 @@ def bars(axes: Any, rows: Sequence[Row], values: Sequence[float], label: str, lo
 def legend(figure: Any) -> None:
     from matplotlib.patches import Patch
 
-    labels = {"0.6": "yardstick", "tab:blue": "right", "tab:orange": "estimate or another quantity", "tab:red": "wrong"}
+    labels = {
+        "0.6": "yardstick",
+        "tab:blue": "right",
+        "tab:orange": "estimate or another quantity",
+        "tab:red": "wrong or incomplete",
+    }
     handles = [Patch(color=c, label=text) for c, text in labels.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
 
@@ -137,7 +149,7 @@ class Plots:
         self.folder = folder
 
     def save(self, name: str, title: str, rows: Sequence[Row], values: Sequence[float], label: str, log: bool) -> None:
-        if self.folder is None:
+        if self.folder is None or all(v != v for v in values):
             return
         from matplotlib.figure import Figure
 

@@ -7,7 +7,6 @@ Other people use machines too: each timed run follows a run of this library, and
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import harness
@@ -30,9 +29,7 @@ def test_fisher(benchmark: Any, pytestconfig: pytest.Config, model: str, size: i
 
     def run_reference() -> None:
         if reference is not None:
-            start = time.perf_counter()
-            reference.run(cell.x, cell.y)
-            before.append(time.perf_counter() - start)
+            before.append(harness.timed(reference.run, cell.x, cell.y))
 
     benchmark.group = f"{model}-{size}"
     benchmark.extra_info |= entry.verdict

@@ -7,7 +7,6 @@ python -m pytest bench/test_stream.py --benchmark-json stream.json
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,9 +54,7 @@ def test_stream(benchmark: Any, pytestconfig: pytest.Config, model: str, size: i
 
     def run_reference() -> None:
         if cell.reference is not None:
-            start = time.perf_counter()
-            run(cell.reference)
-            benchmark.extra_info["reference"] = [time.perf_counter() - start]
+            benchmark.extra_info["reference"] = [harness.timed(run, cell.reference)]
             resident.clear()
 
     benchmark.group = f"stream-{model}-{size}"
