@@ -61,8 +61,7 @@ def test_stream(benchmark: Any, pytestconfig: pytest.Config, model: str, size: i
     benchmark.extra_info |= entry.verdict | {"images": images, "examples": examples}
     with harness.refusals():
         if contestant in OURS:
-            batches_of = stream(examples, size, resident)
-            benchmark.pedantic(fisher, (cell.model, batches_of, OURS[contestant]), rounds=1)
+            benchmark.pedantic(fisher, (cell.model, stream(images, size, resident), OURS[contestant]), rounds=1)
         else:
             entry.run(cell.x, cell.y)  # warm
             benchmark.pedantic(run, (entry,), setup=run_reference, rounds=1)
