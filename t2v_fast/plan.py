@@ -76,7 +76,7 @@ class Conv:
         if self.depthwise:
             return ("explicit",)
         paths = ["explicit"]
-        if not elementwise and math.prod(self.size) ** 2 <= LARGEST_GRAM and math.prod(self.out_size) > 1:
+        if not elementwise and math.prod(self.size) ** 2 <= LARGEST_GRAM:
             paths.append("gram")
         if ops.winograd_fits(self.kernel_size, self.stride, self.dilation, self.groups):
             paths.append("winograd")

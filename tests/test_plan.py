@@ -51,7 +51,6 @@ def test_the_paths_of_a_layer() -> None:
     assert Conv(8, (6, 6), 8, **K3).paths(elementwise=True) == ("explicit", "winograd")
     assert Conv(8, (6, 6), 8, stride=(2, 2), **K3).paths() == ("explicit", "gram")
     assert Conv(8, (6, 6), 8, groups=8, **K3).paths() == ("explicit",)
-    assert Conv(8, (1, 1), 8).paths() == ("explicit",)  # one token
     assert "gram" not in Conv(8, (200, 200), 8, **K3).paths()
 
 
