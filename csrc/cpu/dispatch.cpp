@@ -16,6 +16,7 @@ T2V_DECLARE(portable)
 #ifdef T2V_X86
 T2V_DECLARE(avx2)
 T2V_DECLARE(avx512)
+T2V_DECLARE(avx512bf16)
 #endif
 
 namespace {
@@ -26,13 +27,19 @@ struct Capability {
   bool available;
 };
 
+#ifdef T2V_X86
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 // Best first.
 const Capability* capabilities(int& count) {
   static const Capability all[] = {
 #ifdef T2V_X86
-      {&avx512::single_table, &avx512::double_table,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl")},
+      {&avx512bf16::single_table, &avx512bf16::double_table, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+      {&avx512::single_table, &avx512::double_table, has_avx512()},
       {&avx2::single_table, &avx2::double_table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
       {&portable::single_table, &portable::double_table, true},

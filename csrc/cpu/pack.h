@@ -156,6 +156,112 @@ struct Broadcast {
   }
 };
 
+// Whether values of dtype S are multiplied as bfloat16 pairs here.
+template <class S>
+bool uses_pairs() {
+  if constexpr (std::is_same_v<S, at::BFloat16>) return kernels<float>().pair_square_sum != nullptr;
+  return false;
+}
+
+inline const uint16_t* bits(const at::BFloat16* values) { return reinterpret_cast<const uint16_t*>(values); }
+
+// to[c][r] = from[r][c] for pairs, which are moved as the floats of their size.
+inline void transpose_pairs(Pair* to, int64_t to_stride, const Pair* from, int64_t from_stride, int64_t rows,
+                            int64_t columns) {
+  kernels<float>().transpose(reinterpret_cast<float*>(to), to_stride, reinterpret_cast<const float*>(from), from_stride,
+                             rows, columns);
+}
+
+// to[c / 2][position] = {from[position, c], from[position, c + 1]}, rows `stride` apart; an odd last column pairs with
+// 0.
+inline void pack_column_pairs(Pair* to, int64_t stride, const Positions<at::BFloat16>& strided, int64_t columns) {
+  const Positions<at::BFloat16> from = strided.merged();
+  for (int64_t y = 0; y < from.outer; ++y, to += from.inner) {
+    const uint16_t* row = bits(from.data) + y * from.outer_stride;
+    if (from.column_stride == 1 && columns % 2 == 0 && from.inner_stride % 2 == 0) {
+      transpose_pairs(to, stride, reinterpret_cast<const Pair*>(row), from.inner_stride / 2, from.inner, columns / 2);
+      continue;
+    }
+    for (int64_t c = 0; c < columns; c += 2) {
+      Pair* out = to + c / 2 * stride;
+      const uint16_t *a = row + c * from.column_stride, *b = c + 1 < columns ? a + from.column_stride : nullptr;
+      if (b && from.inner_stride == 1) {
+        kernels<float>().interleave(out, a, b, from.inner);
+        continue;
+      }
+      for (int64_t z = 0; z < from.inner; ++z)
+        out[z] = {a[z * from.inner_stride], b ? b[z * from.inner_stride] : uint16_t(0)};
+    }
+  }
+}
+
+// One zero-padded row of an image, [width][channels], as the pairs of pixels `step` apart. `row` has 1 x inner
+// positions, of which the first lies at `left`; buffer holds (width + step) * channels values and as many pairs.
+inline void pack_pixel_pairs(Pair* to, const Positions<at::BFloat16>& row, int64_t left, int64_t width, int64_t step,
+                             int64_t channels, uint16_t* buffer, Pair* pairs) {
+  const int64_t wide = width + step, begin = std::min(left, wide), count = std::min(row.inner, wide - begin);
+  const uint16_t* from = bits(row.data);
+  std::fill(buffer, buffer + wide * channels, uint16_t(0));
+  if (row.inner_stride == 1 && row.column_stride != 1) {
+    for (int64_t c = 0; c < channels; ++c) {
+      std::copy(from + c * row.column_stride, from + c * row.column_stride + count, buffer + begin);
+      kernels<float>().interleave(pairs + c * width, buffer, buffer + step, width);
+    }
+    return transpose_pairs(to, channels, pairs, width, channels, width);
+  }
+  for (int64_t z = 0; z < count; ++z)
+    for (int64_t c = 0; c < channels; ++c)
+      buffer[(begin + z) * channels + c] = from[z * row.inner_stride + c * row.column_stride];
+  kernels<float>().interleave(to, buffer, buffer + step * channels, width * channels);
+}
+
+// The cotangent of one example as pairs of adjacent positions of a row; where rows are odd the last pairs with 0.
+struct PairBroadcast {
+  const Pair* data;
+  int64_t stride, column;
+
+  static int64_t size(const ConvGeometry& s) {
+    return spread<float>(s.out_height * ((s.out_width + 1) / 2)) * s.filters;
+  }
+
+  PairBroadcast(const Positions<at::BFloat16>& from, int64_t columns, const Scratch<Pair>& scratch) {
+    const int64_t half = (from.inner + 1) / 2;
+    const bool even = from.inner % 2 == 0;
+    if (even && from.inner_stride == 1 && from.outer_stride == from.inner && from.column_stride % 2 == 0 &&
+        !crowded<float>(from.column_stride / 2)) {
+      data = reinterpret_cast<const Pair*>(from.data);
+      stride = 1;
+      column = from.column_stride / 2;
+      return;
+    }
+    data = scratch.get();
+    Pair* to = scratch.get();
+    if (from.column_stride == 1) {
+      stride = columns;
+      column = 1;
+      for (int64_t y = 0; y < from.outer; ++y)
+        for (int64_t j = 0; j < half; ++j, to += columns) {
+          const uint16_t* a = bits(from.data) + y * from.outer_stride + 2 * j * from.inner_stride;
+          if (2 * j + 1 < from.inner)
+            kernels<float>().interleave(to, a, a + from.inner_stride, columns);
+          else
+            for (int64_t c = 0; c < columns; ++c) to[c] = {a[c], 0};
+        }
+      return;
+    }
+    stride = 1;
+    column = spread<float>(from.outer * half);
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t y = 0; y < from.outer; ++y) {
+        const uint16_t* a = bits(from.data) + c * from.column_stride + y * from.outer_stride;
+        Pair* row = to + c * column + y * half;
+        for (int64_t j = 0; j < half; ++j)
+          row[j] = {a[2 * j * from.inner_stride],
+                    2 * j + 1 < from.inner ? a[(2 * j + 1) * from.inner_stride] : uint16_t(0)};
+      }
+  }
+};
+
 // gram[p][p'] = sum_r rows[r][p] rows[r][p'] for p' >= p, from rows [count][stride].
 template <class T>
 void upper_gram(T* gram, int64_t ld, const T* rows, int64_t stride, int64_t count, int64_t positions) {
@@ -163,6 +269,13 @@ void upper_gram(T* gram, int64_t ld, const T* rows, int64_t stride, int64_t coun
   for (const FilterTile& tile : filter_tiles(1, positions, k.max_height))
     k.store(gram + tile.first * ld + tile.first, ld, rows + tile.first, tile.height, {1, count, 0, stride, stride},
             rows + tile.first, positions - tile.first);
+}
+
+inline void upper_gram(float* gram, int64_t ld, const Pair* rows, int64_t stride, int64_t count, int64_t positions) {
+  const Kernels<float>& k = kernels<float>();
+  for (const FilterTile& tile : filter_tiles(1, positions, k.max_height))
+    k.pair_store(gram + tile.first * ld + tile.first, ld, rows + tile.first, tile.height, {1, count, 0, stride, stride},
+                 rows + tile.first, positions - tile.first);
 }
 
 // Doubles what is above the diagonal and clears what is below, so that the upper half stands for the whole.

@@ -89,8 +89,47 @@ class Conv {
 
   int64_t filter(const FilterTile& tile) const { return tile.group * s.group_filters() + tile.first; }
 
+  // One example's input as pairs of the pixels that two adjacent positions see, laid out as by pad().
+  void pad_pairs(Pair* to, int64_t n, const Scratch<uint16_t>& buffer, const Scratch<Pair>& pairs) const {
+    const Positions<S> from = input(n);
+    const int64_t width = s.padded_width();
+    for (int64_t y = 0; y < s.padded_height(); ++y, to += width * s.channels) {
+      const int64_t row = y - s.pad_h;
+      if (row < 0 || row >= from.outer)
+        std::fill(to, to + width * s.channels, Pair{0, 0});
+      else
+        pack_pixel_pairs(to,
+                         {from.data + row * from.outer_stride, 1, from.inner, 0, from.inner_stride, from.column_stride},
+                         s.pad_w, width, s.stride_w, s.channels, buffer.get(), pairs.get());
+    }
+  }
+
+  void explicit_pair_sums(T* q) const {
+    parallel_examples(examples, tiles.size(), [&](int64_t n, int64_t first, int64_t last) {
+      const Scratch<Pair> padded(padded_size()), scratch(PairBroadcast::size(s));
+      const int64_t row = (s.padded_width() + s.stride_w) * s.channels;
+      pad_pairs(padded.get(), n, Scratch<uint16_t>(row), Scratch<Pair>(row));
+      for (int64_t m = n; m < rows; m += examples) {
+        const PairBroadcast g(cotangent(m), s.filters, scratch);
+        const Rows window{s.out_height,
+                          (s.out_width + 1) / 2,
+                          s.stride_h * s.padded_width() * s.channels,
+                          2 * s.stride_w * s.channels,
+                          g.stride,
+                          g.column};
+        for (int64_t t = first; t < last; ++t)
+          for (const Block& block : blocks)
+            kernels<T>().pair_square_sum(
+                q + m * s.filters + filter(tiles[t]), g.data + filter(tiles[t]) * g.column, tiles[t].height, window,
+                padded.get() + block.offset + tiles[t].group * s.group_channels(), block.columns);
+      }
+    });
+  }
+
   // q [M, O]
   void explicit_sums(T* q) const {
+    if constexpr (std::is_same_v<S, at::BFloat16>)
+      if (uses_pairs<S>()) return explicit_pair_sums(q);
     parallel_examples(examples, tiles.size(), [&](int64_t n, int64_t first, int64_t last) {
       const Scratch<T> padded(padded_size()), scratch(cotangent_size());
       pad(padded.get(), n);
@@ -272,13 +311,24 @@ class Conv {
       const ConvGeometry& s = conv_.s;
       const int64_t pixels = s.pixels(), channels = s.group_channels();
       T* pixel_gram = conv_.pointwise() ? gram : pixels_.get();
-      pack_positions_last(image_.get(), pixels, conv_.input(n).from_column(group * channels), channels);
-      upper_gram(pixel_gram, pixels, image_.get(), pixels, channels, pixels);
+      const Positions<S> input = conv_.input(n).from_column(group * channels);
+      upper_pixel_gram(pixel_gram, input, channels, pixels);
       if (!conv_.pointwise()) conv_.patch_gram(gram, half_.get(), pixel_gram);
       fold_symmetric(gram, s.positions(), s.positions());
     }
 
    private:
+    void upper_pixel_gram(T* gram, const Positions<S>& input, int64_t channels, int64_t pixels) const {
+      if constexpr (std::is_same_v<S, at::BFloat16>)
+        if (uses_pairs<S>()) {
+          Pair* pairs = reinterpret_cast<Pair*>(image_.get());
+          pack_column_pairs(pairs, pixels, input, channels);
+          return upper_gram(gram, pixels, pairs, pixels, (channels + 1) / 2, pixels);
+        }
+      pack_positions_last(image_.get(), pixels, input, channels);
+      upper_gram(gram, pixels, image_.get(), pixels, channels, pixels);
+    }
+
     const Conv& conv_;
     const Scratch<T> image_, pixels_, half_;
   };

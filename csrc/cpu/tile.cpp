@@ -2,6 +2,10 @@
 // one text serves every width.
 #include "tile.h"
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #include <cstring>
 #include <type_traits>
 
@@ -63,23 +67,43 @@ inline T total(V<T> v, int valid = Vector<T>::width) {
   return sum;
 }
 
+// How a tile takes its operands: one value, or a pair, at a time.
+template <class E>
+struct Operand {
+  typedef V<E> Values;
+  static V<E> multiply_add(V<E> sum, E a, Values b) { return sum + a * b; }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Operand<Pair> {
+  typedef int32_t Values __attribute__((vector_size(T2V_BYTES)));
+  // Denormal operands count as zero.
+  static V<float> multiply_add(V<float> sum, Pair a, Values b) {
+    int32_t bits;
+    std::memcpy(&bits, &a, sizeof(bits));
+    return (V<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(bits), (__m512bh)b);
+  }
+};
+#endif
+
 // 32 registers of AVX-512 hold 12 x 2 sums, 2 columns and a broadcast; 16 of AVX2 hold 6 x 2.
 constexpr int max_height = T2V_BYTES == 64 ? 12 : 6;
 
 // Runs one tile of MR rows and NV vectors, and hands each row of sums to the epilogue.
-template <class T, int MR, int NV, class Epilogue>
-inline void tile(const T* a, const Rows& rows, const T* b, int64_t column, int64_t columns, const Epilogue& epilogue) {
+template <class T, int MR, int NV, class E, class Epilogue>
+inline void tile(const E* a, const Rows& rows, const E* b, int64_t column, int64_t columns, const Epilogue& epilogue) {
   constexpr int width = Vector<T>::width;
   V<T> sums[MR][NV];
   for (int i = 0; i < MR; ++i)
     for (int v = 0; v < NV; ++v) sums[i][v] = V<T>{};
   for (int64_t y = 0; y < rows.outer; ++y) {
-    const T* p = b + y * rows.outer_stride + column;
+    const E* p = b + y * rows.outer_stride + column;
     for (int64_t z = 0; z < rows.inner; ++z, p += rows.inner_stride, a += rows.a_stride) {
-      V<T> values[NV];
-      for (int v = 0; v < NV; ++v) values[v] = load(p + v * width);
+      typename Operand<E>::Values values[NV];
+      for (int v = 0; v < NV; ++v) std::memcpy(&values[v], p + v * width, sizeof(values[v]));
       for (int i = 0; i < MR; ++i)
-        for (int v = 0; v < NV; ++v) sums[i][v] += a[i * rows.a_column] * values[v];
+        for (int v = 0; v < NV; ++v) sums[i][v] = Operand<E>::multiply_add(sums[i][v], a[i * rows.a_column], values[v]);
     }
   }
   for (int i = 0; i < MR; ++i)
@@ -89,8 +113,8 @@ inline void tile(const T* a, const Rows& rows, const T* b, int64_t column, int64
     }
 }
 
-template <class T, int MR, class Epilogue>
-void all_columns(const T* a, const Rows& rows, const T* b, int64_t columns, const Epilogue& epilogue) {
+template <class T, int MR, class E, class Epilogue>
+void all_columns(const E* a, const Rows& rows, const E* b, int64_t columns, const Epilogue& epilogue) {
   constexpr int width = Vector<T>::width;
   int64_t column = 0;
   for (; column + width < columns; column += 2 * width) tile<T, MR, 2>(a, rows, b, column, columns, epilogue);
@@ -98,21 +122,21 @@ void all_columns(const T* a, const Rows& rows, const T* b, int64_t columns, cons
 }
 
 // Turns the run-time height into the compile-time one.
-template <class T, int MR = max_height, class Epilogue>
-void outer(int height, const T* a, const Rows& rows, const T* b, int64_t columns, const Epilogue& epilogue) {
+template <class T, int MR = max_height, class E, class Epilogue>
+void outer(int height, const E* a, const Rows& rows, const E* b, int64_t columns, const Epilogue& epilogue) {
   if (height == MR) return all_columns<T, MR>(a, rows, b, columns, epilogue);
   if constexpr (MR > 1) outer<T, MR - 1>(height, a, rows, b, columns, epilogue);
 }
 
-template <class T>
-void square_sum(T* q, const T* a, int height, Rows rows, const T* b, int64_t columns) {
-  outer(height, a, rows, b, columns,
-        [q](int i, int64_t, int valid, V<T> sums) { q[i] += total<T>(sums * sums, valid); });
+template <class T, class E = T>
+void square_sum(T* q, const E* a, int height, Rows rows, const E* b, int64_t columns) {
+  outer<T>(height, a, rows, b, columns,
+           [q](int i, int64_t, int valid, V<T> sums) { q[i] += total<T>(sums * sums, valid); });
 }
 
 template <class T>
 void square_add(T* out, int64_t ld, T weight, const T* a, int height, Rows rows, const T* b, int64_t columns) {
-  outer(height, a, rows, b, columns, [=](int i, int64_t column, int valid, V<T> sums) {
+  outer<T>(height, a, rows, b, columns, [=](int i, int64_t column, int valid, V<T> sums) {
     T* to = out + i * ld + column;
     const V<T> squares = weight * sums * sums;
     if (valid == Vector<T>::width) return store(to, load(to) + squares);
@@ -120,9 +144,9 @@ void square_add(T* out, int64_t ld, T weight, const T* a, int height, Rows rows,
   });
 }
 
-template <class T>
-void store_tile(T* out, int64_t ld, const T* a, int height, Rows rows, const T* b, int64_t columns) {
-  outer(height, a, rows, b, columns, [=](int i, int64_t column, int valid, V<T> sums) {
+template <class T, class E = T>
+void store_tile(T* out, int64_t ld, const E* a, int height, Rows rows, const E* b, int64_t columns) {
+  outer<T>(height, a, rows, b, columns, [=](int i, int64_t column, int valid, V<T> sums) {
     T* to = out + i * ld + column;
     if (valid == Vector<T>::width) return store(to, sums);
     for (int k = 0; k < valid; ++k) to[k] = sums[k];
@@ -131,7 +155,7 @@ void store_tile(T* out, int64_t ld, const T* a, int height, Rows rows, const T* 
 
 template <class T>
 void dot(T* q, const T* d, int64_t ld, const T* a, int height, Rows rows, const T* b, int64_t columns) {
-  outer(height, a, rows, b, columns, [=](int i, int64_t column, int valid, V<T> sums) {
+  outer<T>(height, a, rows, b, columns, [=](int i, int64_t column, int valid, V<T> sums) {
     const T* by = d + i * ld + column;
     if (valid == Vector<T>::width) {
       q[i] += total<T>(sums * load(by));
@@ -205,30 +229,29 @@ inline void transform_output(const V<T>* d, int step, V<T>* to, int to_step) {  
 }
 
 template <class T>
-void winograd_input(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels) {
-  for (int64_t c = 0; c < channels; c += Vector<T>::width) {
-    V<T> d[36], half[36], out[6];
-    for (int y = 0; y < 6; ++y)
-      for (int x = 0; x < 6; ++x) d[y * 6 + x] = load(from + y * row + x * pixel + c);
-    for (int x = 0; x < 6; ++x) transform_input<T>(d + x, 6, half + x, 6);
-    for (int y = 0; y < 6; ++y) {
-      transform_input<T>(half + y * 6, 1, out, 1);
-      for (int x = 0; x < 6; ++x) store(to + (y * 6 + x) * to_stride + c, out[x]);
-    }
-  }
+inline void input_tile(V<T>* out, const T* from, int64_t row, int64_t pixel) {
+  V<T> d[36], half[36];
+  for (int y = 0; y < 6; ++y)
+    for (int x = 0; x < 6; ++x) d[y * 6 + x] = load(from + y * row + x * pixel);
+  for (int x = 0; x < 6; ++x) transform_input<T>(d + x, 6, half + x, 6);
+  for (int y = 0; y < 6; ++y) transform_input<T>(half + y * 6, 1, out + y * 6, 1);
 }
 
 template <class T>
-void winograd_cotangent(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels) {
+inline void cotangent_tile(V<T>* out, const T* from, int64_t row, int64_t pixel) {
+  V<T> d[16], half[24];
+  for (int y = 0; y < 4; ++y)
+    for (int x = 0; x < 4; ++x) d[y * 4 + x] = load(from + y * row + x * pixel);
+  for (int x = 0; x < 4; ++x) transform_cotangent<T>(d + x, 4, half + x, 4);
+  for (int y = 0; y < 6; ++y) transform_cotangent<T>(half + y * 4, 1, out + y * 6, 1);
+}
+
+template <class T, void (*Transform)(V<T>*, const T*, int64_t, int64_t)>
+void winograd_transform(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels) {
   for (int64_t c = 0; c < channels; c += Vector<T>::width) {
-    V<T> d[16], half[24], out[6];
-    for (int y = 0; y < 4; ++y)
-      for (int x = 0; x < 4; ++x) d[y * 4 + x] = load(from + y * row + x * pixel + c);
-    for (int x = 0; x < 4; ++x) transform_cotangent<T>(d + x, 4, half + x, 4);
-    for (int y = 0; y < 6; ++y) {
-      transform_cotangent<T>(half + y * 4, 1, out, 1);
-      for (int x = 0; x < 6; ++x) store(to + (y * 6 + x) * to_stride + c, out[x]);
-    }
+    V<T> out[36];
+    Transform(out, from + c, row, pixel);
+    for (int f = 0; f < 36; ++f) store(to + f * to_stride + c, out[f]);
   }
 }
 
@@ -265,7 +288,7 @@ void winograd(const Winograd<T>& w, int64_t first, int height, int64_t columns, 
 
 template <class T>
 void winograd_sum(T* q, const Winograd<T>& operands, int64_t first, int height, int64_t columns) {
-  winograd(operands, first, height, columns, [q](int i, int64_t, int valid, const V<T>* squares) {
+  winograd<T>(operands, first, height, columns, [q](int i, int64_t, int valid, const V<T>* squares) {
     V<T> sum = squares[0];
     for (int k = 1; k < 9; ++k) sum += squares[k];
     q[i] += total<T>(sum, valid);
@@ -275,7 +298,7 @@ void winograd_sum(T* q, const Winograd<T>& operands, int64_t first, int height, 
 template <class T>
 void winograd_add(T* out, int64_t ld, T weight, const Winograd<T>& operands, int64_t first, int height,
                   int64_t columns) {
-  winograd(operands, first, height, columns, [=](int i, int64_t column, int valid, const V<T>* squares) {
+  winograd<T>(operands, first, height, columns, [=](int i, int64_t column, int valid, const V<T>* squares) {
     for (int k = 0; k < 9; ++k)
       for (int c = 0; c < valid; ++c) out[i * ld + k * columns + column + c] += weight * squares[k][c];
   });
@@ -381,6 +404,26 @@ void add(T* r, const T* g, int64_t n) {
 
 }  // namespace
 
+namespace {
+
+void interleave(Pair* to, const uint16_t* a, const uint16_t* b, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) to[k] = {a[k], b[k]};
+}
+
+// Fills in the kernels of pairs, where there are any.
+template <class T>
+constexpr Kernels<T> with_pairs(Kernels<T> table) {
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<T, float>) {
+    table.pair_square_sum = square_sum<float, Pair>;
+    table.pair_store = store_tile<float, Pair>;
+  }
+#endif
+  return table;
+}
+
+}  // namespace
+
 #define T2V_STRING_(text) #text
 #define T2V_STRING(text) T2V_STRING_(text)
 
@@ -393,11 +436,14 @@ constexpr Kernels<T> make_table() {
           square_add<T>,
           store_tile<T>,
           dot<T>,
-          winograd_input<T>,
-          winograd_cotangent<T>,
+          winograd_transform<T, input_tile<T>>,
+          winograd_transform<T, cotangent_tile<T>>,
           winograd_sum<T>,
           winograd_add<T>,
           taps<T>,
+          nullptr,
+          nullptr,
+          interleave,
           transpose<T>,
           shifted_dot<T>,
           sum<T>,
@@ -408,8 +454,8 @@ constexpr Kernels<T> make_table() {
 
 extern const Kernels<float> single_table;
 extern const Kernels<double> double_table;
-const Kernels<float> single_table = make_table<float>();
-const Kernels<double> double_table = make_table<double>();
+const Kernels<float> single_table = with_pairs(make_table<float>());
+const Kernels<double> double_table = with_pairs(make_table<double>());
 
 }  // namespace T2V_ISA
 }  // namespace t2v

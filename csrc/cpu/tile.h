@@ -27,6 +27,11 @@ struct Winograd {
   int64_t g_stride;
 };
 
+// Two bfloat16 values that are summed over one after the other: what the processor's dot products take.
+struct Pair {
+  uint16_t first, second;
+};
+
 // A register tile G[i, c] = sum over rows of a[row, i] * b[row, c], for `height` <= max_height values of i.
 // Columns beyond `columns` may be read, up to the next multiple of `width`, but never count: whatever lies there, NaN
 // included, does not reach a result.
@@ -58,6 +63,13 @@ struct Kernels {
   // r[k * ld + c] = sum over rows of a[row * a_stride + c] * b[row, offsets[k] + c]: depthwise taps
   void (*taps)(T* r, int64_t ld, const T* a, Rows rows, const T* b, const int64_t* offsets, int count, int64_t columns);
 
+  // The same of bfloat16 pairs, where rows count pairs; null where the instruction set has no dot products for them.
+  void (*pair_square_sum)(T* q, const Pair* a, int height, Rows rows, const Pair* b, int64_t columns);
+  void (*pair_store)(T* out, int64_t ld, const Pair* a, int height, Rows rows, const Pair* b, int64_t columns);
+
+  // to[k] = {a[k], b[k]}
+  void (*interleave)(Pair* to, const uint16_t* a, const uint16_t* b, int64_t n);
+
   // to[c * to_stride + r] = from[r * from_stride + c]
   void (*transpose)(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t rows, int64_t columns);
 
@@ -74,7 +86,7 @@ struct Kernels {
 template <class T>
 const Kernels<T>& kernels();
 
-// Force "avx512", "avx2" or "portable"; false if this build or processor does not have it.
+// Force "avx512bf16", "avx512", "avx2" or "portable"; false if this build or processor does not have it.
 bool set_cpu_capability(const char* name);
 const char* cpu_capability();
 
