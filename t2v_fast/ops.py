@@ -10,7 +10,7 @@ op               per-example gradient G_m                                     la
 ===============  ===========================================================  ======================================
 
 ``conv_gram`` and ``sq_gram`` are the two halves of the gram path of ``sq_conv`` and ``sq_outer``, for callers who have
-several cotangents of one input.
+several cotangents of one input; ``sq_norm`` is ``sq_prod`` with and without x in one pass.
 
 ``name(...)`` returns the sums of squares over each filter (a row of G), one per cotangent row: ``q[M, O]``.
 ``name_acc_(out, ..., weight)`` adds ``sum_m weight[m] G_m^2`` to ``out``, elementwise, and returns nothing.
@@ -56,6 +56,7 @@ SCHEMAS = {
     "conv_gram": f"(Tensor x, int[2] kernel_size, {_GEOMETRY}) -> Tensor",
     "sq_gram": "(Tensor gram, Tensor g) -> Tensor",
     "sq_prod": "(Tensor g, Tensor? x=None, Tensor? shift=None, Tensor? scale=None) -> Tensor",
+    "sq_norm": "(Tensor g, Tensor x, Tensor? shift=None, Tensor? scale=None) -> Tensor",
     "sq_prod_acc_": "(Tensor(a!) out, Tensor g, Tensor weight, Tensor? x=None, Tensor? shift=None, "
     "Tensor? scale=None) -> ()",
     "sq_scatter": "(Tensor index, Tensor g, int num_rows) -> Tensor",
@@ -416,6 +417,12 @@ def sq_prod(g: Tensor, x: Tensor | None = None, shift: Tensor | None = None, sca
     return _call("sq_prod", g, x, shift, scale)
 
 
+def sq_norm(g: Tensor, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """:func:`sq_prod` with x and without it, for the weight and the bias of a norm, in one pass: [2, M, C]."""
+    _check_prod("sq_norm", g, x, shift, scale)
+    return _call("sq_norm", g, x, shift, scale)
+
+
 def sq_prod_acc_(
     out: Tensor,
     g: Tensor,
@@ -470,11 +477,14 @@ def _register() -> torch.library.Library:
         p = math.prod(conv_output_size(x.shape[2:], kernel_size, stride, padding, dilation))
         return x.new_empty((x.shape[0], groups, p, p), dtype=reference.accumulate_dtype(x.dtype))
 
+    def fake_norm(g, x, shift=None, scale=None):
+        return g.new_empty((2, g.shape[0], g.shape[2]), dtype=reference.accumulate_dtype(g.dtype))
+
     for name, schema in SCHEMAS.items():
         library.define(name + schema)
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
         kernel = fake(fakes[name]) if name in fakes else lambda *args, **kwargs: None
-        kernel = fake_gram if name == "conv_gram" else kernel
+        kernel = {"conv_gram": fake_gram, "sq_norm": fake_norm}.get(name, kernel)
         torch.library.register_fake(f"t2v_fast::{name}", kernel, lib=library)
     return library
 

@@ -198,9 +198,10 @@ class Costs:
 
 
 def calibrate(dtype: torch.dtype = torch.float32, repeats: int = 5) -> Costs:
-    """Measure the unit costs of the compiled kernels for ``dtype``: one thread on one example.
+    """Measure the unit costs of the compiled kernels for ``dtype``, on one thread.
 
-    With several threads a busy machine would be measured instead: they wait for whichever has lost its processor.
+    Examples are so many that their operands don't stay in the innermost caches, as in a network they do not. With
+    several threads a busy machine would be measured instead: they wait for whichever has lost its processor.
     """
     width = ops.vector_width(dtype)
     seconds = {}
@@ -214,9 +215,11 @@ def calibrate(dtype: torch.dtype = torch.float32, repeats: int = 5) -> Costs:
             counts, times = [], []
             for conv in samples:
                 path = "explicit" if kernel == "depthwise" else kernel
-                x = torch.randn(1, conv.channels, *conv.size).to(dtype)
-                g = torch.randn(1, conv.filters, *conv.out_size).to(dtype)
-                times.append(_time(lambda x=x, g=g, c=conv, p=path: ops.sq_conv(x, g, *c.arguments, p), repeats))
+                elements = conv.channels * math.prod(conv.size) + conv.filters * math.prod(conv.out_size)
+                n = max(1, min(64, (1 << 19) // elements))
+                x = torch.randn(n, conv.channels, *conv.size).to(dtype)
+                g = torch.randn(n, conv.filters, *conv.out_size).to(dtype)
+                times.append(_time(lambda x=x, g=g, c=conv, p=path: ops.sq_conv(x, g, *c.arguments, p), repeats) / n)
                 todo = work(conv, path, width=width)
                 counts.append(np.add(todo.once, todo.each))
             seconds[kernel] = tuple(_fit(np.array(counts), np.array(times)).tolist())

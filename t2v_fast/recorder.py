@@ -135,7 +135,7 @@ class FisherRecorder:
     def _visitor(
         self, taps: Taps, n: int, sums: dict[str, Tensor], weights: Tensor | None, cotangents: int
     ) -> Callable[[Node, Tensor], None]:
-        reuse = {use: Reuse(cotangents) for uses in taps.uses.values() for use in uses}
+        reuse = {node: Reuse(cotangents, len(uses)) for node, uses in taps.uses.items()}
 
         def visit(node: Node, g: Tensor) -> None:
             for use in taps.uses[node]:
@@ -144,7 +144,7 @@ class FisherRecorder:
                 out = sums[use.parameter]
                 start = time.perf_counter()
                 if self.granularity != "parameter":
-                    out += factors.filter_sums(reuse[use])
+                    out += factors.filter_sums(reuse[node])
                 else:
                     w = torch.ones(n) if weights is None else weights
                     factors.accumulate_(out, w.to(out.device, out.dtype))

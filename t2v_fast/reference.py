@@ -141,6 +141,10 @@ def sq_prod(g: Tensor, x: Tensor | None = None, shift: Tensor | None = None, sca
     return (g.unflatten(0, (-1, x.shape[0])) * x).sum(2).flatten(0, 1).square() if g.shape[0] else g.sum(1)
 
 
+def sq_norm(g: Tensor, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    return torch.stack([sq_prod(g, x, shift, scale), sq_prod(g)])
+
+
 def sq_prod_acc_(
     out: Tensor,
     g: Tensor,

@@ -19,10 +19,12 @@ from .graph import RowLayout, Taps, UnsupportedError, Use
 
 @dataclass
 class Reuse:
-    """What the cotangents of one batch share at one use of a parameter."""
+    """What is computed once at one node, for several cotangents of a batch or for several parameters."""
 
     cotangents: int = 1  # how many there will be
-    gram: Tensor | None = None  # of the layer's input
+    parameters: int = 1  # how many wanted ones enter the node
+    gram: Tensor | None = None  # of the layer's input, for all cotangents
+    bias: Tensor | None = None  # sums of a norm's bias, found with those of its weight, for this cotangent
 
 
 class Factors(Protocol):
@@ -137,9 +139,15 @@ class Product:
     shift: Tensor | None = None
     scale: Tensor | None = None
     filters: int | None = None  # where the parameter's first axis is shorter than C
+    norm: bool = False  # whether it is the weight of a norm, or its bias, which comes after the weight
 
     def filter_sums(self, reuse: Reuse) -> Tensor:
-        q = ops.sq_prod(self.g, self.x, self.shift, self.scale)
+        if self.norm and self.x is None and reuse.bias is not None:
+            q, reuse.bias = reuse.bias, None
+        elif self.norm and self.x is not None and reuse.parameters > 1:
+            q, reuse.bias = ops.sq_norm(self.g, self.x, self.shift, self.scale)
+        else:
+            q = ops.sq_prod(self.g, self.x, self.shift, self.scale)
         return q if self.filters is None else q.unflatten(1, (self.filters, -1)).sum(2)
 
     def accumulate_(self, out: Tensor, weight: Tensor) -> None:
@@ -319,12 +327,12 @@ def _batch_norm(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tenso
     node = use.node
     _one_row_each(use, layout)
     if use.slot == 2:
-        return Product(_positions(g))
+        return Product(_positions(g), norm=True)
     if use.slot != 1:
         raise _unsupported(use, "is the input of a batch norm")
     mean = node._saved_running_mean
     scale = (node._saved_running_var + node._saved_eps).rsqrt()
-    return Product(_positions(g), _positions(node._saved_input), mean, scale)
+    return Product(_positions(g), _positions(node._saved_input), mean, scale, norm=True)
 
 
 @register_rule("AddmmBackward0", "MmBackward0", rows=_features)
@@ -350,11 +358,11 @@ def _layer_norm(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tenso
         return layout.split(_normalised(t, shape), n)
 
     if use.slot == 2:
-        return Product(tokens(g), filters=_filters(parameter))
+        return Product(tokens(g), filters=_filters(parameter), norm=True)
     if use.slot != 1:
         raise _unsupported(use, "is the input of a layer norm")
     mean, scale = (layout.split(t.reshape(-1, 1), n) for t in (node._saved_result1, node._saved_result2))
-    return Product(tokens(g), tokens(node._saved_input), mean, scale, _filters(parameter))
+    return Product(tokens(g), tokens(node._saved_input), mean, scale, _filters(parameter), norm=True)
 
 
 @register_rule("MulBackward0", rows=_elementwise)

@@ -230,6 +230,11 @@ def test_sq_prod(dtype: torch.dtype, affine: str, name: str) -> None:
                 gradients,
                 4 * s,
             )
+            if n:
+                with variant(name):
+                    weight, bias = ops.sq_norm(g, x, shift, scale)
+                assert_close(weight, filter_sums(gradients), dtype, 4 * s)
+                assert_close(bias, filter_sums(prod_gradients(g, None, None, None)), dtype, 4 * s)
             if affine == "none":
                 check(
                     name,
@@ -330,6 +335,7 @@ OPCHECKS = {
     "conv_gram": lambda: (torch.randn(2, 4, 5, 5), (3, 3), (1, 1), (1, 1), (1, 1), 2),
     "sq_gram": lambda: (torch.randn(2, 3, 4, 4), torch.randn(4, 6, 2, 2)),
     "sq_prod": lambda: (torch.randn(4, 3, 5), torch.randn(2, 3, 5), torch.randn(5), torch.randn(5)),
+    "sq_norm": lambda: (torch.randn(4, 3, 5), torch.randn(2, 3, 5), torch.randn(5), torch.randn(5)),
     "sq_prod_acc_": lambda: (torch.zeros(5), torch.randn(4, 3, 5), torch.ones(4), torch.randn(2, 3, 5)),
     "sq_scatter": lambda: (torch.randint(0, 4, (2, 3)), torch.randn(4, 3, 5), 4),
     "sq_scatter_acc_": lambda: (torch.zeros(4, 5), torch.randint(0, 4, (2, 3)), torch.randn(4, 3, 5), torch.ones(4)),

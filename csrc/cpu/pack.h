@@ -6,7 +6,8 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <memory>
+#include <cstdlib>
+#include <new>
 #include <vector>
 
 #include "../checks.h"
@@ -19,16 +20,70 @@ namespace t2v {
 template <class S>
 using SumOf = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
+// Memory that a thread has used before and keeps, aligned to lines of the cache: fresh pages from the system would cost
+// more than the products that are computed in them.
+class Memory {
+ public:
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+
+  static Block take(size_t bytes) {
+    std::vector<Block>& kept = free_blocks().blocks;
+    auto best = kept.end();
+    for (auto block = kept.begin(); block != kept.end(); ++block)
+      if (block->bytes >= bytes && (best == kept.end() || block->bytes < best->bytes)) best = block;
+    if (best == kept.end() || best->bytes > 2 * bytes + 4096) {
+      bytes = (bytes + 63) / 64 * 64;
+      void* data = std::aligned_alloc(64, bytes);
+      if (!data) throw std::bad_alloc();
+      return {data, bytes};
+    }
+    const Block block = *best;
+    kept.erase(best);
+    return block;
+  }
+
+  static void give_back(const Block& block) {
+    Blocks& kept = free_blocks();
+    kept.blocks.push_back(block);
+    size_t total = 0;
+    for (const Block& other : kept.blocks) total += other.bytes;
+    while (total > most) {  // the longest unused go first
+      total -= kept.blocks.front().bytes;
+      std::free(kept.blocks.front().data);
+      kept.blocks.erase(kept.blocks.begin());
+    }
+  }
+
+ private:
+  static constexpr size_t most = size_t(32) << 20;  // bytes kept by a thread
+  struct Blocks {
+    std::vector<Block> blocks;
+    ~Blocks() {
+      for (const Block& block : blocks) std::free(block.data);
+    }
+  };
+  static Blocks& free_blocks() {
+    thread_local Blocks blocks;
+    return blocks;
+  }
+};
+
 // Uninitialised memory that lives as long as one worker's share; `slack` elements may be read beyond its end.
 template <class T>
 class Scratch {
  public:
   static constexpr int64_t slack = 64;
-  explicit Scratch(int64_t size) : data_(new T[size + slack]) {}
-  T* get() const { return data_.get(); }
+  explicit Scratch(int64_t size) : block_(Memory::take((size + slack) * sizeof(T))) {}
+  ~Scratch() { Memory::give_back(block_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return static_cast<T*>(block_.data); }
 
  private:
-  std::unique_ptr<T[]> data_;
+  const Memory::Block block_;
 };
 
 // Consecutive filters of one group that share a register tile.

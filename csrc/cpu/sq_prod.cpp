@@ -33,26 +33,28 @@ class Product {
   Product(const at::Tensor& g, const at::Tensor* x, const Affine<T>& shift, const Affine<T>& scale)
       : g_(g), x_(x), shift_(shift), scale_(scale), rows(g.size(0)), positions(g.size(1)), channels(g.size(2)) {}
 
-  // sums[c] = sum_s g[m, s, c] (x[n, s, c] - shift) scale
-  void gradient(T* sums, int64_t m, int64_t n) const {
+  // sums[c] = sum_s g[m, s, c] (x[n, s, c] - shift) scale and, where `plain` is given, plain[c] = sum_s g[m, s, c]
+  void gradient(T* sums, T* plain, int64_t m, int64_t n) const {
     const S* g = g_.const_data_ptr<S>() + m * g_.stride(0);
     const S* x = x_ ? x_->const_data_ptr<S>() + n * x_->stride(0) : nullptr;
     const bool simple = shift_.per_channel() && scale_.per_channel();
-    if (simple && positions < few) return few_positions(sums, g, x);
-    if (simple && g_.stride(1) == 1 && (!x || x_->stride(1) == 1)) return along_positions(sums, g, x);
-    if (simple && g_.stride(2) == 1 && (!x || x_->stride(2) == 1)) return along_channels(sums, g, x);
+    if (simple && positions < few) return few_positions(sums, plain, g, x);
+    if (simple && g_.stride(1) == 1 && (!x || x_->stride(1) == 1)) return along_positions(sums, plain, g, x);
+    if (simple && g_.stride(2) == 1 && (!x || x_->stride(2) == 1)) return along_channels(sums, plain, g, x);
     if (x && shift_.per_position() && scale_.per_position() && g_.stride(2) == 1 && x_->stride(2) == 1)
-      return normalised_channels(sums, g, x, n);
+      return normalised_channels(sums, plain, g, x, n);
     for (int64_t c = 0; c < channels; ++c) {
-      T sum = 0;
+      T sum = 0, all = 0;
       for (int64_t s = 0; s < positions; ++s) {
         T value = static_cast<T>(g[s * g_.stride(1) + c * g_.stride(2)]);
+        all += value;
         if (x)
           value *= (static_cast<T>(x[s * x_->stride(1) + c * x_->stride(2)]) - shift_.at(n, s, c, T(0))) *
                    scale_.at(n, s, c, T(1));
         sum += value;
       }
       sums[c] = sum;
+      if (plain) plain[c] = all;
     }
   }
 
@@ -68,36 +70,41 @@ class Product {
   }
 
   // Too few positions to fill a vector: where possible, the channels do.
-  void few_positions(T* sums, const S* g, const S* x) const {
+  void few_positions(T* sums, T* plain, const S* g, const S* x) const {
     const int64_t g_step = g_.stride(1), g_column = g_.stride(2), x_step = x ? x_->stride(1) : 0,
                   x_column = x ? x_->stride(2) : 0;
-    if (g_column == 1 && (!x || x_column == 1)) return along_channels(sums, g, x);
+    if (g_column == 1 && (!x || x_column == 1)) return along_channels(sums, plain, g, x);
     for (int64_t c = 0; c < channels; ++c, g += g_column, x += x_column) {
       const T shift = shift_.at(0, 0, c, T(0));
-      T sum = 0;
-      for (int64_t s = 0; s < positions; ++s)
-        sum +=
-            x ? static_cast<T>(g[s * g_step]) * (static_cast<T>(x[s * x_step]) - shift) : static_cast<T>(g[s * g_step]);
+      T sum = 0, all = 0;
+      for (int64_t s = 0; s < positions; ++s) {
+        const T value = static_cast<T>(g[s * g_step]);
+        sum += x ? value * (static_cast<T>(x[s * x_step]) - shift) : value;
+        all += value;
+      }
+      if (plain) plain[c] = all;
       sums[c] = sum * scale_.at(0, 0, c, T(1));
     }
   }
 
-  void along_positions(T* sums, const S* g, const S* x) const {
+  void along_positions(T* sums, T* plain, const S* g, const S* x) const {
     T wide_g[chunk], wide_x[chunk];
     for (int64_t c = 0; c < channels; ++c) {
       const T shift = shift_.at(0, 0, c, T(0));
-      T sum = 0;
+      T sum = 0, all = 0;
       for (int64_t s = 0; s < positions; s += chunk) {
         const int64_t count = std::min(chunk, positions - s);
         const T* some_g = widen(g + c * g_.stride(2) + s, count, wide_g);
         sum += x ? kernels<T>().shifted_dot(some_g, widen(x + c * x_->stride(2) + s, count, wide_x), shift, count)
                  : kernels<T>().sum(some_g, count);
+        if (plain) all += kernels<T>().sum(some_g, count);  // still in the cache
       }
+      if (plain) plain[c] = all;
       sums[c] = sum * scale_.at(0, 0, c, T(1));
     }
   }
 
-  void along_channels(T* sums, const S* g, const S* x) const {
+  void along_channels(T* sums, T* plain, const S* g, const S* x) const {
     T wide_g[chunk], wide_x[chunk], shift[chunk];
     for (int64_t c = 0; c < channels; c += chunk) {
       const int64_t count = std::min(chunk, channels - c);
@@ -107,12 +114,14 @@ class Product {
         by = shift;
       }
       std::fill(sums + c, sums + c + count, T(0));
+      if (plain) std::fill(plain + c, plain + c + count, T(0));
       for (int64_t s = 0; s < positions; ++s) {
         const T* some_g = widen(g + s * g_.stride(1) + c, count, wide_g);
         if (x)
           kernels<T>().add_shifted(sums + c, some_g, widen(x + s * x_->stride(1) + c, count, wide_x), by, count);
         else
           kernels<T>().add(sums + c, some_g, count);
+        if (plain) kernels<T>().add(plain + c, some_g, count);
       }
       if (scale_.data)
         for (int64_t k = 0; k < count; ++k) sums[c + k] *= scale_.at(0, 0, c + k, T(1));
@@ -120,15 +129,18 @@ class Product {
   }
 
   // Shift and scale of each position: layer norm.
-  void normalised_channels(T* sums, const S* g, const S* x, int64_t n) const {
+  void normalised_channels(T* sums, T* plain, const S* g, const S* x, int64_t n) const {
     T wide_g[chunk], wide_x[chunk];
     for (int64_t c = 0; c < channels; c += chunk) {
       const int64_t count = std::min(chunk, channels - c);
       std::fill(sums + c, sums + c + count, T(0));
-      for (int64_t s = 0; s < positions; ++s)
-        kernels<T>().add_normalised(sums + c, widen(g + s * g_.stride(1) + c, count, wide_g),
-                                    widen(x + s * x_->stride(1) + c, count, wide_x), shift_.at(n, s, 0, T(0)),
-                                    scale_.at(n, s, 0, T(1)), count);
+      if (plain) std::fill(plain + c, plain + c + count, T(0));
+      for (int64_t s = 0; s < positions; ++s) {
+        const T* some_g = widen(g + s * g_.stride(1) + c, count, wide_g);
+        kernels<T>().add_normalised(sums + c, some_g, widen(x + s * x_->stride(1) + c, count, wide_x),
+                                    shift_.at(n, s, 0, T(0)), scale_.at(n, s, 0, T(1)), count);
+        if (plain) kernels<T>().add(plain + c, some_g, count);
+      }
     }
   }
 
@@ -140,18 +152,19 @@ class Product {
   const int64_t rows, positions, channels;
 };
 
-at::Tensor sq_prod(const at::Tensor& g, const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& shift,
-                   const std::optional<at::Tensor>& scale) {
-  TORCH_CHECK_VALUE(g.dim() == 3, "sq_prod: expected g [M, S, C], got ", g.sizes());
+// q [M, C], or with `both` [2, M, C] of which the second is without x
+at::Tensor products(const char* op, const at::Tensor& g, const std::optional<at::Tensor>& x,
+                    const std::optional<at::Tensor>& shift, const std::optional<at::Tensor>& scale, bool both) {
+  TORCH_CHECK_VALUE(g.dim() == 3, op, ": expected g [M, S, C], got ", g.sizes());
   if (x) {
-    check_pair("sq_prod", "x", *x, g, 3);
-    TORCH_CHECK_VALUE(x->size(1) == g.size(1) && x->size(2) == g.size(2),
-                      "sq_prod: expected g [M, S, C] and x [N, S, C], got ", g.sizes(), " and ", x->sizes());
-    check_rows("sq_prod", *x, g);
+    check_pair(op, "x", *x, g, 3);
+    TORCH_CHECK_VALUE(x->size(1) == g.size(1) && x->size(2) == g.size(2), op,
+                      ": expected g [M, S, C] and x [N, S, C], got ", g.sizes(), " and ", x->sizes());
+    check_rows(op, *x, g);
   } else {
-    TORCH_CHECK_VALUE(!shift && !scale, "sq_prod: shift and scale act on x, which was not given");
+    TORCH_CHECK_VALUE(!shift && !scale, op, ": shift and scale act on x, which was not given");
   }
-  at::Tensor q = at::zeros({g.size(0), g.size(2)}, g.options().dtype(sum_type(g)));
+  at::Tensor q = at::zeros({both ? 2 : 1, g.size(0), g.size(2)}, g.options().dtype(sum_type(g)));
   if (g.numel() == 0) return q;
   const auto broadcast = [&](const std::optional<at::Tensor>& t) {
     return t ? t->to(sum_type(g)).expand(x->sizes()) : at::Tensor();
@@ -163,16 +176,28 @@ at::Tensor sq_prod(const at::Tensor& g, const std::optional<at::Tensor>& x, cons
     const Affine<T> times = wide_scale.defined() ? Affine<T>(wide_scale) : Affine<T>();
     const Product<scalar_t> product(g, x ? &*x : nullptr, by, times);
     T* sums = q.mutable_data_ptr<T>();
-    const int64_t examples = x ? x->size(0) : g.size(0);
-    at::parallel_for(0, product.rows, 1, [&](int64_t begin, int64_t end) {
+    const int64_t examples = x ? x->size(0) : g.size(0), rows = product.rows, channels = product.channels;
+    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m) {
-        T* row = sums + m * product.channels;
-        product.gradient(row, m, m % examples);
-        for (int64_t c = 0; c < product.channels; ++c) row[c] *= row[c];
+        T *row = sums + m * channels, *plain = both ? row + rows * channels : nullptr;
+        product.gradient(row, plain, m, m % examples);
+        for (int64_t c = 0; c < channels; ++c) row[c] *= row[c];
+        if (plain)
+          for (int64_t c = 0; c < channels; ++c) plain[c] *= plain[c];
       }
     });
   });
   return q;
+}
+
+at::Tensor sq_prod(const at::Tensor& g, const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& shift,
+                   const std::optional<at::Tensor>& scale) {
+  return products("sq_prod", g, x, shift, scale, false)[0];
+}
+
+at::Tensor sq_norm(const at::Tensor& g, const at::Tensor& x, const std::optional<at::Tensor>& shift,
+                   const std::optional<at::Tensor>& scale) {
+  return products("sq_norm", g, x, shift, scale, true);
 }
 
 void sq_prod_acc_(at::Tensor& out, const at::Tensor& g, const at::Tensor& weight, const std::optional<at::Tensor>& x,
@@ -183,6 +208,7 @@ void sq_prod_acc_(at::Tensor& out, const at::Tensor& g, const at::Tensor& weight
 }
 
 TORCH_LIBRARY_IMPL(t2v_fast, CPU, m) {
+  m.impl("sq_norm", sq_norm);
   m.impl("sq_prod", sq_prod);
   m.impl("sq_prod_acc_", sq_prod_acc_);
 }
