@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from t2v_fast import fisher
 from t2v_fast.cotangents import cotangents
+from t2v_fast.fisher import images_channels_last
 from t2v_fast.graph import backpropagate, find_taps
 from t2v_fast.recorder import FisherRecorder
 
@@ -105,7 +106,7 @@ VMAP_BYTES = 8 * 2**30  # twice this is the peak
 
 def fused(recorder: FisherRecorder, x: Tensor, y: Tensor, estimator: str, samples: int = 1) -> Sums:
     """This library in a loop of one's own."""
-    logits = recorder.model(x)
+    logits = recorder.model(images_channels_last(x))  # as fisher() does
     q = recorder.backward(logits, cotangents(logits, estimator, samples, labels=y))
     return {name: values.sum(0) for name, values in q.items()}
 

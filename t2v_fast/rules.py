@@ -310,7 +310,10 @@ def _convolution(use: Use, g: Tensor, layout: RowLayout, n: int, parameter: Tens
         geometry = [(neutral, *given) for neutral, given in zip((1, 0, 1), geometry, strict=True)]
     if len(kernel) != 2:
         raise _unsupported(use, f"belongs to a convolution with {len(kernel)} spatial axes")
-    return Convolution(x, g, (kernel, *geometry, node._saved_groups))
+    stride, padding, dilation = geometry
+    if kernel == (1, 1) and padding == (0, 0):  # a stride only leaves pixels out
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+    return Convolution(x, g, (kernel, stride, padding, dilation, node._saved_groups))
 
 
 def _evaluating(use: Use) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from oracle import per_example_squares, randomise_norms, reduce, relative_error
@@ -592,7 +594,10 @@ class Viewing(nn.Module):
 
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_images_go_channels_last_where_they_can(view: bool, channels_last: bool) -> None:
+def test_images_go_channels_last_where_they_can(
+    view: bool, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["t2v_fast.fisher"], "LARGE_IMAGE", 99)  # t2v_fast.fisher is the function
     torch.manual_seed(0)
     network = Viewing(view).double()
     want = truth(network, images(4), "exact", "filter")

@@ -254,7 +254,8 @@ inline void pack_column_pairs(Pair* to, int64_t stride, const Positions<at::BFlo
 // positions, of which the first lies at `left`; buffer holds (width + step) * channels values and as many pairs.
 inline void pack_pixel_pairs(Pair* to, const Positions<at::BFloat16>& row, int64_t left, int64_t width, int64_t step,
                              int64_t channels, uint16_t* buffer, Pair* pairs) {
-  const int64_t wide = width + step, begin = std::min(left, wide), count = std::min(row.inner, wide - begin);
+  // What lies beyond `width` is no position's: as zeros it cannot spoil the pair of an odd last position.
+  const int64_t wide = width + step, begin = std::min(left, width), count = std::min(row.inner, width - begin);
   const uint16_t* from = bits(row.data);
   std::fill(buffer, buffer + wide * channels, uint16_t(0));
   if (row.inner_stride == 1 && row.column_stride != 1) {
