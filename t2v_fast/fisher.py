@@ -265,7 +265,7 @@ class _ChannelsLast:
 
 def images_channels_last(t: Any) -> Any:
     """Large images [N, C, H, W] in the memory format in which networks are faster on a CPU; all else as it is."""
-    large = isinstance(t, Tensor) and t.dim() == 4 and t.is_floating_point() and t[0, 0].numel() >= LARGE_IMAGE
+    large = isinstance(t, Tensor) and t.dim() == 4 and t.is_floating_point() and t.shape[2] * t.shape[3] >= LARGE_IMAGE
     return t.contiguous(memory_format=torch.channels_last) if large else t
 
 

@@ -49,12 +49,13 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed, name in enumerate(("flowers", "birds")):
         write_folder(tmp_path / name, *shapes(6, seed=seed))
     commands = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "t2v-fast"
         assert cli.main(arguments) == 0, command
     assert (tmp_path / "distances.png").exists()
+    assert (tmp_path / "roofline.png").exists()
 
 
 def test_targets_and_links() -> None:
