@@ -347,7 +347,9 @@ def _self_check(
     if recorder.granularity != "parameter":
         got = {name: q[examples].sum(0) for name, q in got.items()}
     want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
-    tolerance = SELF_CHECK_TOLERANCE[logits.dtype]
+    # The network's precision, which that of its logits may exceed.
+    dtype = max((p.dtype for p in recorder.parameters.values()), key=lambda d: torch.finfo(d).eps)
+    tolerance = SELF_CHECK_TOLERANCE[dtype]
     for e in examples:
         with torch.no_grad():
             alone = forward(
@@ -374,7 +376,7 @@ def _self_check(
         for name, g in zip(recorder.parameters, gradients, strict=True):
             want[name] += _reduce(g.double(), recorder.granularity)
     # A parameter whose true gradient vanishes (a bias that a softmax ignores) holds rounding of larger ones only.
-    floor = (1e3 * torch.finfo(logits.dtype).eps) ** 2 * max(float(w.max()) for w in want.values() if w.numel())
+    floor = (1e3 * torch.finfo(dtype).eps) ** 2 * max(float(w.max()) for w in want.values() if w.numel())
     for name, w in want.items():
         difference = float((got[name].double() - w).norm())
         if not difference <= tolerance * float(w.norm()) + floor * w.numel() ** 0.5:

@@ -125,10 +125,8 @@ class Task2Vec:
                 yield images, codes[seen : seen + len(images)]
                 seen += len(images)
 
-        dtype = torch.promote_types(next(self.probe.network.parameters()).dtype, torch.float32)
-        head = _WideHead(linear.in_features, linear.out_features)
-        head.load_state_dict(linear.state_dict())
-        with self.probe.with_head(head.to(self.device, dtype)) as network:
+        parameter = next(self.probe.network.parameters())
+        with self.probe.with_head(linear.to(parameter.device, parameter.dtype)) as network:
             return fisher(
                 network,
                 batches(),
@@ -188,13 +186,6 @@ class Task2Vec:
             "head": {"method": self.head, **self.head_options},
             "preprocessing": self.probe.preprocessing.as_dict(),
         }
-
-
-class _WideHead(nn.Linear):
-    """A head in float32 or wider: narrow logits would hold nothing of the 1 - p of a confident one."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        return super().forward(features.to(self.weight.dtype))
 
 
 @contextmanager
