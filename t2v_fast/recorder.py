@@ -114,23 +114,21 @@ class FisherRecorder:
         check_supported(taps)
         self._layouts.probe(output, taps, self._rows)
         self.unused = taps.unused
-        sums = self._zeros(n)
+        sums: dict[str, Tensor] = {}
         visit = self._visitor(taps, n, sums, weights, len(cotangents))
         for k, cotangent in enumerate(cotangents):
             backpropagate(output, cotangent, taps, visit, retain_graph or k + 1 < len(cotangents))
-        return {name: self._mean(name, q) for name, q in sums.items()}
+        return {
+            name: self._mean(name, sums[name] if name in sums else self._zeros(name, n)) for name in self.parameters
+        }
 
     def _rows(self, use: Use, g: Tensor) -> Tensor:
         return rows_of(use, g, self.parameters[use.parameter])
 
-    def _zeros(self, n: int) -> dict[str, Tensor]:
-        def shape(p: nn.Parameter) -> tuple[int, ...]:
-            return tuple(p.shape) if self.granularity == "parameter" else (n, p.shape[0] if p.dim() else 1)
-
-        return {
-            name: torch.zeros(shape(p), dtype=accumulate_dtype(p.dtype), device=p.device)
-            for name, p in self.parameters.items()
-        }
+    def _zeros(self, name: str, n: int) -> Tensor:
+        p = self.parameters[name]
+        shape = p.shape if self.granularity == "parameter" else (n, p.shape[0] if p.dim() else 1)
+        return torch.zeros(shape, dtype=accumulate_dtype(p.dtype), device=p.device)
 
     def _visitor(
         self, taps: Taps, n: int, sums: dict[str, Tensor], weights: Tensor | None, cotangents: int
@@ -141,11 +139,15 @@ class FisherRecorder:
             for use in taps.uses[node]:
                 layout = self._layouts.get(use.parameter, self._rows(use, g).shape[0], n)
                 factors = RULES[node.name()].factors(use, g, layout, n, self.parameters[use.parameter])
-                out = sums[use.parameter]
                 start = time.perf_counter()
                 if self.granularity != "parameter":
-                    out += factors.filter_sums(reuse[node])
+                    q = factors.filter_sums(reuse[node])
+                    # Adding the first to zeros would cost as much as a small op.
+                    sums[use.parameter] = sums[use.parameter].add_(q) if use.parameter in sums else q
                 else:
+                    if use.parameter not in sums:
+                        sums[use.parameter] = self._zeros(use.parameter, n)
+                    out = sums[use.parameter]
                     w = torch.ones(n) if weights is None else weights
                     factors.accumulate_(out, w.to(out.device, out.dtype))
                 if self.observer is not None:
