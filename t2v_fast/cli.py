@@ -186,7 +186,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     images = torch.randn(arguments.batch_size, 3, size, size, generator=generator)
     images = images.to(task2vec.device, next(probe.network.parameters()).dtype)
     torch.manual_seed(arguments.seed)
-    head = torch.nn.Linear(probe.features(images[:1]).shape[1], arguments.classes).to(images)
+    head = torch.nn.Linear(probe.feature_dim, arguments.classes).to(images)
     with probe.with_head(head) as network:
         report = profile(
             network,

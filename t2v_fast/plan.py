@@ -21,7 +21,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,7 +219,7 @@ def calibrate(dtype: torch.dtype = torch.float32, repeats: int = 5) -> Costs:
                 n = max(1, min(64, (1 << 19) // elements))
                 x = torch.randn(n, conv.channels, *conv.size).to(dtype)
                 g = torch.randn(n, conv.filters, *conv.out_size).to(dtype)
-                times.append(_time(lambda x=x, g=g, c=conv, p=path: ops.sq_conv(x, g, *c.arguments, p), repeats) / n)
+                times.append(fastest(lambda x=x, g=g, c=conv, p=path: ops.sq_conv(x, g, *c.arguments, p), repeats) / n)
                 todo = work(conv, path, width=width)
                 counts.append(np.add(todo.once, todo.each))
             seconds[kernel] = tuple(_fit(np.array(counts), np.array(times)).tolist())
@@ -228,7 +228,8 @@ def calibrate(dtype: torch.dtype = torch.float32, repeats: int = 5) -> Costs:
     return Costs(width, seconds)
 
 
-def _time(run, repeats: int) -> float:
+def fastest(run: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest of some calls, after one that is not timed."""
     run()
     best = math.inf
     for _ in range(repeats):

@@ -187,14 +187,23 @@ def profile(
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, expected at least 1")
     recorder = FisherRecorder(model, parameters)
-    observed: list[tuple[Use, Factors | None, int, float, float]] = []
-    recorder.observer = lambda *call: observed.append(call)
+    observed: list[tuple[str, float, float]] = []
     seconds: dict[str, list[float]] = {name: [] for name in ("forward", "backward", "fisher", "floor", "step")}
     layer_seconds: list[dict[str, float]] = []
     work: dict[str, tuple[str, str, plan.Work, float | None]] = {}
     events: list[tuple[str, str, float, float]] = []
     memory: dict[str, int | None] = {}
     count = 0
+
+    # The factors are let go of at once: to keep them would keep every layer's cotangent, and count as peak memory.
+    def observe(use: Use, factors: Factors, cotangents_: int, start: float, end: float) -> None:
+        if use.parameter not in work:
+            predicted = factors.predict(cotangents_)
+            predicted = None if predicted is None else predicted * inputs.shape[0]
+            work[use.parameter] = (use.node.name(), *factors.work(cotangents_), predicted)
+        observed.append((use.parameter, start, end))
+
+    recorder.observer = observe
 
     def fisher() -> None:
         nonlocal count
@@ -234,7 +243,11 @@ def profile(
                 else:
                     run()
                 if run is fisher:
-                    _digest(observed, work, layer_seconds, events, inputs.shape[0])
+                    spent: dict[str, float] = {}
+                    for name, start, end in observed:
+                        spent[name] = spent.get(name, 0.0) + end - start
+                        events.append((f"{name} ({work[name][1]})", "fisher", start, end))
+                    layer_seconds.append(spent)
     for measured in seconds.values():
         del measured[0]
     layers = []
@@ -256,36 +269,15 @@ def profile(
     )
 
 
-def _digest(observed: list, work: dict, layer_seconds: list, events: list, examples: int) -> None:
-    """Sort one round's calls by parameter, and let go of the tensors that they hold."""
-    spent: dict[str, float] = {}
-    for use, factors, cotangents_, start, end in observed:
-        name = use.parameter
-        spent[name] = spent.get(name, 0.0) + end - start
-        if name not in work:
-            path, todo = factors.work(cotangents_)
-            predicted = factors.predict(cotangents_)
-            work[name] = (use.node.name(), path, todo, None if predicted is None else predicted * examples)
-        events.append((f"{name} ({work[name][1]})", "fisher", start, end))
-    layer_seconds.append(spent)
-    observed.clear()
-
-
 @functools.cache
 def measure_machine() -> Machine:
     """Peak rates in float32, of all of torch's threads: the best of a few runs."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    product = min(_seconds(lambda: a @ b) for _ in range(10))
+    product = plan.fastest(lambda: a @ b, 10)
     big = torch.empty(32 * MIB)
     copy = torch.empty_like(big)
-    moved = min(_seconds(lambda: copy.copy_(big)) for _ in range(5))
+    moved = plan.fastest(lambda: copy.copy_(big), 5)
     return Machine(2 * 1024**3 / product, 2 * 4 * big.numel() / moved)
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def _peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:

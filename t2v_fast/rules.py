@@ -7,6 +7,7 @@ each parameter that enters the node, which primitive yields its per-example squa
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -43,19 +44,21 @@ class Factors(Protocol):
         """Seconds that the planner expects for one example and all its cotangents; None where it does not choose."""
 
 
-class _Layer:
+class _Layer(ABC):
     """A convolution of x [N, C, H, W] with cotangent g [N, O, Ho, Wo], or a linear layer seen as one."""
 
     @property
+    @abstractmethod
     def conv(self) -> plan.Conv:
-        raise NotImplementedError
+        """The geometry, for the planner."""
 
+    @abstractmethod
     def images(self, t: Tensor) -> Tensor:
         """x or g as images."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sums(self, path: str) -> Tensor:
-        raise NotImplementedError
+        """Sum of squares over each filter, q [N, filters], by one path."""
 
     def path(self, cotangents: int) -> str:
         return plan.choose(self.conv, self.x, cotangents)
