@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from t2v_fast import fisher
 from t2v_fast.cotangents import cotangents
 from t2v_fast.fisher import images_channels_last
-from t2v_fast.graph import backpropagate, find_taps
+from t2v_fast.graph import backpropagate
 from t2v_fast.recorder import FisherRecorder
+from t2v_fast.rules import taps_of
 
 # What a contestant's numbers are meant to be, and so what they are judged by.
 LABELS = "labels"  # the sum of squared per-example gradients, for the given labels
@@ -58,7 +59,7 @@ def forward_only(model: nn.Module, x: Tensor, y: Tensor) -> None:
 def floor(model: nn.Module, x: Tensor, y: Tensor) -> None:
     """Forward, and backward down to the first layer, with no weight gradient: what any Fisher of this batch costs."""
     loss = F.cross_entropy(model(x), y, reduction="sum")
-    taps = find_taps(loss, dict(model.named_parameters()))
+    taps = taps_of(loss, dict(model.named_parameters()))
     backpropagate(loss, torch.ones_like(loss), taps, lambda node, g: None, retain_graph=False)
 
 

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from . import plan
 from .cotangents import Likelihood, check_estimator, cotangents, get_likelihood
+from .factors import Factors
 from .graph import Use
-from .recorder import FisherRecorder, ParameterFilter
-from .rules import Factors
+from .recorder import FilterAxis, FisherRecorder, ParameterFilter
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ class FisherDiagonal(Mapping[str, Tensor]):
     Values: [O] for a parameter [O, ...] at granularity ``filter``, its shape at ``parameter``, a scalar at ``tensor``.
     ``standard_error`` has the same keys and shapes: the standard deviation of the estimate over data sets like this one
     and over the estimator's own draws, NaN where fewer than two units were seen. The units are examples, for
-    ``parameter`` and ``batch_mean`` batches.
+    ``parameter`` and ``batch_mean`` batches. ``unused`` parameters are those that no output depended on, ``skipped``
+    those that ``unsupported="skip"`` left out.
     """
 
     values_: dict[str, Tensor]
@@ -51,6 +52,7 @@ class FisherDiagonal(Mapping[str, Tensor]):
     samples: int
     num_examples: int
     unused: frozenset[str] = field(default_factory=frozenset)
+    skipped: frozenset[str] = field(default_factory=frozenset)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.values_[name]
@@ -108,6 +110,13 @@ class _Moments:
         return (spread.clamp_min(0) * self.units / (self.units - 1)).sqrt() / self.weight
 
 
+def _input(t: Any, device: str | torch.device) -> Any:
+    """A tensor where the network is, such as autograd may save; anything else as it is."""
+    if not isinstance(t, Tensor):
+        return t
+    return t.to(device, copy=t.is_inference())
+
+
 def _split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """(input, labels) of what a loader yields: (input, labels, ...), or the input alone."""
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
@@ -153,6 +162,8 @@ def fisher(
     *,
     likelihood: str | Likelihood = "softmax",
     parameters: ParameterFilter = None,
+    unsupported: str = "error",
+    filter_axis: FilterAxis = None,
     weights: Tensor | None = None,
     seed: int = 0,
     self_check: bool = True,
@@ -172,7 +183,8 @@ def fisher(
     ``"batch_mean"`` is the squared gradient of the batch's mean loss, labels drawn from the model, averaged over
     batches: what Task2Vec's public code computes. It is another quantity, and allows batch norm in training mode.
     ``likelihood``: ``"softmax"`` (logits [N, C]), ``"sigmoid"`` (C yes-or-no labels) or ``"gaussian"``.
-    ``parameters``: names, or a function of name and parameter; default all. The model's mode is left as it is.
+    ``parameters``: names, or a function of name and parameter; default all. ``unsupported`` (``"error"``, ``"exact"``
+    or ``"skip"``) and ``filter_axis`` as in :class:`FisherRecorder`. The model's mode is left as it is.
 
     The first batch is checked against plain autograd on two of its examples (``self_check``): three backward passes of
     the batch and two forward passes of one example.
@@ -189,7 +201,7 @@ def fisher(
     if estimator != BATCH_MEAN:
         check_estimator(estimator, samples)
     likelihood = get_likelihood(likelihood)
-    recorder = FisherRecorder(model, parameters, granularity)
+    recorder = FisherRecorder(model, parameters, granularity, unsupported=unsupported, filter_axis=filter_axis)
     if device is None:
         device = next(iter(recorder.parameters.values())).device
     if weights is not None and (weights.dim() != 1 or not (weights >= 0).all() or not weights.isfinite().all()):
@@ -199,10 +211,11 @@ def fisher(
     generator = torch.Generator().manual_seed(seed)
     moments = {name: _Moments() for name in recorder.parameters}
     seen = 0
+    skipped: frozenset[str] = frozenset()
     with torch.inference_mode(False), torch.enable_grad(), recorder, _unchanged_buffers(model):
         for index, batch in enumerate(tqdm(loader, desc="Fisher", unit="batch", disable=not progress, leave=False)):
             inputs, labels = _split_batch(batch)
-            inputs = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, inputs)
+            inputs = tree_map(lambda t: _input(t, device), inputs)
             n = _check_inputs(inputs, index)
             if n == 0:
                 continue
@@ -218,12 +231,16 @@ def fisher(
                 u = cotangents(logits, estimator, samples, likelihood, labels, generator)
                 with _explained(recorder, n) if explain and seen == 0 else contextlib.nullcontext():
                     values = recorder.backward(logits, u, a if granularity == "parameter" else None)
+                if not values:
+                    raise ValueError("unsupported='skip' left no parameter: see why with unsupported='error'")
+            skipped |= recorder.skipped
             _accumulate(moments, values, a, estimator, granularity)
             seen += n
     if seen == 0:
         raise ValueError("the loader gave no example")
     if weights is not None and len(weights) != seen:
         raise ValueError(f"weights has {len(weights)} entries but the loader gave {seen} examples")
+    moments = {name: m for name, m in moments.items() if name not in skipped}
     if not next(iter(moments.values())).weight > 0:
         raise ValueError("the weights of all examples are zero")
     values = {name: m.mean() for name, m in moments.items()}
@@ -238,6 +255,7 @@ def fisher(
         samples,
         seen,
         recorder.unused,
+        skipped,
     )
 
 
@@ -312,14 +330,6 @@ def _accumulate(
             moments[name].add(q, a)
 
 
-def _reduce(gradient: Tensor, granularity: str) -> Tensor:
-    """The square of one gradient, at a granularity."""
-    square = gradient.square()
-    if granularity == "parameter":
-        return square
-    return square.mean() if granularity == "tensor" else square.reshape(max(square.shape[:1], default=1), -1).mean(1)
-
-
 def _batch_mean(
     recorder: FisherRecorder, logits: Tensor, likelihood: Likelihood, a: Tensor, generator: torch.Generator
 ) -> dict[str, Tensor]:
@@ -329,9 +339,7 @@ def _batch_mean(
     gradients = torch.autograd.grad(
         [logits], list(recorder.parameters.values()), [u], allow_unused=True, materialize_grads=True
     )
-    return {
-        name: _reduce(g.detach(), recorder.granularity) for name, g in zip(recorder.parameters, gradients, strict=True)
-    }
+    return {name: recorder.reduce(name, g.detach()) for name, g in zip(recorder.parameters, gradients, strict=True)}
 
 
 def _self_check(
@@ -344,6 +352,8 @@ def _self_check(
     cotangent = torch.zeros_like(logits)
     cotangent[examples] = directions[examples].to(logits)
     got = recorder.backward(logits, cotangent, retain_graph=True)
+    if not got:
+        return
     if recorder.granularity != "parameter":
         got = {name: q[examples].sum(0) for name, q in got.items()}
     want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
@@ -367,14 +377,14 @@ def _self_check(
         single[e] = cotangent[e]
         gradients = torch.autograd.grad(
             [logits],
-            list(recorder.parameters.values()),
+            [recorder.parameters[name] for name in want],
             [single],
             retain_graph=True,
             allow_unused=True,
             materialize_grads=True,
         )
-        for name, g in zip(recorder.parameters, gradients, strict=True):
-            want[name] += _reduce(g.double(), recorder.granularity)
+        for name, g in zip(want, gradients, strict=True):
+            want[name] += recorder.reduce(name, g.double())
     # A parameter whose true gradient vanishes (a bias that a softmax ignores) holds rounding of larger ones only.
     floor = (1e3 * torch.finfo(dtype).eps) ** 2 * max(float(w.max()) for w in want.values() if w.numel())
     for name, w in want.items():

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from . import plan
 from .cotangents import Likelihood, check_estimator, cotangents
+from .factors import Factors
 from .files import write_atomically
-from .graph import Use, backpropagate, find_taps
+from .graph import Use, backpropagate
 from .recorder import FisherRecorder, ParameterFilter
-from .rules import Factors
+from .rules import taps_of
 
 MIB = 2**20
 
@@ -223,7 +224,7 @@ def profile(
     def floor() -> None:
         start = time.perf_counter()
         logits = forward(model, inputs)
-        taps = find_taps(logits, recorder.parameters)
+        taps = taps_of(logits, recorder.parameters)
         for k in range(count):
             backpropagate(logits, torch.ones_like(logits), taps, lambda node, g: None, retain_graph=k + 1 < count)
         seconds["floor"].append(time.perf_counter() - start)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from .graph import Layouts, Taps, Use, backpropagate, find_taps
+from .factors import Factors, Reuse, Summed, concatenated
+from .graph import Layouts, Taps, UnsupportedError, Use, backpropagate
 from .reference import accumulate_dtype
-from .rules import RULES, Factors, Reuse, check_supported, rows_of
+from .rules import RULES, problem, rows_of, taps_of
+
+log = logging.getLogger(__name__)
 
 GRANULARITIES = ("filter", "parameter", "tensor")
+UNSUPPORTED = ("error", "exact", "skip")
 ParameterFilter = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+FilterAxis = Mapping[str, int] | Callable[[str, nn.Parameter], int] | None
 
 
 def select_parameters(model: nn.Module, parameters: ParameterFilter = None) -> dict[str, nn.Parameter]:
@@ -42,6 +49,34 @@ def select_parameters(model: nn.Module, parameters: ParameterFilter = None) -> d
     return chosen
 
 
+def _filter_axes(parameters: Mapping[str, nn.Parameter], filter_axis: FilterAxis) -> dict[str, int]:
+    """The axis of each parameter along which its filters lie."""
+    if filter_axis is None:
+        return dict.fromkeys(parameters, 0)
+    if isinstance(filter_axis, Mapping):
+        if unknown := [name for name in filter_axis if name not in parameters]:
+            raise ValueError(f"filter_axis names {unknown[0]!r}, which is none of {', '.join(parameters)}")
+        axes = {name: filter_axis.get(name, 0) for name in parameters}
+    else:
+        axes = {name: filter_axis(name, p) for name, p in parameters.items()}
+    for name, axis in axes.items():
+        if not 0 <= axis < max(1, parameters[name].dim()):
+            raise ValueError(
+                f"filter_axis is {axis} for {name!r} {list(parameters[name].shape)}, expected one of its axes from 0"
+            )
+    return axes
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """How each wanted parameter of one graph gets its squares."""
+
+    single: frozenset[str]  # one use, whose factors are the parameter's own
+    summed: frozenset[str]  # from the gradients of several uses, or of what the parameter is computed into
+    alone: frozenset[str]  # by plain autograd, an example at a time
+    skipped: frozenset[str]
+
+
 class FisherRecorder:
     """Squares of per-example gradients inside the backward pass of your own loop.
 
@@ -52,18 +87,40 @@ class FisherRecorder:
     For the duration, exactly the wanted parameters require gradients; what they required before is restored on exit.
     ``parameters`` as in :func:`select_parameters`. ``granularity``: ``"filter"`` (mean of the squares over all axes of
     a parameter but the first), ``"tensor"`` (over all), ``"parameter"`` (no mean, but summed over examples).
+    ``filter_axis``: the axis of the filters where it is not the first, by parameter name or as a function of name and
+    parameter (GPT-2's Conv1D holds its output features along axis 1).
+
+    A parameter that is used several times, or of which parts are used, is exact: its gradients are summed before they
+    are squared. ``unsupported`` says what becomes of one that is transformed before use (a standardised or normalised
+    weight, a table behind a network) or that enters a layer without a rule: ``"error"`` raises UnsupportedError;
+    ``"exact"`` forms the layer's gradients for each example and takes them through the transformation, and without a
+    rule runs plain autograd for each example in turn, a backward pass of the batch each; ``"skip"`` leaves it out.
     """
 
-    def __init__(self, model: nn.Module, parameters: ParameterFilter = None, granularity: str = "filter") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: ParameterFilter = None,
+        granularity: str = "filter",
+        *,
+        unsupported: str = "error",
+        filter_axis: FilterAxis = None,
+    ) -> None:
         if granularity not in GRANULARITIES:
             raise ValueError(f"unknown granularity {granularity!r}: expected one of {', '.join(GRANULARITIES)}")
+        if unsupported not in UNSUPPORTED:
+            raise ValueError(f"unsupported is {unsupported!r}, expected one of {', '.join(UNSUPPORTED)}")
         self.model = model
         self.granularity = granularity
+        self.unsupported = unsupported
         self.parameters = select_parameters(model, parameters)
+        self.filter_axes = _filter_axes(self.parameters, filter_axis)
         self.unused: frozenset[str] = frozenset()  # wanted parameters that the last output did not depend on
+        self.skipped: frozenset[str] = frozenset()  # those that unsupported="skip" left out of it
         # Called after each op with the use, its factors, the number of cotangents, and its first and last second.
         self.observer: Callable[[Use, Factors, int, float, float], None] | None = None
         self._layouts = Layouts()
+        self._said: set[str] = set()
         self._required: list[tuple[nn.Parameter, bool]] | None = None
 
     def __enter__(self) -> FisherRecorder:
@@ -110,50 +167,159 @@ class FisherRecorder:
             raise ValueError(
                 "the output has no autograd graph: run the forward inside the recorder, with gradients enabled"
             )
-        taps = find_taps(output, self.parameters)
-        check_supported(taps)
-        self._layouts.probe(output, taps, self._rows)
-        self.unused = taps.unused
+        taps = taps_of(output, self.parameters)
+        ways = self._ways(taps)
+        tapped = taps.of(ways.single | ways.summed)
+        self._layouts.probe(output, tapped, rows_of)
+        self.unused, self.skipped = taps.unused, ways.skipped
         sums: dict[str, Tensor] = {}
-        visit = self._visitor(taps, n, sums, weights, len(cotangents))
+        w = torch.ones(n) if weights is None else weights
+        reuse = {
+            node: Reuse(len(cotangents), sum(use.parameter in ways.single for use in uses))
+            for node, uses in tapped.uses.items()
+        }
         for k, cotangent in enumerate(cotangents):
-            backpropagate(output, cotangent, taps, visit, retain_graph or k + 1 < len(cotangents))
+            more = retain_graph or bool(ways.alone) or k + 1 < len(cotangents)
+            if tapped.uses:
+                self._pass(output, cotangent, tapped, ways, sums, w, reuse, more)
+        for name in ways.alone:
+            sums[name] = self._one_by_one(output, cotangents, name, w)
         return {
-            name: self._mean(name, sums[name] if name in sums else self._zeros(name, n)) for name in self.parameters
+            name: self._mean(name, sums[name] if name in sums else self._zeros(name, n))
+            for name in self.parameters
+            if name not in ways.skipped
         }
 
-    def _rows(self, use: Use, g: Tensor) -> Tensor:
-        return rows_of(use, g, self.parameters[use.parameter])
+    def reduce(self, name: str, gradient: Tensor) -> Tensor:
+        """The square of one gradient of a parameter, at the recorder's granularity."""
+        square = gradient.square()
+        if self.granularity == "parameter":
+            return square
+        if self.granularity == "tensor":
+            return square.mean()
+        return self._rows(name, square).mean(1)
 
-    def _zeros(self, name: str, n: int) -> Tensor:
-        p = self.parameters[name]
-        shape = p.shape if self.granularity == "parameter" else (n, p.shape[0] if p.dim() else 1)
-        return torch.zeros(shape, dtype=accumulate_dtype(p.dtype), device=p.device)
+    def _rows(self, name: str, t: Tensor) -> Tensor:
+        """Something of a parameter's shape as [filters, entries of each]."""
+        return (
+            t.reshape(1, 1)
+            if t.dim() == 0
+            else t.movedim(self.filter_axes[name], 0).reshape(t.shape[self.filter_axes[name]], -1)
+        )
 
-    def _visitor(
-        self, taps: Taps, n: int, sums: dict[str, Tensor], weights: Tensor | None, cotangents: int
-    ) -> Callable[[Node, Tensor], None]:
-        reuse = {node: Reuse(cotangents, len(uses)) for node, uses in taps.uses.items()}
+    def _ways(self, taps: Taps) -> _Ways:
+        count: dict[str, int] = {}
+        direct: dict[str, bool] = {}
+        alone: set[str] = set()
+        refused: set[str] = set()
+        for use in taps:
+            why = problem(use, taps)
+            computed = why is None and not use.rearranged
+            if computed:
+                through = ", ".join(sorted(use.between))
+                why = f"is transformed before use (by {through})"
+            for name in use.parameters:
+                count[name] = count.get(name, 0) + 1
+                direct[name] = use.direct
+            if why is None:
+                continue
+            if self.unsupported == "error":
+                raise UnsupportedError(
+                    f"the parameter {use} {why}; pass unsupported='exact' to form its gradients for each example, "
+                    "which takes longer, or leave it out with unsupported='skip' or parameters=..."
+                )
+            if self.unsupported == "skip":
+                refused.update(use.parameters)
+            elif not computed:
+                alone.update(use.parameters)
+            for name in use.parameters:
+                if name not in self._said:
+                    self._said.add(name)
+                    log.info("the parameter %s %s: %s", use, why, self.unsupported)
+        rest = count.keys() - alone - refused
+        own = {n for n in rest if count[n] == 1 and direct[n]}
+        return _Ways(frozenset(own), frozenset(rest - own), frozenset(alone - refused), frozenset(refused))
+
+    def _pass(
+        self,
+        output: Tensor,
+        cotangent: Tensor,
+        taps: Taps,
+        ways: _Ways,
+        sums: dict[str, Tensor],
+        weights: Tensor,
+        reuse: Mapping[Node, Reuse],
+        retain_graph: bool,
+    ) -> None:
+        """Backpropagate one cotangent, and add the squares of single and summed parameters to ``sums``."""
+        n = output.shape[0]
+        kept: dict[str, list[tuple[Use, Factors]]] = {}
 
         def visit(node: Node, g: Tensor) -> None:
             for use in taps.uses[node]:
-                layout = self._layouts.get(use.parameter, self._rows(use, g).shape[0], n)
-                factors = RULES[node.name()].factors(use, g, layout, n, self.parameters[use.parameter])
-                start = time.perf_counter()
-                if self.granularity != "parameter":
-                    q = factors.filter_sums(reuse[node])
-                    # Adding the first to zeros would cost as much as a small op.
-                    sums[use.parameter] = sums[use.parameter].add_(q) if use.parameter in sums else q
-                else:
-                    if use.parameter not in sums:
-                        sums[use.parameter] = self._zeros(use.parameter, n)
-                    out = sums[use.parameter]
-                    w = torch.ones(n) if weights is None else weights
-                    factors.accumulate_(out, w.to(out.device, out.dtype))
-                if self.observer is not None:
-                    self.observer(use, factors, cotangents, start, time.perf_counter())
+                layout = self._layouts.get(use, rows_of(use, g).shape[0], n)
+                factors = RULES[node.name()].factors(use, g, layout, n)
+                if use.parameter in ways.single:
+                    self._add(use, factors, sums, weights, reuse[node])
+                for name in ways.summed.intersection(use.parameters):
+                    kept.setdefault(name, []).append((use, factors))
 
-        return visit
+        backpropagate(output, cotangent, taps, visit, retain_graph)
+        with torch.no_grad():
+            for name, found in kept.items():
+                whole = None
+                if all(use.direct for use, _ in found):
+                    whole = concatenated([factors for _, factors in found])
+                if whole is None:
+                    p = self.parameters[name]
+                    parts = [(factors, _onward(use, p)) for use, factors in found]
+                    whole = Summed(parts, tuple(p.shape), n, self.filter_axes[name])
+                use = replace(found[0][0], parameters=(name,))
+                self._add(use, whole, sums, weights, Reuse(reuse[use.node].cotangents))
+
+    def _add(self, use: Use, factors: Factors, sums: dict[str, Tensor], weights: Tensor, reuse: Reuse) -> None:
+        name = use.parameter
+        p, axis = self.parameters[name], self.filter_axes[name]
+        start = time.perf_counter()
+        if self.granularity == "parameter":
+            if name not in sums:
+                sums[name] = self._zeros(name, len(weights))
+            factors.accumulate_(sums[name], weights.to(p.device, sums[name].dtype))
+        else:
+            filters = p.shape[axis] if p.dim() else 1
+            formed = Summed([(factors, lambda t: t)], tuple(p.shape), len(weights), axis)
+            if axis != 0 and not isinstance(factors, Summed):
+                factors = (factors.exchanged() if p.dim() == 2 else None) or formed
+            q = factors.filter_sums(reuse)
+            if q.shape[1] % filters:  # the layer sees the parameter by a view with fewer and longer rows
+                factors, q = formed, formed.filter_sums(reuse)
+            if q.shape[1] != filters:
+                q = q.unflatten(1, (filters, -1)).sum(2)
+            # Adding the first to zeros would cost as much as a small op.
+            sums[name] = sums[name].add_(q) if name in sums else q
+        if self.observer is not None:
+            self.observer(use, factors, reuse.cotangents, start, time.perf_counter())
+
+    def _one_by_one(self, output: Tensor, cotangents: Tensor, name: str, weights: Tensor) -> Tensor:
+        """The squares of one parameter by plain autograd, an example and a cotangent at a time."""
+        p = self.parameters[name]
+        total = self._zeros(name, len(weights))
+        for e in range(output.shape[0]):
+            for cotangent in cotangents:
+                single = torch.zeros_like(cotangent)
+                single[e] = cotangent[e]
+                (g,) = torch.autograd.grad([output], [p], [single], retain_graph=True, materialize_grads=True)
+                square = g.to(total.dtype).square()
+                if self.granularity == "parameter":
+                    total += float(weights[e]) * square
+                else:
+                    total[e] += self._rows(name, square).sum(1)
+        return total
+
+    def _zeros(self, name: str, n: int) -> Tensor:
+        p = self.parameters[name]
+        shape = p.shape if self.granularity == "parameter" else (n, p.shape[self.filter_axes[name]] if p.dim() else 1)
+        return torch.zeros(shape, dtype=accumulate_dtype(p.dtype), device=p.device)
 
     def _mean(self, name: str, q: Tensor) -> Tensor:
         p = self.parameters[name]
@@ -162,3 +328,20 @@ class FisherRecorder:
         if self.granularity == "tensor":
             return q.sum(1) / p.numel()
         return q
+
+
+def _onward(use: Use, parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
+    """From gradients [k, numbers] of what enters a layer to those of a parameter that it is computed from."""
+    if use.direct:
+        return lambda t: t
+
+    def pull(t: Tensor) -> Tensor:
+        child, number = use.node.next_functions[use.slot]
+        dtype = child._input_metadata[number].dtype
+        gradients = t.view(-1, *use.shape).to(dtype)
+        (g,) = torch.autograd.grad(
+            [use.source], [parameter], [gradients], retain_graph=True, is_grads_batched=True, materialize_grads=True
+        )
+        return g.flatten(1).to(t.dtype)
+
+    return pull

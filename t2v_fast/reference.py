@@ -20,12 +20,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _widen(*tensors: Tensor) -> list[Tensor]:
-    return [t.to(accumulate_dtype(t.dtype)) for t in tensors]
+def widen(t: Tensor) -> Tensor:
+    """In the dtype in which sums over it are held."""
+    return t.to(accumulate_dtype(t.dtype))
 
 
 def _outer(x: Tensor, g: Tensor) -> Iterator[Tensor]:
-    x, g = _widen(x, g)
+    x, g = widen(x), widen(g)
     for m in range(g.shape[0]):
         yield g[m].T @ x[m % x.shape[0]]  # [O, I]
 
@@ -42,7 +43,7 @@ def sq_outer_acc_(out: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> None:
         out.add_(gradient.square_().mul_(weight[m]))
 
 
-def _conv(
+def conv_gradients(
     x: Tensor,
     g: Tensor,
     kernel_size: Sequence[int],
@@ -51,7 +52,8 @@ def _conv(
     dilation: Sequence[int],
     groups: int,
 ) -> Iterator[Tensor]:
-    x, g = _widen(x, g)
+    """The gradients of a convolution, an example at a time: [O, C / groups, kh, kw]."""
+    x, g = widen(x), widen(g)
     kernel = x.new_empty((g.shape[1], x.shape[1] // groups, *kernel_size))  # its values are never read
     for m in range(g.shape[0]):
         n = m % x.shape[0]
@@ -81,7 +83,7 @@ def sq_conv(
     path: str = "explicit",
 ) -> Tensor:
     q = g.new_zeros(g.shape[:2], dtype=accumulate_dtype(g.dtype))
-    for m, gradient in enumerate(_conv(x, g, kernel_size, stride, padding, dilation, groups)):
+    for m, gradient in enumerate(conv_gradients(x, g, kernel_size, stride, padding, dilation, groups)):
         q[m] = gradient.square().sum((1, 2, 3))
     return q
 
@@ -97,7 +99,7 @@ def sq_conv_acc_(
     groups: int,
     path: str = "explicit",
 ) -> None:
-    for m, gradient in enumerate(_conv(x, g, out.shape[2:], stride, padding, dilation, groups)):
+    for m, gradient in enumerate(conv_gradients(x, g, out.shape[2:], stride, padding, dilation, groups)):
         out.add_(gradient.square_().mul_(weight[m]))
 
 
@@ -109,7 +111,7 @@ def conv_gram(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    (x,) = _widen(x)
+    x = widen(x)
     patches = F.unfold(x, tuple(kernel_size), tuple(dilation), tuple(padding), tuple(stride))  # [N, C kh kw, P]
     patches = patches.unflatten(1, (groups, -1))
     return _fold(patches.transpose(2, 3) @ patches)
@@ -121,7 +123,7 @@ def _fold(k: Tensor) -> Tensor:
 
 
 def sq_gram(gram: Tensor, g: Tensor) -> Tensor:
-    (g,) = _widen(g)
+    g = widen(g)
     n, groups = gram.shape[:2]
     if g.shape[0] == 0:
         return g.new_zeros(g.shape[:2])
@@ -130,10 +132,10 @@ def sq_gram(gram: Tensor, g: Tensor) -> Tensor:
 
 
 def sq_prod(g: Tensor, x: Tensor | None = None, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    (g,) = _widen(g)
+    g = widen(g)
     if x is None:
         return g.sum(1).square()
-    (x,) = _widen(x)
+    x = widen(x)
     if shift is not None:
         x = x - shift.to(x.dtype)
     if scale is not None:
@@ -157,8 +159,9 @@ def sq_prod_acc_(
     out.add_((q * weight.to(q.dtype)[:, None]).sum(0))
 
 
-def _scatter(index: Tensor, g: Tensor, num_rows: int) -> Iterator[Tensor]:
-    (g,) = _widen(g)
+def scatter_gradients(index: Tensor, g: Tensor, num_rows: int) -> Iterator[Tensor]:
+    """The gradients of a table, an example at a time: [num_rows, O]."""
+    g = widen(g)
     for m in range(g.shape[0]):
         rows = index[m % index.shape[0]]
         used = rows >= 0
@@ -167,11 +170,11 @@ def _scatter(index: Tensor, g: Tensor, num_rows: int) -> Iterator[Tensor]:
 
 def sq_scatter(index: Tensor, g: Tensor, num_rows: int) -> Tensor:
     q = g.new_zeros((g.shape[0], num_rows), dtype=accumulate_dtype(g.dtype))
-    for m, gradient in enumerate(_scatter(index, g, num_rows)):
+    for m, gradient in enumerate(scatter_gradients(index, g, num_rows)):
         q[m] = gradient.square().sum(1)
     return q
 
 
 def sq_scatter_acc_(out: Tensor, index: Tensor, g: Tensor, weight: Tensor) -> None:
-    for m, gradient in enumerate(_scatter(index, g, out.shape[0])):
+    for m, gradient in enumerate(scatter_gradients(index, g, out.shape[0])):
         out.add_(gradient.square_().mul_(weight[m]))

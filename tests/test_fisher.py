@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch.nn import functional as F
 import t2v_fast
 from t2v_fast import FisherRecorder, SelfCheckError, UnsupportedError, fisher
 from t2v_fast.cotangents import cotangents
-from t2v_fast.rules import RULES, Outer, Rule
+from t2v_fast.factors import Outer
+from t2v_fast.rules import RULES
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -234,7 +236,7 @@ def test_no_weight_gradient_is_computed() -> None:
         logits = network(x)
         with Watch(), t2v_fast.ops.use_backend("auto"):
             u = torch.ones_like(logits)
-            taps = t2v_fast.graph.find_taps(logits, recorder.parameters)
+            taps = t2v_fast.rules.taps_of(logits, recorder.parameters)
             t2v_fast.graph.backpropagate(logits, u, taps, lambda node, g: None, retain_graph=True)
     assert calls == [[True, False, False]]
 
@@ -389,69 +391,6 @@ def test_transformers_and_convnexts_agree_with_per_example_autograd() -> None:
             assert not got.unused, name
 
 
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.shared = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.shared(self.shared(x).tanh())
-
-
-class Standardised(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.conv.weight
-        return F.conv2d(x, (w - w.mean((1, 2, 3), keepdim=True)) * 2, self.conv.bias).mean((2, 3))
-
-
-class Exponential(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(3, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x * self.scale.exp()).mean((2, 3))
-
-
-@pytest.mark.parametrize(
-    ("network", "x", "message"),
-    [
-        (Twice(), torch.randn(3, 4), "'shared.bias'.*used more than once"),
-        (Standardised(), torch.randn(3, 3, 5, 5), "'conv.weight'.*no rule"),
-        (Exponential(), torch.randn(3, 3, 5, 5), r"'scale' \(input 0 of ExpBackward0\) has no rule"),
-        (Elementwise((3, 2, 3, 4), "scale"), torch.randn(3, 2, 3, 4), "'parameter'.*broadcast over the examples"),
-        (nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.Flatten()), torch.randn(2, 3, 4, 4), "transposed convolution"),
-        (nn.Sequential(nn.Conv3d(3, 4, 2), nn.Flatten()), torch.randn(2, 3, 3, 3, 3), "3 spatial axes"),
-        (
-            nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()).train(),
-            torch.randn(4, 3, 2, 2),
-            "batch norm in training mode",
-        ),
-    ],
-    ids=lambda v: type(v).__name__,
-)
-def test_what_has_no_exact_answer_is_refused_by_name(network: nn.Module, x: Tensor, message: str) -> None:
-    with pytest.raises(UnsupportedError, match=message):
-        fisher(network, [x], "exact")
-
-
-def test_images_folded_into_the_batch_axis_are_refused() -> None:
-    class Frames(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:  # [N, T, 3, H, W]
-            return self.conv(x.flatten(0, 1)).mean((2, 3)).unflatten(0, x.shape[:2]).mean(1)
-
-    with pytest.raises(UnsupportedError, match=r"'conv.weight'.*sees 2 images of each example along"):
-        fisher(Frames(), [torch.randn(3, 2, 3, 5, 5)])
-
-
 def test_interacting_examples_are_refused() -> None:
     class Centred(nn.Module):
         def __init__(self) -> None:
@@ -477,12 +416,12 @@ def test_interacting_examples_are_refused() -> None:
 def test_the_self_check_catches_a_broken_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     network, x = small_network(), images()
 
-    def broken(use, g, layout, n, parameter):
-        factors = RULES_BEFORE.factors(use, g, layout, n, parameter)
+    def broken(use, g, layout, n):
+        factors = RULES_BEFORE.factors(use, g, layout, n)
         return Outer(factors.x * 1.01, factors.g) if isinstance(factors, Outer) else factors
 
     RULES_BEFORE = RULES["AddmmBackward0"]
-    monkeypatch.setitem(RULES, "AddmmBackward0", Rule(broken, RULES_BEFORE.rows))
+    monkeypatch.setitem(RULES, "AddmmBackward0", replace(RULES_BEFORE, factors=broken))
     for granularity in ("filter", "parameter", "tensor"):
         with pytest.raises(SelfCheckError, match=r"self-check failed for '7\.weight'"):
             fisher(network, [x], granularity=granularity)
