@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 ESTIMATORS = ("exact", "deflated", "hutchinson", "monte_carlo", "empirical")
+LARGEST_EXACT = 2**30  # numbers that the cotangents of all tokens may hold
+LEVELS = ("token", "sequence")
 DENSE_CLASSES = 64  # above this many classes eigenvectors come from the secular equation, not from a dense solver
 
 
@@ -195,17 +197,30 @@ def cotangents(
     likelihood: str | Likelihood = "softmax",
     labels: Tensor | None = None,
     generator: torch.Generator | None = None,
+    mask: Tensor | None = None,
+    level: str = "token",
 ) -> Tensor:
     """The cotangents of one batch: u [K, N, C] for logits [N, C], in the logits' dtype and on their device.
 
     ``samples`` counts the cotangents of the sampling estimators (``deflated`` may return fewer, when they are exact);
     ``labels`` are needed by ``empirical`` alone: [N] class indices for softmax, [N, C] targets otherwise. Without a
     ``generator`` the default one of torch is used. Raises ValueError naming what does not fit.
+
+    Logits [N, T, C] have a label at each of T tokens, independent given the input, as a language model's are given the
+    text before them; u is [K, N, T, C], labels [N, T] (or [N, T, C]). Where ``mask`` [N, T] is false, there is no label
+    and u is zero. All tokens of a sequence share a backward pass: with independent signs, or independent labels, the
+    products of two tokens' gradients vanish in expectation, and the square is that of each token, summed. ``exact``
+    takes one pass for each token and direction. For ``empirical``, ``level="sequence"`` squares the gradient of the
+    whole sequence's log-likelihood instead.
     """
     check_estimator(estimator, samples)
     model = get_likelihood(likelihood)
-    if logits.dim() != 2 or not logits.is_floating_point():
-        raise ValueError(f"logits are {list(logits.shape)} {logits.dtype}, expected floating point [N, C]")
+    if logits.dim() not in (2, 3) or not logits.is_floating_point():
+        raise ValueError(f"logits are {list(logits.shape)} {logits.dtype}, expected floating point [N, C] or [N, T, C]")
+    if logits.dim() == 3:
+        return _of_tokens(logits, estimator, samples, model, labels, generator, mask, level)
+    if mask is not None:
+        raise ValueError(f"a mask {list(mask.shape)} is for logits [N, T, C], got logits {list(logits.shape)}")
     z = logits.detach().to("cpu", torch.float64)
     if not z.isfinite().all():
         bad = int((~z.isfinite().all(1)).nonzero()[0])
@@ -227,6 +242,51 @@ def cotangents(
             raise ValueError("estimator 'empirical' needs the labels of the batch, got none")
         u = model.score(z, _check_labels(labels.cpu(), z, model))[None]
     return u.to(logits.device, logits.dtype)
+
+
+def _of_tokens(
+    logits: Tensor,
+    estimator: str,
+    samples: int,
+    likelihood: Likelihood,
+    labels: Tensor | None,
+    generator: torch.Generator | None,
+    mask: Tensor | None,
+    level: str,
+) -> Tensor:
+    """The cotangents of logits [N, T, C]: every token that is not masked is an example of its own first."""
+    n, t, c = logits.shape
+    if estimator == "exact" and c * t * logits.numel() > LARGEST_EXACT:
+        raise ValueError(
+            f"'exact' needs about {c * t} cotangents of {n} sequences of {t} tokens over {c} labels, a backward "
+            "pass each: use 'deflated'"
+        )
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}, expected one of {', '.join(LEVELS)}")
+    if mask is None:
+        mask = torch.ones(n, t, dtype=torch.bool)
+    if list(mask.shape) != [n, t]:
+        raise ValueError(f"the mask is {list(mask.shape)}, expected one entry a token: {[n, t]}")
+    mask = mask.to("cpu", torch.bool)
+    if labels is not None and list(labels.shape[:2]) != [n, t]:
+        raise ValueError(f"labels are {list(labels.shape)}, expected one a token: {[n, t]}")
+    there = mask.to(logits.device)
+    of_each = cotangents(
+        logits[there],
+        estimator,
+        samples,
+        likelihood,
+        None if labels is None else labels.cpu()[mask],
+        generator,
+    )  # [K, tokens, C]
+    if estimator == "deflated" or (estimator == "empirical" and level == "token"):
+        of_each = of_each * _signs(of_each.shape[1], len(of_each), 1, generator).to(of_each)
+    u = logits.new_zeros((len(of_each), *logits.shape))
+    u[:, there] = of_each
+    if estimator == "exact":  # [K, N, T, C] to [K T, N, T, C], each with one token
+        at = torch.eye(t, dtype=u.dtype, device=u.device)
+        u = (u[:, None] * at[None, :, None, :, None]).flatten(0, 1)
+    return u
 
 
 def _check_labels(labels: Tensor, z: Tensor, model: Likelihood) -> Tensor:

@@ -27,6 +27,7 @@ BATCH_MEAN = "batch_mean"
 # A wrong rule is wrong by order one; rounding (and the odd ReLU that flips) stays far below these.
 SELF_CHECK_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
 
+IGNORED = -100  # the label of a token that does not count, as cross_entropy has it
 LARGE_IMAGE = 128 * 128  # pixels from which channels-last pays: 8 to 25 percent at 224, nothing or a loss at 32 and 64
 
 
@@ -118,7 +119,9 @@ def _input(t: Any, device: str | torch.device) -> Any:
 
 
 def _split_batch(batch: Any) -> tuple[Any, Tensor | None]:
-    """(input, labels) of what a loader yields: (input, labels, ...), or the input alone."""
+    """(input, labels) of what a loader yields: (input, labels, ...), the input alone, or a mapping with "labels"."""
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         return batch[0], batch[1]
     if isinstance(batch, (tuple, list)) and len(batch) == 1:
@@ -136,9 +139,21 @@ def _check_logits(logits: Any, n: int) -> Tensor:
         raise TypeError(
             f"the model returned {type(logits).__name__}, expected logits [N, C]: pass forward=lambda model, x: ..."
         )
-    if logits.dim() != 2 or logits.shape[0] != n:
-        raise ValueError(f"the model gave logits {list(logits.shape)} for {n} examples, expected [{n}, C]")
+    if logits.dim() not in (2, 3) or logits.shape[0] != n:
+        raise ValueError(
+            f"the model gave logits {list(logits.shape)} for {n} examples, expected [{n}, C], or [{n}, T, C] for tokens"
+        )
     return logits
+
+
+def _default_mask(inputs: Any, labels: Tensor | None) -> Tensor | None:
+    """Which tokens count, [N, T]: none of padding, none whose label is -100; None where all do."""
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    mask = None if mask is None else mask.bool().cpu()
+    if labels is not None and not labels.is_floating_point():
+        wanted = (labels != IGNORED).cpu()
+        mask = wanted if mask is None else mask & wanted
+    return mask
 
 
 def _check_inputs(inputs: Any, batch: int) -> int:
@@ -169,6 +184,8 @@ def fisher(
     self_check: bool = True,
     device: str | torch.device | None = None,
     forward: Callable[[nn.Module, Any], Tensor] = _default_forward,
+    mask: Callable[[Any, Tensor | None], Tensor | None] = _default_mask,
+    level: str = "token",
     channels_last: bool = True,
     progress: bool = False,
     explain: bool = False,
@@ -185,6 +202,12 @@ def fisher(
     ``likelihood``: ``"softmax"`` (logits [N, C]), ``"sigmoid"`` (C yes-or-no labels) or ``"gaussian"``.
     ``parameters``: names, or a function of name and parameter; default all. ``unsupported`` (``"error"``, ``"exact"``
     or ``"skip"``) and ``filter_axis`` as in :class:`FisherRecorder`. The model's mode is left as it is.
+
+    Logits [N, T, C] are those of a token model (:func:`t2v_fast.cotangents.cotangents`); examples are sequences.
+    ``mask(inputs, labels)`` says which tokens count, [N, T]; by default those with an ``attention_mask`` and, where
+    there are labels (labels[n, t] is that of logits[n, t]), with another label than -100. ``level``: ``"token"`` for
+    the mean over tokens of each token's Fisher, ``"sequence"`` for the mean over sequences of the Fisher of a whole
+    sequence, the sum over its tokens; the standard error is over sequences in both.
 
     The first batch is checked against plain autograd on two of its examples (``self_check``): three backward passes of
     the batch and two forward passes of one example.
@@ -223,18 +246,25 @@ def fisher(
             if len(a) < n:
                 raise ValueError(f"weights has {len(weights)} entries but the loader yields more examples than that")
             logits = _check_logits(forward(model, inputs), n)
+            tokens = None  # to divide by
+            options: dict[str, Any] = {}
+            if logits.dim() == 3:
+                valid = mask(inputs, labels)
+                options = {"mask": valid, "level": level}
+                if level == "token":
+                    tokens = _count_tokens(valid, logits)
             if estimator == BATCH_MEAN:
-                values = _batch_mean(recorder, logits, likelihood, a, generator)
+                values = _batch_mean(recorder, logits, likelihood, a, tokens, generator, options)
             else:
                 if self_check and seen == 0:
                     _self_check(recorder, forward, inputs, logits)
-                u = cotangents(logits, estimator, samples, likelihood, labels, generator)
+                u = cotangents(logits, estimator, samples, likelihood, labels, generator, **options)
                 with _explained(recorder, n) if explain and seen == 0 else contextlib.nullcontext():
                     values = recorder.backward(logits, u, a if granularity == "parameter" else None)
                 if not values:
                     raise ValueError("unsupported='skip' left no parameter: see why with unsupported='error'")
             skipped |= recorder.skipped
-            _accumulate(moments, values, a, estimator, granularity)
+            _accumulate(moments, values, a, tokens, estimator, granularity)
             seen += n
     if seen == 0:
         raise ValueError("the loader gave no example")
@@ -318,24 +348,46 @@ def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def _accumulate(
-    moments: dict[str, _Moments], values: dict[str, Tensor], a: Tensor, estimator: str, granularity: str
+    moments: dict[str, _Moments],
+    values: dict[str, Tensor],
+    a: Tensor,
+    tokens: Tensor | None,
+    estimator: str,
+    granularity: str,
 ) -> None:
+    """Add a batch's values; ``tokens`` [N]: of how many in each example they are sums, if the mean is over tokens."""
+    counts = torch.ones(1) if tokens is None else tokens
+    total = (a * counts).sum()
     for name, q in values.items():
         if estimator == BATCH_MEAN:
             moments[name].add(q[None], torch.ones(1))
         elif granularity == "parameter":  # summed over the batch already
-            if a.sum() > 0:
-                moments[name].add(q[None] / a.sum(), a.sum()[None])
+            if total > 0:
+                moments[name].add(q[None] / total, total[None])
         else:
-            moments[name].add(q, a)
+            each = counts.clamp_min(1).to(q).view(-1, *(1,) * (q.dim() - 1))
+            moments[name].add(q if tokens is None else q / each, a * counts)
+
+
+def _count_tokens(mask: Tensor | None, logits: Tensor) -> Tensor:
+    """How many tokens of each example count, [N]."""
+    n, t = logits.shape[:2]
+    return torch.full((n,), t, dtype=torch.float64) if mask is None else mask.cpu().bool().sum(1).double()
 
 
 def _batch_mean(
-    recorder: FisherRecorder, logits: Tensor, likelihood: Likelihood, a: Tensor, generator: torch.Generator
+    recorder: FisherRecorder,
+    logits: Tensor,
+    likelihood: Likelihood,
+    a: Tensor,
+    tokens: Tensor | None,
+    generator: torch.Generator,
+    options: Mapping[str, Any],
 ) -> dict[str, Tensor]:
     """Squares of the gradient of the weighted mean loss of one batch, labels drawn from the model."""
-    u = cotangents(logits, "monte_carlo", 1, likelihood, generator=generator)[0]
-    u = u * (a / a.sum()).to(u.device, u.dtype)[:, None]
+    u = cotangents(logits, "monte_carlo", 1, likelihood, generator=generator, **options)[0]
+    total = a.sum() if tokens is None else (a * tokens).sum()
+    u = u * (a / total).to(u.device, u.dtype).view(-1, *(1,) * (u.dim() - 1))
     gradients = torch.autograd.grad(
         [logits], list(recorder.parameters.values()), [u], allow_unused=True, materialize_grads=True
     )
@@ -348,7 +400,7 @@ def _self_check(
     """Compare the fused pass on two examples of a batch with plain autograd on each; raise SelfCheckError."""
     n = logits.shape[0]
     examples = sorted({n // 2, n - 1})
-    directions = torch.randn(n, logits.shape[1], generator=torch.Generator().manual_seed(n))
+    directions = torch.randn(logits.shape, generator=torch.Generator().manual_seed(n))
     cotangent = torch.zeros_like(logits)
     cotangent[examples] = directions[examples].to(logits)
     got = recorder.backward(logits, cotangent, retain_graph=True)

@@ -138,3 +138,59 @@ def test_every_estimator_keeps_dtype_and_shape() -> None:
         u = cotangents(z, estimator, labels=torch.zeros(4, dtype=torch.long))
         assert u.dtype == z.dtype
         assert u.shape[1:] == z.shape
+
+
+@pytest.mark.parametrize("estimator", ["exact", "deflated", "hutchinson", "monte_carlo"])
+def test_tokens_have_a_fisher_each_and_no_products(estimator: str) -> None:
+    """E[u u^T] of a sequence is block diagonal: S of each token that counts, zero for padding and between tokens."""
+    logits = torch.randn(1, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True, True, False]])
+    want = torch.zeros(3, 4, 3, 4, dtype=torch.float64)
+    for t in range(2):
+        p = logits[0, t].softmax(0)
+        want[t, :, t] = p.diag() - p[:, None] * p
+    draws = 1 if estimator == "exact" else 40_000
+    u = cotangents(
+        logits.expand(draws, -1, -1),
+        estimator,
+        2,
+        generator=torch.Generator().manual_seed(1),
+        mask=mask.expand(draws, -1),
+    )
+    assert not u[:, :, 2].any()
+    got = torch.einsum("knac,knbd->acbd", u, u) / draws
+    assert (got - want).abs().max() < (1e-14 if estimator == "exact" else 0.01)
+
+
+def test_empirical_tokens_and_sequences() -> None:
+    logits = torch.randn(1, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).expand(
+        40_000, -1, -1
+    )
+    labels = torch.tensor([[2, 0, 3]]).expand(40_000, -1)
+    scores = logits[0].softmax(1) - torch.nn.functional.one_hot(labels[0], 4)
+    sequence = cotangents(logits[:2], "empirical", labels=labels[:2], level="sequence")
+    assert torch.allclose(sequence, scores.expand(1, 2, 3, 4), atol=1e-15, rtol=0)
+    u = cotangents(logits, "empirical", labels=labels, generator=torch.Generator().manual_seed(1))[0]
+    got = torch.einsum("nac,nbd->acbd", u, u) / len(u)
+    want = torch.einsum("ac,ad,ab->acbd", scores, scores, torch.eye(3, dtype=torch.float64))
+    assert (got - want).abs().max() < 0.02
+
+
+def test_tokens_that_do_not_fit_are_named() -> None:
+    logits = torch.randn(2, 3, 4)
+    for options, message in (
+        ({"mask": torch.ones(2, 4)}, r"mask is \[2, 4\], expected one entry a token: \[2, 3\]"),
+        ({"level": "word"}, "level is 'word'"),
+        (
+            {"estimator": "empirical", "labels": torch.zeros(2, dtype=torch.long)},
+            r"labels are \[2\], expected one a token",
+        ),
+        ({"estimator": "empirical", "labels": torch.full((2, 3), -100)}, "labels go from -100"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cotangents(logits, **options)
+    with pytest.raises(ValueError, match=r"a mask .* is for logits"):
+        cotangents(logits[0], mask=torch.ones(3))
+    with pytest.raises(ValueError, match=r"'exact' needs about .* cotangents"):
+        cotangents(torch.zeros(1, 64, 5000), "exact")
+    assert not cotangents(logits, mask=torch.zeros(2, 3)).any()

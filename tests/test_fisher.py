@@ -558,3 +558,70 @@ def test_an_error_of_the_network_stays_its_own() -> None:
 
     with pytest.raises(RuntimeError, match="out of luck"):
         fisher(Broken(), [images(2).float()])
+
+
+class Language(nn.Module):
+    """Each token sees those before it; logits [N, T, V], embedding and head tied."""
+
+    def __init__(self, words: int = 5, width: int = 6) -> None:
+        super().__init__()
+        self.token = nn.Embedding(words, width)
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return F.linear(self.mix(self.token(input_ids).cumsum(1)).tanh(), self.token.weight)
+
+
+@pytest.mark.parametrize("granularity", ["filter", "parameter", "tensor"])
+def test_language_models_with_padding(granularity: str) -> None:
+    """Every token's Fisher by plain autograd, token by token; padding contributes nothing, whatever it is."""
+    torch.manual_seed(0)
+    network = Language().double()
+    tokens = torch.randint(0, 5, (4, 4))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]])
+    lengths = mask.sum(1)
+    want = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
+    for n, length in enumerate(lengths[:3]):
+        for t in range(length):
+            one = LastToken(network)
+            prefix = tokens[n : n + 1, : t + 1]
+            with torch.no_grad():
+                u = cotangents(one(prefix), "exact")
+            for name, s in per_example_squares(one, prefix, u).items():
+                want[name.removeprefix("network.")] += s[0]
+    batches = [
+        {"input_ids": tokens[:3], "attention_mask": mask[:3]},
+        {"input_ids": tokens[3:], "attention_mask": mask[3:]},
+    ]
+    options = {"estimator": "exact", "granularity": granularity}
+    by_token = fisher(network, batches, **options)
+    assert_agrees(by_token, {name: reduce(s[None] / 9, granularity)[0] for name, s in want.items()})
+    by_sequence = fisher(network, batches[:1], level="sequence", **options)
+    assert_agrees(by_sequence, {name: reduce(s[None] / 3, granularity)[0] for name, s in want.items()})
+    other = tokens.where(mask.bool(), (tokens + 1) % 5)
+    labels = torch.where(mask.bool(), tokens, -100)  # the other way to say what is padding
+    again = fisher(network, [{"input_ids": other, "labels": labels}], **options)
+    assert_agrees(again, dict(by_token), 1e-12)
+
+
+class LastToken(nn.Module):
+    """The logits of the last token alone."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.network(tokens)[:, -1]
+
+
+def test_sampled_tokens_converge_to_the_exact_fisher() -> None:
+    torch.manual_seed(0)
+    network, tokens = Language().double(), torch.randint(0, 5, (3, 4))
+    exact = fisher(network, [tokens], "exact")
+    for estimator in ("deflated", "hutchinson", "monte_carlo"):
+        many = fisher(network, [tokens] * 400, estimator, seed=1)
+        assert ((many.vector() - exact.vector()).abs() <= 4.5 * many.standard_error_vector()).all()
+        assert relative_error(many.vector(), exact.vector()) < 0.05
+    squared_mean = fisher(network, [tokens], "batch_mean", seed=2)
+    assert squared_mean.vector().isfinite().all()
