@@ -17,7 +17,7 @@ from tqdm import tqdm
 from . import plan
 from .cotangents import Likelihood, check_estimator, cotangents, get_likelihood
 from .factors import Factors
-from .graph import Use
+from .graph import Use, find_taps, mend_batch_norms
 from .recorder import FilterAxis, FisherRecorder, ParameterFilter
 
 log = logging.getLogger(__name__)
@@ -388,6 +388,7 @@ def _batch_mean(
     u = cotangents(logits, "monte_carlo", 1, likelihood, generator=generator, **options)[0]
     total = a.sum() if tokens is None else (a * tokens).sum()
     u = u * (a / total).to(u.device, u.dtype).view(-1, *(1,) * (u.dim() - 1))
+    mend_batch_norms(find_taps(logits, {}).order)
     gradients = torch.autograd.grad(
         [logits], list(recorder.parameters.values()), [u], allow_unused=True, materialize_grads=True
     )

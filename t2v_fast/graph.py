@@ -8,9 +8,9 @@ the second part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -255,6 +255,29 @@ def backpropagate(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def mend_batch_norms(nodes: Iterable[Node]) -> None:
+    """Make the gradients right that torch computes for batch norms of a single image on a CPU.
+
+    Its kernel mistakes a cotangent [1, C, H, W] for one in the memory format of the layer's input where they differ,
+    and gives wrong gradients for the input, the weight and the bias (torch 2.13 and 2.14, in either mode).
+    """
+    for node in nodes:
+        if node.name() != "NativeBatchNormBackward0":
+            continue
+        shape = node._input_metadata[0].shape
+        if shape[0] != 1 or len(shape) != 4:
+            continue
+        node.register_prehook(partial(_in_format_of, node._saved_input))
+
+
+def _in_format_of(x: Tensor, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    if gradients[0] is None:
+        return gradients
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    wanted = torch.channels_last if last else torch.contiguous_format
+    return gradients[0].contiguous(memory_format=wanted), *gradients[1:]
 
 
 def output_like(node: Node) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from .factors import Factors, Reuse, Summed, concatenated
-from .graph import Layouts, Taps, UnsupportedError, Use, backpropagate
+from .graph import Layouts, Taps, UnsupportedError, Use, backpropagate, mend_batch_norms
 from .reference import accumulate_dtype
 from .rules import RULES, problem, rows_of, taps_of
 
@@ -168,6 +168,7 @@ class FisherRecorder:
                 "the output has no autograd graph: run the forward inside the recorder, with gradients enabled"
             )
         taps = taps_of(output, self.parameters)
+        mend_batch_norms(taps.order)
         ways = self._ways(taps)
         tapped = taps.of(ways.single | ways.summed)
         self._layouts.probe(output, tapped, rows_of)

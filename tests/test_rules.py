@@ -454,3 +454,41 @@ def test_the_recorder_names_what_it_skips() -> None:
         out = recorder.model(x)
         assert list(recorder.backward(out, torch.ones_like(out))) == ["0.weight", "0.bias"]
         assert recorder.skipped == {"1.w"}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_batch_of_one_before_a_batch_norm_that_feeds_tokens(training: bool, channels_last: bool) -> None:
+    """torch's own gradient of this is wrong: the cotangent is in another memory format than the norm's input."""
+    torch.manual_seed(0)
+
+    def forward(self, x):
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        y = self.norm(self.conv(x))
+        y = y.flatten(2) if channels_last else y.flatten(2).transpose(1, 2)
+        return self.out(y.contiguous()).tanh().mean(1)
+
+    out = nn.Linear(20 if channels_last else 6, 4)
+    network = Function(forward, conv=nn.Conv2d(3, 6, 1), norm=nn.BatchNorm2d(6), out=out)
+    if not training:
+        agree(network, torch.randn(3, 3, 4, 5))
+        return
+    network, x = network.train().double(), torch.randn(1, 3, 4, 5, dtype=torch.float64)
+    got = fisher(network, [x], "batch_mean")
+    # The same by a batch norm written out.
+    norm = network.norm
+    network.norm = Function(
+        lambda self, x: (
+            (x - x.mean((0, 2, 3), keepdim=True))
+            / (x.var((0, 2, 3), correction=0, keepdim=True) + norm.eps).sqrt()
+            * self.weight.view(1, -1, 1, 1)
+            + self.bias.view(1, -1, 1, 1)
+        ),
+        weight=(6,),
+        bias=(6,),
+    ).double()
+    network.norm.load_state_dict({"weight": norm.weight, "bias": norm.bias})
+    want = fisher(network, [x], "batch_mean")
+    for name, values in want.items():
+        assert relative_error(got[name], values) < 1e-9 or float(values.norm()) < 1e-20, name
