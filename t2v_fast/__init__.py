@@ -1,6 +1,7 @@
 """t2v-fast: exact diagonal Fisher information and Task2Vec embeddings, fast."""
 
 from . import distance, ops
+from .bank import Bank, BankError
 from .data import DataError, TaskData
 from .embedding import Embedding, FingerprintMismatch
 from .fisher import FisherDiagonal, SelfCheckError, fisher
@@ -12,6 +13,8 @@ from .task2vec import Task2Vec
 
 __version__ = "0.1.0"
 __all__ = [
+    "Bank",
+    "BankError",
     "DataError",
     "Embedding",
     "FingerprintMismatch",

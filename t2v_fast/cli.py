@@ -1,10 +1,10 @@
-"""The command line: ``t2v-fast embed | distance | profile | demo | info``."""
+"""The command line: ``t2v-fast embed | bank | distance | profile | demo | info``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__, demo, ops, plot
+from .bank import Bank
 from .cotangents import ESTIMATORS
 from .distance import METRICS, distance_rows, nearest_tasks, pdist
 from .embedding import Embedding
+from .export import FORMS, export
 from .files import write_csv
 from .fisher import BATCH_MEAN
 from .probe import load_probe
@@ -79,9 +81,36 @@ def _parser() -> argparse.ArgumentParser:
     profiling.add_argument("--plot", type=Path, help="write a roofline picture here (PNG)")
     profiling.set_defaults(run=_profile)
 
+    _bank_options(commands.add_parser("bank", help="look at, search, mend and export a bank of embeddings"))
+
     info = commands.add_parser("info", help="versions, and which backends run here or why not")
     info.set_defaults(run=_info)
     return parser
+
+
+def _bank_options(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True)
+
+    def action(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = actions.add_parser(name, help=text)
+        sub.add_argument("bank", type=Path, metavar="BANK")
+        sub.set_defaults(run=run)
+        return sub
+
+    action("ls", _bank_ls, "finished tasks")
+    action("failed", _bank_failed, "failed tasks and their errors")
+    retry = action("retry", _bank_retry, "let failed tasks run again in the next `embed --job`")
+    retry.add_argument("tasks", nargs="*", metavar="TASK", help="default: all that failed")
+    exporting = action("export", _bank_export, "write all finished tasks in another form")
+    exporting.add_argument("path", type=Path, metavar="PATH")
+    exporting.add_argument("--form", default="numpy", choices=FORMS)
+    nearest = action("nearest", _bank_nearest, "the tasks nearest to one")
+    nearest.add_argument("query", metavar="TASK", help="a task of the bank, or a file that `embed` wrote")
+    nearest.add_argument("-k", type=int, default=10)
+    nearest.add_argument("--metric", default="cosine", choices=METRICS)
+    nearest.add_argument("--exact", action="store_true", help="measure all tasks, not only an index's candidates")
+    action("verify", _bank_verify, "compare everything with its checksums")
+    action("repair", _bank_repair, "take out what is damaged, so that it is run again")
 
 
 def _pipeline_options(parser: argparse.ArgumentParser) -> None:
@@ -148,6 +177,64 @@ def _embed(arguments: argparse.Namespace) -> int:
             f"-> {path}",
             markup=False,
         )
+    return 0
+
+
+def _open_bank(arguments: argparse.Namespace) -> Bank:
+    return Bank(arguments.bank, create=False)
+
+
+def _bank_ls(arguments: argparse.Namespace) -> int:
+    bank = _open_bank(arguments)
+    for task in bank.tasks:
+        print(task)
+    print(f"{len(bank)} tasks, {len(bank.failed)} failed")
+    return 0
+
+
+def _bank_failed(arguments: argparse.Namespace) -> int:
+    for task, error in _open_bank(arguments).failed.items():
+        print(f"{task}: {error}")
+    return 0
+
+
+def _bank_retry(arguments: argparse.Namespace) -> int:
+    tasks = _open_bank(arguments).retry(arguments.tasks or None)
+    print(f"{len(tasks)} task{'s' * (len(tasks) != 1)} will be run again")
+    return 0
+
+
+def _bank_export(arguments: argparse.Namespace) -> int:
+    print(f"{export(_open_bank(arguments), arguments.path, arguments.form)} tasks -> {arguments.path}")
+    return 0
+
+
+def _bank_nearest(arguments: argparse.Namespace) -> int:
+    bank = _open_bank(arguments)
+    query = arguments.query
+    if query not in bank:
+        if not Path(query).is_file():
+            raise ValueError(f"{query!r} is neither a task of bank {bank.folder} nor a file")
+        query = Embedding.load(query)
+    table = Table("task", arguments.metric)
+    for task, d in bank.nearest(query, arguments.k, arguments.metric, exact=arguments.exact):
+        table.add_row(Text(task), f"{d:.4g}")
+    console.print(table)
+    return 0
+
+
+def _bank_verify(arguments: argparse.Namespace) -> int:
+    bank = _open_bank(arguments)
+    damaged = bank.verify()
+    for error in damaged.values():
+        print(error)
+    print(f"{len(bank) - len(damaged)} of {len(bank)} tasks are whole")
+    return 1 if damaged else 0
+
+
+def _bank_repair(arguments: argparse.Namespace) -> int:
+    for line in Bank.repair(arguments.bank):
+        print(f"taken out: {line}")
     return 0
 
 

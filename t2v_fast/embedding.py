@@ -60,6 +60,8 @@ class Embedding:
         if self.num_examples < 1:
             raise ValueError(f"num_examples is {self.num_examples}, expected at least 1")
         for name in ("meta", "fingerprint"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} is {type(getattr(self, name)).__name__}, expected a dictionary")
             try:
                 # A fingerprint must equal itself after a round trip through a file.
                 setattr(self, name, json.loads(_json(getattr(self, name))))
@@ -146,12 +148,21 @@ class Embedding:
                 meta=json.loads(header["meta"]),
                 fingerprint=json.loads(header["fingerprint"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is a damaged embedding: {error}") from None
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False)
+
+
+def differences(first: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What differs between two fingerprints, in words; nothing for equal ones."""
+    return [
+        f"{key} ({first.get(key)!r} against {other.get(key)!r})"
+        for key in sorted({*first, *other})
+        if first.get(key) != other.get(key)
+    ]
 
 
 def check_comparable(embeddings: Sequence[Embedding]) -> None:
@@ -160,11 +171,7 @@ def check_comparable(embeddings: Sequence[Embedding]) -> None:
         return
     first = embeddings[0]
     for k, other in enumerate(embeddings):
-        different = [
-            f"{key} ({first.fingerprint.get(key)!r} against {other.fingerprint.get(key)!r})"
-            for key in sorted({*first.fingerprint, *other.fingerprint})
-            if first.fingerprint.get(key) != other.fingerprint.get(key)
-        ]
+        different = differences(first.fingerprint, other.fingerprint)
         if not different and first.layers != other.layers:
             different = ["the layers"]
         if different:
