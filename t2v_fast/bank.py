@@ -252,7 +252,7 @@ class Bank:
         A claim ends by :meth:`release`, or with the process, however that ends. Who adds a task without claiming it
         risks to compute it twice, though never to store it twice.
         """
-        _check_name(task)
+        check_name(task)
         if not self._locks.acquire(_offset(task), wait=False):
             return False
         try:
@@ -279,7 +279,7 @@ class Bank:
             return
         names = [str(e.meta.get("task") or "") for e in embeddings]
         for name in names:
-            _check_name(name)
+            check_name(name)
         with self._changing():
             for k, name in enumerate(names):
                 if name in self._done or name in names[:k]:
@@ -296,7 +296,7 @@ class Bank:
 
     def fail(self, task: str, error: str) -> None:
         """Record that a task failed, and why; it is not claimed again before :meth:`retry`."""
-        _check_name(task)
+        check_name(task)
         with self._changing():
             if task in self._done:
                 raise BankError(f"bank {self.folder}: task {task!r} is finished, so it cannot have failed")
@@ -584,7 +584,8 @@ def _offset(task: str) -> int:
     return 1 + int.from_bytes(hashlib.blake2b(task.encode(), digest_size=8).digest()) % (1 << 62)
 
 
-def _check_name(task: Any) -> None:
+def check_name(task: Any) -> None:
+    """Raise BankError for what cannot be a task's name."""
     if not isinstance(task, str) or not task or len(task) > LONGEST_NAME or not task.isprintable():
         raise BankError(
             f"a task's name is {str(task)[:80]!r}, expected 1 to {LONGEST_NAME} printable characters; "
@@ -630,7 +631,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     for key, kind in _KEYS[record["state"]].items():
         if not isinstance(record.get(key), kind) or isinstance(record[key], bool):
             raise ValueError(f"its {key!r} is {str(record.get(key))[:80]!r}, expected {kind.__name__}")
-    _check_name(record["task"])
+    check_name(record["task"])
     if record["state"] == "done":
         sums, scale = record["sums"], record.get("scale")
         if "hessian" not in sums or not set(sums) <= set(FIELDS) or not all(isinstance(s, str) for s in sums.values()):

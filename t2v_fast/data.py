@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -151,6 +151,11 @@ class TaskData:
             "give the same images in the same order each time"
         )
 
+    def check_labels(self, labels: Iterable) -> Tensor:
+        """Labels that were given apart from the images, [N] or [N, L]; DataError as in a pass over the data."""
+        read = _Reader(self, lambda image: image)
+        return torch.stack([read.label(label, self.describe(k)) for k, label in enumerate(labels)])
+
     def encode_labels(self, labels: Tensor) -> tuple[Tensor, list]:
         """Labels as codes 0 to C-1 over the sorted distinct values, and the classes they stand for.
 
@@ -247,6 +252,20 @@ class _Iterated(IterableDataset):
             yield self.read(lambda item=item: item, index)
 
 
+class WithIndex(Dataset):
+    """The images of a map-style data set, each labelled with its own index."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        item = self.source[index]
+        return (item[0] if isinstance(item, (tuple, list)) and item else item), index
+
+
 class _Arrays:
     def __init__(self, images: np.ndarray | Tensor, labels: Sequence | np.ndarray | Tensor, name: str | None) -> None:
         if images.ndim not in (3, 4) or not hasattr(labels, "__getitem__") or not getattr(labels, "ndim", 1):
@@ -263,6 +282,18 @@ class _Arrays:
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         return self.images[index], self.labels[index]
+
+
+def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
+    """A decoded image; OSError for whatever is none."""
+    try:
+        with Image.open(file) as image:
+            image.load()  # a truncated file fails here
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files make the decoders fail with almost anything
+        raise OSError(str(error) or type(error).__name__) from error
+    return image
 
 
 class _Folder:
@@ -292,11 +323,4 @@ class _Folder:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.files[index]
-        try:
-            with Image.open(path) as image:
-                image.load()  # a truncated file fails here
-        except MemoryError:
-            raise
-        except Exception as error:  # damaged files make the decoders fail with almost anything
-            raise OSError(str(error) or type(error).__name__) from error
-        return image, label
+        return open_image(path), label

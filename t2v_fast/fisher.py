@@ -273,6 +273,13 @@ def fisher(
     moments = {name: m for name, m in moments.items() if name not in skipped}
     if not next(iter(moments.values())).weight > 0:
         raise ValueError("the weights of all examples are zero")
+    return _diagonal(moments, recorder, estimator, samples, seen)
+
+
+def _diagonal(
+    moments: dict[str, _Moments], recorder: FisherRecorder, estimator: str, samples: int, count: int
+) -> FisherDiagonal:
+    """What the moments of all examples say; ValueError where the network overflows."""
     values = {name: m.mean() for name, m in moments.items()}
     for name, mean in values.items():
         if not mean.isfinite().all():
@@ -280,10 +287,10 @@ def fisher(
     return FisherDiagonal(
         values,
         {name: m.standard_error() for name, m in moments.items()},
-        granularity,
+        recorder.granularity,
         estimator,
         samples,
-        seen,
+        count,
         recorder.unused,
         skipped,
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from types import TracebackType
 
 import torch
@@ -147,12 +148,25 @@ class FisherRecorder:
 
         Raises UnsupportedError, naming the parameter, where no exact answer exists, and ValueError for bad shapes.
         """
+        if cotangents.shape == output.shape:
+            cotangents = cotangents[None]
+        return self._backward(output, cotangents, [len(cotangents)], weights, retain_graph)[0]
+
+    def backward_groups(self, output: Tensor, cotangents: Tensor, groups: Sequence[int]) -> list[dict[str, Tensor]]:
+        """As :meth:`backward`, with sums of their own for the first ``groups[0]`` of the cotangents [K, N, ...], for
+        the next ``groups[1]``, and so on. What depends on the layers' inputs alone is computed once for all groups.
+        """
+        if sum(groups) != len(cotangents) or min(groups, default=0) < 1:
+            raise ValueError(f"groups are {list(groups)}, expected whole numbers that add up to {len(cotangents)}")
+        return self._backward(output, cotangents, groups, None, False)
+
+    def _backward(
+        self, output: Tensor, cotangents: Tensor, groups: Sequence[int], weights: Tensor | None, retain_graph: bool
+    ) -> list[dict[str, Tensor]]:
         if self._required is None:
             raise RuntimeError(
                 "FisherRecorder.backward outside its context: use `with FisherRecorder(model) as recorder:`"
             )
-        if cotangents.shape == output.shape:
-            cotangents = cotangents[None]
         if cotangents.shape[1:] != output.shape or not len(cotangents):
             raise ValueError(
                 f"cotangents are {list(cotangents.shape)}, expected {list(output.shape)} or [K >= 1, ...] of them"
@@ -179,17 +193,20 @@ class FisherRecorder:
             node: Reuse(len(cotangents), sum(use.parameter in ways.single for use in uses))
             for node, uses in tapped.uses.items()
         }
-        for k, cotangent in enumerate(cotangents):
-            more = retain_graph or bool(ways.alone) or k + 1 < len(cotangents)
+        results, ends = [], set(accumulate(groups))
+        first = 0
+        for k, cotangent in enumerate(cotangents, 1):
+            more = retain_graph or bool(ways.alone) or k < len(cotangents)
             if tapped.uses:
                 self._pass(output, cotangent, tapped, ways, sums, w, reuse, more)
-        for name in ways.alone:
-            sums[name] = self._one_by_one(output, cotangents, name, w)
-        return {
-            name: self._mean(name, sums[name] if name in sums else self._zeros(name, n))
-            for name in self.parameters
-            if name not in ways.skipped
-        }
+            if k in ends:
+                for name in ways.alone:
+                    sums[name] = self._one_by_one(output, cotangents[first:k], name, w)
+                found = {name: sums[name] if name in sums else self._zeros(name, n) for name in self.parameters}
+                results.append({name: self._mean(name, q) for name, q in found.items() if name not in ways.skipped})
+                sums.clear()
+                first = k
+        return results
 
     def reduce(self, name: str, gradient: Tensor) -> Tensor:
         """The square of one gradient of a parameter, at the recorder's granularity."""

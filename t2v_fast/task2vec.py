@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .cotangents import check_estimator
-from .data import TASK_TYPES, TaskData, balanced_weights, check_task_type
+from .data import TASK_TYPES, DataError, TaskData, WithIndex, balanced_weights, check_task_type
 from .embedding import Embedding
 from .fisher import BATCH_MEAN, FisherDiagonal, fisher
 from .head import HeadFit, fit_head
 from .probe import Probe, load_probe
+from .shared import LabelSet, fisher_of_label_sets, stacked_head
+
+Result = TypeVar("Result")
 
 
 class Task2Vec:
@@ -83,27 +87,120 @@ class Task2Vec:
         """
         if not isinstance(data, TaskData):
             data = TaskData.of(data, name=name, task_type=self.task_type, skip_unreadable=skip_unreadable)
+        return self._within_memory(data, lambda: self._embed(data))
+
+    def _embed(self, data: TaskData) -> Embedding:
         seconds = {}
         with _timed(seconds, "features"):
             features, labels = self._features(data)
         codes, classes = data.encode_labels(labels)
-        weights = None
-        if self.balanced and self.task_type == "multiclass":
-            weights = balanced_weights(codes, len(classes))
         with _timed(seconds, "head"):
-            fit = fit_head(
-                features,
-                codes,
-                num_classes=len(classes),
-                weights=weights,
-                likelihood=TASK_TYPES[self.task_type],
-                method=self.head,
-                seed=self.seed,
-                **self.head_options,
-            )
+            fit, weights = self._fit(features, codes, len(classes))
         with _timed(seconds, "fisher"):
             diagonal = self._fisher(data, codes, fit.linear, weights)
         return self._embedding(data, classes, fit, diagonal, seconds)
+
+    def embed_label_sets(
+        self,
+        data: Any,
+        label_sets: Mapping[str, Any],
+        *,
+        classes: Mapping[str, list[str]] | None = None,
+        skip_unreadable: bool = False,
+    ) -> dict[str, Embedding]:
+        """Embed several tasks over the same images, which are decoded and run through the network once for all.
+
+        ``data`` as in :meth:`embed`, a map-style one; its own labels are not used. ``label_sets``: for each task's name
+        its labels, one for each image of ``data``, and ``classes`` the names of its codes, if they have any. Each
+        embedding equals that of :meth:`embed` with these labels, to rounding. Raises DataError naming the task.
+        """
+        if not label_sets:
+            raise ValueError("label_sets is empty, expected labels for at least one task")
+        if self.estimator == BATCH_MEAN:
+            raise ValueError(f"estimator {BATCH_MEAN!r} has no shared form: embed the tasks one by one")
+        if not isinstance(data, TaskData):
+            data = TaskData.of(data, name=", ".join(label_sets), skip_unreadable=skip_unreadable)
+        if not isinstance(data.source, Sized) or not hasattr(data.source, "__getitem__"):
+            raise DataError(f"tasks {', '.join(label_sets)}: {type(data.source).__name__} is no map-style data set")
+        for name, labels in label_sets.items():
+            if len(labels) != len(data.source):
+                raise DataError(f"task {name!r} has {len(labels)} labels for {len(data.source)} images")
+        skip = data.skip_unreadable or skip_unreadable
+        indexed = TaskData(WithIndex(data.source), data.name, "multiclass", None, data.describe, skip)
+        return self._within_memory(indexed, lambda: self._embed_label_sets(indexed, label_sets, classes or {}))
+
+    def _embed_label_sets(
+        self, data: TaskData, label_sets: Mapping[str, Any], classes: Mapping[str, list[str]]
+    ) -> dict[str, Embedding]:
+        seconds = {}
+        with _timed(seconds, "features"):
+            features, indices = self._features(data)
+        sets, fits, tasks = [], [], []
+        with _timed(seconds, "head"):
+            for name, labels in label_sets.items():
+                task = TaskData(data.source, name, self.task_type, classes.get(name), skip_unreadable=True)
+                codes, found = task.encode_labels(task.check_labels(labels)[indices])
+                fit, weights = self._fit(features, codes, len(found))
+                sets.append(LabelSet(fit.linear, codes, weights))
+                fits.append((fit, found))
+                task.skipped = data.skipped
+                tasks.append(task)
+        with _timed(seconds, "fisher"):
+            diagonals = self._fisher_of_label_sets(data, sets)
+        share = {stage: s / len(tasks) for stage, s in seconds.items()}
+        return {
+            task.name: self._embedding(task, found, fit, diagonal, share)
+            for task, (fit, found), diagonal in zip(tasks, fits, diagonals, strict=True)
+        }
+
+    def _fisher_of_label_sets(self, data: TaskData, sets: list[LabelSet], **shard: Any) -> list[FisherDiagonal]:
+        parameter = next(self.probe.network.parameters())
+        with self.probe.with_head(stacked_head(sets).to(parameter.device, parameter.dtype)) as network:
+            return fisher_of_label_sets(
+                network,
+                (images for images, _ in self._batches(data, "Fisher")),
+                sets,
+                self.estimator,
+                self.samples,
+                likelihood=TASK_TYPES[self.task_type],
+                parameters=self.probe.embedding_parameters(),
+                seed=self.seed,
+                self_check=self.self_check,
+                **shard,
+            )
+
+    def _fit(self, features: Tensor, codes: Tensor, num_classes: int) -> tuple[HeadFit, Tensor | None]:
+        """The task's head, and the weights [N] of its examples."""
+        weights = None
+        if self.balanced and self.task_type == "multiclass":
+            weights = balanced_weights(codes, num_classes)
+        fit = fit_head(
+            features,
+            codes,
+            num_classes=num_classes,
+            weights=weights,
+            likelihood=TASK_TYPES[self.task_type],
+            method=self.head,
+            seed=self.seed,
+            **self.head_options,
+        )
+        return fit, weights
+
+    def _within_memory(self, data: TaskData, run: Callable[[], Result]) -> Result:
+        """``run()``, again with half the batch each time memory runs out: the results are the same to rounding."""
+        while True:
+            try:
+                return run()
+            except (MemoryError, RuntimeError) as error:
+                # The squared gradient of a batch's mean depends on the batch.
+                if not out_of_memory(error) or self.batch_size == 1 or self.estimator == BATCH_MEAN:
+                    raise
+            # Outside of the handler, whose traceback keeps the tensors of the failed attempt.
+            size, self.batch_size = self.batch_size, self.batch_size // 2
+            warnings.warn(
+                f"task {data.name!r}: out of memory with batches of {size} images, going on with {self.batch_size}",
+                stacklevel=3,
+            )
 
     def _batches(self, data: TaskData, stage: str) -> Iterator[tuple[Tensor, Tensor]]:
         batches = data.batches(self.probe.preprocessing, self.batch_size, self.num_workers)
@@ -159,6 +256,7 @@ class Task2Vec:
                 "estimator": self.estimator,
                 "samples": self.samples,
                 "seed": self.seed,
+                "batch_size": self.batch_size,
                 "head_loss": fit.loss,
                 "head_accuracy": fit.accuracy,
                 "head_iterations": fit.iterations,
@@ -186,6 +284,11 @@ class Task2Vec:
             "head": {"method": self.head, **self.head_options},
             "preprocessing": self.probe.preprocessing.as_dict(),
         }
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is an allocator's: Python's, CUDA's or that of torch on a CPU, which has no type of its own."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 @contextmanager

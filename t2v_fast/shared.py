@@ -1,0 +1,116 @@
+"""The Fishers of several label sets over the same images, from one forward pass.
+
+The heads of all label sets stand side by side as one linear layer. A label set's cotangents are its own on its own
+logits and zero on the others', so its Fisher is what it would be alone; the forward pass and all that depends on the
+layers' inputs (Gram matrices, unfolded or transformed inputs that the planner keeps) is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .cotangents import Likelihood, check_estimator, cotangents, get_likelihood
+from .fisher import (
+    FisherDiagonal,
+    _ChannelsLast,
+    _check_inputs,
+    _default_forward,
+    _diagonal,
+    _Moments,
+    _self_check,
+)
+from .recorder import FisherRecorder, ParameterFilter
+
+LONGEST_SKIP = 4096  # examples whose draws are skipped at once
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """One task: its fitted head, the codes of all examples ([N], or targets [N, C]), and their weights [N]."""
+
+    head: nn.Linear
+    codes: Tensor
+    weights: Tensor | None = None
+
+
+def stacked_head(sets: Sequence[LabelSet]) -> nn.Linear:
+    """One linear layer that gives the logits of all label sets, side by side."""
+    linear = nn.Linear(sets[0].head.in_features, sum(s.head.out_features for s in sets))
+    with torch.no_grad():
+        linear.weight.copy_(torch.cat([s.head.weight for s in sets]))
+        linear.bias.copy_(torch.cat([s.head.bias for s in sets]))
+    return linear
+
+
+def fisher_of_label_sets(
+    network: nn.Module,
+    batches: Iterable[Tensor],
+    sets: Sequence[LabelSet],
+    estimator: str = "deflated",
+    samples: int = 2,
+    *,
+    likelihood: str | Likelihood = "softmax",
+    parameters: ParameterFilter = None,
+    seed: int = 0,
+    self_check: bool = True,
+    first: int = 0,
+    reduce: Callable[[list[dict[str, _Moments]], int], int] | None = None,
+) -> list[FisherDiagonal]:
+    """The filter-wise diagonal Fisher of each label set: that of :func:`t2v_fast.fisher` alone, to rounding.
+
+    ``network`` ends with :func:`stacked_head`; ``batches`` are images [N, 3, H, W] in the order of the codes.
+
+    A process may have only a part of the examples: ``first`` is the number of the first of them, and ``reduce`` adds up
+    moments (in place) and numbers of examples over the processes. Random numbers are those of one process.
+    """
+    check_estimator(estimator, samples)
+    likelihood = get_likelihood(likelihood)
+    recorder = FisherRecorder(network, parameters)
+    device = next(iter(recorder.parameters.values())).device
+    forward = _ChannelsLast(_default_forward) if device.type == "cpu" else _default_forward
+    generators = [torch.Generator().manual_seed(seed) for _ in sets]
+    moments = [{name: _Moments() for name in recorder.parameters} for _ in sets]
+    widths = [s.head.out_features for s in sets]
+    for width, generator in zip(widths, generators, strict=True):
+        _skip(first, width, estimator, samples, likelihood, generator)
+    seen = first
+    with torch.inference_mode(False), torch.enable_grad(), recorder:
+        for index, images in enumerate(batches):
+            images = images.to(device)
+            n = _check_inputs(images, index)
+            logits = forward(network, images)
+            if list(logits.shape) != [n, sum(widths)]:
+                raise ValueError(f"the network gave logits {list(logits.shape)}, expected [{n}, {sum(widths)}]")
+            if self_check and index == 0:
+                _self_check(recorder, forward, images, logits)
+            blocks, start = [], 0
+            for s, width, generator in zip(sets, widths, generators, strict=True):
+                labels = s.codes[seen : seen + n]
+                u = cotangents(logits[:, start : start + width], estimator, samples, likelihood, labels, generator)
+                blocks.append(F.pad(u, (start, sum(widths) - start - width)))
+                start += width
+            values = recorder.backward_groups(logits, torch.cat(blocks), [len(u) for u in blocks])
+            for s, into, found in zip(sets, moments, values, strict=True):
+                a = torch.ones(n, dtype=torch.float64) if s.weights is None else s.weights[seen : seen + n].double()
+                for name, q in found.items():
+                    into[name].add(q, a)
+            seen += n
+    count = seen - first if reduce is None else reduce(moments, seen - first)
+    if count != len(sets[0].codes):
+        raise ValueError(f"the batches gave {count} examples, expected {len(sets[0].codes)}")
+    return [_diagonal(into, recorder, estimator, samples, count) for into in moments]
+
+
+def _skip(
+    count: int, classes: int, estimator: str, samples: int, likelihood: Likelihood, generator: torch.Generator
+) -> None:
+    """Draw what ``count`` examples draw, so that the next ones get their own numbers."""
+    for start in range(0, count, LONGEST_SKIP):
+        n = min(LONGEST_SKIP, count - start)
+        if estimator != "empirical":
+            cotangents(torch.zeros(n, classes), estimator, samples, likelihood, generator=generator)
