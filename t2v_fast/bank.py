@@ -120,6 +120,10 @@ class Bank:
         self.refresh()
         return task in self._done
 
+    def settled(self, task: str) -> bool:
+        """Whether a task is finished or has failed, as of the last look at the folder."""
+        return task in self._done or task in self._failed
+
     def __repr__(self) -> str:
         return f"Bank({str(self.folder)!r}, {len(self)} tasks, {len(self._failed)} failed)"
 

@@ -21,8 +21,10 @@ from .embedding import Embedding
 from .export import FORMS, export
 from .files import write_csv
 from .fisher import BATCH_MEAN
+from .job import load_job
 from .probe import load_probe
 from .profile import profile
+from .run import run_job
 from .task2vec import Task2Vec
 
 console = Console(highlight=False)
@@ -48,8 +50,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"t2v-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    embed = commands.add_parser("embed", help="embed image folders, one task a folder (one sub-folder a class)")
-    embed.add_argument("tasks", nargs="+", type=Path, metavar="FOLDER")
+    embed = commands.add_parser(
+        "embed", help="embed image folders (one sub-folder a class), or the tasks of a job file"
+    )
+    embed.add_argument("tasks", nargs="*", type=Path, metavar="FOLDER")
+    embed.add_argument("--job", type=Path, help="YAML or TOML file with tasks, probe and settings; goes with --bank")
+    embed.add_argument("--bank", type=Path, help="folder of the bank that a job's embeddings go to")
+    embed.add_argument("--workers", type=int, help="processes that embed a job's tasks (default: this one)")
+    embed.add_argument("--ray", metavar="ADDRESS", help="embed a job's tasks on a Ray cluster ('auto', 'local', ...)")
+    embed.add_argument("--root", type=Path, help="folder out of which no path of a job may lead (default: the job's)")
+    embed.add_argument("--allow-outside", action="store_true", help="paths of a job may lead anywhere")
+    embed.add_argument("--retry-failed", action="store_true", help="run again what failed in this bank")
     embed.add_argument("--output", type=Path, default=Path("embeddings"), help="folder for NAME.safetensors files")
     embed.add_argument("--overwrite", action="store_true", help="embed again what is there already")
     embed.add_argument(
@@ -128,7 +139,7 @@ def _pipeline_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--estimator", default="deflated", choices=[*ESTIMATORS, BATCH_MEAN])
     parser.add_argument("--samples", type=int, default=2, help="cotangents an image (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+    parser.add_argument("--loaders", type=int, default=0, help="processes that load images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -144,14 +155,45 @@ def _task2vec(arguments: argparse.Namespace) -> Task2Vec:
         estimator=arguments.estimator,
         samples=arguments.samples,
         batch_size=arguments.batch_size,
-        num_workers=arguments.workers,
+        num_workers=arguments.loaders,
         device=arguments.device,
         seed=arguments.seed,
         progress=not arguments.quiet,
     )
 
 
+def _embed_job(arguments: argparse.Namespace) -> int:
+    if arguments.tasks or arguments.job is None or arguments.bank is None:
+        raise ValueError("a job needs --job FILE and --bank FOLDER, and takes no other folders")
+    standard = _parser().parse_args(["embed"])
+    inside = ("probe", "weights", "head", "size", "device", "estimator", "samples", "batch_size", "loaders", "seed")
+    for name in (*inside, "output", "overwrite", "skip_unreadable"):
+        if getattr(arguments, name) != getattr(standard, name):
+            raise ValueError(f"--{name.replace('_', '-')} does not go with --job: settings are in {arguments.job}")
+    job = load_job(arguments.job, root=arguments.root, allow_outside=arguments.allow_outside)
+    bank = Bank(arguments.bank)
+    if arguments.retry_failed:
+        bank.retry([task for task in bank.failed if task in set(job.tasks)])
+    summary = run_job(job, bank, workers=arguments.workers or 0, ray=arguments.ray, progress=not arguments.quiet)
+    lost = f", {summary.lost_workers} workers were lost" if summary.lost_workers else ""
+    console.print(
+        f"{summary.finished} of {len(job.tasks)} tasks embedded in {summary.seconds:.1f} s ({summary.images} images), "
+        f"{summary.before} were settled before{lost} -> {arguments.bank}",
+        markup=False,
+    )
+    for task, error in summary.failed.items():
+        print(f"failed: {task}: {error}", file=sys.stderr)
+    if summary.failed:
+        print(f"{len(summary.failed)} tasks failed; --retry-failed runs them again", file=sys.stderr)
+    return 1 if summary.failed else 0
+
+
 def _embed(arguments: argparse.Namespace) -> int:
+    of_a_job = ("job", "bank", "workers", "ray", "root", "allow_outside", "retry_failed")
+    if any(getattr(arguments, name) for name in of_a_job):
+        return _embed_job(arguments)
+    if not arguments.tasks:
+        raise ValueError("nothing to embed: give folders, or --job FILE --bank FOLDER")
     names = [folder.resolve().name for folder in arguments.tasks]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two tasks are called {sorted(twice)[0]!r}: their embeddings would have one file name")
