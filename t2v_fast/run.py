@@ -257,7 +257,8 @@ def run_job(
     if ray is not None:
         from .distributed import RayActors
 
-        engine: Engine = RayActors(factory, ray)
+        cuda = str(job.settings.get("device", "")).startswith("cuda")
+        engine: Engine = RayActors(factory, ray, gpus=float(cuda))
         workers = workers or engine.cpus()
     elif workers:
         engine = Processes(factory, max(1, torch.get_num_threads() // workers))

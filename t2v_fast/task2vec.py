@@ -91,12 +91,12 @@ class Task2Vec:
 
     def _embed(self, data: TaskData) -> Embedding:
         seconds = {}
-        with _timed(seconds, "features"):
+        with timed(seconds, "features"):
             features, labels = self._features(data)
         codes, classes = data.encode_labels(labels)
-        with _timed(seconds, "head"):
+        with timed(seconds, "head"):
             fit, weights = self._fit(features, codes, len(classes))
-        with _timed(seconds, "fisher"):
+        with timed(seconds, "fisher"):
             diagonal = self._fisher(data, codes, fit.linear, weights)
         return self._embedding(data, classes, fit, diagonal, seconds)
 
@@ -133,10 +133,10 @@ class Task2Vec:
         self, data: TaskData, label_sets: Mapping[str, Any], classes: Mapping[str, list[str]]
     ) -> dict[str, Embedding]:
         seconds = {}
-        with _timed(seconds, "features"):
+        with timed(seconds, "features"):
             features, indices = self._features(data)
         sets, fits, tasks = [], [], []
-        with _timed(seconds, "head"):
+        with timed(seconds, "head"):
             for name, labels in label_sets.items():
                 task = TaskData(data.source, name, self.task_type, classes.get(name), skip_unreadable=True)
                 codes, found = task.encode_labels(task.check_labels(labels)[indices])
@@ -145,7 +145,7 @@ class Task2Vec:
                 fits.append((fit, found))
                 task.skipped = data.skipped
                 tasks.append(task)
-        with _timed(seconds, "fisher"):
+        with timed(seconds, "fisher"):
             diagonals = self._fisher_of_label_sets(data, sets)
         share = {stage: s / len(tasks) for stage, s in seconds.items()}
         return {
@@ -292,7 +292,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Note how long the body took."""
     start = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - start
