@@ -273,11 +273,16 @@ def fisher(
     moments = {name: m for name, m in moments.items() if name not in skipped}
     if not next(iter(moments.values())).weight > 0:
         raise ValueError("the weights of all examples are zero")
-    return _diagonal(moments, recorder, estimator, samples, seen)
+    return _diagonal(moments, recorder, estimator, samples, seen, skipped)
 
 
 def _diagonal(
-    moments: dict[str, _Moments], recorder: FisherRecorder, estimator: str, samples: int, count: int
+    moments: dict[str, _Moments],
+    recorder: FisherRecorder,
+    estimator: str,
+    samples: int,
+    count: int,
+    skipped: frozenset[str] = frozenset(),
 ) -> FisherDiagonal:
     """What the moments of all examples say; ValueError where the network overflows."""
     values = {name: m.mean() for name, m in moments.items()}

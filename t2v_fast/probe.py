@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .cut import Cut
 
 PACKAGED = "efficientnet-lite0"
 CHANNELS = (1, 3, 4)  # grey, colour, colour with transparency
@@ -125,7 +128,27 @@ class Probe:
         self.name = name or type(network).__name__
         self.head = _find_head(self.network, self.preprocessing.crop, head)
         self.feature_dim = network.get_submodule(self.head).in_features
+        self.cut: Cut | None = None
         self._fingerprint: str | None = None
+
+    def skipping(self, layers: int | str) -> Probe:
+        """This probe without its first layers: the network runs from the output of a :class:`Cut` on.
+
+        ``layers``: how many of the network's direct children, as they run, or the name of the last module to skip.
+        Raises ValueError where the network cannot be cut there. The network is shared.
+        """
+        parameter = next(self.network.parameters())
+        size = self.preprocessing.crop
+        example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(parameter)
+        probe = copy.copy(self)
+        probe.cut = Cut(self.network, layers, example)
+        if not probe.embedding_parameters():
+            raise ValueError(f"no layer is left behind {probe.cut.name!r}: skip fewer")
+        return probe
+
+    def at_cut(self, images: Tensor) -> Tensor:
+        """What :meth:`features` and the network with a head take: images, or what the skipped layers make of them."""
+        return images if self.cut is None else self.cut.features(self.network, images)
 
     @contextmanager
     def with_head(self, head: nn.Module) -> Iterator[nn.Module]:
@@ -133,12 +156,13 @@ class Probe:
         own = self.network.get_submodule(self.head)
         self.network.set_submodule(self.head, head.eval())
         try:
-            yield self.network
+            with nullcontext() if self.cut is None else self.cut.first(self.network):
+                yield self.network
         finally:
             self.network.set_submodule(self.head, own)
 
     def features(self, images: Tensor) -> Tensor:
-        """The head's input [N, D] for prepared images [N, C, H, W]."""
+        """The head's input [N, D] for prepared images [N, C, H, W], or what :meth:`at_cut` made of them."""
         with torch.no_grad(), self.with_head(nn.Identity()) as network:
             features = network(images)
         if list(features.shape) != [len(images), self.feature_dim]:
@@ -149,7 +173,8 @@ class Probe:
         return features
 
     def embedding_parameters(self) -> list[str]:
-        """What a Task2Vec embedding covers, in order: the ``weight`` of every module but the head, no biases.
+        """What a Task2Vec embedding covers, in order: the ``weight`` of every module but the head and what is
+        skipped, no biases.
 
         The order and choice of the paper's public code. A shared weight is listed once.
         """
@@ -157,9 +182,11 @@ class Probe:
         names, seen = [], {id(head)}
         for name, module in self.network.named_modules():
             weight = module._parameters.get("weight")
+            key = f"{name}.weight" if name else "weight"
             if weight is not None and weight.is_floating_point() and id(weight) not in seen:
                 seen.add(id(weight))
-                names.append(f"{name}.weight" if name else "weight")
+                if self.cut is None or key not in self.cut.below:
+                    names.append(key)
         return names
 
     def fingerprint(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sized
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .cotangents import check_estimator
+from .cut import FeatureCache
 from .data import TASK_TYPES, DataError, TaskData, WithIndex, balanced_weights, check_task_type
 from .embedding import Embedding
 from .fisher import BATCH_MEAN, FisherDiagonal, fisher
@@ -35,7 +37,9 @@ class Task2Vec:
     balanced sampler does in expectation, though each image is visited once. ``head`` and ``head_options`` go to
     :func:`t2v_fast.head.fit_head`. ``dtype``: the precision in which the network runs, float32 by default;
     ``torch.bfloat16`` is faster where the processor has instructions for it, and its embeddings are not compared with
-    those of float32. The head is fitted in float64 in any case.
+    those of float32. The head is fitted in float64 in any case. ``skip_layers``: leave out the first layers, by number
+    or name (:meth:`Probe.skipping`), as the public code's option of this name does; nothing is backpropagated into
+    them, and in a folder ``cache`` what they make of each batch is kept, for the second pass and for later runs.
     """
 
     def __init__(
@@ -52,6 +56,8 @@ class Task2Vec:
         num_workers: int = 0,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        skip_layers: int | str = 0,
+        cache: str | os.PathLike | None = None,
         seed: int = 0,
         self_check: bool = True,
         progress: bool = False,
@@ -77,6 +83,14 @@ class Task2Vec:
             self.probe = copy.deepcopy(self.probe)  # rounding cannot be undone
             self.probe.network.to(dtype)
         self.probe.network.to(self.device)
+        if cache is not None and not skip_layers:
+            raise ValueError("cache is for what skipped layers make of the images: pass skip_layers, too")
+        self._cache: FeatureCache | None = None
+        if skip_layers:
+            self.probe = self.probe.skipping(skip_layers)
+            if cache is not None:
+                name, dtype = self.probe.cut.name, next(self.probe.network.parameters()).dtype
+                self._cache = FeatureCache(cache, f"{self.probe.fingerprint()} {name} {dtype}")
 
     def embed(self, data: Any, *, name: str | None = None, skip_unreadable: bool = False) -> Embedding:
         """Embed one task.
@@ -206,7 +220,9 @@ class Task2Vec:
         batches = data.batches(self.probe.preprocessing, self.batch_size, self.num_workers)
         label = f"{data.name or 'task'}: {stage}"
         for images, labels in tqdm(batches, desc=label, unit="batch", disable=not self.progress, leave=False):
-            yield images.to(self.device, next(self.probe.network.parameters()).dtype), labels
+            images = images.to(self.device, next(self.probe.network.parameters()).dtype)
+            at_cut = self.probe.at_cut
+            yield at_cut(images) if self._cache is None else self._cache.get(images, at_cut), labels
 
     def _features(self, data: TaskData) -> tuple[Tensor, Tensor]:
         features, labels = [], []
