@@ -13,6 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from .cache import ImageCache
+from .probe import rgb
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 TASK_TYPES = {"multiclass": "softmax", "multilabel": "sigmoid"}  # and the likelihood of their labels
 
@@ -48,6 +51,7 @@ class TaskData:
         self.describe, self.skip_unreadable = describe, skip_unreadable
         self.skipped: list[str] = []
         self._labels: Tensor | None = None  # of the first complete pass
+        self.cache: ImageCache | None = None  # of decoded images, while the task is embedded
 
     @classmethod
     def of(
@@ -85,9 +89,15 @@ class TaskData:
         return cls(data, name, task_type)
 
     def batches(
-        self, prepare: Callable[[Any], Tensor], batch_size: int = 32, num_workers: int = 0
+        self,
+        prepare: Callable[[Any], Tensor],
+        batch_size: int = 32,
+        num_workers: int = 0,
+        cache: ImageCache | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images [B, C, H, W] as ``prepare`` makes them, finite, and labels [B] int64, or [B, L] for multi-label.
+
+        Decoded files of a map-style source go into ``cache``, and come from there in the next pass.
 
         Raises DataError, naming the image, for anything unusable, and when a second pass gives other labels.
         """
@@ -95,7 +105,7 @@ class TaskData:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         read = _Reader(self, prepare)
         if isinstance(self.source, Sized) and hasattr(self.source, "__getitem__"):
-            dataset: Dataset = _Mapped(self.source, read)
+            dataset: Dataset = _Mapped(self.source, read, cache)
         else:
             dataset = _Iterated(self.source, read)
             num_workers = 0  # each worker would yield the whole of it
@@ -233,14 +243,28 @@ class _Reader:
 
 
 class _Mapped(Dataset):
-    def __init__(self, source: Any, read: _Reader) -> None:
-        self.source, self.read = source, read
+    def __init__(self, source: Any, read: _Reader, cache: ImageCache | None) -> None:
+        self.source, self.read, self.cache = source, read, cache
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Item | str | DataError:
-        return self.read(lambda: self.source[index], index)
+        if self.cache is None:
+            return self.read(lambda: self.source[index], index)
+        kept = self.cache.get(index)
+        if kept is not None:
+            return self.read.prepare(kept[0]), kept[1], self.read.describe(index)
+        raw: list[Any] = []
+
+        def get() -> Any:
+            raw.append(self.source[index])
+            return raw[0]
+
+        item = self.read(get, index)
+        if isinstance(item, tuple) and isinstance(raw[0][0], Image.Image):  # others cost nothing to read again
+            self.cache.put(index, rgb(raw[0][0]), item[0], item[1])
+        return item
 
 
 class _Iterated(IterableDataset):

@@ -43,6 +43,7 @@ def embed_distributed(
         raise ValueError(f"estimator {BATCH_MEAN!r} depends on the batches of one process: embed with one")
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     seconds: dict[str, float] = {}
+    task2vec._waited = 0.0
     with timed(seconds, "features"):
         part, shares = _share(task2vec, data, name, skip_unreadable, group)
     first = sum(len(labels) for _, labels, _ in shares[:rank])

@@ -138,13 +138,15 @@ SETTINGS: dict[str, tuple[type, tuple | None]] = {  # type, and the values that 
     "head_options": (dict, None),
     "batch_size": (int, None),
     "num_workers": (int, None),
+    "cache_megabytes": (int, None),
+    "cache_folder": (str, None),
     "device": (str, None),
     "dtype": (str, ("float32", "float64", "bfloat16", "float16")),
     "seed": (int, None),
     "self_check": (bool, None),
     "skip_unreadable": (bool, None),
 }
-LEAST = {"samples": 1, "batch_size": 1, "num_workers": 0, "seed": 0, "size": 1}
+LEAST = {"samples": 1, "batch_size": 1, "num_workers": 0, "cache_megabytes": 0, "seed": 0, "size": 1}
 PROBE: dict[str, tuple[type, tuple | None]] = {
     "name": (str, None),
     "weights": (str, None),
@@ -179,6 +181,8 @@ class _Checker:
         self._typed(settings, SETTINGS, "settings: ")
         settings = dict(settings)
         skip = settings.pop("skip_unreadable", False)
+        if "cache_folder" in settings:
+            settings["cache_folder"] = str(self._path(settings["cache_folder"], "settings: cache_folder: "))
         entries = content.get("tasks")
         if not isinstance(entries, list) or not entries:
             raise self._error(f"tasks: got {_shown(entries)}, expected a list of at least one task")

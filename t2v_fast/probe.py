@@ -59,7 +59,7 @@ class Preprocessing:
                     "from 0 to 255 are prepared if they are uint8"
                 )
             return image
-        pixels = _rgb(image).float()  # [3, H, W], 0 to 255
+        pixels = rgb(image).float()  # [3, H, W], 0 to 255
         h, w = pixels.shape[1:]
         shorter = min(h, w)
         size = [max(self.resize, int(s * self.resize / shorter)) for s in (h, w)]
@@ -75,7 +75,7 @@ class Preprocessing:
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
 
-def _rgb(image: Any) -> Tensor:
+def rgb(image: Any) -> Tensor:
     """uint8 [3, H, W] of any image that is described in :class:`Preprocessing`."""
     if isinstance(image, Image.Image):
         if image.mode in ("I", "F"):

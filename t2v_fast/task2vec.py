@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .cache import ImageCache
 from .cotangents import check_estimator
 from .cut import FeatureCache
 from .data import TASK_TYPES, DataError, TaskData, WithIndex, balanced_weights, check_task_type
@@ -39,7 +40,9 @@ class Task2Vec:
     ``torch.bfloat16`` is faster where the processor has instructions for it, and its embeddings are not compared with
     those of float32. The head is fitted in float64 in any case. ``skip_layers``: leave out the first layers, by number
     or name (:meth:`Probe.skipping`), as the public code's option of this name does; nothing is backpropagated into
-    them, and in a folder ``cache`` what they make of each batch is kept, for the second pass and for later runs.
+    them, and in ``feature_folder`` what they make of each batch is kept, for the second pass and for later runs. Image
+    files are decoded once where they fit into ``cache_megabytes`` of memory, or of the disk at ``cache_folder``
+    (:class:`t2v_fast.cache.ImageCache`).
     """
 
     def __init__(
@@ -54,10 +57,12 @@ class Task2Vec:
         head_options: dict[str, Any] | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
+        cache_megabytes: int = 512,
+        cache_folder: str | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         skip_layers: int | str = 0,
-        cache: str | os.PathLike | None = None,
+        feature_folder: str | os.PathLike | None = None,
         seed: int = 0,
         self_check: bool = True,
         progress: bool = False,
@@ -74,6 +79,10 @@ class Task2Vec:
         self.task_type, self.balanced = task_type, balanced
         self.head, self.head_options = head, dict(head_options or {})
         self.batch_size, self.num_workers = batch_size, num_workers
+        if cache_megabytes < 0:
+            raise ValueError(f"cache_megabytes is {cache_megabytes}, expected at least 0")
+        self.cache_megabytes, self.cache_folder = cache_megabytes, cache_folder
+        self._waited = 0.0  # seconds for data, of the task in hand
         self.device = torch.device(device) if device is not None else next(probe.network.parameters()).device
         self.seed, self.self_check, self.progress = seed, self_check, progress
         if dtype is not None and not dtype.is_floating_point:
@@ -83,14 +92,14 @@ class Task2Vec:
             self.probe = copy.deepcopy(self.probe)  # rounding cannot be undone
             self.probe.network.to(dtype)
         self.probe.network.to(self.device)
-        if cache is not None and not skip_layers:
-            raise ValueError("cache is for what skipped layers make of the images: pass skip_layers, too")
-        self._cache: FeatureCache | None = None
+        if feature_folder is not None and not skip_layers:
+            raise ValueError("feature_folder is for what skipped layers make of the images: pass skip_layers, too")
+        self._feature_cache: FeatureCache | None = None
         if skip_layers:
             self.probe = self.probe.skipping(skip_layers)
-            if cache is not None:
+            if feature_folder is not None:
                 name, dtype = self.probe.cut.name, next(self.probe.network.parameters()).dtype
-                self._cache = FeatureCache(cache, f"{self.probe.fingerprint()} {name} {dtype}")
+                self._feature_cache = FeatureCache(feature_folder, f"{self.probe.fingerprint()} {name} {dtype}")
 
     def embed(self, data: Any, *, name: str | None = None, skip_unreadable: bool = False) -> Embedding:
         """Embed one task.
@@ -162,6 +171,7 @@ class Task2Vec:
         with timed(seconds, "fisher"):
             diagonals = self._fisher_of_label_sets(data, sets)
         share = {stage: s / len(tasks) for stage, s in seconds.items()}
+        self._waited /= len(tasks)
         return {
             task.name: self._embedding(task, found, fit, diagonal, share)
             for task, (fit, found), diagonal in zip(tasks, fits, diagonals, strict=True)
@@ -203,12 +213,15 @@ class Task2Vec:
     def _within_memory(self, data: TaskData, run: Callable[[], Result]) -> Result:
         """``run()``, again with half the batch each time memory runs out: the results are the same to rounding."""
         while True:
+            self._waited = 0.0
             try:
                 return run()
             except (MemoryError, RuntimeError) as error:
                 # The squared gradient of a batch's mean depends on the batch.
                 if not out_of_memory(error) or self.batch_size == 1 or self.estimator == BATCH_MEAN:
                     raise
+            finally:
+                data.cache = None  # holds what this probe's preprocessing made
             # Outside of the handler, whose traceback keeps the tensors of the failed attempt.
             size, self.batch_size = self.batch_size, self.batch_size // 2
             warnings.warn(
@@ -217,12 +230,33 @@ class Task2Vec:
             )
 
     def _batches(self, data: TaskData, stage: str) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = data.batches(self.probe.preprocessing, self.batch_size, self.num_workers)
+        batches = data.batches(self.probe.preprocessing, self.batch_size, self.num_workers, self._cache(data))
         label = f"{data.name or 'task'}: {stage}"
+        batches = self._waiting(batches)
         for images, labels in tqdm(batches, desc=label, unit="batch", disable=not self.progress, leave=False):
             images = images.to(self.device, next(self.probe.network.parameters()).dtype)
             at_cut = self.probe.at_cut
-            yield at_cut(images) if self._cache is None else self._cache.get(images, at_cut), labels
+            yield at_cut(images) if self._feature_cache is None else self._feature_cache.get(images, at_cut), labels
+
+    def _waiting(self, batches: Iterator[Result]) -> Iterator[Result]:
+        """The batches; the time that they take to come is added up."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches, None)
+            finally:
+                self._waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def _cache(self, data: TaskData) -> ImageCache | None:
+        """The cache of this data, the same one in both passes."""
+        if not self.cache_megabytes or not isinstance(data.source, Sized) or not len(data.source):
+            return None
+        if data.cache is None:
+            data.cache = ImageCache(len(data.source), self.cache_megabytes << 20, self.cache_folder)
+        return data.cache
 
     def _features(self, data: TaskData) -> tuple[Tensor, Tensor]:
         features, labels = [], []
@@ -278,6 +312,7 @@ class Task2Vec:
                 "head_iterations": fit.iterations,
                 "head_converged": fit.converged,
                 "skipped_images": [str(s) for s in data.skipped],
+                "seconds_waiting_for_data": round(self._waited, 3),
                 "seconds": {stage: round(s, 3) for stage, s in seconds.items()},
             },
             fingerprint=self.fingerprint(),

@@ -99,24 +99,24 @@ def test_task2vec_without_the_first_layers(tmp_path: Path) -> None:
     whole = Task2Vec(small_probe()).embed(data)
     hessian = torch.from_numpy(whole.hessian)
     for layers, first in ((2, "3.weight"), ("0", "1.weight")):
-        options = {"skip_layers": layers, "cache": tmp_path / str(layers)}
+        options = {"skip_layers": layers, "feature_folder": tmp_path / str(layers)}
         cut = Task2Vec(small_probe(), skip_layers=layers).embed(data)
         assert cut.layers[0][0] == first
         assert relative_error(torch.from_numpy(cut.hessian), hessian[-len(cut.hessian) :]) < 1e-5
         filled = Task2Vec(small_probe(), **options).embed(data)
-        files = sorted(options["cache"].iterdir())
+        files = sorted(options["feature_folder"].iterdir())
         assert files
         again = Task2Vec(small_probe(), **options)
         again.probe.cut.features = None  # not to be asked
         again = again.embed(data)
-        assert sorted(options["cache"].iterdir()) == files
+        assert sorted(options["feature_folder"].iterdir()) == files
         assert (cut.hessian == filled.hessian).all()
         assert (cut.hessian == again.hessian).all()
         with pytest.raises(ValueError, match="cannot be compared: they differ in layers"):
             pdist([whole, cut])
     assert (Task2Vec(small_probe()).embed(data).hessian == whole.hessian).all()
-    with pytest.raises(ValueError, match="cache is for what skipped layers"):
-        Task2Vec(small_probe(), cache=tmp_path)
+    with pytest.raises(ValueError, match="feature_folder is for what skipped layers"):
+        Task2Vec(small_probe(), feature_folder=tmp_path)
     with pytest.raises(ValueError, match="no layer is left behind '5'"):
         Task2Vec(small_probe(), skip_layers="5")
 
