@@ -79,7 +79,7 @@ class Use:
         """Where gradients of that input flow to."""
         return GradientEdge(*self.node.next_functions[self.slot])
 
-    @property
+    @cached_property
     def direct(self) -> bool:
         """Whether the gradient in the parameter's own shape follows from the node's by a view, or one transpose."""
         if self.between:

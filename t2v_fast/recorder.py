@@ -305,18 +305,22 @@ class FisherRecorder:
             factors.accumulate_(sums[name], weights.to(p.device, sums[name].dtype))
         else:
             filters = p.shape[axis] if p.dim() else 1
-            formed = Summed([(factors, lambda t: t)], tuple(p.shape), len(weights), axis)
             if axis != 0 and not isinstance(factors, Summed):
-                factors = (factors.exchanged() if p.dim() == 2 else None) or formed
+                factors = (factors.exchanged() if p.dim() == 2 else None) or self._formed(factors, name, len(weights))
             q = factors.filter_sums(reuse)
             if q.shape[1] % filters:  # the layer sees the parameter by a view with fewer and longer rows
-                factors, q = formed, formed.filter_sums(reuse)
+                factors = self._formed(factors, name, len(weights))
+                q = factors.filter_sums(reuse)
             if q.shape[1] != filters:
                 q = q.unflatten(1, (filters, -1)).sum(2)
             # Adding the first to zeros would cost as much as a small op.
             sums[name] = sums[name].add_(q) if name in sums else q
         if self.observer is not None:
             self.observer(use, factors, reuse.cotangents, start, time.perf_counter())
+
+    def _formed(self, factors: Factors, name: str, n: int) -> Summed:
+        """The same by gradients that are formed, whose filters may lie along any axis."""
+        return Summed([(factors, lambda t: t)], tuple(self.parameters[name].shape), n, self.filter_axes[name])
 
     def _one_by_one(self, output: Tensor, cotangents: Tensor, name: str, weights: Tensor) -> Tensor:
         """The squares of one parameter by plain autograd, an example and a cotangent at a time."""
