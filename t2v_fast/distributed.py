@@ -203,7 +203,9 @@ class RayActors(Engine):
     def events(self, timeout: float) -> list[tuple[int, Any]]:
         if not self._pending:
             return []
-        ready, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=timeout)
+        ready, rest = self._ray.wait(list(self._pending), num_returns=1, timeout=timeout)
+        if ready and rest:  # and whatever else is there
+            ready += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         found = []
         for reference in ready:
             worker = self._pending.pop(reference)

@@ -302,8 +302,16 @@ class _Driver:
                 self.queue, self.elsewhere = self.elsewhere, deque()
                 time.sleep(POLL)
                 continue
-            for worker, event in self.engine.events(POLL):
-                self._happened(worker, event)
+            events = self.engine.events(POLL)
+            # All that came at once is stored at once, and waits for the disk once.
+            results = [(worker, event) for worker, event in events if isinstance(event, Result)]
+            self._store([(self.hands[worker], result) for worker, result in results])
+            for worker, _ in results:
+                self.hands[worker] = None  # in hand until it is stored: close() gives claims back
+                self.idle.append(worker)
+            for worker, event in events:
+                if not isinstance(event, Result):
+                    self._happened(worker, event)
         failed = self.bank.failed
         self.summary.failed = {name: failed[name] for name in self.names if name in failed}
         self.summary.seconds = time.monotonic() - start
@@ -332,28 +340,25 @@ class _Driver:
             self.checked = True
             self.idle.append(worker)
             self.starts_failed = 0
-        elif isinstance(event, Result):
-            self._store(self.hands[worker], event)  # in hand until it is stored: close() gives claims back
-            self.hands[worker] = None
-            self.idle.append(worker)
         elif isinstance(event, WorkerDied):
             self._lost(worker, str(event))
         else:
             raise RuntimeError(f"the pipeline cannot be made: {event}")
 
-    def _store(self, work: Work, result: Result) -> None:
-        for note in result.notes:
-            self.display.note(note)
-        self.bank.add(*result.embeddings)
-        for task, error in result.errors.items():
-            self.bank.fail(task, error)
-            self.display.note(f"failed: {task}: {error}")
-        for task in work.tasks:
-            self.bank.release(task)
-        self.summary.finished += len(result.embeddings)
-        images = max((e.num_examples for e in result.embeddings), default=0)  # of one pool, however many tasks
-        self.summary.images += images
-        self.display.advance(len(work.tasks), images)
+    def _store(self, results: list[tuple[Work, Result]]) -> None:
+        self.bank.add(*(e for _, result in results for e in result.embeddings))
+        for work, result in results:
+            for note in result.notes:
+                self.display.note(note)
+            for task, error in result.errors.items():
+                self.bank.fail(task, error)
+                self.display.note(f"failed: {task}: {error}")
+            for task in work.tasks:
+                self.bank.release(task)
+            self.summary.finished += len(result.embeddings)
+            images = max((e.num_examples for e in result.embeddings), default=0)  # of one pool, however many tasks
+            self.summary.images += images
+            self.display.advance(len(work.tasks), images)
 
     def _lost(self, worker: int, cause: str) -> None:
         work = self.hands.pop(worker)
@@ -372,10 +377,8 @@ class _Driver:
             for task, label in work.tasks.items():
                 self.deaths[task] = self.deaths.get(task, 0) + 1
                 if self.deaths[task] >= DEATHS:
-                    self._store(
-                        replace(work, tasks={task: label}),
-                        Result(errors={task: f"{DEATHS} workers died at it, the last: {cause}"}),
-                    )
+                    failure = Result(errors={task: f"{DEATHS} workers died at it, the last: {cause}"})
+                    self._store([(replace(work, tasks={task: label}), failure)])
                 else:
                     again[task] = label
                     self.bank.release(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from small import shapes, write_folder
 from torch import nn
 
-from t2v_fast import cli
+from t2v_fast import Bank, cli
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
@@ -48,14 +49,21 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("flowers", "birds")):
         write_folder(tmp_path / name, *shapes(6, seed=seed))
+    with open(tmp_path / "attributes.csv", "w", newline="") as file:
+        rows = [(f"flowers/class {k % 3}/{k:03}.png", k % 2, k % 3) for k in range(6)]
+        csv.writer(file).writerows([("file", "wing", "beak"), *rows])
+    (job,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "tasks.yaml").write_text(job)
     commands = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-    assert len(commands) == 4
+    assert len(commands) == 8
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "t2v-fast"
         assert cli.main(arguments) == 0, command
     assert (tmp_path / "distances.png").exists()
     assert (tmp_path / "roofline.png").exists()
+    assert Bank(tmp_path / "tasks.bank").tasks == ["flowers", "birds/wing", "birds/beak"]
+    assert (tmp_path / "arrays" / "hessian.npy").exists()
 
 
 def test_targets_and_links() -> None:
