@@ -1,12 +1,13 @@
 """The Fishers of several label sets over the same images, from one forward pass.
 
-The heads of all label sets stand side by side as one linear layer. A label set's cotangents are its own on its own
+The heads of all label sets stand side by side. A label set's cotangents are its own on its own
 logits and zero on the others', so its Fisher is what it would be alone; the forward pass and all that depends on the
 layers' inputs (Gram matrices, unfolded or transformed inputs that the planner keeps) is computed once.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -38,13 +39,19 @@ class LabelSet:
     weights: Tensor | None = None
 
 
-def stacked_head(sets: Sequence[LabelSet]) -> nn.Linear:
-    """One linear layer that gives the logits of all label sets, side by side."""
-    linear = nn.Linear(sets[0].head.in_features, sum(s.head.out_features for s in sets))
-    with torch.no_grad():
-        linear.weight.copy_(torch.cat([s.head.weight for s in sets]))
-        linear.bias.copy_(torch.cat([s.head.bias for s in sets]))
-    return linear
+class Heads(nn.Module):
+    """The logits of all label sets, side by side, each to the last bit what its head gives alone.
+
+    One wide linear layer would round differently, and where eigenvalues of a head's Fisher nearly coincide that is
+    enough for ``deflated`` to take another basis, and so another draw.
+    """
+
+    def __init__(self, sets: Sequence[LabelSet]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(copy.deepcopy(s.head) for s in sets)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.cat([head(features) for head in self.heads], 1)
 
 
 def fisher_of_label_sets(
@@ -63,7 +70,7 @@ def fisher_of_label_sets(
 ) -> list[FisherDiagonal]:
     """The filter-wise diagonal Fisher of each label set: that of :func:`t2v_fast.fisher` alone, to rounding.
 
-    ``network`` ends with :func:`stacked_head`; ``batches`` are images [N, 3, H, W] in the order of the codes.
+    ``network`` ends with :class:`Heads`; ``batches`` are images [N, 3, H, W] in the order of the codes.
 
     A process may have only a part of the examples: ``first`` is the number of the first of them, and ``reduce`` adds up
     moments (in place) and numbers of examples over the processes. Random numbers are those of one process.

@@ -24,7 +24,7 @@ from .embedding import Embedding
 from .fisher import BATCH_MEAN, FisherDiagonal, fisher
 from .head import HeadFit, fit_head
 from .probe import Probe, load_probe
-from .shared import LabelSet, fisher_of_label_sets, stacked_head
+from .shared import Heads, LabelSet, fisher_of_label_sets
 
 Result = TypeVar("Result")
 
@@ -178,8 +178,8 @@ class Task2Vec:
         }
 
     def _fisher_of_label_sets(self, data: TaskData, sets: list[LabelSet], **shard: Any) -> list[FisherDiagonal]:
-        parameter = next(self.probe.network.parameters())
-        with self.probe.with_head(stacked_head(sets).to(parameter.device, parameter.dtype)) as network:
+        parameter, names = next(self.probe.network.parameters()), self.probe.embedding_parameters()
+        with self.probe.with_head(Heads(sets).to(parameter.device, parameter.dtype)) as network:
             return fisher_of_label_sets(
                 network,
                 (images for images, _ in self._batches(data, "Fisher")),
@@ -187,7 +187,7 @@ class Task2Vec:
                 self.estimator,
                 self.samples,
                 likelihood=TASK_TYPES[self.task_type],
-                parameters=self.probe.embedding_parameters(),
+                parameters=names,
                 seed=self.seed,
                 self_check=self.self_check,
                 **shard,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from t2v_fast.embedding import Embedding, FingerprintMismatch, check_comparable, stack
 
@@ -154,3 +157,50 @@ def test_only_comparable_embeddings_are_stacked() -> None:
         stack([a, b, other])
     with pytest.raises(FingerprintMismatch, match="the layers"):
         stack([a, make(layers=(("stem.weight", 0, 5),))])
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+ARRAYS = st.sampled_from(
+    [np.ones(5), np.ones((5, 1)), np.ones(4), np.full(5, np.nan), np.ones(5, np.int8), np.ones(0), np.ones(5, np.bool_)]
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_fuzzed_files(tmp_path: Path, data: st.DataObject) -> None:
+    """A file is either an embedding or a ValueError that names it."""
+    path = tmp_path / "a.safetensors"
+    make().save(path)
+    content = bytearray(path.read_bytes())
+    kind = data.draw(st.sampled_from(["flip", "cut", "insert", "replace", "header"]))
+    if kind == "flip":
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    elif kind == "cut":
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    elif kind == "insert":
+        place = data.draw(st.integers(0, len(content)))
+        content[place:place] = data.draw(st.binary(max_size=40))
+    elif kind == "replace":
+        content[:] = data.draw(st.binary(max_size=200))
+    else:  # a whole safetensors file with anything in it
+        text = st.text(max_size=8) | JSON.map(json.dumps) | st.just("[" * 100_000)
+        good = {"layers": '[["a",0,5]]', "num_examples": "3", "meta": "{}", "fingerprint": "{}", "version": "1"}
+        header = good | data.draw(st.dictionaries(st.sampled_from(list(good)), text, max_size=2))
+        names = st.sampled_from(["hessian", "scale", "standard_error", "other"])
+        arrays = {"hessian": np.ones(5), "scale": np.ones(5)} | data.draw(st.dictionaries(names, ARRAYS, max_size=2))
+        header["format"] = "t2v-fast embedding"
+        content = safetensors.numpy.save(arrays, metadata=header)
+    path.write_bytes(bytes(content))
+    try:
+        e = Embedding.load(path)
+    except ValueError as error:
+        assert str(path) in str(error)  # noqa: PT017 (some files are whole)
+        return
+    assert np.isfinite(e.hessian).all()
+    assert e.layers[-1][2] == len(e)
+    assert isinstance(e.meta, dict)
+    repr(e)
