@@ -238,7 +238,7 @@ def shared(arguments: argparse.Namespace) -> None:
             for s in range(arguments.sets):
                 labels = np.arange(arguments.images) % classes
                 sets[f"{s}"] = rng.permutation(labels)
-            task2vec = Task2Vec(probe, batch_size=arguments.batch_size)
+            task2vec = Task2Vec(probe, batch_size=arguments.batch_size, self_check=not arguments.no_self_check)
             task2vec.embed(Pool(paths, sets["0"]))  # warm
             together, alone = [], []
             for _ in range(arguments.rounds):
@@ -304,6 +304,7 @@ def main() -> None:
             sub.add_argument("--size", type=int, default=96)
             sub.add_argument("--batch-size", type=int, default=32)
             sub.add_argument("--rounds", type=int, default=1)
+            sub.add_argument("--no-self-check", action="store_true", help="as if there were very many images")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     arguments.run(arguments)
