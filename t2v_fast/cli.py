@@ -16,7 +16,7 @@ from rich.text import Text
 from . import __version__, demo, ops, plot
 from .bank import Bank
 from .cotangents import ESTIMATORS
-from .distance import METRICS, distance_rows, nearest_tasks, pdist
+from .distance import ALPHA, METRICS, asymmetric_distance, distance_rows, nearest_tasks, pdist
 from .embedding import Embedding
 from .export import FORMS, export
 from .files import write_csv
@@ -71,7 +71,13 @@ def _parser() -> argparse.ArgumentParser:
 
     distance = commands.add_parser("distance", help="distances between stored embeddings")
     distance.add_argument("embeddings", nargs="+", type=Path, metavar="FILE", help="files, or folders of them")
-    distance.add_argument("--metric", default="cosine", choices=METRICS)
+    distance.add_argument(
+        "--metric",
+        default="cosine",
+        choices=[*METRICS, "asymmetric"],
+        help="asymmetric: the paper's, from the row's task to the column's, on top of cosine (default: %(default)s)",
+    )
+    distance.add_argument("--alpha", type=float, default=ALPHA, help="of asymmetric (default: %(default)s)")
     distance.add_argument("--csv", type=Path, help="write the matrix here")
     distance.add_argument("--plot", type=Path, help="write a clustered heat map here (PNG)")
     distance.set_defaults(run=_distance)
@@ -288,16 +294,20 @@ def _distance(arguments: argparse.Namespace) -> int:
         raise ValueError(f"distances need at least two embeddings, found {len(paths)}")
     embeddings = [Embedding.load(path) for path in paths]
     names = [str(e.meta.get("task") or path.stem) for e, path in zip(embeddings, paths, strict=True)]
-    distances = pdist(embeddings, metric=arguments.metric)
+    if arguments.metric == "asymmetric":
+        distances = asymmetric_distance(embeddings, embeddings, alpha=arguments.alpha)
+    else:
+        distances = pdist(embeddings, metric=arguments.metric)
     table = Table("task", "nearest", arguments.metric)
-    for i, j in enumerate(nearest_tasks(distances)):
-        table.add_row(Text(names[i]), Text(names[j]), f"{distances[i, j]:.4g}")
+    # Distances lead from the row's task to the column's: what a task is near to is looked for in its column.
+    for i, j in enumerate(nearest_tasks(distances.T)):
+        table.add_row(Text(names[i]), Text(names[j]), f"{distances[j, i]:.4g}")
     console.print(table)
     if arguments.csv:
         write_csv(arguments.csv, distance_rows(names, distances))
         console.print(f"distances -> {arguments.csv}", markup=False)
     if arguments.plot:
-        plot.heatmap(distances, names, arguments.plot)
+        plot.heatmap((distances + distances.T) / 2, names, arguments.plot, label=f"{arguments.metric} distance")
         console.print(f"heat map -> {arguments.plot}", markup=False)
     return 0
 

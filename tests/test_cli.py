@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small import shapes, small_probe, write_folder
 
 from t2v_fast import Embedding, cli, ops
+from t2v_fast.distance import asymmetric_distance, pdist
 from t2v_fast.task2vec import Task2Vec
 
 
@@ -39,6 +41,13 @@ def test_embed_then_distance(folders: list[str], tmp_path: Path, capsys: pytest.
     with (tmp_path / "d.csv").open() as file:
         assert [row[0] for row in csv.reader(file)] == ["task", "task 0", "task 1", "task 2"]
     assert (tmp_path / "d.png").stat().st_size > 10_000
+    for metric in ("asymmetric_kl", "jsd", "asymmetric"):
+        assert run("distance", out, "--metric", metric, "--csv", tmp_path / f"{metric}.csv") == 0
+        with (tmp_path / f"{metric}.csv").open() as file:
+            found = np.array([row[1:] for row in list(csv.reader(file))[1:]], dtype=float)
+        embeddings = [Embedding.load(out / f"task {k}.safetensors") for k in range(3)]
+        want = asymmetric_distance(embeddings, embeddings) if metric == "asymmetric" else pdist(embeddings, metric)
+        np.testing.assert_array_equal(found, want)
     # Other settings never mix with what is there.
     assert run("embed", *folders, "--output", out, "--quiet", "--probe", "other") == 1
     assert "was made with other settings: pass --overwrite" in capsys.readouterr().err
