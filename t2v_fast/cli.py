@@ -1,4 +1,4 @@
-"""The command line: ``t2v-fast embed | bank | distance | profile | demo | info``."""
+"""The command line: ``t2v-fast embed | bank | distance | select | plot | map | profile | demo | info``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, demo, ops, plot
+from . import __version__, demo, ops, plot, selection
 from .bank import Bank
 from .cotangents import ESTIMATORS
 from .distance import ALPHA, METRICS, asymmetric_distance, distance_rows, nearest_tasks, pdist
@@ -81,6 +82,21 @@ def _parser() -> argparse.ArgumentParser:
     distance.add_argument("--csv", type=Path, help="write the matrix here")
     distance.add_argument("--plot", type=Path, help="write a clustered heat map here (PNG)")
     distance.set_defaults(run=_distance)
+
+    select = commands.add_parser("select", help="which expert to use for a task, and what such choices cost")
+    select.add_argument("embeddings", nargs="+", type=Path, metavar="FILE", help="files, or folders of them")
+    select.add_argument(
+        "--errors",
+        type=Path,
+        required=True,
+        help="CSV of test errors: experts on top, each named as the task that it was trained on; a task a row; empty "
+        "where an expert is not to be used",
+    )
+    select.add_argument("--task", action="append", help="a task to choose for (default: all that have no errors yet)")
+    select.add_argument("--alpha", type=float, default=ALPHA, help="of the asymmetric distance (default: %(default)s)")
+    select.add_argument("--floor", type=float, default=0.0, help="the least error to divide increases by")
+    select.add_argument("--csv", type=Path, help="write the experts' distances from the tasks here")
+    select.set_defaults(run=_select)
 
     demo = commands.add_parser("demo", help="embed, compare and draw real tasks that need no download")
     demo.add_argument("--output", type=Path, default=Path("demo"))
@@ -286,14 +302,19 @@ def _bank_repair(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _distance(arguments: argparse.Namespace) -> int:
+def _load(given: Sequence[Path]) -> tuple[list[str], list[Embedding]]:
+    """The embeddings of files and folders, and their tasks' names."""
     paths = []
-    for path in arguments.embeddings:
+    for path in given:
         paths += sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if len(paths) < 2:
         raise ValueError(f"distances need at least two embeddings, found {len(paths)}")
     embeddings = [Embedding.load(path) for path in paths]
-    names = [str(e.meta.get("task") or path.stem) for e, path in zip(embeddings, paths, strict=True)]
+    return [str(e.meta.get("task") or path.stem) for e, path in zip(embeddings, paths, strict=True)], embeddings
+
+
+def _distance(arguments: argparse.Namespace) -> int:
+    names, embeddings = _load(arguments.embeddings)
     if arguments.metric == "asymmetric":
         distances = asymmetric_distance(embeddings, embeddings, alpha=arguments.alpha)
     else:
@@ -309,6 +330,45 @@ def _distance(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         plot.heatmap((distances + distances.T) / 2, names, arguments.plot, label=f"{arguments.metric} distance")
         console.print(f"heat map -> {arguments.plot}", markup=False)
+    return 0
+
+
+def _select(arguments: argparse.Namespace) -> int:
+    names, loaded = _load(arguments.embeddings)
+    known = dict(zip(names, loaded, strict=True))
+    if len(known) < len(names):
+        raise ValueError("two embeddings are of tasks of one name, so the table of errors does not say which is meant")
+    tasks, experts, errors = selection.read_errors(arguments.errors)
+    wanted = arguments.task or [name for name in names if name not in tasks]
+    for name in [*experts, *tasks, *wanted]:
+        if name not in known:
+            raise ValueError(f"no embedding of {name!r}: there are {', '.join(names)}")
+    of_experts, of_tasks = [known[name] for name in experts], [known[name] for name in tasks]
+    if wanted:
+        chosen_for = [known[name] for name in wanted]
+        distances = asymmetric_distance(of_experts, chosen_for, alpha=arguments.alpha)
+        model = selection.Model2Vec(arguments.alpha).fit(of_experts, of_tasks, errors)
+        learned = model.distances(chosen_for)
+        for k, name in enumerate(wanted):
+            table = Table("expert", "Model2Vec", "asymmetric", "symmetric", title=f"for {name}")
+            symmetric = pdist([*of_experts, known[name]])[-1, :-1]
+            for j in np.argsort(learned[:, k], kind="stable"):
+                row = (f"{d[j]:.4f}" for d in (learned[:, k], distances[:, k], symmetric))
+                table.add_row(Text(experts[j]), *row)
+            console.print(table)
+        if arguments.csv:
+            rows = [[e, *map(repr, row.tolist())] for e, row in zip(experts, learned, strict=True)]
+            write_csv(arguments.csv, [["expert", *wanted], *rows])
+            console.print(f"Model2Vec distances -> {arguments.csv}", markup=False)
+    table = Table(title="increase of the error over the best expert, on the tasks of the table")
+    header, *rows = selection.increase_rows(
+        selection.compare(of_experts, of_tasks, errors, alpha=arguments.alpha, floor=arguments.floor)
+    )
+    for column in header:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
     return 0
 
 

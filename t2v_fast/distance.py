@@ -326,11 +326,10 @@ def cdist(a: Vectors, b: Vectors, metric: str = "cosine", *, epsilon: float = 0.
     spread over ``torch.get_num_threads()`` threads. Memory beyond the inputs in float64 and the result: some copies of
     the inputs, and 4 MiB a thread. Raises ValueError for an unknown metric and for unusable vectors.
     """
-    if _are_embeddings(a) and _are_embeddings(b):
-        check_comparable([*a, *b])
+    check_same(a, b)
     measure = _metric(metric)
-    first = _vectors(a, "a", normalized=measure.normalized)
-    second = _vectors(b, "b", first.shape[1], normalized=measure.normalized)
+    first = as_vectors(a, "a", normalized=measure.normalized)
+    second = as_vectors(b, "b", first.shape[1], normalized=measure.normalized)
     return measure.measure(first, second, _check_epsilon(epsilon))
 
 
@@ -340,7 +339,7 @@ def pdist(embeddings: Vectors, metric: str = "cosine", *, epsilon: float = 0.0) 
     Symmetric but for ``"asymmetric_kl"``, where row i holds the distances from task i.
     """
     measure = _metric(metric)
-    vectors = _vectors(embeddings, "embeddings", normalized=measure.normalized)
+    vectors = as_vectors(embeddings, "embeddings", normalized=measure.normalized)
     _check_epsilon(epsilon)
     out = np.zeros((len(vectors), len(vectors)))
     for i in range(0, len(vectors), ROWS_AT_ONCE):
@@ -365,7 +364,7 @@ def layerwise_cdist(
         raise TypeError("distances by layer need sequences of Embedding: arrays do not say where a layer begins")
     check_comparable([*a, *b])
     measure = _metric(metric)
-    first, second = (_vectors(e, "embeddings", normalized=measure.normalized) for e in (a, b))
+    first, second = (as_vectors(e, "embeddings", normalized=measure.normalized) for e in (a, b))
     return {
         name: measure.measure(first[:, start:stop], second[:, start:stop], _check_epsilon(epsilon))
         for name, start, stop in a[0].layers
@@ -389,7 +388,7 @@ def trivial_embedding(*tasks: Vectors) -> np.ndarray:
     of the bank's own size is taken: each layer's mean Fisher value over all ``tasks`` (of arrays, the mean of all
     entries). See ``docs/decisions.md``.
     """
-    stacked = np.concatenate([_vectors(t, "tasks") for t in tasks])
+    stacked = np.concatenate([as_vectors(t, "tasks") for t in tasks])
     layers = tasks[0][0].layers if _are_embeddings(tasks[0]) else (("all", 0, stacked.shape[1]),)
     prior = np.empty(stacked.shape[1])
     for _, start, stop in layers:
@@ -407,8 +406,8 @@ def complexity(
     """
     measure = _metric(metric)
     prior = trivial_embedding(embeddings) if trivial is None else np.asarray(trivial, dtype=np.float64)
-    vectors = _vectors(embeddings, "embeddings", prior.size)
-    prior = _vectors(prior[None], "trivial", prior.size)
+    vectors = as_vectors(embeddings, "embeddings", prior.size)
+    prior = as_vectors(prior[None], "trivial", prior.size)
     return measure.measure(vectors + prior, prior, _check_epsilon(epsilon))[:, 0]
 
 
@@ -455,11 +454,17 @@ def _check_epsilon(epsilon: float) -> float:
     return epsilon
 
 
+def check_same(a: Vectors, b: Vectors) -> None:
+    """Raise FingerprintMismatch if both are embeddings and not all are comparable."""
+    if _are_embeddings(a) and _are_embeddings(b):
+        check_comparable([*a, *b])
+
+
 def _are_embeddings(given: Vectors) -> bool:
     return isinstance(given, Sequence) and len(given) > 0 and all(isinstance(e, Embedding) for e in given)
 
 
-def _vectors(given: Vectors, name: str, length: int | None = None, *, normalized: bool = False) -> np.ndarray:
+def as_vectors(given: Vectors, name: str, length: int | None = None, *, normalized: bool = False) -> np.ndarray:
     """float64 [T, D] of what a caller gave, which must be finite, at least 0, and of ``length`` columns if given.
 
     ``normalized``: divided by the embeddings' scales.

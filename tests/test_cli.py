@@ -13,6 +13,7 @@ from small import shapes, small_probe, write_folder
 
 from t2v_fast import Embedding, cli, ops
 from t2v_fast.distance import asymmetric_distance, pdist
+from t2v_fast.selection import Model2Vec
 from t2v_fast.task2vec import Task2Vec
 
 
@@ -54,6 +55,34 @@ def test_embed_then_distance(folders: list[str], tmp_path: Path, capsys: pytest.
     assert run("embed", folders[0], "--output", out, "--quiet", "--probe", "other", "--overwrite") == 0
     assert run("distance", out) == 1
     assert "cannot be compared" in capsys.readouterr().err
+
+
+def test_select(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out, errors = tmp_path / "out", tmp_path / "errors.csv"
+    assert run("embed", *folders, "--output", out, "--quiet") == 0
+    errors.write_text("task,task 0,task 1\ntask 0,,0.3\ntask 1,0.2,0.1\n")
+    capsys.readouterr()
+    assert run("select", out, "--errors", errors, "--csv", tmp_path / "s.csv") == 0
+    found = capsys.readouterr().out
+    assert "for task 2" in found
+    assert "for task 1" not in found
+    for way in ("chance", "best on average", "Task2Vec, symmetric", "Task2Vec, asymmetric", "Model2Vec"):
+        assert way in found
+    embeddings = [Embedding.load(out / f"task {k}.safetensors") for k in range(3)]
+    model = Model2Vec().fit(embeddings[:2], embeddings[:2], np.array([[np.nan, 0.3], [0.2, 0.1]]))
+    with (tmp_path / "s.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["expert", "task 2"]
+    np.testing.assert_array_equal([float(row[1]) for row in rows[1:]], model.distances(embeddings[2:])[:, 0])
+    assert run("select", out, "--errors", errors, "--task", "task 0") == 0
+    assert "for task 0" in capsys.readouterr().out
+    for text, message in (
+        ("task,task 0\ntask 9,0.1\n", "no embedding of 'task 9'"),
+        ("task,task 0\ntask 1,0.0\n", "pass a floor"),
+    ):
+        errors.write_text(text)
+        assert run("select", out, "--errors", errors) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_interrupt_keeps_what_is_finished(
