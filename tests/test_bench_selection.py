@@ -1,0 +1,97 @@
+"""The experiments on task embeddings run, small, on scanned digits: no font, no pretrained probe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small import small_probe
+
+from t2v_fast import Task2Vec
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPERTS = ["MNIST first half", "optical parity", "optical digits"]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import selection
+
+    return selection
+
+
+@pytest.fixture
+def tasks(bench) -> list:
+    from meta_task import scanned_tasks
+
+    return scanned_tasks()[:8]
+
+
+@pytest.fixture
+def settings(bench):
+    return bench.Settings(images=60, embedded_images=40, test_images=60, expert_images=200, epochs=2)
+
+
+def test_tasks(tasks: list) -> None:
+    from meta_task import EXPERT, TEST, TRAIN, _scans
+
+    for task in tasks:
+        drawn = [task.draw(60, split) for split in (TRAIN, TEST, EXPERT)]
+        for d in drawn:
+            counts = np.bincount(d.labels, minlength=len(d.classes))
+            assert counts.max() - counts.min() <= 1
+            assert d.images.shape == (60, 64, 64)
+        assert len({d.digest for d in drawn}) == 3
+        assert task.draw(60, TRAIN).digest == drawn[0].digest != task.draw(60, TRAIN, seed=1).digest
+    digits = _scans("MNIST")[1]
+    # Two to each class of each split even for the rarest digit.
+    assert min(np.bincount(digits[np.arange(len(digits)) % 3 == split]).min() for split in range(3)) >= 2
+
+
+def test_experiment_and_resume(bench, tasks, settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task2vec = Task2Vec(small_probe())
+    store = bench.Store(tmp_path, settings, tasks, EXPERTS)
+    results = bench.fill(store, task2vec)
+    assert results.errors.shape == (8, 3)
+    assert np.isnan(results.errors).sum() == 3
+    assert np.isnan(results.errors[results.names.index("optical parity"), 1])
+    assert (results.leep <= 1e-9).all()
+    # A digit expert does better than chance on digits, and its error is that of a plain count.
+    assert np.nanmin(results.errors[results.names.index("MNIST first half")]) < 0.6
+    text = bench.report(results, settings)
+    for way in ("chance", "best on average", "symmetric", "asymmetric", "Model2Vec", "LEEP", "LogME", "mean feature"):
+        assert way in text
+    assert "8 tasks in 1 families, 3 experts" in text
+
+    # What is there is used again, and only what is missing is made.
+    made = []
+    monkeypatch.setattr(bench, "train_expert", lambda *a: made.append("expert"))
+    real = bench.test_error
+    monkeypatch.setattr(bench, "test_error", lambda *a: (made.append("error"), real(*a))[1])
+    again = bench.fill(bench.Store(tmp_path, settings, tasks, EXPERTS), task2vec)
+    assert made == []
+    np.testing.assert_array_equal(again.errors, results.errors)
+    (tmp_path / "rows" / "optical-digits.json").unlink()
+    np.testing.assert_array_equal(bench.fill(store, task2vec).errors, results.errors)
+    assert made == ["error"] * 3
+    # Other settings or images never mix with what is there.
+    with pytest.raises(ValueError, match="pass another --output"):
+        bench.Store(tmp_path, bench.Settings(), tasks, EXPERTS)
+    path = tmp_path / "rows" / "MNIST-digits.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "digest": "other"}))
+    with pytest.raises(ValueError, match="is of other images"):
+        bench.fill(store, task2vec)
+    with pytest.raises(ValueError, match="no task 'nothing' for an expert"):
+        bench.Store(tmp_path, settings, tasks, ["nothing"])
+
+
+def test_replace_section(bench, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n")
+    bench.replace_section(page, "a", "one")
+    bench.replace_section(page, "b", "two")
+    bench.replace_section(page, "a", "three\n\nlines")
+    assert page.read_text() == "# Title\n\n<!-- a -->\nthree\n\nlines\n<!-- /a -->\n\n<!-- b -->\ntwo\n<!-- /b -->\n"
