@@ -77,7 +77,10 @@ def test_in_a_browser(page: Path, tmp_path: Path) -> None:
     window.errors = [];
     window.addEventListener("error", e => window.errors.push(e.message));
     setTimeout(() => {
-      Plotly.Fx.hover("map", [{curveNumber: 1, pointNumber: 1}]);
+      const mark = document.querySelectorAll("#map .points .point")[2].getBoundingClientRect();
+      const at = {clientX: mark.x + mark.width / 2, clientY: mark.y + mark.height / 2, bubbles: true};
+      const target = document.querySelector("#map .nsewdrag");
+      for (const kind of ["mouseover", "mousemove"]) target.dispatchEvent(new MouseEvent(kind, at));
       setTimeout(() => document.body.setAttribute("data-errors", JSON.stringify(window.errors)), 500);
     }, 1000);
     </script></body>"""
@@ -103,7 +106,7 @@ def test_in_a_browser(page: Path, tmp_path: Path) -> None:
     assert 'data-errors="[]"' in found
     body = found[found.index("<h1>") :]
     assert body.count('class="point') >= len(NAMES)  # marks of the map, bars of the profile
-    # The second task of the second family.
+    # The third mark, under which the mouse was put: the second task of the second family.
     assert re.search(r'<h2 id="task">&lt;/script&gt;&lt;b&gt;bold', body)
     assert re.search(r'<ol id="nearest">(<li>[^<]*</li>){4}</ol>', body)
 
