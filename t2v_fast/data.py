@@ -167,8 +167,9 @@ class TaskData:
         return torch.stack([read.label(label, self.describe(k)) for k, label in enumerate(labels)])
 
     def encode_labels(self, labels: Tensor) -> tuple[Tensor, list]:
-        """Labels as codes 0 to C-1 over the sorted distinct values, and the classes they stand for.
+        """Labels as codes 0 to C-1 in the order in which they first occur, and the classes they stand for.
 
+        So the codes do not depend on what the classes are called, and neither does anything computed from them.
         Multi-label targets [N, L] are passed through; every label must occur and be missing somewhere.
         """
         if self.task_type == "multilabel":
@@ -180,7 +181,10 @@ class TaskData:
         if len(values) < 2:
             only = self.classes[int(values[0])] if self.classes else int(values[0])
             raise DataError(f"{_task(self.name)} has images of one class only ({only}): a task needs at least two")
-        return codes, [self.classes[v] if self.classes else v for v in values.tolist()]
+        first = torch.full(values.shape, len(codes)).scatter_reduce(0, codes, torch.arange(len(codes)), "amin")
+        order = first.argsort()
+        values = values[order]
+        return order.argsort()[codes], [self.classes[v] if self.classes else v for v in values.tolist()]
 
 
 def balanced_weights(codes: Tensor, num_classes: int) -> Tensor:

@@ -14,8 +14,8 @@ import numpy as np
 
 from .distance import ALPHA, Vectors, as_vectors, asymmetric_distance, cdist, check_same, trivial_embedding
 
-# Model2Vec's defaults: the penalty was not tuned on any task.
-PENALTY, STEPS, RATE = 100.0, 40, 0.02
+# Model2Vec's defaults. The penalty allows logarithms of some tenths; it was not tuned on any task's errors.
+PENALTY, STEPS, RATE, ENTRIES = 1.0, 30, 0.02, 4096
 
 
 def nearest_expert(distances: np.ndarray, available: np.ndarray | None = None) -> np.ndarray:
@@ -100,12 +100,15 @@ class Model2Vec:
     paper leaves open how b_j is kept small and m_j positive: here m_j = F_j exp(s_j), the loss has
     penalty / 2 sum_j mean(s_j^2) besides, and Adam takes ``steps`` steps of ``rate`` from s_j = 0, so that without
     tasks to learn from this is the asymmetric distance. The softmax's temperature is the likeliest one at every step.
+    Distances are taken over ``entries`` of the vectors' entries, evenly spaced, or all if there are fewer: time grows
+    with experts times tasks times entries.
     """
 
     alpha: float = ALPHA
     penalty: float = PENALTY
     steps: int = STEPS
     rate: float = RATE
+    entries: int = ENTRIES
 
     def fit(
         self, experts: Vectors, tasks: Vectors, errors: np.ndarray, *, trivial: np.ndarray | None = None
@@ -121,10 +124,14 @@ class Model2Vec:
         if errors.shape != (len(t), len(f)):
             raise ValueError(f"errors are {list(errors.shape)}, expected [{len(t)} tasks, {len(f)} experts]")
         prior = trivial_embedding(experts) if trivial is None else np.asarray(trivial, dtype=np.float64)
+        self.indices = np.linspace(0, f.shape[1] - 1, min(self.entries, f.shape[1])).round().astype(int)
+        f, t, prior = f[:, self.indices], t[:, self.indices], prior[self.indices]
         # The distance does not change if an entry of all vectors is divided by one number: single precision suffices.
         unit = np.concatenate([f, t]).mean(0)
         used = unit > 0
-        f, t, t0 = ((x[..., used] / unit[used]).astype(np.float32) for x in (f, t, prior))
+        self.vectors = f.copy()  # m_j [E, len(indices)]
+        # A filter that is nearly dead is far below the prior, however far.
+        f, t, t0 = (np.minimum(x[..., used] / unit[used], 1e30).astype(np.float32) for x in (f, t, prior))
         least = np.float32(1e-6)  # a filter that is dead for an expert or task, beside others of about one
         log_f, log_t = np.log(np.maximum(f, least)), np.log(np.maximum(t, least))
         best = np.nanargmin(errors, axis=1)
@@ -148,14 +155,14 @@ class Model2Vec:
             first, second = 0.9 * first + 0.1 * gradient, 0.99 * second + 0.01 * np.square(gradient)
             at = step + 1
             s -= self.rate * (first / (1 - 0.9**at)) / (np.sqrt(second / (1 - 0.99**at)) + 1e-12)
-        self.vectors = as_vectors(experts, "experts").copy()  # m_j [E, D]
         self.vectors[:, used] = np.exp(np.log(np.maximum(f, least)) + s).astype(np.float64) * unit[used]
         self.trivial = prior
         return self
 
     def distances(self, tasks: Vectors) -> np.ndarray:
         """d_asym(m_j -> t) [E, T]."""
-        return asymmetric_distance(self.vectors, as_vectors(tasks, "tasks"), alpha=self.alpha, trivial=self.trivial)
+        t = as_vectors(tasks, "tasks")[:, self.indices]
+        return asymmetric_distance(self.vectors, t, alpha=self.alpha, trivial=self.trivial)
 
 
 def _model_distances(log_m: np.ndarray, log_t: np.ndarray, t0: np.ndarray, alpha: float):
@@ -176,8 +183,8 @@ def _model_distances(log_m: np.ndarray, log_t: np.ndarray, t0: np.ndarray, alpha
     s1 = np.stack([x.sum(1, dtype=np.float64) for x in u], 1)
     s2 = np.stack([np.einsum("td,td->t", x, x, dtype=np.float64) for x in u], 1)
     distance, by1, by2 = cosine(s1, s2, d)
-    m = np.exp(log_m)
-    w = (m + t0) / (m + 2 * t0)  # [E, D]
+    r = np.exp(log_m) / t0
+    w = (r + 1) / (r + 2)  # (m + t0) / (m + 2 t0) [E, D]
     depth, depth1, depth2 = cosine(w.sum(1, dtype=np.float64), np.square(w).sum(1, dtype=np.float64), d)
 
     def slope(g: np.ndarray) -> np.ndarray:
@@ -186,7 +193,7 @@ def _model_distances(log_m: np.ndarray, log_t: np.ndarray, t0: np.ndarray, alpha
             c1, c2 = ((g * by)[:, j].astype(np.float32) for by in (by1, by2))
             out[j] = c1 @ (x * (1 - x)) + (2 * c2) @ (np.square(x) * (1 - x))
         of_depth = -alpha * g.sum(0)[:, None]
-        by_m = m * t0 / np.square(m + 2 * t0)
+        by_m = r / np.square(r + 2)  # of w by log m
         return (out + of_depth * (depth1[:, None] + 2 * depth2[:, None] * w) * by_m).astype(np.float32)
 
     return distance - alpha * depth, slope

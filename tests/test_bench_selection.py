@@ -95,3 +95,40 @@ def test_replace_section(bench, tmp_path: Path) -> None:
     bench.replace_section(page, "b", "two")
     bench.replace_section(page, "a", "three\n\nlines")
     assert page.read_text() == "# Title\n\n<!-- a -->\nthree\n\nlines\n<!-- /a -->\n\n<!-- b -->\ntwo\n<!-- /b -->\n"
+
+
+def test_claims(bench, tasks, settings, tmp_path: Path) -> None:
+    import claims
+
+    store, task2vec = bench.Store(tmp_path, settings, tasks, EXPERTS), Task2Vec(small_probe())
+    bench.fill(store, task2vec)
+    for task in tasks[4:]:  # a second family, or nothing is to be told apart
+        object.__setattr__(task, "family", "other")
+    text = dict(claims.measure(store, task2vec, ["MNIST digits"], ["MNIST parity"], (20, 40)))
+    assert len(text) == 4
+    assert "MNIST digits | exact | 0.0e+00 | 0.0e+00" in text["Labels' names"]
+    assert text["Size of the data set"].count("MNIST parity |") >= 2
+    assert "of 8" in text["Distance follows the taxonomy"]
+
+
+def test_claims_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import claims
+
+    families = ["a", "a", "b", "c"]
+    tree = claims.taxonomic(families, ["x", "x", "x", "y"])
+    assert tree.tolist() == [[0, 1, 2, 3], [1, 0, 2, 3], [2, 2, 0, 3], [3, 3, 3, 0]]
+    rng = np.random.default_rng(0)
+    groups = np.arange(30) % 4
+    d = rng.random((30, 30)).round(1)  # with ties
+    d = np.triu(d, 1) + np.triu(d, 1).T + (groups[:, None] != groups)
+    d *= rng.random((30, 30)).round(1) < 0.8
+    d = np.maximum(d, d.T)
+    pairs = [(d[i, j], groups[i] == groups[j]) for i in range(30) for j in range(i)]
+    inside, outside = [v for v, same in pairs if same], [v for v, same in pairs if not same]
+    want = np.mean([(a < b) + (a == b) / 2 for a in inside for b in outside])
+    assert claims.auc(d, groups) == pytest.approx(want)
+    exact = np.array([[0.0, 1, 2], [1, 0, 3], [2, 3, 0]])
+    assert claims.nearest_in_family(exact, np.array(["a", "a", "b"])).tolist() == [True, True, False]
+    low, high = claims.interval_over_tasks(lambda k: float(groups[k].mean()), 30)
+    assert low < groups.mean() < high

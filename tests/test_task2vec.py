@@ -46,6 +46,17 @@ def test_embed_is_features_head_fisher(balanced: bool) -> None:
     assert embedding.meta["classes"] == ["0", "1", "2"]
 
 
+@pytest.mark.parametrize("estimator", ["exact", "deflated", "hutchinson"])
+def test_names_of_labels_change_nothing(estimator: str) -> None:
+    images, labels = shapes(20)
+    task2vec = Task2Vec(small_probe(), estimator=estimator)
+    want = task2vec.embed((images, labels))
+    for names in ([2, 1, 0], [100, 7, 50], [1, 2, 0]):
+        found = task2vec.embed((images, np.array(names)[labels]))
+        np.testing.assert_array_equal(found.hessian, want.hessian)
+        np.testing.assert_array_equal(found.standard_error, want.standard_error)
+
+
 def test_related_tasks_are_near() -> None:
     task2vec = Task2Vec(small_probe())
     same, other = [task2vec.embed(shapes(60, seed=s)) for s in (0, 1)], task2vec.embed(shapes(60, 2, seed=2))
