@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
 DPI = 150
 FORMATS = ("png", "svg")
-# Okabe and Ito's colours, which most colour-blind people can tell apart, dark enough for text on white.
-FAMILY_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#8A6D00", "#56B4E9", "#444444")
+# Okabe and Ito's colours, which most colour-blind people can tell apart, dark enough for text on white; then Tol's.
+FAMILY_COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#AA4499", "#8A6D00", "#56B4E9", "#444444"),
+    *("#882255", "#117733", "#332288", "#999933", "#CC6677", "#44AA99", "#BB8800"),
+)
 
 
 def heatmap(

@@ -55,7 +55,8 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (job,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     (tmp_path / "tasks.yaml").write_text(job)
     commands = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-    assert len(commands) == 8
+    assert len(commands) == 11
+    (tmp_path / "errors.csv").write_text("task,flowers,birds\nflowers,0.1,0.3\nbirds,0.2,0.1\n")
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "t2v-fast"
@@ -64,6 +65,8 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "roofline.png").exists()
     assert Bank(tmp_path / "tasks.bank").tasks == ["flowers", "birds/wing", "birds/beak"]
     assert (tmp_path / "arrays" / "hessian.npy").exists()
+    assert (tmp_path / "tree.svg").exists()
+    assert (tmp_path / "map.html").exists()
 
 
 def test_targets_and_links() -> None:
