@@ -184,12 +184,12 @@ class Store:
 
     def expert(self, name: str) -> Expert:
         task = next(t for t in self.tasks if t.name == name)
-        path, drawn = self.path("experts", name, "safetensors"), self.data(task, EXPERT)
+        path = self.path("experts", name, "safetensors")
         if path.exists():
-            expert = Expert(len(drawn.classes)).to(memory_format=torch.channels_last).eval()
+            expert = Expert(len(task.glyphs or task.groups)).to(memory_format=torch.channels_last).eval()
             expert.load_state_dict(load_file(path))
             return expert
-        expert = train_expert(drawn, self.settings)
+        expert = train_expert(self.data(task, EXPERT), self.settings)
         write_atomically(path, save({k: v.contiguous() for k, v in expert.state_dict().items()}))
         held_out = self.data(task, TEST)
         wrong = outputs(expert, prepare(held_out.images))[1].argmax(1) != torch.from_numpy(held_out.labels)

@@ -97,11 +97,11 @@ class Model2Vec:
 
     Section 5 of Achille et al., 2019: F_j [D] is the embedding of the task that expert j was trained on, and b_j is
     learned from tasks of which the best expert is known, by the cross entropy of a softmax over -d_asym(m_j -> t). The
-    paper leaves open how b_j is kept small and m_j positive: here m_j = F_j exp(s_j), the loss has
-    penalty / 2 sum_j mean(s_j^2) besides, and Adam takes ``steps`` steps of ``rate`` from s_j = 0, so that without
-    tasks to learn from this is the asymmetric distance. The softmax's temperature is the likeliest one at every step.
-    Distances are taken over ``entries`` of the vectors' entries, evenly spaced, or all if there are fewer: time grows
-    with experts times tasks times entries.
+    paper leaves open how b_j is kept small and m_j positive: here m_j = F_j exp(s_j), and the loss has
+    penalty / 2 sum_j mean(s_j^2) besides. Of ``steps`` steps of Adam from s_j = 0, where this is the asymmetric
+    distance, with a rate that falls from ``rate`` to zero, the one of the lowest loss is kept. The softmax's temperature
+    is the likeliest one at every step. Distances are taken over ``entries`` of the vectors' entries, evenly spaced, or
+    all if there are fewer: time grows with experts times tasks times entries.
     """
 
     alpha: float = ALPHA
@@ -147,6 +147,8 @@ class Model2Vec:
             p = _softmax(-distance / self.temperature)
             penalty = self.penalty / 2 * float(np.square(s).mean(1).sum())
             self.loss.append(float(-np.log(p[np.arange(len(p)), best]).mean()) + penalty)
+            if self.loss[-1] == min(self.loss):
+                kept = s.copy()
             if step == self.steps:
                 break
             p[np.arange(len(p)), best] -= 1
@@ -154,8 +156,13 @@ class Model2Vec:
             # Adam; every entry has the scale of a logarithm, so no step sizes need tuning.
             first, second = 0.9 * first + 0.1 * gradient, 0.99 * second + 0.01 * np.square(gradient)
             at = step + 1
-            s -= self.rate * (first / (1 - 0.9**at)) / (np.sqrt(second / (1 - 0.99**at)) + 1e-12)
-        self.vectors[:, used] = np.exp(np.log(np.maximum(f, least)) + s).astype(np.float64) * unit[used]
+            s -= (
+                self.rate
+                * (1 - step / self.steps)
+                * (first / (1 - 0.9**at))
+                / (np.sqrt(second / (1 - 0.99**at)) + 1e-12)
+            )
+        self.vectors[:, used] = np.exp(np.log(np.maximum(f, least)) + kept).astype(np.float64) * unit[used]
         self.trivial = prior
         return self
 
