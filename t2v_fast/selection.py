@@ -99,9 +99,9 @@ class Model2Vec:
     learned from tasks of which the best expert is known, by the cross entropy of a softmax over -d_asym(m_j -> t). The
     paper leaves open how b_j is kept small and m_j positive: here m_j = F_j exp(s_j), and the loss has
     penalty / 2 sum_j mean(s_j^2) besides. Of ``steps`` steps of Adam from s_j = 0, where this is the asymmetric
-    distance, with a rate that falls from ``rate`` to zero, the one of the lowest loss is kept. The softmax's temperature
-    is the likeliest one at every step. Distances are taken over ``entries`` of the vectors' entries, evenly spaced, or
-    all if there are fewer: time grows with experts times tasks times entries.
+    distance, with a rate that falls from ``rate`` to zero, the one of the lowest loss is kept. The temperature of the
+    softmax is the likeliest one at every step. Distances are taken over ``entries`` of the vectors' entries, evenly
+    spaced, or all if there are fewer: time grows with experts times tasks times entries.
     """
 
     alpha: float = ALPHA

@@ -151,6 +151,8 @@ def test_model2vec_without_steps_is_the_asymmetric_distance() -> None:
     experts[:, 3] = tasks[:, 3] = 0
     model = Model2Vec(steps=0).fit(experts, tasks, errors)
     np.testing.assert_allclose(model.distances(tasks), asymmetric_distance(experts, tasks), rtol=1e-5)
+    held = Model2Vec(penalty=1e9).fit(experts, tasks, errors)  # no step is worth it
+    np.testing.assert_array_equal(held.distances(tasks), model.distances(tasks))
     # A strong penalty holds the experts where they are, a weak one does not.
     moved = [
         np.abs(np.log(Model2Vec(penalty=p).fit(experts, tasks, errors).vectors[:, 4:] / experts[:, 4:])).mean()
