@@ -132,7 +132,7 @@ class Model2Vec:
         self.vectors = f.copy()  # m_j [E, len(indices)]
         # A filter that is nearly dead is far below the prior, however far.
         f, t, t0 = (np.minimum(x[..., used] / unit[used], 1e30).astype(np.float32) for x in (f, t, prior))
-        least = np.float32(1e-6)  # a filter that is dead for an expert or task, beside others of about one
+        least = np.float32(1e-30)  # a filter that is dead for an expert or task, beside others of about one
         log_f, log_t = np.log(np.maximum(f, least)), np.log(np.maximum(t, least))
         best = np.nanargmin(errors, axis=1)
         missing = np.isnan(errors)
