@@ -87,7 +87,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["t2v_fast", "t2v_fast.kernels"],
+    packages=["t2v_fast", "t2v_fast.adapters", "t2v_fast.kernels"],
     package_dir={"t2v_fast.kernels": "kernels"},
     # Optional, so that an install goes on where CMakeBuild has said that it could not compile.
     ext_modules=[Extension("t2v_fast._C", sources=[], optional=True)],

@@ -104,8 +104,8 @@ def problem(use: Use, taps: Taps) -> str | None:
         return f"has no rule: the layer is not supported (rules are known for {', '.join(RULES)})"
     if taps.both & {*use.parameters}:
         raise UnsupportedError(
-            f"the parameter {use}: what is computed from it is an activation, and also broadcast over the examples; "
-            "examples interact in this network, so per-example gradients do not exist"
+            f"the parameter {use}: what is computed from it is an activation, and also seems to be one for all "
+            "examples; examples interact in this network, or it multiplies activations in a way that is not followed"
         )
     return rule.check(use)
 

@@ -1,0 +1,1 @@
+"""The library behind the interfaces of other code: one file a frontend."""
