@@ -63,6 +63,7 @@ def fisher_of_label_sets(
     *,
     likelihood: str | Likelihood = "softmax",
     parameters: ParameterFilter = None,
+    unsupported: str = "error",
     seed: int = 0,
     self_check: bool = True,
     first: int = 0,
@@ -77,7 +78,7 @@ def fisher_of_label_sets(
     """
     check_estimator(estimator, samples)
     likelihood = get_likelihood(likelihood)
-    recorder = FisherRecorder(network, parameters)
+    recorder = FisherRecorder(network, parameters, unsupported=unsupported)
     device = next(iter(recorder.parameters.values())).device
     forward = _ChannelsLast(_default_forward) if device.type == "cpu" else _default_forward
     generators = [torch.Generator().manual_seed(seed) for _ in sets]

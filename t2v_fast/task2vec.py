@@ -42,7 +42,8 @@ class Task2Vec:
     or name (:meth:`Probe.skipping`), as the public code's option of this name does; nothing is backpropagated into
     them, and in ``feature_folder`` what they make of each batch is kept, for the second pass and for later runs. Image
     files are decoded once where they fit into ``cache_megabytes`` of memory, or of the disk at ``cache_folder``
-    (:class:`t2v_fast.cache.ImageCache`).
+    (:class:`t2v_fast.cache.ImageCache`). ``unsupported="exact"`` for probes that transform weights before use, which
+    are refused by default (:class:`t2v_fast.FisherRecorder`).
     """
 
     def __init__(
@@ -63,11 +64,15 @@ class Task2Vec:
         dtype: torch.dtype | None = None,
         skip_layers: int | str = 0,
         feature_folder: str | os.PathLike | None = None,
+        unsupported: str = "error",
         seed: int = 0,
         self_check: bool = True,
         progress: bool = False,
     ) -> None:
         check_task_type(task_type)
+        if unsupported not in ("error", "exact"):  # an embedding has an entry for every filter
+            raise ValueError(f"unsupported is {unsupported!r}, expected 'error' or 'exact'")
+        self.unsupported = unsupported
         if estimator != BATCH_MEAN:
             check_estimator(estimator, samples)
         if isinstance(probe, str):
@@ -188,6 +193,7 @@ class Task2Vec:
                 self.samples,
                 likelihood=TASK_TYPES[self.task_type],
                 parameters=names,
+                unsupported=self.unsupported,
                 seed=self.seed,
                 self_check=self.self_check,
                 **shard,
@@ -281,6 +287,7 @@ class Task2Vec:
                 self.samples,
                 likelihood=TASK_TYPES[self.task_type],
                 parameters=self.probe.embedding_parameters(),
+                unsupported=self.unsupported,
                 weights=weights,
                 seed=self.seed,
                 self_check=self.self_check,

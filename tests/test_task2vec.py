@@ -11,7 +11,7 @@ from oracle import per_example_squares, reduce, relative_error
 from small import PREPROCESSING, shapes, small_probe, write_folder
 from torch import nn
 
-from t2v_fast import DataError, Embedding, FingerprintMismatch, Task2Vec, TaskData, distance
+from t2v_fast import DataError, Embedding, FingerprintMismatch, Probe, Task2Vec, TaskData, UnsupportedError, distance
 from t2v_fast.cotangents import cotangents
 from t2v_fast.head import fit_head
 
@@ -160,3 +160,27 @@ def test_reduced_precision_is_close_and_kept_apart() -> None:
         distance.pdist([full, reduced])
     with pytest.raises(ValueError, match="expected a floating-point one"):
         Task2Vec(probe, dtype=torch.int8)
+
+
+def test_a_probe_that_transforms_its_weights() -> None:
+    """Refused by name, or exact by request; label sets too."""
+
+    class Standardised(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            return torch.nn.functional.conv2d(x, w, self.bias)
+
+    torch.manual_seed(0)
+    network = nn.Sequential(Standardised(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    probe = Probe(network, preprocessing=PREPROCESSING)
+    images, labels = shapes()
+    with pytest.raises(UnsupportedError, match=r"'0\.weight'.*transformed before use.*unsupported='exact'"):
+        Task2Vec(probe).embed((images, labels))
+    task2vec = Task2Vec(probe, unsupported="exact")
+    embedding = task2vec.embed((images, labels))
+    assert embedding.hessian.shape == (4,)
+    assert embedding.hessian.all()
+    (shared,) = task2vec.embed_label_sets((images, labels), {"t": labels}).values()
+    np.testing.assert_allclose(shared.hessian, embedding.hessian, rtol=1e-5)
+    with pytest.raises(ValueError, match="unsupported is 'skip'"):
+        Task2Vec(probe, unsupported="skip")
