@@ -192,7 +192,7 @@ def test_many_processes_killed_at_random(tmp_path: Path) -> None:
     for w in workers:
         w.join()
     bank = Bank(tmp_path)
-    assert kills == 6
+    assert kills  # all six, unless the others had finished before this process had its turn
     assert sorted(bank.tasks, key=int) == names
     assert bank.verify() == {}
     assert all(same(bank[name], make(name, int(name))) for name in names)
