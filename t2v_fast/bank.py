@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .distance import METRICS
-from .embedding import Embedding, FingerprintMismatch, differences
+from .embedding import Embedding, FingerprintMismatch, differences_from
 from .files import write_atomically
 from .search import Index, index_path, scan
 
@@ -448,10 +448,7 @@ class Bank:
             write_atomically(self.folder / "bank.json", json.dumps(shared, sort_keys=True, indent=1).encode())
             self._load_shared()
         for e in embeddings:
-            different = differences(self.fingerprint, e.fingerprint)
-            if not different and self.layers != e.layers:
-                different = ["the layers"]
-            if different:
+            if different := differences_from(self.fingerprint, self.layers, e):
                 raise FingerprintMismatch(
                     f"task {e.meta.get('task')!r} cannot go into bank {self.folder}: they differ in "
                     f"{', '.join(different)} (first the bank's)"

@@ -165,16 +165,19 @@ def differences(first: dict[str, Any], other: dict[str, Any]) -> list[str]:
     ]
 
 
+def differences_from(fingerprint: dict[str, Any], layers: Sequence[tuple], other: Embedding) -> list[str]:
+    """What keeps an embedding from being compared with those of this fingerprint and layout, in words."""
+    different = differences(fingerprint, other.fingerprint)
+    return different or (["the layers"] if layers != other.layers else [])
+
+
 def check_comparable(embeddings: Sequence[Embedding]) -> None:
     """Raise FingerprintMismatch, naming two tasks and what differs, unless all have one fingerprint and one layout."""
     if not embeddings:
         return
     first = embeddings[0]
     for k, other in enumerate(embeddings):
-        different = differences(first.fingerprint, other.fingerprint)
-        if not different and first.layers != other.layers:
-            different = ["the layers"]
-        if different:
+        if different := differences_from(first.fingerprint, first.layers, other):
             raise FingerprintMismatch(
                 f"embeddings 0 ({first.meta.get('task')!r}) and {k} ({other.meta.get('task')!r}) cannot be compared: "
                 f"they differ in {', '.join(different)}"

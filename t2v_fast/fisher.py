@@ -368,17 +368,19 @@ def _accumulate(
     granularity: str,
 ) -> None:
     """Add a batch's values; ``tokens`` [N]: of how many in each example they are sums, if the mean is over tokens."""
-    counts = torch.ones(1) if tokens is None else tokens
-    total = (a * counts).sum()
+    if tokens is not None:
+        a = a * tokens
+    total = a.sum()
     for name, q in values.items():
         if estimator == BATCH_MEAN:
             moments[name].add(q[None], torch.ones(1))
         elif granularity == "parameter":  # summed over the batch already
             if total > 0:
                 moments[name].add(q[None] / total, total[None])
+        elif tokens is None:
+            moments[name].add(q, a)
         else:
-            each = counts.clamp_min(1).to(q).view(-1, *(1,) * (q.dim() - 1))
-            moments[name].add(q if tokens is None else q / each, a * counts)
+            moments[name].add(q / tokens.clamp_min(1).to(q).view(-1, *(1,) * (q.dim() - 1)), a)
 
 
 def _count_tokens(mask: Tensor | None, logits: Tensor) -> Tensor:
@@ -438,17 +440,7 @@ def _self_check(
             )
         # The gradient of one example's term, through the batch's own activations: run alone, rounding can push a
         # pre-activation over a kink, which in a narrow layer shows as percents.
-        single = torch.zeros_like(cotangent)
-        single[e] = cotangent[e]
-        gradients = torch.autograd.grad(
-            [logits],
-            [recorder.parameters[name] for name in want],
-            [single],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        for name, g in zip(want, gradients, strict=True):
+        for name, g in recorder.plain_gradients(logits, cotangent, e, want).items():
             want[name] += recorder.reduce(name, g.double())
     # A parameter whose true gradient vanishes (a bias that a softmax ignores) holds rounding of larger ones only.
     floor = (1e3 * torch.finfo(dtype).eps) ** 2 * max(float(w.max()) for w in want.values() if w.numel())

@@ -200,8 +200,8 @@ class FisherRecorder:
             if tapped.uses:
                 self._pass(output, cotangent, tapped, ways, sums, w, reuse, more)
             if k in ends:
-                for name in ways.alone:
-                    sums[name] = self._one_by_one(output, cotangents[first:k], name, w)
+                if ways.alone:
+                    sums |= self._one_by_one(output, cotangents[first:k], ways.alone, w)
                 found = {name: sums[name] if name in sums else self._zeros(name, n) for name in self.parameters}
                 results.append({name: self._mean(name, q) for name, q in found.items() if name not in ways.skipped})
                 sums.clear()
@@ -219,11 +219,10 @@ class FisherRecorder:
 
     def _rows(self, name: str, t: Tensor) -> Tensor:
         """Something of a parameter's shape as [filters, entries of each]."""
-        return (
-            t.reshape(1, 1)
-            if t.dim() == 0
-            else t.movedim(self.filter_axes[name], 0).reshape(t.shape[self.filter_axes[name]], -1)
-        )
+        if t.dim() == 0:
+            return t.reshape(1, 1)
+        t = t.movedim(self.filter_axes[name], 0)
+        return t.reshape(len(t), -1)
 
     def _ways(self, taps: Taps) -> _Ways:
         count: dict[str, int] = {}
@@ -322,21 +321,33 @@ class FisherRecorder:
         """The same by gradients that are formed, whose filters may lie along any axis."""
         return Summed([(factors, lambda t: t)], tuple(self.parameters[name].shape), n, self.filter_axes[name])
 
-    def _one_by_one(self, output: Tensor, cotangents: Tensor, name: str, weights: Tensor) -> Tensor:
-        """The squares of one parameter by plain autograd, an example and a cotangent at a time."""
-        p = self.parameters[name]
-        total = self._zeros(name, len(weights))
+    def plain_gradients(
+        self, output: Tensor, cotangent: Tensor, example: int, names: Iterable[str]
+    ) -> dict[str, Tensor]:
+        """Gradients of parameters by plain autograd, of one example's part of a cotangent; the graph is kept."""
+        names = list(names)
+        single = torch.zeros_like(cotangent)
+        single[example] = cotangent[example]
+        wanted = [self.parameters[name] for name in names]
+        gradients = torch.autograd.grad(
+            [output], wanted, [single], retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return dict(zip(names, gradients, strict=True))
+
+    def _one_by_one(
+        self, output: Tensor, cotangents: Tensor, names: Iterable[str], weights: Tensor
+    ) -> dict[str, Tensor]:
+        """The squares of parameters by plain autograd, an example and a cotangent at a time."""
+        totals = {name: self._zeros(name, len(weights)) for name in names}
         for e in range(output.shape[0]):
             for cotangent in cotangents:
-                single = torch.zeros_like(cotangent)
-                single[e] = cotangent[e]
-                (g,) = torch.autograd.grad([output], [p], [single], retain_graph=True, materialize_grads=True)
-                square = g.to(total.dtype).square()
-                if self.granularity == "parameter":
-                    total += float(weights[e]) * square
-                else:
-                    total[e] += self._rows(name, square).sum(1)
-        return total
+                for name, g in self.plain_gradients(output, cotangent, e, totals).items():
+                    square = g.to(totals[name].dtype).square()
+                    if self.granularity == "parameter":
+                        totals[name] += float(weights[e]) * square
+                    else:
+                        totals[name][e] += self._rows(name, square).sum(1)
+        return totals
 
     def _zeros(self, name: str, n: int) -> Tensor:
         p = self.parameters[name]

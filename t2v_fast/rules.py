@@ -131,27 +131,24 @@ def _of_last_axis(shape: Shape, t: Tensor) -> bool:
     return math.prod(shape[:-1]) == 1 and shape[-1:] == tuple(t.shape[-1:])
 
 
-def _rows_first(t: Tensor, shape: Shape) -> Tensor:
-    """What meets an input of ``shape`` that is broadcast to t, as rows [R, ...].
+def _rows_first(t: Tensor, shape: Shape) -> tuple[Tensor, Shape]:
+    """What meets an input of ``shape`` that is broadcast to t, as rows [R, ...], and the input's shape against that.
 
     An input of the last axis alone, [C], may meet rows of any layout; for any other the rows are the first axis over
     which it is broadcast.
     """
     if _of_last_axis(shape, t):
-        return t.reshape(-1, t.shape[-1])
+        return t.reshape(-1, t.shape[-1]), (1, t.shape[-1])
     own = _own_axes(shape, t.shape)
     axis = next((axis for axis, size in enumerate(own) if size == 1 < t.shape[axis]), None)
-    return t[None] if axis is None else t.movedim(axis, 0)
+    if axis is None:
+        return t[None], (1, *own)
+    return t.movedim(axis, 0), (1, *own[:axis], *own[axis + 1 :])
 
 
 def _broadcast(t: Tensor, shape: Shape, layout: RowLayout, n: int) -> Tensor:
     """The same as [N, S, C]: what the input is broadcast over becomes S, its own axes become C."""
-    rows = _rows_first(t, shape)
-    if _of_last_axis(shape, t):
-        return layout.split(rows, n)
-    own = _own_axes(shape, t.shape)
-    axis = next((axis for axis, size in enumerate(own) if size == 1 < t.shape[axis]), None)
-    own = (1, *own) if axis is None else (1, *own[:axis], *own[axis + 1 :])
+    rows, own = _rows_first(t, shape)
     summed = [axis for axis in range(1, rows.dim()) if own[axis] == 1]
     kept = [axis for axis in range(1, rows.dim()) if own[axis] != 1]
     size = math.prod(rows.shape[axis] for axis in kept)
@@ -159,7 +156,7 @@ def _broadcast(t: Tensor, shape: Shape, layout: RowLayout, n: int) -> Tensor:
 
 
 def _elementwise(g: Tensor, use: Use) -> Tensor:
-    return _rows_first(g, use.shape)
+    return _rows_first(g, use.shape)[0]
 
 
 def _channels(t: Tensor, layout: RowLayout, n: int) -> Tensor:
@@ -311,7 +308,7 @@ def _right(node: Node) -> int:
 def _product_rows(g: Tensor, use: Use) -> Tensor:
     if use.slot == _right(use.node):
         return g.movedim(-2, 0)
-    return _rows_first(g, use.shape) if use.node.name() == "AddmmBackward0" and use.slot == 0 else g.movedim(-1, 0)
+    return _elementwise(g, use) if use.node.name() == "AddmmBackward0" and use.slot == 0 else g.movedim(-1, 0)
 
 
 @register_rule("AddmmBackward0", "MmBackward0", rows=_product_rows, shared=_linear_inputs, check=_check_linear)
@@ -396,7 +393,7 @@ def _repeats(g: Tensor, use: Use) -> tuple[Tensor, Shape]:
     return g, tuple(size for mine in own for size in (1, mine))
 
 
-@register_rule("RepeatBackward0", rows=lambda g, use: _rows_first(*_repeats(g, use)), shared=lambda node, slot: True)
+@register_rule("RepeatBackward0", rows=lambda g, use: _rows_first(*_repeats(g, use))[0], shared=lambda node, slot: True)
 def _repeat(use: Use, g: Tensor, layout: RowLayout, n: int) -> Factors:
     return Product(_broadcast(*_repeats(g, use), layout, n))
 
