@@ -65,8 +65,6 @@ def root(tmp_path: Path) -> Path:
 def test_every_kind(root: Path) -> None:
     images, labels = shapes(12)
     content = {
-        "probe": {"name": "torchvision/resnet18", "weights": "none", "size": 32},
-        "settings": {"samples": 1, "seed": 3, "dtype": "float64"},
         "tasks": [
             {"folder": "flowers"},
             {"folders": "many"},
@@ -90,6 +88,16 @@ def test_every_kind(root: Path) -> None:
             np.testing.assert_allclose(embedding.hessian, want, rtol=1e-3)
     assert job.work[3].data("birds").classes == ["k0", "k1", "k2"]
     assert job.work[5].data("web").describe(0).startswith("../x/0000 in ")
+
+
+def test_probe_and_settings(root: Path) -> None:
+    pytest.importorskip("torchvision", reason="this torch has no torchvision built for it")
+    content = {
+        "probe": {"name": "torchvision/resnet18", "weights": "none", "size": 32},
+        "settings": {"samples": 1, "seed": 3, "dtype": "float64"},
+        "tasks": [{"folder": "flowers"}],
+    }
+    job = load_job(write_job(root / "job.yaml", content))
     with pytest.warns(UserWarning, match="random weights"):
         pipeline = job.task2vec()
     assert (pipeline.samples, pipeline.seed, pipeline.probe.preprocessing.crop) == (1, 3, 32)
