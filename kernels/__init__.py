@@ -1,1 +1,1 @@
-"""Triton kernels of the ops, installed as t2v_fast.kernels."""
+"""The ops in Triton, installed as t2v_fast.kernels: one file an op; :mod:`t2v_fast.kernels.backend` has them all."""

@@ -20,7 +20,8 @@ Inputs are float64, float32, bfloat16 or float16, contiguous, channels-last or s
 float32, which is also the dtype of ``q`` (float64 for float64). Results are deterministic.
 
 Calls go through the torch dispatcher: the compiled extension implements the operators for the devices it was built
-for, :mod:`t2v_fast.reference` answers for every other. :func:`use_backend` forces one.
+for; :mod:`t2v_fast.kernels`, in Triton, for CUDA tensors where the extension has no CUDA kernels;
+:mod:`t2v_fast.reference` answers for every other. :func:`use_backend` forces one.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from . import reference
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 CONV_PATHS = ("explicit", "gram", "winograd")
 CONV_ACC_PATHS = ("explicit", "winograd")
 OUTER_PATHS = ("explicit", "gram")
@@ -83,11 +84,40 @@ def _load_extension() -> str | None:
     return None
 
 
+@functools.cache
+def _load_triton() -> str | None:
+    """Import the Triton kernels; return why they cannot be, or None."""
+    try:
+        importlib.import_module("t2v_fast.kernels.backend")
+    except ImportError as error:
+        return f"Triton's kernels did not load: {error}"
+    return None
+
+
+def _triton() -> ModuleType:
+    return importlib.import_module("t2v_fast.kernels.backend")
+
+
+def _missing_on_gpu(backend: str) -> str | None:
+    """Why a backend cannot run on CUDA tensors, or None."""
+    if backend == "cuda" and _missing is not None:
+        return f"the compiled extension did not load: {_missing}"
+    if backend == "cuda" and not _extension().build_info()["cuda"]:
+        return "the compiled extension was built without CUDA"
+    if backend == "triton" and (why := _load_triton()) is not None:
+        return why
+    if backend == "triton" and _triton().interpreted():
+        return None  # on CPU tensors, too
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
 def backend_status() -> dict[str, str]:
     """For every backend, ``"available"`` or the reason why it cannot run here."""
     return {
         "reference": "available",
         "cpu": "available" if _missing is None else f"the compiled extension did not load: {_missing}",
+        "cuda": _missing_on_gpu("cuda") or "available",
+        "triton": _missing_on_gpu("triton") or "available",
     }
 
 
@@ -129,16 +159,40 @@ def build_id() -> str:
     return f"{file.st_mtime_ns:x}-{file.st_size:x}"
 
 
+_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
+
+
 def _call(name: str, *args: object) -> Tensor | None:
     forced = _backend.get()
     # An extension that loaded but does not fit this torch has registered its kernels: they must not be dispatched to.
-    if forced == "reference" or _missing is not None:
+    if forced == "reference" or (_missing is not None and not _on_gpu(args)):
         return getattr(reference, name)(*args)
-    if forced == "cpu":
-        for a in args:
-            if isinstance(a, Tensor) and a.device.type != "cpu":
-                raise RuntimeError(f"{name}: backend 'cpu' was asked for, but an argument is on {a.device}")
-    return getattr(torch.ops.t2v_fast, name)(*args)
+    if forced == "auto":
+        return getattr(torch.ops.t2v_fast, name)(*args)
+    allowed = _DEVICES[forced]
+    if forced == "triton" and _triton().interpreted():
+        allowed = ("cpu",)
+    for a in args:
+        if isinstance(a, Tensor) and a.device.type not in allowed:
+            raise RuntimeError(f"{name}: backend {forced!r} was asked for, but an argument is on {a.device}")
+    return getattr(_triton() if forced == "triton" else torch.ops.t2v_fast, name)(*args)
+
+
+def _on_gpu(args: Sequence[object]) -> bool:
+    return any(isinstance(a, Tensor) and a.is_cuda for a in args)
+
+
+@functools.cache
+def gpu_backend() -> str:
+    """What CUDA tensors run on unless a backend is forced: ``"cuda"``, ``"triton"`` or ``"reference"``; logged once."""
+    reasons = []
+    for backend in ("cuda", "triton"):
+        if (why := _missing_on_gpu(backend)) is None:
+            log.info("CUDA tensors run on the %s kernels%s", backend, "".join(f"; {r}" for r in reasons))
+            return backend
+        reasons.append(f"not {backend}: {why}")
+    log.warning("CUDA tensors run on the reference ops, an example at a time: %s", "; ".join(reasons))
+    return "reference"
 
 
 def _shape(t: Tensor) -> str:
@@ -489,7 +543,22 @@ def _register() -> torch.library.Library:
     return library
 
 
+def _register_triton(library: torch.library.Library) -> None:
+    """CUDA kernels of the operators where the extension has none: Triton's, imported at their first call."""
+
+    def late(name: str) -> Callable[..., Tensor | None]:
+        def run(*args: object) -> Tensor | None:
+            return getattr(_triton() if gpu_backend() == "triton" else reference, name)(*args)
+
+        return run
+
+    for name in SCHEMAS:
+        library.impl(name, late(name), "CUDA")
+
+
 _library = _register()
 _missing = _load_extension()
+if _missing is not None or not _extension().build_info()["cuda"]:
+    _register_triton(_library)
 if _missing is not None:
     log.info("running on the reference ops: %s", _missing)

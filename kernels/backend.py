@@ -1,0 +1,22 @@
+"""Every op of this backend, under its name."""
+
+from .launch import interpreted
+from .sq_conv import conv_gram, sq_conv, sq_conv_acc_, sq_gram
+from .sq_outer import sq_outer, sq_outer_acc_
+from .sq_prod import sq_norm, sq_prod, sq_prod_acc_
+from .sq_scatter import sq_scatter, sq_scatter_acc_
+
+__all__ = [
+    "conv_gram",
+    "interpreted",
+    "sq_conv",
+    "sq_conv_acc_",
+    "sq_gram",
+    "sq_norm",
+    "sq_outer",
+    "sq_outer_acc_",
+    "sq_prod",
+    "sq_prod_acc_",
+    "sq_scatter",
+    "sq_scatter_acc_",
+]

@@ -1,0 +1,93 @@
+"""What every kernel's launch needs: types, precision, the device, block sizes and their tuning."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# Environment variable: measure the candidates for block sizes once per geometry instead of taking the first.
+TUNE = "T2V_FAST_TUNE"
+
+_DTYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def sum_type(dtype: torch.dtype) -> tl.dtype:
+    """The type that holds sums over ``dtype`` values."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def operand_type(dtype: torch.dtype) -> tl.dtype:
+    """The type in which ``dtype`` values enter a matrix product."""
+    if dtype == torch.bfloat16 and interpreted():
+        return tl.float32  # the interpreter keeps bfloat16 as bits, which its products take for integers
+    return _DTYPES[dtype]
+
+
+def precision() -> str:
+    """Of products of float32 values: exact, unless torch was told that TF32 will do.
+
+    ``torch.set_float32_matmul_precision("high")`` is that word. Narrower inputs are multiplied exactly in either mode.
+    """
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def on_device_of(t: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+def power_of_two(n: int, least: int, most: int) -> int:
+    """The smallest power of two that is at least ``n``, within bounds."""
+    return min(max(triton.next_power_of_2(max(n, 1)), least), most)
+
+
+def processors(t: Tensor) -> int:
+    """How many programs run side by side at least."""
+    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 1
+
+
+_tuned: dict[Hashable, tuple[int, ...]] = {}
+
+
+def best(
+    key: Hashable, candidates: Sequence[tuple[int, ...]], run: Callable[[tuple[int, ...]], Tensor]
+) -> tuple[int, ...]:
+    """The candidate with which ``run`` takes least time: measured where asked for, else the first.
+
+    ``run`` must not change its inputs. Nothing is measured while a CUDA graph is captured.
+    """
+    if key in _tuned:
+        return _tuned[key]
+    if os.environ.get(TUNE) != "1" or interpreted() or torch.cuda.is_current_stream_capturing():
+        return candidates[0]
+    times = {}
+    for candidate in candidates:
+        try:
+            times[candidate] = triton.testing.do_bench(lambda c=candidate: run(c), warmup=5, rep=20)
+        except triton.runtime.errors.OutOfResources as error:
+            log.debug("%s with blocks %s: %s", key, candidate, error)
+    if not times:
+        return candidates[0]
+    _tuned[key] = min(times, key=times.__getitem__)
+    log.info("%s: blocks %s, %.4f ms", key, _tuned[key], times[_tuned[key]])
+    return _tuned[key]
