@@ -762,11 +762,12 @@ def _sums(geometry: _Geometry, g: Tensor, weight: Tensor | None) -> Tensor:
 
 def gram_blocks(dtype: torch.dtype, filters: int, positions: int, columns: int) -> list[tuple[int, ...]]:
     """Candidates (filters, positions, columns, warps, stages), the default first."""
-    wide = dtype == torch.float64
-    exact = wide or precision() == "ieee"
-    sizes = [(32, 32, 16, 4, 2)] if exact else [(64, 64, 32, 4, 2), (32, 64, 32, 4, 3)]
-    if exact and not wide:
-        sizes += [(32, 64, 16, 8, 2), (16, 32, 16, 2, 2)]
+    if dtype == torch.float64:
+        sizes = [(32, 32, 16, 4, 2)]
+    elif precision() == "ieee":
+        sizes = [(16, 64, 16, 8, 2), (32, 32, 16, 2, 2)]
+    else:
+        sizes = [(64, 64, 32, 8, 2), (32, 64, 32, 4, 3)]
     return list(
         dict.fromkeys(
             (power_of_two(filters, 16, o), power_of_two(positions, 16, p), power_of_two(columns, 16, d), w, s)

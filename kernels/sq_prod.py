@@ -77,7 +77,7 @@ def prod_kernel(
 def prod_blocks(g: Tensor) -> list[tuple[int, ...]]:
     """Candidates (positions, channels, warps), the default first: a warp reads along the contiguous axis."""
     if g.stride(2) == 1 and g.shape[2] > 1:
-        sizes = [(16, 128, 4), (32, 64, 4), (8, 256, 4), (64, 32, 8)]
+        sizes = [(16, 64 if g.dtype == torch.float64 else 128, 4), (32, 64, 4), (8, 256, 4), (64, 32, 8)]
     else:
         sizes = [(512, 4, 4), (1024, 1, 4), (128, 8, 4)]
     return list(dict.fromkeys((power_of_two(g.shape[1], 1, s), power_of_two(g.shape[2], 1, c), w) for s, c, w in sizes))

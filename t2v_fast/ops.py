@@ -138,9 +138,18 @@ def use_backend(name: str) -> Iterator[None]:
         _backend.reset(token)
 
 
+def backend_for(t: Tensor) -> str:
+    """The backend that the ops run on for a tensor like ``t``."""
+    if (forced := _backend.get()) != "auto":
+        return forced
+    if t.is_cuda:
+        return gpu_backend()
+    return "cpu" if t.device.type == "cpu" and _missing is None else "reference"
+
+
 def uses_cpu_extension(t: Tensor) -> bool:
     """Whether the ops run on the compiled CPU kernels for a tensor like ``t``."""
-    return t.device.type == "cpu" and _missing is None and _backend.get() != "reference"
+    return t.device.type == "cpu" and backend_for(t) == "cpu"
 
 
 def cpu_capability() -> str:

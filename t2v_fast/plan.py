@@ -31,7 +31,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from . import ops
+from . import cards, ops
 from .files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -133,6 +133,37 @@ def work(conv: Conv, path: str, itemsize: int = 4, cotangents: int = 1, width: i
     flops = pixels**2 * c + 2 * shifts + cotangents * o * positions**2
     once = (pixels**2 / width * c / 2, shifts, 0, c * pixels, 1)
     return Work(once, (0, 0, positions**2 / width * o / 2, o * positions, 0), float(flops), moved)
+
+
+def gpu_work(conv: Conv, path: str, itemsize: int = 4, cotangents: int = 1) -> cards.GpuWork:
+    """The work of a path for one example as the GPU kernels do it: whole tiles, Gram tiles that stay on the chip."""
+    tile = 32
+    c, o = conv.channels // conv.groups, conv.filters // conv.groups
+    positions, pixels, taps = math.prod(conv.out_size), math.prod(conv.size), math.prod(conv.kernel_size)
+    moved = itemsize * (conv.channels * pixels + cotangents * conv.filters * positions)
+    if conv.depthwise:
+        return cards.GpuWork(0.0, 2.0 * cotangents * conv.filters * taps * positions, moved)
+
+    def whole(n: int) -> int:
+        return -(-n // tile) * tile
+
+    if path == "explicit":
+        return cards.GpuWork(2.0 * cotangents * conv.groups * whole(o) * whole(c * taps) * positions, 0.0, moved)
+
+    def half(n: int) -> int:  # of a symmetric matrix, in whole tiles
+        tiles = whole(n) // tile
+        return tiles * (tiles + 1) // 2 * tile**2
+
+    forms = 2.0 * cotangents * whole(o) * half(positions)
+    if taps == 1 and pixels == positions:
+        return cards.GpuWork(2.0 * conv.groups * half(positions) * whole(c), conv.groups * forms, moved)
+    direct = 2.0 * half(positions) * whole(c * taps)
+    gathered = 4 * taps * half(positions)  # bytes, from the second-level cache
+    by_pixels = 2.0 * half(pixels) * whole(c)
+    if pixels**2 * c + 16 * taps * positions**2 < positions**2 * c * taps:  # as the kernels decide
+        workspace = 4 * (pixels**2 + gathered / 4)
+        return cards.GpuWork(conv.groups * by_pixels, conv.groups * forms, moved + conv.groups * workspace)
+    return cards.GpuWork(conv.groups * direct, conv.groups * forms, moved)
 
 
 # Geometries on which the unit costs are measured: each kind of work prevails in some of them.
@@ -328,17 +359,31 @@ def _best(conv: Conv, dtype: torch.dtype, capability: str, cotangents: int, elem
     return _costs(dtype, capability).best(conv, cotangents, elementwise)
 
 
+@functools.cache
+def _best_on_card(conv: Conv, card: cards.Card, rate: str, itemsize: int, cotangents: int, elementwise: bool) -> str:
+    paths = [path for path in conv.paths(elementwise) if path != "winograd"]  # GPUs run that one as explicit
+    return min(paths, key=lambda path: card.seconds(gpu_work(conv, path, itemsize, cotangents), rate))
+
+
 def choose(conv: Conv, x: Tensor, cotangents: int = 1, elementwise: bool = False) -> str:
     """The path for a layer with input ``x`` when ``cotangents`` of each example will be asked for."""
     if (forced := _forced.get()) is not None:
         return forced if forced in conv.paths(elementwise) else "explicit"
+    if x.is_cuda and ops.backend_for(x) != "reference":
+        return _best_on_card(
+            conv, cards.card_of(x.device), cards.rate_of(x.dtype), x.element_size(), cotangents, elementwise
+        )
     if not ops.uses_cpu_extension(x):
         return "explicit"  # the reference ops know one way only
     return _best(conv, x.dtype, ops.cpu_capability(), cotangents, elementwise)
 
 
 def predict(conv: Conv, x: Tensor, path: str, cotangents: int = 1) -> float | None:
-    """Seconds for one example on all threads, each with examples of its own; None but for the compiled CPU kernels."""
+    """Seconds for one example, on a CPU with all threads, each with examples of its own; None on the reference ops."""
+    if x.is_cuda and ops.backend_for(x) != "reference":
+        path = "explicit" if path == "winograd" else path
+        todo = gpu_work(conv, path, x.element_size(), cotangents)
+        return cards.card_of(x.device).seconds(todo, cards.rate_of(x.dtype))
     if not ops.uses_cpu_extension(x):
         return None
     return costs(x.dtype).predict(conv, path, cotangents) / torch.get_num_threads()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from t2v_fast import ops
+
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = {
     "test_fisher": ("step", "floor", "fisher", "fisher_exact", "fisher_deflated", "naive", "vmap", "opacus"),
@@ -88,3 +90,21 @@ def test_a_wrong_contestant_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contestants, "find", absent)
     with pytest.raises(harness.Refused, match="absent: No module named 'opacus'"):
         cell.enter("opacus")
+
+
+def test_gpu_report(tmp_path: Path) -> None:
+    """The script for GPUs, on a toy network and a CPU: what it verifies is right, and its report is whole."""
+    run(tmp_path, f"{ROOT}/bench/gpu.py", "--device", "cpu", "--toy", "--output", str(tmp_path))
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert results["wrong"] == []
+    assert len(results["ops"]) == len(results["against_float64"]) == 4
+    assert set(results["opcheck"]) == set(ops.SCHEMAS)
+    assert {name.rpartition(": ")[2] for name in results["networks"]} >= {"floor", "step", "vmap", "fisher, cpu, TF32"}
+    assert "| floor" not in (text := (tmp_path / "gpu.md").read_text())
+    assert all(f"## {title}" in text for title in ("Ops", "Ceilings", "Layers", "Networks"))
+
+
+def test_roofline_page_is_current() -> None:
+    """What docs/gpu.md says of flops and bytes is what the script prints."""
+    pytest.importorskip("torchvision", reason="this torch has no torchvision built for it")
+    assert run(ROOT, "bench/roofline.py").strip() in (ROOT / "docs" / "gpu.md").read_text()

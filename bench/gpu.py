@@ -1,0 +1,367 @@
+"""Verifies and measures this library on a GPU, and writes a report.
+
+    python bench/gpu.py [--output build/gpu] [--minutes 8] [--device cuda]
+
+Every backend that runs on the device is compared with float64 first: each op on each geometry of the tests and in each
+dtype, torch's own checks of the operators, and whole networks. Then it is timed by CUDA events: the card's ceilings,
+single layers by path, and whole networks: the network alone (floor), a training step, this library in float32, TF32 and
+bfloat16, and the peers that are installed. What cannot be done is reported as such, with the reason. Writes gpu.json and
+gpu.md; exits with status 1 if anything was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import t2v_fast
+from t2v_fast import ops, plan
+from t2v_fast.reference import accumulate_dtype
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import cases
+import test_ops
+from oracle import randomise_norms, reduce
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LAYERS = {
+    "3x3, 64 to 64, 56x56": plan.Conv(64, (56, 56), 64, (3, 3), padding=(1, 1)),
+    "3x3, 128 to 128, 28x28": plan.Conv(128, (28, 28), 128, (3, 3), padding=(1, 1)),
+    "3x3, 256 to 256, 14x14": plan.Conv(256, (14, 14), 256, (3, 3), padding=(1, 1)),
+    "3x3, 512 to 512, 7x7": plan.Conv(512, (7, 7), 512, (3, 3), padding=(1, 1)),
+    "7x7 stem, 224x224": plan.Conv(3, (224, 224), 64, (7, 7), (2, 2), (3, 3)),
+    "7x7 depthwise, 96, 56x56": plan.Conv(96, (56, 56), 96, (7, 7), padding=(3, 3), groups=96),
+    "linear 768 to 3072, 197 tokens": plan.Conv(768, (1, 197), 3072),
+}
+
+
+class Report:
+    """Collects results, and what went wrong; nothing stops the rest."""
+
+    def __init__(self, device: torch.device, minutes: float) -> None:
+        self.device, self.end = device, time.monotonic() + 60 * minutes
+        self.results: dict[str, Any] = {"wrong": [], "left_out": []}
+
+    def attempt(self, section: str, name: str, run: Callable[[], Any]) -> None:
+        if time.monotonic() > self.end:
+            self.results["left_out"].append(f"{section}: {name}: no time was left")
+            return
+        try:
+            self.results.setdefault(section, {})[name] = run()
+        except AssertionError as error:
+            self.results["wrong"].append(f"{section}: {name}: {error or traceback.format_exc(limit=-1)}")
+        except Exception as error:  # a peer that is missing or refuses, memory that does not suffice
+            self.results["left_out"].append(f"{section}: {name}: {type(error).__name__}: {error}")
+
+    def seconds(self, run: Callable[[], object], repeats: int = 10) -> float:
+        """The median, by CUDA events where there are any, after three calls that warm up."""
+        for _ in range(3):
+            run()
+        times = []
+        for _ in range(repeats):
+            if self.device.type == "cuda":
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                run()
+                end.record()
+                torch.cuda.synchronize()
+                times.append(start.elapsed_time(end) / 1e3)
+            else:
+                begin = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - begin)
+        return statistics.median(times)
+
+
+def backends(device: torch.device) -> list[str]:
+    wanted = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
+    return [name for name in wanted if ops.backend_status()[name] == "available"]
+
+
+def verify_ops(backend: str, dtype: torch.dtype, device: torch.device) -> str:
+    """The tests' geometries on the device, within the tests' bounds."""
+    count = 0
+    with ops.use_backend(backend):
+        for case in cases.CONVOLUTIONS:
+            x = test_ops.guarded((case.n, case.c, *case.size), dtype, 1, "channels_last")
+            g = test_ops.guarded((case.n * case.cotangents, case.o, *case.out_size), dtype, 2)
+            gradients, terms = test_ops.conv_gradients(case, x, g), math.prod(case.out_size)
+            x, g = x.to(device), g.to(device)
+            found = [ops.sq_conv(x, g, *case.geometry, path) for path in ("explicit", "gram")]
+            found.append(ops.sq_gram(ops.conv_gram(x, *case.geometry), g))
+            for q in found:
+                test_ops.assert_close(q.cpu(), test_ops.filter_sums(gradients), dtype, terms)
+            weight = torch.rand(len(g), dtype=accumulate_dtype(dtype))
+            out = torch.zeros(gradients.shape[1:], dtype=weight.dtype, device=device)
+            ops.sq_conv_acc_(out, x, g, weight.to(device), *case.geometry[1:])
+            want = torch.tensordot(weight.double(), gradients.square(), 1)
+            test_ops.assert_close(out.cpu(), want, dtype, terms)
+            count += 4
+        for case in cases.OUTERS:
+            x = test_ops.guarded((case.n, case.s, case.i), dtype, 1)
+            g = test_ops.guarded((case.n * case.cotangents, case.s, case.o), dtype, 2)
+            want = test_ops.filter_sums(test_ops.outer_gradients(x, g))
+            for path in ops.OUTER_PATHS:
+                test_ops.assert_close(ops.sq_outer(x.to(device), g.to(device), path).cpu(), want, dtype, case.s)
+                count += 1
+        for n, s, c in ((3, 5, 7), (2, 70, 18), (1, 3, 1100)):
+            x, g = test_ops.guarded((n, s, c), dtype, 1), test_ops.guarded((n, s, c), dtype, 2)
+            q = ops.sq_norm(g.to(device), x.to(device)).cpu()
+            test_ops.assert_close(q[0], test_ops.prod_gradients(g, x, None, None).square(), dtype, s)
+            test_ops.assert_close(q[1], g.double().sum(1).square(), dtype, s)
+            index = torch.randint(-1, 4, (n, s), generator=torch.Generator().manual_seed(n))
+            want = test_ops.filter_sums(test_ops.scatter_gradients(index, g, 4))
+            test_ops.assert_close(ops.sq_scatter(index.to(device), g.to(device), 4).cpu(), want, dtype, s)
+            count += 2
+    return f"{count} results within the bound"
+
+
+def verify_operator(name: str, device: torch.device) -> str:
+    arguments = [a.to(device) if isinstance(a, Tensor) else a for a in test_ops.OPCHECKS[name]()]
+    torch.library.opcheck(getattr(torch.ops.t2v_fast, name), tuple(arguments))
+    return "passed"
+
+
+def model(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+    if name == "toy":
+        torch.manual_seed(0)
+        layers = [
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, 2),
+            nn.Flatten(),
+            nn.LazyLinear(10),
+        ]
+        network = nn.Sequential(*layers)
+        network(torch.zeros(2, 3, 32, 32))
+    else:
+        import torchvision
+
+        torch.manual_seed(0)
+        network = getattr(torchvision.models, name)(num_classes=10)
+    return randomise_norms(network).to(device=device, dtype=dtype, memory_format=torch.channels_last)
+
+
+def verify_network(name: str, backend: str, dtype: torch.dtype, device: torch.device, size: int) -> float:
+    """Relative error of all filters' squares together, against autograd with one example at a time in float64."""
+    torch.manual_seed(1)
+    x, u = torch.randn(4, 3, size, size, dtype=torch.float64), torch.randn(4, 10, dtype=torch.float64)
+    truth = model(name, device, torch.float64)
+    want = {n: 0.0 for n, _ in truth.named_parameters()}
+    for n in range(len(x)):
+        pair = x[[n, n]].to(device)
+        logits = truth(pair)[:1]
+        gradients = torch.autograd.grad(logits, list(truth.parameters()), u[n : n + 1].to(device))
+        for key, gradient in zip(want, gradients, strict=True):
+            want[key] = want[key] + reduce(gradient.square()[None], "filter")[0]
+    network = model(name, device, dtype)
+    with ops.use_backend(backend), t2v_fast.FisherRecorder(network) as recorder:
+        logits = network(x.to(device, dtype))
+        found = recorder.backward(logits, u.to(device, dtype))
+    errors = [(found[k].sum(0).double() - want[k]).square().sum() for k in want]
+    error = float((sum(errors) / sum(w.square().sum() for w in want.values())).sqrt())
+    bound = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}[dtype]
+    assert error <= bound, f"relative error {error:.1e}, expected at most {bound:.0e}"
+    return error
+
+
+def ceilings(report: Report, size: int) -> None:
+    device = report.device
+
+    def product(dtype: torch.dtype, precision: str) -> float:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            a, b = torch.randn(2, size, size, device=device).to(dtype)
+            return 2 * size**3 / report.seconds(lambda: a @ b) / 1e12
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    for name, dtype, precision in (
+        ("float32, TFLOP/s", torch.float32, "highest"),
+        ("TF32, TFLOP/s", torch.float32, "high"),
+        ("bfloat16, TFLOP/s", torch.bfloat16, "highest"),
+    ):
+        report.attempt("ceilings", name, lambda dtype=dtype, precision=precision: product(dtype, precision))
+    source = torch.empty(size * size * 4, device=device)
+    target = torch.empty_like(source)
+    report.attempt(
+        "ceilings", "copy, GB/s", lambda: 2 * 4 * source.numel() / report.seconds(lambda: target.copy_(source)) / 1e9
+    )
+
+
+def time_layers(report: Report, backend: str, dtype: torch.dtype, precision: str, batch: int) -> None:
+    torch.set_float32_matmul_precision(precision)
+    kind = "TF32" if precision == "high" else str(dtype).removeprefix("torch.")
+    for name, conv in LAYERS.items():
+
+        def run(conv: plan.Conv = conv, path: str = "explicit") -> dict[str, float]:
+            layout = {"memory_format": torch.channels_last}
+            x = torch.randn(batch, conv.channels, *conv.size, device=report.device).to(dtype=dtype, **layout)
+            g = torch.randn(batch, conv.filters, *conv.out_size, device=report.device).to(dtype=dtype, **layout)
+            with ops.use_backend(backend):
+                seconds = report.seconds(lambda: ops.sq_conv(x, g, *conv.arguments, path))
+            work = plan.gpu_work(conv, path, x.element_size())
+            return {
+                "us an example": 1e6 * seconds / batch,
+                "TFLOP/s": batch * (work.flops + work.sum_flops) / seconds / 1e12,
+                "GB/s": batch * work.bytes / seconds / 1e9,
+            }
+
+        for path in (p for p in conv.paths() if p != "winograd"):
+            key = f"{backend}, {kind}, {name}, {path}"
+            report.attempt("layers", key, lambda path=path, run=run: run(path=path))
+    torch.set_float32_matmul_precision("highest")
+
+
+def time_network(report: Report, name: str, size: int, batch: int) -> None:
+    """Milliseconds a batch; one cotangent."""
+    network = model(name, report.device)
+    x = torch.randn(batch, 3, size, size, device=report.device).to(memory_format=torch.channels_last)
+    u = torch.randn(batch, 10, device=report.device)
+    parameters = list(network.parameters())
+
+    frozen = x.clone().requires_grad_()
+
+    def floor() -> None:
+        for p in parameters:
+            p.requires_grad_(False)
+        try:
+            torch.autograd.grad(network(frozen), frozen, u)
+        finally:
+            for p in parameters:
+                p.requires_grad_(True)
+
+    def step() -> None:
+        torch.autograd.grad(network(x), parameters, u)
+
+    def alone() -> None:
+        for n in range(min(batch, 8)):
+            torch.autograd.grad(network(x[n : n + 1]), parameters, u[n : n + 1])
+
+    def vmap() -> None:
+        state = {k: p.detach() for k, p in network.named_parameters()} | dict(network.named_buffers())
+
+        def score(state: dict[str, Tensor], image: Tensor, cotangent: Tensor) -> Tensor:
+            return (torch.func.functional_call(network, state, image[None])[0] * cotangent).sum()
+
+        torch.func.vmap(torch.func.grad(score), in_dims=(None, 0, 0))(state, x, u)
+
+    def fisher(backend: str, dtype: torch.dtype, precision: str) -> float:
+        torch.set_float32_matmul_precision(precision)
+        probe = model(name, report.device, dtype)
+        images, cotangents = x.to(dtype), u.to(dtype)
+        try:
+            with ops.use_backend(backend), t2v_fast.FisherRecorder(probe) as recorder:
+                return 1e3 * report.seconds(lambda: recorder.backward(probe(images), cotangents))
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+    title = f"{name}, {size}, batch {batch}: "
+    report.attempt("networks", title + "floor", lambda: 1e3 * report.seconds(floor))
+    report.attempt("networks", title + "step", lambda: 1e3 * report.seconds(step))
+    for backend in backends(report.device):
+        for kind, dtype, precision in (
+            ("float32", torch.float32, "highest"),
+            ("TF32", torch.float32, "high"),
+            ("bfloat16", torch.bfloat16, "highest"),
+        ):
+            report.attempt(
+                "networks",
+                f"{title}fisher, {backend}, {kind}",
+                lambda b=backend, d=dtype, p=precision: fisher(b, d, p),
+            )
+    scale = batch / min(batch, 8)
+    report.attempt("networks", title + "batch of one, autograd", lambda: 1e3 * scale * report.seconds(alone, 3))
+    report.attempt("networks", title + "vmap", lambda: 1e3 * report.seconds(vmap, 3))
+
+    def backpack() -> float:
+        from backpack import backpack as context
+        from backpack import extend
+        from backpack.extensions import SumGradSquared
+
+        extended = extend(model(name, report.device), use_converter=True)
+        loss = extend(nn.CrossEntropyLoss(reduction="sum"))
+        labels = torch.zeros(batch, dtype=torch.int64, device=report.device)
+
+        def run() -> None:
+            with context(SumGradSquared()):
+                loss(extended(x), labels).backward()
+
+        return 1e3 * report.seconds(run, 3)
+
+    report.attempt("networks", title + "BackPACK", backpack)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    lines = [f"# {results['machine']['device']}", ""]
+    for section, found in results.items():
+        lines += [f"## {section.replace('_', ' ').capitalize()}", ""]
+        if isinstance(found, list):
+            lines += [f"- {' '.join(text.split())}" for text in found] or ["none"]
+        else:
+            lines += ["| | |", "| --- | --- |"]
+            for name, value in found.items():
+                if isinstance(value, dict):
+                    value = ", ".join(f"{v:.4g} {k}" for k, v in value.items())
+                lines.append(f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("build/gpu"))
+    parser.add_argument("--minutes", type=float, default=8, help="what has not begun by then is left out")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--toy", action="store_true", help="one small network and small products: tries the script")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch finds no CUDA device: see nvidia-smi, or try the script with --device cpu --toy")
+    report = Report(device, arguments.minutes)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    report.results["machine"] = {"device": name, "torch": torch.__version__} | ops.backend_status()
+    if not (found := backends(device)):
+        report.results["wrong"].append(f"no backend but the reference runs on {device}")
+    network, size, batch, product = ("toy", 32, 4, 256) if arguments.toy else ("resnet18", 64, 64, 8192)
+    for backend in found:
+        for dtype in DTYPES:
+            key = f"{backend}, {dtype}"
+            report.attempt("ops", key, lambda b=backend, d=dtype: verify_ops(b, d, device))
+            report.attempt(
+                "against_float64",
+                f"{network}, {key}",
+                lambda b=backend, d=dtype: verify_network(network, b, d, device, size),
+            )
+    for op in ops.SCHEMAS:
+        report.attempt("opcheck", op, lambda op=op: verify_operator(op, device))
+    ceilings(report, product)
+    for backend in found:
+        for dtype, precision in ((torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest")):
+            time_layers(report, backend, dtype, precision, 2 if arguments.toy else 64)
+    time_network(report, network, size, batch)
+    if not arguments.toy:
+        time_network(report, "resnet18", 224, 32)
+        time_network(report, "vit_b_16", 224, 16)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "gpu.json").write_text(json.dumps(report.results, indent=1))
+    (arguments.output / "gpu.md").write_text(markdown(report.results))
+    print(f"{arguments.output / 'gpu.md'}: {len(report.results['wrong'])} wrong")
+    sys.exit(bool(report.results["wrong"]))
+
+
+if __name__ == "__main__":
+    main()
