@@ -1,12 +1,12 @@
 """Verifies and measures this library on a GPU, and writes a report.
 
-    python bench/gpu.py [--output build/gpu] [--minutes 8] [--device cuda]
+    python bench/gpu.py [--output build/gpu] [--minutes 8]
 
-Every backend that runs on the device is compared with float64 first: each op on each geometry of the tests and in each
-dtype, torch's own checks of the operators, and whole networks. Then it is timed by CUDA events: the card's ceilings,
-single layers by path, and whole networks: the network alone (floor), a training step, this library in float32, TF32 and
-bfloat16, and the peers that are installed. What cannot be done is reported as such, with the reason. Writes gpu.json and
-gpu.md; exits with status 1 if anything was wrong.
+Every backend that runs on the device is compared with float64 first: each op on each geometry of the tests and in
+each dtype, torch's own checks of the operators, and whole networks. Then it is timed by CUDA events: the card's
+ceilings, single layers by path, and whole networks: the network alone (floor), a training step, this library in
+float32, TF32 and bfloat16, and the peers that are installed. What cannot be done is reported as such, with the
+reason. Writes gpu.json and gpu.md; exits with status 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -118,11 +118,11 @@ def verify_ops(backend: str, dtype: torch.dtype, device: torch.device) -> str:
         for n, s, c in ((3, 5, 7), (2, 70, 18), (1, 3, 1100)):
             x, g = test_ops.guarded((n, s, c), dtype, 1), test_ops.guarded((n, s, c), dtype, 2)
             q = ops.sq_norm(g.to(device), x.to(device)).cpu()
-            test_ops.assert_close(q[0], test_ops.prod_gradients(g, x, None, None).square(), dtype, s)
-            test_ops.assert_close(q[1], g.double().sum(1).square(), dtype, s)
+            test_ops.assert_close(q[0], test_ops.prod_gradients(g, x, None, None).square(), dtype, 4 * s)
+            test_ops.assert_close(q[1], g.double().sum(1).square(), dtype, 4 * s)
             index = torch.randint(-1, 4, (n, s), generator=torch.Generator().manual_seed(n))
             want = test_ops.filter_sums(test_ops.scatter_gradients(index, g, 4))
-            test_ops.assert_close(ops.sq_scatter(index.to(device), g.to(device), 4).cpu(), want, dtype, s)
+            test_ops.assert_close(ops.sq_scatter(index.to(device), g.to(device), 4).cpu(), want, dtype, s + c)
             count += 2
     return f"{count} results within the bound"
 
@@ -136,16 +136,8 @@ def verify_operator(name: str, device: torch.device) -> str:
 def model(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
     if name == "toy":
         torch.manual_seed(0)
-        layers = [
-            nn.Conv2d(3, 8, 3),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, 2),
-            nn.Flatten(),
-            nn.LazyLinear(10),
-        ]
-        network = nn.Sequential(*layers)
-        network(torch.zeros(2, 3, 32, 32))
+        layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.Flatten()]
+        network = nn.Sequential(*layers, nn.Linear(8 * 14 * 14, 10))
     else:
         import torchvision
 
@@ -252,10 +244,11 @@ def time_network(report: Report, name: str, size: int, batch: int) -> None:
             torch.autograd.grad(network(x[n : n + 1]), parameters, u[n : n + 1])
 
     def vmap() -> None:
-        state = {k: p.detach() for k, p in network.named_parameters()} | dict(network.named_buffers())
+        state = {k: p.detach() for k, p in network.named_parameters()}
+        buffers = dict(network.named_buffers())
 
         def score(state: dict[str, Tensor], image: Tensor, cotangent: Tensor) -> Tensor:
-            return (torch.func.functional_call(network, state, image[None])[0] * cotangent).sum()
+            return (torch.func.functional_call(network, state | buffers, image[None])[0] * cotangent).sum()
 
         torch.func.vmap(torch.func.grad(score), in_dims=(None, 0, 0))(state, x, u)
 
@@ -310,7 +303,7 @@ def markdown(results: dict[str, Any]) -> str:
     for section, found in results.items():
         lines += [f"## {section.replace('_', ' ').capitalize()}", ""]
         if isinstance(found, list):
-            lines += [f"- {' '.join(text.split())}" for text in found] or ["none"]
+            lines += [f"- {' '.join(text.split())}" for text in found] or ["None."]
         else:
             lines += ["| | |", "| --- | --- |"]
             for name, value in found.items():
