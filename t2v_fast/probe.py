@@ -109,6 +109,18 @@ def rgb(image: Any) -> Tensor:
     return pixels.expand(3, -1, -1)
 
 
+def digest_of(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of weights and buffers by name: the same on every device and in every process."""
+    digest = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        if key.endswith("num_batches_tracked"):
+            continue  # a counter of training steps changes no feature, and weight files may lack it
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{key} {list(value.shape)} {value.dtype};".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 class Probe:
     """A network in evaluation mode, and its head: the linear layer that gives its output.
 
@@ -192,14 +204,9 @@ class Probe:
     def fingerprint(self) -> str:
         """SHA-256 of all weights and buffers but the head's: the same on every device and in every process."""
         if self._fingerprint is None:
-            digest = hashlib.sha256()
-            for key, value in sorted(self.network.state_dict().items()):
-                if key.startswith(f"{self.head}.") or key.endswith("num_batches_tracked"):
-                    continue  # a counter of training steps changes no feature, and weight files may lack it
-                value = value.detach().cpu().contiguous()
-                digest.update(f"{key} {list(value.shape)} {value.dtype};".encode())
-                digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-            self._fingerprint = digest.hexdigest()
+            self._fingerprint = digest_of(
+                {key: v for key, v in self.network.state_dict().items() if not key.startswith(f"{self.head}.")}
+            )
         return self._fingerprint
 
 

@@ -227,7 +227,7 @@ def test_the_page_runs(frontend: ModuleType, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "task2vec", frontend)
     monkeypatch.chdir(tmp_path)
     names = {"probe_network": ProbeNetwork().double(), "dataset": TensorDataset(X, Y)}
-    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)[3:]:
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)[3:5]:
         exec(block, names)
     assert names["embedding"].shape == (18,)
     assert [len(e) for e in names["embeddings"]] == [5]

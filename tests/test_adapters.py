@@ -164,7 +164,7 @@ def test_the_page_runs() -> None:
     names = {"model": model, "loader": DataLoader(TensorDataset(X.float(), Y), 3), "torch": torch}
     names |= {"dataset": TensorDataset(X.float(), Y), "first": copy.deepcopy(model), "second": copy.deepcopy(model)}
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 5
-    for block in blocks[:3]:  # the others are in test_adapter_task2vec.py
+    assert len(blocks) == 6
+    for block in blocks[:3]:  # the others are in test_adapter_task2vec.py and test_adapter_language.py
         exec(block, names)
     assert names["importances"].keys() == names["merged"].keys() == dict(model.named_parameters()).keys()

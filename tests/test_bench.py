@@ -108,3 +108,14 @@ def test_roofline_page_is_current() -> None:
     """What docs/gpu.md says of flops and bytes is what the script prints."""
     pytest.importorskip("torchvision", reason="this torch has no torchvision built for it")
     assert run(ROOT, "bench/roofline.py").strip() in (ROOT / "docs" / "gpu.md").read_text()
+
+
+def test_adapters_table(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision", reason="this torch has no torchvision built for it")
+    lines = run(tmp_path, f"{ROOT}/bench/adapters.py", "--images", "2", "--rounds", "1").splitlines()
+    assert [line.split("`")[1] for line in lines[2:] if line] == [
+        "fim_diag",
+        "compute_importances",
+        "accelerate",
+        "embed_text",
+    ]

@@ -1,0 +1,147 @@
+"""Each adapter against the plain way to the same quantity: an example, or a token, at a time by autograd.
+
+    python bench/adapters.py [--images 64] [--rounds 3] [--write docs/adapters.md]
+
+Prints Markdown, or replaces what stands between the page's marks. Rounds are interleaved; a ratio is the median of the
+rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import torch
+import torchvision
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from t2v_fast.adapters.continual import compute_importances
+from t2v_fast.adapters.fim import fim_diag
+from t2v_fast.adapters.language import embed_text
+from t2v_fast.adapters.task2vec import accelerate
+
+BEGIN, END = "<!-- speed -->\n", "<!-- /speed -->\n"
+BATCH = 32
+
+
+class Network(nn.Module):
+    """ResNet-18 as the public Task2Vec code's probe networks are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = torchvision.models.resnet18(num_classes=10).eval()
+
+    def forward(self, x: Tensor, start_from: int = 0) -> Tensor:
+        return self.network(x)
+
+
+def add_squares(total: dict[str, Tensor], model: nn.Module, loss: Tensor) -> None:
+    named = dict(model.named_parameters())
+    gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
+    for name, g in zip(named, gradients, strict=True):
+        if g is not None:
+            total[name] = total.get(name, 0) + g.square()
+
+
+def one_by_one(model: nn.Module, x: Tensor, labels: Callable[[Tensor, int], Tensor]) -> None:
+    total: dict[str, Tensor] = {}
+    for n in range(len(x)):
+        logits = model(x[n : n + 1])
+        add_squares(total, model, F.cross_entropy(logits, labels(logits, n)))
+
+
+def token_by_token(model: nn.Module, tokens: Tensor) -> None:
+    total: dict[str, Tensor] = {}
+    for n in range(len(tokens)):
+        logits = model(input_ids=tokens[n : n + 1]).logits[0, :-1]
+        for score in logits:
+            add_squares(total, model, F.cross_entropy(score[None], torch.multinomial(score.softmax(0), 1)))
+
+
+def pairs(images: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+    """{what is computed: (plain, adapter)}."""
+    model = Network()
+    x, y = torch.randn(images, 3, 64, 64), torch.randint(0, 10, (images,))
+    data = TensorDataset(x, y)
+    module = ModuleType("task2vec")
+    # As much of the frontend's class as the replacement touches.
+    module.Task2Vec = type("Task2Vec", (SimpleNamespace,), {"montecarlo_fisher": lambda self, dataset: None})
+    accelerate(module, estimator="monte_carlo", samples=1)
+    options = {"skip_layers": 0, "max_samples": None, "loader_opts": {"batch_size": BATCH}, "bernoulli": False}
+    task2vec = module.Task2Vec(model=model, **options)
+    torch.manual_seed(0)
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=2000, n_embd=192, n_layer=4, n_head=6)
+    ).eval()
+    tokens = torch.randint(0, 2000, (8, 32))
+
+    def drawn(logits: Tensor, n: int) -> Tensor:
+        return torch.multinomial(logits.softmax(1), 1)[:, 0]
+
+    def given(logits: Tensor, n: int) -> Tensor:
+        return y[n : n + 1]
+
+    image_task = f"ResNet-18, {images} images of 64 x 64"
+    loss = nn.CrossEntropyLoss()
+    return {
+        f"`fim_diag`, {image_task}, their labels": (
+            lambda: one_by_one(model, x, given),
+            lambda: fim_diag(model, DataLoader(data, BATCH), labels="true"),
+        ),
+        f"`compute_importances`, {image_task}, their labels": (
+            lambda: one_by_one(model, x, given),
+            lambda: compute_importances(model, loss, None, data, "cpu", BATCH),
+        ),
+        f"`accelerate`, {image_task}, one drawn label each": (
+            lambda: one_by_one(model, x, drawn),
+            lambda: task2vec.montecarlo_fisher(data),
+        ),
+        "`embed_text`, GPT-2 of 4 layers, width 192, 8 texts of 32 tokens, one drawn label a token": (
+            lambda: token_by_token(gpt2, tokens),
+            lambda: embed_text(gpt2, [tokens], estimator="monte_carlo"),
+        ),
+    }
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def table(images: int, rounds: int) -> str:
+    lines = ["| adapter and task | plain, s | adapter, s | times faster |", "| --- | --- | --- | --- |"]
+    for title, (plain, adapter) in pairs(images).items():
+        adapter()  # the planner measures this machine at its first call
+        times = [(seconds(plain), seconds(adapter)) for _ in range(rounds)]
+        first, second = (statistics.median(column) for column in zip(*times, strict=True))
+        ratio = statistics.median(a / b for a, b in times)
+        lines.append(f"| {title} | {first:.2f} | {second:.3f} | {ratio:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write", type=Path, help="the page whose table is replaced")
+    arguments = parser.parse_args()
+    new = table(arguments.images, arguments.rounds)
+    if arguments.write is None:
+        print(new)
+        return
+    text = arguments.write.read_text()
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    arguments.write.write_text(text[:start] + "\n" + new + text[end:])
+
+
+if __name__ == "__main__":
+    main()
