@@ -81,7 +81,7 @@ def pairs(images: int) -> dict[str, tuple[Callable[[], object], Callable[[], obj
     gpt2 = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=2000, n_embd=192, n_layer=4, n_head=6)
     ).eval()
-    tokens = torch.randint(0, 2000, (8, 32))
+    tokens = torch.randint(0, 2000, (max(images // 8, 1), 32))
 
     def drawn(logits: Tensor, n: int) -> Tensor:
         return torch.multinomial(logits.softmax(1), 1)[:, 0]
@@ -104,7 +104,7 @@ def pairs(images: int) -> dict[str, tuple[Callable[[], object], Callable[[], obj
             lambda: one_by_one(model, x, drawn),
             lambda: task2vec.montecarlo_fisher(data),
         ),
-        "`embed_text`, GPT-2 of 4 layers, width 192, 8 texts of 32 tokens, one drawn label a token": (
+        f"`embed_text`, GPT-2 of 4 layers, width 192, {len(tokens)} texts of 32 tokens, one drawn label a token": (
             lambda: token_by_token(gpt2, tokens),
             lambda: embed_text(gpt2, [tokens], estimator="monte_carlo"),
         ),
