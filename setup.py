@@ -8,6 +8,7 @@ T2V_FAST_CMAKE=PROGRAM     the cmake to use (default: the environment's own, or 
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,12 +35,16 @@ def cuda_choice() -> tuple[bool, str]:
     if asked == "0":
         return False, "T2V_FAST_CUDA=0"
     missing = []
+    nvcc = shutil.which("nvcc") or (CUDA_HOME and shutil.which("nvcc", path=f"{CUDA_HOME}/bin"))
     if torch.version.cuda is None:
         missing.append("this torch is a CPU build")
-    if CUDA_HOME is None and shutil.which("nvcc") is None:
+    if not nvcc:
         missing.append("nvcc was not found")
-    if not list(ROOT.glob("csrc/cuda/*.cu")):
-        missing.append("this version has no CUDA sources")
+    if not missing:
+        found = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+        if not found or found[1] != torch.version.cuda.split(".")[0]:
+            release = f"of CUDA {found[1]}" if found else "of an unknown release"
+            missing.append(f"{nvcc} is {release} but torch was built with CUDA {torch.version.cuda}")
     if missing and asked == "1":
         raise SystemExit(f"T2V_FAST_CUDA=1, but {' and '.join(missing)}")
     return not missing, " and ".join(missing)
@@ -48,16 +53,22 @@ def cuda_choice() -> tuple[bool, str]:
 class CMakeBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
         try:
-            self.compile(extension)
+            cuda, why_not = cuda_choice()
+            try:
+                self.compile(extension, cuda, why_not)
+            except subprocess.CalledProcessError:
+                if not cuda or os.environ.get("T2V_FAST_CUDA") == "1":
+                    raise
+                say("the CUDA sources were not compiled: building without them")
+                self.compile(extension, False, "it did not compile")
         except (OSError, subprocess.CalledProcessError, ImportError) as error:
             if os.environ.get("T2V_FAST_REQUIRE_EXT") == "1":
                 raise
             say(f"built backends: none, the plain torch reference will be used ({error})")
 
-    def compile(self, extension: Extension) -> None:
+    def compile(self, extension: Extension, cuda: bool, why_not: str) -> None:
         import torch
 
-        cuda, why_not = cuda_choice()
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         folder = ROOT / os.environ.get("T2V_FAST_BUILD_DIR", "build/cmake")
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,8 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,15 @@ from t2v_fast.reference import accumulate_dtype
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import cases
 import test_ops
-from oracle import randomise_norms, reduce
+from oracle import per_example_squares, randomise_norms, reduce, relative_error
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# What products are made of, and torch's word for it.
+MODES = {
+    "float32": (torch.float32, "highest"),
+    "TF32": (torch.float32, "high"),
+    "bfloat16": (torch.bfloat16, "highest"),
+}
 LAYERS = {
     "3x3, 64 to 64, 56x56": plan.Conv(64, (56, 56), 64, (3, 3), padding=(1, 1)),
     "3x3, 128 to 128, 28x28": plan.Conv(128, (28, 28), 128, (3, 3), padding=(1, 1)),
@@ -44,6 +51,16 @@ LAYERS = {
     "7x7 depthwise, 96, 56x56": plan.Conv(96, (56, 56), 96, (7, 7), padding=(3, 3), groups=96),
     "linear 768 to 3072, 197 tokens": plan.Conv(768, (1, 197), 3072),
 }
+
+
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Report:
@@ -133,6 +150,26 @@ def verify_operator(name: str, device: torch.device) -> str:
     return "passed"
 
 
+def verify_capture(backend: str, device: torch.device) -> str:
+    """Replays of a CUDA graph follow its inputs: no op waits for the device or keeps to another stream."""
+    x, g = torch.randn(4, 16, 12, 12, device=device), torch.randn(4, 24, 12, 12, device=device)
+    geometry = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    calls = {path: lambda path=path: ops.sq_conv(x, g, *geometry, path) for path in ("explicit", "gram")}
+    calls["norm"] = lambda: ops.sq_norm(g.flatten(2).transpose(1, 2), g.flatten(2).transpose(1, 2))
+    with ops.use_backend(backend):
+        for name, call in calls.items():
+            call()  # compiles
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                q = call()
+            for _ in range(2):
+                g.normal_()
+                graph.replay()
+                assert torch.equal(q, call()), name
+    return f"{len(calls)} captured and replayed"
+
+
 def model(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
     if name == "toy":
         torch.manual_seed(0)
@@ -150,20 +187,14 @@ def verify_network(name: str, backend: str, dtype: torch.dtype, device: torch.de
     """Relative error of all filters' squares together, against autograd with one example at a time in float64."""
     torch.manual_seed(1)
     x, u = torch.randn(4, 3, size, size, dtype=torch.float64), torch.randn(4, 10, dtype=torch.float64)
-    truth = model(name, device, torch.float64)
-    want = {n: 0.0 for n, _ in truth.named_parameters()}
-    for n in range(len(x)):
-        pair = x[[n, n]].to(device)
-        logits = truth(pair)[:1]
-        gradients = torch.autograd.grad(logits, list(truth.parameters()), u[n : n + 1].to(device))
-        for key, gradient in zip(want, gradients, strict=True):
-            want[key] = want[key] + reduce(gradient.square()[None], "filter")[0]
+    squares = per_example_squares(model(name, device, torch.float64), x.to(device), u[None].to(device))
+    want = {key: reduce(value, "filter").sum(0) for key, value in squares.items()}
     network = model(name, device, dtype)
     with ops.use_backend(backend), t2v_fast.FisherRecorder(network) as recorder:
         logits = network(x.to(device, dtype))
         found = recorder.backward(logits, u.to(device, dtype))
-    errors = [(found[k].sum(0).double() - want[k]).square().sum() for k in want]
-    error = float((sum(errors) / sum(w.square().sum() for w in want.values())).sqrt())
+    got = torch.cat([found[key].sum(0).flatten() for key in want])
+    error = relative_error(got, torch.cat([value.flatten() for value in want.values()]))
     bound = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}[dtype]
     assert error <= bound, f"relative error {error:.1e}, expected at most {bound:.0e}"
     return error
@@ -173,20 +204,12 @@ def ceilings(report: Report, size: int) -> None:
     device = report.device
 
     def product(dtype: torch.dtype, precision: str) -> float:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(precision)
-        try:
+        with products(precision):
             a, b = torch.randn(2, size, size, device=device).to(dtype)
             return 2 * size**3 / report.seconds(lambda: a @ b) / 1e12
-        finally:
-            torch.set_float32_matmul_precision(before)
 
-    for name, dtype, precision in (
-        ("float32, TFLOP/s", torch.float32, "highest"),
-        ("TF32, TFLOP/s", torch.float32, "high"),
-        ("bfloat16, TFLOP/s", torch.bfloat16, "highest"),
-    ):
-        report.attempt("ceilings", name, lambda dtype=dtype, precision=precision: product(dtype, precision))
+    for kind, mode in MODES.items():
+        report.attempt("ceilings", f"{kind}, TFLOP/s", lambda mode=mode: product(*mode))
     source = torch.empty(size * size * 4, device=device)
     target = torch.empty_like(source)
     report.attempt(
@@ -194,16 +217,15 @@ def ceilings(report: Report, size: int) -> None:
     )
 
 
-def time_layers(report: Report, backend: str, dtype: torch.dtype, precision: str, batch: int) -> None:
-    torch.set_float32_matmul_precision(precision)
-    kind = "TF32" if precision == "high" else str(dtype).removeprefix("torch.")
+def time_layers(report: Report, backend: str, kind: str, batch: int) -> None:
+    dtype, precision = MODES[kind]
     for name, conv in LAYERS.items():
 
         def run(conv: plan.Conv = conv, path: str = "explicit") -> dict[str, float]:
             layout = {"memory_format": torch.channels_last}
             x = torch.randn(batch, conv.channels, *conv.size, device=report.device).to(dtype=dtype, **layout)
             g = torch.randn(batch, conv.filters, *conv.out_size, device=report.device).to(dtype=dtype, **layout)
-            with ops.use_backend(backend):
+            with ops.use_backend(backend), products(precision):
                 seconds = report.seconds(lambda: ops.sq_conv(x, g, *conv.arguments, path))
             work = plan.gpu_work(conv, path, x.element_size())
             return {
@@ -215,7 +237,6 @@ def time_layers(report: Report, backend: str, dtype: torch.dtype, precision: str
         for path in (p for p in conv.paths() if p != "winograd"):
             key = f"{backend}, {kind}, {name}, {path}"
             report.attempt("layers", key, lambda path=path, run=run: run(path=path))
-    torch.set_float32_matmul_precision("highest")
 
 
 def time_network(report: Report, name: str, size: int, batch: int) -> None:
@@ -224,7 +245,6 @@ def time_network(report: Report, name: str, size: int, batch: int) -> None:
     x = torch.randn(batch, 3, size, size, device=report.device).to(memory_format=torch.channels_last)
     u = torch.randn(batch, 10, device=report.device)
     parameters = list(network.parameters())
-
     frozen = x.clone().requires_grad_()
 
     def floor() -> None:
@@ -253,29 +273,17 @@ def time_network(report: Report, name: str, size: int, batch: int) -> None:
         torch.func.vmap(torch.func.grad(score), in_dims=(None, 0, 0))(state, x, u)
 
     def fisher(backend: str, dtype: torch.dtype, precision: str) -> float:
-        torch.set_float32_matmul_precision(precision)
         probe = model(name, report.device, dtype)
         images, cotangents = x.to(dtype), u.to(dtype)
-        try:
-            with ops.use_backend(backend), t2v_fast.FisherRecorder(probe) as recorder:
-                return 1e3 * report.seconds(lambda: recorder.backward(probe(images), cotangents))
-        finally:
-            torch.set_float32_matmul_precision("highest")
+        with products(precision), ops.use_backend(backend), t2v_fast.FisherRecorder(probe) as recorder:
+            return 1e3 * report.seconds(lambda: recorder.backward(probe(images), cotangents))
 
     title = f"{name}, {size}, batch {batch}: "
     report.attempt("networks", title + "floor", lambda: 1e3 * report.seconds(floor))
     report.attempt("networks", title + "step", lambda: 1e3 * report.seconds(step))
     for backend in backends(report.device):
-        for kind, dtype, precision in (
-            ("float32", torch.float32, "highest"),
-            ("TF32", torch.float32, "high"),
-            ("bfloat16", torch.bfloat16, "highest"),
-        ):
-            report.attempt(
-                "networks",
-                f"{title}fisher, {backend}, {kind}",
-                lambda b=backend, d=dtype, p=precision: fisher(b, d, p),
-            )
+        for kind, mode in MODES.items():
+            report.attempt("networks", f"{title}fisher, {backend}, {kind}", lambda b=backend, m=mode: fisher(b, *m))
     scale = batch / min(batch, 8)
     report.attempt("networks", title + "batch of one, autograd", lambda: 1e3 * scale * report.seconds(alone, 3))
     report.attempt("networks", title + "vmap", lambda: 1e3 * report.seconds(vmap, 3))
@@ -339,12 +347,14 @@ def main() -> None:
                 f"{network}, {key}",
                 lambda b=backend, d=dtype: verify_network(network, b, d, device, size),
             )
+        if device.type == "cuda":
+            report.attempt("cuda_graphs", backend, lambda b=backend: verify_capture(b, device))
     for op in ops.SCHEMAS:
         report.attempt("opcheck", op, lambda op=op: verify_operator(op, device))
     ceilings(report, product)
     for backend in found:
-        for dtype, precision in ((torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest")):
-            time_layers(report, backend, dtype, precision, 2 if arguments.toy else 64)
+        for kind in MODES:
+            time_layers(report, backend, kind, 2 if arguments.toy else 64)
     time_network(report, network, size, batch)
     if not arguments.toy:
         time_network(report, "resnet18", 224, 32)

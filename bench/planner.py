@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections import Counter
 
 import torch
 import torchvision
@@ -27,12 +28,12 @@ def build(name: str, size: int) -> nn.Module:
     return getattr(torchvision.models, name)(num_classes=10).eval()
 
 
-def layers(name: str, size: int) -> set[plan.Conv]:
-    """The geometries that the rules hand to the planner."""
-    found: set[plan.Conv] = set()
-    with FisherRecorder(build(name, size)) as recorder:
+def layers(model: nn.Module, size: int) -> Counter[plan.Conv]:
+    """The geometries that the rules hand to the planner, and how often each occurs."""
+    found: Counter[plan.Conv] = Counter()
+    with FisherRecorder(model) as recorder:
         recorder.observer = lambda use, factors, *rest: found.update([factors.conv] if hasattr(factors, "conv") else [])
-        logits = recorder.model(torch.randn(1, 3, size, size))
+        logits = model(torch.randn(1, 3, size, size))
         recorder.backward(logits, torch.randn_like(logits))
     return found
 
@@ -60,7 +61,7 @@ def main() -> None:
     users: dict[plan.Conv, list[str]] = {}
     for size in arguments.sizes:
         for name in arguments.models:
-            for conv in layers(name, size):
+            for conv in layers(build(name, size), size):
                 users.setdefault(conv, []).append(f"{name} at {size}")
     costs = plan.costs(torch.float32)
     ratios, totals = [], {"planned": 0.0, "fastest": 0.0, **dict.fromkeys(ops.CONV_PATHS, 0.0)}

@@ -2,36 +2,24 @@
 
     python bench/roofline.py [--write docs/gpu.md]
 
-Prints Markdown, or replaces what stands between the page's roofline marks.
+Prints Markdown, and with --write puts it into the page.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections import Counter
 from pathlib import Path
 
-import torch
 import torchvision
+from pages import replace_section
+from planner import layers
 
-from t2v_fast import FisherRecorder, cards, plan
+from t2v_fast import cards, plan
 
 MODELS = {"ResNet-34": "resnet34", "ViT-B/16": "vit_b_16"}
 RATES = {"float32": "exact float32", "tf32": "TF32", "half": "bfloat16"}
 ON = ("A100", "H100")
-BEGIN, END = "<!-- roofline -->\n", "<!-- /roofline -->\n"
-
-
-def layers(name: str) -> Counter[plan.Conv]:
-    """How often each geometry occurs."""
-    found: Counter[plan.Conv] = Counter()
-    model = getattr(torchvision.models, name)(num_classes=10).eval()
-    with FisherRecorder(model) as recorder:
-        recorder.observer = lambda use, factors, *rest: found.update([factors.conv] if hasattr(factors, "conv") else [])
-        logits = model(torch.randn(1, 3, 224, 224))
-        recorder.backward(logits, torch.randn_like(logits))
-    return found
 
 
 def best(conv: plan.Conv, card: cards.Card, rate: str, itemsize: int) -> tuple[str, cards.GpuWork, float]:
@@ -57,7 +45,7 @@ def bound(work: cards.GpuWork, card: cards.Card, rate: str) -> str:
 def page() -> str:
     lines = []
     for title, name in MODELS.items():
-        found = layers(name)
+        found = layers(getattr(torchvision.models, name)(num_classes=10).eval(), 224)
         lines += [
             f"### {title}",
             "",
@@ -98,13 +86,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, help="the page whose table is replaced")
     arguments = parser.parse_args()
-    new = page()
-    if arguments.write is None:
-        print(new)
-        return
-    text = arguments.write.read_text()
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    arguments.write.write_text(text[:start] + "\n" + new + text[end:])
+    text = page()
+    print(text)
+    if arguments.write:
+        replace_section(arguments.write, "roofline", text)
 
 
 if __name__ == "__main__":

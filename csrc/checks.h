@@ -2,8 +2,11 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 
 #include "geometry.h"
+
+#define T2V_DISPATCH(TYPE, NAME, ...) AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, TYPE, NAME, __VA_ARGS__)
 
 namespace t2v {
 
@@ -74,6 +77,57 @@ inline ConvGeometry check_conv(const char* op, const at::Tensor& x, const at::Te
                     dilation, " gives size ", s.out_height, " x ", s.out_width);
   check_rows(op, x, g);
   return s;
+}
+
+// The arguments of sq_conv_acc_.
+inline ConvGeometry check_conv_acc(const at::Tensor& out, const at::Tensor& x, const at::Tensor& g,
+                                   const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+                                   at::IntArrayRef dilation, int64_t groups, c10::string_view path) {
+  check_path("sq_conv_acc_", path, {"explicit", "winograd"});
+  TORCH_CHECK_VALUE(out.dim() == 4, "sq_conv_acc_: out must have 4 axes, got ", out.sizes());
+  const ConvGeometry s = check_conv("sq_conv_acc_", x, g, out.sizes().slice(2), stride, padding, dilation, groups);
+  check_accumulator("sq_conv_acc_", out, {s.filters, s.group_channels(), s.kernel_h, s.kernel_w}, g, weight);
+  return s;
+}
+
+inline void check_outer(const char* op, const at::Tensor& x, const at::Tensor& g) {
+  check_pair(op, "x", x, g, 3);
+  TORCH_CHECK_VALUE(x.size(1) == g.size(1), op, ": expected x [N, S, I] and g [M, S, O] with one S, got ", x.sizes(),
+                    " and ", g.sizes());
+  check_rows(op, x, g);
+}
+
+// The quadratic forms of gram [N, groups, P, P], whose cotangents are g.
+inline void check_forms(const at::Tensor& gram, const at::Tensor& g) {
+  TORCH_CHECK_VALUE(gram.dim() == 4 && g.dim() == 4 && gram.size(2) == gram.size(3) &&
+                        gram.size(2) == g.size(2) * g.size(3) && gram.size(1) >= 1 && g.size(1) % gram.size(1) == 0,
+                    "sq_gram: expected gram [N, groups, P, P] and g [M, O, Ho, Wo] with P = Ho Wo, got ", gram.sizes(),
+                    " and ", g.sizes());
+  TORCH_CHECK_VALUE(gram.scalar_type() == sum_type(g), "sq_gram: expected gram ", sum_type(g), " for g ",
+                    g.scalar_type(), ", got ", gram.scalar_type());
+  check_rows("sq_gram", gram, g);
+}
+
+inline void check_prod(const char* op, const at::Tensor& g, const std::optional<at::Tensor>& x,
+                       const std::optional<at::Tensor>& shift, const std::optional<at::Tensor>& scale) {
+  TORCH_CHECK_VALUE(g.dim() == 3, op, ": expected g [M, S, C], got ", g.sizes());
+  if (x) {
+    check_pair(op, "x", *x, g, 3);
+    TORCH_CHECK_VALUE(x->size(1) == g.size(1) && x->size(2) == g.size(2), op,
+                      ": expected g [M, S, C] and x [N, S, C], got ", g.sizes(), " and ", x->sizes());
+    check_rows(op, *x, g);
+  } else {
+    TORCH_CHECK_VALUE(!shift && !scale, op, ": shift and scale act on x, which was not given");
+  }
+}
+
+// Without the values of the index, which are for the backend to look at.
+inline void check_scatter(const char* op, const at::Tensor& index, const at::Tensor& g, int64_t num_rows) {
+  TORCH_CHECK_VALUE(index.dim() == 2 && g.dim() == 3 && index.size(1) == g.size(1) && index.scalar_type() == at::kLong,
+                    op, ": expected index [N, S] int64 and g [M, S, O], got ", index.sizes(), " ", index.scalar_type(),
+                    " and ", g.sizes());
+  TORCH_CHECK_VALUE(num_rows >= 1, op, ": num_rows is ", num_rows, ", expected at least 1");
+  check_rows(op, index, g);
 }
 
 }  // namespace t2v

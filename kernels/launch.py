@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from t2v_fast.reference import accumulate_dtype
+
 log = logging.getLogger(__name__)
 
 # Environment variable: measure the candidates for block sizes once per geometry instead of taking the first.
@@ -33,7 +35,7 @@ def interpreted() -> bool:
 
 def sum_type(dtype: torch.dtype) -> tl.dtype:
     """The type that holds sums over ``dtype`` values."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
+    return _DTYPES[accumulate_dtype(dtype)]
 
 
 def operand_type(dtype: torch.dtype) -> tl.dtype:
@@ -91,3 +93,8 @@ def best(
     _tuned[key] = min(times, key=times.__getitem__)
     log.info("%s: blocks %s, %.4f ms", key, _tuned[key], times[_tuned[key]])
     return _tuned[key]
+
+
+def run_best(key: Hashable, candidates: Sequence[tuple[int, ...]], run: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+    """What ``run`` returns with the :func:`best` candidate."""
+    return run(best(key, candidates, run))

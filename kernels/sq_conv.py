@@ -15,19 +15,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from t2v_fast.geometry import conv_output_size, gram_by_pixels
 from t2v_fast.reference import accumulate_dtype
 
-from .launch import best, on_device_of, operand_type, power_of_two, precision, processors, sum_type
+from .launch import on_device_of, operand_type, power_of_two, precision, processors, run_best, sum_type
 
 # Where the tiles of a Gram matrix come from.
 PATCHES, PIXELS, STORED = 0, 1, 2
+PIXELWISE = ((1, 1), (1, 1), (0, 0), (1, 1))  # a window on each pixel
 LARGEST_WORKSPACE = 1 << 28  # bytes of pixels' Gram matrices that are held at once
 
 
@@ -46,26 +48,21 @@ def load_patches(
     x_h,
     x_w,
     FLAT: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     """The patches' entries [p, d]; zero in the padding and beyond the edges."""
     inside = (p < positions)[:, None] & (d < columns)[None, :]
     if FLAT:  # a kernel of one pixel that visits every one in order: positions are pixels, columns are channels
         return tl.load(x + p[:, None] * x_w + d[None, :] * x_c, mask=inside, other=0.0)
+    KERNEL, STRIDE, PAD, DILATION = WINDOW
     tap = d // channels
     channel = d - tap * channels
-    tap_h = tap // KERNEL_W
-    tap_w = tap - tap_h * KERNEL_W
+    tap_h = tap // KERNEL[1]
+    tap_w = tap - tap_h * KERNEL[1]
     out_h = p // out_width
     out_w = p - out_h * out_width
-    h = (out_h * STRIDE_H - PAD_H)[:, None] + (tap_h * DILATION_H)[None, :]
-    w = (out_w * STRIDE_W - PAD_W)[:, None] + (tap_w * DILATION_W)[None, :]
+    h = (out_h * STRIDE[0] - PAD[0])[:, None] + (tap_h * DILATION[0])[None, :]
+    w = (out_w * STRIDE[1] - PAD[1])[:, None] + (tap_w * DILATION[1])[None, :]
     inside = inside & (h >= 0) & (h < height) & (w >= 0) & (w < width)
     return tl.load(x + h * x_h + w * x_w + (channel * x_c)[None, :], mask=inside, other=0.0)
 
@@ -109,13 +106,7 @@ def explicit_kernel(
     g_w,
     FLAT: tl.constexpr,
     FLAT_G: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    WINDOW: tl.constexpr,
     ELEMENTWISE: tl.constexpr,
     SUM: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -159,13 +150,7 @@ def explicit_kernel(
                 x_h,
                 x_w,
                 FLAT,
-                KERNEL_W,
-                STRIDE_H,
-                STRIDE_W,
-                PAD_H,
-                PAD_W,
-                DILATION_H,
-                DILATION_W,
+                WINDOW,
             )
             gradient = tl.dot(a.to(OPERAND), b.to(OPERAND), gradient, input_precision=PRECISION, out_dtype=SUM)
         if ELEMENTWISE:
@@ -208,14 +193,7 @@ def depthwise_kernel(
     g_h,
     g_w,
     FLAT_G: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    WINDOW: tl.constexpr,
     ELEMENTWISE: tl.constexpr,
     SUM: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -225,15 +203,16 @@ def depthwise_kernel(
 
     out: [rows, O], or [chunks, O, kh kw].
     """
+    KERNEL, STRIDE, PAD, DILATION = WINDOW
     tiles_o = tl.cdiv(filters, BLOCK_O)
     chunk = tl.program_id(0) // tiles_o
     o = (tl.program_id(0) % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)
     channel = o // filters_per_channel
     first = chunk * rows_per_chunk
     q = tl.zeros((BLOCK_O,), SUM)
-    for tap in range(KERNEL_H * KERNEL_W):
-        tap_h = tap // KERNEL_W
-        tap_w = tap - tap_h * KERNEL_W
+    for tap in range(KERNEL[0] * KERNEL[1]):
+        tap_h = tap // KERNEL[1]
+        tap_w = tap - tap_h * KERNEL[1]
         total = tl.zeros((BLOCK_O,), SUM)
         for m in range(first, tl.minimum(first + rows_per_chunk, rows)):
             g_row = g + tl.cast(m, tl.int64) * g_m
@@ -243,8 +222,8 @@ def depthwise_kernel(
                 p = start + tl.arange(0, BLOCK_P)
                 a = load_cotangents(g_row, o, p, filters, positions, out_width, g_o, g_h, g_w, FLAT_G)
                 out_h = p // out_width
-                h = out_h * STRIDE_H - PAD_H + tap_h * DILATION_H
-                w = (p - out_h * out_width) * STRIDE_W - PAD_W + tap_w * DILATION_W
+                h = out_h * STRIDE[0] - PAD[0] + tap_h * DILATION[0]
+                w = (p - out_h * out_width) * STRIDE[1] - PAD[1] + tap_w * DILATION[1]
                 inside = (p < positions) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
                 inside = (o < filters)[:, None] & inside[None, :]
                 b = tl.load(x_row + (channel * x_c)[:, None] + (h * x_h + w * x_w)[None, :], mask=inside, other=0.0)
@@ -255,7 +234,7 @@ def depthwise_kernel(
             else:
                 total = entry * entry
         if ELEMENTWISE:
-            place = (chunk.to(tl.int64) * filters + o) * (KERNEL_H * KERNEL_W) + tap
+            place = (chunk.to(tl.int64) * filters + o) * (KERNEL[0] * KERNEL[1]) + tap
             tl.store(out + place, total, mask=o < filters)
         else:
             q += total
@@ -280,14 +259,7 @@ def gram_tile(
     x_w,
     SOURCE: tl.constexpr,
     FLAT: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    WINDOW: tl.constexpr,
     SUM: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -298,6 +270,7 @@ def gram_tile(
 
     ``gram`` is the pixels' Gram matrix where SOURCE is PIXELS (1), and K itself where it is STORED (2).
     """
+    KERNEL, STRIDE, PAD, DILATION = WINDOW
     tile = tl.zeros((BLOCK_P, BLOCK_P), SUM)
     if SOURCE == 2:
         inside = (i < positions)[:, None] & (j < positions)[None, :]
@@ -308,14 +281,14 @@ def gram_tile(
         j_h = j // out_width
         j_w = j - j_h * out_width
         pixels = height * width
-        for tap in range(KERNEL_H * KERNEL_W):
-            tap_h = tap // KERNEL_W
-            down = tap_h * DILATION_H - PAD_H
-            right = (tap - tap_h * KERNEL_W) * DILATION_W - PAD_W
-            h, w = i_h * STRIDE_H + down, i_w * STRIDE_W + right
+        for tap in range(KERNEL[0] * KERNEL[1]):
+            tap_h = tap // KERNEL[1]
+            down = tap_h * DILATION[0] - PAD[0]
+            right = (tap - tap_h * KERNEL[1]) * DILATION[1] - PAD[1]
+            h, w = i_h * STRIDE[0] + down, i_w * STRIDE[1] + right
             i_inside = (i < positions) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
             i_pixel = h * width + w
-            h, w = j_h * STRIDE_H + down, j_w * STRIDE_W + right
+            h, w = j_h * STRIDE[0] + down, j_w * STRIDE[1] + right
             j_inside = (j < positions) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
             place = i_pixel[:, None] * pixels + (h * width + w)[None, :]
             tile += tl.load(gram + place, mask=i_inside[:, None] & j_inside[None, :], other=0.0)
@@ -336,13 +309,7 @@ def gram_tile(
                 x_h,
                 x_w,
                 FLAT,
-                KERNEL_W,
-                STRIDE_H,
-                STRIDE_W,
-                PAD_H,
-                PAD_W,
-                DILATION_H,
-                DILATION_W,
+                WINDOW,
             )
             b = load_patches(
                 x,
@@ -358,13 +325,7 @@ def gram_tile(
                 x_h,
                 x_w,
                 FLAT,
-                KERNEL_W,
-                STRIDE_H,
-                STRIDE_W,
-                PAD_H,
-                PAD_W,
-                DILATION_H,
-                DILATION_W,
+                WINDOW,
             )
             tile = tl.dot(a.to(OPERAND), tl.trans(b.to(OPERAND)), tile, input_precision=PRECISION, out_dtype=SUM)
     return tile
@@ -389,14 +350,7 @@ def gram_kernel(
     SOURCE: tl.constexpr,
     FOLD: tl.constexpr,
     FLAT: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    WINDOW: tl.constexpr,
     SUM: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -431,14 +385,7 @@ def gram_kernel(
             x_w,
             SOURCE,
             FLAT,
-            KERNEL_H,
-            KERNEL_W,
-            STRIDE_H,
-            STRIDE_W,
-            PAD_H,
-            PAD_W,
-            DILATION_H,
-            DILATION_W,
+            WINDOW,
             SUM,
             OPERAND,
             PRECISION,
@@ -483,14 +430,7 @@ def quadratic_kernel(
     SOURCE: tl.constexpr,
     FLAT: tl.constexpr,
     FLAT_G: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    WINDOW: tl.constexpr,
     SUM: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -524,14 +464,7 @@ def quadratic_kernel(
             x_w,
             SOURCE,
             FLAT,
-            KERNEL_H,
-            KERNEL_W,
-            STRIDE_H,
-            STRIDE_W,
-            PAD_H,
-            PAD_W,
-            DILATION_H,
-            DILATION_W,
+            WINDOW,
             SUM,
             OPERAND,
             PRECISION,
@@ -559,22 +492,19 @@ def quadratic_kernel(
 
 @dataclass(frozen=True, eq=False)
 class _Geometry:
-    """A convolution of ``x`` in the kernels' terms."""
+    """A convolution of ``x`` in the kernels' terms; ``window`` is (kernel, stride, padding, dilation)."""
 
     x: Tensor
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    window: tuple[tuple[int, int], ...]
     groups: int
 
     @property
-    def out_size(self) -> tuple[int, int]:
-        spans = [
-            size + 2 * p - d * (k - 1) - 1
-            for size, k, p, d in zip(self.x.shape[2:], self.kernel, self.padding, self.dilation, strict=True)
-        ]
-        return spans[0] // self.stride[0] + 1, spans[1] // self.stride[1] + 1
+    def kernel(self) -> tuple[int, int]:
+        return self.window[0]
+
+    @property
+    def out_size(self) -> list[int]:
+        return conv_output_size(self.x.shape[2:], *self.window)
 
     @property
     def positions(self) -> int:
@@ -591,38 +521,32 @@ class _Geometry:
     @property
     def pixels(self) -> _Geometry:
         """The same image, each pixel a patch."""
-        return _Geometry(self.x, (1, 1), (1, 1), (0, 0), (1, 1), self.groups)
-
-    @property
-    def unpatched(self) -> bool:
-        return self.window == self.pixels.window
-
-    @property
-    def window(self) -> tuple[int, ...]:
-        return (*self.kernel, *self.stride, *self.padding, *self.dilation)
+        return replace(self, window=PIXELWISE)
 
     def image(self) -> dict[str, int]:
         return {
             "positions": self.positions,
-            "columns": self.columns,
-            "channels": self.channels,
             "height": self.x.shape[2],
             "width": self.x.shape[3],
             "out_width": self.out_size[1],
         } | _strides("x_n x_c x_h x_w", self.x)
 
     def constants(self) -> dict[str, object]:
-        names = ("KERNEL_H", "KERNEL_W", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W", "DILATION_H", "DILATION_W")
-        return dict(zip(names, self.window, strict=True)) | {
-            "FLAT": self.unpatched and _is_flat(self.x),
-            "SUM": sum_type(self.x.dtype),
+        return {"WINDOW": self.window, "SUM": sum_type(self.x.dtype)}
+
+    def products(self) -> dict[str, object]:
+        """What a kernel takes that multiplies patches as matrices."""
+        return {
+            "columns": self.columns,
+            "channels": self.channels,
+            "FLAT": self.window == PIXELWISE and _is_flat(self.x),
             "OPERAND": operand_type(self.x.dtype),
             "PRECISION": precision(),
         }
 
     def key(self, g: Tensor) -> tuple[object, ...]:
         """What the best block sizes depend on, the number of examples aside."""
-        return (g.dtype, *self.x.shape[1:], g.shape[1], *self.window, self.groups, self.x.stride(), precision())
+        return (g.dtype, *self.x.shape[1:], g.shape[1], self.window, self.groups, self.x.stride(), precision())
 
 
 def _strides(names: str, t: Tensor) -> dict[str, int]:
@@ -650,8 +574,6 @@ def _explicit(
     chunks = triton.cdiv(rows, per_chunk)
     shape = (rows, tiles_d, g.shape[1]) if weight is None else (chunks, g.shape[1], columns)
     out = g.new_empty(shape, dtype=accumulate_dtype(g.dtype))
-    constants = geometry.constants()
-    del constants["KERNEL_H"]
     with on_device_of(g):
         explicit_kernel[(chunks * geometry.groups * tiles_o, tiles_d)](
             x,
@@ -671,7 +593,8 @@ def _explicit(
             num_stages=stages,
             **geometry.image(),
             **_rows(g),
-            **constants,
+            **geometry.constants(),
+            **geometry.products(),
         )
     if weight is None:
         return out.sum(1) if tiles_d > 1 else out[:, 0]
@@ -687,11 +610,6 @@ def _depthwise(
     chunks = triton.cdiv(rows, per_chunk)
     shape = (rows, filters) if weight is None else (chunks, filters, 1, *geometry.kernel)
     out = g.new_empty(shape, dtype=accumulate_dtype(g.dtype))
-    image, constants = geometry.image(), geometry.constants()
-    for name in ("columns", "channels"):
-        del image[name]
-    for name in ("FLAT", "OPERAND", "PRECISION"):
-        del constants[name]
     with on_device_of(g):
         depthwise_kernel[(chunks * triton.cdiv(filters, block_o),)](
             x,
@@ -707,9 +625,9 @@ def _depthwise(
             BLOCK_O=block_o,
             BLOCK_P=block_p,
             num_warps=warps,
-            **image,
+            **geometry.image(),
             **_rows(g),
-            **constants,
+            **geometry.constants(),
         )
     return out if weight is None else out.sum(0)
 
@@ -756,8 +674,7 @@ def _sums(geometry: _Geometry, g: Tensor, weight: Tensor | None) -> Tensor:
     # Elementwise sums go over all rows: few tiles share the rows out, so that every processor has work.
     row_chunks = min(g.shape[0], max(1, 4 * processors(g) // programs))
     key = (run.__name__, weight is not None, *geometry.key(g))
-    blocks = best(key, candidates, lambda blocks: run(geometry, g, weight, blocks, row_chunks))
-    return run(geometry, g, weight, blocks, row_chunks)
+    return run_best(key, candidates, lambda blocks: run(geometry, g, weight, blocks, row_chunks))
 
 
 def gram_blocks(dtype: torch.dtype, filters: int, positions: int, columns: int) -> list[tuple[int, ...]]:
@@ -794,6 +711,7 @@ def _gram(geometry: _Geometry, source: int, pixels: Tensor | None, fold: bool, b
             num_stages=stages,
             **geometry.image(),
             **geometry.constants(),
+            **geometry.products(),
         )
     return out
 
@@ -827,59 +745,54 @@ def _quadratic(geometry: _Geometry, g: Tensor, source: int, gram: Tensor | None,
             **geometry.image(),
             **_rows(g),
             **geometry.constants(),
+            **geometry.products(),
         )
     return out.sum(1) if pairs > 1 else out[:, 0]
 
 
 def gram_source(geometry: _Geometry) -> int:
-    """Whether K is cheaper from the patches or from the pixels' Gram matrix, by their multiply-adds.
-
-    An entry that is gathered counts as 16: it moves 4 bytes from cache.
-    """
-    if geometry.unpatched:
-        return PATCHES
-    pixels, taps = math.prod(geometry.x.shape[2:]), math.prod(geometry.kernel)
-    direct = geometry.positions**2 * geometry.columns
-    gathered = pixels**2 * geometry.channels + 16 * taps * geometry.positions**2
-    return PIXELS if gathered < direct else PATCHES
+    """Whether K is cheaper from the patches or from the pixels' Gram matrix."""
+    pixels = math.prod(geometry.x.shape[2:])
+    shared = gram_by_pixels(pixels, geometry.positions, geometry.channels, math.prod(geometry.kernel))
+    return PIXELS if shared and geometry.window != PIXELWISE else PATCHES
 
 
 def _pixels(geometry: _Geometry) -> Tensor:
     pixels = geometry.pixels
     candidates = gram_blocks(geometry.x.dtype, 16, pixels.positions, pixels.columns)
     key = ("pixels", *geometry.key(geometry.x))
-    blocks = best(key, candidates, lambda blocks: _gram(pixels, PATCHES, None, False, blocks))
-    return _gram(pixels, PATCHES, None, False, blocks)
+    return run_best(key, candidates, lambda blocks: _gram(pixels, PATCHES, None, False, blocks))
 
 
 def _forms(geometry: _Geometry, g: Tensor) -> Tensor:
     """The gram path, K in pieces that stay within the workspace."""
     x = geometry.x
     source = gram_source(geometry)
-    each = geometry.groups * math.prod(x.shape[2:]) ** 2 * (8 if x.dtype == torch.float64 else 4)
+    each = geometry.groups * math.prod(x.shape[2:]) ** 2 * accumulate_dtype(x.dtype).itemsize
     if source == PIXELS and each * x.shape[0] > LARGEST_WORKSPACE and x.shape[0] > 1:
         q = g.new_empty(g.shape[:2], dtype=accumulate_dtype(g.dtype))
         at_once = max(1, LARGEST_WORKSPACE // each)
         whole, sums = g.unflatten(0, (-1, x.shape[0])), q.unflatten(0, (-1, x.shape[0]))
         for start in range(0, x.shape[0], at_once):
             piece = slice(start, start + at_once)
-            part = _Geometry(x[piece], *_arguments(geometry))
+            part = replace(geometry, x=x[piece])
             sums[:, piece] = _forms(part, whole[:, piece].flatten(0, 1)).unflatten(0, (-1, part.x.shape[0]))
         return q
     gram = _pixels(geometry) if source == PIXELS else None
     candidates = gram_blocks(g.dtype, g.shape[1] // geometry.groups, geometry.positions, geometry.columns)
     key = ("quadratic", source, *geometry.key(g))
-    blocks = best(key, candidates, lambda blocks: _quadratic(geometry, g, source, gram, blocks))
-    return _quadratic(geometry, g, source, gram, blocks)
+    return run_best(key, candidates, lambda blocks: _quadratic(geometry, g, source, gram, blocks))
 
 
-def _arguments(geometry: _Geometry) -> tuple[object, ...]:
-    return geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-
-
-def _geometry(x: Tensor, kernel: Sequence[int], *rest: object) -> _Geometry:
-    stride, padding, dilation, groups = rest
-    return _Geometry(x, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
+def _geometry(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> _Geometry:
+    return _Geometry(x, tuple(map(tuple, (kernel, stride, padding, dilation))), groups)
 
 
 def sq_conv(
@@ -931,8 +844,9 @@ def conv_gram(
         return x.new_zeros(shape, dtype=accumulate_dtype(x.dtype))
     source = gram_source(geometry)
     pixels = _pixels(geometry) if source == PIXELS else None
-    blocks = gram_blocks(x.dtype, 16, geometry.positions, geometry.columns)[0]
-    return _gram(geometry, source, pixels, True, blocks)
+    candidates = gram_blocks(x.dtype, 16, geometry.positions, geometry.columns)
+    key = ("gram", source, *geometry.key(x))
+    return run_best(key, candidates, lambda blocks: _gram(geometry, source, pixels, True, blocks))
 
 
 def sq_gram(gram: Tensor, g: Tensor) -> Tensor:
@@ -942,8 +856,7 @@ def sq_gram(gram: Tensor, g: Tensor) -> Tensor:
     gram = gram.contiguous()
     # The layer's input is not needed: an image of the cotangent's size stands for it.
     x = g[: gram.shape[0], : gram.shape[1]]
-    geometry = _Geometry(x, (1, 1), (1, 1), (0, 0), (1, 1), gram.shape[1])
+    geometry = _Geometry(x, PIXELWISE, gram.shape[1])
     candidates = gram_blocks(g.dtype, g.shape[1] // gram.shape[1], geometry.positions, 16)
     key = ("stored", *geometry.key(g))
-    blocks = best(key, candidates, lambda blocks: _quadratic(geometry, g, STORED, gram, blocks))
-    return _quadratic(geometry, g, STORED, gram, blocks)
+    return run_best(key, candidates, lambda blocks: _quadratic(geometry, g, STORED, gram, blocks))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from t2v_fast.reference import accumulate_dtype
 
-from .launch import best, on_device_of, power_of_two, sum_type
+from .launch import on_device_of, power_of_two, run_best, sum_type
 
 
 @triton.jit
@@ -120,8 +120,7 @@ def _squares(g: Tensor, x: Tensor | None, shift: Tensor | None, scale: Tensor | 
     if g.numel() == 0:
         return g.new_zeros(((x is not None) + plain, g.shape[0], g.shape[2]), dtype=accumulate_dtype(g.dtype))
     key = ("prod", g.dtype, *g.shape[1:], g.stride(), x is None, shift is None, scale is None, plain)
-    blocks = best(key, prod_blocks(g), lambda blocks: _run(g, x, shift, scale, plain, blocks))
-    return _run(g, x, shift, scale, plain, blocks)
+    return run_best(key, prod_blocks(g), lambda blocks: _run(g, x, shift, scale, plain, blocks))
 
 
 def sq_prod(g: Tensor, x: Tensor | None = None, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .geometry import conv_output_size
 
 log = logging.getLogger(__name__)
 
@@ -85,17 +86,18 @@ def _load_extension() -> str | None:
 
 
 @functools.cache
+def _triton() -> ModuleType:
+    return importlib.import_module("t2v_fast.kernels.backend")
+
+
+@functools.cache
 def _load_triton() -> str | None:
     """Import the Triton kernels; return why they cannot be, or None."""
     try:
-        importlib.import_module("t2v_fast.kernels.backend")
+        _triton()
     except ImportError as error:
         return f"Triton's kernels did not load: {error}"
     return None
-
-
-def _triton() -> ModuleType:
-    return importlib.import_module("t2v_fast.kernels.backend")
 
 
 def _missing_on_gpu(backend: str) -> str | None:
@@ -259,20 +261,6 @@ def _check_outer(name: str, x: Tensor, g: Tensor, path: str = "explicit") -> Non
         lambda: f"expected x [N, S, I] and g [M, S, O] with one S, got x {_shape(x)} and g {_shape(g)}",
     )
     _check_rows(name, "x", x, g)
-
-
-def conv_output_size(
-    size: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> list[int]:
-    """Spatial output size of a convolution, one entry per spatial axis."""
-    return [
-        (s + 2 * p - d * (k - 1) - 1) // t + 1
-        for s, k, t, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True)
-    ]
 
 
 def winograd_fits(kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:

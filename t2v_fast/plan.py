@@ -33,6 +33,7 @@ from torch import Tensor
 
 from . import cards, ops
 from .files import write_atomically
+from .geometry import conv_output_size, gram_by_pixels
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Conv:
 
     @property
     def out_size(self) -> Pair:
-        return tuple(ops.conv_output_size(self.size, self.kernel_size, self.stride, self.padding, self.dilation))
+        return tuple(conv_output_size(self.size, self.kernel_size, self.stride, self.padding, self.dilation))
 
     @property
     def depthwise(self) -> bool:
@@ -157,12 +158,11 @@ def gpu_work(conv: Conv, path: str, itemsize: int = 4, cotangents: int = 1) -> c
     forms = 2.0 * cotangents * whole(o) * half(positions)
     if taps == 1 and pixels == positions:
         return cards.GpuWork(2.0 * conv.groups * half(positions) * whole(c), conv.groups * forms, moved)
-    direct = 2.0 * half(positions) * whole(c * taps)
-    gathered = 4 * taps * half(positions)  # bytes, from the second-level cache
-    by_pixels = 2.0 * half(pixels) * whole(c)
-    if pixels**2 * c + 16 * taps * positions**2 < positions**2 * c * taps:  # as the kernels decide
-        workspace = 4 * (pixels**2 + gathered / 4)
+    if gram_by_pixels(pixels, positions, c, taps):
+        workspace = 4 * (pixels**2 + taps * half(positions))  # the pixels' matrix, and what is gathered from it
+        by_pixels = 2.0 * half(pixels) * whole(c)
         return cards.GpuWork(conv.groups * by_pixels, conv.groups * forms, moved + conv.groups * workspace)
+    direct = 2.0 * half(positions) * whole(c * taps)
     return cards.GpuWork(conv.groups * direct, conv.groups * forms, moved)
 
 

@@ -22,6 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from t2v_fast.reference import accumulate_dtype
+
 POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 POINTERS[torch.int64] = "*i64"
 
@@ -36,7 +38,7 @@ def convolution(dtype: torch.dtype, path: str, elementwise: bool, c: int, o: int
         g = rand(2, o, size // stride, size // stride, dtype=dtype, layout=torch.channels_last)
         rest = ((stride, stride), (1, 1), (1, 1), groups)
         if elementwise:
-            sums = torch.float64 if dtype == torch.float64 else torch.float32
+            sums = accumulate_dtype(dtype)
             backend.sq_conv_acc_(torch.zeros(o, c // groups, 3, 3, dtype=sums), x, g, torch.ones(2, dtype=sums), *rest)
         else:
             backend.sq_conv(x, g, (3, 3), *rest, path)
@@ -46,7 +48,7 @@ def convolution(dtype: torch.dtype, path: str, elementwise: bool, c: int, o: int
 
 def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Calls that launch every kernel, at sizes of the networks in docs/gpu.md."""
-    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    sums = accumulate_dtype(dtype)
     tokens, out = rand(2, 197, 768, dtype=dtype), rand(2, 197, 3072, dtype=dtype)
     maps, shift = rand(2, 784, 128, dtype=dtype), torch.zeros(128, dtype=sums)
     index = torch.zeros(2, 197, dtype=torch.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import emulated
 import pytest
 import torch
 from cases import CONVOLUTIONS, OUTERS, ConvCase, OuterCase
@@ -18,8 +19,8 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def _variants() -> list[str]:
-    """Every backend that can run here, the CPU one once for each instruction set."""
-    variants = ["reference"]
+    """Every backend that can run here, the CPU one once for each instruction set, the CUDA one by its emulation."""
+    variants = ["reference", "emulated"]
     if ops.backend_status()["cpu"] == "available":
         from t2v_fast import _C
 
@@ -39,6 +40,10 @@ VARIANTS = _variants()
 
 @contextmanager
 def variant(name: str) -> Iterator[None]:
+    if name == "emulated":
+        with emulated.running():
+            yield
+        return
     backend, _, capability = name.partition("-")
     if not capability:
         with ops.use_backend(backend):

@@ -45,7 +45,6 @@ class Conv {
   int64_t padded_size() const { return s.padded_height() * s.padded_width() * s.channels; }
   int64_t cotangent_size() const { return Broadcast<T, S>::size(s.positions(), s.filters); }
   int64_t gradient_size() const { return s.kernel_h * s.kernel_w * s.group_channels(); }
-  bool depthwise() const { return s.group_channels() == 1 && s.groups > 1; }
 
   Positions<S> input(int64_t n) const {
     return {x_.const_data_ptr<S>() + n * x_.stride(0), s.height, s.width, x_.stride(2), x_.stride(3), x_.stride(1)};
@@ -431,7 +430,7 @@ at::Tensor sq_conv(const at::Tensor& x, const at::Tensor& g, at::IntArrayRef ker
       conv.gram_sums(sums);
     else if (path == "winograd")
       conv.winograd_sums(sums);
-    else if (conv.depthwise())
+    else if (conv.s.depthwise())
       conv.depthwise_sums(sums);
     else
       conv.explicit_sums(sums);
@@ -442,10 +441,7 @@ at::Tensor sq_conv(const at::Tensor& x, const at::Tensor& g, at::IntArrayRef ker
 void sq_conv_acc_(at::Tensor& out, const at::Tensor& x, const at::Tensor& g, const at::Tensor& weight,
                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                   c10::string_view path) {
-  check_path("sq_conv_acc_", path, {"explicit", "winograd"});
-  TORCH_CHECK_VALUE(out.dim() == 4, "sq_conv_acc_: out must have 4 axes, got ", out.sizes());
-  const ConvGeometry s = check_conv("sq_conv_acc_", x, g, out.sizes().slice(2), stride, padding, dilation, groups);
-  check_accumulator("sq_conv_acc_", out, {s.filters, s.group_channels(), s.kernel_h, s.kernel_w}, g, weight);
+  const ConvGeometry s = check_conv_acc(out, x, g, weight, stride, padding, dilation, groups, path);
   if (g.numel() == 0 || out.numel() == 0) return;
   const at::Tensor w = weight.contiguous();
   at::Tensor sums = at::zeros({s.filters, s.kernel_h, s.kernel_w, s.group_channels()}, out.options());
@@ -457,7 +453,7 @@ void sq_conv_acc_(at::Tensor& out, const at::Tensor& x, const at::Tensor& g, con
     check_winograd("sq_conv_acc_", path, conv.winograd_fits());
     if (path == "winograd")
       conv.winograd_accumulate(to, by);
-    else if (conv.depthwise())
+    else if (conv.s.depthwise())
       conv.depthwise_accumulate(to, by);
     else
       conv.explicit_accumulate(to, by);
@@ -477,13 +473,7 @@ at::Tensor conv_gram(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRe
 
 // q[m, o] = d_o^T K d_o with Gram matrices as conv_gram gives them
 at::Tensor sq_gram(const at::Tensor& gram, const at::Tensor& g) {
-  TORCH_CHECK_VALUE(gram.dim() == 4 && g.dim() == 4 && gram.size(2) == gram.size(3) &&
-                        gram.size(2) == g.size(2) * g.size(3) && gram.size(1) >= 1 && g.size(1) % gram.size(1) == 0,
-                    "sq_gram: expected gram [N, groups, P, P] and g [M, O, Ho, Wo] with P = Ho Wo, got ", gram.sizes(),
-                    " and ", g.sizes());
-  TORCH_CHECK_VALUE(gram.scalar_type() == sum_type(g), "sq_gram: expected gram ", sum_type(g), " for g ",
-                    g.scalar_type(), ", got ", gram.scalar_type());
-  check_rows("sq_gram", gram, g);
+  check_forms(gram, g);
   at::Tensor q = at::zeros({g.size(0), g.size(1)}, g.options().dtype(sum_type(g)));
   if (q.numel() == 0) return q;
   const at::Tensor grams = gram.contiguous();

@@ -97,13 +97,6 @@ class Outer {
   const at::Tensor &x_, &g_;
 };
 
-void check_outer(const char* op, const at::Tensor& x, const at::Tensor& g) {
-  check_pair(op, "x", x, g, 3);
-  TORCH_CHECK_VALUE(x.size(1) == g.size(1), op, ": expected x [N, S, I] and g [M, S, O] with one S, got ", x.sizes(),
-                    " and ", g.sizes());
-  check_rows(op, x, g);
-}
-
 at::Tensor sq_outer(const at::Tensor& x, const at::Tensor& g, c10::string_view path) {
   check_path("sq_outer", path, {"explicit", "gram"});
   check_outer("sq_outer", x, g);

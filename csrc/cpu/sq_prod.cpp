@@ -155,15 +155,7 @@ class Product {
 // q [M, C], or with `both` [2, M, C] of which the second is without x
 at::Tensor products(const char* op, const at::Tensor& g, const std::optional<at::Tensor>& x,
                     const std::optional<at::Tensor>& shift, const std::optional<at::Tensor>& scale, bool both) {
-  TORCH_CHECK_VALUE(g.dim() == 3, op, ": expected g [M, S, C], got ", g.sizes());
-  if (x) {
-    check_pair(op, "x", *x, g, 3);
-    TORCH_CHECK_VALUE(x->size(1) == g.size(1) && x->size(2) == g.size(2), op,
-                      ": expected g [M, S, C] and x [N, S, C], got ", g.sizes(), " and ", x->sizes());
-    check_rows(op, *x, g);
-  } else {
-    TORCH_CHECK_VALUE(!shift && !scale, op, ": shift and scale act on x, which was not given");
-  }
+  check_prod(op, g, x, shift, scale);
   at::Tensor q = at::zeros({both ? 2 : 1, g.size(0), g.size(2)}, g.options().dtype(sum_type(g)));
   if (g.numel() == 0) return q;
   const auto broadcast = [&](const std::optional<at::Tensor>& t) {

@@ -8,12 +8,8 @@
 namespace t2v {
 namespace {
 
-void check_scatter(const char* op, const at::Tensor& index, const at::Tensor& g, int64_t num_rows) {
-  TORCH_CHECK_VALUE(index.dim() == 2 && g.dim() == 3 && index.size(1) == g.size(1) && index.scalar_type() == at::kLong,
-                    op, ": expected index [N, S] int64 and g [M, S, O], got ", index.sizes(), " ", index.scalar_type(),
-                    " and ", g.sizes());
-  TORCH_CHECK_VALUE(num_rows >= 1, op, ": num_rows is ", num_rows, ", expected at least 1");
-  check_rows(op, index, g);
+void check_lookups(const char* op, const at::Tensor& index, const at::Tensor& g, int64_t num_rows) {
+  check_scatter(op, index, g, num_rows);
   if (index.numel() == 0) return;
   const int64_t largest = index.max().item<int64_t>();
   TORCH_CHECK_INDEX(largest < num_rows, op, ": index ", largest, " is out of range for a table of ", num_rows, " rows");
@@ -42,7 +38,7 @@ void scatter_gradients(const at::Tensor& index, const at::Tensor& g, int64_t n, 
 }
 
 at::Tensor sq_scatter(const at::Tensor& index, const at::Tensor& g, int64_t num_rows) {
-  check_scatter("sq_scatter", index, g, num_rows);
+  check_lookups("sq_scatter", index, g, num_rows);
   at::Tensor q = at::zeros({g.size(0), num_rows}, g.options().dtype(sum_type(g)));
   if (g.numel() == 0) return q;
   const at::Tensor rows = index.contiguous();
@@ -63,7 +59,7 @@ at::Tensor sq_scatter(const at::Tensor& index, const at::Tensor& g, int64_t num_
 
 void sq_scatter_acc_(at::Tensor& out, const at::Tensor& index, const at::Tensor& g, const at::Tensor& weight) {
   TORCH_CHECK_VALUE(out.dim() == 2, "sq_scatter_acc_: out must be [V, O], got ", out.sizes());
-  check_scatter("sq_scatter_acc_", index, g, out.size(0));
+  check_lookups("sq_scatter_acc_", index, g, out.size(0));
   check_accumulator("sq_scatter_acc_", out, {out.size(0), g.size(2)}, g, weight);
   if (g.numel() == 0) return;
   const at::Tensor rows = index.contiguous(), w = weight.contiguous();

@@ -1,0 +1,80 @@
+// Per-example gradients of depthwise convolutions: a few numbers a channel, bound by the reading of input and
+// cotangent.
+#include "lanes.h"
+#include "shape.h"
+
+namespace t2v::cuda {
+namespace {
+
+constexpr int kTaps = 8;  // of a block; a larger kernel takes several
+
+// Lanes have V neighbouring filters each.
+template <class T, int V>
+__global__ void __launch_bounds__(kLaneThreads, 2)
+    depthwise_kernel(Shape s, int examples, int rows, int parts, int lanes, const T* x, const T* g,
+                     SumOf<T>* gradients) {
+  using Sum = SumOf<T>;
+  Share share;
+  const int o = (share.of((s.filters + lanes * V - 1) / (lanes * V)) * lanes + thread() % lanes) * V;
+  const int tap0 = share.of((s.columns + kTaps - 1) / kTaps) * kTaps, part = share.of(parts), m = share.rest();
+  const int walkers = kLaneThreads / lanes;
+
+  Tap taps[kTaps];
+#pragma unroll
+  for (int t = 0; t < kTaps; ++t) taps[t] = tap_at(s, tap0 + t);
+  Sum sums[kTaps][V] = {};
+  if (o < s.filters) {
+    const T* const image =
+        x + static_cast<int64_t>(m % examples) * s.height * s.width * s.channels + o / s.group_filters;
+    const T* const cotangent = g + static_cast<int64_t>(m) * s.positions * s.filters + o;
+    for (int p = part * walkers + thread() / lanes; p < s.positions; p += parts * walkers) {
+      const Position position = position_at(s, p);
+      const auto from_g = *reinterpret_cast<const Vector<T, V>*>(cotangent + static_cast<int64_t>(p) * s.filters);
+#pragma unroll
+      for (int t = 0; t < kTaps; ++t) {
+        const int pixel = pixel_at(s, position, taps[t]);
+        if (pixel < 0) continue;
+        const auto from_x = *reinterpret_cast<const Vector<T, V>*>(image + static_cast<int64_t>(pixel) * s.channels);
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+          sums[t][v] += static_cast<Sum>(from_g.values[v]) * static_cast<Sum>(from_x.values[v]);
+      }
+    }
+  }
+  add_walkers<kTaps * V>(&sums[0][0], lanes);
+  if (thread() >= lanes || o >= s.filters) return;
+  Sum* const to = gradients + ((static_cast<int64_t>(part) * rows + m) * s.columns + tap0) * s.filters + o;
+#pragma unroll
+  for (int t = 0; t < kTaps; ++t)
+    if (tap0 + t < s.columns)
+#pragma unroll
+      for (int v = 0; v < V; ++v) to[t * s.filters + v] = sums[t][v];
+}
+
+}  // namespace
+
+int64_t depthwise_parts(const ConvGeometry& s, int64_t rows, const Launch& l) {
+  return lane_parts(rows * ceil_div(s.filters, 128) * ceil_div(s.kernel_h * s.kernel_w, kTaps), s.positions(), l);
+}
+
+template <class T>
+void depthwise_gradients(SumOf<T>* gradients, int64_t parts, const Convolution<T>& c, const Launch& l) {
+  const ConvGeometry& s = c.geometry;
+  const auto run = [&](auto vector) {
+    const int lanes = lanes_for(ceil_div(s.filters, vector));
+    launch("sq_conv", depthwise_kernel<T, vector>,
+           ceil_div(s.filters, lanes * vector) * ceil_div(s.kernel_h * s.kernel_w, kTaps) * parts * c.rows,
+           kLaneThreads, l.stream, Shape(s), c.examples, c.rows, parts, lanes, c.x, c.g, gradients);
+  };
+  if (s.group_filters() == 1 && s.channels % kWide<T> == 0 && aligned(c.x) && aligned(c.g))
+    run(std::integral_constant<int, kWide<T>>());
+  else
+    run(std::integral_constant<int, 1>());
+}
+
+#define T2V_INSTANTIATE(T) \
+  template void depthwise_gradients<T>(SumOf<T>*, int64_t, const Convolution<T>&, const Launch&);
+T2V_FOR_EACH_TYPE(T2V_INSTANTIATE)
+#undef T2V_INSTANTIATE
+
+}  // namespace t2v::cuda

@@ -1,0 +1,103 @@
+// The launchers of the CUDA kernels: raw pointers and a stream, for any compiler. bindings.cpp makes operators of them.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <type_traits>
+
+#include "../geometry.h"
+
+#ifdef T2V_EMULATED
+using cudaStream_t = void*;
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+namespace t2v::cuda {
+
+// The type of sums over T, as in reference.accumulate_dtype.
+template <class T>
+using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+struct Launch {
+  cudaStream_t stream;
+  int processors;  // of the device: a launch is cut into some blocks for each
+  bool tf32;       // whether products of float values may be rounded to TF32
+};
+
+// A convolution's input and cotangent, dense and channels-last; M is a multiple of N.
+template <class T>
+struct Convolution {
+  ConvGeometry geometry;
+  const T* x;  // [N, H, W, C]
+  const T* g;  // [M, Ho, Wo, O]
+  int64_t examples, rows;
+};
+
+// Where a function takes `parts`, so many blocks share one output, each with a part of the result of its own: their
+// sum, in a fixed order, is left to the caller. The functions beside it say how many keep the device busy.
+int64_t filter_parts(const ConvGeometry& s, int64_t rows, const Launch& l);
+int64_t element_parts(const ConvGeometry& s, int64_t rows, const Launch& l);
+
+// sums [parts, M, O]: the squares of the gradients G_m [O, D], summed over D
+template <class T>
+void conv_filter_sums(SumOf<T>* sums, int64_t parts, const Convolution<T>& c, const Launch& l);
+
+// sums [parts, O, kh, kw, C / groups]: the squares of the gradients times weight [M], summed over m
+template <class T>
+void conv_element_sums(SumOf<T>* sums, int64_t parts, const SumOf<T>* weight, const Convolution<T>& c, const Launch& l);
+
+// gradients [parts, M, kh kw, O], to be summed over parts, of a convolution whose groups have one input channel each
+int64_t depthwise_parts(const ConvGeometry& s, int64_t rows, const Launch& l);
+template <class T>
+void depthwise_gradients(SumOf<T>* gradients, int64_t parts, const Convolution<T>& c, const Launch& l);
+
+// gram [N, groups, P, P], zeros before: the patches' Gram matrix, its strict upper half doubled, its lower half left
+template <class T>
+void conv_grams(SumOf<T>* gram, const Convolution<T>& c, const Launch& l);
+
+// The same from the Gram matrix of the pixels, pixels [N, groups, H W, H W] of the same form.
+template <class T>
+void shifted_grams(T* gram, const T* pixels, const ConvGeometry& s, int64_t examples, const Launch& l);
+
+// sums [parts, M, O]: g_o^T gram g_o; g [M, P, O] dense
+int64_t form_parts(int64_t positions, int64_t filters, int64_t groups, int64_t rows, const Launch& l);
+template <class T>
+void quadratic_forms(T* sums, int64_t parts, const T* gram, const T* g, int64_t positions, int64_t filters,
+                     int64_t groups, int64_t examples, int64_t rows, const Launch& l);
+
+// A tensor [rows, positions, channels] of any strides, those of broadcasting included; or null.
+template <class T>
+struct Tokens {
+  const T* data = nullptr;
+  int64_t row = 0, position = 0, channel = 0;  // strides
+};
+
+// sums [parts, M, C]: sum_s g (x - shift) scale; plain [parts, M, C], unless null: sum_s g
+int64_t product_parts(int64_t positions, int64_t channels, int64_t rows, const Launch& l);
+template <class T>
+void products(SumOf<T>* sums, SumOf<T>* plain, int64_t parts, const Tokens<T>& g, const Tokens<T>& x,
+              const Tokens<SumOf<T>>& shift, const Tokens<SumOf<T>>& scale, int64_t positions, int64_t channels,
+              int64_t examples, int64_t rows, const Launch& l);
+
+// The look-ups of a table in the order of the rows looked up, which are negative for those left out; look-ups of one
+// row in the order of their places n S + s.
+struct Lookups {
+  const int64_t *row, *place;
+  int count, positions, examples, rows;
+};
+
+// sums [M, V], zeros before
+template <class T>
+void scatter_filter_sums(SumOf<T>* sums, const Lookups& lookups, const Tokens<T>& g, int64_t table, int64_t channels,
+                         const Launch& l);
+
+// out [V, O], added to
+template <class T>
+void scatter_element_sums(SumOf<T>* out, const Lookups& lookups, const Tokens<T>& g, const SumOf<T>* weight,
+                          int64_t channels, const Launch& l);
+
+#define T2V_FOR_EACH_TYPE(USE) USE(double) USE(float) USE(c10::BFloat16) USE(c10::Half)
+
+}  // namespace t2v::cuda

@@ -1,0 +1,65 @@
+// A convolution as the kernels see it: which pixel a tap of a window touches.
+#pragma once
+
+#include "device.h"
+
+namespace t2v::cuda {
+
+// What the kernels know of a convolution. D = kh kw C / groups counts the columns of a gradient, in that order.
+struct Shape {
+  explicit Shape(const ConvGeometry& s)
+      : height(s.height),
+        width(s.width),
+        channels(s.channels),
+        filters(s.filters),
+        groups(s.groups),
+        group_channels(s.group_channels()),
+        group_filters(s.group_filters()),
+        positions(s.positions()),
+        columns(s.kernel_h * s.kernel_w * s.group_channels()),
+        stride_h(s.stride_h),
+        stride_w(s.stride_w),
+        pad_h(s.pad_h),
+        pad_w(s.pad_w),
+        dilation_h(s.dilation_h),
+        dilation_w(s.dilation_w),
+        by_out_width(s.out_width),
+        by_kernel_w(s.kernel_w),
+        by_channels(s.group_channels()) {}
+
+  int height, width, channels, filters, groups, group_channels, group_filters, positions, columns;
+  int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  Divisor by_out_width, by_kernel_w, by_channels;
+};
+
+// A row or column that no image has, whatever is added to it.
+constexpr int kOutside = 1 << 29;
+
+struct Position {
+  int y, x;  // of the window's corner
+};
+struct Tap {
+  int y, x, channel;  // relative to the corner
+};
+
+__device__ inline Position position_at(const Shape& s, int p) {
+  if (p >= s.positions) return {kOutside, 0};
+  const int y = s.by_out_width.quotient(p), x = s.by_out_width.remainder(p, y);
+  return {y * s.stride_h - s.pad_h, x * s.stride_w - s.pad_w};
+}
+
+__device__ inline Tap tap_at(const Shape& s, int d) {
+  if (d >= s.columns) return {kOutside, 0, 0};
+  const int tap = s.by_channels.quotient(d), y = s.by_kernel_w.quotient(tap), x = s.by_kernel_w.remainder(tap, y);
+  return {y * s.dilation_h, x * s.dilation_w, s.by_channels.remainder(d, tap)};
+}
+
+// Where the tap touches the image; negative beyond its edges.
+__device__ inline int pixel_at(const Shape& s, const Position& position, const Tap& tap) {
+  const int y = position.y + tap.y, x = position.x + tap.x;
+  const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(s.height) &&
+                      static_cast<unsigned>(x) < static_cast<unsigned>(s.width);
+  return inside ? y * s.width + x : -1;
+}
+
+}  // namespace t2v::cuda

@@ -1,0 +1,265 @@
+// A tile of a matrix product C[i, j] = sum_k A(k, i) B(k, j), computed by one block.
+//
+// Factors come from sources, which say where values lie; nothing is unfolded. A source has
+//   Value                     the type of its values
+//   vector                    how many of them are copied at once: they are contiguous, and zero together
+//   along_depth               whether they are contiguous along k, or along i (or j)
+//   outer(i), inner(k)        what there is to know of a place on either axis, worked out once for many values
+//   at(outer, inner)          where the values from there on lie; null for zeros
+#pragma once
+
+#include "device.h"
+
+namespace t2v::cuda {
+
+constexpr int kThreads = 128, kStages = 3;
+
+// How the tile of one factor lies in shared memory: `extent` values of i by `depth` values of k. The pitch is longer by
+// 16 bytes, so that rows begin in different banks.
+template <class Source, int Extent>
+struct Factor {
+  using T = typename Source::Value;
+  static constexpr bool along_depth = Source::along_depth;
+  static constexpr int extent = Extent, depth = 64 / sizeof(T), vector = Source::vector;
+  static constexpr int pitch = (along_depth ? depth : extent) + kWide<T>;
+  static constexpr int size = (along_depth ? extent : depth) * pitch;
+
+  __device__ static void fill(T* to, const Source& source, int i0, int k0) {
+    constexpr int across = (along_depth ? depth : extent) / vector, rows = along_depth ? extent : depth;
+    static_assert(kThreads % across == 0);
+    const int column = thread() % across * vector;
+    // A thread stays in one column, whose place is worked out once.
+    if constexpr (along_depth) {
+      const auto inner = source.inner(k0 + column);
+      for (int row = thread() / across; row < rows; row += kThreads / across)
+        copy(to + row * pitch + column, source.at(source.outer(i0 + row), inner));
+    } else {
+      const auto outer = source.outer(i0 + column);
+      for (int row = thread() / across; row < rows; row += kThreads / across)
+        copy(to + row * pitch + column, source.at(outer, source.inner(k0 + row)));
+    }
+  }
+
+ private:
+  __device__ static void copy(T* to, const T* from) {
+    if constexpr (vector * sizeof(T) >= 4)
+      copy_async<vector * sizeof(T)>(to, from);
+    else
+      *to = from ? *from : T(0.0f);
+  }
+};
+
+// By fused multiply-adds: every thread has kSide x kSide elements in registers.
+template <class T>
+struct Exact {
+  using Value = T;
+  using Sum = T;
+  static constexpr int side = sizeof(T) == 8 ? 4 : 8;  // elements of a thread along an axis
+  static constexpr int down = 8, across = 16;          // threads along an axis
+  static constexpr int rows = down * side, columns = across * side;
+
+  template <class A, class B>
+  class Product {
+   public:
+    __device__ void clear() {
+      each([](T& c) { c = 0; });
+    }
+
+    __device__ void multiply(const T* a, const T* b) {
+      constexpr int chunk = kWide<T>;
+      for (int k = 0; k < A::depth; k += chunk) {
+        T from_a[chunk][side], from_b[chunk][side];
+        read<A, down>(from_a, a, k, i());
+        read<B, across>(from_b, b, k, j());
+#pragma unroll
+        for (int step = 0; step < chunk; ++step)
+#pragma unroll
+          for (int r = 0; r < side; ++r)
+#pragma unroll
+            for (int c = 0; c < side; ++c) c_[r][c] += from_a[step][r] * from_b[step][c];
+      }
+    }
+
+    __device__ void add_squares(const Product& of, T weight) {
+#pragma unroll
+      for (int r = 0; r < side; ++r)
+#pragma unroll
+        for (int c = 0; c < side; ++c) c_[r][c] += weight * (of.c_[r][c] * of.c_[r][c]);
+    }
+
+    __device__ void store(T* to, int pitch) const {
+#pragma unroll
+      for (int r = 0; r < side; ++r)
+#pragma unroll
+        for (int c = 0; c < side; ++c) to[place<A, down>(i(), r) * pitch + place<B, across>(j(), c)] = c_[r][c];
+    }
+
+   private:
+    __device__ static int i() { return thread() / across; }
+    __device__ static int j() { return thread() % across; }
+
+    // Which i the r-th element of a thread is, chosen so that neighbouring threads read neighbouring banks.
+    template <class F, int Threads>
+    __device__ static int place(int thread, int r) {
+      if constexpr (F::along_depth) return thread + Threads * r;
+      constexpr int wide = kWide<T>;
+      return r / wide * (wide * Threads) + thread * wide + r % wide;
+    }
+
+    template <class F, int Threads>
+    __device__ static void read(T (*to)[side], const T* from, int k, int thread) {
+      constexpr int wide = kWide<T>;
+#pragma unroll
+      for (int step = 0; step < (F::along_depth ? 1 : wide); ++step)
+#pragma unroll
+        for (int r = 0; r < side; r += F::along_depth ? 1 : wide) {
+          const int i = place<F, Threads>(thread, r),
+                    at = F::along_depth ? i * F::pitch + k : (k + step) * F::pitch + i;
+          const auto values = *reinterpret_cast<const Vector<T, wide>*>(from + at);
+#pragma unroll
+          for (int v = 0; v < wide; ++v) (F::along_depth ? to[v][r] : to[step][r + v]) = values.values[v];
+        }
+    }
+
+    template <class Use>
+    __device__ void each(const Use& use) {
+#pragma unroll
+      for (auto& row : c_)
+#pragma unroll
+        for (T& c : row) use(c);
+    }
+
+    T c_[side][side];
+  };
+};
+
+// On tensor cores, with float32 sums. bfloat16 and float16 products are exact; float stands for TF32.
+template <class T>
+struct TensorCores {
+  using Value = T;
+  using Sum = float;
+  static constexpr int rows = 64, columns = 128;
+
+  template <class A, class B>
+  class Product {
+    static constexpr bool tf32 = std::is_same_v<T, float>;
+    static constexpr int depth = tf32 ? 8 : 16, down = 2, across = 4;  // fragments of a warp: 32 rows, 64 columns
+    using Element = std::conditional_t<tf32, nvcuda::wmma::precision::tf32,
+                                       std::conditional_t<std::is_same_v<T, c10::Half>, __half, __nv_bfloat16>>;
+    using Stored = std::conditional_t<tf32, float, Element>;
+
+   public:
+    __device__ void clear() {
+#pragma unroll
+      for (auto& row : c_)
+#pragma unroll
+        for (auto& c : row) nvcuda::wmma::fill_fragment(c, 0.0f);
+    }
+
+    __device__ void multiply(const T* a, const T* b) {
+      using namespace nvcuda::wmma;
+      // [k][i] in memory is a matrix [i, k] by columns, and a matrix [k, j] by rows.
+      fragment<matrix_a, 16, 16, depth, Element, std::conditional_t<A::along_depth, row_major, col_major>> from_a;
+      fragment<matrix_b, 16, 16, depth, Element, std::conditional_t<B::along_depth, col_major, row_major>>
+          from_b[across];
+#pragma unroll
+      for (int k = 0; k < A::depth; k += depth) {
+#pragma unroll
+        for (int c = 0; c < across; ++c) load<B>(from_b[c], b, column() + 16 * c, k);
+#pragma unroll
+        for (int r = 0; r < down; ++r) {
+          load<A>(from_a, a, row() + 16 * r, k);
+#pragma unroll
+          for (int c = 0; c < across; ++c) mma_sync(c_[r][c], from_a, from_b[c], c_[r][c]);
+        }
+      }
+    }
+
+    // Fragments of one kind have their elements in one order, whichever it is.
+    __device__ void add_squares(const Product& of, float weight) {
+#pragma unroll
+      for (int r = 0; r < down; ++r)
+#pragma unroll
+        for (int c = 0; c < across; ++c)
+#pragma unroll
+          for (int e = 0; e < c_[r][c].num_elements; ++e)
+            c_[r][c].x[e] += weight * (of.c_[r][c].x[e] * of.c_[r][c].x[e]);
+    }
+
+    __device__ void store(float* to, int pitch) const {
+#pragma unroll
+      for (int r = 0; r < down; ++r)
+#pragma unroll
+        for (int c = 0; c < across; ++c)
+          nvcuda::wmma::store_matrix_sync(to + (row() + 16 * r) * pitch + column() + 16 * c, c_[r][c], pitch,
+                                          nvcuda::wmma::mem_row_major);
+    }
+
+   private:
+    __device__ static int row() { return thread() / 64 * 32; }
+    __device__ static int column() { return thread() / 32 % 2 * 64; }
+
+    template <class F, class Fragment>
+    __device__ static void load(Fragment& fragment, const T* from, int i, int k) {
+      const T* at = from + (F::along_depth ? i * F::pitch + k : k * F::pitch + i);
+      nvcuda::wmma::load_matrix_sync(fragment, reinterpret_cast<const Stored*>(at), F::pitch);
+      if constexpr (tf32)
+#pragma unroll
+        for (int e = 0; e < fragment.num_elements; ++e) fragment.x[e] = nvcuda::wmma::__float_to_tf32(fragment.x[e]);
+    }
+
+    nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, depth, float> c_[down][across];
+  };
+};
+
+// What a block does to compute tiles: copies of the next steps' factors are under way while it multiplies one's.
+template <class Math, class SourceA, class SourceB>
+class Tiles {
+ public:
+  using T = typename Math::Value;
+  using Sum = typename Math::Sum;
+  using A = Factor<SourceA, Math::rows>;
+  using B = Factor<SourceB, Math::columns>;
+  using Product = typename Math::template Product<A, B>;
+  static_assert(std::is_same_v<T, typename A::T> && std::is_same_v<T, typename B::T>);
+  static constexpr int rows = Math::rows, columns = Math::columns, depth = A::depth;
+  static constexpr int pitch = columns + kWide<Sum>;  // of a stored tile
+  static constexpr size_t stored = sizeof(Sum) * rows * pitch, factors = sizeof(T) * kStages * (A::size + B::size);
+  static constexpr size_t shared = stored > factors ? stored : factors;
+
+  // The tile from (i0, j0) on; k goes from k0, a multiple of the depth, to k1.
+  __device__ static void multiply(Product& product, const SourceA& a, const SourceB& b, int i0, int j0, int k0,
+                                  int k1) {
+    T* const buffers = reinterpret_cast<T*>(shared_memory<shared>());
+    const int steps = (k1 - k0 + depth - 1) / depth;
+    const auto fill = [&](int step) {
+      if (step < steps) {
+        T* const to = buffers + step % kStages * (A::size + B::size);
+        A::fill(to, a, i0, k0 + step * depth);
+        B::fill(to + A::size, b, j0, k0 + step * depth);
+      }
+      group_copies();
+    };
+    product.clear();
+    __syncthreads();  // what was in the buffers is done with: the last product's factors, or a stored tile
+    for (int step = 0; step < kStages - 1; ++step) fill(step);
+    for (int step = 0; step < steps; ++step) {
+      wait_for_copies<kStages - 2>();
+      __syncthreads();  // this step's copies of all threads have arrived, and the last step's buffer is done with
+      fill(step + kStages - 1);
+      const T* const from = buffers + step % kStages * (A::size + B::size);
+      product.multiply(from, from + A::size);
+    }
+  }
+
+  // The tile where every thread can read it, rows `pitch` apart.
+  __device__ static const Sum* store(const Product& product) {
+    Sum* const to = reinterpret_cast<Sum*>(shared_memory<shared>());
+    __syncthreads();  // the factors, which lie there, are done with
+    product.store(to, pitch);
+    __syncthreads();
+    return to;
+  }
+};
+
+}  // namespace t2v::cuda
