@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from .job import load_job
 from .probe import load_probe
 from .profile import profile
 from .run import run_job
-from .task2vec import Task2Vec
+from .task2vec import METHODS, Task2Vec
 
 console = Console(highlight=False)
 
@@ -59,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--bank", type=Path, help="folder of the bank that a job's embeddings go to")
     embed.add_argument("--workers", type=int, help="processes that embed a job's tasks (default: this one)")
     embed.add_argument("--ray", metavar="ADDRESS", help="embed a job's tasks on a Ray cluster ('auto', 'local', ...)")
+    embed.add_argument(
+        "--tolerance", type=float, default=None, help="add cotangents until the estimator's relative error is below"
+    )
+    embed.add_argument("--method", default="fisher", choices=METHODS, help="variational: the paper's robust Fisher")
     embed.add_argument("--root", type=Path, help="folder out of which no path of a job may lead (default: the job's)")
     embed.add_argument("--allow-outside", action="store_true", help="paths of a job may lead anywhere")
     embed.add_argument("--retry-failed", action="store_true", help="run again what failed in this bank")
@@ -180,7 +185,7 @@ def _pipeline_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def _task2vec(arguments: argparse.Namespace) -> Task2Vec:
+def _task2vec(arguments: argparse.Namespace, **settings: Any) -> Task2Vec:
     if arguments.device is not None and torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"--device {arguments.device}: this torch sees no CUDA device")
     probe = load_probe(arguments.probe, weights=arguments.weights, head=arguments.head)
@@ -195,6 +200,7 @@ def _task2vec(arguments: argparse.Namespace) -> Task2Vec:
         device=arguments.device,
         seed=arguments.seed,
         progress=not arguments.quiet,
+        **settings,
     )
 
 
@@ -203,7 +209,7 @@ def _embed_job(arguments: argparse.Namespace) -> int:
         raise ValueError("a job needs --job FILE and --bank FOLDER, and takes no other folders")
     standard = _parser().parse_args(["embed"])
     inside = ("probe", "weights", "head", "size", "device", "estimator", "samples", "batch_size", "loaders", "seed")
-    for name in (*inside, "output", "overwrite", "skip_unreadable"):
+    for name in (*inside, "tolerance", "method", "output", "overwrite", "skip_unreadable"):
         if getattr(arguments, name) != getattr(standard, name):
             raise ValueError(f"--{name.replace('_', '-')} does not go with --job: settings are in {arguments.job}")
     job = load_job(arguments.job, root=arguments.root, allow_outside=arguments.allow_outside)
@@ -236,7 +242,7 @@ def _embed(arguments: argparse.Namespace) -> int:
     for folder in arguments.tasks:
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder: expected a folder with one sub-folder of images a class")
-    task2vec = _task2vec(arguments)
+    task2vec = _task2vec(arguments, tolerance=arguments.tolerance, method=arguments.method)
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, folder in zip(names, arguments.tasks, strict=True):
         path = arguments.output / f"{name}.safetensors"

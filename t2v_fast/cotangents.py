@@ -36,8 +36,9 @@ class Likelihood(ABC):
         """Cotangents [K, N, C] with sum_k u_k u_k^T = S_n."""
 
     @abstractmethod
-    def deflated(self, z: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-        """At most ``samples`` cotangents: leading eigenvectors of S_n and one sketch of the rest."""
+    def deflated(self, z: Tensor, samples: int, generator: torch.Generator, sketches: int = 1) -> Tensor:
+        """``samples - 1`` leading eigenvectors of S_n and ``sketches`` of the rest, whose squares are averaged; where
+        there is no rest, all eigenvectors, at most ``samples``."""
 
     @abstractmethod
     def sketch(self, z: Tensor, signs: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ class Softmax(Likelihood):
         factor = torch.eye(p.shape[1], dtype=z.dtype)[:-1] - ratio.triu(1)
         return (diagonal[:, :, None] * factor).transpose(0, 1)
 
-    def deflated(self, z: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+    def deflated(self, z: Tensor, samples: int, generator: torch.Generator, sketches: int = 1) -> Tensor:
         p = z.softmax(1)
         n, c = p.shape
         if c <= DENSE_CLASSES:
@@ -85,10 +86,10 @@ class Softmax(Likelihood):
             columns = (vectors * values.clamp_min(0).sqrt()[:, None, :]).permute(2, 0, 1)  # [C - 1, N, C]
             if samples >= c - 1:
                 return columns
-            signs = _signs(n, 1, c - samples, generator)[0].T  # [C - samples, N]
-            rest = (columns[samples - 1 :] * signs[:, :, None]).sum(0, keepdim=True)
+            signs = _signs(n, sketches, c - samples, generator) / sketches**0.5
+            rest = torch.einsum("rnc,snr->snc", columns[samples - 1 :], signs)
             return torch.cat([columns[: samples - 1], rest])
-        signs = _signs(n, 1, c, generator)  # [1, N, C]
+        signs = _signs(n, sketches, c, generator) / sketches**0.5
         if samples == 1:
             return self.sketch(z, signs)
         # With B B^T = S, any orthonormal Q gives S = B Q Q^T B^T + B (I - Q Q^T) B^T, so the result is unbiased however
@@ -97,7 +98,8 @@ class Softmax(Likelihood):
         root = p.sqrt()[:, :, None]
         right = root * (vectors - (p[:, :, None] * vectors).sum(1, keepdim=True))  # B^T v
         q = torch.linalg.qr(right)[0]
-        remainder = signs[0, :, :, None] - q @ (q.mT @ signs[0, :, :, None])
+        signs = signs.permute(1, 2, 0)  # [N, C, sketches]
+        remainder = signs - q @ (q.mT @ signs)
         return self.sketch(z, torch.cat([q, remainder], 2).permute(2, 0, 1))
 
     def sketch(self, z: Tensor, signs: Tensor) -> Tensor:
@@ -124,13 +126,13 @@ class _Diagonal(Likelihood):
     def exact(self, z: Tensor) -> Tensor:
         return torch.diag_embed(self.variance(z).sqrt()).transpose(0, 1)
 
-    def deflated(self, z: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+    def deflated(self, z: Tensor, samples: int, generator: torch.Generator, sketches: int = 1) -> Tensor:
         if samples >= z.shape[1]:
             return self.exact(z)
         root = self.variance(z).sqrt()
         leading = root.topk(samples - 1, dim=1).indices  # [N, samples - 1]
         kept = torch.zeros(samples - 1, *z.shape, dtype=z.dtype).scatter_(2, leading.T[:, :, None], 1)
-        rest = root * (1 - kept.sum(0)) * _signs(z.shape[0], 1, z.shape[1], generator)
+        rest = root * (1 - kept.sum(0)) * _signs(z.shape[0], sketches, z.shape[1], generator) / sketches**0.5
         return torch.cat([kept * root, rest])
 
     def sketch(self, z: Tensor, signs: Tensor) -> Tensor:
@@ -199,10 +201,12 @@ def cotangents(
     generator: torch.Generator | None = None,
     mask: Tensor | None = None,
     level: str = "token",
+    sketches: int = 1,
 ) -> Tensor:
     """The cotangents of one batch: u [K, N, C] for logits [N, C], in the logits' dtype and on their device.
 
-    ``samples`` counts the cotangents of the sampling estimators (``deflated`` may return fewer, when they are exact);
+    ``samples`` counts the cotangents of the sampling estimators (``deflated`` may return fewer, when they are exact,
+    and has one more for each of the ``sketches`` beyond the first, which come last and differ by chance alone);
     ``labels`` are needed by ``empirical`` alone: [N] class indices for softmax, [N, C] targets otherwise. Without a
     ``generator`` the default one of torch is used. Raises ValueError naming what does not fit.
 
@@ -217,6 +221,8 @@ def cotangents(
     model = get_likelihood(likelihood)
     if logits.dim() not in (2, 3) or not logits.is_floating_point():
         raise ValueError(f"logits are {list(logits.shape)} {logits.dtype}, expected floating point [N, C] or [N, T, C]")
+    if sketches < 1 or (sketches > 1 and (estimator != "deflated" or logits.dim() == 3)):
+        raise ValueError(f"sketches is {sketches}: more than one is for 'deflated' cotangents of logits [N, C]")
     if logits.dim() == 3:
         return _of_tokens(logits, estimator, samples, model, labels, generator, mask, level)
     if mask is not None:
@@ -232,7 +238,7 @@ def cotangents(
     if estimator == "exact":
         u = model.exact(z)
     elif estimator == "deflated":
-        u = model.deflated(z, samples, generator)
+        u = model.deflated(z, samples, generator, sketches)
     elif estimator == "hutchinson":
         u = model.sketch(z, _signs(z.shape[0], samples, z.shape[1], generator)) / samples**0.5
     elif estimator == "monte_carlo":

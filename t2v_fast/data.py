@@ -88,6 +88,11 @@ class TaskData:
             raise DataError(f"{_task(name)}: {type(data).__name__} has no length: expected a map-style data set")
         return cls(data, name, task_type)
 
+    @property
+    def is_map_style(self) -> bool:
+        """Whether images can be had by number; otherwise in their order alone."""
+        return isinstance(self.source, Sized) and hasattr(self.source, "__getitem__")
+
     def batches(
         self,
         prepare: Callable[[Any], Tensor],
@@ -104,7 +109,7 @@ class TaskData:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         read = _Reader(self, prepare)
-        if isinstance(self.source, Sized) and hasattr(self.source, "__getitem__"):
+        if self.is_map_style:
             dataset: Dataset = _Mapped(self.source, read, cache)
         else:
             dataset = _Iterated(self.source, read)

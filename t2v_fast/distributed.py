@@ -37,10 +37,12 @@ def embed_distributed(
     process fits the head, and of the Fisher only sums are exchanged.
 
     Raises on every process: RuntimeError, naming the processes that failed and their errors; ValueError for the
-    estimator ``batch_mean``, which depends on the batches.
+    estimator ``batch_mean``, which depends on the batches, for ``method="variational"`` and for a ``tolerance``.
     """
     if task2vec.estimator == BATCH_MEAN:
         raise ValueError(f"estimator {BATCH_MEAN!r} depends on the batches of one process: embed with one")
+    if task2vec.method != "fisher" or task2vec.tolerance is not None:
+        raise ValueError("method='variational' and tolerance have no distributed form: embed with one process")
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     seconds: dict[str, float] = {}
     task2vec._waited = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,8 +42,9 @@ class FisherDiagonal(Mapping[str, Tensor]):
     Values: [O] for a parameter [O, ...] at granularity ``filter``, its shape at ``parameter``, a scalar at ``tensor``.
     ``standard_error`` has the same keys and shapes: the standard deviation of the estimate over data sets like this one
     and over the estimator's own draws, NaN where fewer than two units were seen. The units are examples, for
-    ``parameter`` and ``batch_mean`` batches. ``unused`` parameters are those that no output depended on, ``skipped``
-    those that ``unsupported="skip"`` left out.
+    ``parameter`` and ``batch_mean`` batches. ``estimator_error``, where it was asked for: the standard deviation of the
+    estimator's own draws alone, by which the values differ from ``exact`` on the same examples. ``unused`` parameters
+    are those that no output depended on, ``skipped`` those that ``unsupported="skip"`` left out.
     """
 
     values_: dict[str, Tensor]
@@ -54,6 +55,15 @@ class FisherDiagonal(Mapping[str, Tensor]):
     num_examples: int
     unused: frozenset[str] = field(default_factory=frozenset)
     skipped: frozenset[str] = field(default_factory=frozenset)
+    estimator_error: dict[str, Tensor] | None = None
+
+    def relative_error(self) -> float:
+        """Norm of the ``estimator_error`` over the norm of the values; NaN where it was not asked for."""
+        if self.estimator_error is None:
+            return float("nan")
+        return float(
+            _joined(self.estimator_error).norm() / self.vector().norm().clamp_min(torch.finfo(torch.float64).tiny)
+        )
 
     def __getitem__(self, name: str) -> Tensor:
         return self.values_[name]
@@ -66,17 +76,25 @@ class FisherDiagonal(Mapping[str, Tensor]):
 
     def vector(self) -> Tensor:
         """All values in one vector, parameter after parameter."""
-        return torch.cat([v.reshape(-1) for v in self.values_.values()])
+        return _joined(self.values_)
 
     def standard_error_vector(self) -> Tensor:
         """All standard errors in one vector, in the order of :meth:`vector`."""
-        return torch.cat([v.reshape(-1) for v in self.standard_error.values()])
+        return _joined(self.standard_error)
+
+    def error_vector(self) -> Tensor:
+        """The ``estimator_error`` in one vector where it was asked for, else the standard errors."""
+        return self.standard_error_vector() if self.estimator_error is None else _joined(self.estimator_error)
 
     def __repr__(self) -> str:
         return (
             f"FisherDiagonal({len(self)} parameters, granularity={self.granularity!r}, estimator={self.estimator!r}, "
             f"samples={self.samples}, num_examples={self.num_examples})"
         )
+
+
+def _joined(values: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([v.reshape(-1) for v in values.values()])
 
 
 class _Moments:
@@ -189,6 +207,7 @@ def fisher(
     channels_last: bool = True,
     progress: bool = False,
     explain: bool = False,
+    estimator_error: bool = False,
 ) -> FisherDiagonal:
     """The diagonal Fisher information of ``model`` over the examples of ``loader``, exactly per example.
 
@@ -218,12 +237,19 @@ def fisher(
     ``explain`` prints, after the first batch, which path each layer takes (:mod:`t2v_fast.plan`), and what it was
     predicted to cost and did.
 
+    ``estimator_error``: also say how far the draws of ``"deflated"`` may be off (:class:`FisherDiagonal`), from a
+    second sketch of each example, one more cotangent. For logits [N, C], granularity ``"filter"`` or ``"tensor"``.
+
     Raises UnsupportedError where no exact per-example gradient can be had, SelfCheckError when the check fails, and
     ValueError for bad input, naming what is wrong.
     """
     if estimator != BATCH_MEAN:
         check_estimator(estimator, samples)
     likelihood = get_likelihood(likelihood)
+    if estimator_error and (estimator != "deflated" or granularity == "parameter"):
+        raise ValueError(
+            f"estimator_error is for estimator 'deflated' by filter or tensor, got {estimator!r} by {granularity}"
+        )
     recorder = FisherRecorder(model, parameters, granularity, unsupported=unsupported, filter_axis=filter_axis)
     if device is None:
         device = next(iter(recorder.parameters.values())).device
@@ -233,6 +259,7 @@ def fisher(
         forward = _ChannelsLast(forward)
     generator = torch.Generator().manual_seed(seed)
     moments = {name: _Moments() for name in recorder.parameters}
+    doubts: dict[str, Tensor] = {}  # sum_n a_n^2 times the variance of example n's draws
     seen = 0
     skipped: frozenset[str] = frozenset()
     with torch.inference_mode(False), torch.enable_grad(), recorder, _unchanged_buffers(model):
@@ -258,9 +285,14 @@ def fisher(
             else:
                 if self_check and seen == 0:
                     _self_check(recorder, forward, inputs, logits)
+                if estimator_error:
+                    options["sketches"] = 2
                 u = cotangents(logits, estimator, samples, likelihood, labels, generator, **options)
                 with _explained(recorder, n) if explain and seen == 0 else contextlib.nullcontext():
-                    values = recorder.backward(logits, u, a if granularity == "parameter" else None)
+                    if estimator_error:
+                        values = _doubted(recorder, logits, u, len(u) > samples, a, doubts)
+                    else:
+                        values = recorder.backward(logits, u, a if granularity == "parameter" else None)
                 if not values:
                     raise ValueError("unsupported='skip' left no parameter: see why with unsupported='error'")
             skipped |= recorder.skipped
@@ -273,7 +305,32 @@ def fisher(
     moments = {name: m for name, m in moments.items() if name not in skipped}
     if not next(iter(moments.values())).weight > 0:
         raise ValueError("the weights of all examples are zero")
-    return _diagonal(moments, recorder, estimator, samples, seen, skipped)
+    diagonal = _diagonal(moments, recorder, estimator, samples, seen, skipped)
+    if not estimator_error:
+        return diagonal
+    errors = {name: doubts[name].sqrt() / moments[name].weight for name in diagonal}
+    return replace(diagonal, estimator_error=errors)
+
+
+def _doubted(
+    recorder: FisherRecorder, logits: Tensor, u: Tensor, sketched: bool, a: Tensor, doubts: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """A batch's values; to ``doubts`` is added by how much the last two cotangents, two sketches, disagree.
+
+    They average q1 and q2, twice what each gives: the variance of the mean of two is estimated by (q1 - q2)^2 / 4.
+    """
+    if not sketched:
+        values = recorder.backward(logits, u)
+        groups = []
+    else:
+        sizes = [len(u) - 2, 1, 1] if len(u) > 2 else [1, 1]
+        groups = recorder.backward_groups(logits, u, sizes)
+        values = {name: sum(g[name] for g in groups) for name in groups[0]}
+    for name, q in values.items():
+        apart = groups[-1][name] - groups[-2][name] if groups else torch.zeros_like(q)
+        variance = torch.tensordot(a.square(), apart.to("cpu", torch.float64).square(), 1)
+        doubts[name] = doubts[name] + variance if name in doubts else variance
+    return values
 
 
 def _diagonal(

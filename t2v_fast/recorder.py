@@ -50,7 +50,7 @@ def select_parameters(model: nn.Module, parameters: ParameterFilter = None) -> d
     return chosen
 
 
-def _filter_axes(parameters: Mapping[str, nn.Parameter], filter_axis: FilterAxis) -> dict[str, int]:
+def filter_axes_of(parameters: Mapping[str, nn.Parameter], filter_axis: FilterAxis) -> dict[str, int]:
     """The axis of each parameter along which its filters lie."""
     if filter_axis is None:
         return dict.fromkeys(parameters, 0)
@@ -115,7 +115,7 @@ class FisherRecorder:
         self.granularity = granularity
         self.unsupported = unsupported
         self.parameters = select_parameters(model, parameters)
-        self.filter_axes = _filter_axes(self.parameters, filter_axis)
+        self.filter_axes = filter_axes_of(self.parameters, filter_axis)
         self.unused: frozenset[str] = frozenset()  # wanted parameters that the last output did not depend on
         self.skipped: frozenset[str] = frozenset()  # those that unsupported="skip" left out of it
         # Called after each op with the use, its factors, the number of cotangents, and its first and last second.

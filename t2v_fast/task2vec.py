@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from .cache import ImageCache
@@ -25,6 +26,7 @@ from .fisher import BATCH_MEAN, FisherDiagonal, fisher
 from .head import HeadFit, fit_head
 from .probe import Probe, load_probe
 from .shared import Heads, LabelSet, fisher_of_label_sets
+from .variational import RobustFisher, variational_fisher
 
 Result = TypeVar("Result")
 
@@ -44,6 +46,16 @@ class Task2Vec:
     files are decoded once where they fit into ``cache_megabytes`` of memory, or of the disk at ``cache_folder``
     (:class:`t2v_fast.cache.ImageCache`). ``unsupported="exact"`` for probes that transform weights before use, which
     are refused by default (:class:`t2v_fast.FisherRecorder`).
+
+    ``tolerance``: the relative error that the estimator may leave, norm of the error over norm of the embedding. The
+    Fisher is computed with ``samples`` cotangents and one more, and again with twice as many, until two sketches of
+    each image agree to that; ``standard_error`` is then that of the estimator alone, against ``"exact"`` on the same
+    images, and ``meta["relative_error"]`` what was reached. For ``estimator="deflated"``.
+
+    ``method="variational"``: the paper's robust Fisher in place of the Fisher (:mod:`t2v_fast.variational`), for probes
+    of convolutions and linear layers; ``hessian`` is 1 / variance and ``scale`` 1 / lambda^2. ``method_options``:
+    ``epochs`` (1), ``beta`` (1e-7), ``learning_rate``, ``head_learning_rate``, and how many images are drawn in an
+    epoch, ``num_samples`` (10,000), each class as often as the others where ``balanced``.
     """
 
     def __init__(
@@ -52,6 +64,9 @@ class Task2Vec:
         *,
         estimator: str = "deflated",
         samples: int = 2,
+        tolerance: float | None = None,
+        method: str = "fisher",
+        method_options: dict[str, Any] | None = None,
         task_type: str = "multiclass",
         balanced: bool = True,
         head: str = "newton",
@@ -73,6 +88,16 @@ class Task2Vec:
         if unsupported not in ("error", "exact"):  # an embedding has an entry for every filter
             raise ValueError(f"unsupported is {unsupported!r}, expected 'error' or 'exact'")
         self.unsupported = unsupported
+        if tolerance is not None and (not tolerance > 0 or estimator != "deflated" or method != "fisher"):
+            raise ValueError(
+                f"tolerance is {tolerance}, expected a positive number, with estimator='deflated' and method='fisher'"
+            )
+        self.tolerance = tolerance
+        if method not in METHODS:
+            raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
+        if method == "fisher" and method_options:
+            raise ValueError("method_options are for method='variational'")
+        self.method, self.method_options = method, dict(method_options or {})
         if estimator != BATCH_MEAN:
             check_estimator(estimator, samples)
         if isinstance(probe, str):
@@ -125,8 +150,11 @@ class Task2Vec:
         with timed(seconds, "head"):
             fit, weights = self._fit(features, codes, len(classes))
         with timed(seconds, "fisher"):
-            diagonal = self._fisher(data, codes, fit.linear, weights)
-        return self._embedding(data, classes, fit, diagonal, seconds)
+            if self.method == "variational":
+                found: FisherDiagonal | RobustFisher = self._robust(data, codes, fit.linear, weights)
+            else:
+                found = self._fisher(data, codes, fit.linear, weights)
+        return self._embedding(data, classes, fit, found, seconds)
 
     def embed_label_sets(
         self,
@@ -144,11 +172,14 @@ class Task2Vec:
         """
         if not label_sets:
             raise ValueError("label_sets is empty, expected labels for at least one task")
+        if self.method != "fisher" or self.tolerance is not None:
+            what = "tolerance" if self.tolerance is not None else f"method {self.method!r}"
+            raise ValueError(f"{what} has no shared form: embed the tasks one by one")
         if self.estimator == BATCH_MEAN:
             raise ValueError(f"estimator {BATCH_MEAN!r} has no shared form: embed the tasks one by one")
         if not isinstance(data, TaskData):
             data = TaskData.of(data, name=", ".join(label_sets), skip_unreadable=skip_unreadable)
-        if not isinstance(data.source, Sized) or not hasattr(data.source, "__getitem__"):
+        if not data.is_map_style:
             raise DataError(f"tasks {', '.join(label_sets)}: {type(data.source).__name__} is no map-style data set")
         for name, labels in label_sets.items():
             if len(labels) != len(data.source):
@@ -279,39 +310,87 @@ class Task2Vec:
                 seen += len(images)
 
         parameter = next(self.probe.network.parameters())
+        samples, first = self.samples, True
         with self.probe.with_head(linear.to(parameter.device, parameter.dtype)) as network:
-            return fisher(
+            while True:
+                found = fisher(
+                    network,
+                    batches(),
+                    self.estimator,
+                    samples,
+                    likelihood=TASK_TYPES[self.task_type],
+                    parameters=self.probe.embedding_parameters(),
+                    unsupported=self.unsupported,
+                    weights=weights,
+                    seed=self.seed,
+                    self_check=self.self_check and first,
+                    estimator_error=self.tolerance is not None,
+                )
+                # Twice the cotangents leave less than half of the error, and no more than C - 1 are ever needed.
+                if self.tolerance is None or found.relative_error() <= self.tolerance:
+                    return found
+                samples, first = 2 * samples, False
+
+    def _robust(self, data: TaskData, codes: Tensor, linear: nn.Linear, weights: Tensor | None) -> RobustFisher:
+        """The variances, learned on images drawn with replacement."""
+        options = {"num_samples": 10_000, **self.method_options}
+        draws = options.pop("num_samples")
+        if draws < 1:
+            raise ValueError(f"num_samples is {draws}, expected at least 1")
+        if not data.is_map_style:
+            raise DataError(f"task {data.name!r}: method 'variational' draws images, which takes a map-style data set")
+        if data.skipped:
+            raise DataError(f"task {data.name!r}: method 'variational' needs every image, but {data.skipped[0]} is bad")
+        generator = torch.Generator().manual_seed(self.seed)
+        chances = torch.ones(len(codes), dtype=torch.float64) if weights is None else weights
+        targets = codes.to(self.device) if self.task_type == "multiclass" else codes.to(self.device, torch.float32)
+
+        def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+            drawn = torch.multinomial(chances, draws, replacement=True, generator=generator)
+            places = drawn.tolist()
+            some = TaskData(
+                Subset(data.source, places), data.name, self.task_type, None, lambda k: data.describe(places[k])
+            )
+            seen = 0
+            for images, _ in self._batches(some, f"variances, epoch {epoch + 1}"):
+                yield images, targets[drawn[seen : seen + len(images)].to(self.device)]
+                seen += len(images)
+
+        parameter = next(self.probe.network.parameters())
+        linear = linear.to(parameter.device, parameter.dtype)
+        with self.probe.with_head(linear) as network:
+            named = dict(network.named_parameters())
+            return variational_fisher(
                 network,
-                batches(),
-                self.estimator,
-                self.samples,
+                batches,
+                [name for name in self.probe.embedding_parameters() if named[name].dim() > 1],
+                head=linear.parameters(),
                 likelihood=TASK_TYPES[self.task_type],
-                parameters=self.probe.embedding_parameters(),
-                unsupported=self.unsupported,
-                weights=weights,
-                seed=self.seed,
-                self_check=self.self_check,
+                generator=torch.Generator(self.device).manual_seed(self.seed),
+                **options,
             )
 
     def _embedding(
-        self, data: TaskData, classes: list, fit: HeadFit, diagonal: FisherDiagonal, seconds: dict[str, float]
+        self,
+        data: TaskData,
+        classes: list,
+        fit: HeadFit,
+        found: FisherDiagonal | RobustFisher,
+        seconds: dict[str, float],
     ) -> Embedding:
-        hessian = diagonal.vector().numpy()
-        error = diagonal.standard_error_vector().numpy()
-        stops = np.cumsum([len(v) for v in diagonal.values()]).tolist()
-        layers = [(name, start, stop) for name, start, stop in zip(diagonal, [0, *stops[:-1]], stops, strict=True)]
-        return Embedding(
-            hessian=hessian,
-            scale=np.ones_like(hessian),
-            standard_error=error if np.isfinite(error).all() else None,
-            layers=tuple(layers),
-            num_examples=diagonal.num_examples,
+        if isinstance(found, RobustFisher):
+            how = {"method": "variational", "losses": list(found.losses)}
+        else:
+            how = {"estimator": self.estimator, "samples": found.samples}
+            if self.tolerance is not None:
+                how |= {"tolerance": self.tolerance, "relative_error": found.relative_error()}
+        return embedding_of(
+            found,
             meta={
                 "task": data.name,
                 "task_type": self.task_type,
                 "classes": [str(c) for c in classes],
-                "estimator": self.estimator,
-                "samples": self.samples,
+                **how,
                 "seed": self.seed,
                 "batch_size": self.batch_size,
                 "head_loss": fit.loss,
@@ -325,23 +404,56 @@ class Task2Vec:
             fingerprint=self.fingerprint(),
         )
 
+    def _family(self) -> str | dict[str, Any]:
+        if self.method == "fisher":
+            return family_of(self.estimator)
+        return {"method": self.method, **self.method_options}
+
     def fingerprint(self) -> dict[str, Any]:
         """Everything that must agree for two embeddings to be comparable."""
         names = "\n".join(self.probe.embedding_parameters())
-        # The unbiased estimators share an expectation, so their embeddings can be compared; the other two differ.
-        family = self.estimator if self.estimator in (BATCH_MEAN, "empirical") else "fisher"
         return {
             "probe": self.probe.name,
             "weights": self.probe.fingerprint(),
             "dtype": str(next(self.probe.network.parameters()).dtype).removeprefix("torch."),
             "layers": hashlib.sha256(names.encode()).hexdigest(),
             "granularity": "filter",
-            "family": family,
+            "family": self._family(),
             "likelihood": TASK_TYPES[self.task_type],
             "balanced": self.balanced,
             "head": {"method": self.head, **self.head_options},
             "preprocessing": self.probe.preprocessing.as_dict(),
         }
+
+
+METHODS = ("fisher", "variational")
+
+
+def family_of(estimator: str) -> str:
+    """What embeddings of an estimator can be compared with: the unbiased ones share an expectation, two differ."""
+    return estimator if estimator in (BATCH_MEAN, "empirical") else "fisher"
+
+
+def embedding_of(found: FisherDiagonal | RobustFisher, meta: dict[str, Any], fingerprint: dict[str, Any]) -> Embedding:
+    """The embedding whose entries are those of a filter-wise diagonal, or of variances, parameter after parameter."""
+    error = None
+    if isinstance(found, RobustFisher):
+        entries = found.precision
+        hessian, scale = (torch.cat(list(v.values())).double().cpu().numpy() for v in (entries, found.scale))
+    else:
+        entries, hessian = found, found.vector().numpy()
+        scale, errors = np.ones_like(hessian), found.error_vector().numpy()
+        error = errors if np.isfinite(errors).all() else None
+    stops = np.cumsum([len(v) for v in entries.values()]).tolist()
+    return Embedding(
+        hessian=hessian,
+        scale=scale,
+        standard_error=error,
+        layers=tuple(zip(entries, [0, *stops[:-1]], stops, strict=True)),
+        num_examples=found.num_examples,
+        meta=meta,
+        fingerprint=fingerprint,
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -86,6 +86,19 @@ def test_sampling_is_unbiased(gpt2: nn.Module, estimator: str) -> None:
     assert np.abs(z).max() < 6
 
 
+def test_other_quantities_are_not_compared(gpt2: nn.Module) -> None:
+    by_text = [
+        embed_text(gpt2, [TOKENS], estimator=e) for e in ("hutchinson", "monte_carlo", "batch_mean", "empirical")
+    ]
+    assert distance.pdist(by_text[:2]).shape == (2, 2)
+    for other in by_text[2:]:
+        with pytest.raises(ValueError, match="family"):
+            distance.pdist([by_text[0], other])
+    square = next(k for k in by_text[0].layer_names if k.endswith("attn.c_proj.weight"))
+    with pytest.raises(ValueError, match="filter_axis"):
+        distance.pdist([by_text[0], embed_text(gpt2, [TOKENS], filter_axis={square: 1})])
+
+
 def test_diversity() -> None:
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=8)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import per_example_squares
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from t2v_fast.adapters.continual import compute_importances
+from t2v_fast.adapters.continual import compute_importances, online_ewc_fisher
 from t2v_fast.adapters.fim import fim_diag
 from t2v_fast.adapters.merging import apply_task_vectors, fisher_merge, task_vector
 
@@ -158,13 +159,38 @@ def test_merging_on_real_digits() -> None:
     assert low < high
 
 
+def test_online_ewc_fisher() -> None:
+    """Against a plain loop of the contract: one example at a time, weighted by its label's probability."""
+    model = network().train()
+    want = torch.zeros(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    model.eval()
+    for x, y in zip(X, Y, strict=True):
+        score = F.log_softmax(model(x[None]), 1)[0, y]
+        gradients = torch.autograd.grad(score, list(model.parameters()))
+        want += score.exp().detach() * torch.cat([g.flatten() for g in gradients]).square()
+    model.train()
+    loader = [(X[:3], Y[:3], "not used"), (X[3:], Y[3:], "not used")]
+    torch.testing.assert_close(online_ewc_fisher(model, loader, "cpu"), want / len(X), rtol=1e-9, atol=1e-15)
+    assert model.training
+    torch.testing.assert_close(online_ewc_fisher(model, loader, "cpu", 4), want / 8, rtol=1e-9, atol=1e-15)
+    with pytest.raises(ValueError, match="train_loader has no examples"):
+        online_ewc_fisher(model, [], "cpu")
+
+
 def test_the_page_runs() -> None:
     page = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text()
     model = network().float()
     names = {"model": model, "loader": DataLoader(TensorDataset(X.float(), Y), 3), "torch": torch}
     names |= {"dataset": TensorDataset(X.float(), Y), "first": copy.deepcopy(model), "second": copy.deepcopy(model)}
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 6
-    for block in blocks[:3]:  # the others are in test_adapter_task2vec.py and test_adapter_language.py
+    assert len(blocks) == 9
+    for block in [*blocks[:4], blocks[8]]:  # the others are in test_adapter_task2vec.py and test_adapter_language.py
         exec(block, names)
+    logits = model(X.float()).detach()
+    squares = per_example_squares(model, X.float(), (logits.softmax(1) - F.one_hot(Y, logits.shape[1]))[None])
+    for name, value in squares.items():
+        torch.testing.assert_close(names["sum_grad_squared"][name], value.sum(0).double(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            names["batch_l2"][name], value[:3].flatten(1).sum(1), check_dtype=False, rtol=1e-4, atol=1e-6
+        )
     assert names["importances"].keys() == names["merged"].keys() == dict(model.named_parameters()).keys()

@@ -57,6 +57,18 @@ def test_embed_then_distance(folders: list[str], tmp_path: Path, capsys: pytest.
     assert "cannot be compared" in capsys.readouterr().err
 
 
+def test_embed_to_a_tolerance(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run("embed", folders[0], "--output", tmp_path, "--quiet", "--tolerance", "0.001") == 0
+    meta = Embedding.load(tmp_path / "task 0.safetensors").meta
+    assert meta["tolerance"] == 0.001
+    assert meta["relative_error"] <= 0.001
+    capsys.readouterr()
+    assert run("embed", folders[0], "--output", tmp_path, "--tolerance", "-1", "--overwrite") == 1
+    assert "tolerance is -1.0, expected a positive number" in capsys.readouterr().err
+    assert run("embed", "--job", "a.yaml", "--bank", "b", "--method", "variational") == 1
+    assert "--method does not go with --job" in capsys.readouterr().err
+
+
 def test_select(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out, errors = tmp_path / "out", tmp_path / "errors.csv"
     assert run("embed", *folders, "--output", out, "--quiet") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 
@@ -152,6 +153,41 @@ def test_standard_error_is_calibrated() -> None:
         covered.append((f.vector() - truth_).abs() <= 1.96 * f.standard_error_vector())
     rate = float(torch.stack(covered).double().mean())
     assert 0.90 <= rate <= 0.98
+
+
+@pytest.mark.parametrize(("classes", "samples", "scale"), [(5, 2, 1), (5, 2, 6), (80, 2, 4)])
+def test_estimator_error_is_calibrated(classes: int, samples: int, scale: float) -> None:
+    """Over 50 seeds on the same images, 95 percent intervals cover the exact Fisher for about 95 percent of entries."""
+    network, x = small_network(classes), images(120, seed=9)
+    with torch.no_grad():
+        network[-1].weight.mul_(scale)  # the larger, the more confident
+    want = fisher(network, [x], "exact", self_check=False).vector()
+    covered, errors, said = [], [], []
+    for seed in range(50):
+        f = fisher(network, [x], "deflated", samples, seed=seed, self_check=False, estimator_error=True)
+        error = torch.cat([v.reshape(-1) for v in f.estimator_error.values()])
+        alive = want > 0
+        covered.append(((f.vector() - want).abs() <= 1.96 * error)[alive])
+        errors.append(relative_error(f.vector(), want))
+        said.append(f.relative_error())
+    assert 0.90 <= float(torch.stack(covered).double().mean()) <= 0.98
+    root_mean_square = (sum(e**2 for e in errors) / len(errors)) ** 0.5
+    assert root_mean_square / 1.3 < sum(said) / len(said) < 1.3 * root_mean_square
+
+
+def test_estimator_error_where_nothing_is_drawn() -> None:
+    network, x = small_network(3), images()
+    exact = fisher(network, [x], "exact")
+    for samples in (2, 7):
+        found = fisher(network, [x], "deflated", samples, estimator_error=True)
+        assert found.relative_error() == 0
+        assert_agrees(found, dict(exact))
+    assert math.isnan(exact.relative_error())
+    for options in ({"estimator": "hutchinson"}, {"granularity": "parameter"}):
+        with pytest.raises(ValueError, match="estimator_error is for estimator 'deflated'"):
+            fisher(network, [x], estimator_error=True, **options)
+    with pytest.raises(ValueError, match="more than one is for 'deflated'"):
+        cotangents(torch.randn(2, 3), "exact", sketches=2)
 
 
 def test_standard_error_of_parameters_comes_from_batches() -> None:

@@ -184,3 +184,27 @@ def test_a_probe_that_transforms_its_weights() -> None:
     np.testing.assert_allclose(shared.hessian, embedding.hessian, rtol=1e-5)
     with pytest.raises(ValueError, match="unsupported is 'skip'"):
         Task2Vec(probe, unsupported="skip")
+
+
+def test_tolerance_is_met() -> None:
+    """Cotangents are added until the error against `exact` is small enough, and the error is the one that is said."""
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(60, 3, 32, 32, generator=generator), torch.arange(60) % 6  # nothing to be learned
+    options = {"head_options": {"weight_decay": 1e-2}}
+    exact = Task2Vec(small_probe(), estimator="exact", **options).embed((images, labels))
+    reached = {}
+    for tolerance in (1.0, 1e-3, 1e-9):
+        found = Task2Vec(small_probe(), tolerance=tolerance, **options).embed((images, labels))
+        assert found.meta["tolerance"] == tolerance
+        assert found.meta["relative_error"] <= tolerance
+        error = relative_error(torch.from_numpy(found.hessian), torch.from_numpy(exact.hessian))
+        assert error <= 2 * found.meta["relative_error"] + 1e-6
+        assert distance.pdist([found, exact]).shape == (2, 2)  # comparable: another way to the same quantity
+        reached[tolerance] = found.meta["samples"]
+    assert reached[1.0] == 2
+    assert reached[1.0] < reached[1e-3] <= reached[1e-9] == 8  # of which 5 are all there are
+    for options in ({"tolerance": 0.0}, {"tolerance": 0.1, "estimator": "exact"}):
+        with pytest.raises(ValueError, match="expected a positive number, with estimator='deflated'"):
+            Task2Vec(small_probe(), **options)
+    with pytest.raises(ValueError, match="tolerance has no shared form"):
+        Task2Vec(small_probe(), tolerance=0.1).embed_label_sets((images, labels), {"a": labels})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .fim import fim_diag
+from ..recorder import FisherRecorder
+from .fim import evaluating, fim_diag
 
 CRITERIA = {nn.CrossEntropyLoss: "classification", nn.BCEWithLogitsLoss: "multi-label"}
 
@@ -43,3 +45,31 @@ def compute_importances(
     loader = DataLoader(dataset, batch_size, shuffle=False, num_workers=num_workers)
     model.to(device)
     return fim_diag(model, loader, task_type, labels, device=device, **options)
+
+
+def online_ewc_fisher(
+    net: nn.Module, train_loader: Iterable, device: str | torch.device, batch_size: int | None = None
+) -> Tensor:
+    """What Mammoth's online EWC accumulates over a task, as it keeps it: one vector [P], parameter after parameter.
+
+    The sum over examples of p(label) times the squared gradient of log p(label), divided by ``batch_size`` times the
+    number of batches, or by the number of examples where ``batch_size`` is None. ``train_loader`` yields (inputs,
+    labels, ...). The model runs in evaluation mode, in which examples are apart, and is left in its own. Raises
+    ValueError where there are no examples.
+    """
+    net.to(device)
+    total: dict[str, Tensor] = {}
+    examples = batches = 0
+    with evaluating(net), FisherRecorder(net, granularity="parameter") as recorder:
+        for inputs, labels, *_ in train_loader:
+            logits, labels = net(inputs.to(device)), labels.to(device)
+            p = logits.detach().softmax(1)
+            chance = p.gather(1, labels[:, None])
+            cotangents = p.scatter_add(1, labels[:, None], -torch.ones_like(chance)) * chance.sqrt()
+            for name, squares in recorder.backward(logits, cotangents).items():
+                total[name] = total[name] + squares if name in total else squares
+            examples, batches = examples + len(labels), batches + 1
+    if not examples:
+        raise ValueError("train_loader has no examples")
+    count = examples if batch_size is None else batches * batch_size
+    return torch.cat([total[name].flatten() for name, _ in net.named_parameters()]) / count

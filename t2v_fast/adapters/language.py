@@ -18,7 +18,8 @@ from .. import distance
 from ..embedding import Embedding
 from ..fisher import fisher
 from ..probe import digest_of
-from ..recorder import ParameterFilter
+from ..recorder import ParameterFilter, filter_axes_of
+from ..task2vec import embedding_of, family_of
 from .fim import evaluating
 
 
@@ -64,15 +65,10 @@ def embed_text(
             seed=seed,
             **options,
         )
-    hessian, error = diagonal.vector().numpy(), diagonal.standard_error_vector().numpy()
-    stops = np.cumsum([len(v) for v in diagonal.values()]).tolist()
-    layers = tuple((key, start, stop) for key, start, stop in zip(diagonal, [0, *stops], stops, strict=False))
-    return Embedding(
-        hessian,
-        np.ones_like(hessian),
-        layers,
-        diagonal.num_examples,
-        error if np.isfinite(error).all() else None,
+    named = dict(model.named_parameters())
+    axes = filter_axes_of({name: named[name] for name in diagonal}, options.get("filter_axis"))
+    return embedding_of(
+        diagonal,
         {"task": name, "estimator": estimator, "samples": samples, "seed": seed},
         {
             "probe": type(model).__name__,
@@ -80,9 +76,10 @@ def embed_text(
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "layers": hashlib.sha256("\n".join(diagonal).encode()).hexdigest(),
             "granularity": "filter",
-            "family": "empirical" if estimator == "empirical" else "fisher",
+            "family": family_of(estimator),
             "likelihood": "next token",
             "level": level,
+            "filter_axis": {name: axis for name, axis in axes.items() if axis},
         },
     )
 
