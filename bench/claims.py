@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 from meta_task import TRAIN, MetaTask, meta_tasks
+from pages import markdown, replace_section
 from scipy.stats import rankdata, spearmanr
-from selection import EXPERTS, ROOT, Results, Settings, Store, fill, markdown, replace_section
+from selection import EXPERTS, ROOT, Results, Settings, Store, fill
 
 from t2v_fast import Embedding, Task2Vec, load_probe
 from t2v_fast.distance import complexity, pdist

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from meta_task import EXPERT, TEST, TRAIN, MetaTask, meta_tasks
+from pages import markdown, replace_section
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -291,22 +292,6 @@ def increases(results: Results, settings: Settings) -> dict[str, np.ndarray]:
         picks = nearest_expert(distances, available)
         found[name] = relative_error_increase(errors, picks, floor=floor)
     return found
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as a Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
-
-
-def replace_section(path: Path, name: str, text: str) -> None:
-    """Put ``text`` between the comments <!-- name --> and <!-- /name --> of a page, at its end if there are none."""
-    page = path.read_text() if path.exists() else ""
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, _, rest = page.partition(start)
-    after = rest.partition(end)[2] if rest else ""
-    separator = "" if rest or not page else "\n"
-    write_atomically(path, f"{before}{separator}{start}\n{text.strip()}\n{end}{after or chr(10)}".encode())
 
 
 def report(results: Results, settings: Settings) -> str:

@@ -1,0 +1,24 @@
+"""What a script puts into a page of the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from t2v_fast.files import write_atomically
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as a Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def replace_section(path: Path, name: str, text: str) -> None:
+    """Put ``text`` between the comments <!-- name --> and <!-- /name --> of a page, at its end if there are none."""
+    page = path.read_text() if path.exists() else ""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, _, rest = page.partition(start)
+    after = rest.partition(end)[2] if rest else ""
+    separator = "" if rest or not page else "\n"
+    write_atomically(path, f"{before}{separator}{start}\n{text.strip()}\n{end}{after or chr(10)}".encode())
