@@ -6,6 +6,7 @@ raises, and the suites report what it said.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from t2v_fast import fisher
 from t2v_fast.cotangents import cotangents
-from t2v_fast.fisher import images_channels_last
+from t2v_fast.cpu import ChannelsLast, kept_memory
 from t2v_fast.graph import backpropagate
 from t2v_fast.recorder import FisherRecorder
 from t2v_fast.rules import taps_of
@@ -44,6 +45,7 @@ class Contestant:
     prepare: Callable[[nn.Module], Any] = lambda model: model
     target: str = LABELS
     dtype: torch.dtype = torch.float32
+    session: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # around batch after batch
 
 
 def filter_means(square: Tensor) -> Tensor:
@@ -105,9 +107,10 @@ def per_example_vmap(model: nn.Module, x: Tensor, y: Tensor, chunk: int | None =
 VMAP_BYTES = 8 * 2**30  # twice this is the peak
 
 
-def fused(recorder: FisherRecorder, x: Tensor, y: Tensor, estimator: str, samples: int = 1) -> Sums:
-    """This library in a loop of one's own."""
-    logits = recorder.model(images_channels_last(x))  # as fisher() does
+def fused(state: tuple[FisherRecorder, ChannelsLast], x: Tensor, y: Tensor, estimator: str, samples: int = 1) -> Sums:
+    """A batch as fisher() has it."""
+    recorder, forward = state
+    logits = forward(recorder.model, x)
     q = recorder.backward(logits, cotangents(logits, estimator, samples, labels=y))
     return {name: values.sum(0) for name, values in q.items()}
 
@@ -118,11 +121,11 @@ def batch_mean(model: nn.Module, x: Tensor, y: Tensor) -> Sums:
 
 def _fused(estimator: str, samples: int = 1, **settings: Any) -> Contestant:
     # Entered once for all batches, as fisher() does: a recorder remembers the layouts that it probed.
-    return Contestant(
-        functools.partial(fused, estimator=estimator, samples=samples),
-        lambda model: FisherRecorder(model).__enter__(),
-        **settings,
-    )
+    def prepare(model: nn.Module) -> tuple[FisherRecorder, ChannelsLast]:
+        return FisherRecorder(model).__enter__(), ChannelsLast(model, lambda model, x: model(x)).__enter__()
+
+    run = functools.partial(fused, estimator=estimator, samples=samples)
+    return Contestant(run, prepare, session=kept_memory, **settings)
 
 
 OWN = {

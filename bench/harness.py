@@ -98,6 +98,17 @@ class Entry:
     def run(self, x: Tensor, y: Tensor) -> Sums | None:
         return self.contestant.run(self.state, x.to(self.contestant.dtype), y)
 
+    def warm(self, x: Tensor, y: Tensor) -> None:
+        """An untimed run, so that memory lies as it does from the second batch on; of what takes long, of a part."""
+        n = self.part(len(x), 1)
+        self.run(x[:n], y[:n])
+
+    def timed(self, x: Tensor, y: Tensor) -> float:
+        """Seconds of a batch among others."""
+        with self.contestant.session():
+            self.warm(x, y)
+            return timed(self.run, x, y)
+
     def part(self, examples: int, limit: float) -> int:
         """How many of so many examples can be expected to run in ``limit`` seconds; at least those judged."""
         return min(examples, max(JUDGED, int(limit / self.seconds)))
@@ -220,6 +231,7 @@ def peak_memory(model: str, size: int, name: str) -> int:
     before = memory()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    for _ in range(2):
-        contestant.run(state, x, here.y)
+    with contestant.session():
+        for _ in range(2):
+            contestant.run(state, x, here.y)
     return memory("VmHWM") - before

@@ -2,7 +2,8 @@
 
     python -m pytest bench/test_fisher.py -k "resnet18-64" --benchmark-json fisher.json
 
-Other people use machines too: each timed run follows a run of this library, and ratios come from these pairs.
+Other people use machines too: each timed run follows a timed run of this library, and ratios come from these pairs.
+Before every timed run there is one of the same contestant that is not, as all batches but the first have it.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ def test_fisher(benchmark: Any, pytestconfig: pytest.Config, model: str, size: i
 
     def run_reference() -> None:
         if reference is not None:
-            before.append(harness.timed(reference.run, cell.x, cell.y))
+            before.append(reference.timed(cell.x, cell.y))
+        entry.warm(cell.x[:examples], cell.y[:examples])
 
     benchmark.group = f"{model}-{size}"
     benchmark.extra_info |= entry.verdict
-    with harness.refusals():
+    with harness.refusals(), entry.contestant.session():
         benchmark.pedantic(
             entry.run, (cell.x[:examples], cell.y[:examples]), setup=run_reference, rounds=rounds, warmup_rounds=1
         )

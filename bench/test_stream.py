@@ -49,8 +49,9 @@ def test_stream(benchmark: Any, pytestconfig: pytest.Config, model: str, size: i
     resident: list[int] = []
 
     def run(runner: harness.Entry) -> None:
-        for x, y in stream(examples, size, resident):
-            runner.run(x, y)
+        with runner.contestant.session():
+            for x, y in stream(examples, size, resident):
+                runner.run(x, y)
 
     def run_reference() -> None:
         if cell.reference is not None:

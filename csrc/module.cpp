@@ -1,6 +1,9 @@
 // The Python module t2v_fast._C: build information. Importing it registers the operators' kernels.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <stdexcept>
 #include <string>
@@ -8,6 +11,25 @@
 #include "cpu/tile.h"
 
 namespace py = pybind11;
+
+namespace {
+
+// Whether what is freed stays with the process, so that the next allocation finds its pages in place. Returns false
+// where the allocator has no such setting.
+bool keep_freed_memory([[maybe_unused]] bool keep) {
+#ifdef __GLIBC__
+  constexpr int largest_threshold = 4 * 1024 * 1024 * sizeof(long);  // what glibc itself adapts to, at most
+  mallopt(M_MMAP_MAX, keep ? 0 : 65536);
+  mallopt(M_MMAP_THRESHOLD, largest_threshold);
+  mallopt(M_TRIM_THRESHOLD, keep ? -1 : 2 * largest_threshold);
+  if (!keep) malloc_trim(0);
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of t2v-fast.";
@@ -28,6 +50,8 @@ PYBIND11_MODULE(_C, m) {
         return double_precision ? t2v::kernels<double>().width : t2v::kernels<float>().width;
       },
       py::arg("double_precision"), "Elements of a vector in the instruction set in use.");
+  m.def("keep_freed_memory", keep_freed_memory, py::arg("keep"),
+        "Whether freed memory stays with the process; returns whether this allocator can be told.");
   m.def("cpu_capability", &t2v::cpu_capability, "The instruction set in use.");
   m.def(
       "set_cpu_capability",

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from . import plan
 from .cotangents import Likelihood, check_estimator, cotangents, get_likelihood
+from .cpu import fast_forward
 from .factors import Factors
 from .graph import Use, find_taps, mend_batch_norms
 from .recorder import FilterAxis, FisherRecorder, ParameterFilter
@@ -28,7 +29,6 @@ BATCH_MEAN = "batch_mean"
 SELF_CHECK_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
 
 IGNORED = -100  # the label of a token that does not count, as cross_entropy has it
-LARGE_IMAGE = 128 * 128  # pixels from which channels-last pays: 8 to 25 percent at 224, nothing or a loss at 32 and 64
 
 
 class SelfCheckError(RuntimeError):
@@ -231,7 +231,7 @@ def fisher(
     The first batch is checked against plain autograd on two of its examples (``self_check``): three backward passes of
     the batch and two forward passes of one example.
 
-    ``channels_last``: give a network on the CPU its images [N, C, H, W] of 128 x 128 pixels or more in that memory
+    ``channels_last``: give a network on the CPU its images [N, C, H, W] and the weights of convolutions in that memory
     format, which is faster; one that cannot take them so (it calls ``view`` on activations) gets them as they come.
 
     ``explain`` prints, after the first batch, which path each layer takes (:mod:`t2v_fast.plan`), and what it was
@@ -255,14 +255,18 @@ def fisher(
         device = next(iter(recorder.parameters.values())).device
     if weights is not None and (weights.dim() != 1 or not (weights >= 0).all() or not weights.isfinite().all()):
         raise ValueError(f"weights {list(weights.shape)} must be one finite number of at least 0 for each example")
-    if channels_last and torch.device(device).type == "cpu":
-        forward = _ChannelsLast(forward)
     generator = torch.Generator().manual_seed(seed)
     moments = {name: _Moments() for name in recorder.parameters}
     doubts: dict[str, Tensor] = {}  # sum_n a_n^2 times the variance of example n's draws
     seen = 0
     skipped: frozenset[str] = frozenset()
-    with torch.inference_mode(False), torch.enable_grad(), recorder, _unchanged_buffers(model):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        recorder,
+        _unchanged_buffers(model),
+        fast_forward(model, forward, device, channels_last) as forward,
+    ):
         for index, batch in enumerate(tqdm(loader, desc="Fisher", unit="batch", disable=not progress, leave=False)):
             inputs, labels = _split_batch(batch)
             inputs = tree_map(lambda t: _input(t, device), inputs)
@@ -356,34 +360,6 @@ def _diagonal(
         recorder.unused,
         skipped,
     )
-
-
-class _ChannelsLast:
-    """A forward function that gets its images channels-last, unless the network refuses them so."""
-
-    def __init__(self, forward: Callable[[nn.Module, Any], Tensor]) -> None:
-        self.forward, self.works = forward, None
-
-    def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
-        if self.works is False:
-            return self.forward(model, inputs)
-        try:
-            output = self.forward(model, tree_map(images_channels_last, inputs))
-        except RuntimeError as error:
-            if self.works:
-                raise
-            output = self.forward(model, inputs)  # raises the same, where the memory format is not the cause
-            log.info("the network does not take channels-last images: %s", error)
-            self.works = False
-            return output
-        self.works = True
-        return output
-
-
-def images_channels_last(t: Any) -> Any:
-    """Large images [N, C, H, W] in the memory format in which networks are faster on a CPU; all else as it is."""
-    large = isinstance(t, Tensor) and t.dim() == 4 and t.is_floating_point() and t.shape[2] * t.shape[3] >= LARGE_IMAGE
-    return t.contiguous(memory_format=torch.channels_last) if large else t
 
 
 @contextlib.contextmanager

@@ -164,6 +164,11 @@ def vector_width(dtype: torch.dtype) -> int:
     return _extension().vector_width(reference.accumulate_dtype(dtype) == torch.float64)
 
 
+def keep_freed_memory(keep: bool) -> bool:
+    """Tell the C allocator whether freed memory stays with the process; False where it cannot be told."""
+    return _missing is None and _extension().keep_freed_memory(keep)
+
+
 def build_id() -> str:
     """Changes whenever the extension is built again; needs the extension."""
     file = os.stat(_extension().__file__)

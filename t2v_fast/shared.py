@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .cotangents import Likelihood, check_estimator, cotangents, get_likelihood
+from .cpu import fast_forward
 from .fisher import (
     FisherDiagonal,
-    _ChannelsLast,
     _check_inputs,
     _default_forward,
     _diagonal,
@@ -80,14 +80,18 @@ def fisher_of_label_sets(
     likelihood = get_likelihood(likelihood)
     recorder = FisherRecorder(network, parameters, unsupported=unsupported)
     device = next(iter(recorder.parameters.values())).device
-    forward = _ChannelsLast(_default_forward) if device.type == "cpu" else _default_forward
     generators = [torch.Generator().manual_seed(seed) for _ in sets]
     moments = [{name: _Moments() for name in recorder.parameters} for _ in sets]
     widths = [s.head.out_features for s in sets]
     for width, generator in zip(widths, generators, strict=True):
         _skip(first, width, estimator, samples, likelihood, generator)
     seen = first
-    with torch.inference_mode(False), torch.enable_grad(), recorder:
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        recorder,
+        fast_forward(network, _default_forward, device) as forward,
+    ):
         for index, images in enumerate(batches):
             images = images.to(device)
             n = _check_inputs(images, index)

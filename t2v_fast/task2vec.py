@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .cache import ImageCache
 from .cotangents import check_estimator
+from .cpu import fast_forward
 from .cut import FeatureCache
 from .data import TASK_TYPES, DataError, TaskData, WithIndex, balanced_weights, check_task_type
 from .embedding import Embedding
@@ -297,9 +298,10 @@ class Task2Vec:
 
     def _features(self, data: TaskData) -> tuple[Tensor, Tensor]:
         features, labels = [], []
-        for images, targets in self._batches(data, "features"):
-            features.append(self.probe.features(images).cpu())
-            labels.append(targets)
+        with fast_forward(self.probe.network, lambda _, images: self.probe.features(images), self.device) as forward:
+            for images, targets in self._batches(data, "features"):
+                features.append(forward(self.probe.network, images).cpu())
+                labels.append(targets)
         return torch.cat(features), torch.cat(labels)
 
     def _fisher(self, data: TaskData, codes: Tensor, linear: nn.Linear, weights: Tensor | None) -> FisherDiagonal:

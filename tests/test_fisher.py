@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import replace
 
 import pytest
@@ -569,18 +568,18 @@ class Viewing(nn.Module):
 
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_images_go_channels_last_where_they_can(
-    view: bool, channels_last: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.modules["t2v_fast.fisher"], "LARGE_IMAGE", 99)  # t2v_fast.fisher is the function
+def test_images_go_channels_last_where_they_can(view: bool, channels_last: bool) -> None:
     torch.manual_seed(0)
     network = Viewing(view).double()
+    weight = network.conv.weight
+    own, before = weight.data_ptr(), weight.stride()
     want = truth(network, images(4), "exact", "filter")
     network.seen.clear()
     x = images(4)
     got = fisher(network, [x[:2], x[2:]], "exact", channels_last=channels_last, self_check=False)
     assert_agrees(got, want)
     assert network.seen == ([False, False] if not channels_last else [True, False, False] if view else [True, True])
+    assert (network.conv.weight is weight, weight.data_ptr(), weight.stride()) == (True, own, before)
 
 
 def test_an_error_of_the_network_stays_its_own() -> None:

@@ -1,0 +1,114 @@
+"""How a network runs faster on a CPU, with the same results: in another memory format, and in memory that is kept."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from . import ops
+
+log = logging.getLogger(__name__)
+
+_lock = threading.Lock()
+_contexts = 0
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """What is freed stays with the process until the last of these contexts ends; then it goes back to the system.
+
+    glibc gives large blocks back when they are freed and asks for them again for the next batch, and the system clears
+    every page anew; kept, a batch's blocks are the next one's. Nothing happens without the compiled extension, with
+    other allocators, and where the environment sets glibc's up (MALLOC_..., GLIBC_TUNABLES).
+    """
+    global _contexts
+    with _lock:
+        _contexts += 1
+        if _contexts == 1:
+            _keep(True)
+    try:
+        yield
+    finally:
+        with _lock:
+            _contexts -= 1
+            if _contexts == 0:
+                _keep(False)
+
+
+def _keep(keep: bool) -> None:
+    by_user = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if not by_user:
+        ops.keep_freed_memory(keep)
+
+
+class ChannelsLast:
+    """A forward function whose images [N, C, H, W] are channels-last, unless the network refuses them so.
+
+    ``with ChannelsLast(model, forward) as run: run(model, inputs)``. Within the context the weights of convolutions are
+    channels-last copies, which would otherwise be made for every batch; the model has its own back at the end. Norms
+    and poolings gain most: see docs/performance.md.
+    """
+
+    def __init__(self, model: nn.Module, forward: Callable[[nn.Module, Any], Tensor]) -> None:
+        self.model, self.forward = model, forward
+        self.works: bool | None = None
+        self._own: list[tuple[nn.Parameter, Tensor]] = []
+
+    def __enter__(self) -> ChannelsLast:
+        for module in self.model.modules():
+            # A weight that is computed from others is no parameter of its module.
+            weight = module._parameters.get("weight")
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and weight is not None and weight.is_contiguous():
+                self._own.append((weight, weight.data))
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for weight, own in self._own:
+            weight.data = own
+        self._own.clear()
+
+    def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
+        if self.works is False:
+            return self.forward(model, inputs)
+        try:
+            output = self.forward(model, tree_map(_images_channels_last, inputs))
+        except RuntimeError as error:
+            if self.works:
+                raise
+            self.__exit__(None, None, None)
+            output = self.forward(model, inputs)  # raises the same, where the memory format is not the cause
+            log.info("the network does not take channels-last images: %s", error)
+            self.works = False
+            return output
+        self.works = True
+        return output
+
+
+def _images_channels_last(t: Any) -> Any:
+    images = isinstance(t, Tensor) and t.dim() == 4 and t.is_floating_point()
+    return t.contiguous(memory_format=torch.channels_last) if images else t
+
+
+@contextmanager
+def fast_forward(
+    model: nn.Module,
+    forward: Callable[[nn.Module, Any], Tensor],
+    device: str | torch.device,
+    channels_last: bool = True,
+) -> Iterator[Callable[[nn.Module, Any], Tensor]]:
+    """The forward function, as fast as the device runs it for batch after batch."""
+    if torch.device(device).type != "cpu":
+        yield forward
+        return
+    with kept_memory(), ChannelsLast(model, forward) if channels_last else nullcontext(forward) as run:
+        yield run

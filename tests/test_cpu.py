@@ -1,0 +1,87 @@
+"""The memory and the formats in which networks run on a CPU; that results stay the same is tested with fisher()."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from t2v_fast import cpu, fisher, ops
+from t2v_fast.cpu import ChannelsLast, kept_memory
+
+BLOCK = 24 << 20  # bytes
+
+
+def resident() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmRSS:")[1].split()[0])
+
+
+def use_memory() -> None:
+    blocks = [torch.ones(BLOCK // 4) for _ in range(8)]
+    del blocks
+
+
+@pytest.mark.skipif(not ops.keep_freed_memory(False), reason="this allocator cannot be told to keep memory")
+def test_memory_is_kept_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    use_memory()
+    before = resident()
+    with kept_memory():
+        with kept_memory():
+            use_memory()
+        assert resident() - before > 7 * BLOCK  # the outer context goes on
+    assert resident() - before < BLOCK
+    with pytest.raises(KeyError), kept_memory():
+        raise KeyError
+    use_memory()
+    assert resident() - before < BLOCK
+
+
+@pytest.mark.parametrize(("name", "value"), [("MALLOC_ARENA_MAX", "2"), ("GLIBC_TUNABLES", "glibc.malloc.check=0")])
+def test_settings_of_the_user_stay(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(keep: bool) -> bool:
+        raise AssertionError(f"the allocator was told {keep}")
+
+    monkeypatch.setattr(ops, "keep_freed_memory", refuse)
+    monkeypatch.setenv(name, value)
+    with kept_memory():
+        pass
+
+
+def test_weights_are_channels_last_within() -> None:
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    standardised = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))
+    model = nn.Sequential(shared, nn.Conv2d(4, 4, 1), shared, nn.ConvTranspose2d(4, 6, 2), nn.Conv1d(6, 2, 3))
+    own = {name: (p, p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
+    with ChannelsLast(nn.Sequential(model, standardised), lambda model, x: x) as run:
+        for k in (0, 3):
+            weight = model[k].weight
+            assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        x, rest = torch.rand(2, 4, 5, 5), torch.arange(3)
+        seen = run(model, {"image": x, "rest": rest})
+        assert seen["image"].is_contiguous(memory_format=torch.channels_last) and seen["rest"] is rest
+    assert {name: (p, p.data_ptr(), p.stride()) for name, p in model.named_parameters()} == own
+
+
+class FlatWeights(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = self.weight.view(len(self.weight), -1)
+        return super().forward(x).flatten(1) * (1 + 0 * flat.detach().sum())
+
+
+def test_a_network_that_refuses_gets_its_own_weights(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(FlatWeights(3, 4, 3), nn.Linear(36, 3))
+    own = model[0].weight.data_ptr()
+    x = torch.randn(4, 3, 5, 5)
+    with caplog.at_level(logging.INFO, logger=cpu.log.name):
+        found = fisher(model, [x, x])
+    assert "does not take channels-last" in caplog.text
+    plain = fisher(model, [x, x], channels_last=False)
+    for name, value in plain.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-9)
+    assert model[0].weight.data_ptr() == own
