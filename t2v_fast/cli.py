@@ -18,11 +18,12 @@ from rich.text import Text
 from . import __version__, demo, ops, page, plot, selection
 from .bank import Bank
 from .cotangents import ESTIMATORS
-from .distance import ALPHA, METRICS, asymmetric_distance, distance_rows, nearest_tasks, pdist
+from .distance import ALPHA, METRICS, asymmetric_distance, centred_distance, distance_rows, nearest_tasks, pdist
 from .embedding import Embedding
 from .export import FORMS, export
 from .files import write_csv
 from .fisher import BATCH_MEAN
+from .head import CROSS_VALIDATED
 from .job import load_job
 from .probe import load_probe
 from .profile import profile
@@ -64,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         "--tolerance", type=float, default=None, help="add cotangents until the estimator's relative error is below"
     )
     embed.add_argument("--method", default="fisher", choices=METHODS, help="variational: the paper's robust Fisher")
+    embed.add_argument(
+        "--weight-decay",
+        type=_weight_decay,
+        default=None,
+        metavar="NUMBER",
+        help="of the head, or cv: chosen by cross-validation (default: 1e-4)",
+    )
     embed.add_argument("--root", type=Path, help="folder out of which no path of a job may lead (default: the job's)")
     embed.add_argument("--allow-outside", action="store_true", help="paths of a job may lead anywhere")
     embed.add_argument("--retry-failed", action="store_true", help="run again what failed in this bank")
@@ -80,8 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     distance.add_argument(
         "--metric",
         default="cosine",
-        choices=[*METRICS, "asymmetric"],
-        help="asymmetric: the paper's, from the row's task to the column's, on top of cosine (default: %(default)s)",
+        choices=[*METRICS, "asymmetric", "centred"],
+        help="asymmetric: the paper's, from the row's task to the column's, on top of cosine; centred: by what sets "
+        "the tasks apart from each other, for a dozen and more (default: %(default)s)",
     )
     distance.add_argument("--alpha", type=float, default=ALPHA, help="of asymmetric (default: %(default)s)")
     distance.add_argument("--csv", type=Path, help="write the matrix here")
@@ -138,6 +147,10 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, and which backends run here or why not")
     info.set_defaults(run=_info)
     return parser
+
+
+def _weight_decay(text: str) -> float | str:
+    return text if text == CROSS_VALIDATED else float(text)
 
 
 def _bank_options(parser: argparse.ArgumentParser) -> None:
@@ -209,7 +222,7 @@ def _embed_job(arguments: argparse.Namespace) -> int:
         raise ValueError("a job needs --job FILE and --bank FOLDER, and takes no other folders")
     standard = _parser().parse_args(["embed"])
     inside = ("probe", "weights", "head", "size", "device", "estimator", "samples", "batch_size", "loaders", "seed")
-    for name in (*inside, "tolerance", "method", "output", "overwrite", "skip_unreadable"):
+    for name in (*inside, "tolerance", "method", "weight_decay", "output", "overwrite", "skip_unreadable"):
         if getattr(arguments, name) != getattr(standard, name):
             raise ValueError(f"--{name.replace('_', '-')} does not go with --job: settings are in {arguments.job}")
     job = load_job(arguments.job, root=arguments.root, allow_outside=arguments.allow_outside)
@@ -242,7 +255,8 @@ def _embed(arguments: argparse.Namespace) -> int:
     for folder in arguments.tasks:
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder: expected a folder with one sub-folder of images a class")
-    task2vec = _task2vec(arguments, tolerance=arguments.tolerance, method=arguments.method)
+    options = {} if arguments.weight_decay is None else {"weight_decay": arguments.weight_decay}
+    task2vec = _task2vec(arguments, tolerance=arguments.tolerance, method=arguments.method, head_options=options)
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, folder in zip(names, arguments.tasks, strict=True):
         path = arguments.output / f"{name}.safetensors"
@@ -337,6 +351,8 @@ def _distance(arguments: argparse.Namespace) -> int:
     names, embeddings = _load(arguments.embeddings)
     if arguments.metric == "asymmetric":
         distances = asymmetric_distance(embeddings, embeddings, alpha=arguments.alpha)
+    elif arguments.metric == "centred":
+        distances = centred_distance(embeddings)
     else:
         distances = pdist(embeddings, metric=arguments.metric)
     table = Table("task", "nearest", arguments.metric)

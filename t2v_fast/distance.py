@@ -21,6 +21,7 @@ ROWS, COLUMNS = 8, 1024
 # Rows of the result that pdist asks a metric for at once; some ROWS_AT_ONCE^2 / 2 pairs of each are computed twice.
 ROWS_AT_ONCE = 64
 ALPHA = 0.15  # of the asymmetric distance, as in the paper
+FLOOR = 1e-3  # of the centred distance
 # Pairs that the careful formula takes at once.
 CAREFUL = 8
 TINY = np.finfo(np.float64).tiny
@@ -430,6 +431,76 @@ def asymmetric_distance(
         raise ValueError(f"alpha is {alpha}, expected a finite number")
     distances = cdist(a, b, metric, epsilon=epsilon)
     return distances - alpha * complexity(a, trivial, metric, epsilon=epsilon)[:, None]
+
+
+def centred_distance(
+    a: Vectors, b: Vectors | None = None, *, bank: Vectors | None = None, floor: float = FLOOR
+) -> np.ndarray:
+    """Distances [A, B], from 0 to 2, by what sets tasks apart from the others of a bank, every layer counting the same.
+
+    With g the Fisher values of one task and layer divided by their mean, and m [D] the mean of g over the bank,
+    x = log(g / m + ``floor``) less its mean over the bank; the distance is the mean over layers of 1 - cos(x_a, x_b).
+    So neither a task's norm counts, nor what all tasks have in common, and a dead filter is as far from the others as
+    one of ``floor`` times the usual value. Filters that are zero in the whole bank are left out, and layers in which
+    all its tasks are alike. docs/selection.md measures it.
+
+    ``a``, ``b``: as :func:`cdist`; ``b`` is ``a`` unless given, and the diagonal zero. ``bank``: the tasks that the
+    means are taken over, by default those of ``a`` and ``b``: at least three, better dozens of many kinds. Of arrays
+    all entries are one layer. Raises ValueError for what cannot be used, FingerprintMismatch for what cannot be
+    compared.
+    """
+    if not 0 < floor < math.inf:
+        raise ValueError(f"floor is {floor}, expected a finite number above 0")
+    check_same(a, a if b is None else b)
+    check_same(a, a if bank is None else bank)
+    first = as_vectors(a, "a")
+    second = first if b is None else as_vectors(b, "b", first.shape[1])
+    if bank is not None:
+        tasks = as_vectors(bank, "bank", first.shape[1])
+    else:
+        tasks = first if b is None else np.concatenate([first, second])
+    if len(tasks) < 3:
+        raise ValueError(f"the bank has {len(tasks)} tasks, expected at least 3: two lie on both sides of their mean")
+    layers = a[0].layers if _are_embeddings(a) else (("all", 0, first.shape[1]),)
+    total, counted = np.zeros((len(first), len(second))), 0
+    for _, start, stop in layers:
+        mean, centre = _centre(tasks[:, start:stop], floor)
+        x_bank = _contrasts(tasks[:, start:stop], mean, centre, floor)
+        if not x_bank.any():
+            continue
+        u = _contrasts(first[:, start:stop], mean, centre, floor)
+        v = u if b is None else _contrasts(second[:, start:stop], mean, centre, floor)
+        distance = 1 - _unit(u) @ _unit(v).T
+        _recompute(distance, distance < 1e-2, u, v, lambda rows, columns: (rows, columns))
+        distance[np.ix_(~u.any(1), ~v.any(1))] = 0
+        total += np.clip(distance, 0, 2)
+        counted += 1
+    total /= max(counted, 1)
+    if b is None:
+        total = np.triu(total, 1)
+        return total + total.T
+    return total
+
+
+def _shares(h: np.ndarray) -> np.ndarray:
+    """A layer's Fisher values [T, O] divided by each task's mean; zeros stay."""
+    h = np.ldexp(h, -_exponents(h))  # the mean of values near the smallest numbers would be none
+    mean = h.mean(1, keepdims=True)
+    return h / np.where(mean > 0, mean, 1)
+
+
+def _centre(h: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray]:
+    """Of a bank's layer [T, O]: the mean of g, zero where the bank is dead, and of log(g / mean + floor), both [O]."""
+    g = _shares(h)
+    mean = g.mean(0)
+    mean[mean < 1e-200] = 0  # of values about one: dead, and no number to divide by
+    return mean, np.log(g / np.where(mean > 0, mean, np.inf) + floor).mean(0)
+
+
+def _contrasts(h: np.ndarray, mean: np.ndarray, centre: np.ndarray, floor: float) -> np.ndarray:
+    """x of :func:`centred_distance` for a layer's values [T, O], zero for the filters that do not count."""
+    x = np.log(_shares(h) / np.where(mean > 0, mean, np.inf) + floor) - centre
+    return np.where(np.abs(x) < 1e-12, 0, x)  # rounding: all tasks are equal here
 
 
 def nearest_tasks(distances: np.ndarray) -> list[int]:

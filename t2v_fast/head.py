@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 METHODS = ("newton", "lbfgs", "adam")
 DEFAULTS = {"newton": (100, 1e-10), "lbfgs": (3000, 1e-7), "adam": (0, 0.0)}  # max_iterations, tolerance
+CROSS_VALIDATED = "cv"
+GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # the weight decays that cross-validation chooses from
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class HeadFit:
     mean_top_probability: float  # unweighted: of the likeliest label, for sigmoid of the likelier value of each label
     iterations: int  # Newton or L-BFGS iterations, or optimiser steps
     converged: bool
+    weight_decay: float  # given, or chosen by cross-validation
 
 
 def fit_head(
@@ -35,7 +39,7 @@ def fit_head(
     weights: Tensor | None = None,
     likelihood: str = "softmax",
     method: str = "newton",
-    weight_decay: float = 1e-4,
+    weight_decay: float | str = 1e-4,
     seed: int = 0,
     max_iterations: int | None = None,
     tolerance: float | None = None,
@@ -59,6 +63,8 @@ def fit_head(
     ``"adam"`` is the public Task2Vec code's schedule, stopped early by design: ``epochs`` of ``draws`` draws with
     replacement (in proportion to ``weights``), in batches, L2 penalty on weights and bias, from a random start.
 
+    ``weight_decay="cv"``: the one of :data:`GRID` that :func:`cross_validate` finds best.
+
     Raises ValueError naming what is wrong: features that are not finite, no example, fewer than two classes, a class
     without weight, a label that all or no examples have, no penalty where the optimum needs one.
     """
@@ -66,6 +72,11 @@ def fit_head(
     if weights is None:
         weights = torch.ones(len(features), dtype=torch.float64)
     _check(features, labels, num_classes, weights, likelihood)
+    if weight_decay == CROSS_VALIDATED:
+        held_out = cross_validate(
+            features, labels, num_classes=num_classes, weights=weights, likelihood=likelihood, seed=seed
+        )
+        weight_decay = min(held_out, key=held_out.__getitem__)
     a = weights.double() / weights.double().sum()
     labels = labels.long() if likelihood == "softmax" else labels.double()
     default_iterations, default_tolerance = DEFAULTS[method]
@@ -110,14 +121,83 @@ def fit_head(
         hits = logits.argmax(1) == labels if likelihood == "softmax" else (logits > 0) == (labels > 0.5)
         p = logits.softmax(1) if likelihood == "softmax" else logits.abs().sigmoid()
         top = p.amax(1) if likelihood == "softmax" else p
-    return HeadFit(linear, loss, float(hits.double().mean()), float(top.mean()), iterations, converged)
+    return HeadFit(linear, loss, float(hits.double().mean()), float(top.mean()), iterations, converged, weight_decay)
 
 
-def _check_options(likelihood: str, method: str, weight_decay: float) -> None:
+def cross_validate(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    weights: Tensor | None = None,
+    likelihood: str = "softmax",
+    grid: Sequence[float] = GRID,
+    folds: int = FOLDS,
+    seed: int = 0,
+) -> dict[float, float]:
+    """For each weight decay of ``grid`` the weighted mean loss of held-out examples, by ``"newton"``.
+
+    Other arguments as :func:`fit_head`. The examples of each class are spread evenly over ``folds`` parts, in an order
+    drawn by ``seed``; the only example of a class is never held out. With ``"sigmoid"`` the parts are drawn without
+    regard to labels, and a label that all or none of the other parts' examples have does not count in a part. Raises
+    ValueError for what :func:`fit_head` refuses, for fewer than two folds, and where no example can be held out.
+    """
+    if folds < 2:
+        raise ValueError(f"folds is {folds}, expected at least 2")
+    for weight_decay in grid:
+        _check_options(likelihood, "newton", weight_decay)
+    if weights is None:
+        weights = torch.ones(len(features), dtype=torch.float64)
+    _check(features, labels, num_classes, weights, likelihood)
+    kept = weights > 0
+    features, labels, weights = (t[kept].cpu() for t in (features, labels, weights.double()))
+    order = torch.randperm(len(weights), generator=torch.Generator().manual_seed(seed))
+    single = torch.zeros(len(weights), dtype=torch.bool)
+    if likelihood == "softmax":
+        order = order[labels[order].argsort(stable=True)]
+        single = (torch.bincount(labels.long(), minlength=num_classes) == 1)[labels.long()]
+    part = torch.empty_like(order)
+    part[order] = torch.arange(len(order)) % folds  # examples of one class follow each other
+    part[single] = folds  # in no part
+    losses = _softmax_losses if likelihood == "softmax" else _sigmoid_losses
+    totals, mass = dict.fromkeys(grid, 0.0), 0.0
+    for k in range(folds):
+        inside, held_out = part != k, part == k
+        targets, classes = labels.long() if likelihood == "softmax" else labels, num_classes
+        if likelihood == "sigmoid":
+            seen = labels[inside]
+            varied = ~((seen == 0).all(0) | (seen == 1).all(0))
+            targets, classes = labels[:, varied], int(varied.sum())
+        if not held_out.any() or not classes:
+            continue
+        mass += float(weights[held_out].sum())
+        for weight_decay in grid:
+            fit = fit_head(
+                features[inside],
+                targets[inside],
+                num_classes=classes,
+                weights=weights[inside],
+                likelihood=likelihood,
+                weight_decay=weight_decay,
+                tolerance=1e-6,
+            )
+            logits = fit.linear(features[held_out].float()).detach().double()
+            totals[weight_decay] += float(weights[held_out] @ losses(logits, targets[held_out]))
+    if not mass:
+        raise ValueError("no example can be held out for cross-validation: every class has only one")
+    return {weight_decay: total / mass for weight_decay, total in totals.items()}
+
+
+def _check_options(likelihood: str, method: str, weight_decay: float | str) -> None:
     if method not in METHODS:
         raise ValueError(f"unknown head method {method!r}: expected one of {', '.join(METHODS)}")
     if likelihood not in ("softmax", "sigmoid"):
         raise ValueError(f"a head has likelihood 'softmax' or 'sigmoid', got {likelihood!r}")
+    if weight_decay == CROSS_VALIDATED and method != "adam":
+        return
+    if isinstance(weight_decay, str):
+        expected = "a number: it stops early" if method == "adam" else f"a number above 0 or {CROSS_VALIDATED!r}"
+        raise ValueError(f"weight_decay is {weight_decay!r}, of {method!r} expected {expected}")
     if not 0 <= weight_decay < math.inf or (weight_decay == 0 and method != "adam"):
         raise ValueError(
             f"weight_decay is {weight_decay}, expected above 0: without it separable classes have no optimum"

@@ -39,7 +39,8 @@ class Task2Vec:
     ``estimator`` and ``samples``: see :func:`t2v_fast.fisher`. ``task_type``: ``"multiclass"`` (one label an image) or
     ``"multilabel"`` (a 0-1 vector an image). ``balanced`` gives each class the same total weight, as the public code's
     balanced sampler does in expectation, though each image is visited once. ``head`` and ``head_options`` go to
-    :func:`t2v_fast.head.fit_head`. ``dtype``: the precision in which the network runs, float32 by default;
+    :func:`t2v_fast.head.fit_head`; ``{"weight_decay": "cv"}`` is recommended for telling which tasks are alike
+    (docs/selection.md). ``dtype``: the precision in which the network runs, float32 by default;
     ``torch.bfloat16`` is faster where the processor has instructions for it, and its embeddings are not compared with
     those of float32. The head is fitted in float64 in any case. ``skip_layers``: leave out the first layers, by number
     or name (:meth:`Probe.skipping`), as the public code's option of this name does; nothing is backpropagated into
@@ -399,6 +400,7 @@ class Task2Vec:
                 "head_accuracy": fit.accuracy,
                 "head_iterations": fit.iterations,
                 "head_converged": fit.converged,
+                "head_weight_decay": fit.weight_decay,
                 "skipped_images": [str(s) for s in data.skipped],
                 "seconds_waiting_for_data": round(self._waited, 3),
                 "seconds": {stage: round(s, 3) for stage, s in seconds.items()},

@@ -12,7 +12,7 @@ import pytest
 from small import shapes, small_probe, write_folder
 
 from t2v_fast import Embedding, cli, ops
-from t2v_fast.distance import asymmetric_distance, pdist
+from t2v_fast.distance import asymmetric_distance, centred_distance, pdist
 from t2v_fast.selection import Model2Vec
 from t2v_fast.task2vec import Task2Vec
 
@@ -42,19 +42,32 @@ def test_embed_then_distance(folders: list[str], tmp_path: Path, capsys: pytest.
     with (tmp_path / "d.csv").open() as file:
         assert [row[0] for row in csv.reader(file)] == ["task", "task 0", "task 1", "task 2"]
     assert (tmp_path / "d.png").stat().st_size > 10_000
-    for metric in ("asymmetric_kl", "jsd", "asymmetric"):
+    for metric in ("asymmetric_kl", "jsd", "asymmetric", "centred"):
         assert run("distance", out, "--metric", metric, "--csv", tmp_path / f"{metric}.csv") == 0
         with (tmp_path / f"{metric}.csv").open() as file:
             found = np.array([row[1:] for row in list(csv.reader(file))[1:]], dtype=float)
         embeddings = [Embedding.load(out / f"task {k}.safetensors") for k in range(3)]
-        want = asymmetric_distance(embeddings, embeddings) if metric == "asymmetric" else pdist(embeddings, metric)
-        np.testing.assert_array_equal(found, want)
+        of_a_set = {"asymmetric": asymmetric_distance, "centred": centred_distance}
+        want = of_a_set[metric](embeddings, embeddings) if metric in of_a_set else pdist(embeddings, metric)
+        np.testing.assert_allclose(found, want, rtol=1e-12, atol=1e-12)
     # Other settings never mix with what is there.
     assert run("embed", *folders, "--output", out, "--quiet", "--probe", "other") == 1
     assert "was made with other settings: pass --overwrite" in capsys.readouterr().err
     assert run("embed", folders[0], "--output", out, "--quiet", "--probe", "other", "--overwrite") == 0
     assert run("distance", out) == 1
     assert "cannot be compared" in capsys.readouterr().err
+
+
+def test_embed_with_a_weight_decay(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for given, want in (("cv", "cv"), ("0.1", 0.1)):
+        assert run("embed", folders[0], "--output", tmp_path / given, "--quiet", "--weight-decay", given) == 0
+        embedding = Embedding.load(tmp_path / given / "task 0.safetensors")
+        assert embedding.fingerprint["head"]["weight_decay"] == want
+    capsys.readouterr()
+    assert run("embed", folders[0], "--output", tmp_path / "bad", "--weight-decay", "-1") == 1
+    assert "weight_decay is -1.0" in capsys.readouterr().err
+    assert run("embed", "--job", "a.yaml", "--bank", "b", "--weight-decay", "cv") == 1
+    assert "--weight-decay does not go with --job" in capsys.readouterr().err
 
 
 def test_embed_to_a_tolerance(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

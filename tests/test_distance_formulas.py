@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from functools import partial
 
 import numpy as np
@@ -16,6 +18,7 @@ from t2v_fast.distance import (
     METRICS,
     asymmetric_distance,
     cdist,
+    centred_distance,
     complexity,
     layerwise_cdist,
     layerwise_pdist,
@@ -277,3 +280,106 @@ def test_trivial_embedding_is_each_layers_mean() -> None:
     for name, start, stop in tasks_[0].layers:
         want = np.mean([np.mean(t.layer(name)) for t in tasks_])
         np.testing.assert_allclose(prior[start:stop], want, rtol=1e-12)
+
+
+def plain_centred(a, b, bank, layers, floor: float) -> float:
+    """Filter by filter, in plain Python."""
+
+    def shares(h, start: int, stop: int) -> list[float]:
+        part = [float(v) for v in h[start:stop]]
+        mean = sum(part) / len(part)
+        return [v / mean if mean else 0.0 for v in part]
+
+    distances = []
+    for _, start, stop in layers:
+        of_bank, of_a, of_b = [shares(h, start, stop) for h in bank], shares(a, start, stop), shares(b, start, stop)
+        u, v, spread = [], [], 0.0
+        for k in range(stop - start):
+            m = sum(g[k] for g in of_bank) / len(bank)
+            if m == 0:
+                continue
+            logs = [math.log(g[k] / m + floor) for g in of_bank]
+            centre = sum(logs) / len(logs)
+            spread += sum(abs(x - centre) for x in logs)
+            u.append(math.log(of_a[k] / m + floor) - centre)
+            v.append(math.log(of_b[k] / m + floor) - centre)
+        if spread < 1e-9:
+            continue
+        dot, uu, vv = (sum(p * q for p, q in zip(*w, strict=True)) for w in ((u, v), (u, u), (v, v)))
+        distances.append(1 - dot / math.sqrt(uu * vv))
+    return sum(distances) / len(distances)
+
+
+def bank_of_embeddings(t: int = 5) -> list:
+    h = np.random.default_rng(1).lognormal(-12, 2, (t, 40))
+    h[:, 3] = 0  # dead in every task
+    h[0, 5] = h[1, 15] = 0  # dead in one
+    h[2, 20:26] = 0  # a layer that is dead in one
+    h[:, 26:30] = 0  # and one in all
+    h[:, 30:34] = 2.0 ** np.arange(t)[:, None]  # a layer in which all tasks are alike
+    stops = (0, 10, 20, 26, 30, 34, 40)
+    layers = tuple((f"layer {k}", a, b) for k, (a, b) in enumerate(itertools.pairwise(stops)))
+    return [make(str(k), hessian=row, scale=np.ones(40), standard_error=None, layers=layers) for k, row in enumerate(h)]
+
+
+@pytest.mark.parametrize("floor", [1e-3, 0.1])
+def test_centred_distance(floor: float) -> None:
+    tasks_ = bank_of_embeddings()
+    layers, h = tasks_[0].layers, [t.hessian for t in tasks_]
+    want = np.array([[plain_centred(a, b, h, layers, floor) for b in h] for a in h])
+    found = centred_distance(tasks_, floor=floor)
+    off = ~np.eye(len(h), dtype=bool)
+    np.testing.assert_allclose(found[off], want[off], rtol=1e-9)
+    assert (np.diag(found) == 0).all()
+    np.testing.assert_array_equal(found, found.T)
+    # Two sets, and a bank of others.
+    np.testing.assert_allclose(centred_distance(tasks_[:2], tasks_[2:], floor=floor), want[:2, 2:], rtol=1e-9)
+    want = np.array([[plain_centred(a, b, h[1:4], layers, floor) for b in h[2:]] for a in h[:2]])
+    given = centred_distance(tasks_[:2], tasks_[2:], bank=tasks_[1:4], floor=floor)
+    np.testing.assert_allclose(given, want, rtol=1e-9, atol=1e-12)
+    # Of arrays all entries are one layer.
+    want = [[plain_centred(a, b, h, [("all", 0, len(h[0]))], floor) for b in h] for a in h]
+    np.testing.assert_allclose(centred_distance(np.stack(h), floor=floor), want, rtol=1e-9, atol=1e-12)
+
+
+def test_centred_distance_does_not_see_what_it_should_not() -> None:
+    tasks_ = bank_of_embeddings()
+    want = centred_distance(tasks_)
+    for k, e in enumerate(tasks_):
+        e.hessian = e.hessian * 10.0 ** (3 * k - 200)  # the norms
+    np.testing.assert_allclose(centred_distance(tasks_), want, rtol=1e-9, atol=1e-12)
+    h = np.stack([e.hessian for e in tasks_])
+    even = h / h.max(1, keepdims=True)
+    rng = np.random.default_rng(0)
+    order = rng.permutation(h.shape[1])
+    np.testing.assert_allclose(centred_distance(even[:, order]), centred_distance(even), rtol=1e-9, atol=1e-12)
+    near = np.stack([even[0], even[0] * (1 + 1e-7 * rng.standard_normal(h.shape[1])), *even[1:]])
+    assert 0 < centred_distance(near)[0, 1] < 1e-12  # a small distance keeps its digits
+
+
+@settings(max_examples=60, deadline=None)
+@given(h=arrays(np.float64, st.tuples(st.integers(3, 10), st.integers(1, 6)), elements=values))
+def test_centred_distance_is_never_nan(h: np.ndarray) -> None:
+    for found in (centred_distance(h), centred_distance(h, h[::-1]), centred_distance(h[:2], bank=h[-3:])):
+        assert np.isfinite(found).all()
+        assert ((found >= 0) & (found <= 2 + 1e-12)).all()
+    assert (centred_distance(np.tile(h[:1], (4, 1))) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda h: centred_distance(h[:2]), "the bank has 2 tasks, expected at least 3"),
+        (lambda h: centred_distance(h, bank=h[:2]), "the bank has 2 tasks"),
+        (lambda h: centred_distance(h, floor=0), "floor is 0, expected a finite number above 0"),
+        (lambda h: centred_distance(h, floor=np.nan), "floor is nan"),
+        (lambda h: centred_distance(h, h[:, :5]), r"b has shape \[6, 5\], expected \[T, 40\]"),
+        (lambda h: centred_distance(h, bank=h[:, :5]), r"bank has shape \[6, 5\], expected \[T, 40\]"),
+        (lambda h: centred_distance(-h), "a: Fisher values must be finite and at least 0"),
+        (lambda h: centred_distance([make("a", 0), make("b", 1), make("c", 2, fingerprint={"probe": "q"})]), "probe"),
+        (lambda h: centred_distance([make("a", 0)], bank=[make("c", 2, fingerprint={"probe": "q"})] * 3), "probe"),
+    ],
+)
+def test_centred_distance_errors(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(tasks())

@@ -10,7 +10,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
-from t2v_fast.head import fit_head
+from t2v_fast.head import GRID, cross_validate, fit_head
 
 
 def blobs(n: int = 120, d: int = 20, classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,3 +163,81 @@ def test_errors(options: dict, message: str) -> None:
     options = {"features": X, "labels": Y, "num_classes": 4, **options}
     with pytest.raises(ValueError, match=message):
         fit_head(options.pop("features"), options.pop("labels"), **options)
+
+
+def held_out_losses(x: np.ndarray, y: np.ndarray, w: np.ndarray, decay: float, parts: list[np.ndarray]) -> float:
+    """The weighted mean loss of the parts, each by scikit-learn's head of the others."""
+    total = 0.0
+    for part in parts:
+        inside = np.setdiff1d(np.arange(len(y)), part)
+        a = w[inside] / w[inside].sum()
+        reference = LogisticRegression(C=1 / decay, tol=1e-10, max_iter=100_000)
+        reference.fit(x[inside], y[inside], sample_weight=a)
+        total += (w[part] * -reference.predict_log_proba(x[part])[np.arange(len(part)), y[part]]).sum()
+    return total / w[np.concatenate(parts)].sum()
+
+
+def test_cross_validation_is_scikit_learns() -> None:
+    x, y = blobs(60, classes=3)
+    y = torch.cat([y, torch.tensor([3])])  # a class of one example, which is never held out
+    x = torch.cat([x, x[:1] + 1])
+    w = torch.rand(len(x), generator=torch.Generator().manual_seed(1)) + 0.1
+    found = cross_validate(x, y, num_classes=4, weights=w, grid=(1e-2, 1.0), folds=4, seed=5)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(5))
+    # The drawn order, class after class; every fourth is a part.
+    sequence = [int(i) for c in range(4) for i in order if y[i] == c]
+    parts = [np.array([i for i in sequence[k::4] if i != len(x) - 1]) for k in range(4)]
+    for part in parts:
+        assert np.ptp(np.bincount(y[part], minlength=4)[:3]) <= 1  # each class evenly
+    for decay in (1e-2, 1.0):
+        want = held_out_losses(x.double().numpy(), y.numpy(), w.double().numpy(), decay, parts)
+        assert found[decay] == pytest.approx(want, rel=1e-4)
+
+
+def test_the_chosen_weight_decay_is_that_of_the_least_loss() -> None:
+    x, y = blobs(60)
+    losses = cross_validate(x, y, num_classes=4)
+    assert list(losses) == list(GRID)
+    fit = fit_head(x, y, num_classes=4, weight_decay="cv")
+    assert losses[fit.weight_decay] == min(losses.values())
+    plain = fit_head(x, y, num_classes=4, weight_decay=fit.weight_decay)
+    assert torch.equal(fit.linear.weight, plain.linear.weight)
+    # Labels that have nothing to do with the features: the more penalty the better.
+    random = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
+    noise = fit_head(x, random, num_classes=4, weight_decay="cv")
+    assert noise.weight_decay > fit.weight_decay
+    assert noise.mean_top_probability < 0.5
+    # An example of weight zero is as if it were not there.
+    padded = fit_head(
+        torch.cat([x, x[:5] * 100]),
+        torch.cat([y, 3 - y[:5]]),
+        num_classes=4,
+        weights=torch.cat([torch.ones(60), torch.zeros(5)]),
+        weight_decay="cv",
+    )
+    assert padded.weight_decay == fit.weight_decay
+
+
+def test_cross_validation_of_several_labels() -> None:
+    x, y = blobs(60)
+    rare = (torch.arange(60) == 7).long()  # in one part it is out of the others
+    labels = torch.stack([y % 2, y // 2, rare], 1)
+    found = cross_validate(x, labels, num_classes=3, likelihood="sigmoid", grid=(1e-2, 1e3))
+    assert found[1e-2] < found[1e3]
+    assert fit_head(x, labels, num_classes=3, likelihood="sigmoid", weight_decay="cv").converged
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: cross_validate(X, Y, num_classes=4, folds=1), "folds is 1, expected at least 2"),
+        (lambda: cross_validate(X, Y, num_classes=4, grid=(0.0,)), "weight_decay is 0.0, expected above 0"),
+        (lambda: cross_validate(X[:4], Y[:4], num_classes=4), "no example can be held out"),
+        (lambda: cross_validate(X, Y + 1, num_classes=4), "from 1 to 4"),
+        (lambda: fit_head(X, Y, num_classes=4, weight_decay="best"), "weight_decay is 'best', of 'newton' expected a"),
+        (lambda: fit_head(X, Y, num_classes=4, method="adam", weight_decay="cv"), "of 'adam' expected a number"),
+    ],
+)
+def test_cross_validation_errors(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -13,7 +13,7 @@ from torch import nn
 
 from t2v_fast import DataError, Embedding, FingerprintMismatch, Probe, Task2Vec, TaskData, UnsupportedError, distance
 from t2v_fast.cotangents import cotangents
-from t2v_fast.head import fit_head
+from t2v_fast.head import GRID, fit_head
 
 
 @pytest.mark.parametrize("balanced", [True, False])
@@ -79,9 +79,22 @@ def test_seeds_files_and_fingerprints(tmp_path: Path) -> None:
         Task2Vec(small_probe(), estimator="batch_mean"),
         Task2Vec(small_probe(), balanced=False),
         Task2Vec(small_probe(), head="adam", head_options={"epochs": 1, "draws": 100}),
+        Task2Vec(small_probe(), head_options={"weight_decay": "cv"}),
     ):
         with pytest.raises(FingerprintMismatch):
             distance.pdist([a, other.embed(task)])
+
+
+def test_a_cross_validated_head() -> None:
+    task2vec = Task2Vec(small_probe(), estimator="exact", head_options={"weight_decay": "cv"})
+    found = task2vec.embed(shapes())
+    assert found.fingerprint["head"] == {"method": "newton", "weight_decay": "cv"}
+    assert found.meta["head_weight_decay"] in GRID
+    told = {"weight_decay": found.meta["head_weight_decay"]}
+    np.testing.assert_array_equal(
+        found.hessian, Task2Vec(small_probe(), estimator="exact", head_options=told).embed(shapes()).hessian
+    )
+    assert Task2Vec(small_probe()).embed(shapes()).meta["head_weight_decay"] == 1e-4
 
 
 def test_multilabel_tasks() -> None:
