@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small import small_probe
 
-from t2v_fast import Task2Vec
+from t2v_fast import Embedding, Task2Vec
+from t2v_fast.distance import centred_distance
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERTS = ["MNIST first half", "optical parity", "optical digits"]
@@ -132,3 +134,75 @@ def test_claims_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     assert claims.nearest_in_family(exact, np.array(["a", "a", "b"])).tolist() == [True, True, False]
     low, high = claims.interval_over_tasks(lambda k: float(groups[k].mean()), 30)
     assert low < groups.mean() < high
+
+
+def test_baseline(bench, tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import baseline
+
+    settings = bench.Settings(images=40, embedded_images=30)
+    families = ["a", "b", "c", "d"]
+    for k, task in enumerate(tasks):
+        object.__setattr__(task, "family", families[k // 2])
+    monkeypatch.setattr(baseline, "HEADS", {k: baseline.HEADS[k] for k in ("weight decay 1e-4", "cross-validated")})
+    measured = baseline.measure(tmp_path, settings, tasks, small_probe())
+    assert measured.mean_features.shape == (8, 8)
+    assert [a.shape for a in measured.activations] == [(8, 6), (8, 6), (8, 8)]
+    # The means of activations are those of a plain loop over the images.
+    probe, images = small_probe(), tasks[3].draw(40, 0).images[:30]
+    with torch.no_grad():
+        want = np.mean([probe.network[:1](probe.preprocessing(i)[None]).mean((2, 3))[0].numpy() for i in images], 0)
+    np.testing.assert_allclose(measured.activations[0][3], want, rtol=1e-5)
+    text = baseline.report(measured, resamples=20)
+    for way in (baseline.BASELINE, "(the default)", "**chosen: ", "robust Fisher", "weighted by reliability"):
+        assert way in text
+    assert "8 tasks in 4 families; 4 tasks for the choice" in text
+    # What is there is used again.
+    monkeypatch.setattr(baseline, "mean_activations", None)
+    monkeypatch.setattr(Task2Vec, "embed", None)
+    assert baseline.report(baseline.measure(tmp_path, settings, tasks, small_probe()), resamples=20) == text
+
+
+def test_baseline_statistics(bench) -> None:
+    import baseline
+
+    families = np.array(list("aabbcc"))
+    apart = (families[:, None] != families).astype(float)
+    worse = apart.copy()
+    worse[0, 1] = worse[1, 0] = 2
+    judge = baseline.Judge(families, np.arange(6))
+    assert judge.auc(apart) == 1
+    assert judge.hits(worse).tolist() == [0, 0, 1, 1, 1, 1]
+    assert judge.hits_cell(worse, apart).startswith("-0.333 (")
+    assert judge.auc_cell(apart, apart) == "+0.000 (+0.000 to +0.000)"
+    assert baseline.Judge(families, np.arange(2, 6)).auc(worse) == 1
+    # The first within reach of the best.
+    assert baseline.choose({("h", "x"): worse, ("h", "y"): apart, ("h", "z"): apart}, judge) == ("h", "y")
+    assert baseline.choose({("h", "x"): worse, ("h", "y"): apart}, judge, within=0.5) == ("h", "x")
+    some = baseline.choice_families([f"{k}" for k in range(9)] * 2)
+    assert len(some) == 5
+    # The noise-aware distances are the centred one where there is no noise, and leave out what is only noise.
+    rng = np.random.default_rng(0)
+
+    def embeddings(noisy: float) -> list:
+        h = np.random.default_rng(1).lognormal(-9, 1, (6, 12))
+        error = np.zeros_like(h)
+        error[:, 3] = noisy * h[:, 3]
+        layers = (("conv.weight", 0, 8), ("bn.weight", 8, 12))
+        return [
+            Embedding(hessian=v, scale=np.ones(12), standard_error=e, layers=layers, num_examples=9)
+            for v, e in zip(h, error, strict=True)
+        ]
+
+    for distance in (baseline.noise_aware, baseline.shrunk):
+        np.testing.assert_allclose(distance(embeddings(0)), centred_distance(embeddings(0)), rtol=1e-9, atol=1e-12)
+        assert np.abs(distance(embeddings(9)) - distance(embeddings(0))).max() > 1e-3
+    without = baseline.log_contrasts(embeddings(0))[0]
+    without[0][:, 3] = 0
+    want = np.mean([baseline.cosine_distances(x) for x in without], axis=0)
+    np.testing.assert_allclose(baseline.noise_aware(embeddings(9)), want, rtol=1e-9, atol=1e-12)
+    weights = {"conv.weight": torch.ones(8, 1, 1, 1), "bn.weight": torch.ones(4)}
+    parts = baseline.layers_of(embeddings(0), baseline.PARTS["norms only"], weights)
+    assert parts[0].layers == (("bn.weight", 0, 4),)
+    np.testing.assert_array_equal(parts[2].hessian, embeddings(0)[2].layer("bn.weight"))
+    x = rng.random((6, 4))
+    np.testing.assert_allclose(baseline.together(x @ x.T, 5 * (x @ x.T) + 2), baseline.together(x @ x.T, x @ x.T))
