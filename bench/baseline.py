@@ -27,9 +27,11 @@ from selection import ROOT, Settings, Store
 from torch import Tensor
 
 from t2v_fast import Embedding, Probe, Task2Vec, load_probe
+from t2v_fast.demo import DemoTask, demo_tasks
 from t2v_fast.distance import FLOOR, centred_distance, pdist
 from t2v_fast.files import write_atomically
 from t2v_fast.selection import bootstrap_interval
+from t2v_fast.task2vec import embedding_of
 from t2v_fast.variational import fixed_point
 
 # head: what Task2Vec is told. The first is the paper's form here: a head fitted until it is certain.
@@ -45,6 +47,8 @@ PLAIN_HEAD, PREFERRED_HEAD = "weight decay 1e-4", "cross-validated"
 BETAS = (1e-5, 1e-4, 1e-3)  # of the robust Fisher: from a prior that hardly counts to one that nearly alone does
 CHOICE = 0.5  # share of the families that the choice is made on
 BASELINE = "mean feature, centred cosine"
+ACTIVATIONS = "mean activations of every layer, centred cosine"
+FLOORS = (0.1, 1e-2, 1e-4)
 
 
 def choice_families(families: Sequence[str], seed: int = 0) -> set[str]:
@@ -179,15 +183,38 @@ def mean_activations(probe: Probe, images: Sequence[np.ndarray]) -> dict[str, Te
     return {name: total / len(images) for name, total in sums.items()}
 
 
-def robust(embeddings: Sequence[Embedding], weights: dict[str, Tensor], beta: float) -> list[np.ndarray]:
-    """What the paper's robust Fisher converges to, by layer: the precisions [T, O] of the filters' noise.
+def robust(embeddings: Sequence[Embedding], weights: dict[str, Tensor], beta: float) -> list[Embedding]:
+    """The embeddings of the paper's robust Fisher, at what it converges to: the precisions of the filters' noise.
 
     Learning them takes some twenty minutes a task by the public settings (ten thousand draws), and has not converged
     then (docs/decisions.md).
     """
-    diagonals = [{name: torch.from_numpy(e.layer(name)) for name in e.layer_names} for e in embeddings]
-    found = [fixed_point(d, weights, beta).precision for d in diagonals]
-    return [np.stack([precision[name].numpy() for precision in found]) for name in found[0]]
+    found = []
+    for e in embeddings:
+        diagonal = {name: torch.from_numpy(e.layer(name)) for name in e.layer_names}
+        limit = replace(fixed_point(diagonal, weights, beta), num_examples=e.num_examples)
+        found.append(embedding_of(limit, {}, e.fingerprint))
+    return found
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A task of the demo, in place of a MetaTask."""
+
+    task: DemoTask
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    @property
+    def family(self) -> str:
+        return self.task.family
+
+    def draw(self, count: int, split: int, seed: int = 0) -> DemoTask:
+        if count != len(self.task.images):
+            raise ValueError(f"{self.name} has {len(self.task.images)} images, not {count}")
+        return self.task
 
 
 @dataclass
@@ -205,11 +232,17 @@ class Measured:
         return np.array([e.meta["mean_feature"] for e in self.embeddings[PLAIN_HEAD]])
 
 
-def measure(folder: Path, settings: Settings, tasks: Sequence[MetaTask], probe: Probe) -> Measured:
+def measure(
+    folder: Path,
+    settings: Settings,
+    tasks: Sequence[MetaTask | Drawn],
+    probe: Probe,
+    heads: dict[str, dict[str, Any]] = HEADS,
+) -> Measured:
     """Do whatever is missing, and read the rest."""
-    slug = {head: "".join(c if c.isalnum() else "-" for c in head) for head in HEADS}
+    slug = {head: "".join(c if c.isalnum() else "-" for c in head) for head in heads}
     embeddings = {}
-    for head, options in HEADS.items():
+    for head, options in heads.items():
         store = Store(folder / slug[head], settings, tasks, ())
         task2vec = Task2Vec(probe, seed=settings.seed, head_options=options)
         embeddings[head] = [store.embedding(task, task2vec) for task in tasks]
@@ -232,7 +265,7 @@ def baselines(measured: Measured) -> dict[str, np.ndarray]:
     return {
         "mean feature, cosine": cosine_distances(means),
         BASELINE: cosine_distances(means - means.mean(0)),
-        "mean activations of every layer, centred cosine": np.mean([cosine_distances(x) for x in centred], axis=0),
+        ACTIVATIONS: np.mean([cosine_distances(x) for x in centred], axis=0),
     }
 
 
@@ -317,13 +350,16 @@ def report(measured: Measured, seed: int = 0, resamples: int = 1000) -> str:
         for part, kept in PARTS.items():
             rows.append(line(f"{metric}, {part}", distance(layers_of(embeddings, kept, measured.weights))))
     rows.append(line("chosen, with the mean feature", together(found[chosen], base[BASELINE])))
+    rows.append(line("chosen, with the mean activations", together(found[chosen], base[ACTIVATIONS])))
     rows.append(line("cosine, with the mean feature", together(found[chosen[0], "cosine"], base[BASELINE])))
     for beta in BETAS:
         precisions = robust(embeddings, measured.weights, beta)
-        logs = [np.log(p) for p in precisions]
-        centred = np.mean([cosine_distances(x - x.mean(0)) for x in logs], axis=0)
-        rows.append(line(f"robust Fisher, beta {beta:g}, cosine", pdist(np.concatenate(precisions, axis=1))))
-        rows.append(line(f"robust Fisher, beta {beta:g}, centred logarithms", centred))
+        rows.append(line(f"robust Fisher, beta {beta:g}, cosine", pdist(precisions)))
+        rows.append(line(f"robust Fisher, beta {beta:g}, centred", centred_distance(precisions)))
+    for floor in FLOORS:
+        rows.append(line(f"centred, floor {floor:g}", centred_distance(embeddings, floor=floor)))
+    of_others = centred_distance(embeddings, bank=[embeddings[k] for k in first.rows])
+    rows.append(line("centred, means over the choice's tasks only", of_others))
 
     of_heads = [["head", "median loss", "cosine: choice", "cosine: others", "centred: choice", "centred: others"]]
     for head in HEADS:
@@ -341,8 +377,9 @@ def report(measured: Measured, seed: int = 0, resamples: int = 1000) -> str:
     for name, one, other in (
         ("Task2Vec by default - mean feature", plain, base[BASELINE]),
         ("chosen - mean feature", best, base[BASELINE]),
-        ("chosen - mean activations of every layer", best, base["mean activations of every layer, centred cosine"]),
+        ("chosen - mean activations of every layer", best, base[ACTIVATIONS]),
         ("chosen - Task2Vec by default", best, plain),
+        (f"chosen - the same distance, {PLAIN_HEAD}", best, found[PLAIN_HEAD, chosen[1]]),
         ("chosen with the mean feature - mean feature", with_mean, base[BASELINE]),
         ("chosen with the mean feature - chosen", with_mean, best),
     ):
@@ -358,6 +395,28 @@ def report(measured: Measured, seed: int = 0, resamples: int = 1000) -> str:
     )
 
 
+def confirm(measured: Measured, resamples: int = 1000) -> str:
+    """A bank on which nothing was chosen, as Markdown."""
+    judge = Judge(measured.families, np.arange(len(measured.families)), resamples)
+    base = baselines(measured)
+    distances = {
+        **base,
+        f"Task2Vec, cosine, {PLAIN_HEAD} (the default)": pdist(measured.embeddings[PLAIN_HEAD]),
+        f"Task2Vec, cosine, {PREFERRED_HEAD}": pdist(measured.embeddings[PREFERRED_HEAD]),
+        f"Task2Vec, centred, {PLAIN_HEAD}": centred_distance(measured.embeddings[PLAIN_HEAD]),
+        f"Task2Vec, centred, {PREFERRED_HEAD}": (best := centred_distance(measured.embeddings[PREFERRED_HEAD])),
+        "the last, with the mean feature": together(best, base[BASELINE]),
+    }
+    rows = [["distance", "AUC", "nearest", "AUC - mean feature's", "nearest - mean feature's"]]
+    for name, d in distances.items():
+        against = base[BASELINE]
+        rows.append(
+            [name, judge.auc_cell(d), judge.hits_cell(d), judge.auc_cell(d, against), judge.hits_cell(d, against)]
+        )
+    counts = f"{len(measured.names)} tasks in {len(set(measured.families.tolist()))} families"
+    return f"The demo's {counts}, other images in other fonts, on which nothing was chosen:\n\n{markdown(rows)}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "baseline")
@@ -366,7 +425,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings, probe = Settings(), load_probe()
     probe.preprocessing = replace(probe.preprocessing, resize=settings.size, crop=settings.size)
     text = report(measure(arguments.output, settings, meta_tasks(), probe))
-    print(text)
+    print(text, flush=True)
+    of_demo = [Drawn(task) for task in demo_tasks(settings.images)]
+    two = {head: HEADS[head] for head in (PLAIN_HEAD, PREFERRED_HEAD)}
+    other = confirm(measure(arguments.output / "demo", settings, of_demo, probe, two))
+    print(other)
+    text = f"{text}\n\n{other}"
     if arguments.write:
         replace_section(arguments.write, "baseline", text)
     return 0

@@ -11,7 +11,7 @@ import torch
 from small import small_probe
 
 from t2v_fast import Embedding, Task2Vec
-from t2v_fast.distance import centred_distance
+from t2v_fast.distance import centred_distance, pdist
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERTS = ["MNIST first half", "optical parity", "optical digits"]
@@ -156,6 +156,18 @@ def test_baseline(bench, tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for way in (baseline.BASELINE, "(the default)", "**chosen: ", "robust Fisher", "weighted by reliability"):
         assert way in text
     assert "8 tasks in 4 families; 4 tasks for the choice" in text
+    # Its default's AUC on all tasks, as claims.py measures it.
+    all_of = pdist(measured.embeddings["weight decay 1e-4"])
+    (line,) = [line for line in text.splitlines() if "(the default)" in line]
+    assert f" | {baseline.auc(all_of, measured.families):.3f} (" in line
+    drawn = [baseline.Drawn(task.draw(40, 0)) for task in tasks]
+    assert drawn[2].draw(40, 0).digest == tasks[2].draw(40, 0).digest
+    with pytest.raises(ValueError, match="has 40 images, not 50"):
+        drawn[2].draw(50, 0)
+    other = baseline.confirm(measured, resamples=20)
+    assert "The demo's 8 tasks in 4 families" in other
+    (line,) = [line for line in other.splitlines() if "(the default)" in line]
+    assert f"| {baseline.auc(all_of, measured.families):.3f} (" in line
     # What is there is used again.
     monkeypatch.setattr(baseline, "mean_activations", None)
     monkeypatch.setattr(Task2Vec, "embed", None)
