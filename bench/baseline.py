@@ -344,6 +344,7 @@ def report(measured: Measured, seed: int = 0, resamples: int = 1000) -> str:
     rows += [line(name, d) for name, d in base.items()]
     rows.append(line(f"Task2Vec, cosine, {PLAIN_HEAD} (the default)", found[PLAIN_HEAD, "cosine"]))
     rows.append(line(f"**chosen: Task2Vec, {chosen[1]}, {chosen[0]}**", found[chosen]))
+    rows.append(line(f"the same distance, {PLAIN_HEAD}", found[PLAIN_HEAD, chosen[1]]))
     chosen_head = [(name, found[chosen[0], name]) for name in CANDIDATES if name != chosen[1]]
     rows += [line(name, d) for name, d in chosen_head]
     for metric, distance in (("cosine", pdist), ("centred", centred_distance)):
