@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import per_example_squares
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -117,46 +116,19 @@ def test_merging_by_hand() -> None:
             call()
 
 
-def trained(model: nn.Module, x: Tensor, y: Tensor, steps: int = 150) -> nn.Module:
-    model = copy.deepcopy(model)
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return model
-
-
-def test_merging_on_real_digits() -> None:
+def test_merging_on_real_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two models, each fine-tuned on half of the digits: merged they know all ten better than either, and by Fishers
-    better than by their mean; a negated task vector forgets its half and keeps more of the other."""
-    digits = load_digits()
-    x, y = torch.from_numpy(digits.data).float() / 16, torch.from_numpy(digits.target)
-    test = torch.arange(len(x)) % 3 == 0
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    base = trained(base, x[~test][:100], y[~test][:100], 40)
-    halves = [(~test) & (y < 5), (~test) & (y >= 5)]
-    tuned = [trained(base, x[half], y[half]) for half in halves]
+    not worse than by their mean; a negated task vector forgets its half and keeps more of the other."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "bench")
+    from merging import PARTS, accuracies
 
-    def accuracy(parameters: dict[str, Tensor], part: Tensor = test) -> float:
-        model = copy.deepcopy(base)
-        model.load_state_dict(parameters)
-        return float((model(x[part]).argmax(1) == y[part]).float().mean())
-
-    models = [dict(m.named_parameters()) for m in tuned]
-    fishers = [fim_diag(m, [(x[half], y[half])]) for m, half in zip(tuned, halves, strict=True)]
-    own = [accuracy(m) for m in models]
-    mean = accuracy(apply_task_vectors(models[0], [task_vector(*models)], [0.5]))
-    merged = accuracy(fisher_merge(models, fishers))
-    assert merged > max(own) + 0.1
-    assert merged > mean - 0.02
-    start = dict(base.named_parameters())
-    vectors = [task_vector(start, m) for m in models]
-    assert accuracy(apply_task_vectors(start, vectors, [0.5, 0.5])) > accuracy(start)
-    forgot = apply_task_vectors(start, vectors[:1], [-0.5])
-    low, high = (accuracy(forgot, test & half) - accuracy(start, test & half) for half in (y < 5, y >= 5))
-    assert low < high
+    found = accuracies()
+    start, first, second, mean, merged, forgot = (list(found[name].values()) for name in found)
+    assert merged[0] > max(first[0], second[0]) + 0.1
+    assert merged[0] > mean[0] - 0.02
+    assert mean[0] > start[0]
+    assert forgot[1] - start[1] < forgot[2] - start[2]
+    assert [list(parts) for parts in found.values()] == [list(PARTS)] * 6
 
 
 def test_online_ewc_fisher() -> None:

@@ -61,10 +61,12 @@ def test_weights_are_channels_last_within() -> None:
     with ChannelsLast(nn.Sequential(model, standardised), lambda model, x: x) as run:
         for k in (0, 3):
             weight = model[k].weight
-            assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+            assert weight.is_contiguous(memory_format=torch.channels_last)
+            assert not weight.is_contiguous()
         x, rest = torch.rand(2, 4, 5, 5), torch.arange(3)
         seen = run(model, {"image": x, "rest": rest})
-        assert seen["image"].is_contiguous(memory_format=torch.channels_last) and seen["rest"] is rest
+        assert seen["image"].is_contiguous(memory_format=torch.channels_last)
+        assert seen["rest"] is rest
     assert {name: (p, p.data_ptr(), p.stride()) for name, p in model.named_parameters()} == own
 
 
