@@ -47,7 +47,7 @@ class HeadTask:
 def fit_head(
     features: Tensor, labels: Tensor, *, num_classes: int, weights: Tensor | None = None, **options: Any
 ) -> HeadFit:
-    """:func:`fit_heads` of one task, with its ``options``."""
+    """Fit ``nn.Linear(D, num_classes)`` on features [N, D]: :func:`fit_heads` of one task, with its ``options``."""
     return fit_heads(features, {"": HeadTask(labels, num_classes, weights)}, **options)[""]
 
 
@@ -66,7 +66,7 @@ def fit_heads(
     batch_size: int = 64,
     draws: int = 10_000,
 ) -> dict[str, HeadFit]:
-    """Fit ``nn.Linear(D, C)`` to each task on the same features [N, D]: by name, what :func:`fit_head` gives alone.
+    """Fit ``nn.Linear(D, C)`` to each task on the same features [N, D]: for each name what :func:`fit_head` gives.
 
     ``"newton"`` and ``"lbfgs"`` minimise sum_n a_n l_n + weight_decay / 2 |W|^2 in float64; a_n are the task's weights
     divided by their sum, by default 1/N; l_n is the cross entropy, for ``"sigmoid"`` summed over labels. The bias is
@@ -82,8 +82,9 @@ def fit_heads(
     ``"adam"`` is the public Task2Vec code's schedule, stopped early by design: ``epochs`` of ``draws`` draws with
     replacement (in proportion to the weights), in batches, L2 penalty on weights and bias, from a random start.
 
-    Raises ValueError naming the task and what is wrong: features that are not finite, no example, fewer than two
-    classes, a class without weight, a label that all or no examples have, no penalty where the optimum needs one.
+    Raises ValueError naming the task, if it has a name, and what is wrong: features that are not finite, no example,
+    fewer than two classes, a class without weight, a label that all or no examples have, no penalty where the optimum
+    needs one.
     """
     _check_options(likelihood, method, weight_decay)
     _check_features(features)
@@ -242,10 +243,10 @@ def _padded(matrix: Tensor) -> Tensor:
 
 
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:
-    """``rows @ matrix``, a padded one, each row to the last bit what it is without the others.
+    """``rows @ matrix``, a padded one, each row to the last bit what it is without the others (seen with MKL).
 
-    BLAS has kernels of their own for rows left over from a multiple of four, and for rows that start at odd addresses,
-    and they add in another order.
+    BLAS has other kernels for rows that are left over from a multiple of four and for rows of odd length, and they add
+    in another order.
     """
     return (F.pad(rows, (0, 0, 0, -len(rows) % PAD)) @ matrix)[: len(rows)]
 
@@ -255,7 +256,8 @@ class _Objective:
     """The objectives of T tasks side by side, each sum_n a_n l_n + weight_decay / 2 |W|^2, and their derivatives.
 
     A row is a class of a task: there are K in all. A vector has for each row the bias, then the weights, [K, R].
-    Nothing that is computed for a task depends on the others, not in the last bit.
+    Nothing that is computed for a task depends on the others, not in the last bit as far as :func:`_product` keeps
+    that: two heads that differ in it may end at two points within the tolerance.
     """
 
     z: Tensor  # [N, R] a one, then the features; padded
