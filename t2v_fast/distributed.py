@@ -54,11 +54,13 @@ def embed_distributed(
         if rank:
             return None
         codes, classes = part.encode_labels(torch.cat([labels for _, labels, _ in shares]))
-        fit, weights = task2vec._fit(torch.cat([features for features, _, _ in shares]), codes, len(classes))
-        return fit, weights, codes, classes
+        task = task2vec._head_task(codes, len(classes))
+        features = torch.cat([features for features, _, _ in shares])
+        (fit,) = task2vec._fit_heads(features, {part.name or "": task}).values()
+        return fit, task, classes
 
     with timed(seconds, "head"):
-        fit, weights, codes, classes = _together(fit_head, group)[0]
+        fit, task, classes = _together(fit_head, group)[0]
     agreed = False
 
     def reduce(moments: list[dict[str, _Moments]], count: int) -> int:
@@ -69,7 +71,7 @@ def embed_distributed(
 
     with timed(seconds, "fisher"):
         try:
-            sets = [LabelSet(fit.linear, codes, weights)]
+            sets = [LabelSet(fit.linear, task.labels, task.weights)]
             (diagonal,) = task2vec._fisher_of_label_sets(part, sets, first=first, reduce=reduce)
         except Exception as error:
             if not agreed:  # the others wait to hear how it went

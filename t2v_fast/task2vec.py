@@ -24,7 +24,7 @@ from .cut import FeatureCache
 from .data import TASK_TYPES, DataError, TaskData, WithIndex, balanced_weights, check_task_type
 from .embedding import Embedding
 from .fisher import BATCH_MEAN, FisherDiagonal, fisher
-from .head import HeadFit, fit_head
+from .head import HeadFit, HeadTask, fit_heads
 from .probe import Probe, load_probe
 from .shared import Heads, LabelSet, fisher_of_label_sets
 from .variational import RobustFisher, variational_fisher
@@ -39,8 +39,8 @@ class Task2Vec:
     ``estimator`` and ``samples``: see :func:`t2v_fast.fisher`. ``task_type``: ``"multiclass"`` (one label an image) or
     ``"multilabel"`` (a 0-1 vector an image). ``balanced`` gives each class the same total weight, as the public code's
     balanced sampler does in expectation, though each image is visited once. ``head`` and ``head_options`` go to
-    :func:`t2v_fast.head.fit_head`; ``{"weight_decay": "cv"}`` is recommended for telling which tasks are alike
-    (docs/selection.md). ``dtype``: the precision in which the network runs, float32 by default;
+    :func:`t2v_fast.head.fit_heads`; ``{"weight_decay": "cv"}`` chooses the penalty by cross-validation.
+    ``dtype``: the precision in which the network runs, float32 by default;
     ``torch.bfloat16`` is faster where the processor has instructions for it, and its embeddings are not compared with
     those of float32. The head is fitted in float64 in any case. ``skip_layers``: leave out the first layers, by number
     or name (:meth:`Probe.skipping`), as the public code's option of this name does; nothing is backpropagated into
@@ -138,7 +138,7 @@ class Task2Vec:
 
         ``data``: a :class:`TaskData`, a map-style or re-iterable torch data set of (image, label), a folder with one
         sub-folder a class, or arrays (images, labels). Raises :class:`t2v_fast.data.DataError`, naming the image, for
-        data that cannot be used, and what :func:`t2v_fast.fisher` and :func:`fit_head` raise.
+        data that cannot be used, and what :func:`t2v_fast.fisher` and :func:`fit_heads` raise.
         """
         if not isinstance(data, TaskData):
             data = TaskData.of(data, name=name, task_type=self.task_type, skip_unreadable=skip_unreadable)
@@ -150,12 +150,13 @@ class Task2Vec:
             features, labels = self._features(data)
         codes, classes = data.encode_labels(labels)
         with timed(seconds, "head"):
-            fit, weights = self._fit(features, codes, len(classes))
+            task = self._head_task(codes, len(classes))
+            (fit,) = self._fit_heads(features, {data.name or "": task}).values()
         with timed(seconds, "fisher"):
             if self.method == "variational":
-                found: FisherDiagonal | RobustFisher = self._robust(data, codes, fit.linear, weights)
+                found: FisherDiagonal | RobustFisher = self._robust(data, codes, fit.linear, task.weights)
             else:
-                found = self._fisher(data, codes, fit.linear, weights)
+                found = self._fisher(data, codes, fit.linear, task.weights)
         return self._embedding(data, classes, fit, found, seconds)
 
     def embed_label_sets(
@@ -196,23 +197,23 @@ class Task2Vec:
         seconds = {}
         with timed(seconds, "features"):
             features, indices = self._features(data)
-        sets, fits, tasks = [], [], []
+        tasks, found, heads = {}, {}, {}
         with timed(seconds, "head"):
             for name, labels in label_sets.items():
                 task = TaskData(data.source, name, self.task_type, classes.get(name), skip_unreadable=True)
-                codes, found = task.encode_labels(task.check_labels(labels)[indices])
-                fit, weights = self._fit(features, codes, len(found))
-                sets.append(LabelSet(fit.linear, codes, weights))
-                fits.append((fit, found))
+                codes, found[name] = task.encode_labels(task.check_labels(labels)[indices])
+                heads[name] = self._head_task(codes, len(found[name]))
                 task.skipped = data.skipped
-                tasks.append(task)
+                tasks[name] = task
+            fits = self._fit_heads(features, heads)
+        sets = [LabelSet(fits[name].linear, head.labels, head.weights) for name, head in heads.items()]
         with timed(seconds, "fisher"):
             diagonals = self._fisher_of_label_sets(data, sets)
         share = {stage: s / len(tasks) for stage, s in seconds.items()}
         self._waited /= len(tasks)
         return {
-            task.name: self._embedding(task, found, fit, diagonal, share)
-            for task, (fit, found), diagonal in zip(tasks, fits, diagonals, strict=True)
+            name: self._embedding(task, found[name], fits[name], diagonal, share)
+            for (name, task), diagonal in zip(tasks.items(), diagonals, strict=True)
         }
 
     def _fisher_of_label_sets(self, data: TaskData, sets: list[LabelSet], **shard: Any) -> list[FisherDiagonal]:
@@ -232,22 +233,14 @@ class Task2Vec:
                 **shard,
             )
 
-    def _fit(self, features: Tensor, codes: Tensor, num_classes: int) -> tuple[HeadFit, Tensor | None]:
-        """The task's head, and the weights [N] of its examples."""
-        weights = None
-        if self.balanced and self.task_type == "multiclass":
-            weights = balanced_weights(codes, num_classes)
-        fit = fit_head(
-            features,
-            codes,
-            num_classes=num_classes,
-            weights=weights,
-            likelihood=TASK_TYPES[self.task_type],
-            method=self.head,
-            seed=self.seed,
-            **self.head_options,
-        )
-        return fit, weights
+    def _head_task(self, codes: Tensor, num_classes: int) -> HeadTask:
+        """What a head is fitted to: the codes, and the weights [N] of the examples where classes are balanced."""
+        balanced = self.balanced and self.task_type == "multiclass"
+        return HeadTask(codes, num_classes, balanced_weights(codes, num_classes) if balanced else None)
+
+    def _fit_heads(self, features: Tensor, tasks: Mapping[str, HeadTask]) -> dict[str, HeadFit]:
+        likelihood = TASK_TYPES[self.task_type]
+        return fit_heads(features, tasks, likelihood=likelihood, method=self.head, seed=self.seed, **self.head_options)
 
     def _within_memory(self, data: TaskData, run: Callable[[], Result]) -> Result:
         """``run()``, again with half the batch each time memory runs out: the results are the same to rounding."""

@@ -1,4 +1,4 @@
-"""The linear head, against scikit-learn."""
+"""Linear heads, against scikit-learn, and together against one by one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
-from t2v_fast.head import GRID, cross_validate, fit_head
+from t2v_fast import head
+from t2v_fast.head import GRID, HeadTask, cross_validate, fit_head, fit_heads
 
 
 def blobs(n: int = 120, d: int = 20, classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,6 +132,97 @@ def test_it_says_when_it_did_not_converge(method: str) -> None:
     with pytest.warns(UserWarning, match="did not converge: after 2 iterations the gradient's") as record:
         assert not fit_head(x, y, num_classes=4, method=method, max_iterations=2).converged
     assert record[0].filename == __file__  # the warning points at the caller
+
+
+def several_tasks(n: int, likelihood: str) -> dict[str, HeadTask]:
+    """Tasks of different numbers of classes, with and without weights, some of them zero."""
+    g = torch.Generator().manual_seed(0)
+    tasks = {}
+    for k, classes in enumerate((2, 7, 3, 5, 2, 4, 11)):
+        labels = torch.randperm(n, generator=g) % classes
+        weights = torch.rand(n, generator=g) if k % 2 else None
+        if weights is not None:
+            weights[0] = 0
+        if likelihood == "sigmoid":
+            labels = (torch.rand(n, max(1, classes - 2), generator=g) < 0.4).float()
+        tasks[f"task {k}"] = HeadTask(labels, labels.shape[1] if likelihood == "sigmoid" else classes, weights)
+    return tasks
+
+
+def rows_are_independent() -> bool:
+    """Whether BLAS computes each row of a product as it does without the others."""
+    g = torch.Generator().manual_seed(0)
+    rows, matrix = (torch.randn(k, 104, dtype=torch.float64, generator=g) for k in (34, 104))
+    whole = head._product(rows, matrix)
+    return all(
+        torch.equal(head._product(rows[i : i + k], matrix), whole[i : i + k])
+        for i in range(24)
+        for k in (1, 2, 3, 5, 10)
+    )
+
+
+@pytest.mark.parametrize(("n", "d", "limit"), [(37, 90, head.MAX_LOGITS), (101, 60, 1200)])  # one group, and several
+@pytest.mark.parametrize("likelihood", ["softmax", "sigmoid"])
+def test_together_as_if_alone(likelihood: str, n: int, d: int, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "MAX_LOGITS", limit)
+    x, _ = blobs(n, d)
+    tasks = several_tasks(n, likelihood)
+    together = fit_heads(x, tasks, likelihood=likelihood, weight_decay=1e-3)
+    assert list(together) == list(tasks)
+    # To the last bit, or what another rounding on the way does to where the last step ends.
+    bound = 0.0 if rows_are_independent() else 1e-4
+    for name, task in tasks.items():
+        options = {"num_classes": task.num_classes, "weights": task.weights, "likelihood": likelihood}
+        alone, fit = fit_head(x, task.labels, weight_decay=1e-3, **options), together[name]
+        torch.testing.assert_close(fit.linear.weight, alone.linear.weight, rtol=bound, atol=bound)
+        torch.testing.assert_close(fit.linear.bias, alone.linear.bias, rtol=bound, atol=bound)
+        assert fit.loss == pytest.approx(alone.loss, rel=1e-8)
+        assert (fit.converged, alone.converged) == (True, True)
+
+
+@pytest.mark.parametrize("likelihood", ["softmax", "sigmoid"])
+def test_the_gradient_vanishes_at_every_optimum(likelihood: str) -> None:
+    """By autograd, before the heads are rounded to float32."""
+    x = blobs(50, d=60)[0].double()
+    mean = x.mean(0)
+    tasks = [head._checked(name, task, 50, likelihood) for name, task in several_tasks(50, likelihood).items()]
+    for task, found in zip(tasks, head._newton(x, tasks, 1e-3, 100, 1e-10, likelihood == "softmax"), strict=True):
+        weight, bias = (p.clone().requires_grad_() for p in (found.weight, found.bias + found.weight @ mean))
+        logits = (x - mean) @ weight.T + bias
+        if likelihood == "softmax":
+            losses = F.cross_entropy(logits, task.labels, reduction="none")
+        else:
+            losses = F.binary_cross_entropy_with_logits(logits, task.labels, reduction="none").sum(1)
+        (task.weights @ losses + 1e-3 / 2 * weight.square().sum()).backward()
+        scale = float(1 + task.weights @ (x - mean).square().sum(1)) ** 0.5
+        assert float(torch.cat([weight.grad.flatten(), bias.grad]).norm()) < 1.01e-10 * scale
+
+
+def test_a_task_that_does_not_converge_is_named() -> None:
+    x, y = blobs()
+    easy = torch.tensor([0, 1]).repeat_interleave(2).repeat(30)
+    constant = torch.cat([x[:, :1] * 0, x[:, 5:7]], 1)  # nothing to learn from: the first task's optimum is the start
+    tasks = {"done": HeadTask(easy, 2), "hard": HeadTask(torch.where(y == 3, 0, y), 3)}
+    with pytest.warns(UserWarning, match="task 'hard': the head did not converge: after 0 iterations") as record:
+        fits = fit_heads(constant, tasks, max_iterations=0)
+    assert len(record) == 1
+    assert record[0].filename == __file__
+    assert (fits["done"].converged, fits["hard"].converged) == (True, False)
+
+
+@pytest.mark.parametrize("method", ["lbfgs", "adam"])
+def test_other_methods_take_one_task_after_another(method: str) -> None:
+    x, y = blobs()
+    options = {"method": method, "weight_decay": 1e-1, "epochs": 1}
+    fits = fit_heads(x, {"a": HeadTask(y, 4), "b": HeadTask(y % 2, 2)}, **options)
+    assert torch.equal(fits["b"].linear.weight, fit_head(x, y % 2, num_classes=2, **options).linear.weight)
+    assert fit_heads(x, {}, **options) == fit_heads(x, {}) == {}
+
+
+def test_errors_name_the_task() -> None:
+    for wrong, message in ((HeadTask(Y, 5), "class 4 of 5 has no"), (HeadTask(Y, 4, torch.ones(7)), "weights are")):
+        with pytest.raises(ValueError, match=f"task 'b': {message}"):
+            fit_heads(X, {"a": HeadTask(Y, 4), "b": wrong})
 
 
 X, Y = blobs(8)
