@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Subset
 
+from .allocation import everyone
 from .data import DataError, TaskData
 from .embedding import Embedding
 from .fisher import BATCH_MEAN, _Moments
@@ -54,11 +55,12 @@ def embed_distributed(
         if rank:
             return None
         codes, classes = part.encode_labels(torch.cat([labels for _, labels, _ in shares]))
-        fit, weights = task2vec._fit(torch.cat([features for features, _, _ in shares]), codes, len(classes))
-        return fit, weights, codes, classes
+        features = torch.cat([features for features, _, _ in shares])
+        fit, weights = task2vec._fit(features, codes, len(classes))
+        return fit, weights, codes, classes, task2vec._allocation(part, features, fit.linear, weights)
 
     with timed(seconds, "head"):
-        fit, weights, codes, classes = _together(fit_head, group)[0]
+        fit, weights, codes, classes, allocation = _together(fit_head, group)[0]
     agreed = False
 
     def reduce(moments: list[dict[str, _Moments]], count: int) -> int:
@@ -69,8 +71,10 @@ def embed_distributed(
 
     with timed(seconds, "fisher"):
         try:
-            sets = [LabelSet(fit.linear, codes, weights)]
-            (diagonal,) = task2vec._fisher_of_label_sets(part, sets, first=first, reduce=reduce)
+            sets = [LabelSet(fit.linear, codes, weights, allocation)]
+            mine = slice(first, first + len(shares[rank][1]))
+            samples = torch.ones(len(codes), dtype=torch.long) if allocation is None else allocation.samples
+            (diagonal,) = task2vec._fisher_of_label_sets(part, sets, everyone(samples[mine]), first, reduce=reduce)
         except Exception as error:
             if not agreed:  # the others wait to hear how it went
                 _agree(error, group)

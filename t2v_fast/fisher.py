@@ -328,7 +328,9 @@ def fisher(
             if allocation is not None:
                 numbers = allocation.examples[seen : seen + n]
                 if len(numbers) < n:
-                    raise ValueError(f"the loader yields more than the allocation's {len(allocation.examples)} examples")
+                    raise ValueError(
+                        f"the loader yields more than the allocation's {len(allocation.examples)} examples"
+                    )
                 a, inclusion = weights[numbers].double(), allocation.inclusion[numbers]
                 samples, generator = allocation.samples[numbers], allocation.seeds(seed, numbers)
             else:
@@ -368,7 +370,9 @@ def fisher(
     expected = len(allocation.examples) if allocation is not None else seen if weights is None else len(weights)
     if expected != seen:
         who = "weights has" if allocation is None else "the allocation visits"
-        raise ValueError(f"{who} {expected} {'entries' if allocation is None else 'examples'} but the loader gave {seen}")
+        raise ValueError(
+            f"{who} {expected} {'entries' if allocation is None else 'examples'} but the loader gave {seen}"
+        )
     moments = {name: m for name, m in moments.items() if name not in skipped}
     if allocation is not None:
         samples = float(allocation.samples[allocation.examples].double().mean())
@@ -401,7 +405,7 @@ def _doubted(
         apart = {name: torch.zeros_like(q) for name, q in values.items()}
     else:
         sizes = [len(u) - 2, 1, 1] if len(u) > 2 else [1, 1]
-        groups = recorder.backward_groups(logits, u, sizes)
+        groups = list(recorder.backward_groups(logits, u, sizes))
         values = {name: sum(g[name] for g in groups) for name in groups[0]}
         apart = {name: groups[-1][name] - groups[-2][name] for name in values}
     for name, q in values.items():

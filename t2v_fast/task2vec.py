@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from .allocation import Allocation, Need, everyone, share_out, until
 from .cache import ImageCache
 from .cotangents import check_estimator
 from .cut import FeatureCache
@@ -153,7 +155,7 @@ class Task2Vec:
             if self.method == "variational":
                 found: FisherDiagonal | RobustFisher = self._robust(data, codes, fit.linear, weights)
             else:
-                found = self._fisher(data, codes, fit.linear, weights)
+                found = self._fisher(data, features, codes, fit.linear, weights)
         return self._embedding(data, classes, fit, found, seconds)
 
     def embed_label_sets(
@@ -194,18 +196,20 @@ class Task2Vec:
         seconds = {}
         with timed(seconds, "features"):
             features, indices = self._features(data)
-        sets, fits, tasks = [], [], []
+        sets, fits, tasks, totals = [], [], [], torch.zeros(len(features), dtype=torch.long)
         with timed(seconds, "head"):
             for name, labels in label_sets.items():
                 task = TaskData(data.source, name, self.task_type, classes.get(name), skip_unreadable=True)
                 codes, found = task.encode_labels(task.check_labels(labels)[indices])
                 fit, weights = self._fit(features, codes, len(found))
-                sets.append(LabelSet(fit.linear, codes, weights))
+                allocation = self._allocation(data, features, fit.linear, weights)
+                sets.append(LabelSet(fit.linear, codes, weights, allocation))
+                totals += 0 if allocation is None else allocation.samples
                 fits.append((fit, found))
                 task.skipped = data.skipped
                 tasks.append(task)
         with timed(seconds, "fisher"):
-            diagonals = self._fisher_of_label_sets(data, sets)
+            diagonals = self._fisher_of_label_sets(data, sets, everyone(totals))
         share = {stage: s / len(tasks) for stage, s in seconds.items()}
         self._waited /= len(tasks)
         return {
@@ -213,12 +217,16 @@ class Task2Vec:
             for task, (fit, found), diagonal in zip(tasks, fits, diagonals, strict=True)
         }
 
-    def _fisher_of_label_sets(self, data: TaskData, sets: list[LabelSet], **shard: Any) -> list[FisherDiagonal]:
+    def _fisher_of_label_sets(
+        self, data: TaskData, sets: list[LabelSet], total: Allocation, first: int = 0, **shard: Any
+    ) -> list[FisherDiagonal]:
+        """``total``: the cotangents of all sets together, of the examples in ``data``, from number ``first`` on."""
         parameter, names = next(self.probe.network.parameters()), self.probe.embedding_parameters()
+        order = total.ordered().batches(self.batch_size) if self._reorders(data) else None
         with self.probe.with_head(Heads(sets).to(parameter.device, parameter.dtype)) as network:
             return fisher_of_label_sets(
                 network,
-                (images for images, _ in self._batches(data, "Fisher")),
+                (images for images, _ in self._batches(data, "Fisher", order)),
                 sets,
                 self.estimator,
                 self.samples,
@@ -227,6 +235,8 @@ class Task2Vec:
                 unsupported=self.unsupported,
                 seed=self.seed,
                 self_check=self.self_check,
+                first=first,
+                examples=None if order is None else torch.cat(order) + first,
                 **shard,
             )
 
@@ -266,8 +276,30 @@ class Task2Vec:
                 stacklevel=3,
             )
 
-    def _batches(self, data: TaskData, stage: str) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = data.batches(self.probe.preprocessing, self.batch_size, self.num_workers, self._cache(data))
+    def _reorders(self, data: TaskData) -> bool:
+        """Whether images are visited in an order of their own; what skipped layers gave is kept by the batch."""
+        return self.estimator == "deflated" and data.is_map_style and self._feature_cache is None
+
+    def _allocation(
+        self, data: TaskData, features: Tensor, linear: nn.Linear, weights: Tensor | None
+    ) -> Allocation | None:
+        """How many cotangents each example gets: ``samples`` on average, or all of them where a batch, which has as
+        many backward passes as the neediest of its examples, cannot be made of those with equal needs."""
+        if self.estimator != "deflated":
+            return None
+        if not self._reorders(data):
+            return everyone(torch.full((len(features),), self.samples))
+        return everyone(share_out(self._need(features, linear, weights), self.samples))
+
+    def _need(self, features: Tensor, linear: nn.Linear, weights: Tensor | None) -> Need:
+        weight, bias = linear.weight.detach().cpu().double(), linear.bias.detach().cpu().double()
+        logits = F.linear(features.double(), weight, bias)
+        return Need.of(logits, weight, weights, TASK_TYPES[self.task_type])
+
+    def _batches(
+        self, data: TaskData, stage: str, examples: list[Tensor] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = data.batches(self.probe.preprocessing, self.batch_size, self.num_workers, self._cache(data), examples)
         label = f"{data.name or 'task'}: {stage}"
         batches = self._waiting(batches)
         for images, labels in tqdm(batches, desc=label, unit="batch", disable=not self.progress, leave=False):
@@ -302,34 +334,60 @@ class Task2Vec:
             labels.append(targets)
         return torch.cat(features), torch.cat(labels)
 
-    def _fisher(self, data: TaskData, codes: Tensor, linear: nn.Linear, weights: Tensor | None) -> FisherDiagonal:
+    def _fisher(
+        self, data: TaskData, features: Tensor, codes: Tensor, linear: nn.Linear, weights: Tensor | None
+    ) -> FisherDiagonal:
+        if self.tolerance is None:
+            return self._visit(data, codes, linear, weights, self._allocation(data, features, linear, weights))
+        checked = False
+
+        def visit(allocation: Allocation) -> FisherDiagonal:
+            nonlocal checked
+            if not self._reorders(data):  # every image has to be visited
+                allocation = everyone(allocation.samples)
+            found = self._visit(data, codes, linear, weights, allocation, not checked)
+            checked = True
+            return found
+
+        return until(self._need(features, linear, weights), self.tolerance, visit, self.seed)
+
+    def _visit(
+        self,
+        data: TaskData,
+        codes: Tensor,
+        linear: nn.Linear,
+        weights: Tensor | None,
+        allocation: Allocation | None,
+        first: bool = True,
+    ) -> FisherDiagonal:
+        """The Fisher of the images of an allocation, or of all."""
+        order, targets = None, codes
+        if allocation is not None and self._reorders(data):
+            allocation = allocation.ordered()
+            order, targets = allocation.batches(self.batch_size), codes[allocation.examples]
+
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             seen = 0
-            for images, _ in self._batches(data, "Fisher"):
-                yield images, codes[seen : seen + len(images)]
+            for images, _ in self._batches(data, "Fisher", order):
+                yield images, targets[seen : seen + len(images)]
                 seen += len(images)
 
         parameter = next(self.probe.network.parameters())
-        samples, first = self.samples, True
         with self.probe.with_head(linear.to(parameter.device, parameter.dtype)) as network:
-            while True:
-                found = fisher(
-                    network,
-                    batches(),
-                    self.estimator,
-                    samples,
-                    likelihood=TASK_TYPES[self.task_type],
-                    parameters=self.probe.embedding_parameters(),
-                    unsupported=self.unsupported,
-                    weights=weights,
-                    seed=self.seed,
-                    self_check=self.self_check and first,
-                    estimator_error=self.tolerance is not None,
-                )
-                # Twice the cotangents leave less than half of the error, and no more than C - 1 are ever needed.
-                if self.tolerance is None or found.relative_error() <= self.tolerance:
-                    return found
-                samples, first = 2 * samples, False
+            return fisher(
+                network,
+                batches(),
+                self.estimator,
+                self.samples,
+                likelihood=TASK_TYPES[self.task_type],
+                parameters=self.probe.embedding_parameters(),
+                unsupported=self.unsupported,
+                weights=weights,
+                seed=self.seed,
+                self_check=self.self_check and first,
+                estimator_error=self.tolerance is not None,
+                allocation=allocation,
+            )
 
     def _robust(self, data: TaskData, codes: Tensor, linear: nn.Linear, weights: Tensor | None) -> RobustFisher:
         """The variances, learned on images drawn with replacement."""
@@ -381,9 +439,14 @@ class Task2Vec:
         if isinstance(found, RobustFisher):
             how = {"method": "variational", "losses": list(found.losses)}
         else:
-            how = {"estimator": self.estimator, "samples": found.samples}
+            how = {"estimator": self.estimator, "samples": self.samples}
             if self.tolerance is not None:
-                how |= {"tolerance": self.tolerance, "relative_error": found.relative_error()}
+                how |= {
+                    "samples": found.samples,
+                    "images": found.num_examples,
+                    "tolerance": self.tolerance,
+                    "relative_error": found.relative_error(),
+                }
         return embedding_of(
             found,
             meta={
