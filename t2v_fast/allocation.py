@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,10 +66,6 @@ class Allocation:
         """Whether examples were left out by chance."""
         return bool((self.inclusion < 1).any())
 
-    def seeds(self, seed: int, examples: Tensor) -> Tensor:
-        """A seed for each of some examples, int64 [n], the same whichever others are visited, and in what order."""
-        return mixed(mixed(torch.tensor(seed)) + examples)
-
     def ordered(self) -> Allocation:
         """The same with the examples of the most cotangents first, so that no batch waits for a few."""
         order = self.samples[self.examples].argsort(descending=True, stable=True)
@@ -97,7 +94,12 @@ class Allocation:
         cuts = [n]
         while cuts[-1] > 0:
             cuts.append(int(begin[cuts[-1]]))
-        return [self.examples[start:stop] for stop, start in zip(cuts, cuts[1:], strict=False)][::-1]
+        return [self.examples[start:stop] for stop, start in pairwise(cuts)][::-1]
+
+
+def seeds_of(examples: Tensor, seed: int) -> Tensor:
+    """A seed for each of some examples, int64 [n], the same whichever others are visited, and in what order."""
+    return mixed(mixed(torch.tensor(seed)) + examples)
 
 
 def everyone(samples: Tensor) -> Allocation:
@@ -140,6 +142,8 @@ class Need:
         tiny = torch.finfo(torch.float64).tiny
         spectrum = model.spectrum(z)
         importance = a * t
+        if not importance.any():  # no example has a Fisher that float64 can tell from zero
+            importance = a
         return cls(importance / importance.sum().clamp_min(tiny), spectrum / spectrum.sum(1, True).clamp_min(tiny))
 
     def variances(self, samples: Tensor) -> Tensor:
@@ -164,7 +168,7 @@ def share_out(need: Need, samples: float) -> Tensor:
     n, rank = need.spectrum.shape
     tails = need.spectrum.flip(1).cumsum(1).flip(1)
     gains = need.importance[:, None].square() * need.spectrum[:, :-1] * tails[:, 1:]  # [N, R - 1]
-    count = min(int(n * (samples - 1)), gains.numel())
+    count = min(int(n * (samples - 1) + 1e-6), gains.numel())
     taken = gains.flatten().topk(count).indices // max(rank - 1, 1)
     return 1 + torch.bincount(taken, minlength=n)
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from . import plan
-from .allocation import Allocation
+from .allocation import Allocation, seeds_of
 from .cotangents import Likelihood, check_estimator, cotangents, get_likelihood
 from .factors import Factors
 from .graph import Use, find_taps, mend_batch_norms
@@ -332,7 +332,7 @@ def fisher(
                         f"the loader yields more than the allocation's {len(allocation.examples)} examples"
                     )
                 a, inclusion = weights[numbers].double(), allocation.inclusion[numbers]
-                samples, generator = allocation.samples[numbers], allocation.seeds(seed, numbers)
+                samples, generator = allocation.samples[numbers], seeds_of(numbers, seed)
             else:
                 a = torch.ones(n, dtype=torch.float64) if weights is None else weights[seen : seen + n].double()
             if len(a) < n:

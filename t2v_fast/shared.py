@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .allocation import Allocation
+from .allocation import Allocation, seeds_of
 from .cotangents import Likelihood, check_estimator, cotangents, get_likelihood
 from .fisher import (
     FisherDiagonal,
@@ -107,7 +107,7 @@ def fisher_of_label_sets(
             for s, width, generator in zip(sets, widths, generators, strict=True):
                 k, source = samples, generator
                 if s.allocation is not None:
-                    k, source = s.allocation.samples[numbers], s.allocation.seeds(seed, numbers)
+                    k, source = s.allocation.samples[numbers], seeds_of(numbers, seed)
                 logits_ = logits[:, start : start + width]
                 u = cotangents(logits_, estimator, k, likelihood, s.codes[numbers], source)
                 blocks.append(F.pad(u, (start, sum(widths) - start - width)))
