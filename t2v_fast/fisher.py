@@ -45,9 +45,9 @@ class FisherDiagonal(Mapping[str, Tensor]):
     and over the estimator's own draws, NaN where fewer than two units were seen. The units are examples, for
     ``parameter`` and ``batch_mean`` batches. ``estimator_error``, where it was asked for: the standard deviation of the
     estimator's own draws alone, of cotangents and of examples that an allocation left out, by which the values differ
-    from ``exact`` on all examples. ``samples``: cotangents of an example, where they differ of the mean visited one;
-    ``num_examples``: those visited. ``unused`` parameters are those that no output depended on, ``skipped`` those that
-    ``unsupported="skip"`` left out.
+    from ``exact`` on all examples. ``samples``: cotangents of an example, the mean where they differ; ``visited``: how
+    many of the ``num_examples`` were backpropagated, all but with an allocation. ``unused`` parameters are those that
+    no output depended on, ``skipped`` those that ``unsupported="skip"`` left out.
     """
 
     values_: dict[str, Tensor]
@@ -59,6 +59,7 @@ class FisherDiagonal(Mapping[str, Tensor]):
     unused: frozenset[str] = field(default_factory=frozenset)
     skipped: frozenset[str] = field(default_factory=frozenset)
     estimator_error: dict[str, Tensor] | None = None
+    visited: int = 0
 
     def relative_error(self) -> float:
         """Norm of the ``estimator_error`` over the norm of the values; NaN where it was not asked for."""
@@ -381,6 +382,8 @@ def fisher(
     if not next(iter(moments.values())).weight > 0:
         raise ValueError("the weights of all examples are zero")
     diagonal = _diagonal(moments, recorder, estimator, samples, seen, skipped)
+    if allocation is not None:
+        diagonal = replace(diagonal, num_examples=len(allocation.samples))
     if not estimator_error:
         return diagonal
     errors = {name: drawn[name].variance().sqrt() / moments[name].weight for name in diagonal}
@@ -435,6 +438,7 @@ def _diagonal(
         count,
         recorder.unused,
         skipped,
+        visited=count,
     )
 
 

@@ -37,22 +37,27 @@ class Task2Vec:
     """The paper's pipeline: features in one pass, a linear head fitted on them, the Fisher in a second pass.
 
     ``probe``: a :class:`Probe`, a name for :func:`load_probe`, or a network whose last layer is linear.
-    ``estimator`` and ``samples``: see :func:`t2v_fast.fisher`. ``task_type``: ``"multiclass"`` (one label an image) or
-    ``"multilabel"`` (a 0-1 vector an image). ``balanced`` gives each class the same total weight, as the public code's
-    balanced sampler does in expectation, though each image is visited once. ``head`` and ``head_options`` go to
-    :func:`t2v_fast.head.fit_head`. ``dtype``: the precision in which the network runs, float32 by default;
-    ``torch.bfloat16`` is faster where the processor has instructions for it, and its embeddings are not compared with
-    those of float32. The head is fitted in float64 in any case. ``skip_layers``: leave out the first layers, by number
-    or name (:meth:`Probe.skipping`), as the public code's option of this name does; nothing is backpropagated into
-    them, and in ``feature_folder`` what they make of each batch is kept, for the second pass and for later runs. Image
-    files are decoded once where they fit into ``cache_megabytes`` of memory, or of the disk at ``cache_folder``
-    (:class:`t2v_fast.cache.ImageCache`). ``unsupported="exact"`` for probes that transform weights before use, which
-    are refused by default (:class:`t2v_fast.FisherRecorder`).
+    ``estimator`` and ``samples``: see :func:`t2v_fast.fisher`. ``"deflated"`` cotangents are ``samples`` an image on
+    average and are spent where the spectra of the images' logit Fishers say that they help the most
+    (:func:`t2v_fast.allocation.share_out`): each embedding visits all images, once, those of equal need together. Where
+    images come in their order alone (an iterable, a ``feature_folder``), each has ``samples``. ``task_type``:
+    ``"multiclass"`` (one label an image) or ``"multilabel"`` (a 0-1 vector an image). ``balanced`` gives each class the
+    same total weight, as the public code's balanced sampler does in expectation, though each image is visited once.
+    ``head`` and ``head_options`` go to :func:`t2v_fast.head.fit_head`. ``dtype``: the precision in which the network
+    runs, float32 by default; ``torch.bfloat16`` is faster where the processor has instructions for it, and its
+    embeddings are not compared with those of float32. The head is fitted in float64 in any case. ``skip_layers``: leave
+    out the first layers, by number or name (:meth:`Probe.skipping`), as the public code's option of this name does;
+    nothing is backpropagated into them, and in ``feature_folder`` what they make of each batch is kept, for the second
+    pass and for later runs. Image files are decoded once where they fit into ``cache_megabytes`` of memory, or of the
+    disk at ``cache_folder`` (:class:`t2v_fast.cache.ImageCache`). ``unsupported="exact"`` for probes that transform
+    weights before use, which are refused by default (:class:`t2v_fast.FisherRecorder`).
 
-    ``tolerance``: the relative error that the estimator may leave, norm of the error over norm of the embedding. The
-    Fisher is computed with ``samples`` cotangents and one more, and again with twice as many, until two sketches of
-    each image agree to that; ``standard_error`` is then that of the estimator alone, against ``"exact"`` on the same
-    images, and ``meta["relative_error"]`` what was reached. For ``estimator="deflated"``.
+    ``tolerance``: the relative error that the estimator may leave, norm of the error over norm of the embedding. Images
+    are drawn by importance, the weighted trace of their logit Fisher through the head, and each gets the cotangents
+    that its spectrum asks for, until the error that the draws show is below (:func:`t2v_fast.allocation.until`; an
+    iterable and a ``feature_folder`` are visited whole). ``standard_error`` is then that of the estimator alone,
+    against ``"exact"`` on all the images; ``meta`` has the ``relative_error`` that was reached, the ``images`` of the
+    Fisher and the mean of their ``samples``, of which none are asked for. For ``estimator="deflated"``.
 
     ``method="variational"``: the paper's robust Fisher in place of the Fisher (:mod:`t2v_fast.variational`), for probes
     of convolutions and linear layers; ``hessian`` is 1 / variance and ``scale`` 1 / lambda^2. ``method_options``:
@@ -443,7 +448,7 @@ class Task2Vec:
             if self.tolerance is not None:
                 how |= {
                     "samples": found.samples,
-                    "images": found.num_examples,
+                    "images": found.visited,
                     "tolerance": self.tolerance,
                     "relative_error": found.relative_error(),
                 }

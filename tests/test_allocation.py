@@ -203,6 +203,8 @@ def test_order_and_batches_change_nothing() -> None:
     exact = drawn_fisher(network, x, everyone(torch.full((20,), 4)), 0, weights=w)
     assert relative_error(exact.vector(), fisher(network, [x], "exact", weights=w).vector()) < 1e-9
     assert exact.relative_error() == 0
+    some = drawn_fisher(network, x, Allocation(plain.samples, torch.arange(5), torch.full((20,), 0.25)), 0)
+    assert (some.visited, some.num_examples, exact.visited) == (5, 20, 20)
 
 
 def test_until_the_tolerance() -> None:

@@ -199,6 +199,7 @@ def test_tolerance_is_met() -> None:
         visited.clear()
         found = Task2Vec(probe, tolerance=tolerance, self_check=False, **options).embed((images, labels))
         assert found.meta["tolerance"] == tolerance
+        assert found.num_examples == 300
         assert found.meta["relative_error"] <= tolerance
         error = relative_error(torch.from_numpy(found.hessian), torch.from_numpy(exact.hessian))
         assert error <= 2 * found.meta["relative_error"] + 1e-6
