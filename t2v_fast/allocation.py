@@ -34,6 +34,7 @@ OVERHEAD = 3.0  # examples that a pass of any size costs more, about that of Eff
 # fitted to the end and stopped early (EfficientNet-Lite0, handwritten digits).
 COHERENCE = 0.7
 FLOOR = 0.01  # t_n counts as at least this part of its mean, which bounds the weights of examples that t_n misjudges
+MARGIN = 0.85  # the error that is aimed at, of that allowed; what a draw reports scatters by some ten percent
 LEAST = 64  # examples that are drawn at least: normal intervals need some
 
 
@@ -217,19 +218,20 @@ def draw(need: Need, error: float, seed: int = 0) -> Allocation:
 
 def until(need: Need, tolerance: float, visit: Callable[[Allocation], FisherDiagonal], seed: int = 0) -> FisherDiagonal:
     """``visit(allocation)``, the Fisher of a draw with its ``estimator_error``, for larger and larger draws until that
-    is at most ``tolerance`` of the Fisher's norm. Mostly the first one is enough, as :func:`draw` errs upwards.
+    is at most ``tolerance`` of the Fisher's norm. Each aims below it by a :data:`MARGIN`, since a further draw starts
+    anew: to go on with the images of one because of its error would bias the result.
 
     Raises ValueError for a tolerance that is not above zero.
     """
     if not tolerance > 0:
         raise ValueError(f"tolerance is {tolerance}, expected a relative error above 0")
-    target = tolerance
+    target = MARGIN * tolerance
     while True:
         found = visit(draw(need, target, seed))
         error = found.relative_error()
         if error <= tolerance:
             return found
-        target *= min(0.9 * tolerance / error, 0.7)
+        target *= MARGIN * min(tolerance / error, 1)
 
 
 def _at_least(inclusion: Tensor, importance: Tensor, least: int) -> Tensor:

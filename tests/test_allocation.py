@@ -125,7 +125,7 @@ def test_batches_cost_the_least(ordered: bool) -> None:
 
 def test_examples_come_with_their_probabilities() -> None:
     need = need_of(300)
-    seen, draws = torch.zeros(300), 400
+    seen, draws = torch.zeros(300), 200
     for seed in range(draws):
         allocation = draw(need, 0.2, seed)
         assert len(allocation.examples.unique()) == len(allocation.examples)
