@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--workers", type=int, help="processes that embed a job's tasks (default: this one)")
     embed.add_argument("--ray", metavar="ADDRESS", help="embed a job's tasks on a Ray cluster ('auto', 'local', ...)")
     embed.add_argument(
-        "--tolerance", type=float, default=None, help="add cotangents until the estimator's relative error is below"
+        "--tolerance", type=float, default=None, help="add images and cotangents until the relative error is below"
     )
     embed.add_argument("--method", default="fisher", choices=METHODS, help="variational: the paper's robust Fisher")
     embed.add_argument(
@@ -191,7 +191,7 @@ def _pipeline_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cpu)")
     parser.add_argument("--estimator", default="deflated", choices=[*ESTIMATORS, BATCH_MEAN])
-    parser.add_argument("--samples", type=int, default=2, help="cotangents an image (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=2, help="cotangents an image, on average (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--loaders", type=int, default=0, help="processes that load images")
     parser.add_argument("--seed", type=int, default=0)

@@ -5,14 +5,16 @@ give sum_k (J_n^T u_k)^2 with the diagonal Fisher as its expectation, since each
 
 ===============  ================================================================================================
 ``exact``        a factor of S_n: no sampling error, C - 1 cotangents for a softmax over C classes
-``deflated``     the leading samples - 1 eigenvectors of S_n, and one random-sign sketch of all others; unbiased
+``deflated``     the leading samples - 1 eigenvectors of S_n, and one random-sign sketch of all others; unbiased.
+                 ``samples`` may differ from example to example (:mod:`t2v_fast.allocation`)
 ``hutchinson``   random-sign sketches of the whole factor (Hutchinson, 1989); unbiased
 ``monte_carlo``  scores of labels drawn from the model, as in Task2Vec's public code; unbiased
 ``empirical``    the score of the data set's own label (the "empirical Fisher": another quantity than the Fisher)
 ===============  ================================================================================================
 
 Everything is float64 on the CPU: a confident head has 1 - p around 1e-7, which float32 cannot hold, and drawing signs
-on the CPU in example order makes a seed give the same numbers on every device and at every batch size.
+on the CPU in example order makes a seed give the same numbers on every device and at every batch size. Where examples
+come in another order or not all, each has a seed of its own.
 """
 
 from __future__ import annotations
@@ -36,9 +38,21 @@ class Likelihood(ABC):
         """Cotangents [K, N, C] with sum_k u_k u_k^T = S_n."""
 
     @abstractmethod
-    def deflated(self, z: Tensor, samples: int, generator: torch.Generator, sketches: int = 1) -> Tensor:
-        """``samples - 1`` leading eigenvectors of S_n and ``sketches`` of the rest, whose squares are averaged; where
-        there is no rest, all eigenvectors, at most ``samples``."""
+    def rank(self, classes: int) -> int:
+        """That of S_n: from this many cotangents on, ``deflated`` is exact."""
+
+    @abstractmethod
+    def spectrum(self, z: Tensor) -> Tensor:
+        """The eigenvalues of S_n, the largest first, [N, rank]; of many classes the small ones only about."""
+
+    @abstractmethod
+    def trace_through(self, z: Tensor, weight: Tensor) -> Tensor:
+        """tr(W^T S_n W), [N], W = ``weight`` [C, D] of the layer that gave the logits: the Fisher of its input."""
+
+    @abstractmethod
+    def deflated(self, z: Tensor, leading: Tensor, signs: Tensor) -> Tensor:
+        """The ``leading`` [N] first eigenvectors of each S_n, [max(leading), N, C] with zeros where an example has
+        fewer; then a sketch of the rest for each row of ``signs`` [K, N, C], whose squares are averaged."""
 
     @abstractmethod
     def sketch(self, z: Tensor, signs: Tensor) -> Tensor:
@@ -53,14 +67,34 @@ class Likelihood(ABC):
         """The gradient of -log p(labels | z) with respect to z, [..., N, C]."""
 
 
-def _signs(n: int, k: int, c: int, generator: torch.Generator) -> Tensor:
-    """Independent signs [k, n, c], drawn example by example so that they do not depend on the batch size."""
-    return (torch.randint(0, 2, (n, k, c), generator=generator, dtype=torch.float64) * 2 - 1).transpose(0, 1)
+def _signs(n: int, k: int, c: int, source: torch.Generator | Tensor | None) -> Tensor:
+    """Independent signs [k, n, c], which do not depend on the batch size: drawn example by example from a generator, or
+    each example's own, from its seed [n]."""
+    if isinstance(source, Tensor):
+        # SplitMix64 (Steele, Lea and Flood, 2014): the numbers of a counter, whose highest bit is the sign.
+        bits = mixed(mixed(source)[:, None] + torch.arange(1, k * c + 1) * _GOLDEN)
+        return (1 - 2 * (bits < 0).double()).view(n, k, c).transpose(0, 1)
+    return (torch.randint(0, 2, (n, k, c), generator=source, dtype=torch.float64) * 2 - 1).transpose(0, 1)
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit integers, which wrap around
+
+
+def mixed(x: Tensor) -> Tensor:
+    """int64 of which each bit depends on every bit of x: the finaliser of SplitMix64."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * (factor - 2**64)
+    return x ^ (x >> 31 & (1 << 33) - 1)
 
 
 def _uniform(z: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Uniform numbers in [0, 1), [N, *shape], drawn example by example for the same reason."""
     return torch.rand((z.shape[0], *shape), generator=generator, dtype=z.dtype)
+
+
+def _first(r: int, leading: Tensor) -> Tensor:
+    """Which of r eigenvectors are among the leading ones of each example, [N, 1, r]."""
+    return torch.arange(r) < leading[:, None, None]
 
 
 class Softmax(Likelihood):
@@ -77,27 +111,44 @@ class Softmax(Likelihood):
         factor = torch.eye(p.shape[1], dtype=z.dtype)[:-1] - ratio.triu(1)
         return (diagonal[:, :, None] * factor).transpose(0, 1)
 
-    def deflated(self, z: Tensor, samples: int, generator: torch.Generator, sketches: int = 1) -> Tensor:
+    def rank(self, classes: int) -> int:
+        return classes - 1
+
+    def spectrum(self, z: Tensor) -> Tensor:
+        p = z.softmax(1).sort(1, descending=True).values
+        # The least eigenvalue of all classes is 0, of (1, ..., 1). Of many classes the likeliest have the large ones;
+        # the others lie between neighbouring probabilities.
+        values = torch.cat([torch.linalg.eigvalsh(_covariance(t)).flip(1) for t in p[:, :DENSE_CLASSES].split(1024)])
+        return torch.cat([values, p[:, DENSE_CLASSES + 1 :]], 1)[:, : p.shape[1] - 1].clamp_min(0)
+
+    def trace_through(self, z: Tensor, weight: Tensor) -> Tensor:
         p = z.softmax(1)
-        n, c = p.shape
-        if c <= DENSE_CLASSES:
+        # As a sum over classes of the distance from the likeliest, which does not cancel for a confident head.
+        top = p.argmax(1)
+        products = weight @ weight.T
+        squares = products.diag()
+        from_top = squares - 2 * products[top] + squares[top][:, None]  # [N, C], |w_c - w_top|^2
+        mean = (p @ weight) - p.sum(1, keepdim=True) * weight[top]
+        return ((p * from_top.clamp_min(0)).sum(1) - mean.square().sum(1)).clamp_min(0)
+
+    def deflated(self, z: Tensor, leading: Tensor, signs: Tensor) -> Tensor:
+        p = z.softmax(1)
+        most = int(leading.max()) if len(leading) else 0
+        if p.shape[1] <= DENSE_CLASSES:
             values, vectors = torch.linalg.eigh(_covariance(p))
             values, vectors = values.flip(1)[:, :-1], vectors.flip(2)[:, :, :-1]  # the least one is 0, of (1, ..., 1)
-            columns = (vectors * values.clamp_min(0).sqrt()[:, None, :]).permute(2, 0, 1)  # [C - 1, N, C]
-            if samples >= c - 1:
-                return columns
-            signs = _signs(n, sketches, c - samples, generator) / sketches**0.5
-            rest = torch.einsum("rnc,snr->snc", columns[samples - 1 :], signs)
-            return torch.cat([columns[: samples - 1], rest])
-        signs = _signs(n, sketches, c, generator) / sketches**0.5
-        if samples == 1:
+            columns = vectors * values.clamp_min(0).sqrt()[:, None, :]  # [N, C, C - 1]
+            first = _first(columns.shape[2], leading)
+            rest = torch.einsum("ncr,snr->snc", columns * ~first, signs[:, :, :-1])
+            return torch.cat([(columns * first)[:, :, :most].permute(2, 0, 1), rest])
+        if most == 0:
             return self.sketch(z, signs)
         # With B B^T = S, any orthonormal Q gives S = B Q Q^T B^T + B (I - Q Q^T) B^T, so the result is unbiased however
         # accurate Q is; the right singular vectors of B make the second part small.
-        vectors = _leading_eigenvectors(p, samples - 1)  # [N, C, samples - 1]
+        vectors = _leading_eigenvectors(p, most)  # [N, C, most]
         root = p.sqrt()[:, :, None]
         right = root * (vectors - (p[:, :, None] * vectors).sum(1, keepdim=True))  # B^T v
-        q = torch.linalg.qr(right)[0]
+        q = torch.linalg.qr(right)[0] * _first(most, leading)
         signs = signs.permute(1, 2, 0)  # [N, C, sketches]
         remainder = signs - q @ (q.mT @ signs)
         return self.sketch(z, torch.cat([q, remainder], 2).permute(2, 0, 1))
@@ -126,14 +177,22 @@ class _Diagonal(Likelihood):
     def exact(self, z: Tensor) -> Tensor:
         return torch.diag_embed(self.variance(z).sqrt()).transpose(0, 1)
 
-    def deflated(self, z: Tensor, samples: int, generator: torch.Generator, sketches: int = 1) -> Tensor:
-        if samples >= z.shape[1]:
-            return self.exact(z)
+    def rank(self, classes: int) -> int:
+        return classes
+
+    def spectrum(self, z: Tensor) -> Tensor:
+        return self.variance(z).sort(1, descending=True).values
+
+    def trace_through(self, z: Tensor, weight: Tensor) -> Tensor:
+        return self.variance(z) @ weight.square().sum(1)
+
+    def deflated(self, z: Tensor, leading: Tensor, signs: Tensor) -> Tensor:
         root = self.variance(z).sqrt()
-        leading = root.topk(samples - 1, dim=1).indices  # [N, samples - 1]
-        kept = torch.zeros(samples - 1, *z.shape, dtype=z.dtype).scatter_(2, leading.T[:, :, None], 1)
-        rest = root * (1 - kept.sum(0)) * _signs(z.shape[0], sketches, z.shape[1], generator) / sketches**0.5
-        return torch.cat([kept * root, rest])
+        most = int(leading.max()) if len(leading) else 0
+        largest = root.topk(most, dim=1).indices  # [N, most]
+        first = _first(most, leading).squeeze(1).T.to(z.dtype)[:, :, None]  # [most, N, 1]
+        kept = torch.zeros(most, *z.shape, dtype=z.dtype).scatter_(2, largest.T[:, :, None], first)
+        return torch.cat([kept * root, root * (1 - kept.sum(0)) * signs])
 
     def sketch(self, z: Tensor, signs: Tensor) -> Tensor:
         return self.variance(z).sqrt() * signs
@@ -184,21 +243,22 @@ def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
     return LIKELIHOODS[likelihood]()
 
 
-def check_estimator(estimator: str, samples: int) -> None:
+def check_estimator(estimator: str, samples: int | Tensor) -> None:
     """Raise ValueError for an unknown estimator or a number of cotangents that makes no sense."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"unknown estimator {estimator!r}: expected one of {', '.join(ESTIMATORS)}")
-    if samples < 1:
-        raise ValueError(f"samples is {samples}, expected at least one cotangent for each example")
+    least = samples if not isinstance(samples, Tensor) else int(samples.min()) if len(samples) else 1
+    if least < 1:
+        raise ValueError(f"samples is {least}, expected at least one cotangent for each example")
 
 
 def cotangents(
     logits: Tensor,
     estimator: str = "deflated",
-    samples: int = 2,
+    samples: int | Tensor = 2,
     likelihood: str | Likelihood = "softmax",
     labels: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Tensor | None = None,
     mask: Tensor | None = None,
     level: str = "token",
     sketches: int = 1,
@@ -209,6 +269,10 @@ def cotangents(
     and has one more for each of the ``sketches`` beyond the first, which come last and differ by chance alone);
     ``labels`` are needed by ``empirical`` alone: [N] class indices for softmax, [N, C] targets otherwise. Without a
     ``generator`` the default one of torch is used. Raises ValueError naming what does not fit.
+
+    For ``deflated`` cotangents of logits [N, C], ``samples`` may be [N] integers, one number for each example: K is
+    that of the largest, and u is zero where an example has fewer. ``generator`` may be [N] seeds, int64, of the
+    examples: one's signs are then the same in whatever batch it comes.
 
     Logits [N, T, C] have a label at each of T tokens, independent given the input, as a language model's are given the
     text before them; u is [K, N, T, C], labels [N, T] (or [N, T, C]). Where ``mask`` [N, T] is false, there is no label
@@ -223,6 +287,15 @@ def cotangents(
         raise ValueError(f"logits are {list(logits.shape)} {logits.dtype}, expected floating point [N, C] or [N, T, C]")
     if sketches < 1 or (sketches > 1 and (estimator != "deflated" or logits.dim() == 3)):
         raise ValueError(f"sketches is {sketches}: more than one is for 'deflated' cotangents of logits [N, C]")
+    own = isinstance(samples, Tensor) or isinstance(generator, Tensor)
+    if own and (estimator != "deflated" or logits.dim() == 3):
+        raise ValueError(
+            f"samples or seeds of each example are for 'deflated' cotangents of logits [N, C], got {estimator!r} of "
+            f"{list(logits.shape)}"
+        )
+    for name, each in (("samples", samples), ("generator", generator)):
+        if isinstance(each, Tensor) and (list(each.shape) != [len(logits)] or each.dtype != torch.int64):
+            raise ValueError(f"{name} are {list(each.shape)} {each.dtype}, expected int64 [{len(logits)}]")
     if logits.dim() == 3:
         return _of_tokens(logits, estimator, samples, model, labels, generator, mask, level)
     if mask is not None:
@@ -238,7 +311,7 @@ def cotangents(
     if estimator == "exact":
         u = model.exact(z)
     elif estimator == "deflated":
-        u = model.deflated(z, samples, generator, sketches)
+        u = _deflated(model, z, samples, generator, sketches)
     elif estimator == "hutchinson":
         u = model.sketch(z, _signs(z.shape[0], samples, z.shape[1], generator)) / samples**0.5
     elif estimator == "monte_carlo":
@@ -248,6 +321,20 @@ def cotangents(
             raise ValueError("estimator 'empirical' needs the labels of the batch, got none")
         u = model.score(z, _check_labels(labels.cpu(), z, model))[None]
     return u.to(logits.device, logits.dtype)
+
+
+def _deflated(
+    model: Likelihood, z: Tensor, samples: int | Tensor, source: torch.Generator | Tensor | None, sketches: int
+) -> Tensor:
+    """Leading eigenvectors and sketches; no sketches where nothing is left for any example of the batch."""
+    n, c = z.shape
+    if not isinstance(samples, Tensor):
+        samples = torch.full((n,), samples)
+    rank = model.rank(c)
+    exact = samples >= rank
+    leading = torch.where(exact, rank, samples - 1)
+    signs = _signs(n, sketches, c, source) / sketches**0.5 * ~exact[:, None]
+    return model.deflated(z, leading, signs[: 0 if exact.all() else sketches])
 
 
 def _of_tokens(

@@ -51,6 +51,7 @@ class TaskData:
         self.describe, self.skip_unreadable = describe, skip_unreadable
         self.skipped: list[str] = []
         self._labels: Tensor | None = None  # of the first complete pass
+        self._places: Tensor | None = None  # of its examples in the source
         self.cache: ImageCache | None = None  # of decoded images, while the task is embedded
 
     @classmethod
@@ -99,10 +100,12 @@ class TaskData:
         batch_size: int = 32,
         num_workers: int = 0,
         cache: ImageCache | None = None,
+        examples: Sequence[Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images [B, C, H, W] as ``prepare`` makes them, finite, and labels [B] int64, or [B, L] for multi-label.
 
-        Decoded files of a map-style source go into ``cache``, and come from there in the next pass.
+        Decoded files of a map-style source go into ``cache``, and come from there in the next pass. ``examples``: only
+        these of a first pass over a map-style source, by their numbers in it, [b] for each batch, in any order.
 
         Raises DataError, naming the image, for anything unusable, and when a second pass gives other labels.
         """
@@ -115,19 +118,28 @@ class TaskData:
             dataset = _Iterated(self.source, read)
             num_workers = 0  # each worker would yield the whole of it
         # A generator of its own: a loader would otherwise draw from torch's global one.
+        known, sizes = self._labels, {"batch_size": batch_size}
+        if examples is not None:
+            known, sizes = (
+                self._labels[torch.cat(list(examples))],
+                {"batch_sampler": [self._places[batch].tolist() for batch in examples]},
+            )
         loader = DataLoader(
-            dataset, batch_size, num_workers=num_workers, collate_fn=list, generator=torch.Generator().manual_seed(0)
+            dataset, num_workers=num_workers, collate_fn=list, generator=torch.Generator().manual_seed(0), **sizes
         )
         labels: list[Tensor] = []
+        readable: list[bool] = []
+        skipped: list[str] = []
         first: Item | None = None
-        seen, self.skipped = 0, []
+        seen = 0
         for items in loader:
             kept: list[Item] = []
             for item in items:
                 if isinstance(item, DataError):
                     raise item
+                readable.append(not isinstance(item, str))
                 if isinstance(item, str):
-                    self.skipped.append(item)
+                    skipped.append(item)
                 else:
                     first = first or item
                     self._check_like(first, item)
@@ -136,17 +148,19 @@ class TaskData:
                 continue
             labels.append(torch.stack([label for _, label, _ in kept]))
             seen += len(kept)
-            if self._labels is not None and seen > len(self._labels):
+            if known is not None and seen > len(known):
                 raise self._other_pass("has more")
-            if self._labels is not None and not torch.equal(labels[-1], self._labels[seen - len(kept) : seen]):
+            if known is not None and not torch.equal(labels[-1], known[seen - len(kept) : seen]):
                 raise self._other_pass(f"has other labels from image {seen - len(kept)} on")
             yield torch.stack([image for image, _, _ in kept]), labels[-1]
         if not labels:
-            skipped = f" ({len(self.skipped)} files were unreadable)" if self.skipped else ""
-            raise DataError(f"{_task(self.name)} has no image{skipped}")
-        if self._labels is not None and seen != len(self._labels):
+            unreadable = f" ({len(skipped)} files were unreadable)" if skipped else ""
+            raise DataError(f"{_task(self.name)} has no image{unreadable}")
+        if known is not None and seen != len(known):
             raise self._other_pass(f"has {seen}")
-        self._labels = torch.cat(labels)
+        if examples is None:
+            self._labels, self.skipped = torch.cat(labels), skipped
+            self._places = torch.tensor(readable).nonzero()[:, 0]
 
     def _check_like(self, first: Item, item: Item) -> None:
         (image, label, where), (first_image, first_label, first_where) = item, first

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Subset
 
+from .allocation import everyone
 from .data import DataError, TaskData
 from .embedding import Embedding
 from .fisher import BATCH_MEAN, _Moments
@@ -57,10 +58,10 @@ def embed_distributed(
         task = task2vec._head_task(codes, len(classes))
         features = torch.cat([features for features, _, _ in shares])
         (fit,) = task2vec._fit_heads(features, {part.name or "": task}).values()
-        return fit, task, classes
+        return fit, task, classes, task2vec._allocation(part, features, fit.linear, task.weights)
 
     with timed(seconds, "head"):
-        fit, task, classes = _together(fit_head, group)[0]
+        fit, task, classes, allocation = _together(fit_head, group)[0]
     agreed = False
 
     def reduce(moments: list[dict[str, _Moments]], count: int) -> int:
@@ -71,8 +72,10 @@ def embed_distributed(
 
     with timed(seconds, "fisher"):
         try:
-            sets = [LabelSet(fit.linear, task.labels, task.weights)]
-            (diagonal,) = task2vec._fisher_of_label_sets(part, sets, first=first, reduce=reduce)
+            sets = [LabelSet(fit.linear, task.labels, task.weights, allocation)]
+            mine = slice(first, first + len(shares[rank][1]))
+            samples = torch.ones(len(task.labels), dtype=torch.long) if allocation is None else allocation.samples
+            (diagonal,) = task2vec._fisher_of_label_sets(part, sets, everyone(samples[mine]), first, reduce=reduce)
         except Exception as error:
             if not agreed:  # the others wait to hear how it went
                 _agree(error, group)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from . import plan
+from .allocation import Allocation, seeds_of
 from .cotangents import Likelihood, check_estimator, cotangents, get_likelihood
 from .cpu import fast_forward
 from .factors import Factors
@@ -43,19 +44,22 @@ class FisherDiagonal(Mapping[str, Tensor]):
     ``standard_error`` has the same keys and shapes: the standard deviation of the estimate over data sets like this one
     and over the estimator's own draws, NaN where fewer than two units were seen. The units are examples, for
     ``parameter`` and ``batch_mean`` batches. ``estimator_error``, where it was asked for: the standard deviation of the
-    estimator's own draws alone, by which the values differ from ``exact`` on the same examples. ``unused`` parameters
-    are those that no output depended on, ``skipped`` those that ``unsupported="skip"`` left out.
+    estimator's own draws alone, of cotangents and of examples that an allocation left out, by which the values differ
+    from ``exact`` on all examples. ``samples``: cotangents of an example, the mean where they differ; ``visited``: how
+    many of the ``num_examples`` were backpropagated, all but with an allocation. ``unused`` parameters are those that
+    no output depended on, ``skipped`` those that ``unsupported="skip"`` left out.
     """
 
     values_: dict[str, Tensor]
     standard_error: dict[str, Tensor]
     granularity: str
     estimator: str
-    samples: int
+    samples: int | float
     num_examples: int
     unused: frozenset[str] = field(default_factory=frozenset)
     skipped: frozenset[str] = field(default_factory=frozenset)
     estimator_error: dict[str, Tensor] | None = None
+    visited: int = 0
 
     def relative_error(self) -> float:
         """Norm of the ``estimator_error`` over the norm of the values; NaN where it was not asked for."""
@@ -107,16 +111,17 @@ class _Moments:
         self.cross: Tensor | float = 0.0  # sum_u a^2 q
         self.second: Tensor | float = 0.0  # sum_u a^2 q^2
 
-    def add(self, values: Tensor, weights: Tensor) -> None:
-        """values [U, ...] and weights [U] of U more units."""
+    def add(self, values: Tensor, weights: Tensor, inclusion: Tensor | None = None) -> None:
+        """values [U, ...] and weights [U] of U more units, and the probabilities with which they came to be here."""
         a = weights.to("cpu", torch.float64)
         q = values.to("cpu", torch.float64)
+        a1, a2 = (a, a.square()) if inclusion is None else (a / inclusion, a.square() / inclusion)
         self.units += len(a)
-        self.weight += float(a.sum())
-        self.weight2 += float(a.square().sum())
-        self.first = self.first + torch.tensordot(a, q, 1)
-        self.cross = self.cross + torch.tensordot(a.square(), q, 1)
-        self.second = self.second + torch.tensordot(a.square(), q.square(), 1)
+        self.weight += float(a1.sum())
+        self.weight2 += float(a2.sum())
+        self.first = self.first + torch.tensordot(a1, q, 1)
+        self.cross = self.cross + torch.tensordot(a2, q, 1)
+        self.second = self.second + torch.tensordot(a2, q.square(), 1)
 
     def mean(self) -> Tensor:
         return self.first / self.weight
@@ -127,6 +132,41 @@ class _Moments:
             return torch.full_like(mean, float("nan"))
         spread = self.second - 2 * mean * self.cross + mean.square() * self.weight2  # sum_u a^2 (q - mean)^2
         return (spread.clamp_min(0) * self.units / (self.units - 1)).sqrt() / self.weight
+
+
+class _DrawnExamples:
+    """The variance that comes of visiting drawn examples in place of all: Hajek's (1964) for samples of fixed size.
+
+    sum_s (1 - p_n) (r_n - mean)^2 over the visited examples, r_n = a_n q_n / p_n, p_n their inclusion probabilities,
+    with the mean weighted by 1 - p_n. Systematic samples in random order vary like it or less. To that comes of the
+    examples' own draws what the spread of r_n does not show: p_n of it.
+    """
+
+    def __init__(self) -> None:
+        self.units = 0
+        self.weight = 0.0
+        self.first: Tensor | float = 0.0
+        self.second: Tensor | float = 0.0
+        self.draws: Tensor | float = 0.0
+
+    def add(self, values: Tensor, variances: Tensor, a: Tensor, inclusion: Tensor) -> None:
+        """Per-example values [n, ...], the variances of their draws, weights and probabilities [n]."""
+        r, left = a / inclusion, 1 - inclusion
+        q = values.to("cpu", torch.float64)
+        self.draws = self.draws + torch.tensordot(r.square() * inclusion, variances.to("cpu", torch.float64), 1)
+        some = left > 0
+        if some.any():
+            r, left, q = r[some], left[some], q[some]
+            self.units += len(r)
+            self.weight += float(left.sum())
+            self.first = self.first + torch.tensordot(left * r, q, 1)
+            self.second = self.second + torch.tensordot(left * r.square(), q.square(), 1)
+
+    def variance(self) -> Tensor:
+        if self.units < 2:  # no spread to be seen: that around zero
+            return self.draws + self.second
+        spread = self.second - (self.first * self.first) / self.weight
+        return self.draws + spread.clamp_min(0) * self.units / (self.units - 1)
 
 
 def _input(t: Any, device: str | torch.device) -> Any:
@@ -208,6 +248,7 @@ def fisher(
     progress: bool = False,
     explain: bool = False,
     estimator_error: bool = False,
+    allocation: Allocation | None = None,
 ) -> FisherDiagonal:
     """The diagonal Fisher information of ``model`` over the examples of ``loader``, exactly per example.
 
@@ -240,6 +281,11 @@ def fisher(
     ``estimator_error``: also say how far the draws of ``"deflated"`` may be off (:class:`FisherDiagonal`), from a
     second sketch of each example, one more cotangent. For logits [N, C], granularity ``"filter"`` or ``"tensor"``.
 
+    ``allocation`` (:mod:`t2v_fast.allocation`): the examples that the loader yields, in its order, of a data set of
+    which ``weights`` are then the weights, and how many ``"deflated"`` cotangents each gets, in place of ``samples``.
+    The result is an estimate of the Fisher of the whole data set. For logits [N, C], granularity ``"filter"`` or
+    ``"tensor"``.
+
     Raises UnsupportedError where no exact per-example gradient can be had, SelfCheckError when the check fails, and
     ValueError for bad input, naming what is wrong.
     """
@@ -250,14 +296,24 @@ def fisher(
         raise ValueError(
             f"estimator_error is for estimator 'deflated' by filter or tensor, got {estimator!r} by {granularity}"
         )
+    if allocation is not None:
+        if estimator != "deflated" or granularity == "parameter":
+            raise ValueError(
+                f"an allocation is for estimator 'deflated' by filter or tensor, got {estimator!r} by {granularity}"
+            )
+        if weights is None:
+            weights = torch.ones(len(allocation.samples))
+        elif len(weights) != len(allocation.samples):
+            raise ValueError(f"weights has {len(weights)} entries, the allocation {len(allocation.samples)} examples")
+        check_estimator(estimator, allocation.samples)
     recorder = FisherRecorder(model, parameters, granularity, unsupported=unsupported, filter_axis=filter_axis)
     if device is None:
         device = next(iter(recorder.parameters.values())).device
     if weights is not None and (weights.dim() != 1 or not (weights >= 0).all() or not weights.isfinite().all()):
         raise ValueError(f"weights {list(weights.shape)} must be one finite number of at least 0 for each example")
-    generator = torch.Generator().manual_seed(seed)
+    generator: torch.Generator | Tensor = torch.Generator().manual_seed(seed)
     moments = {name: _Moments() for name in recorder.parameters}
-    doubts: dict[str, Tensor] = {}  # sum_n a_n^2 times the variance of example n's draws
+    drawn = {name: _DrawnExamples() for name in recorder.parameters} if estimator_error else {}
     seen = 0
     skipped: frozenset[str] = frozenset()
     with (
@@ -273,7 +329,17 @@ def fisher(
             n = _check_inputs(inputs, index)
             if n == 0:
                 continue
-            a = torch.ones(n, dtype=torch.float64) if weights is None else weights[seen : seen + n].double()
+            inclusion = torch.ones(n, dtype=torch.float64)
+            if allocation is not None:
+                numbers = allocation.examples[seen : seen + n]
+                if len(numbers) < n:
+                    raise ValueError(
+                        f"the loader yields more than the allocation's {len(allocation.examples)} examples"
+                    )
+                a, inclusion = weights[numbers].double(), allocation.inclusion[numbers]
+                samples, generator = allocation.samples[numbers], seeds_of(numbers, seed)
+            else:
+                a = torch.ones(n, dtype=torch.float64) if weights is None else weights[seen : seen + n].double()
             if len(a) < n:
                 raise ValueError(f"weights has {len(weights)} entries but the loader yields more examples than that")
             logits = _check_logits(forward(model, inputs), n)
@@ -294,46 +360,63 @@ def fisher(
                 u = cotangents(logits, estimator, samples, likelihood, labels, generator, **options)
                 with _explained(recorder, n) if explain and seen == 0 else contextlib.nullcontext():
                     if estimator_error:
-                        values = _doubted(recorder, logits, u, len(u) > samples, a, doubts)
+                        least = int(samples.min()) if isinstance(samples, Tensor) else samples
+                        sketched = least < likelihood.rank(logits.shape[-1])
+                        values = _doubted(recorder, logits, u, sketched, a, inclusion, drawn)
                     else:
                         values = recorder.backward(logits, u, a if granularity == "parameter" else None)
                 if not values:
                     raise ValueError("unsupported='skip' left no parameter: see why with unsupported='error'")
             skipped |= recorder.skipped
-            _accumulate(moments, values, a, tokens, estimator, granularity)
+            _accumulate(moments, values, a, tokens, estimator, granularity, inclusion)
             seen += n
     if seen == 0:
         raise ValueError("the loader gave no example")
-    if weights is not None and len(weights) != seen:
-        raise ValueError(f"weights has {len(weights)} entries but the loader gave {seen} examples")
+    expected = len(allocation.examples) if allocation is not None else seen if weights is None else len(weights)
+    if expected != seen:
+        who = "weights has" if allocation is None else "the allocation visits"
+        raise ValueError(
+            f"{who} {expected} {'entries' if allocation is None else 'examples'} but the loader gave {seen}"
+        )
     moments = {name: m for name, m in moments.items() if name not in skipped}
+    if allocation is not None:
+        samples = float(allocation.samples[allocation.examples].double().mean())
+        for m in moments.values():  # the sums of all weights are known
+            m.weight, m.weight2 = float(weights.double().sum()), float(weights.double().square().sum())
     if not next(iter(moments.values())).weight > 0:
         raise ValueError("the weights of all examples are zero")
     diagonal = _diagonal(moments, recorder, estimator, samples, seen, skipped)
+    if allocation is not None:
+        diagonal = replace(diagonal, num_examples=len(allocation.samples))
     if not estimator_error:
         return diagonal
-    errors = {name: doubts[name].sqrt() / moments[name].weight for name in diagonal}
+    errors = {name: drawn[name].variance().sqrt() / moments[name].weight for name in diagonal}
     return replace(diagonal, estimator_error=errors)
 
 
 def _doubted(
-    recorder: FisherRecorder, logits: Tensor, u: Tensor, sketched: bool, a: Tensor, doubts: dict[str, Tensor]
+    recorder: FisherRecorder,
+    logits: Tensor,
+    u: Tensor,
+    sketched: bool,
+    a: Tensor,
+    inclusion: Tensor,
+    drawn: dict[str, _DrawnExamples],
 ) -> dict[str, Tensor]:
-    """A batch's values; to ``doubts`` is added by how much the last two cotangents, two sketches, disagree.
+    """A batch's values; to ``drawn`` is added by how much the last two cotangents, two sketches, disagree.
 
     They average q1 and q2, twice what each gives: the variance of the mean of two is estimated by (q1 - q2)^2 / 4.
     """
     if not sketched:
         values = recorder.backward(logits, u)
-        groups = []
+        apart = {name: torch.zeros_like(q) for name, q in values.items()}
     else:
         sizes = [len(u) - 2, 1, 1] if len(u) > 2 else [1, 1]
-        groups = recorder.backward_groups(logits, u, sizes)
+        groups = list(recorder.backward_groups(logits, u, sizes))
         values = {name: sum(g[name] for g in groups) for name in groups[0]}
+        apart = {name: groups[-1][name] - groups[-2][name] for name in values}
     for name, q in values.items():
-        apart = groups[-1][name] - groups[-2][name] if groups else torch.zeros_like(q)
-        variance = torch.tensordot(a.square(), apart.to("cpu", torch.float64).square(), 1)
-        doubts[name] = doubts[name] + variance if name in doubts else variance
+        drawn[name].add(q, apart[name].to("cpu", torch.float64).square(), a, inclusion)
     return values
 
 
@@ -359,6 +442,7 @@ def _diagonal(
         count,
         recorder.unused,
         skipped,
+        visited=count,
     )
 
 
@@ -399,6 +483,7 @@ def _accumulate(
     tokens: Tensor | None,
     estimator: str,
     granularity: str,
+    inclusion: Tensor,
 ) -> None:
     """Add a batch's values; ``tokens`` [N]: of how many in each example they are sums, if the mean is over tokens."""
     if tokens is not None:
@@ -411,7 +496,7 @@ def _accumulate(
             if total > 0:
                 moments[name].add(q[None] / total, total[None])
         elif tokens is None:
-            moments[name].add(q, a)
+            moments[name].add(q, a, inclusion)
         else:
             moments[name].add(q / tokens.clamp_min(1).to(q).view(-1, *(1,) * (q.dim() - 1)), a)
 

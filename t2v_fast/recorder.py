@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from types import TracebackType
@@ -150,11 +150,13 @@ class FisherRecorder:
         """
         if cotangents.shape == output.shape:
             cotangents = cotangents[None]
-        return self._backward(output, cotangents, [len(cotangents)], weights, retain_graph)[0]
+        (found,) = self._backward(output, cotangents, [len(cotangents)], weights, retain_graph)
+        return found
 
-    def backward_groups(self, output: Tensor, cotangents: Tensor, groups: Sequence[int]) -> list[dict[str, Tensor]]:
+    def backward_groups(self, output: Tensor, cotangents: Tensor, groups: Sequence[int]) -> Iterator[dict[str, Tensor]]:
         """As :meth:`backward`, with sums of their own for the first ``groups[0]`` of the cotangents [K, N, ...], for
-        the next ``groups[1]``, and so on. What depends on the layers' inputs alone is computed once for all groups.
+        the next ``groups[1]``, and so on, one after the other as they are asked for. What depends on the layers' inputs
+        alone is computed once for all groups.
         """
         if sum(groups) != len(cotangents) or min(groups, default=0) < 1:
             raise ValueError(f"groups are {list(groups)}, expected whole numbers that add up to {len(cotangents)}")
@@ -162,7 +164,7 @@ class FisherRecorder:
 
     def _backward(
         self, output: Tensor, cotangents: Tensor, groups: Sequence[int], weights: Tensor | None, retain_graph: bool
-    ) -> list[dict[str, Tensor]]:
+    ) -> Iterator[dict[str, Tensor]]:
         if self._required is None:
             raise RuntimeError(
                 "FisherRecorder.backward outside its context: use `with FisherRecorder(model) as recorder:`"
@@ -193,7 +195,7 @@ class FisherRecorder:
             node: Reuse(len(cotangents), sum(use.parameter in ways.single for use in uses))
             for node, uses in tapped.uses.items()
         }
-        results, ends = [], set(accumulate(groups))
+        ends = set(accumulate(groups))
         first = 0
         for k, cotangent in enumerate(cotangents, 1):
             more = retain_graph or bool(ways.alone) or k < len(cotangents)
@@ -203,10 +205,9 @@ class FisherRecorder:
                 if ways.alone:
                     sums |= self._one_by_one(output, cotangents[first:k], ways.alone, w)
                 found = {name: sums[name] if name in sums else self._zeros(name, n) for name in self.parameters}
-                results.append({name: self._mean(name, q) for name, q in found.items() if name not in ways.skipped})
+                yield {name: self._mean(name, q) for name, q in found.items() if name not in ways.skipped}
                 sums.clear()
                 first = k
-        return results
 
     def reduce(self, name: str, gradient: Tensor) -> Tensor:
         """The square of one gradient of a parameter, at the recorder's granularity."""

@@ -2,7 +2,8 @@
 
 The heads of all label sets stand side by side. A label set's cotangents are its own on its own
 logits and zero on the others', so its Fisher is what it would be alone; the forward pass and all that depends on the
-layers' inputs (Gram matrices, unfolded or transformed inputs that the planner keeps) is computed once.
+layers' inputs (Gram matrices, unfolded or transformed inputs that the planner keeps) is computed once. Examples that
+need fewer cotangents of one label set have room for another's in the same backward pass.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .allocation import Allocation, seeds_of
 from .cotangents import Likelihood, check_estimator, cotangents, get_likelihood
 from .cpu import fast_forward
 from .fisher import (
@@ -32,11 +34,13 @@ LONGEST_SKIP = 4096  # examples whose draws are skipped at once
 
 @dataclass(frozen=True)
 class LabelSet:
-    """One task: its fitted head, the codes of all examples ([N], or targets [N, C]), and their weights [N]."""
+    """One task: its fitted head, the codes of all examples ([N], or targets [N, C]), their weights [N], and how many
+    ``deflated`` cotangents each gets (all examples, in any order), if not equally many."""
 
     head: nn.Linear
     codes: Tensor
     weights: Tensor | None = None
+    allocation: Allocation | None = None
 
 
 class Heads(nn.Module):
@@ -67,6 +71,7 @@ def fisher_of_label_sets(
     seed: int = 0,
     self_check: bool = True,
     first: int = 0,
+    examples: Tensor | None = None,
     reduce: Callable[[list[dict[str, _Moments]], int], int] | None = None,
 ) -> list[FisherDiagonal]:
     """The filter-wise diagonal Fisher of each label set: that of :func:`t2v_fast.fisher` alone, to rounding.
@@ -74,13 +79,14 @@ def fisher_of_label_sets(
     ``network`` ends with :class:`Heads`; ``batches`` are images [N, 3, H, W] in the order of the codes.
 
     A process may have only a part of the examples: ``first`` is the number of the first of them, and ``reduce`` adds up
-    moments (in place) and numbers of examples over the processes. Random numbers are those of one process.
+    moments (in place) and numbers of examples over the processes. Random numbers are those of one process. With
+    allocations, the examples may come in another order: ``examples`` [n] are their numbers.
     """
     check_estimator(estimator, samples)
     likelihood = get_likelihood(likelihood)
     recorder = FisherRecorder(network, parameters, unsupported=unsupported)
     device = next(iter(recorder.parameters.values())).device
-    generators = [torch.Generator().manual_seed(seed) for _ in sets]
+    generators: list[torch.Generator] = [torch.Generator().manual_seed(seed) for _ in sets]
     moments = [{name: _Moments() for name in recorder.parameters} for _ in sets]
     widths = [s.head.out_features for s in sets]
     for width, generator in zip(widths, generators, strict=True):
@@ -100,15 +106,18 @@ def fisher_of_label_sets(
                 raise ValueError(f"the network gave logits {list(logits.shape)}, expected [{n}, {sum(widths)}]")
             if self_check and index == 0:
                 _self_check(recorder, forward, images, logits)
+            numbers = torch.arange(seen, seen + n) if examples is None else examples[seen - first : seen - first + n]
             blocks, start = [], 0
             for s, width, generator in zip(sets, widths, generators, strict=True):
-                labels = s.codes[seen : seen + n]
-                u = cotangents(logits[:, start : start + width], estimator, samples, likelihood, labels, generator)
+                k, source = samples, generator
+                if s.allocation is not None:
+                    k, source = s.allocation.samples[numbers], seeds_of(numbers, seed)
+                logits_ = logits[:, start : start + width]
+                u = cotangents(logits_, estimator, k, likelihood, s.codes[numbers], source)
                 blocks.append(F.pad(u, (start, sum(widths) - start - width)))
                 start += width
-            values = recorder.backward_groups(logits, torch.cat(blocks), [len(u) for u in blocks])
-            for s, into, found in zip(sets, moments, values, strict=True):
-                a = torch.ones(n, dtype=torch.float64) if s.weights is None else s.weights[seen : seen + n].double()
+            for s, into, found in zip(sets, moments, _packed(recorder, logits, blocks), strict=True):
+                a = torch.ones(n, dtype=torch.float64) if s.weights is None else s.weights[numbers].double()
                 for name, q in found.items():
                     into[name].add(q, a)
             seen += n
@@ -116,6 +125,28 @@ def fisher_of_label_sets(
     if count != len(sets[0].codes):
         raise ValueError(f"the batches gave {count} examples, expected {len(sets[0].codes)}")
     return [_diagonal(into, recorder, estimator, samples, count) for into in moments]
+
+
+def _packed(recorder: FisherRecorder, logits: Tensor, blocks: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """For each block of cotangents [K, N, C] its sums of squares, from as few backward passes as hold those of each
+    example that are not zero: a pass has one cotangent for each example, of whichever block."""
+    u = torch.cat(list(blocks))
+    there = u.any(2)  # [all K, N]
+    block = torch.cat([torch.full((len(b),), k) for k, b in enumerate(blocks)])
+    place, example = there.nonzero(as_tuple=True)
+    at = there.cumsum(0)[place, example] - 1  # in which pass
+    passes = u.new_zeros(max(1, int(there.sum(0).max())), *u.shape[1:])
+    passes[at, example] = u[place, example]
+    owner = torch.zeros(passes.shape[:2], dtype=torch.long, device=u.device)
+    owner[at, example] = block.to(u.device)[place]
+    every = torch.arange(u.shape[1], device=u.device)
+    sums: dict[str, Tensor] = {}  # [blocks, N, ...]
+    for own, found in zip(owner, recorder.backward_groups(logits, passes, [1] * len(passes)), strict=True):
+        for name, q in found.items():
+            if name not in sums:
+                sums[name] = q.new_zeros(len(blocks), *q.shape)
+            sums[name][own, every] += q
+    return [{name: q[k] for name, q in sums.items()} for k in range(len(blocks))]
 
 
 def _skip(

@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from .allocation import Allocation, Need, everyone, share_out, until
 from .cache import ImageCache
 from .cotangents import check_estimator
 from .cpu import fast_forward
@@ -36,23 +38,28 @@ class Task2Vec:
     """The paper's pipeline: features in one pass, a linear head fitted on them, the Fisher in a second pass.
 
     ``probe``: a :class:`Probe`, a name for :func:`load_probe`, or a network whose last layer is linear.
-    ``estimator`` and ``samples``: see :func:`t2v_fast.fisher`. ``task_type``: ``"multiclass"`` (one label an image) or
-    ``"multilabel"`` (a 0-1 vector an image). ``balanced`` gives each class the same total weight, as the public code's
-    balanced sampler does in expectation, though each image is visited once. ``head`` and ``head_options`` go to
-    :func:`t2v_fast.head.fit_heads`; ``{"weight_decay": "cv"}`` chooses the penalty by cross-validation.
-    ``dtype``: the precision in which the network runs, float32 by default;
-    ``torch.bfloat16`` is faster where the processor has instructions for it, and its embeddings are not compared with
-    those of float32. The head is fitted in float64 in any case. ``skip_layers``: leave out the first layers, by number
-    or name (:meth:`Probe.skipping`), as the public code's option of this name does; nothing is backpropagated into
-    them, and in ``feature_folder`` what they make of each batch is kept, for the second pass and for later runs. Image
-    files are decoded once where they fit into ``cache_megabytes`` of memory, or of the disk at ``cache_folder``
+    ``estimator`` and ``samples``: see :func:`t2v_fast.fisher`. ``"deflated"`` cotangents are ``samples`` an image on
+    average and are spent where the spectra of the images' logit Fishers say that they help the most
+    (:func:`t2v_fast.allocation.share_out`): each embedding visits all images, once, those of equal need together. Where
+    images come in their order alone (an iterable, a ``feature_folder``), each has ``samples``. ``task_type``:
+    ``"multiclass"`` (one label an image) or ``"multilabel"`` (a 0-1 vector an image). ``balanced`` gives each class the
+    same total weight, as the public code's balanced sampler does in expectation, though each image is visited once.
+    ``head`` and ``head_options`` go to :func:`t2v_fast.head.fit_heads`; ``{"weight_decay": "cv"}`` chooses the penalty
+    by cross-validation. ``dtype``: the precision in which the network runs, float32 by default; ``torch.bfloat16`` is
+    faster where the processor has instructions for it, and its embeddings are not compared with those of float32. The
+    head is fitted in float64 in any case. ``skip_layers``: leave out the first layers, by number or name
+    (:meth:`Probe.skipping`), as the public code's option of this name does; nothing is backpropagated into them, and in
+    ``feature_folder`` what they make of each batch is kept, for the second pass and for later runs. Image files are
+    decoded once where they fit into ``cache_megabytes`` of memory, or of the disk at ``cache_folder``
     (:class:`t2v_fast.cache.ImageCache`). ``unsupported="exact"`` for probes that transform weights before use, which
     are refused by default (:class:`t2v_fast.FisherRecorder`).
 
-    ``tolerance``: the relative error that the estimator may leave, norm of the error over norm of the embedding. The
-    Fisher is computed with ``samples`` cotangents and one more, and again with twice as many, until two sketches of
-    each image agree to that; ``standard_error`` is then that of the estimator alone, against ``"exact"`` on the same
-    images, and ``meta["relative_error"]`` what was reached. For ``estimator="deflated"``.
+    ``tolerance``: the relative error that the estimator may leave, norm of the error over norm of the embedding. Images
+    are drawn by importance, the weighted trace of their logit Fisher through the head, and each gets the cotangents
+    that its spectrum asks for, until the error that the draws show is below (:func:`t2v_fast.allocation.until`; an
+    iterable and a ``feature_folder`` are visited whole). ``standard_error`` is then that of the estimator alone,
+    against ``"exact"`` on all the images; ``meta`` has the ``relative_error`` that was reached, the ``images`` of the
+    Fisher and the mean of their ``samples``, of which none are asked for. For ``estimator="deflated"``.
 
     ``method="variational"``: the paper's robust Fisher in place of the Fisher (:mod:`t2v_fast.variational`), for probes
     of convolutions and linear layers; ``hessian`` is 1 / variance and ``scale`` 1 / lambda^2. ``method_options``:
@@ -156,7 +163,7 @@ class Task2Vec:
             if self.method == "variational":
                 found: FisherDiagonal | RobustFisher = self._robust(data, codes, fit.linear, task.weights)
             else:
-                found = self._fisher(data, codes, fit.linear, task.weights)
+                found = self._fisher(data, features, codes, fit.linear, task.weights)
         return self._embedding(data, classes, fit, found, seconds)
 
     def embed_label_sets(
@@ -206,9 +213,13 @@ class Task2Vec:
                 task.skipped = data.skipped
                 tasks[name] = task
             fits = self._fit_heads(features, heads)
-        sets = [LabelSet(fits[name].linear, head.labels, head.weights) for name, head in heads.items()]
+            sets, totals = [], torch.zeros(len(features), dtype=torch.long)
+            for name, head in heads.items():
+                allocation = self._allocation(data, features, fits[name].linear, head.weights)
+                sets.append(LabelSet(fits[name].linear, head.labels, head.weights, allocation))
+                totals += 0 if allocation is None else allocation.samples
         with timed(seconds, "fisher"):
-            diagonals = self._fisher_of_label_sets(data, sets)
+            diagonals = self._fisher_of_label_sets(data, sets, everyone(totals))
         share = {stage: s / len(tasks) for stage, s in seconds.items()}
         self._waited /= len(tasks)
         return {
@@ -216,12 +227,16 @@ class Task2Vec:
             for (name, task), diagonal in zip(tasks.items(), diagonals, strict=True)
         }
 
-    def _fisher_of_label_sets(self, data: TaskData, sets: list[LabelSet], **shard: Any) -> list[FisherDiagonal]:
+    def _fisher_of_label_sets(
+        self, data: TaskData, sets: list[LabelSet], total: Allocation, first: int = 0, **shard: Any
+    ) -> list[FisherDiagonal]:
+        """``total``: the cotangents of all sets together, of the examples in ``data``, from number ``first`` on."""
         parameter, names = next(self.probe.network.parameters()), self.probe.embedding_parameters()
+        order = total.ordered().batches(self.batch_size) if self._reorders(data) else None
         with self.probe.with_head(Heads(sets).to(parameter.device, parameter.dtype)) as network:
             return fisher_of_label_sets(
                 network,
-                (images for images, _ in self._batches(data, "Fisher")),
+                (images for images, _ in self._batches(data, "Fisher", order)),
                 sets,
                 self.estimator,
                 self.samples,
@@ -230,6 +245,8 @@ class Task2Vec:
                 unsupported=self.unsupported,
                 seed=self.seed,
                 self_check=self.self_check,
+                first=first,
+                examples=None if order is None else torch.cat(order) + first,
                 **shard,
             )
 
@@ -261,8 +278,30 @@ class Task2Vec:
                 stacklevel=3,
             )
 
-    def _batches(self, data: TaskData, stage: str) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = data.batches(self.probe.preprocessing, self.batch_size, self.num_workers, self._cache(data))
+    def _reorders(self, data: TaskData) -> bool:
+        """Whether images are visited in an order of their own; what skipped layers gave is kept by the batch."""
+        return self.estimator == "deflated" and data.is_map_style and self._feature_cache is None
+
+    def _allocation(
+        self, data: TaskData, features: Tensor, linear: nn.Linear, weights: Tensor | None
+    ) -> Allocation | None:
+        """How many cotangents each example gets: ``samples`` on average, or all of them where a batch, which has as
+        many backward passes as the neediest of its examples, cannot be made of those with equal needs."""
+        if self.estimator != "deflated":
+            return None
+        if not self._reorders(data):
+            return everyone(torch.full((len(features),), self.samples))
+        return everyone(share_out(self._need(features, linear, weights), self.samples))
+
+    def _need(self, features: Tensor, linear: nn.Linear, weights: Tensor | None) -> Need:
+        weight, bias = linear.weight.detach().cpu().double(), linear.bias.detach().cpu().double()
+        logits = F.linear(features.double(), weight, bias)
+        return Need.of(logits, weight, weights, TASK_TYPES[self.task_type])
+
+    def _batches(
+        self, data: TaskData, stage: str, examples: list[Tensor] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = data.batches(self.probe.preprocessing, self.batch_size, self.num_workers, self._cache(data), examples)
         label = f"{data.name or 'task'}: {stage}"
         batches = self._waiting(batches)
         for images, labels in tqdm(batches, desc=label, unit="batch", disable=not self.progress, leave=False):
@@ -298,34 +337,60 @@ class Task2Vec:
                 labels.append(targets)
         return torch.cat(features), torch.cat(labels)
 
-    def _fisher(self, data: TaskData, codes: Tensor, linear: nn.Linear, weights: Tensor | None) -> FisherDiagonal:
+    def _fisher(
+        self, data: TaskData, features: Tensor, codes: Tensor, linear: nn.Linear, weights: Tensor | None
+    ) -> FisherDiagonal:
+        if self.tolerance is None:
+            return self._visit(data, codes, linear, weights, self._allocation(data, features, linear, weights))
+        checked = False
+
+        def visit(allocation: Allocation) -> FisherDiagonal:
+            nonlocal checked
+            if not self._reorders(data):  # every image has to be visited
+                allocation = everyone(allocation.samples)
+            found = self._visit(data, codes, linear, weights, allocation, not checked)
+            checked = True
+            return found
+
+        return until(self._need(features, linear, weights), self.tolerance, visit, self.seed)
+
+    def _visit(
+        self,
+        data: TaskData,
+        codes: Tensor,
+        linear: nn.Linear,
+        weights: Tensor | None,
+        allocation: Allocation | None,
+        first: bool = True,
+    ) -> FisherDiagonal:
+        """The Fisher of the images of an allocation, or of all."""
+        order, targets = None, codes
+        if allocation is not None and self._reorders(data):
+            allocation = allocation.ordered()
+            order, targets = allocation.batches(self.batch_size), codes[allocation.examples]
+
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             seen = 0
-            for images, _ in self._batches(data, "Fisher"):
-                yield images, codes[seen : seen + len(images)]
+            for images, _ in self._batches(data, "Fisher", order):
+                yield images, targets[seen : seen + len(images)]
                 seen += len(images)
 
         parameter = next(self.probe.network.parameters())
-        samples, first = self.samples, True
         with self.probe.with_head(linear.to(parameter.device, parameter.dtype)) as network:
-            while True:
-                found = fisher(
-                    network,
-                    batches(),
-                    self.estimator,
-                    samples,
-                    likelihood=TASK_TYPES[self.task_type],
-                    parameters=self.probe.embedding_parameters(),
-                    unsupported=self.unsupported,
-                    weights=weights,
-                    seed=self.seed,
-                    self_check=self.self_check and first,
-                    estimator_error=self.tolerance is not None,
-                )
-                # Twice the cotangents leave less than half of the error, and no more than C - 1 are ever needed.
-                if self.tolerance is None or found.relative_error() <= self.tolerance:
-                    return found
-                samples, first = 2 * samples, False
+            return fisher(
+                network,
+                batches(),
+                self.estimator,
+                self.samples,
+                likelihood=TASK_TYPES[self.task_type],
+                parameters=self.probe.embedding_parameters(),
+                unsupported=self.unsupported,
+                weights=weights,
+                seed=self.seed,
+                self_check=self.self_check and first,
+                estimator_error=self.tolerance is not None,
+                allocation=allocation,
+            )
 
     def _robust(self, data: TaskData, codes: Tensor, linear: nn.Linear, weights: Tensor | None) -> RobustFisher:
         """The variances, learned on images drawn with replacement."""
@@ -377,9 +442,14 @@ class Task2Vec:
         if isinstance(found, RobustFisher):
             how = {"method": "variational", "losses": list(found.losses)}
         else:
-            how = {"estimator": self.estimator, "samples": found.samples}
+            how = {"estimator": self.estimator, "samples": self.samples}
             if self.tolerance is not None:
-                how |= {"tolerance": self.tolerance, "relative_error": found.relative_error()}
+                how |= {
+                    "samples": found.samples,
+                    "images": found.visited,
+                    "tolerance": self.tolerance,
+                    "relative_error": found.relative_error(),
+                }
         return embedding_of(
             found,
             meta={

@@ -126,3 +126,11 @@ def test_robust_table(tmp_path: Path) -> None:
     cells = [float(cell) for cell in lines[-1].strip("|").split("|")]
     assert cells[:2] == [1e-3, 1]
     assert all(-1 <= c <= 1 for c in cells[3:])
+
+
+def test_tolerance_table(tmp_path: Path) -> None:
+    few = ["--images", "20", "--size", "32", "--classes", "2", "--heads", "early"]
+    lines = run(tmp_path, f"{ROOT}/bench/tolerance.py", *few).splitlines()[2:]
+    ways = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [w[3] for w in ways] == ["equal", "by spectrum", "tolerance"]
+    assert all(float(w[6].split()[0]) <= 0.05 and float(w[9].split()[0]) <= 0.02 for w in ways)

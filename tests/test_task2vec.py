@@ -200,24 +200,77 @@ def test_a_probe_that_transforms_its_weights() -> None:
 
 
 def test_tolerance_is_met() -> None:
-    """Cotangents are added until the error against `exact` is small enough, and the error is the one that is said."""
+    """Cotangents and images are added until the error against `exact` is small enough, and the error is that said."""
     generator = torch.Generator().manual_seed(0)
-    images, labels = torch.rand(60, 3, 32, 32, generator=generator), torch.arange(60) % 6  # nothing to be learned
+    images, labels = torch.rand(300, 3, 12, 12, generator=generator), torch.arange(300) % 6  # nothing to be learned
     options = {"head_options": {"weight_decay": 1e-2}}
+    probe, visited = small_probe(), []
     exact = Task2Vec(small_probe(), estimator="exact", **options).embed((images, labels))
-    reached = {}
-    for tolerance in (1.0, 1e-3, 1e-9):
-        found = Task2Vec(small_probe(), tolerance=tolerance, **options).embed((images, labels))
+    probe.network[0].register_forward_hook(lambda module, inputs, output: visited.append(len(inputs[0])))
+    reached = []
+    for tolerance in (0.3, 0.1, 1e-9):
+        visited.clear()
+        found = Task2Vec(probe, tolerance=tolerance, self_check=False, **options).embed((images, labels))
         assert found.meta["tolerance"] == tolerance
+        assert found.num_examples == 300
         assert found.meta["relative_error"] <= tolerance
         error = relative_error(torch.from_numpy(found.hessian), torch.from_numpy(exact.hessian))
         assert error <= 2 * found.meta["relative_error"] + 1e-6
         assert distance.pdist([found, exact]).shape == (2, 2)  # comparable: another way to the same quantity
-        reached[tolerance] = found.meta["samples"]
-    assert reached[1.0] == 2
-    assert reached[1.0] < reached[1e-3] <= reached[1e-9] == 8  # of which 5 are all there are
+        assert sum(visited) >= 300 + found.meta["images"]
+        reached.append((found.meta["images"], found.meta["samples"]))
+    assert reached[0][0] <= reached[1][0] < reached[2][0] == 300
+    assert reached[0][1] <= reached[1][1] < reached[2][1] == 5  # which are all there are
     for options in ({"tolerance": 0.0}, {"tolerance": 0.1, "estimator": "exact"}):
         with pytest.raises(ValueError, match="expected a positive number, with estimator='deflated'"):
             Task2Vec(small_probe(), **options)
     with pytest.raises(ValueError, match="tolerance has no shared form"):
         Task2Vec(small_probe(), tolerance=0.1).embed_label_sets((images, labels), {"a": labels})
+
+
+@pytest.mark.parametrize("weight_decay", [1e-4, 1.0])
+def test_standard_error_within_a_tolerance_is_calibrated(weight_decay: float) -> None:
+    """Over 50 seeds, intervals of two standard errors cover the exact embedding; a seed gives one embedding."""
+    images, labels = shapes(200, 6)
+    images = torch.stack([PREPROCESSING(i) for i in images])
+    options = {"head_options": {"weight_decay": weight_decay}, "self_check": False, "batch_size": 100}
+    exact = Task2Vec(small_probe(), estimator="exact", **options).embed((images, labels))
+    alive, covered = exact.hessian > 0, []
+    for seed in range(50):
+        found = Task2Vec(small_probe(), tolerance=0.15, seed=seed, **options).embed((images, labels))
+        covered.append((np.abs(found.hessian - exact.hessian) <= 1.96 * found.standard_error)[alive])
+    assert found.meta["images"] < 200
+    assert 0.90 <= np.mean(covered) <= 0.98
+    again = Task2Vec(small_probe(), tolerance=0.15, seed=seed, **{**options, "batch_size": 7}).embed((images, labels))
+    np.testing.assert_allclose(again.hessian, found.hessian, rtol=1e-4)
+    other = Task2Vec(small_probe(), tolerance=0.15, seed=seed + 1, **options).embed((images, labels))
+    assert not np.allclose(other.hessian, found.hessian, rtol=1e-4)
+
+
+def test_a_tolerance_without_skipping_images() -> None:
+    """What can only be visited in order is visited whole; unreadable files are left out of every pass."""
+    images, labels = shapes(120)
+
+    class InOrder:
+        def __iter__(self):
+            return zip(images, labels, strict=True)
+
+    exact = Task2Vec(small_probe(), estimator="exact").embed((images, labels))
+    found = Task2Vec(small_probe(), tolerance=0.02).embed(InOrder())
+    assert found.meta["images"] == 120
+    assert found.meta["relative_error"] <= 0.02
+    assert relative_error(torch.from_numpy(found.hessian), torch.from_numpy(exact.hessian)) < 0.06
+    plain = Task2Vec(small_probe()).embed(InOrder())
+    assert relative_error(torch.from_numpy(plain.hessian), torch.from_numpy(exact.hessian)) < 1e-4  # two cotangents do
+
+
+def test_drawn_images_of_a_folder_with_an_unreadable_one(tmp_path: Path) -> None:
+    images, labels = shapes(150)
+    folder = write_folder(tmp_path / "task", images, labels)
+    (folder / "class 0" / "003.png").write_bytes(b"no picture")
+    exact = Task2Vec(small_probe(), estimator="exact").embed(folder, skip_unreadable=True)
+    found = Task2Vec(small_probe(), tolerance=0.1).embed(folder, skip_unreadable=True)
+    assert found.meta["images"] < 149
+    assert [Path(p).name for p in found.meta["skipped_images"]] == ["003.png"]
+    error = relative_error(torch.from_numpy(found.hessian), torch.from_numpy(exact.hessian))
+    assert error < 3 * found.meta["relative_error"] + 1e-6
