@@ -42,7 +42,10 @@ def measure(conv: plan.Conv, repeats: int) -> dict[str, float]:
     """Seconds for one example by path, on all threads."""
     elements = conv.channels * math.prod(conv.size) + conv.filters * math.prod(conv.out_size)
     n = max(4, min(64, (1 << 20) // elements)) // torch.get_num_threads() * torch.get_num_threads()
-    x, g = torch.randn(n, conv.channels, *conv.size), torch.randn(n, conv.filters, *conv.out_size)
+    x, g = (
+        torch.randn(n, *shape).contiguous(memory_format=torch.channels_last)  # as fisher() has them
+        for shape in ((conv.channels, *conv.size), (conv.filters, *conv.out_size))
+    )
     best = dict.fromkeys(conv.paths(), math.inf)
     for _ in range(repeats + 1):
         for path in best:

@@ -101,6 +101,19 @@ def _joined(values: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([v.reshape(-1) for v in values.values()])
 
 
+class _Units:
+    """Units of which means are taken, such as the examples of a batch: their ``weights`` [U], and the probabilities
+    ``inclusion`` [U] with which they came to be here."""
+
+    def __init__(self, weights: Tensor, inclusion: Tensor | None = None) -> None:
+        a = weights.to("cpu", torch.float64)
+        self.count = len(a)
+        self.factors = torch.stack([a, a.square()])  # [2, U]
+        if inclusion is not None:
+            self.factors /= inclusion
+        self.weight, self.weight2 = self.factors.sum(1).tolist()
+
+
 class _Moments:
     """Weighted mean of independent units and its standard error, by the delta method for a ratio of sums."""
 
@@ -111,17 +124,17 @@ class _Moments:
         self.cross: Tensor | float = 0.0  # sum_u a^2 q
         self.second: Tensor | float = 0.0  # sum_u a^2 q^2
 
-    def add(self, values: Tensor, weights: Tensor, inclusion: Tensor | None = None) -> None:
-        """values [U, ...] and weights [U] of U more units, and the probabilities with which they came to be here."""
-        a = weights.to("cpu", torch.float64)
+    def add(self, values: Tensor, units: _Units) -> None:
+        """values [U, ...] of U more units."""
         q = values.to("cpu", torch.float64)
-        a1, a2 = (a, a.square()) if inclusion is None else (a / inclusion, a.square() / inclusion)
-        self.units += len(a)
-        self.weight += float(a1.sum())
-        self.weight2 += float(a2.sum())
-        self.first = self.first + torch.tensordot(a1, q, 1)
-        self.cross = self.cross + torch.tensordot(a2, q, 1)
-        self.second = self.second + torch.tensordot(a2, q.square(), 1)
+        flat, shape = q.reshape(len(q), -1), q.shape[1:]
+        self.units += units.count
+        self.weight += units.weight
+        self.weight2 += units.weight2
+        first, cross = (units.factors @ flat).view(2, *shape)
+        self.first = self.first + first
+        self.cross = self.cross + cross
+        self.second = self.second + (units.factors[1] @ flat.square()).view(shape)
 
     def mean(self) -> Tensor:
         return self.first / self.weight
@@ -488,17 +501,20 @@ def _accumulate(
     """Add a batch's values; ``tokens`` [N]: of how many in each example they are sums, if the mean is over tokens."""
     if tokens is not None:
         a = a * tokens
-    total = a.sum()
+        each = tokens.clamp_min(1)
+    if estimator == BATCH_MEAN:
+        units, values = _Units(torch.ones(1)), {name: q[None] for name, q in values.items()}
+    elif granularity == "parameter":  # summed over the batch already
+        total = a.sum()
+        if not total > 0:
+            return
+        units, values = _Units(total[None]), {name: q[None] / total for name, q in values.items()}
+    else:
+        units = _Units(a, inclusion)
+        if tokens is not None:
+            values = {name: q / each.to(q).view(-1, *(1,) * (q.dim() - 1)) for name, q in values.items()}
     for name, q in values.items():
-        if estimator == BATCH_MEAN:
-            moments[name].add(q[None], torch.ones(1))
-        elif granularity == "parameter":  # summed over the batch already
-            if total > 0:
-                moments[name].add(q[None] / total, total[None])
-        elif tokens is None:
-            moments[name].add(q, a, inclusion)
-        else:
-            moments[name].add(q / tokens.clamp_min(1).to(q).view(-1, *(1,) * (q.dim() - 1)), a)
+        moments[name].add(q, units)
 
 
 def _count_tokens(mask: Tensor | None, logits: Tensor) -> Tensor:

@@ -305,6 +305,7 @@ class Layouts:
     """The row layouts of a network's taps, found once by probing and remembered across batches."""
 
     known: dict[tuple[str, int], RowLayout] = field(default_factory=dict)  # by use and rows per example
+    _met: set[tuple[str, int, Shape]] = field(default_factory=set)  # uses at shapes whose layouts are known
 
     def get(self, use: Use, rows: int, n: int) -> RowLayout:
         """The layout of ``rows`` rows over ``n`` examples at a tap."""
@@ -322,7 +323,12 @@ class Layouts:
             return
         candidates: dict[Use, list[RowLayout]] = {}
         lit: dict[Use, Tensor] = {}
+        new: set[tuple[str, int, Shape]] = set()
         for use in taps:
+            shape = (use.key, n, tuple(use.node._input_metadata[0].shape))
+            if shape in self._met:
+                continue
+            new.add(shape)
             count = rows_of(use, output_like(use.node)).shape[0]
             if count % n:
                 raise UnsupportedError(
@@ -334,6 +340,7 @@ class Layouts:
                 divisors = [b for b in range(1, per_example + 1) if per_example % b == 0]
                 candidates[use] = [RowLayout(per_example // b, b) for b in reversed(divisors)]
         if not candidates:
+            self._met |= new
             return
 
         def visit(node: Node, g: Tensor) -> None:
@@ -365,3 +372,4 @@ class Layouts:
         for use, left in candidates.items():
             # Where several remain they agree on every row that any cotangent can reach.
             self.known[use.key, left[0].outer * left[0].inner] = left[0]
+        self._met |= new

@@ -84,6 +84,9 @@ class Conv:
         return tuple(paths)
 
 
+FEW_POSITIONS = 64  # for which csrc/cpu evaluates quadratic forms column by column (few_positions in tile.h)
+
+
 @dataclass(frozen=True)
 class Work:
     """What a path does for one example: ``once``, and again for ``each`` cotangent of that example.
@@ -132,8 +135,10 @@ def work(conv: Conv, path: str, itemsize: int = 4, cotangents: int = 1, width: i
     patches = conv.kernel_size != (1, 1) or conv.padding != (0, 0) or conv.stride != (1, 1)
     shifts = ((ho * w) ** 2 * kh + positions**2 * kw) / 2 * groups if patches else 0
     flops = pixels**2 * c + 2 * shifts + cotangents * o * positions**2
-    once = (pixels**2 / width * c / 2, shifts, 0, c * pixels, 1)
-    return Work(once, (0, 0, positions**2 / width * o / 2, o * positions, 0), float(flops), moved)
+    once = (pixels**2 / width * c / 2, shifts, 0, 0, c * pixels, 1)
+    forms = positions**2 / width * o / 2
+    each = (0, 0, forms, 0, 0, 0) if positions <= FEW_POSITIONS else (0, 0, 0, forms, o * positions, 0)
+    return Work(once, each, float(flops), moved)
 
 
 def gpu_work(conv: Conv, path: str, itemsize: int = 4, cotangents: int = 1) -> cards.GpuWork:
@@ -196,6 +201,8 @@ _SAMPLES = {
         Conv(64, (8, 8), 64, (3, 3), (2, 2), (1, 1)),
         Conv(64, (3, 3), 32, (3, 3), padding=(1, 1)),
         Conv(16, (20, 20), 16, (3, 3), padding=(1, 1)),
+        Conv(256, (24, 24), 128, (3, 3), (2, 2), (1, 1)),
+        Conv(64, (8, 8), 256),
     ),
     "depthwise": (
         Conv(96, (28, 28), 96, (3, 3), padding=(1, 1), groups=96),
@@ -248,8 +255,8 @@ def calibrate(dtype: torch.dtype = torch.float32, repeats: int = 5) -> Costs:
                 path = "explicit" if kernel == "depthwise" else kernel
                 elements = conv.channels * math.prod(conv.size) + conv.filters * math.prod(conv.out_size)
                 n = max(1, min(64, (1 << 19) // elements))
-                x = torch.randn(n, conv.channels, *conv.size).to(dtype)
-                g = torch.randn(n, conv.filters, *conv.out_size).to(dtype)
+                x = _images(n, conv.channels, conv.size, dtype)
+                g = _images(n, conv.filters, conv.out_size, dtype)
                 times.append(fastest(lambda x=x, g=g, c=conv, p=path: ops.sq_conv(x, g, *c.arguments, p), repeats) / n)
                 todo = work(conv, path, width=width)
                 counts.append(np.add(todo.once, todo.each))
@@ -257,6 +264,11 @@ def calibrate(dtype: torch.dtype = torch.float32, repeats: int = 5) -> Costs:
     finally:
         torch.set_num_threads(threads)
     return Costs(width, seconds)
+
+
+def _images(n: int, channels: int, size: Pair, dtype: torch.dtype) -> Tensor:
+    """As fisher() has them on a CPU: channels-last."""
+    return torch.randn(n, channels, *size).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def fastest(run: Callable[[], object], repeats: int) -> float:
@@ -307,6 +319,7 @@ def machine(dtype: torch.dtype) -> dict[str, str | int]:
         "instruction_set": ops.cpu_capability(),
         "torch": torch.__version__,
         "build": ops.build_id(),
+        "model": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16],  # of the costs: this module
         "dtype": str(dtype).removeprefix("torch."),
     }
 

@@ -205,7 +205,7 @@ class FisherRecorder:
                 if ways.alone:
                     sums |= self._one_by_one(output, cotangents[first:k], ways.alone, w)
                 found = {name: sums[name] if name in sums else self._zeros(name, n) for name in self.parameters}
-                yield {name: self._mean(name, q) for name, q in found.items() if name not in ways.skipped}
+                yield self._means({name: q for name, q in found.items() if name not in ways.skipped})
                 sums.clear()
                 first = k
 
@@ -355,13 +355,16 @@ class FisherRecorder:
         shape = p.shape if self.granularity == "parameter" else (n, p.shape[self.filter_axes[name]] if p.dim() else 1)
         return torch.zeros(shape, dtype=accumulate_dtype(p.dtype), device=p.device)
 
-    def _mean(self, name: str, q: Tensor) -> Tensor:
-        p = self.parameters[name]
-        if self.granularity == "filter":
-            return q / (p.numel() // q.shape[1])
+    def _means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums of squares at the recorder's granularity; those over filters are divided in place."""
+        if self.granularity == "parameter":
+            return sums
+        sizes = {name: self.parameters[name].numel() for name in sums}
         if self.granularity == "tensor":
-            return q.sum(1) / p.numel()
-        return q
+            return {name: q.sum(1) / sizes[name] for name, q in sums.items()}
+        if sums:  # in one call for all: a small op between large ones takes most of its time to be called
+            torch._foreach_div_(list(sums.values()), [sizes[name] / q.shape[1] for name, q in sums.items()])
+        return sums
 
 
 def _onward(use: Use, parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:

@@ -26,6 +26,7 @@ from .fisher import (
     _diagonal,
     _Moments,
     _self_check,
+    _Units,
 )
 from .recorder import FisherRecorder, ParameterFilter
 
@@ -117,9 +118,9 @@ def fisher_of_label_sets(
                 blocks.append(F.pad(u, (start, sum(widths) - start - width)))
                 start += width
             for s, into, found in zip(sets, moments, _packed(recorder, logits, blocks), strict=True):
-                a = torch.ones(n, dtype=torch.float64) if s.weights is None else s.weights[numbers].double()
+                units = _Units(torch.ones(n) if s.weights is None else s.weights[numbers])
                 for name, q in found.items():
-                    into[name].add(q, a)
+                    into[name].add(q, units)
             seen += n
     count = seen - first if reduce is None else reduce(moments, seen - first)
     if count != len(sets[0].codes):

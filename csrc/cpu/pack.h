@@ -359,16 +359,29 @@ template <class S>
 class QuadraticForms {
  public:
   using T = SumOf<S>;
-  explicit QuadraticForms(int64_t positions)
-      : positions_(positions), ld_(spread<T>(positions)), d_(kernels<T>().max_height * ld_) {}
+  QuadraticForms(int64_t positions, int64_t columns)
+      : positions_(positions),
+        ld_(spread<T>(positions)),
+        d_(positions <= few_positions ? positions * columns : kernels<T>().max_height * ld_) {}
 
-  // q[k] += d_k^T K d_k for `height` columns of the cotangent
-  void add(T* q, const T* gram, const Positions<S>& cotangent, int height) const {
-    pack_positions_last(d_.get(), ld_, cotangent, height);
-    quadratic_form(q, gram, d_.get(), ld_, height, positions_);
+  // q[k] += d_k^T K d_k for `count` columns of the cotangent
+  void add(T* q, const T* gram, const Positions<S>& cotangent, int64_t count) const {
+    if (positions_ <= few_positions) return along_columns(q, gram, cotangent.merged(), count);
+    for (const FilterTile& tile : filter_tiles(1, count, kernels<T>().max_height)) {
+      pack_positions_last(d_.get(), ld_, cotangent.from_column(tile.first), tile.height);
+      quadratic_form(q + tile.first, gram, d_.get(), ld_, tile.height, positions_);
+    }
   }
 
  private:
+  void along_columns(T* q, const T* gram, const Positions<S>& cotangent, int64_t count) const {
+    if constexpr (std::is_same_v<S, T>)
+      if (cotangent.outer == 1 && cotangent.column_stride == 1)
+        return kernels<T>().form(q, gram, positions_, cotangent.data, cotangent.inner_stride, count);
+    pack_columns_last(d_.get(), count, cotangent, count);
+    kernels<T>().form(q, gram, positions_, d_.get(), count, count);
+  }
+
   const int64_t positions_, ld_;
   const Scratch<T> d_;
 };

@@ -324,8 +324,22 @@ class Conv {
           pack_column_pairs(pairs, pixels, input, channels);
           return upper_gram(gram, pixels, pairs, pixels, (channels + 1) / 2, pixels);
         }
+      if constexpr (std::is_same_v<S, T>)
+        if (pixels <= few && input.column_stride == 1) return upper_gram_of_few(gram, input, channels);
       pack_positions_last(image_.get(), pixels, input, channels);
       upper_gram(gram, pixels, image_.get(), pixels, channels, pixels);
+    }
+
+    static constexpr int64_t few = 8;  // pixels, whose channels fill vectors where they themselves do not
+
+    static void upper_gram_of_few(T* gram, const Positions<T>& input, int64_t channels) {
+      const int64_t pixels = input.outer * input.inner;
+      const auto pixel = [&](int64_t p) {
+        return input.data + p / input.inner * input.outer_stride + p % input.inner * input.inner_stride;
+      };
+      for (int64_t p = 0; p < pixels; ++p)
+        for (int64_t r = p; r < pixels; ++r)
+          gram[p * pixels + r] = kernels<T>().shifted_dot(pixel(p), pixel(r), T(0), channels);
     }
 
     const Conv& conv_;
@@ -342,15 +356,14 @@ class Conv {
     parallel_examples(examples, tiles.size(), [&](int64_t n, int64_t first, int64_t last) {
       const PatchGram patches(*this);
       const Scratch<T> gram(s.positions() * s.positions());
-      const QuadraticForms<S> forms(s.positions());
+      const QuadraticForms<S> forms(s.positions(), s.group_filters());
       for (int64_t t = first; t < last;) {
         const int64_t group = tiles[t].group, begin = t;
         while (t < last && tiles[t].group == group) ++t;
         patches.form(gram.get(), n, group);
+        const int64_t from = filter(tiles[begin]), to = filter(tiles[t - 1]) + tiles[t - 1].height;
         for (int64_t m = n; m < rows; m += examples)
-          for (int64_t k = begin; k < t; ++k)
-            forms.add(q + m * s.filters + filter(tiles[k]), gram.get(), cotangent(m).from_column(filter(tiles[k])),
-                      tiles[k].height);
+          forms.add(q + m * s.filters + from, gram.get(), cotangent(m).from_column(from), to - from);
       }
     });
   }
@@ -394,11 +407,14 @@ class Conv {
           for (int64_t b = 0; b < s.kernel_w; ++b) {
             const int64_t shift = b * s.dilation_w - s.pad_w, y = j * s.stride_w + shift;
             if (y < 0 || y >= w) continue;
+            const int64_t first = std::max(from, shift < 0 ? (-shift + s.stride_w - 1) / s.stride_w : 0);
             const T* in = half + (i * w + y) * ld + i2 * w + shift;
-            for (int64_t j2 = from; j2 < s.out_width; ++j2) {
-              const int64_t y2 = j2 * s.stride_w + shift;
-              if (y2 >= 0 && y2 < w) out[j2] += in[j2 * s.stride_w];
-            }
+            // From `first` to `end` the second window's pixel is inside, too.
+            const int64_t end = std::min(s.out_width, (w - shift + s.stride_w - 1) / s.stride_w);
+            if (s.stride_w == 1)
+              for (int64_t j2 = first; j2 < end; ++j2) out[j2] += in[j2];
+            else
+              for (int64_t j2 = first; j2 < end; ++j2) out[j2] += in[j2 * s.stride_w];
           }
         }
   }
@@ -480,17 +496,20 @@ at::Tensor sq_gram(const at::Tensor& gram, const at::Tensor& g) {
   T2V_DISPATCH(g.scalar_type(), "sq_gram", [&] {
     using T = SumOf<scalar_t>;
     const int64_t examples = gram.size(0), groups = gram.size(1), positions = gram.size(2), filters = g.size(1);
-    const std::vector<FilterTile> tiles = filter_tiles(groups, filters / groups, kernels<T>().max_height);
+    const int64_t group_filters = filters / groups;
+    const std::vector<FilterTile> tiles = filter_tiles(groups, group_filters, kernels<T>().max_height);
     const T* from = grams.const_data_ptr<T>();
     T* to = q.mutable_data_ptr<T>();
     parallel_examples(g.size(0), tiles.size(), [&](int64_t m, int64_t first, int64_t last) {
-      const QuadraticForms<scalar_t> forms(positions);
+      const QuadraticForms<scalar_t> forms(positions, group_filters);
       const Positions<scalar_t> d{
           g.const_data_ptr<scalar_t>() + m * g.stride(0), g.size(2), g.size(3), g.stride(2), g.stride(3), g.stride(1)};
-      for (int64_t t = first; t < last; ++t) {
-        const int64_t filter = tiles[t].group * (filters / groups) + tiles[t].first;
-        forms.add(to + m * filters + filter, from + ((m % examples) * groups + tiles[t].group) * positions * positions,
-                  d.from_column(filter), tiles[t].height);
+      for (int64_t t = first; t < last;) {
+        const int64_t group = tiles[t].group, begin = group * group_filters + tiles[t].first;
+        while (t < last && tiles[t].group == group) ++t;
+        const int64_t end = group * group_filters + tiles[t - 1].first + tiles[t - 1].height;
+        forms.add(to + m * filters + begin, from + ((m % examples) * groups + group) * positions * positions,
+                  d.from_column(begin), end - begin);
       }
     });
   });

@@ -60,14 +60,13 @@ class Outer {
   void gram_sums(T* q) const {
     parallel_examples(examples, tiles.size(), [&](int64_t n, int64_t first, int64_t last) {
       const Scratch<T> input(inputs * positions), gram(positions * positions);
-      const QuadraticForms<S> forms(positions);
+      const QuadraticForms<S> forms(positions, outputs);
       pack_positions_last(input.get(), positions, of(x_, n), inputs);
       upper_gram(gram.get(), positions, input.get(), positions, inputs, positions);
       fold_symmetric(gram.get(), positions, positions);
+      const int64_t begin = tiles[first].first, end = tiles[last - 1].first + tiles[last - 1].height;
       for (int64_t m = n; m < rows; m += examples)
-        for (int64_t t = first; t < last; ++t)
-          forms.add(q + m * outputs + tiles[t].first, gram.get(), of(g_, m).from_column(tiles[t].first),
-                    tiles[t].height);
+        forms.add(q + m * outputs + begin, gram.get(), of(g_, m).from_column(begin), end - begin);
     });
   }
 

@@ -165,6 +165,39 @@ void dot(T* q, const T* d, int64_t ld, const T* a, int height, Rows rows, const 
   });
 }
 
+// Columns are the vectors: nothing is transposed, and no vector is mostly empty where positions are few.
+template <class T, int NV>
+inline void some_forms(T* q, const T* gram, int64_t positions, const T* d, int64_t stride) {
+  constexpr int width = Vector<T>::width;
+  V<T> sums[NV];
+  for (int v = 0; v < NV; ++v) sums[v] = load(q + v * width);
+  for (int64_t p = 0; p < positions; ++p, gram += positions, d += stride) {
+    V<T> row[NV];
+    for (int v = 0; v < NV; ++v) row[v] = gram[p] * load(d + v * width);
+    const T* other = d + stride;
+    for (int64_t r = p + 1; r < positions; ++r, other += stride)
+      for (int v = 0; v < NV; ++v) row[v] += gram[r] * load(other + v * width);
+    for (int v = 0; v < NV; ++v) sums[v] += row[v] * load(d + v * width);
+  }
+  for (int v = 0; v < NV; ++v) store(q + v * width, sums[v]);
+}
+
+template <class T>
+void form(T* q, const T* gram, int64_t positions, const T* d, int64_t stride, int64_t columns) {
+  constexpr int width = Vector<T>::width;
+  int64_t c = 0;
+  for (; c + 4 * width <= columns; c += 4 * width) some_forms<T, 4>(q + c, gram, positions, d + c, stride);
+  for (; c + width <= columns; c += width) some_forms<T, 1>(q + c, gram, positions, d + c, stride);
+  if (c == columns) return;
+  // The last columns as a whole vector: every column is rounded alike, wherever a worker's share ends.
+  T block[few_positions * width] = {}, sums[width] = {};
+  for (int64_t p = 0; p < positions; ++p)
+    for (int64_t k = c; k < columns; ++k) block[p * width + k - c] = d[p * stride + k];
+  std::memcpy(sums, q + c, (columns - c) * sizeof(T));
+  some_forms<T, 1>(sums, gram, positions, block, width);
+  std::memcpy(q + c, sums, (columns - c) * sizeof(T));
+}
+
 template <class T, int K>
 void some_taps(T* r, int64_t ld, const T* a, const Rows& rows, const T* b, const int64_t* offsets, int64_t columns) {
   constexpr int width = Vector<T>::width;
@@ -436,6 +469,7 @@ constexpr Kernels<T> make_table() {
           square_add<T>,
           store_tile<T>,
           dot<T>,
+          form<T>,
           winograd_transform<T, input_tile<T>>,
           winograd_transform<T, cotangent_tile<T>>,
           winograd_sum<T>,

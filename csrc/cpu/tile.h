@@ -27,6 +27,10 @@ struct Winograd {
   int64_t g_stride;
 };
 
+// Positions up to which quadratic forms go column by column; above, the tiles' reuse of registers is worth a transposed
+// copy (measured).
+constexpr int64_t few_positions = 64;
+
 // Two bfloat16 values that are summed over one after the other: what the processor's dot products take.
 struct Pair {
   uint16_t first, second;
@@ -49,6 +53,9 @@ struct Kernels {
   void (*store)(T* out, int64_t ld, const T* a, int height, Rows rows, const T* b, int64_t columns);
   // q[i] += sum_c G[i, c] * d[i * ld + c]
   void (*dot)(T* q, const T* d, int64_t ld, const T* a, int height, Rows rows, const T* b, int64_t columns);
+
+  // q[c] += sum over p <= p' of d[p * stride + c] gram[p * positions + p'] d[p' * stride + c], for few positions
+  void (*form)(T* q, const T* gram, int64_t positions, const T* d, int64_t stride, int64_t columns);
 
   // The 36 transformed values of 6x6 input pixels, and of 4x4 cotangent pixels, for `channels` channels (rounded up to
   // whole vectors): to[f * to_stride + c] from from[y * row + x * pixel + c].
