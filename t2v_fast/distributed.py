@@ -13,8 +13,9 @@ from torch.utils.data import Subset
 from .allocation import everyone
 from .data import DataError, TaskData
 from .embedding import Embedding
-from .fisher import BATCH_MEAN, _Moments
+from .fisher import BATCH_MEAN
 from .job import Work
+from .moments import Moments
 from .run import Engine, Factory, Result, WorkerDied, perform
 from .shared import LabelSet
 from .task2vec import Task2Vec, timed
@@ -64,7 +65,7 @@ def embed_distributed(
         fit, task, classes, allocation = _together(fit_head, group)[0]
     agreed = False
 
-    def reduce(moments: list[dict[str, _Moments]], count: int) -> int:
+    def reduce(moments: list[dict[str, Moments]], count: int) -> int:
         nonlocal agreed
         agreed = True
         _agree(None, group)
@@ -137,7 +138,7 @@ def _agree(error: Exception | None, group: dist.ProcessGroup | None) -> None:
 
 
 def _add_up(
-    moments: list[dict[str, _Moments]], count: int, device: torch.device, group: dist.ProcessGroup | None
+    moments: list[dict[str, Moments]], count: int, device: torch.device, group: dist.ProcessGroup | None
 ) -> int:
     """Sum moments over the processes, in place; the number of examples of all."""
     every = [m for by_name in moments for m in by_name.values()]

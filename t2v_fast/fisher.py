@@ -20,6 +20,7 @@ from .cotangents import Likelihood, check_estimator, cotangents, get_likelihood
 from .cpu import fast_forward
 from .factors import Factors
 from .graph import Use, find_taps, mend_batch_norms
+from .moments import DrawnExamples, Moments, Units
 from .recorder import FilterAxis, FisherRecorder, ParameterFilter
 
 log = logging.getLogger(__name__)
@@ -99,87 +100,6 @@ class FisherDiagonal(Mapping[str, Tensor]):
 
 def _joined(values: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([v.reshape(-1) for v in values.values()])
-
-
-class _Units:
-    """Units of which means are taken, such as the examples of a batch: their ``weights`` [U], and the probabilities
-    ``inclusion`` [U] with which they came to be here."""
-
-    def __init__(self, weights: Tensor, inclusion: Tensor | None = None) -> None:
-        a = weights.to("cpu", torch.float64)
-        self.count = len(a)
-        self.factors = torch.stack([a, a.square()])  # [2, U]
-        if inclusion is not None:
-            self.factors /= inclusion
-        self.weight, self.weight2 = self.factors.sum(1).tolist()
-
-
-class _Moments:
-    """Weighted mean of independent units and its standard error, by the delta method for a ratio of sums."""
-
-    def __init__(self) -> None:
-        self.units = 0
-        self.weight = self.weight2 = 0.0
-        self.first: Tensor | float = 0.0  # sum_u a q
-        self.cross: Tensor | float = 0.0  # sum_u a^2 q
-        self.second: Tensor | float = 0.0  # sum_u a^2 q^2
-
-    def add(self, values: Tensor, units: _Units) -> None:
-        """values [U, ...] of U more units."""
-        q = values.to("cpu", torch.float64)
-        flat, shape = q.reshape(len(q), -1), q.shape[1:]
-        self.units += units.count
-        self.weight += units.weight
-        self.weight2 += units.weight2
-        first, cross = (units.factors @ flat).view(2, *shape)
-        self.first = self.first + first
-        self.cross = self.cross + cross
-        self.second = self.second + (units.factors[1] @ flat.square()).view(shape)
-
-    def mean(self) -> Tensor:
-        return self.first / self.weight
-
-    def standard_error(self) -> Tensor:
-        mean = self.mean()
-        if self.units < 2:
-            return torch.full_like(mean, float("nan"))
-        spread = self.second - 2 * mean * self.cross + mean.square() * self.weight2  # sum_u a^2 (q - mean)^2
-        return (spread.clamp_min(0) * self.units / (self.units - 1)).sqrt() / self.weight
-
-
-class _DrawnExamples:
-    """The variance that comes of visiting drawn examples in place of all: Hajek's (1964) for samples of fixed size.
-
-    sum_s (1 - p_n) (r_n - mean)^2 over the visited examples, r_n = a_n q_n / p_n, p_n their inclusion probabilities,
-    with the mean weighted by 1 - p_n. Systematic samples in random order vary like it or less. To that comes of the
-    examples' own draws what the spread of r_n does not show: p_n of it.
-    """
-
-    def __init__(self) -> None:
-        self.units = 0
-        self.weight = 0.0
-        self.first: Tensor | float = 0.0
-        self.second: Tensor | float = 0.0
-        self.draws: Tensor | float = 0.0
-
-    def add(self, values: Tensor, variances: Tensor, a: Tensor, inclusion: Tensor) -> None:
-        """Per-example values [n, ...], the variances of their draws, weights and probabilities [n]."""
-        r, left = a / inclusion, 1 - inclusion
-        q = values.to("cpu", torch.float64)
-        self.draws = self.draws + torch.tensordot(r.square() * inclusion, variances.to("cpu", torch.float64), 1)
-        some = left > 0
-        if some.any():
-            r, left, q = r[some], left[some], q[some]
-            self.units += len(r)
-            self.weight += float(left.sum())
-            self.first = self.first + torch.tensordot(left * r, q, 1)
-            self.second = self.second + torch.tensordot(left * r.square(), q.square(), 1)
-
-    def variance(self) -> Tensor:
-        if self.units < 2:  # no spread to be seen: that around zero
-            return self.draws + self.second
-        spread = self.second - (self.first * self.first) / self.weight
-        return self.draws + spread.clamp_min(0) * self.units / (self.units - 1)
 
 
 def _input(t: Any, device: str | torch.device) -> Any:
@@ -325,8 +245,8 @@ def fisher(
     if weights is not None and (weights.dim() != 1 or not (weights >= 0).all() or not weights.isfinite().all()):
         raise ValueError(f"weights {list(weights.shape)} must be one finite number of at least 0 for each example")
     generator: torch.Generator | Tensor = torch.Generator().manual_seed(seed)
-    moments = {name: _Moments() for name in recorder.parameters}
-    drawn = {name: _DrawnExamples() for name in recorder.parameters} if estimator_error else {}
+    moments = {name: Moments() for name in recorder.parameters}
+    drawn = {name: DrawnExamples() for name in recorder.parameters} if estimator_error else {}
     seen = 0
     skipped: frozenset[str] = frozenset()
     with (
@@ -414,7 +334,7 @@ def _doubted(
     sketched: bool,
     a: Tensor,
     inclusion: Tensor,
-    drawn: dict[str, _DrawnExamples],
+    drawn: dict[str, DrawnExamples],
 ) -> dict[str, Tensor]:
     """A batch's values; to ``drawn`` is added by how much the last two cotangents, two sketches, disagree.
 
@@ -434,7 +354,7 @@ def _doubted(
 
 
 def _diagonal(
-    moments: dict[str, _Moments],
+    moments: dict[str, Moments],
     recorder: FisherRecorder,
     estimator: str,
     samples: int,
@@ -490,7 +410,7 @@ def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def _accumulate(
-    moments: dict[str, _Moments],
+    moments: dict[str, Moments],
     values: dict[str, Tensor],
     a: Tensor,
     tokens: Tensor | None,
@@ -503,14 +423,14 @@ def _accumulate(
         a = a * tokens
         each = tokens.clamp_min(1)
     if estimator == BATCH_MEAN:
-        units, values = _Units(torch.ones(1)), {name: q[None] for name, q in values.items()}
+        units, values = Units(torch.ones(1)), {name: q[None] for name, q in values.items()}
     elif granularity == "parameter":  # summed over the batch already
         total = a.sum()
         if not total > 0:
             return
-        units, values = _Units(total[None]), {name: q[None] / total for name, q in values.items()}
+        units, values = Units(total[None]), {name: q[None] / total for name, q in values.items()}
     else:
-        units = _Units(a, inclusion)
+        units = Units(a, inclusion)
         if tokens is not None:
             values = {name: q / each.to(q).view(-1, *(1,) * (q.dim() - 1)) for name, q in values.items()}
     for name, q in values.items():

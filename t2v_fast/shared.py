@@ -24,10 +24,9 @@ from .fisher import (
     _check_inputs,
     _default_forward,
     _diagonal,
-    _Moments,
     _self_check,
-    _Units,
 )
+from .moments import Moments, Units
 from .recorder import FisherRecorder, ParameterFilter
 
 LONGEST_SKIP = 4096  # examples whose draws are skipped at once
@@ -73,7 +72,7 @@ def fisher_of_label_sets(
     self_check: bool = True,
     first: int = 0,
     examples: Tensor | None = None,
-    reduce: Callable[[list[dict[str, _Moments]], int], int] | None = None,
+    reduce: Callable[[list[dict[str, Moments]], int], int] | None = None,
 ) -> list[FisherDiagonal]:
     """The filter-wise diagonal Fisher of each label set: that of :func:`t2v_fast.fisher` alone, to rounding.
 
@@ -88,7 +87,7 @@ def fisher_of_label_sets(
     recorder = FisherRecorder(network, parameters, unsupported=unsupported)
     device = next(iter(recorder.parameters.values())).device
     generators: list[torch.Generator] = [torch.Generator().manual_seed(seed) for _ in sets]
-    moments = [{name: _Moments() for name in recorder.parameters} for _ in sets]
+    moments = [{name: Moments() for name in recorder.parameters} for _ in sets]
     widths = [s.head.out_features for s in sets]
     for width, generator in zip(widths, generators, strict=True):
         _skip(first, width, estimator, samples, likelihood, generator)
@@ -118,7 +117,7 @@ def fisher_of_label_sets(
                 blocks.append(F.pad(u, (start, sum(widths) - start - width)))
                 start += width
             for s, into, found in zip(sets, moments, _packed(recorder, logits, blocks), strict=True):
-                units = _Units(torch.ones(n) if s.weights is None else s.weights[numbers])
+                units = Units(torch.ones(n) if s.weights is None else s.weights[numbers])
                 for name, q in found.items():
                     into[name].add(q, units)
             seen += n
