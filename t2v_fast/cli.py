@@ -150,7 +150,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _weight_decay(text: str) -> float | str:
-    return text if text == CROSS_VALIDATED else float(text)
+    if text == CROSS_VALIDATED:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0, or {CROSS_VALIDATED}") from None
 
 
 def _bank_options(parser: argparse.ArgumentParser) -> None:

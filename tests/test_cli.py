@@ -66,6 +66,9 @@ def test_embed_with_a_weight_decay(folders: list[str], tmp_path: Path, capsys: p
     capsys.readouterr()
     assert run("embed", folders[0], "--output", tmp_path / "bad", "--weight-decay", "-1") == 1
     assert "weight_decay is -1.0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("embed", folders[0], "--weight-decay", "little")
+    assert "'little': expected a number above 0, or cv" in capsys.readouterr().err
     assert run("embed", "--job", "a.yaml", "--bank", "b", "--weight-decay", "cv") == 1
     assert "--weight-decay does not go with --job" in capsys.readouterr().err
 
