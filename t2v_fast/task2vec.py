@@ -264,7 +264,8 @@ class Task2Vec:
         while True:
             self._waited = 0.0
             try:
-                return run()
+                with torch.inference_mode(False):  # in which a head would have no gradients
+                    return run()
             except (MemoryError, RuntimeError) as error:
                 # The squared gradient of a batch's mean depends on the batch.
                 if not out_of_memory(error) or self.batch_size == 1 or self.estimator == BATCH_MEAN:

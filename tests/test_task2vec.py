@@ -69,6 +69,9 @@ def test_seeds_files_and_fingerprints(tmp_path: Path) -> None:
     task = shapes()
     a = Task2Vec(small_probe(), seed=1).embed(task)
     assert np.array_equal(a.hessian, Task2Vec(small_probe(), seed=1, batch_size=32).embed(task).hessian)
+    task2vec = Task2Vec(small_probe(), seed=1)
+    with torch.inference_mode():
+        assert np.array_equal(a.hessian, task2vec.embed(task).hessian)
     a.save(tmp_path / "a.safetensors")
     back = Embedding.load(tmp_path / "a.safetensors")
     assert distance.pdist([a, back])[0, 1] == 0
