@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from . import ops
+from .graph import find_taps
 
 log = logging.getLogger(__name__)
+
+# Nodes whose backward pass torch 2.13 crashes in for channels-last images, where the input needs no gradient.
+_TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+CRASHING = frozenset({"NativeGroupNormBackward0"}) if _TORCH < (2, 14) else frozenset()
 
 _lock = threading.Lock()
 _contexts = 0
@@ -85,13 +90,24 @@ class ChannelsLast:
         except RuntimeError as error:
             if self.works:
                 raise
-            self.__exit__(None, None, None)
-            output = self.forward(model, inputs)  # raises the same, where the memory format is not the cause
-            log.info("the network does not take channels-last images: %s", error)
-            self.works = False
-            return output
+            return self._as_they_come(model, inputs, error)
+        if self.works is None and (found := _crashing(output)):
+            return self._as_they_come(model, inputs, f"torch {torch.__version__} crashes in {', '.join(found)}")
         self.works = True
         return output
+
+    def _as_they_come(self, model: nn.Module, inputs: Any, why: object) -> Tensor:
+        self.__exit__(None, None, None)
+        output = self.forward(model, inputs)  # raises the same, where the memory format is not the cause
+        log.info("the network does not take channels-last images: %s", why)
+        self.works = False
+        return output
+
+
+def _crashing(output: Any) -> set[str]:
+    if not CRASHING or not isinstance(output, Tensor):
+        return set()
+    return {node.name() for node in find_taps(output, {}).order} & CRASHING
 
 
 def _images_channels_last(t: Any) -> Any:

@@ -96,3 +96,16 @@ def test_a_network_that_refuses_gets_its_own_weights(caplog: pytest.LogCaptureFi
     for name, value in plain.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-9)
     assert model[0].weight.data_ptr() == own
+
+
+def test_a_network_that_torch_crashes_on_gets_images_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "CRASHING", frozenset({"NativeGroupNormBackward0"}))
+    seen: list[bool] = []
+    model = nn.Sequential(nn.GroupNorm(1, 3), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 3))
+    model.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    own, x = model[1].weight.data_ptr(), torch.randn(4, 3, 5, 5)
+    fisher(model, [x, x], self_check=False)
+    assert seen == [True, False, False]
+    assert model[1].weight.data_ptr() == own
