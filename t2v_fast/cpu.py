@@ -78,6 +78,9 @@ class ChannelsLast:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
         for weight, own in self._own:
             weight.data = own
         self._own.clear()
@@ -97,7 +100,7 @@ class ChannelsLast:
         return output
 
     def _as_they_come(self, model: nn.Module, inputs: Any, why: object) -> Tensor:
-        self.__exit__(None, None, None)
+        self._restore()
         output = self.forward(model, inputs)  # raises the same, where the memory format is not the cause
         log.info("the network does not take channels-last images: %s", why)
         self.works = False

@@ -225,15 +225,12 @@ def fisher(
     if estimator != BATCH_MEAN:
         check_estimator(estimator, samples)
     likelihood = get_likelihood(likelihood)
-    if estimator_error and (estimator != "deflated" or granularity == "parameter"):
-        raise ValueError(
-            f"estimator_error is for estimator 'deflated' by filter or tensor, got {estimator!r} by {granularity}"
-        )
-    if allocation is not None:
-        if estimator != "deflated" or granularity == "parameter":
+    for what, asked in (("estimator_error", estimator_error), ("an allocation", allocation is not None)):
+        if asked and (estimator != "deflated" or granularity == "parameter"):
             raise ValueError(
-                f"an allocation is for estimator 'deflated' by filter or tensor, got {estimator!r} by {granularity}"
+                f"{what} is for estimator 'deflated' by filter or tensor, got {estimator!r} by {granularity}"
             )
+    if allocation is not None:
         if weights is None:
             weights = torch.ones(len(allocation.samples))
         elif len(weights) != len(allocation.samples):

@@ -89,8 +89,9 @@ def fisher_of_label_sets(
     generators: list[torch.Generator] = [torch.Generator().manual_seed(seed) for _ in sets]
     moments = [{name: Moments() for name in recorder.parameters} for _ in sets]
     widths = [s.head.out_features for s in sets]
-    for width, generator in zip(widths, generators, strict=True):
-        _skip(first, width, estimator, samples, likelihood, generator)
+    for s, width, generator in zip(sets, widths, generators, strict=True):
+        if s.allocation is None:  # whose examples have seeds of their own
+            _skip(first, width, estimator, samples, likelihood, generator)
     seen = first
     with (
         torch.inference_mode(False),
