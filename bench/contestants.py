@@ -22,6 +22,7 @@ from t2v_fast import fisher
 from t2v_fast.cotangents import cotangents
 from t2v_fast.cpu import ChannelsLast, kept_memory
 from t2v_fast.graph import backpropagate
+from t2v_fast.layers import with_fast_layers
 from t2v_fast.recorder import FisherRecorder
 from t2v_fast.rules import taps_of
 
@@ -122,7 +123,8 @@ def batch_mean(model: nn.Module, x: Tensor, y: Tensor) -> Sums:
 def _fused(estimator: str, samples: int = 1, **settings: Any) -> Contestant:
     # Entered once for all batches, as fisher() does: a recorder remembers the layouts that it probed.
     def prepare(model: nn.Module) -> tuple[FisherRecorder, ChannelsLast]:
-        return FisherRecorder(model).__enter__(), ChannelsLast(model, lambda model, x: model(x)).__enter__()
+        forward = with_fast_layers(lambda model, x: model(x))
+        return FisherRecorder(model).__enter__(), ChannelsLast(model, forward).__enter__()
 
     run = functools.partial(fused, estimator=estimator, samples=samples)
     return Contestant(run, prepare, session=kept_memory, **settings)

@@ -40,7 +40,10 @@ def _torchvision(name: str, size: int) -> nn.Module:
     import torchvision
 
     settings = {"image_size": size} if name.startswith("vit") else {}
-    return getattr(torchvision.models, name)(num_classes=CLASSES, weights=None, **settings)
+    model = getattr(torchvision.models, name)(num_classes=CLASSES, weights=None, **settings)
+    if name.startswith("vit"):  # whose head is zero to begin with: nothing below it would have a gradient
+        model.heads.head.reset_parameters()
+    return model
 
 
 def _timm(name: str, size: int) -> nn.Module:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from . import ops
 from .graph import find_taps
+from .layers import with_fast_layers
 
 log = logging.getLogger(__name__)
 
@@ -129,5 +130,6 @@ def fast_forward(
     if torch.device(device).type != "cpu":
         yield forward
         return
+    forward = with_fast_layers(forward)
     with kept_memory(), ChannelsLast(model, forward) if channels_last else nullcontext(forward) as run:
         yield run

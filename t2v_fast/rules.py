@@ -17,6 +17,7 @@ from torch.autograd.graph import Node
 
 from .factors import Convolution, Factors, Outer, Product, Scatter, Stacked
 from .graph import HIDING, RowLayout, Shape, Taps, UnsupportedError, Use, find_taps, input_shape
+from .layers import NODES
 
 
 def _first_axis(g: Tensor, use: Use) -> Tensor:
@@ -84,7 +85,8 @@ def taps_of(output: Tensor, parameters: dict[str, Tensor]) -> Taps:
     for node in taps.order:
         if why := HIDING.get(node.name()):
             raise UnsupportedError(f"the autograd node {node.name()} is in the way: {why}")
-        if taps.unused and isinstance(node, torch.autograd.function.BackwardCFunction):
+        custom = isinstance(node, torch.autograd.function.BackwardCFunction) and node.name() not in NODES
+        if taps.unused and custom:
             raise UnsupportedError(
                 f"the parameter {min(taps.unused)!r} is nowhere in the autograd graph, and the custom function "
                 f"{node.name()}, which is, may hide it: leave the parameter out with parameters=..., or the function"
@@ -187,7 +189,7 @@ def _convolution(use: Use, g: Tensor, layout: RowLayout, n: int) -> Factors:
     x, of_input = node._saved_input, not node._saved_transposed
     if not of_input:  # the transpose of a convolution that goes from its output to its input
         x, g = g, x
-    x, g = (t[:, None] if len(t) == n else layout.split(t, n) for t in (x, g))  # [N, F, C, *size], F images an example
+    x, g = (_frames(t, layout, n) for t in (x, g))
     if len(kernel) == 1:  # as a 2-d convolution over images of height 1
         x, g, kernel = x.unsqueeze(3), g.unsqueeze(3), (1, *kernel)
         geometry = [(neutral, *given) for neutral, given in zip((1, 0, 1), geometry, strict=True)]
@@ -204,6 +206,19 @@ def _convolution(use: Use, g: Tensor, layout: RowLayout, n: int) -> Factors:
         rest = (given[1:] for given in (kernel, stride, padding, dilation))
         slices.append(_over_images(*seen, *rest, node._saved_groups, of_input))
     return Stacked(slices)
+
+
+def _frames(t: Tensor, layout: RowLayout, n: int) -> Tensor:
+    """[R, C, *size] -> [N, F, C, *size], F images an example."""
+    return t[:, None] if len(t) == n else layout.split(t, n)
+
+
+@register_rule("MatrixConvolutionBackward", shared=_inputs(1, 2), check=_not_as_input("convolution"))
+def _matrix_convolution(use: Use, g: Tensor, layout: RowLayout, n: int) -> Factors:
+    if use.slot == 2:
+        return Product(_channels(g, layout, n))
+    x, g = (_frames(t, layout, n) for t in (use.node.saved_tensors[0], g))
+    return _over_images(x, g, use.shape[2:], *use.node.geometry, 1, True)
 
 
 def _over_images(
@@ -324,6 +339,14 @@ def _linear(use: Use, g: Tensor, layout: RowLayout, n: int) -> Factors:
     # [B, M, K] from [B, K, P] and g [B, M, P], rows P
     x, g = (t.movedim(-1, 0) for t in (node._saved_mat2, g))
     return _matrix(layout.split(x, n), layout.split(g, n), of_input=True, exchange=use.transposed)
+
+
+@register_rule("OneDnnLinearBackward", rows=_features, shared=_inputs(1, 2), check=_not_as_input("linear layer"))
+def _onednn_linear(use: Use, g: Tensor, layout: RowLayout, n: int) -> Factors:
+    g = layout.split(_features(g, use), n)
+    if use.slot == 2:
+        return Product(g)
+    return Outer(layout.split(_features(use.node.saved_tensors[0], use), n), g)
 
 
 def _matrix(x: Tensor, g: Tensor, of_input: bool, exchange: bool) -> Factors:

@@ -1,0 +1,268 @@
+"""Layers that a CPU computes faster than torch has them, with the same results up to rounding.
+
+Linear layers
+    torch leaves them, in float32, to the BLAS it was built with, and MKL, the usual one, runs at half speed on
+    processors that are not Intel's. oneDNN, which has torch's convolutions, runs at full speed on all.
+Convolutions over images smaller than their kernel
+    multiply zeros of the padding for the most part. As a matrix, from all entries of an image to all of its output,
+    they multiply none.
+In-place ReLU6
+    tells from its output where it was cut off. torch copies the input first.
+
+docs/performance.md has what each of them gains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .graph import views_of
+
+LEAST = 2**22  # multiplications below which a product is not worth the call
+FEW = 4  # pixels of an image, at most, for a 1x1 convolution as a product
+MATRIX = 2  # entries of a convolution's matrix, at most, over those of its weight
+
+Pair = tuple[int, int]
+
+
+class OneDnnLinear(torch.autograd.Function):
+    """A linear layer by oneDNN: x [..., I], weight [O, I], bias [O] or None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = g.reshape(-1, g.shape[-1])
+        return (
+            _product(g, weight.mT) if _wanted(ctx, 0) else None,
+            rows.mT @ x.reshape(-1, x.shape[-1]) if _wanted(ctx, 1) else None,
+            rows.sum(0) if _wanted(ctx, 2) else None,
+        )
+
+
+class MatrixConvolution(torch.autograd.Function):
+    """A convolution of x [N, C, H, W] as a product with a matrix [pixels O, pixels C]; bias [O] or None.
+
+    The matrix is that of a pixel, which is the weight of a 1x1 convolution, or that of a whole image
+    (:func:`convolution_matrix`). ``geometry``: stride, padding and dilation; ``size``: of the output.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, matrix: Tensor, geometry: tuple, size: Pair
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, matrix)
+        ctx.geometry = geometry
+        if bias is not None:
+            bias = bias.repeat(len(matrix) // len(bias))
+        y = _product(_pixels(x, matrix.shape[1]), matrix, bias)
+        # Detached, it is no view to autograd, which lets none of a function's outputs be modified in place.
+        return _images(y, len(x), size).detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, matrix = ctx.saved_tensors
+        of_weight = [False, True, False]
+        return (
+            _images(_product(_pixels(g, len(matrix)), matrix.mT), len(x), x.shape[2:]) if _wanted(ctx, 0) else None,
+            torch.ops.aten.convolution_backward(g, x, weight, None, *ctx.geometry, False, [0, 0], 1, of_weight)[1]
+            if _wanted(ctx, 1)
+            else None,
+            g.sum((0, 2, 3)) if _wanted(ctx, 2) else None,
+            *(None,) * 3,
+        )
+
+
+class InPlaceHardtanh(torch.autograd.Function):
+    """x cut off at two values, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, least: float, most: float) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.cuts = least, most
+        x.clamp_(least, most)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.ops.aten.hardtanh_backward(g, *ctx.saved_tensors, *ctx.cuts), None, None
+
+
+NODES = frozenset(f"{function.__name__}Backward" for function in (OneDnnLinear, MatrixConvolution, InPlaceHardtanh))
+
+
+def convolution_matrix(weight: Tensor, image: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """A convolution with ``weight`` [O, C, *kernel] over images of a size, as a matrix [Ho Wo O, H W C]."""
+    kernel = tuple(weight.shape[2:])
+    size = _output_size(kernel, image, stride, padding, dilation)
+    matrix = weight.new_zeros(*size, len(weight), *image, weight.shape[1])
+    rows, columns = (
+        [
+            (o, k, i)
+            for o in range(size[a])
+            for k in range(kernel[a])
+            if 0 <= (i := o * stride[a] - padding[a] + k * dilation[a]) < image[a]
+        ]
+        for a in (0, 1)
+    )
+    for oy, ky, y in rows:
+        for ox, kx, x in columns:
+            matrix[oy, ox, :, y, x] = weight[:, :, ky, kx]
+    return matrix.view(size[0] * size[1] * len(weight), -1)
+
+
+def _output_size(kernel: Sequence[int], image: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> Pair:
+    height, width = ((image[a] + 2 * padding[a] - dilation[a] * (kernel[a] - 1) - 1) // stride[a] + 1 for a in (0, 1))
+    return height, width
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # Other dtypes torch leaves to oneDNN already, where that has them. Of gradients that are computed in batches (vmap)
+    # only torch's own operators know.
+    keys = torch._C._dispatch_keys(x)
+    if x.dtype != torch.float32 or not keys.has(DispatchKey.CPU) or keys.has(DispatchKey.FuncTorchBatched):
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _pixels(images: Tensor, width: int) -> Tensor:
+    """[N, C, H, W] to rows of one or more pixels [R, width], a view of channels-last ones."""
+    return images.permute(0, 2, 3, 1).reshape(-1, width)
+
+
+def _images(rows: Tensor, n: int, size: Sequence[int]) -> Tensor:
+    return rows.view(n, *size, -1).permute(0, 3, 1, 2)
+
+
+def _wanted(ctx: Any, slot: int) -> bool:
+    """Whether the backward pass under way asks for that input's gradient; ``needs_input_grad`` says if any could."""
+    if not ctx.needs_input_grad[slot]:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[slot][0])
+    except (RuntimeError, AttributeError):  # a leaf that is asked for, or all are; or not told by this torch
+        return True
+
+
+def _usable(x: Tensor, weight: Tensor | None) -> bool:
+    return (
+        x.device.type == "cpu"
+        and (weight is None or (weight.device.type == "cpu" and weight.dtype == x.dtype))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.compiler.is_compiling()
+        # A parameter, itself or through views, is left to the layers whose rules know it as their input.
+        and not (x.requires_grad and (x.grad_fn is None or views_of(x.grad_fn) is not None))
+    )
+
+
+def with_fast_layers(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function, with :class:`FastLayers` around each call."""
+    layers = FastLayers()
+
+    def run(*arguments: Any) -> Tensor:
+        with layers:
+            return forward(*arguments)
+
+    return run
+
+
+class FastLayers(TorchFunctionMode):
+    """Within this context layers on a CPU compute as this module has it. Matrices of convolutions are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # By the weight's id and the rest of what it depends on: the weight's version, the weight, its matrix.
+        self._matrices: dict[tuple, tuple[int, Tensor, Tensor]] = {}
+        self._faster: dict[Callable, Callable] = {F.hardtanh: self._hardtanh}
+        if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            self._faster |= {F.linear: self._linear, F.conv2d: self._convolution}
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._faster.get(func, func)(*args, **(kwargs or {}))
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = input  # a keyword of torch's
+        if (
+            x.dtype == torch.float32
+            and x.dim() > 1
+            and weight.dim() == 2
+            and x.shape[-1] == weight.shape[1]
+            and x.numel() * len(weight) >= LEAST
+            and _usable(x, weight)
+            and torch._C._get_mkldnn_enabled()
+        ):
+            return OneDnnLinear.apply(x, weight, bias)
+        return F.linear(x, weight, bias)
+
+    def _convolution(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        x = input
+        if groups == 1 and not isinstance(padding, str) and x.dim() == 4 and _usable(x, weight):
+            geometry = _pair(stride), _pair(padding), _pair(dilation)
+            matrix = self._matrix(x, weight, geometry)
+            if matrix is not None:
+                size = _output_size(weight.shape[2:], x.shape[2:], *geometry)
+                return MatrixConvolution.apply(x, weight, bias, matrix, geometry, size)
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    def _matrix(self, x: Tensor, weight: Tensor, geometry: tuple[Pair, Pair, Pair]) -> Tensor | None:
+        """As what a convolution computes over images of this size, if that is faster."""
+        if x.shape[1] != weight.shape[1] or not x.numel() or not torch._C._get_mkldnn_enabled():
+            return None
+        kernel, image = tuple(weight.shape[2:]), tuple(x.shape[2:])
+        taps, pixels = kernel[0] * kernel[1], image[0] * image[1]
+        if kernel == (1, 1) and geometry == ((1, 1), (0, 0), (1, 1)):
+            return weight.detach().flatten(1) if pixels <= FEW and x.numel() * len(weight) >= LEAST else None
+        size = _output_size(kernel, image, *geometry)
+        if pixels >= taps or min(size) < 1 or pixels * size[0] * size[1] > MATRIX * taps:
+            return None
+        if weight.grad_fn is not None or weight.is_inference():  # made anew for every batch, or not known to change
+            return None
+        key = id(weight), image, geometry
+        if key not in self._matrices or self._matrices[key][0] != weight._version:
+            with torch.no_grad():
+                self._matrices[key] = weight._version, weight, convolution_matrix(weight, image, *geometry)
+        return self._matrices[key][2]
+
+    def _hardtanh(self, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+        if (
+            inplace
+            and min_val < max_val
+            and input.grad_fn is not None
+            and not input._is_view()
+            and _usable(input, None)
+        ):
+            return InPlaceHardtanh.apply(input, min_val, max_val)
+        return F.hardtanh(input, min_val, max_val, inplace)
+
+
+def _pair(given: int | Sequence[int]) -> Pair:
+    given = (given,) if isinstance(given, int) else tuple(given)
+    return given * 2 if len(given) == 1 else given
