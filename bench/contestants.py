@@ -20,9 +20,8 @@ from torch.nn import functional as F
 
 from t2v_fast import fisher
 from t2v_fast.cotangents import cotangents
-from t2v_fast.cpu import ChannelsLast, kept_memory
+from t2v_fast.cpu import FastNetwork, kept_memory
 from t2v_fast.graph import backpropagate
-from t2v_fast.layers import with_fast_layers
 from t2v_fast.recorder import FisherRecorder
 from t2v_fast.rules import taps_of
 
@@ -108,7 +107,7 @@ def per_example_vmap(model: nn.Module, x: Tensor, y: Tensor, chunk: int | None =
 VMAP_BYTES = 8 * 2**30  # twice this is the peak
 
 
-def fused(state: tuple[FisherRecorder, ChannelsLast], x: Tensor, y: Tensor, estimator: str, samples: int = 1) -> Sums:
+def fused(state: tuple[FisherRecorder, FastNetwork], x: Tensor, y: Tensor, estimator: str, samples: int = 1) -> Sums:
     """A batch as fisher() has it."""
     recorder, forward = state
     logits = forward(recorder.model, x)
@@ -122,9 +121,8 @@ def batch_mean(model: nn.Module, x: Tensor, y: Tensor) -> Sums:
 
 def _fused(estimator: str, samples: int = 1, **settings: Any) -> Contestant:
     # Entered once for all batches, as fisher() does: a recorder remembers the layouts that it probed.
-    def prepare(model: nn.Module) -> tuple[FisherRecorder, ChannelsLast]:
-        forward = with_fast_layers(lambda model, x: model(x))
-        return FisherRecorder(model).__enter__(), ChannelsLast(model, forward).__enter__()
+    def prepare(model: nn.Module) -> tuple[FisherRecorder, FastNetwork]:
+        return FisherRecorder(model).__enter__(), FastNetwork(model, lambda model, x: model(x)).__enter__()
 
     run = functools.partial(fused, estimator=estimator, samples=samples)
     return Contestant(run, prepare, session=kept_memory, **settings)

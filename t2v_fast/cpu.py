@@ -1,4 +1,4 @@
-"""How a network runs faster on a CPU, with the same results: in another memory format, and in memory that is kept."""
+"""How a network runs faster on a CPU, with the same results: other layers, another memory format, kept memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from . import ops
 from .graph import find_taps
-from .layers import with_fast_layers
+from .layers import FastLayers
 
 log = logging.getLogger(__name__)
 
@@ -56,25 +56,28 @@ def _keep(keep: bool) -> None:
         ops.keep_freed_memory(keep)
 
 
-class ChannelsLast:
-    """A forward function whose images [N, C, H, W] are channels-last, unless the network refuses them so.
+class FastNetwork:
+    """A forward function with :class:`FastLayers`, and channels-last images [N, C, H, W] unless the network refuses.
 
-    ``with ChannelsLast(model, forward) as run: run(model, inputs)``. Within the context the weights of convolutions are
+    ``with FastNetwork(model, forward) as run: run(model, inputs)``. Within the context the weights of convolutions are
     channels-last copies, which would otherwise be made for every batch; the model has its own back at the end. Norms
     and poolings gain most: see docs/performance.md.
     """
 
-    def __init__(self, model: nn.Module, forward: Callable[[nn.Module, Any], Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, forward: Callable[[nn.Module, Any], Tensor], channels_last: bool = True
+    ) -> None:
         self.model, self.forward = model, forward
-        self.works: bool | None = None
-        self._own: list[tuple[nn.Parameter, Tensor]] = []
+        self.works: bool | None = None if channels_last else False
+        self._layers = FastLayers(self._put_back)
+        self._own: dict[int, tuple[nn.Parameter, Tensor]] = {}
 
-    def __enter__(self) -> ChannelsLast:
-        for module in self.model.modules():
+    def __enter__(self) -> FastNetwork:
+        for module in self.model.modules() if self.works is None else ():
             # A weight that is computed from others is no parameter of its module.
             weight = module._parameters.get("weight")
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and weight is not None and weight.is_contiguous():
-                self._own.append((weight, weight.data))
+                self._own.setdefault(id(weight), (weight, weight.data))
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         return self
 
@@ -82,15 +85,24 @@ class ChannelsLast:
         self._restore()
 
     def _restore(self) -> None:
-        for weight, own in self._own:
+        for weight, own in self._own.values():
             weight.data = own
         self._own.clear()
 
+    def _put_back(self, weight: Tensor) -> None:
+        """The weight of a layer that has a matrix instead needs no copy."""
+        if id(weight) in self._own:
+            weight.data = self._own.pop(id(weight))[1]
+
+    def _run(self, model: nn.Module, inputs: Any) -> Tensor:
+        with self._layers:
+            return self.forward(model, inputs)
+
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         if self.works is False:
-            return self.forward(model, inputs)
+            return self._run(model, inputs)
         try:
-            output = self.forward(model, tree_map(_images_channels_last, inputs))
+            output = self._run(model, tree_map(_images_channels_last, inputs))
         except RuntimeError as error:
             if self.works:
                 raise
@@ -102,7 +114,7 @@ class ChannelsLast:
 
     def _as_they_come(self, model: nn.Module, inputs: Any, why: object) -> Tensor:
         self._restore()
-        output = self.forward(model, inputs)  # raises the same, where the memory format is not the cause
+        output = self._run(model, inputs)  # raises the same, where the memory format is not the cause
         log.info("the network does not take channels-last images: %s", why)
         self.works = False
         return output
@@ -130,6 +142,5 @@ def fast_forward(
     if torch.device(device).type != "cpu":
         yield forward
         return
-    forward = with_fast_layers(forward)
-    with kept_memory(), ChannelsLast(model, forward) if channels_last else nullcontext(forward) as run:
+    with kept_memory(), FastNetwork(model, forward, channels_last) as run:
         yield run

@@ -172,22 +172,15 @@ def _usable(x: Tensor, weight: Tensor | None) -> bool:
     )
 
 
-def with_fast_layers(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same function, with :class:`FastLayers` around each call."""
-    layers = FastLayers()
-
-    def run(*arguments: Any) -> Tensor:
-        with layers:
-            return forward(*arguments)
-
-    return run
-
-
 class FastLayers(TorchFunctionMode):
-    """Within this context layers on a CPU compute as this module has it. Matrices of convolutions are kept."""
+    """Within this context layers on a CPU compute as this module has it.
 
-    def __init__(self) -> None:
+    Matrices of convolutions are kept; ``replaced`` is called with the weight of which one is made.
+    """
+
+    def __init__(self, replaced: Callable[[Tensor], None] = lambda weight: None) -> None:
         super().__init__()
+        self._replaced = replaced
         # By the weight's id and the rest of what it depends on: the weight's version, the weight, its matrix.
         self._matrices: dict[tuple, tuple[int, Tensor, Tensor]] = {}
         self._faster: dict[Callable, Callable] = {F.hardtanh: self._hardtanh}
@@ -247,6 +240,7 @@ class FastLayers(TorchFunctionMode):
             return None
         key = id(weight), image, geometry
         if key not in self._matrices or self._matrices[key][0] != weight._version:
+            self._replaced(weight)
             with torch.no_grad():
                 self._matrices[key] = weight._version, weight, convolution_matrix(weight, image, *geometry)
         return self._matrices[key][2]

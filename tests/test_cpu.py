@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from t2v_fast import cpu, fisher, ops
-from t2v_fast.cpu import ChannelsLast, kept_memory
+from t2v_fast.cpu import FastNetwork, kept_memory
 
 # In a process of its own: what other tests have freed may be resident, or not.
 MEMORY = """
@@ -67,7 +67,7 @@ def test_weights_are_channels_last_within() -> None:
     standardised = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))
     model = nn.Sequential(shared, nn.Conv2d(4, 4, 1), shared, nn.ConvTranspose2d(4, 6, 2), nn.Conv1d(6, 2, 3))
     own = {name: (p, p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
-    with ChannelsLast(nn.Sequential(model, standardised), lambda model, x: x) as run:
+    with FastNetwork(nn.Sequential(model, standardised), lambda model, x: x) as run:
         for k in (0, 3):
             weight = model[k].weight
             assert weight.is_contiguous(memory_format=torch.channels_last)
@@ -77,6 +77,18 @@ def test_weights_are_channels_last_within() -> None:
         assert seen["image"].is_contiguous(memory_format=torch.channels_last)
         assert seen["rest"] is rest
     assert {name: (p, p.data_ptr(), p.stride()) for name, p in model.named_parameters()} == own
+
+
+def test_the_weight_of_a_layer_with_a_matrix_is_not_copied() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(4, 5, 3, padding=1), nn.Flatten())
+    own = [layer.weight.data_ptr() for layer in model[:2]]
+    x = torch.randn(2, 3, 4, 4)
+    want = model(x)
+    with FastNetwork(model, lambda model, x: model(x)) as run:
+        got = run(model, x)
+        assert [layer.weight.data_ptr() == p for layer, p in zip(model[:2], own, strict=True)] == [False, True]
+        torch.testing.assert_close(got, want)
+    assert [layer.weight.data_ptr() for layer in model[:2]] == own
 
 
 class FlatWeights(nn.Conv2d):
