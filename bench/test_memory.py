@@ -18,7 +18,9 @@ CONTESTANTS = ("forward", "floor", "step", "fisher", "fisher_bfloat16", "vmap", 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process's memory")
 @pytest.mark.parametrize("contestant", CONTESTANTS)
-@pytest.mark.parametrize(("model", "size"), [("resnet18", 224), ("resnet50", 224), ("toy", 32)])
+@pytest.mark.parametrize(
+    ("model", "size"), [("resnet18", 224), ("resnet18", 64), ("resnet18", 32), ("resnet50", 224), ("toy", 32)]
+)
 def test_memory(benchmark: Any, model: str, size: int, contestant: str) -> None:
     entry = harness.cell(model, size).enter(contestant)
     benchmark.group = f"memory-{model}-{size}"

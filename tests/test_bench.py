@@ -104,6 +104,12 @@ def test_gpu_report(tmp_path: Path) -> None:
     assert all(f"## {title}" in text for title in ("Ops", "Ceilings", "Layers", "Networks"))
 
 
+def test_layers_table(tmp_path: Path) -> None:
+    lines = run(tmp_path, f"{ROOT}/bench/layers.py", "--rounds", "1", "--cells", "toy-32").splitlines()
+    assert len(next(line for line in lines if line.startswith("| toy, 32 |")).split("|")) == 8
+    assert any(line.startswith("| 1,576 x 768 to 3,072 |") for line in lines)
+
+
 def test_roofline_page_is_current() -> None:
     """What docs/gpu.md says of flops and bytes is what the script prints."""
     pytest.importorskip("torchvision", reason="this torch has no torchvision built for it")

@@ -1,0 +1,90 @@
+"""What the faster layers of t2v_fast/layers.py gain: a network forward and backward, without weight gradients.
+
+    python bench/layers.py [--rounds 9] [--cells resnet18-64 vit_b_16-224 ...]
+
+Prints Markdown: milliseconds of a batch with torch's own layers, and over them what each kind alone and all leave.
+Interleaved rounds, medians of ratios; channels-last images, kept memory. Also products by torch and by oneDNN, GFLOP/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+
+import harness
+import torch
+from report import table
+from torch.nn import functional as F
+
+from t2v_fast.cpu import FastNetwork, kept_memory
+from t2v_fast.layers import FastLayers
+
+CELLS = ("resnet18-64", "resnet18-32", "resnet50-32", "convnext_tiny-64", "vit_b_16-64", "efficientnet_lite0-224")
+KINDS: dict[str, set[Callable]] = {
+    "linear": {F.linear},
+    "convolution": {F.conv2d},
+    "ReLU6": {F.hardtanh},
+    "all": {F.linear, F.conv2d, F.hardtanh},
+}
+PRODUCTS = ((32, 2048, 2048), (392, 768, 3072), (1576, 768, 3072), (25088, 96, 384))  # rows, inputs, outputs
+
+
+def only(functions: set[Callable]) -> FastLayers:
+    layers = FastLayers()
+    layers._faster = {function: faster for function, faster in layers._faster.items() if function in functions}
+    return layers
+
+
+def measure(cell: harness.Cell, rounds: int) -> tuple[float, dict[str, float]]:
+    """Milliseconds with torch's layers, and ratios to that."""
+    first = next(p for p in cell.model.parameters() if p.dim() == 1)  # as far down as the Fisher goes
+    modes = {"torch": only(set())} | {kind: only(functions) for kind, functions in KINDS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in modes}
+    with kept_memory(), FastNetwork(cell.model, lambda model, x: model(x)) as run:
+
+        def batch(mode: FastLayers) -> None:
+            run._layers = mode
+            logits = run(cell.model, cell.x)
+            torch.autograd.grad(logits, [first], torch.ones_like(logits))
+
+        for r in range(rounds + 1):
+            for name, mode in modes.items():
+                batch(mode)
+                taken = harness.timed(batch, mode)
+                if r:
+                    seconds[name].append(taken)
+    own = seconds.pop("torch")
+    ratios = {k: statistics.median(a / b for a, b in zip(s, own, strict=True)) for k, s in seconds.items()}
+    return 1e3 * statistics.median(own), ratios
+
+
+def products(rounds: int) -> Sequence[tuple[str, ...]]:
+    rows = []
+    for n, i, o in PRODUCTS:
+        x, w = torch.randn(n, i), torch.randn(o, i)
+        rates = {}
+        for name, run in {"torch": F.linear, "oneDNN": only({F.linear})._linear}.items():
+            run(x, w)
+            rates[name] = 2e-9 * n * i * o / statistics.median(harness.timed(run, x, w) for _ in range(3 * rounds))
+        rows.append((f"{n:,} x {i:,} to {o:,}", *(f"{rate:.0f}" for rate in rates.values())))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--cells", nargs="+", default=CELLS, metavar="MODEL-SIZE")
+    arguments = parser.parse_args()
+    rows = []
+    for name in arguments.cells:
+        model, _, size = name.rpartition("-")
+        own, ratios = measure(harness.Cell(model, int(size)), arguments.rounds)
+        rows.append((f"{model}, {size}", f"{own:.1f}", *(f"{ratios[kind]:.2f}" for kind in KINDS)))
+    table(["network, input", "ms a batch by torch", *KINDS], rows)
+    print()
+    table(["rows x inputs to outputs", "torch, GFLOP/s", "oneDNN"], products(arguments.rounds))
+
+
+if __name__ == "__main__":
+    main()
