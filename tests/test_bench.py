@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,16 @@ def test_layers_table(tmp_path: Path) -> None:
     lines = run(tmp_path, f"{ROOT}/bench/layers.py", "--rounds", "1", "--cells", "toy-32").splitlines()
     assert len(next(line for line in lines if line.startswith("| toy, 32 |")).split("|")) == 8
     assert any(line.startswith("| 1,576 x 768 to 3,072 |") for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="counts instructions by valgrind")
+def test_instructions_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import instructions
+
+    products = 8 * 8 * 9 * 24**2
+    assert products / 8 < instructions.count(("explicit", 8, 8, 24, 3, 1)) < products
 
 
 def test_roofline_page_is_current() -> None:

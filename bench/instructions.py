@@ -1,0 +1,72 @@
+"""Instructions of the CPU kernels, counted by valgrind's callgrind.
+
+    python bench/instructions.py
+
+One image, channels-last, one thread. Valgrind knows AVX2 and not AVX-512, so these are the AVX2 kernels: 8
+multiply-adds an instruction. Prints Markdown: multiply-adds of the layer's weight gradient, instructions of one call of
+``sq_conv``, and instructions for 8 multiply-adds, which a loop of nothing but them would have 1 of. Counts, unlike
+times, do not depend on who else uses the machine: they show what a change of a kernel did.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from report import table
+
+LAYERS = {  # path, channels, filters, size, kernel, stride
+    "7x7 stem of 64 filters, 64x64": ("explicit", 3, 64, 64, 7, 2),
+    "3x3, 64 channels, 28x28": ("explicit", 64, 64, 28, 3, 1),
+    "3x3, 64 channels, 28x28, winograd": ("winograd", 64, 64, 28, 3, 1),
+    "3x3, 64 channels, 8x8": ("gram", 64, 64, 8, 3, 1),
+    "3x3, 256 channels, 4x4": ("gram", 256, 256, 4, 3, 1),
+    "1x1, 256 channels, 14x14": ("gram", 256, 256, 14, 1, 1),
+    "3x3, 128 channels, 14x14": ("explicit", 128, 128, 14, 3, 1),
+}
+CALL = """
+import torch
+from t2v_fast import ops
+torch.set_num_threads(1)
+path, c, o, size, kernel, stride = {layer}
+pad = kernel // 2
+out = (size + 2 * pad - kernel) // stride + 1
+x, g = (torch.randn(1, *s).contiguous(memory_format=torch.channels_last) for s in ((c, size, size), (o, out, out)))
+ops.sq_conv(x, g, (kernel, kernel), (stride, stride), (pad, pad), (1, 1), 1, path)
+print(ops.cpu_capability())
+"""
+
+
+def count(layer: tuple) -> int:
+    """Instructions of one call."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [
+                *("valgrind", "--tool=callgrind", f"--callgrind-out-file={Path(folder) / 'out'}"),
+                "--toggle-collect=t2v::(anonymous namespace)::sq_conv(at::Tensor const&*",
+                *(sys.executable, "-c", CALL.format(layer=layer)),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    if done.stdout.strip() != "avx2":
+        raise RuntimeError(f"expected the AVX2 kernels, got {done.stdout.strip()!r}")
+    return int(re.search(r"Collected : (\d+)", done.stderr)[1])
+
+
+def main() -> None:
+    rows = []
+    for name, layer in LAYERS.items():
+        path, c, o, size, kernel, stride = layer
+        products = c * o * kernel**2 * ((size + 2 * (kernel // 2) - kernel) // stride + 1) ** 2
+        n = count(layer)
+        rows.append((name, path, f"{products / 1e6:.1f}", f"{n / 1e6:.2f}", f"{8 * n / products:.2f}"))
+    table(["layer", "path", "million multiply-adds", "million instructions", "for 8"], rows)
+
+
+if __name__ == "__main__":
+    main()
