@@ -18,6 +18,8 @@ from pathlib import Path
 
 from report import table
 
+from t2v_fast.geometry import conv_output_size
+
 LAYERS = {  # path, channels, filters, size, kernel, stride
     "7x7 stem of 64 filters, 64x64": ("explicit", 3, 64, 64, 7, 2),
     "3x3, 64 channels, 28x28": ("explicit", 64, 64, 28, 3, 1),
@@ -32,12 +34,16 @@ import torch
 from t2v_fast import ops
 torch.set_num_threads(1)
 path, c, o, size, kernel, stride = {layer}
+x, g = (torch.randn(1, *s).contiguous(memory_format=torch.channels_last) for s in ((c, size, size), (o, {out}, {out})))
 pad = kernel // 2
-out = (size + 2 * pad - kernel) // stride + 1
-x, g = (torch.randn(1, *s).contiguous(memory_format=torch.channels_last) for s in ((c, size, size), (o, out, out)))
 ops.sq_conv(x, g, (kernel, kernel), (stride, stride), (pad, pad), (1, 1), 1, path)
 print(ops.cpu_capability())
 """
+
+
+def output_size(layer: tuple) -> int:
+    *_, size, kernel, stride = layer
+    return conv_output_size((size,), (kernel,), (stride,), (kernel // 2,), (1,))[0]
 
 
 def count(layer: tuple) -> int:
@@ -47,7 +53,7 @@ def count(layer: tuple) -> int:
             [
                 *("valgrind", "--tool=callgrind", f"--callgrind-out-file={Path(folder) / 'out'}"),
                 "--toggle-collect=t2v::(anonymous namespace)::sq_conv(at::Tensor const&*",
-                *(sys.executable, "-c", CALL.format(layer=layer)),
+                *(sys.executable, "-c", CALL.format(layer=layer, out=output_size(layer))),
             ],
             capture_output=True,
             text=True,
@@ -61,8 +67,8 @@ def count(layer: tuple) -> int:
 def main() -> None:
     rows = []
     for name, layer in LAYERS.items():
-        path, c, o, size, kernel, stride = layer
-        products = c * o * kernel**2 * ((size + 2 * (kernel // 2) - kernel) // stride + 1) ** 2
+        path, c, o, _, kernel, _ = layer
+        products = c * o * kernel**2 * output_size(layer) ** 2
         n = count(layer)
         rows.append((name, path, f"{products / 1e6:.1f}", f"{n / 1e6:.2f}", f"{8 * n / products:.2f}"))
     table(["layer", "path", "million multiply-adds", "million instructions", "for 8"], rows)

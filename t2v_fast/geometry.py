@@ -19,6 +19,12 @@ def conv_output_size(
     ]
 
 
+def per_axis(given: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    """One number for each of so many axes, of one for all or one each."""
+    given = (given,) if isinstance(given, int) else tuple(given)
+    return given * axes if len(given) == 1 else given
+
+
 def gram_by_pixels(pixels: int, positions: int, channels: int, taps: int) -> bool:
     """Whether GPUs get the patches' Gram matrix of a group cheaper from the pixels' than from the patches.
 

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .geometry import conv_output_size, per_axis
 from .graph import views_of
 
 LEAST = 2**22  # multiplications below which a product is not worth the call
@@ -57,18 +58,19 @@ class MatrixConvolution(torch.autograd.Function):
     """A convolution of x [N, C, H, W] as a product with a matrix [pixels O, pixels C]; bias [O] or None.
 
     The matrix is that of a pixel, which is the weight of a 1x1 convolution, or that of a whole image
-    (:func:`convolution_matrix`). ``geometry``: stride, padding and dilation; ``size``: of the output.
+    (:func:`convolution_matrix`). ``geometry``: stride, padding and dilation.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, matrix: Tensor, geometry: tuple, size: Pair
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, matrix: Tensor, geometry: tuple[Pair, Pair, Pair]
     ) -> Tensor:
         ctx.save_for_backward(x, weight, matrix)
         ctx.geometry = geometry
         if bias is not None:
             bias = bias.repeat(len(matrix) // len(bias))
         y = _product(_pixels(x, matrix.shape[1]), matrix, bias)
+        size = conv_output_size(x.shape[2:], weight.shape[2:], *geometry)
         # Detached, it is no view to autograd, which lets none of a function's outputs be modified in place.
         return _images(y, len(x), size).detach()
 
@@ -83,7 +85,8 @@ class MatrixConvolution(torch.autograd.Function):
             if _wanted(ctx, 1)
             else None,
             g.sum((0, 2, 3)) if _wanted(ctx, 2) else None,
-            *(None,) * 3,
+            None,
+            None,
         )
 
 
@@ -110,7 +113,7 @@ NODES = frozenset(f"{function.__name__}Backward" for function in (OneDnnLinear, 
 def convolution_matrix(weight: Tensor, image: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """A convolution with ``weight`` [O, C, *kernel] over images of a size, as a matrix [Ho Wo O, H W C]."""
     kernel = tuple(weight.shape[2:])
-    size = _output_size(kernel, image, stride, padding, dilation)
+    size = conv_output_size(image, kernel, stride, padding, dilation)
     matrix = weight.new_zeros(*size, len(weight), *image, weight.shape[1])
     rows, columns = (
         [
@@ -125,11 +128,6 @@ def convolution_matrix(weight: Tensor, image: Pair, stride: Pair, padding: Pair,
         for ox, kx, x in columns:
             matrix[oy, ox, :, y, x] = weight[:, :, ky, kx]
     return matrix.view(size[0] * size[1] * len(weight), -1)
-
-
-def _output_size(kernel: Sequence[int], image: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> Pair:
-    height, width = ((image[a] + 2 * padding[a] - dilation[a] * (kernel[a] - 1) - 1) // stride[a] + 1 for a in (0, 1))
-    return height, width
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -218,11 +216,10 @@ class FastLayers(TorchFunctionMode):
     ) -> Tensor:
         x = input
         if groups == 1 and not isinstance(padding, str) and x.dim() == 4 and _usable(x, weight):
-            geometry = _pair(stride), _pair(padding), _pair(dilation)
+            geometry = per_axis(stride, 2), per_axis(padding, 2), per_axis(dilation, 2)
             matrix = self._matrix(x, weight, geometry)
             if matrix is not None:
-                size = _output_size(weight.shape[2:], x.shape[2:], *geometry)
-                return MatrixConvolution.apply(x, weight, bias, matrix, geometry, size)
+                return MatrixConvolution.apply(x, weight, bias, matrix, geometry)
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     def _matrix(self, x: Tensor, weight: Tensor, geometry: tuple[Pair, Pair, Pair]) -> Tensor | None:
@@ -233,8 +230,10 @@ class FastLayers(TorchFunctionMode):
         taps, pixels = kernel[0] * kernel[1], image[0] * image[1]
         if kernel == (1, 1) and geometry == ((1, 1), (0, 0), (1, 1)):
             return weight.detach().flatten(1) if pixels <= FEW and x.numel() * len(weight) >= LEAST else None
-        size = _output_size(kernel, image, *geometry)
-        if pixels >= taps or min(size) < 1 or pixels * size[0] * size[1] > MATRIX * taps:
+        if pixels >= taps:
+            return None
+        size = conv_output_size(image, kernel, *geometry)
+        if min(size) < 1 or pixels * size[0] * size[1] > MATRIX * taps:
             return None
         if weight.grad_fn is not None or weight.is_inference():  # made anew for every batch, or not known to change
             return None
@@ -255,8 +254,3 @@ class FastLayers(TorchFunctionMode):
         ):
             return InPlaceHardtanh.apply(input, min_val, max_val)
         return F.hardtanh(input, min_val, max_val, inplace)
-
-
-def _pair(given: int | Sequence[int]) -> Pair:
-    given = (given,) if isinstance(given, int) else tuple(given)
-    return given * 2 if len(given) == 1 else given

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from .factors import Convolution, Factors, Outer, Product, Scatter, Stacked
+from .geometry import per_axis
 from .graph import HIDING, RowLayout, Shape, Taps, UnsupportedError, Use, find_taps, input_shape
 from .layers import NODES
 
@@ -184,8 +185,7 @@ def _convolution(use: Use, g: Tensor, layout: RowLayout, n: int) -> Factors:
     if use.slot == 2:
         return Product(_channels(g, layout, n))
     kernel = use.shape[2:]
-    geometry = [tuple(getattr(node, f"_saved_{key}")) for key in ("stride", "padding", "dilation")]
-    geometry = [given * len(kernel) if len(given) == 1 else given for given in geometry]  # one number for all axes
+    geometry = [per_axis(getattr(node, f"_saved_{key}"), len(kernel)) for key in ("stride", "padding", "dilation")]
     x, of_input = node._saved_input, not node._saved_transposed
     if not of_input:  # the transpose of a convolution that goes from its output to its input
         x, g = g, x

@@ -32,7 +32,7 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def assert_same(function: Callable[..., Tensor], node: str, *inputs: Tensor) -> None:
-    """Values, gradients and memory format with and without fast layers, where ``node`` made the output."""
+    """Values and gradients with and without fast layers, where ``node`` made the output."""
     torch.manual_seed(7)
     want = function(*inputs)
     with FastLayers():
