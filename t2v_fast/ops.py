@@ -64,6 +64,8 @@ SCHEMAS = {
     "sq_scatter": "(Tensor index, Tensor g, int num_rows) -> Tensor",
     "sq_scatter_acc_": "(Tensor(a!) out, Tensor index, Tensor g, Tensor weight) -> ()",
 }
+# Of the network itself, which is otherwise torch's: for the CPU only.
+WINOGRAD_CONV = "(Tensor x, Tensor weight, Tensor? bias, int[2] padding, bool transposed) -> Tensor"
 
 _backend: contextvars.ContextVar[str] = contextvars.ContextVar("t2v_fast_backend", default="auto")
 
@@ -511,6 +513,53 @@ def sq_scatter_acc_(out: Tensor, index: Tensor, g: Tensor, weight: Tensor) -> No
     _call("sq_scatter_acc_", out, index, g, weight)
 
 
+def winograd_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: Sequence[int] = (0, 0), transposed: bool = False
+) -> Tensor:
+    """A 3x3 convolution of stride 1 of x [N, C, H, W] by Winograd's F(4x4, 3x3) (Lavin and Gray, 2016): channels last.
+
+    ``weight`` [O, C, 3, 3], ``bias`` [O]. ``transposed``: the gradient of such a convolution for its input, from the
+    cotangent x of its output, with its ``weight`` [C, O, 3, 3] and its ``padding``, at most 2. Results are rounded
+    some ten times as coarsely as those of a direct convolution; each image's are the same in every batch. For float32
+    and float64. Raises ValueError with the shapes given and expected.
+    """
+    _require(
+        x.dim() == 4 and weight.dim() == 4 and tuple(weight.shape[2:]) == (3, 3) and len(padding) == 2,
+        "winograd_conv",
+        lambda: (
+            f"expected x [N, C, H, W], a weight of kernels of 3x3 and 2 paddings, got {_shape(x)}, {_shape(weight)} "
+            f"and {list(padding)}"
+        ),
+    )
+    _require(
+        x.shape[1] == weight.shape[0 if transposed else 1],
+        "winograd_conv",
+        lambda: (
+            f"x {_shape(x)} has {x.shape[1]} channels, the weight {_shape(weight)} takes "
+            f"{weight.shape[0 if transposed else 1]}"
+        ),
+    )
+    _require(
+        x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64) and x.device == weight.device,
+        "winograd_conv",
+        lambda: f"expected one of float32 and float64 on one device, got {_shape(x)} and {_shape(weight)}",
+    )
+    outputs = weight.shape[1 if transposed else 0]
+    _require(
+        bias is None or (tuple(bias.shape) == (outputs,) and bias.dtype == x.dtype and bias.device == x.device),
+        "winograd_conv",
+        lambda: f"bias is {_shape(bias)}, expected [{outputs}] {x.dtype} on {x.device}",
+    )
+    by = [2 - p for p in padding] if transposed else padding
+    size = conv_output_size(x.shape[2:], (3, 3), (1, 1), by, (1, 1))
+    _require(
+        min(padding) >= 0 and min(by) >= 0 and min(size) >= 1,
+        "winograd_conv",
+        lambda: f"x {_shape(x)} with padding {list(padding)} gives spatial size {size}",
+    )
+    return _call("winograd_conv", x, weight, bias, padding, transposed)
+
+
 def _register() -> torch.library.Library:
     """Define the operators: reference kernels for every device, fake kernels for tracing."""
     library = torch.library.Library("t2v_fast", "DEF")
@@ -542,6 +591,9 @@ def _register() -> torch.library.Library:
         kernel = fake(fakes[name]) if name in fakes else lambda *args, **kwargs: None
         kernel = {"conv_gram": fake_gram, "sq_norm": fake_norm}.get(name, kernel)
         torch.library.register_fake(f"t2v_fast::{name}", kernel, lib=library)
+    library.define("winograd_conv" + WINOGRAD_CONV)
+    library.impl("winograd_conv", reference.winograd_conv, "CompositeExplicitAutograd")
+    torch.library.register_fake("t2v_fast::winograd_conv", reference.winograd_conv, lib=library)
     return library
 
 

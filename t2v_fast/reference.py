@@ -178,3 +178,8 @@ def sq_scatter(index: Tensor, g: Tensor, num_rows: int) -> Tensor:
 def sq_scatter_acc_(out: Tensor, index: Tensor, g: Tensor, weight: Tensor) -> None:
     for m, gradient in enumerate(scatter_gradients(index, g, out.shape[0])):
         out.add_(gradient.square_().mul_(weight[m]))
+
+
+def winograd_conv(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], transposed: bool) -> Tensor:
+    convolution = F.conv_transpose2d if transposed else F.conv2d
+    return convolution(x, weight, bias, padding=tuple(padding)).contiguous(memory_format=torch.channels_last)

@@ -213,8 +213,13 @@ def _frames(t: Tensor, layout: RowLayout, n: int) -> Tensor:
     return t[:, None] if len(t) == n else layout.split(t, n)
 
 
-@register_rule("MatrixConvolutionBackward", shared=_inputs(1, 2), check=_not_as_input("convolution"))
-def _matrix_convolution(use: Use, g: Tensor, layout: RowLayout, n: int) -> Factors:
+@register_rule(
+    "MatrixConvolutionBackward",
+    "WinogradConvolutionBackward",
+    shared=_inputs(1, 2),
+    check=_not_as_input("convolution"),
+)
+def _fast_convolution(use: Use, g: Tensor, layout: RowLayout, n: int) -> Factors:
     if use.slot == 2:
         return Product(_channels(g, layout, n))
     x, g = (_frames(t, layout, n) for t in (use.node.saved_tensors[0], g))
@@ -266,6 +271,15 @@ def _batch_norm(use: Use, g: Tensor, layout: RowLayout, n: int) -> Factors:
         return Product(g, norm=use.direct)
     scale = (node._saved_running_var + node._saved_eps).rsqrt()
     return Product(g, _channels(node._saved_input, layout, n), node._saved_running_mean, scale, norm=use.direct)
+
+
+@register_rule("BatchNormBackward", shared=_norm_inputs, check=_not_as_input("batch norm"))
+def _evaluated_batch_norm(use: Use, g: Tensor, layout: RowLayout, n: int) -> Factors:
+    g = _channels(g, layout, n)
+    if use.slot == 2:
+        return Product(g, norm=use.direct)
+    x, _, mean, variance = use.node.saved_tensors
+    return Product(g, _channels(x, layout, n), mean, (variance + use.node.eps).rsqrt(), norm=use.direct)
 
 
 @register_rule("NativeGroupNormBackward0", shared=_inputs(1, 2), check=_not_as_input("group norm"))

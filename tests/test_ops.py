@@ -304,6 +304,70 @@ def test_thread_counts_change_nothing(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", [v for v in VARIANTS if v != "emulated"])
+def test_winograd_conv(name: str, dtype: torch.dtype, layout: str, transposed: bool) -> None:
+    """N images of C channels to O, odd sizes and whole vectors, more tiles than one part holds, several threads."""
+    cases = [(2, 5, 7, 9, 3), (1, 32, 64, 4, 4), (3, 17, 33, 13, 6), (2, 128, 96, 30, 29), (4, 520, 40, 8, 5)]
+    for k, (n, c, o, high, wide) in enumerate(cases):
+        x = guarded((n, c, high, wide), dtype, k, layout)
+        weight = guarded((c, o, 3, 3) if transposed else (o, c, 3, 3), dtype, k + 1, layout)
+        bias = None if k % 2 else guarded((o,), dtype, k + 2)
+        padding = [(0, 1), (1, 1), (2, 0), (1, 1), (2, 2)][k]
+        convolution = F.conv_transpose2d if transposed else F.conv2d
+        want = convolution(x.double(), weight.double(), None if bias is None else bias.double(), padding=padding)
+        results = []
+        for threads in (1, 3):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                with variant(name):
+                    results.append(ops.winograd_conv(x, weight, bias, padding, transposed))
+            finally:
+                torch.set_num_threads(before)
+        got = results[0]
+        assert got.shape == want.shape
+        assert got.dtype == dtype
+        bound = {torch.float64: 1e-13, torch.float32: 5e-5}[dtype]
+        assert float((got.double() - want).abs().max()) < bound * float(want.abs().max())
+        if name.startswith("cpu"):  # no share of the work changes a result, nor does the rest of the batch
+            assert results[1].equal(got)
+            with variant(name):
+                assert ops.winograd_conv(x[1:], weight, bias, padding, transposed).equal(got[1:])
+
+
+def test_winograd_conv_checks_its_arguments() -> None:
+    x, w = torch.randn(2, 4, 6, 6), torch.randn(5, 4, 3, 3)
+    for arguments, message in (
+        ((x[0], w), "N, C, H, W"),
+        ((x, w[:, :, :2]), "3x3"),
+        ((x, w[:, :3]), "4 channels"),
+        ((x, w, None, (1, 1), True), "4 channels"),
+        ((x.half(), w.half()), "float32"),
+        ((x, w.double()), "float32"),
+        ((x, w, torch.randn(4)), r"\[5\]"),
+        ((x, w, None, (-1, 0)), "padding"),
+        ((x[:, :, :2], w), "spatial size"),
+        ((torch.randn(2, 5, 6, 6), w, None, (3, 0), True), "padding"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.winograd_conv(*arguments)
+        full = (*arguments, *(None, (0, 0), False)[len(arguments) - 2 :])
+        with pytest.raises(ValueError, match="winograd_conv"):
+            torch.ops.t2v_fast.winograd_conv(*full)
+
+
+def test_winograd_conv_of_nothing() -> None:
+    assert ops.winograd_conv(torch.randn(0, 4, 6, 6), torch.randn(5, 4, 3, 3)).shape == (0, 5, 4, 4)
+    got = ops.winograd_conv(torch.randn(2, 0, 6, 6), torch.randn(5, 0, 3, 3), torch.arange(5.0))
+    assert got.equal(torch.arange(5.0).view(5, 1, 1).expand(2, 5, 4, 4))
+    torch.library.opcheck(
+        torch.ops.t2v_fast.winograd_conv, (torch.randn(2, 4, 6, 6), torch.randn(5, 4, 3, 3), None, (1, 1), False)
+    )
+
+
 def test_plain_torch_is_no_more_accurate() -> None:
     """The bound of assert_close is not slack: plain torch's float32 error comes within a factor of it."""
     case = ConvCase("large", 4, 64, (28, 28), 64)

@@ -261,6 +261,30 @@ inline void transform_output(const V<T>* d, int step, V<T>* to, int to_step) {  
   to[2 * to_step] = a + T(4) * c + d[5 * step];
 }
 
+// The other way round, F(4x4, 3x3): 4x4 outputs of a 3x3 kernel.
+template <class T>
+inline void transform_kernel(const V<T>* d, int step, V<T>* to, int to_step) {  // 3 to 6
+  const V<T> d0 = d[0], d1 = d[step], d2 = d[2 * step];
+  const V<T> a = T(-1. / 6) * (d0 + d2), b = T(-1. / 6) * d1;
+  const V<T> c = T(1. / 24) * (d0 + T(4) * d2), e = T(1. / 12) * d1;
+  to[0] = T(1. / 4) * d0;
+  to[to_step] = a + b;
+  to[2 * to_step] = a - b;
+  to[3 * to_step] = c + e;
+  to[4 * to_step] = c - e;
+  to[5 * to_step] = d2;
+}
+
+template <class T>
+inline void transform_positions(const V<T>* d, int step, V<T>* to, int to_step) {  // 6 to 4
+  const V<T> a = d[step] + d[2 * step], b = d[step] - d[2 * step];
+  const V<T> c = d[3 * step] + d[4 * step], e = d[3 * step] - d[4 * step];
+  to[0] = d[0] + a + c;
+  to[to_step] = b + T(2) * e;
+  to[2 * to_step] = a + T(4) * c;
+  to[3 * to_step] = b + T(8) * e + d[5 * step];
+}
+
 template <class T>
 inline void input_tile(V<T>* out, const T* from, int64_t row, int64_t pixel) {
   V<T> d[36], half[36];
@@ -286,6 +310,56 @@ void winograd_transform(T* to, int64_t to_stride, const T* from, int64_t row, in
     Transform(out, from + c, row, pixel);
     for (int f = 0; f < 36; ++f) store(to + f * to_stride + c, out[f]);
   }
+}
+
+template <class T>
+void winograd_kernel(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t count) {
+  for (int64_t c = 0; c < count; c += Vector<T>::width) {
+    V<T> d[9], half[18], out[36];
+    for (int k = 0; k < 9; ++k) d[k] = load(from + k * from_stride + c);
+    for (int x = 0; x < 3; ++x) transform_kernel<T>(d + x, 3, half + x, 3);
+    for (int y = 0; y < 6; ++y) transform_kernel<T>(half + y * 3, 1, out + y * 6, 1);
+    for (int f = 0; f < 36; ++f) store(to + f * to_stride + c, out[f]);
+  }
+}
+
+template <class T, int MR = max_height>
+void winograd_outputs(const OutputTile<T>* to, int64_t row, int64_t pixel, const T* x, int64_t x_stride,
+                      int64_t x_pixel, const T* kernels, int64_t kernels_stride, int64_t channels, const T* bias,
+                      int height, int64_t columns) {
+  if (height != MR) {
+    if constexpr (MR > 1)
+      winograd_outputs<T, MR - 1>(to, row, pixel, x, x_stride, x_pixel, kernels, kernels_stride, channels, bias, height,
+                                  columns);
+    return;
+  }
+  constexpr int width = Vector<T>::width, block = 2 * width;
+  const Rows rows{1, channels, 0, block, 1, x_pixel};
+  T products[36 * MR * block];
+  for (int f = 0; f < 36; ++f) {
+    T* out = products + f * MR * block;
+    tile<T, MR, 2>(x + f * x_stride, rows, kernels + f * kernels_stride, 0, block,
+                   [=](int i, int64_t at, int, V<T> sums) { store(out + i * block + at, sums); });
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int v = 0; v < 2; ++v) {
+      const int64_t at = v * width, left = columns - at;
+      if (left <= 0) continue;
+      V<T> d[36], half[24], out[16];
+      for (int f = 0; f < 36; ++f) d[f] = load(products + (f * MR + i) * block + at);
+      for (int c = 0; c < 6; ++c) transform_positions<T>(d + c, 6, half + c, 6);
+      for (int y = 0; y < 4; ++y) transform_positions<T>(half + y * 6, 1, out + y * 4, 1);
+      const V<T> added = bias ? load(bias + at) : V<T>{};
+      for (int y = 0; y < to[i].high; ++y)
+        for (int c = 0; c < to[i].wide; ++c) {
+          const V<T> value = out[y * 4 + c] + added;
+          T* position = to[i].to + y * row + c * pixel + at;
+          if (left >= width)
+            store(position, value);
+          else
+            std::memcpy(position, &value, left * sizeof(T));
+        }
+    }
 }
 
 // Hands the squares of each 3x3 gradient to the epilogue: (i, column, valid, squares[9]).
@@ -472,8 +546,10 @@ constexpr Kernels<T> make_table() {
           form<T>,
           winograd_transform<T, input_tile<T>>,
           winograd_transform<T, cotangent_tile<T>>,
+          winograd_kernel<T>,
           winograd_sum<T>,
           winograd_add<T>,
+          winograd_outputs<T>,
           taps<T>,
           nullptr,
           nullptr,

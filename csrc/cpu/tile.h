@@ -27,6 +27,13 @@ struct Winograd {
   int64_t g_stride;
 };
 
+// Where a tile of 4x4 output positions goes, and how many of its rows and columns exist.
+template <class T>
+struct OutputTile {
+  T* to;
+  int high, wide;
+};
+
 // Positions up to which quadratic forms go column by column; above, the tiles' reuse of registers is worth a transposed
 // copy (measured).
 constexpr int64_t few_positions = 64;
@@ -61,11 +68,21 @@ struct Kernels {
   // whole vectors): to[f * to_stride + c] from from[y * row + x * pixel + c].
   void (*winograd_input)(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels);
   void (*winograd_cotangent)(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels);
+  // The 36 transformed values of 3x3 kernels: to[f * to_stride + c] from from[k * from_stride + c], for a multiple of
+  // width of values c.
+  void (*winograd_kernel)(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t count);
   // For the 3x3 gradients G[i, k, c] of filters first..first + height: q[i] += sum G^2, and
   // out[i * ld + k * columns + c] += weight * G^2.
   void (*winograd_sum)(T* q, const Winograd<T>& operands, int64_t first, int height, int64_t columns);
   void (*winograd_add)(T* out, int64_t ld, T weight, const Winograd<T>& operands, int64_t first, int height,
                        int64_t columns);
+
+  // Output tiles of F(4x4, 3x3): the transform back of sum_c x[f][i][c] kernels[f][c][o], plus bias[o], for `columns`
+  // <= 2 * width outputs o and `height` tiles. x [36][x_stride] of pixels `channels` long, kernels [36][channels] [2 *
+  // width], bias (2 * width values) or null; rows and pixels of the output are `row` and `pixel` apart.
+  void (*winograd_outputs)(const OutputTile<T>* to, int64_t row, int64_t pixel, const T* x, int64_t x_stride,
+                           int64_t x_pixel, const T* kernels, int64_t kernels_stride, int64_t channels, const T* bias,
+                           int height, int64_t columns);
 
   // r[k * ld + c] = sum over rows of a[row * a_stride + c] * b[row, offsets[k] + c]: depthwise taps
   void (*taps)(T* r, int64_t ld, const T* a, Rows rows, const T* b, const int64_t* offsets, int count, int64_t columns);
