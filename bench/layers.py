@@ -3,12 +3,14 @@
     python bench/layers.py [--rounds 9] [--cells resnet18-64 vit_b_16-224 ...]
 
 Prints Markdown: milliseconds of a batch with torch's own layers, and over them what each kind alone and all leave.
-Interleaved rounds, medians of ratios; channels-last images, kept memory. Also products by torch and by oneDNN, GFLOP/s.
+Interleaved rounds, medians of ratios; channels-last images, kept memory. Also 3x3 convolutions by torch and by
+Winograd, milliseconds and errors, and products by torch and by oneDNN, GFLOP/s.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -17,17 +19,30 @@ import torch
 from report import table
 from torch.nn import functional as F
 
+from t2v_fast import ops
 from t2v_fast.cpu import FastNetwork, kept_memory
 from t2v_fast.layers import FastLayers
 
-CELLS = ("resnet18-64", "resnet18-32", "resnet50-32", "convnext_tiny-64", "vit_b_16-64", "efficientnet_lite0-224")
+CELLS = (
+    "resnet18-224",
+    "resnet18-64",
+    "resnet18-32",
+    "resnet50-32",
+    "convnext_tiny-64",
+    "vit_b_16-64",
+    "efficientnet_lite0-224",
+)
 KINDS: dict[str, set[Callable]] = {
     "linear": {F.linear},
     "convolution": {F.conv2d},
+    "batch norm": {F.batch_norm},
     "ReLU6": {F.hardtanh},
-    "all": {F.linear, F.conv2d, F.hardtanh},
+    "all": {F.linear, F.conv2d, F.batch_norm, F.hardtanh},
 }
 PRODUCTS = ((32, 2048, 2048), (392, 768, 3072), (1576, 768, 3072), (25088, 96, 384))  # rows, inputs, outputs
+
+
+IMAGES = ((8, 64, 56), (8, 128, 28), (8, 256, 14), (8, 512, 7), (32, 64, 16), (32, 128, 8), (32, 256, 4), (1, 64, 56))
 
 
 def only(functions: set[Callable]) -> FastLayers:
@@ -71,6 +86,27 @@ def products(rounds: int) -> Sequence[tuple[str, ...]]:
     return rows
 
 
+def winograd(rounds: int) -> Sequence[tuple[str, ...]]:
+    """3x3 convolutions and their input gradients: milliseconds, and the largest error over the largest value."""
+    rows = []
+    for n, c, size in IMAGES:
+        x, g = (torch.randn(n, c, size, size).contiguous(memory_format=torch.channels_last) for _ in range(2))
+        w = (torch.randn(c, c, 3, 3) / (9 * c) ** 0.5).contiguous(memory_format=torch.channels_last)
+        row = [f"{n} images of {size}x{size}, {c} channels"]
+        for t, transposed in ((x, False), (g, True)):
+            ways = [
+                functools.partial(F.conv_transpose2d if transposed else F.conv2d, t, w, padding=1),
+                functools.partial(ops.winograd_conv, t, w, None, (1, 1), transposed),
+            ]
+            exact = ways[0].func(t.double(), w.double(), padding=1)
+            seconds = [[harness.timed(run) for run in ways] for _ in range(5 * rounds)]
+            for run, taken in zip(ways, zip(*seconds, strict=True), strict=True):
+                off = float((run().double() - exact).abs().max() / exact.abs().max())
+                row.append(f"{1e3 * statistics.median(taken):.2f} ({off:.0e})")
+        rows.append(tuple(row))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
@@ -82,6 +118,8 @@ def main() -> None:
         own, ratios = measure(harness.Cell(model, int(size)), arguments.rounds)
         rows.append((f"{model}, {size}", f"{own:.1f}", *(f"{ratios[kind]:.2f}" for kind in KINDS)))
     table(["network, input", "ms a batch by torch", *KINDS], rows)
+    by = [f"{what}, {who}" for what in ("forward", "gradient") for who in ("torch", "Winograd")]
+    table(["3x3 convolution", *by], winograd(arguments.rounds))
     table(["rows x inputs to outputs", "torch, GFLOP/s", "oneDNN"], products(arguments.rounds))
 
 

@@ -173,7 +173,7 @@ def _not_as_input(layer: str) -> Callable[[Use], str | None]:
 
 
 def _check_convolution(use: Use) -> str | None:
-    axes = use.node._saved_input.dim() - 2
+    axes = len(use.node._input_metadata[0].shape) - 2  # of the output: activation checkpointing shows no input here
     if use.slot == 0:
         return "is the input of a convolution"
     return None if 1 <= axes <= 3 else f"belongs to a convolution with {axes} spatial axes"

@@ -107,7 +107,8 @@ def test_gpu_report(tmp_path: Path) -> None:
 
 def test_layers_table(tmp_path: Path) -> None:
     lines = run(tmp_path, f"{ROOT}/bench/layers.py", "--rounds", "1", "--cells", "toy-32").splitlines()
-    assert len(next(line for line in lines if line.startswith("| toy, 32 |")).split("|")) == 8
+    assert len(next(line for line in lines if line.startswith("| toy, 32 |")).split("|")) == 9
+    assert any(line.startswith("| 1 images of 56x56, 64 channels |") for line in lines)
     assert any(line.startswith("| 1,576 x 768 to 3,072 |") for line in lines)
 
 
