@@ -9,6 +9,8 @@ Convolutions over images smaller than their kernel
 3x3 convolutions of channels-last images
     take a quarter of the multiplications by Winograd's F(4x4, 3x3), which oneDNN does not have. Rounding is some ten
     times coarser than in a direct convolution, still of the order of 1e-5 of the largest value.
+Depthwise convolutions with strides in bfloat16
+    have an input gradient in oneDNN that takes fifty times as long as in float32, which it goes through instead.
 Batch norms in evaluation mode
     are linear: the gradient of one is the batch norm without its shift, where torch reads the input again and sums the
     gradients of the parameters.
@@ -75,7 +77,7 @@ class MatrixConvolution(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, matrix: Tensor, geometry: tuple[Pair, Pair, Pair]
     ) -> Tensor:
         ctx.save_for_backward(x, weight, matrix)
-        ctx.geometry = geometry
+        ctx.geometry, ctx.groups = geometry, 1
         if bias is not None:
             bias = bias.repeat(len(matrix) // len(bias))
         y = _product(_pixels(x, matrix.shape[1]), matrix, bias)
@@ -102,7 +104,7 @@ class WinogradConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair]) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.geometry = geometry
+        ctx.geometry, ctx.groups = geometry, 1
         return ops.winograd_conv(x, weight, bias, geometry[1])
 
     @staticmethod
@@ -112,6 +114,35 @@ class WinogradConvolution(torch.autograd.Function):
         return (
             _winograd_gradient(g, weight, ctx.geometry[1]) if _wanted(ctx, 0) else None,
             _weight_gradient(g, x, weight, ctx.geometry) if _wanted(ctx, 1) else None,
+            g.sum((0, 2, 3)) if _wanted(ctx, 2) else None,
+            None,
+        )
+
+
+class StridedDepthwise(torch.autograd.Function):
+    """A depthwise convolution in bfloat16; ``geometry``: stride, padding and dilation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry, ctx.groups = geometry, x.shape[1]
+        return F.conv2d(x, weight, bias, *geometry, ctx.groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x = None
+        if _wanted(ctx, 0):
+            stride, padding, dilation = ctx.geometry
+            # Pixels beyond those that the last position reads.
+            last = conv_output_size(x.shape[2:], weight.shape[2:], (1, 1), padding, dilation)
+            beyond = [(size - 1) % by for size, by in zip(last, stride, strict=True)]
+            wide = g.float(), weight.float(), None, stride, padding, beyond, ctx.groups, dilation
+            of_x = F.conv_transpose2d(*wide).to(g.dtype)
+        return (
+            of_x,
+            _weight_gradient(g, x, weight, ctx.geometry, ctx.groups) if _wanted(ctx, 1) else None,
             g.sum((0, 2, 3)) if _wanted(ctx, 2) else None,
             None,
         )
@@ -164,7 +195,9 @@ class BatchNorm(torch.autograd.Function):
 
 NODES = frozenset(
     f"{function.__name__}Backward"
-    for function in (BatchNorm, InPlaceHardtanh, MatrixConvolution, OneDnnLinear, WinogradConvolution)
+    for function in (
+        *(BatchNorm, InPlaceHardtanh, MatrixConvolution, OneDnnLinear, StridedDepthwise, WinogradConvolution),
+    )
 )
 
 
@@ -206,9 +239,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _weight_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: tuple[Pair, Pair, Pair]) -> Tensor:
+def _weight_gradient(
+    g: Tensor, x: Tensor, weight: Tensor, geometry: tuple[Pair, Pair, Pair], groups: int = 1
+) -> Tensor:
     mask = [False, True, False]
-    return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, False, [0, 0], 1, mask)[1]
+    return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, False, [0, 0], groups, mask)[1]
 
 
 def _by_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair]) -> bool:
@@ -311,13 +346,17 @@ class FastLayers(TorchFunctionMode):
         groups: int = 1,
     ) -> Tensor:
         x = input
-        if groups == 1 and not isinstance(padding, str) and x.dim() == 4 and _usable(x, weight):
-            geometry = per_axis(stride, 2), per_axis(padding, 2), per_axis(dilation, 2)
+        if isinstance(padding, str) or x.dim() != 4 or not _usable(x, weight):
+            return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        geometry = per_axis(stride, 2), per_axis(padding, 2), per_axis(dilation, 2)
+        if groups == 1:
             matrix = self._matrix(x, weight, geometry)
             if matrix is not None:
                 return MatrixConvolution.apply(x, weight, bias, matrix, geometry)
             if _by_winograd(x, weight, bias, geometry):
                 return WinogradConvolution.apply(x, weight, bias, geometry)
+        elif groups == x.shape[1] and x.dtype == torch.bfloat16 and max(geometry[0]) > 1:
+            return StridedDepthwise.apply(x, weight, bias, geometry)
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     def _matrix(self, x: Tensor, weight: Tensor, geometry: tuple[Pair, Pair, Pair]) -> Tensor | None:

@@ -214,8 +214,7 @@ def _frames(t: Tensor, layout: RowLayout, n: int) -> Tensor:
 
 
 @register_rule(
-    "MatrixConvolutionBackward",
-    "WinogradConvolutionBackward",
+    *("MatrixConvolutionBackward", "StridedDepthwiseBackward", "WinogradConvolutionBackward"),
     shared=_inputs(1, 2),
     check=_not_as_input("convolution"),
 )
@@ -223,7 +222,7 @@ def _fast_convolution(use: Use, g: Tensor, layout: RowLayout, n: int) -> Factors
     if use.slot == 2:
         return Product(_channels(g, layout, n))
     x, g = (_frames(t, layout, n) for t in (use.node.saved_tensors[0], g))
-    return _over_images(x, g, use.shape[2:], *use.node.geometry, 1, True)
+    return _over_images(x, g, use.shape[2:], *use.node.geometry, use.node.groups, True)
 
 
 def _over_images(

@@ -77,9 +77,9 @@ struct Kernels {
   void (*winograd_add)(T* out, int64_t ld, T weight, const Winograd<T>& operands, int64_t first, int height,
                        int64_t columns);
 
-  // Output tiles of F(4x4, 3x3): the transform back of sum_c x[f][i][c] kernels[f][c][o], plus bias[o], for `columns`
-  // <= 2 * width outputs o and `height` tiles. x [36][x_stride] of pixels `channels` long, kernels [36][channels] [2 *
-  // width], bias (2 * width values) or null; rows and pixels of the output are `row` and `pixel` apart.
+  // Output tiles of F(4x4, 3x3): the transform back of sum_c x[f][i][c] kernels[f][c][o], plus bias[o], for `height`
+  // tiles i and `columns` <= 2 * width outputs o. Frequencies f are x_stride and kernels_stride apart, tiles x_pixel;
+  // kernels and bias (or null) have 2 * width outputs. Rows and pixels of the output are `row` and `pixel` apart.
   void (*winograd_outputs)(const OutputTile<T>* to, int64_t row, int64_t pixel, const T* x, int64_t x_stride,
                            int64_t x_pixel, const T* kernels, int64_t kernels_stride, int64_t channels, const T* bias,
                            int height, int64_t columns);
