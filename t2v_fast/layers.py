@@ -39,7 +39,6 @@ from .graph import views_of
 LEAST = 2**22  # multiplications below which a product is not worth the call
 FEW = 4  # pixels of an image, at most, for a 1x1 convolution as a product
 MATRIX = 2  # entries of a convolution's matrix, at most, over those of its weight
-
 WINOGRAD = 0.6  # multiplications of Winograd's convolution, at most, over those of a direct one
 
 Pair = tuple[int, int]
@@ -91,8 +90,7 @@ class MatrixConvolution(torch.autograd.Function):
         x, weight, matrix = ctx.saved_tensors
         return (
             _images(_product(_pixels(g, len(matrix)), matrix.mT), len(x), x.shape[2:]) if _wanted(ctx, 0) else None,
-            _weight_gradient(g, x, weight, ctx.geometry) if _wanted(ctx, 1) else None,
-            g.sum((0, 2, 3)) if _wanted(ctx, 2) else None,
+            *_parameter_gradients(ctx, g, x, weight),
             None,
             None,
         )
@@ -113,8 +111,7 @@ class WinogradConvolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         return (
             _winograd_gradient(g, weight, ctx.geometry[1]) if _wanted(ctx, 0) else None,
-            _weight_gradient(g, x, weight, ctx.geometry) if _wanted(ctx, 1) else None,
-            g.sum((0, 2, 3)) if _wanted(ctx, 2) else None,
+            *_parameter_gradients(ctx, g, x, weight),
             None,
         )
 
@@ -140,12 +137,7 @@ class StridedDepthwise(torch.autograd.Function):
             beyond = [(size - 1) % by for size, by in zip(last, stride, strict=True)]
             wide = g.float(), weight.float(), None, stride, padding, beyond, ctx.groups, dilation
             of_x = F.conv_transpose2d(*wide).to(g.dtype)
-        return (
-            of_x,
-            _weight_gradient(g, x, weight, ctx.geometry, ctx.groups) if _wanted(ctx, 1) else None,
-            g.sum((0, 2, 3)) if _wanted(ctx, 2) else None,
-            None,
-        )
+        return of_x, *_parameter_gradients(ctx, g, x, weight), None
 
 
 class InPlaceHardtanh(torch.autograd.Function):
@@ -180,9 +172,9 @@ class BatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance = ctx.saved_tensors
-        zero = torch.zeros_like(mean)
         of_x = None
         if _wanted(ctx, 0):
+            zero = torch.zeros_like(mean)
             of_x = torch.native_batch_norm(g, weight, None, zero, variance, False, 0.0, ctx.eps)[0]
         mask = [False, _wanted(ctx, 1), _wanted(ctx, 2)]
         of_weight = of_bias = None
@@ -193,12 +185,8 @@ class BatchNorm(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None, None
 
 
-NODES = frozenset(
-    f"{function.__name__}Backward"
-    for function in (
-        *(BatchNorm, InPlaceHardtanh, MatrixConvolution, OneDnnLinear, StridedDepthwise, WinogradConvolution),
-    )
-)
+FUNCTIONS = BatchNorm, InPlaceHardtanh, MatrixConvolution, OneDnnLinear, StridedDepthwise, WinogradConvolution
+NODES = frozenset(f"{function.__name__}Backward" for function in FUNCTIONS)
 
 
 def convolution_matrix(weight: Tensor, image: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
@@ -239,11 +227,14 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _weight_gradient(
-    g: Tensor, x: Tensor, weight: Tensor, geometry: tuple[Pair, Pair, Pair], groups: int = 1
-) -> Tensor:
-    mask = [False, True, False]
-    return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, False, [0, 0], groups, mask)[1]
+def _parameter_gradients(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of the weight and the bias of a convolution, the second and third input of its function."""
+    of_weight = None
+    if _wanted(ctx, 1):
+        geometry = *ctx.geometry, False, [0, 0], ctx.groups
+        mask = [False, True, False]
+        of_weight = torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, mask)[1]
+    return of_weight, g.sum((0, 2, 3)) if _wanted(ctx, 2) else None
 
 
 def _by_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair]) -> bool:

@@ -10,7 +10,8 @@ op               per-example gradient G_m                                     la
 ===============  ===========================================================  ======================================
 
 ``conv_gram`` and ``sq_gram`` are the two halves of the gram path of ``sq_conv`` and ``sq_outer``, for callers who have
-several cotangents of one input; ``sq_norm`` is ``sq_prod`` with and without x in one pass.
+several cotangents of one input; ``sq_norm`` is ``sq_prod`` with and without x in one pass. ``winograd_conv`` is a layer
+of the network itself, for the CPU (:mod:`t2v_fast.layers`).
 
 ``name(...)`` returns the sums of squares over each filter (a row of G), one per cotangent row: ``q[M, O]``.
 ``name_acc_(out, ..., weight)`` adds ``sum_m weight[m] G_m^2`` to ``out``, elementwise, and returns nothing.

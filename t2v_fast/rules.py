@@ -262,23 +262,19 @@ def _check_batch_norm(use: Use) -> str | None:
     return None
 
 
+@register_rule("BatchNormBackward", shared=_norm_inputs, check=_not_as_input("batch norm"))
 @register_rule("NativeBatchNormBackward0", shared=_norm_inputs, check=_check_batch_norm)
 def _batch_norm(use: Use, g: Tensor, layout: RowLayout, n: int) -> Factors:
     node = use.node
     g = _channels(g, layout, n)
     if use.slot == 2:
         return Product(g, norm=use.direct)
-    scale = (node._saved_running_var + node._saved_eps).rsqrt()
-    return Product(g, _channels(node._saved_input, layout, n), node._saved_running_mean, scale, norm=use.direct)
-
-
-@register_rule("BatchNormBackward", shared=_norm_inputs, check=_not_as_input("batch norm"))
-def _evaluated_batch_norm(use: Use, g: Tensor, layout: RowLayout, n: int) -> Factors:
-    g = _channels(g, layout, n)
-    if use.slot == 2:
-        return Product(g, norm=use.direct)
-    x, _, mean, variance = use.node.saved_tensors
-    return Product(g, _channels(x, layout, n), mean, (variance + use.node.eps).rsqrt(), norm=use.direct)
+    if node.name() in NODES:
+        (x, _, mean, variance), eps = node.saved_tensors, node.eps
+    else:
+        x, mean, variance = node._saved_input, node._saved_running_mean, node._saved_running_var
+        eps = node._saved_eps
+    return Product(g, _channels(x, layout, n), mean, (variance + eps).rsqrt(), norm=use.direct)
 
 
 @register_rule("NativeGroupNormBackward0", shared=_inputs(1, 2), check=_not_as_input("group norm"))

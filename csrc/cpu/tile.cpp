@@ -225,8 +225,9 @@ void taps(T* r, int64_t ld, const T* a, Rows rows, const T* b, const int64_t* of
   for (; count > 0; --count, ++offsets, r += ld) some_taps<T, 1>(r, ld, a, rows, b, offsets, columns);
 }
 
-// Winograd's F(3x3, 4x4) (Lavin and Gray, 2016): a 3x3 gradient over 4x4 positions from 36 products instead of 144.
-// The same points 0, 1, -1, 2, -2, infinity as for F(4x4, 3x3), with the roles of filter and output exchanged.
+// Winograd's F(3x3, 4x4) (Lavin and Gray, 2016): a 3x3 gradient over 4x4 positions from 36 products instead of 144; and
+// F(4x4, 3x3): 4x4 outputs of a 3x3 kernel. The points are 0, 1, -1, 2, -2 and infinity in both, with the roles of
+// filter and output exchanged.
 template <class T>
 inline void transform_input(const V<T>* d, int step, V<T>* to, int to_step) {  // 6 to 6
   const V<T> d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
@@ -239,88 +240,80 @@ inline void transform_input(const V<T>* d, int step, V<T>* to, int to_step) {  /
   to[5 * to_step] = T(4) * d1 - T(5) * d3 + d5;
 }
 
-template <class T>
-inline void transform_cotangent(const V<T>* d, int step, V<T>* to, int to_step) {  // 4 to 6
-  const V<T> d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step];
-  const V<T> a = T(-1. / 6) * (d0 + d2), b = T(-1. / 6) * (d1 + d3);
-  const V<T> c = T(1. / 24) * (d0 + T(4) * d2), e = T(1. / 12) * (d1 + T(4) * d3);
-  to[0] = T(1. / 4) * d0;
-  to[to_step] = a + b;
-  to[2 * to_step] = a - b;
-  to[3 * to_step] = c + e;
-  to[4 * to_step] = c - e;
-  to[5 * to_step] = d3;
-}
-
-template <class T>
-inline void transform_output(const V<T>* d, int step, V<T>* to, int to_step) {  // 6 to 3
-  const V<T> a = d[step] + d[2 * step], b = d[step] - d[2 * step];
-  const V<T> c = d[3 * step] + d[4 * step], e = d[3 * step] - d[4 * step];
-  to[0] = d[0] + a + c;
-  to[to_step] = b + T(2) * e;
-  to[2 * to_step] = a + T(4) * c + d[5 * step];
-}
-
-// The other way round, F(4x4, 3x3): 4x4 outputs of a 3x3 kernel.
-template <class T>
-inline void transform_kernel(const V<T>* d, int step, V<T>* to, int to_step) {  // 3 to 6
+// A kernel of 3 values or a cotangent of 4, at the points.
+template <class T, int N>
+inline void transform_points(const V<T>* d, int step, V<T>* to, int to_step) {  // N to 6
   const V<T> d0 = d[0], d1 = d[step], d2 = d[2 * step];
-  const V<T> a = T(-1. / 6) * (d0 + d2), b = T(-1. / 6) * d1;
-  const V<T> c = T(1. / 24) * (d0 + T(4) * d2), e = T(1. / 12) * d1;
+  V<T> near = d1, far = d1;
+  if constexpr (N == 4) {
+    near += d[3 * step];
+    far += T(4) * d[3 * step];
+  }
+  const V<T> a = T(-1. / 6) * (d0 + d2), b = T(-1. / 6) * near;
+  const V<T> c = T(1. / 24) * (d0 + T(4) * d2), e = T(1. / 12) * far;
   to[0] = T(1. / 4) * d0;
   to[to_step] = a + b;
   to[2 * to_step] = a - b;
   to[3 * to_step] = c + e;
   to[4 * to_step] = c - e;
-  to[5 * to_step] = d2;
+  to[5 * to_step] = d[(N - 1) * step];
 }
 
-template <class T>
-inline void transform_positions(const V<T>* d, int step, V<T>* to, int to_step) {  // 6 to 4
+// A gradient of 3 values or an output of 4, from products at the points.
+template <class T, int N>
+inline void transform_output(const V<T>* d, int step, V<T>* to, int to_step) {  // 6 to N
   const V<T> a = d[step] + d[2 * step], b = d[step] - d[2 * step];
   const V<T> c = d[3 * step] + d[4 * step], e = d[3 * step] - d[4 * step];
   to[0] = d[0] + a + c;
   to[to_step] = b + T(2) * e;
-  to[2 * to_step] = a + T(4) * c;
-  to[3 * to_step] = b + T(8) * e + d[5 * step];
+  if constexpr (N == 3) {
+    to[2 * to_step] = a + T(4) * c + d[5 * step];
+  } else {
+    to[2 * to_step] = a + T(4) * c;
+    to[3 * to_step] = b + T(8) * e + d[5 * step];
+  }
 }
 
 template <class T>
-inline void input_tile(V<T>* out, const T* from, int64_t row, int64_t pixel) {
-  V<T> d[36], half[36];
-  for (int y = 0; y < 6; ++y)
-    for (int x = 0; x < 6; ++x) d[y * 6 + x] = load(from + y * row + x * pixel);
-  for (int x = 0; x < 6; ++x) transform_input<T>(d + x, 6, half + x, 6);
-  for (int y = 0; y < 6; ++y) transform_input<T>(half + y * 6, 1, out + y * 6, 1);
+using Transform = void (*)(const V<T>*, int, V<T>*, int);
+
+// d [From][From] along both axes to out [To][To]
+template <class T, int From, int To, Transform<T> Along>
+inline void transform_square(const V<T>* d, V<T>* out) {
+  V<T> half[To * From];
+  for (int x = 0; x < From; ++x) Along(d + x, From, half + x, From);
+  for (int y = 0; y < To; ++y) Along(half + y * From, 1, out + y * To, 1);
 }
 
-template <class T>
-inline void cotangent_tile(V<T>* out, const T* from, int64_t row, int64_t pixel) {
-  V<T> d[16], half[24];
-  for (int y = 0; y < 4; ++y)
-    for (int x = 0; x < 4; ++x) d[y * 4 + x] = load(from + y * row + x * pixel);
-  for (int x = 0; x < 4; ++x) transform_cotangent<T>(d + x, 4, half + x, 4);
-  for (int y = 0; y < 6; ++y) transform_cotangent<T>(half + y * 4, 1, out + y * 6, 1);
-}
-
-template <class T, void (*Transform)(V<T>*, const T*, int64_t, int64_t)>
+template <class T, int From, Transform<T> Along>
 void winograd_transform(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels) {
   for (int64_t c = 0; c < channels; c += Vector<T>::width) {
-    V<T> out[36];
-    Transform(out, from + c, row, pixel);
+    V<T> d[From * From], out[36];
+    for (int y = 0; y < From; ++y)
+      for (int x = 0; x < From; ++x) d[y * From + x] = load(from + c + y * row + x * pixel);
+    transform_square<T, From, 6, Along>(d, out);
     for (int f = 0; f < 36; ++f) store(to + f * to_stride + c, out[f]);
   }
 }
 
-template <class T>
-void winograd_kernel(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t count) {
-  for (int64_t c = 0; c < count; c += Vector<T>::width) {
-    V<T> d[9], half[18], out[36];
-    for (int k = 0; k < 9; ++k) d[k] = load(from + k * from_stride + c);
-    for (int x = 0; x < 3; ++x) transform_kernel<T>(d + x, 3, half + x, 3);
-    for (int y = 0; y < 6; ++y) transform_kernel<T>(half + y * 3, 1, out + y * 6, 1);
-    for (int f = 0; f < 36; ++f) store(to + f * to_stride + c, out[f]);
-  }
+// The products of MR rows and two vectors of columns at the 36 points, to products[36][MR][2 * width]; a and b hold the
+// operands of one point after the other.
+template <class T, int MR>
+inline void winograd_products(T* products, const T* a, int64_t a_plane, const Rows& rows, const T* b, int64_t b_plane,
+                              int64_t column) {
+  constexpr int block = 2 * Vector<T>::width;
+  for (int f = 0; f < 36; ++f, products += MR * block)
+    tile<T, MR, 2>(a + f * a_plane, rows, b + f * b_plane, column, column + block,
+                   [=](int i, int64_t at, int, V<T> sums) { store(products + i * block + at - column, sums); });
+}
+
+// One vector of a row of the products, transformed to out [N][N].
+template <class T, int MR, int N>
+inline void winograd_output(V<T>* out, const T* products, int row, int vector) {
+  constexpr int width = Vector<T>::width;
+  V<T> d[36];
+  for (int f = 0; f < 36; ++f) d[f] = load(products + ((f * MR + row) * 2 + vector) * width);
+  transform_square<T, 6, N, transform_output<T, N>>(d, out);
 }
 
 template <class T, int MR = max_height>
@@ -334,22 +327,15 @@ void winograd_outputs(const OutputTile<T>* to, int64_t row, int64_t pixel, const
     return;
   }
   constexpr int width = Vector<T>::width, block = 2 * width;
-  const Rows rows{1, channels, 0, block, 1, x_pixel};
   T products[36 * MR * block];
-  for (int f = 0; f < 36; ++f) {
-    T* out = products + f * MR * block;
-    tile<T, MR, 2>(x + f * x_stride, rows, kernels + f * kernels_stride, 0, block,
-                   [=](int i, int64_t at, int, V<T> sums) { store(out + i * block + at, sums); });
-  }
+  winograd_products<T, MR>(products, x, x_stride, {1, channels, 0, block, 1, x_pixel}, kernels, kernels_stride, 0);
   for (int i = 0; i < MR; ++i)
     for (int v = 0; v < 2; ++v) {
       const int64_t at = v * width, left = columns - at;
       if (left <= 0) continue;
-      V<T> d[36], half[24], out[16];
-      for (int f = 0; f < 36; ++f) d[f] = load(products + (f * MR + i) * block + at);
-      for (int c = 0; c < 6; ++c) transform_positions<T>(d + c, 6, half + c, 6);
-      for (int y = 0; y < 4; ++y) transform_positions<T>(half + y * 6, 1, out + y * 4, 1);
-      const V<T> added = bias ? load(bias + at) : V<T>{};
+      V<T> out[16];
+      winograd_output<T, MR, 4>(out, products, i, v);
+      const V<T> added = load(bias + at);
       for (int y = 0; y < to[i].high; ++y)
         for (int c = 0; c < to[i].wide; ++c) {
           const V<T> value = out[y * 4 + c] + added;
@@ -370,23 +356,16 @@ void winograd(const Winograd<T>& w, int64_t first, int height, int64_t columns, 
     return;
   }
   constexpr int width = Vector<T>::width, block = 2 * width;
-  const Rows rows{1, w.tiles, 0, w.x_stride, w.g_stride};
   T products[36 * MR * block];
   for (int64_t column = 0; column < columns; column += block) {
-    for (int f = 0; f < 36; ++f) {
-      T* to = products + f * MR * block;
-      tile<T, MR, 2>(w.g + f * w.tiles * w.g_stride + first, rows, w.x + f * w.tiles * w.x_stride, column,
-                     column + block,
-                     [=](int i, int64_t at, int, V<T> sums) { store(to + i * block + at - column, sums); });
-    }
+    winograd_products<T, MR>(products, w.g + first, w.tiles * w.g_stride, {1, w.tiles, 0, w.x_stride, w.g_stride}, w.x,
+                             w.tiles * w.x_stride, column);
     for (int i = 0; i < MR; ++i)
       for (int v = 0; v < 2; ++v) {
         const int64_t at = column + v * width, left = columns - at;
         if (left <= 0) continue;
-        V<T> d[36], half[18], out[9];
-        for (int f = 0; f < 36; ++f) d[f] = load(products + (f * MR + i) * block + v * width);
-        for (int x = 0; x < 6; ++x) transform_output<T>(d + x, 6, half + x, 6);
-        for (int y = 0; y < 3; ++y) transform_output<T>(half + y * 6, 1, out + y * 3, 1);
+        V<T> out[9];
+        winograd_output<T, MR, 3>(out, products, i, v);
         for (int k = 0; k < 9; ++k) out[k] *= out[k];
         epilogue(i, at, left < width ? static_cast<int>(left) : width, out);
       }
@@ -544,9 +523,9 @@ constexpr Kernels<T> make_table() {
           store_tile<T>,
           dot<T>,
           form<T>,
-          winograd_transform<T, input_tile<T>>,
-          winograd_transform<T, cotangent_tile<T>>,
-          winograd_kernel<T>,
+          winograd_transform<T, 6, transform_input<T>>,
+          winograd_transform<T, 4, transform_points<T, 4>>,
+          winograd_transform<T, 3, transform_points<T, 3>>,
           winograd_sum<T>,
           winograd_add<T>,
           winograd_outputs<T>,

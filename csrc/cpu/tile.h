@@ -64,13 +64,11 @@ struct Kernels {
   // q[c] += sum over p <= p' of d[p * stride + c] gram[p * positions + p'] d[p' * stride + c], for few positions
   void (*form)(T* q, const T* gram, int64_t positions, const T* d, int64_t stride, int64_t columns);
 
-  // The 36 transformed values of 6x6 input pixels, and of 4x4 cotangent pixels, for `channels` channels (rounded up to
-  // whole vectors): to[f * to_stride + c] from from[y * row + x * pixel + c].
+  // The 36 transformed values of 6x6 input pixels, of 4x4 cotangent pixels, and of 3x3 taps of kernels, for `channels`
+  // channels (rounded up to whole vectors): to[f * to_stride + c] from from[y * row + x * pixel + c].
   void (*winograd_input)(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels);
   void (*winograd_cotangent)(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels);
-  // The 36 transformed values of 3x3 kernels: to[f * to_stride + c] from from[k * from_stride + c], for a multiple of
-  // width of values c.
-  void (*winograd_kernel)(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t count);
+  void (*winograd_kernel)(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels);
   // For the 3x3 gradients G[i, k, c] of filters first..first + height: q[i] += sum G^2, and
   // out[i * ld + k * columns + c] += weight * G^2.
   void (*winograd_sum)(T* q, const Winograd<T>& operands, int64_t first, int height, int64_t columns);
@@ -79,7 +77,7 @@ struct Kernels {
 
   // Output tiles of F(4x4, 3x3): the transform back of sum_c x[f][i][c] kernels[f][c][o], plus bias[o], for `height`
   // tiles i and `columns` <= 2 * width outputs o. Frequencies f are x_stride and kernels_stride apart, tiles x_pixel;
-  // kernels and bias (or null) have 2 * width outputs. Rows and pixels of the output are `row` and `pixel` apart.
+  // kernels and bias have 2 * width outputs. Rows and pixels of the output are `row` and `pixel` apart.
   void (*winograd_outputs)(const OutputTile<T>* to, int64_t row, int64_t pixel, const T* x, int64_t x_stride,
                            int64_t x_pixel, const T* kernels, int64_t kernels_stride, int64_t channels, const T* bias,
                            int height, int64_t columns);

@@ -67,7 +67,7 @@ class WinogradConvolution {
                           Positions<T>{from + b * block_ * of_output + k / 3 * of_row + k % 3 * of_column, 1, channels_,
                                        0, of_channel, of_output},
                           count);
-      kernels<T>().winograd_kernel(to, plane_, taps.get(), size, size);
+      kernels<T>().winograd_kernel(to, plane_, taps.get(), 3 * size, size, size);
     }
   }
 
