@@ -67,19 +67,34 @@ def test_linear_layers(shape: tuple[int, ...], bias: bool) -> None:
     assert_same(lambda x, w, b=None: F.linear(x * 1, w, b), "OneDnnLinearBackward", x, w, *b)
 
 
-def nhwc(*shape: int) -> Tensor:
-    return torch.randn(*shape).contiguous(memory_format=torch.channels_last).requires_grad_()
+def nhwc(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("padding", [0, 1, 2])
 @pytest.mark.parametrize("size", [(16, 16), (9, 14)])
-def test_convolutions_by_winograd(size: tuple[int, int], padding: int, bias: bool) -> None:
+def test_convolutions_by_winograd(size: tuple[int, int], padding: int, bias: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, w = nhwc(10, 40, *size), leaf(100, 40, 3, 3, dtype=torch.float32)
-    b = [leaf(100, dtype=torch.float32)] if bias else []
+    x, w = nhwc(10, 40, *size, dtype=dtype), leaf(100, 40, 3, 3, dtype=dtype)
+    b = [leaf(100, dtype=dtype)] if bias else []
     inputs = x, w, *b
     assert_same(lambda x, w, b=None: F.conv2d(x * 1, w, b, padding=padding), "WinogradConvolutionBackward", *inputs)
+
+
+def test_in_bfloat16_the_input_gradient_alone_is_coarse() -> None:
+    """Few tiles for many kernels: the forward pass is left to torch, or else by products of float32."""
+    torch.manual_seed(0)
+    w = leaf(512, 512, 3, 3, dtype=torch.bfloat16)
+    for n in (8, 32):
+        x = nhwc(n, 512, 7, 7, dtype=torch.bfloat16)
+        want = F.conv2d(x.double(), w.double(), None, 1, 1)
+        with FastLayers():
+            got = F.conv2d(x * 1, w, None, 1, 1)
+        assert got.grad_fn.name() == "WinogradConvolutionBackward"
+        assert relative_error(got.detach(), want.detach()) < 2**-9
+        assert got.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -242,6 +257,11 @@ def plain(name: str) -> Callable[[Tensor], Tensor]:
         with torch.backends.mkldnn.flags(enabled=False):
             return function()
 
+    def with_tiles(function: Callable[[], Tensor]) -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("t2v_fast.layers._has_bfloat16_tiles", lambda: True)
+            return function()
+
     def autocast(function: Callable[[], Tensor]) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return function()
@@ -263,6 +283,9 @@ def plain(name: str) -> Callable[[Tensor], Tensor]:
         "computed weight": lambda: F.conv2d(b, v * 2, None, 1, 1),
         "winograd of images as they come": lambda: F.conv2d(large.contiguous() * 1, u, None, 1, 1),
         "winograd in float64": lambda: F.conv2d(large.double(), u.double(), None, 1, 1),
+        "winograd in bfloat16 where that has tiles": lambda: with_tiles(
+            lambda: F.conv2d(large.bfloat16() * 1, u.bfloat16(), None, 1, 1)
+        ),
         "winograd of a stride": lambda: F.conv2d(large * 1, u, None, 2, 1),
         "winograd of 6x6": lambda: F.conv2d(large[:, :, :6, :6] * 1, u, None, 1, 1),
         "winograd on the reference": lambda: reference(lambda: F.conv2d(large * 1, u, None, 1, 1)),
@@ -283,7 +306,12 @@ def plain(name: str) -> Callable[[Tensor], Tensor]:
         *("convolution without oneDNN", "convolution under autocast", "groups", "padding by name", "one image"),
         *("large images", "computed weight", "relu6 of a view", "relu6 out of place"),
         *("winograd of images as they come", "winograd in float64", "winograd of a stride", "winograd of 6x6"),
-        *("winograd on the reference", "batch norm in training mode", "batch norm of mixed dtypes"),
+        *(
+            "winograd in bfloat16 where that has tiles",
+            "winograd on the reference",
+            "batch norm in training mode",
+            "batch norm of mixed dtypes",
+        ),
     ],
 )
 def test_left_alone(name: str) -> None:

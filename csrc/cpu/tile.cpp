@@ -41,6 +41,41 @@ inline void store(T* p, V<T> v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
+typedef uint32_t Bits __attribute__((vector_size(T2V_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(T2V_BYTES / 2)));
+
+// The upper halves are bfloat16 values: the nearest, of two the even one.
+inline Bits rounded(V<float> v) {
+  const Bits bits = (Bits)v;
+  return v == v ? bits + 0x7fff + ((bits >> 16) & 1) : Bits{} + 0x7fc00000;
+}
+
+// Values of another type, if need be bfloat16, as those of a vector.
+template <class T, class S>
+inline V<T> load_as(const S* p) {
+  if constexpr (std::is_same_v<S, T>) {
+    return load(p);
+  } else {
+    Halves halves;
+    std::memcpy(&halves, p, sizeof(halves));
+    return (V<T>)(__builtin_convertvector(halves, Bits) << 16);
+  }
+}
+
+template <class T, class S>
+inline void store_as(S* p, V<T> v, int64_t valid = Vector<T>::width) {
+  if constexpr (std::is_same_v<S, T>) {
+    std::memcpy(p, &v, valid * sizeof(T));
+  } else {
+#ifdef __AVX512BF16__
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)v);
+#else
+    const Halves halves = __builtin_convertvector(rounded(v) >> 16, Halves);
+#endif
+    std::memcpy(p, &halves, valid * sizeof(S));
+  }
+}
+
 // The sum of a vector, by halves.
 template <class T, int Bytes = T2V_BYTES>
 inline T whole_total(const void* v) {
@@ -285,21 +320,44 @@ inline void transform_square(const V<T>* d, V<T>* out) {
   for (int y = 0; y < To; ++y) Along(half + y * From, 1, out + y * To, 1);
 }
 
-template <class T, int From, Transform<T> Along>
-void winograd_transform(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels) {
+// to and from may be bfloat16.
+template <class T, class To, class S, int From, Transform<T> Along>
+void winograd_transform(To* to, int64_t to_stride, const S* from, int64_t row, int64_t pixel, int64_t channels) {
   for (int64_t c = 0; c < channels; c += Vector<T>::width) {
     V<T> d[From * From], out[36];
     for (int y = 0; y < From; ++y)
-      for (int x = 0; x < From; ++x) d[y * From + x] = load(from + c + y * row + x * pixel);
+      for (int x = 0; x < From; ++x) d[y * From + x] = load_as<T>(from + c + y * row + x * pixel);
     transform_square<T, From, 6, Along>(d, out);
-    for (int f = 0; f < 36; ++f) store(to + f * to_stride + c, out[f]);
+    for (int f = 0; f < 36; ++f) store_as<T>(to + f * to_stride + c, out[f]);
+  }
+}
+
+template <class T, class E>
+void winograd_kernel(E* to, int64_t to_stride, const T* from, int64_t channels) {
+  constexpr int width = Vector<T>::width, block = 2 * width;
+  const int64_t tap = channels * block;
+  if constexpr (std::is_same_v<E, T>) {
+    winograd_transform<T, T, T, 3, transform_points<T, 3>>(to, to_stride, from, 3 * tap, tap, tap);
+  } else {
+    for (int64_t c = 0; c < channels; c += 2, to += block, from += 2 * block)
+      for (int o = 0; o < block; o += width) {
+        V<T> d[9], out[2][36];
+        for (int second = 0; second < 2; ++second) {
+          for (int k = 0; k < 9; ++k) d[k] = load(from + k * tap + second * block + o);
+          transform_square<T, 3, 6, transform_points<T, 3>>(d, out[second]);
+        }
+        for (int f = 0; f < 36; ++f) {
+          const Bits pair = rounded(out[0][f]) >> 16 | (rounded(out[1][f]) & 0xffff0000);
+          std::memcpy(to + f * to_stride + o, &pair, sizeof(pair));
+        }
+      }
   }
 }
 
 // The products of MR rows and two vectors of columns at the 36 points, to products[36][MR][2 * width]; a and b hold the
 // operands of one point after the other.
-template <class T, int MR>
-inline void winograd_products(T* products, const T* a, int64_t a_plane, const Rows& rows, const T* b, int64_t b_plane,
+template <class T, int MR, class E>
+inline void winograd_products(T* products, const E* a, int64_t a_plane, const Rows& rows, const E* b, int64_t b_plane,
                               int64_t column) {
   constexpr int block = 2 * Vector<T>::width;
   for (int f = 0; f < 36; ++f, products += MR * block)
@@ -316,19 +374,19 @@ inline void winograd_output(V<T>* out, const T* products, int row, int vector) {
   transform_square<T, 6, N, transform_output<T, N>>(d, out);
 }
 
-template <class T, int MR = max_height>
-void winograd_outputs(const OutputTile<T>* to, int64_t row, int64_t pixel, const T* x, int64_t x_stride,
-                      int64_t x_pixel, const T* kernels, int64_t kernels_stride, int64_t channels, const T* bias,
+template <class S, class T, class E, int MR = max_height>
+void winograd_outputs(const OutputTile<S>* to, int64_t row, int64_t pixel, const E* x, int64_t x_stride,
+                      int64_t x_pixel, const E* kernels, int64_t kernels_stride, int64_t operands, const T* bias,
                       int height, int64_t columns) {
   if (height != MR) {
     if constexpr (MR > 1)
-      winograd_outputs<T, MR - 1>(to, row, pixel, x, x_stride, x_pixel, kernels, kernels_stride, channels, bias, height,
-                                  columns);
+      winograd_outputs<S, T, E, MR - 1>(to, row, pixel, x, x_stride, x_pixel, kernels, kernels_stride, operands, bias,
+                                        height, columns);
     return;
   }
   constexpr int width = Vector<T>::width, block = 2 * width;
   T products[36 * MR * block];
-  winograd_products<T, MR>(products, x, x_stride, {1, channels, 0, block, 1, x_pixel}, kernels, kernels_stride, 0);
+  winograd_products<T, MR>(products, x, x_stride, {1, operands, 0, block, 1, x_pixel}, kernels, kernels_stride, 0);
   for (int i = 0; i < MR; ++i)
     for (int v = 0; v < 2; ++v) {
       const int64_t at = v * width, left = columns - at;
@@ -339,11 +397,11 @@ void winograd_outputs(const OutputTile<T>* to, int64_t row, int64_t pixel, const
       for (int y = 0; y < to[i].high; ++y)
         for (int c = 0; c < to[i].wide; ++c) {
           const V<T> value = out[y * 4 + c] + added;
-          T* position = to[i].to + y * row + c * pixel + at;
+          S* position = to[i].to + y * row + c * pixel + at;
           if (left >= width)
-            store(position, value);
+            store_as<T>(position, value);
           else
-            std::memcpy(position, &value, left * sizeof(T));
+            store_as<T>(position, value, left);
         }
     }
 }
@@ -496,14 +554,19 @@ void interleave(Pair* to, const uint16_t* a, const uint16_t* b, int64_t n) {
   for (int64_t k = 0; k < n; ++k) to[k] = {a[k], b[k]};
 }
 
-// Fills in the kernels of pairs, where there are any.
-template <class T>
-constexpr Kernels<T> with_pairs(Kernels<T> table) {
+template <class S, class T, class E>
+constexpr WinogradSteps<S, T, E> winograd_steps() {
+  return {winograd_transform<T, typename ValueOf<E>::type, S, 6, transform_input<T>>, winograd_kernel<T, E>,
+          winograd_outputs<S, T, E>};
+}
+
+// Fills in the kernels of bfloat16, and of its pairs where there are any.
+constexpr Kernels<float> with_bfloat16(Kernels<float> table) {
+  table.wide_winograd_steps = winograd_steps<uint16_t, float, float>();
 #ifdef __AVX512BF16__
-  if constexpr (std::is_same_v<T, float>) {
-    table.pair_square_sum = square_sum<float, Pair>;
-    table.pair_store = store_tile<float, Pair>;
-  }
+  table.pair_square_sum = square_sum<float, Pair>;
+  table.pair_store = store_tile<float, Pair>;
+  table.pair_winograd_steps = winograd_steps<uint16_t, float, Pair>();
 #endif
   return table;
 }
@@ -523,12 +586,13 @@ constexpr Kernels<T> make_table() {
           store_tile<T>,
           dot<T>,
           form<T>,
-          winograd_transform<T, 6, transform_input<T>>,
-          winograd_transform<T, 4, transform_points<T, 4>>,
-          winograd_transform<T, 3, transform_points<T, 3>>,
+          winograd_transform<T, T, T, 6, transform_input<T>>,
+          winograd_transform<T, T, T, 4, transform_points<T, 4>>,
           winograd_sum<T>,
           winograd_add<T>,
-          winograd_outputs<T>,
+          winograd_steps<T, T, T>(),
+          {},
+          {},
           taps<T>,
           nullptr,
           nullptr,
@@ -543,8 +607,8 @@ constexpr Kernels<T> make_table() {
 
 extern const Kernels<float> single_table;
 extern const Kernels<double> double_table;
-const Kernels<float> single_table = with_pairs(make_table<float>());
-const Kernels<double> double_table = with_pairs(make_table<double>());
+const Kernels<float> single_table = with_bfloat16(make_table<float>());
+const Kernels<double> double_table = make_table<double>();
 
 }  // namespace T2V_ISA
 }  // namespace t2v

@@ -28,9 +28,9 @@ struct Winograd {
 };
 
 // Where a tile of 4x4 output positions goes, and how many of its rows and columns exist.
-template <class T>
+template <class S>
 struct OutputTile {
-  T* to;
+  S* to;
   int high, wide;
 };
 
@@ -41,6 +41,34 @@ constexpr int64_t few_positions = 64;
 // Two bfloat16 values that are summed over one after the other: what the processor's dot products take.
 struct Pair {
   uint16_t first, second;
+};
+
+// The type of the values that an operand of a product has one or two of; bfloat16 is uint16_t here.
+template <class E>
+struct ValueOf {
+  using type = E;
+};
+template <>
+struct ValueOf<Pair> {
+  using type = uint16_t;
+};
+
+// Winograd's F(4x4, 3x3) of images of type S, by products of operands E with sums of type T.
+template <class S, class T, class E>
+struct WinogradSteps {
+  using X = typename ValueOf<E>::type;
+  // The 36 transformed values of 6x6 pixels for `channels` channels (rounded up to whole vectors): to[f * to_stride +
+  // c] from from[y * row + x * pixel + c].
+  void (*input)(X* to, int64_t to_stride, const S* from, int64_t row, int64_t pixel, int64_t channels);
+  // The same of the 3x3 taps from[k][c][o] of kernels with 2 * width outputs o: to[f * to_stride + c * 2 * width + o],
+  // a pair for two channels, of which there is an even number then.
+  void (*kernel)(E* to, int64_t to_stride, const T* from, int64_t channels);
+  // Output tiles: the transform back of sum_c x[f][i][c] kernels[f][c][o], plus bias[o], for `height` tiles i and
+  // `columns` <= 2 * width outputs o. Frequencies f are x_stride and kernels_stride apart, tiles x_pixel, all in
+  // operands; kernels and bias have 2 * width outputs. Rows and pixels of the output are `row` and `pixel` apart.
+  void (*outputs)(const OutputTile<S>* to, int64_t row, int64_t pixel, const E* x, int64_t x_stride, int64_t x_pixel,
+                  const E* kernels, int64_t kernels_stride, int64_t operands, const T* bias, int height,
+                  int64_t columns);
 };
 
 // A register tile G[i, c] = sum over rows of a[row, i] * b[row, c], for `height` <= max_height values of i.
@@ -64,23 +92,21 @@ struct Kernels {
   // q[c] += sum over p <= p' of d[p * stride + c] gram[p * positions + p'] d[p' * stride + c], for few positions
   void (*form)(T* q, const T* gram, int64_t positions, const T* d, int64_t stride, int64_t columns);
 
-  // The 36 transformed values of 6x6 input pixels, of 4x4 cotangent pixels, and of 3x3 taps of kernels, for `channels`
-  // channels (rounded up to whole vectors): to[f * to_stride + c] from from[y * row + x * pixel + c].
+  // The 36 transformed values of 6x6 input pixels, and of 4x4 cotangent pixels, for `channels` channels (rounded up to
+  // whole vectors): to[f * to_stride + c] from from[y * row + x * pixel + c].
   void (*winograd_input)(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels);
   void (*winograd_cotangent)(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels);
-  void (*winograd_kernel)(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels);
   // For the 3x3 gradients G[i, k, c] of filters first..first + height: q[i] += sum G^2, and
   // out[i * ld + k * columns + c] += weight * G^2.
   void (*winograd_sum)(T* q, const Winograd<T>& operands, int64_t first, int height, int64_t columns);
   void (*winograd_add)(T* out, int64_t ld, T weight, const Winograd<T>& operands, int64_t first, int height,
                        int64_t columns);
 
-  // Output tiles of F(4x4, 3x3): the transform back of sum_c x[f][i][c] kernels[f][c][o], plus bias[o], for `height`
-  // tiles i and `columns` <= 2 * width outputs o. Frequencies f are x_stride and kernels_stride apart, tiles x_pixel;
-  // kernels and bias have 2 * width outputs. Rows and pixels of the output are `row` and `pixel` apart.
-  void (*winograd_outputs)(const OutputTile<T>* to, int64_t row, int64_t pixel, const T* x, int64_t x_stride,
-                           int64_t x_pixel, const T* kernels, int64_t kernels_stride, int64_t channels, const T* bias,
-                           int height, int64_t columns);
+  WinogradSteps<T, T, T> winograd_steps;
+  // The same of bfloat16 images, by products as exact as the sums, and of pairs: for T = float, the latter null where
+  // the instruction set has no dot products for them.
+  WinogradSteps<uint16_t, T, T> wide_winograd_steps;
+  WinogradSteps<uint16_t, T, Pair> pair_winograd_steps;
 
   // r[k * ld + c] = sum over rows of a[row * a_stride + c] * b[row, offsets[k] + c]: depthwise taps
   void (*taps)(T* r, int64_t ld, const T* a, Rows rows, const T* b, const int64_t* offsets, int count, int64_t columns);

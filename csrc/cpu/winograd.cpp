@@ -11,19 +11,43 @@ namespace {
 
 constexpr int64_t side = 4, patch = 6, frequencies = patch * patch;
 constexpr int64_t tiles_bytes = 512 << 10;   // of transformed input at a time, at least: half of a usual L2
-constexpr int64_t kernels_bytes = 10 << 20;  // of transformed kernels at a time, at most
+constexpr int64_t kernels_bytes = 6 << 20;  // of transformed kernels at a time, at most
 
-template <class T>
+template <class S>
+struct BitsOf {
+  using type = S;
+};
+template <>
+struct BitsOf<at::BFloat16> {
+  using type = uint16_t;
+};
+
+// Of images S, by products of operands E.
+template <class S, class E>
 class WinogradConvolution {
+  using T = SumOf<S>;
+  using X = typename ValueOf<E>::type;      // of the transformed input
+  using Stored = typename BitsOf<S>::type;  // of the images
+  static constexpr int64_t lanes = sizeof(E) / sizeof(X);
+
+  static const WinogradSteps<Stored, T, E>& steps() {
+    if constexpr (std::is_same_v<E, Pair>)
+      return kernels<T>().pair_winograd_steps;
+    else if constexpr (std::is_same_v<S, at::BFloat16>)
+      return kernels<T>().wide_winograd_steps;
+    else
+      return kernels<T>().winograd_steps;
+  }
+
  public:
   // x and y [N, C, H, W] channels last. A transposed weight [C, O, 3, 3] is that of the convolution whose input
   // gradient this is.
   WinogradConvolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                       int64_t pad_h, int64_t pad_w, bool transposed, at::Tensor& y)
-      : x_(x.const_data_ptr<T>()),
+      : x_(reinterpret_cast<const Stored*>(x.const_data_ptr<S>())),
         weight_(weight),
         transposed_(transposed),
-        y_(y.mutable_data_ptr<T>()),
+        y_(reinterpret_cast<Stored*>(y.mutable_data_ptr<S>())),
         channels_(x.size(1)),
         height_(x.size(2)),
         width_(x.size(3)),
@@ -38,17 +62,18 @@ class WinogradConvolution {
         block_(2 * kernels<T>().width),
         blocks_((outputs_ + block_ - 1) / block_),
         pixel_((channels_ + kernels<T>().width - 1) / kernels<T>().width * kernels<T>().width),
-        plane_(spread<T>(channels_ * block_)),
+        operands_((channels_ + lanes - 1) / lanes),
+        plane_(spread<E>(operands_ * block_)),
         bias_(blocks_ * block_) {
     std::fill(bias_.get(), bias_.get() + blocks_ * block_, T(0));
-    if (bias) std::copy_n(bias->const_data_ptr<T>(), outputs_, bias_.get());
+    if (bias) std::copy_n(bias->const_data_ptr<S>(), outputs_, bias_.get());
     run();
   }
 
  private:
-  // to [last - first blocks][frequencies][plane_], of which [channels][block], zero beyond the outputs
-  void load_kernels(T* to, int64_t first, int64_t last) const {
-    const T* from = weight_.const_data_ptr<T>();
+  // to [last - first blocks][frequencies][plane_], of which [operands][block], zero beyond the outputs and channels
+  void load_kernels(E* to, int64_t first, int64_t last) const {
+    const S* from = weight_.const_data_ptr<S>();
     int64_t of_output = weight_.stride(0), of_channel = weight_.stride(1), of_row = weight_.stride(2),
             of_column = weight_.stride(3);
     if (transposed_) {  // the same turned by half a turn, from outputs to inputs
@@ -57,39 +82,39 @@ class WinogradConvolution {
       of_row = -of_row;
       of_column = -of_column;
     }
-    const int64_t size = channels_ * block_;
+    const int64_t rows = operands_ * lanes, size = rows * block_;
     const Scratch<T> taps(9 * size);
     for (int64_t b = first; b < last; ++b, to += frequencies * plane_) {
       const int64_t count = std::min(block_, outputs_ - b * block_);
-      if (count < block_) std::fill(taps.get(), taps.get() + 9 * size, T(0));
+      if (count < block_ || rows != channels_) std::fill(taps.get(), taps.get() + 9 * size, T(0));
       for (int64_t k = 0; k < 9; ++k)
         pack_columns_last(taps.get() + k * size, block_,
-                          Positions<T>{from + b * block_ * of_output + k / 3 * of_row + k % 3 * of_column, 1, channels_,
+                          Positions<S>{from + b * block_ * of_output + k / 3 * of_row + k % 3 * of_column, 1, channels_,
                                        0, of_channel, of_output},
                           count);
-      kernels<T>().winograd_kernel(to, plane_, taps.get(), 3 * size, size, size);
+      steps().kernel(to, plane_, taps.get(), rows);
     }
   }
 
   // The transformed input of tile number t, for all channels: to[f * stride + c]
-  void load_tile(T* to, int64_t stride, int64_t t, T* border) const {
+  void load_tile(X* to, int64_t stride, int64_t t, Stored* border) const {
     const int64_t n = t / (high_ * wide_), top = t / wide_ % high_ * side - pad_h_, left = t % wide_ * side - pad_w_;
-    const T* image = x_ + n * height_ * width_ * channels_;
+    const Stored* image = x_ + n * height_ * width_ * channels_;
     if (top >= 0 && left >= 0 && top + patch <= height_ && left + patch <= width_ && pixel_ == channels_)
-      return kernels<T>().winograd_input(to, stride, image + (top * width_ + left) * channels_, width_ * channels_,
-                                         channels_, channels_);
+      return steps().input(to, stride, image + (top * width_ + left) * channels_, width_ * channels_, channels_,
+                           channels_);
     for (int64_t y = 0; y < patch; ++y)
       for (int64_t x = 0; x < patch; ++x) {
-        T* out = border + (y * patch + x) * pixel_;
+        Stored* out = border + (y * patch + x) * pixel_;
         const int64_t row = top + y, column = left + x;
         const bool inside = row >= 0 && row < height_ && column >= 0 && column < width_;
         if (inside) std::copy_n(image + (row * width_ + column) * channels_, channels_, out);
-        std::fill(out + (inside ? channels_ : 0), out + pixel_, T(0));
+        std::fill(out + (inside ? channels_ : 0), out + pixel_, Stored(0));
       }
-    kernels<T>().winograd_input(to, stride, border, patch * pixel_, pixel_, channels_);
+    steps().input(to, stride, border, patch * pixel_, pixel_, channels_);
   }
 
-  OutputTile<T> output(int64_t t, int64_t first) const {
+  OutputTile<Stored> output(int64_t t, int64_t first) const {
     const int64_t n = t / (high_ * wide_), top = t / wide_ % high_ * side, left = t % wide_ * side;
     return {y_ + ((n * out_height_ + top) * out_width_ + left) * outputs_ + first,
             static_cast<int>(std::min(side, out_height_ - top)), static_cast<int>(std::min(side, out_width_ - left))};
@@ -123,57 +148,59 @@ class WinogradConvolution {
 
   // Some blocks of some tiles: as many blocks at a time as find room, for part after part of the tiles.
   void compute(int64_t first_block, int64_t last_block, int64_t first_tile, int64_t last_tile) const {
-    const int64_t height = kernels<T>().max_height, block_bytes = frequencies * plane_ * sizeof(T);
-    const int64_t bytes = std::max<int64_t>(tiles_bytes, block_bytes), tile_bytes = frequencies * pixel_ * sizeof(T);
+    const int64_t height = kernels<T>().max_height, block_bytes = frequencies * plane_ * sizeof(E);
+    const int64_t bytes = std::max<int64_t>(tiles_bytes, block_bytes), tile_bytes = frequencies * pixel_ * sizeof(X);
     const int64_t most = std::max<int64_t>(1, bytes / (tile_bytes * height)) * height;
     const int64_t parts = (last_tile - first_tile + most - 1) / most;
     const int64_t group = std::min(last_block - first_block, std::max<int64_t>(1, kernels_bytes / block_bytes));
-    const Scratch<T> by(group * frequencies * plane_);
-    const Scratch<T> x(frequencies * spread<T>(std::min(most, last_tile - first_tile) * pixel_));
-    const Scratch<T> border(frequencies * pixel_);
-    std::vector<OutputTile<T>> outputs(height);
+    const Scratch<E> by(group * frequencies * plane_);
+    const Scratch<X> x(frequencies * spread<X>(std::min(most, last_tile - first_tile) * pixel_));
+    const Scratch<Stored> border(frequencies * pixel_);
+    std::vector<OutputTile<Stored>> outputs(height);
     for (int64_t from = first_block; from < last_block; from += group) {
       const int64_t to = std::min(from + group, last_block);
       load_kernels(by.get(), from, to);
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t first = first_tile + part * (last_tile - first_tile) / parts;
         const int64_t count = first_tile + (part + 1) * (last_tile - first_tile) / parts - first;
-        const int64_t stride = spread<T>(count * pixel_);
+        const int64_t stride = spread<X>(count * pixel_);
         if (parts > 1 || from == first_block)
           for (int64_t t = 0; t < count; ++t) load_tile(x.get() + t * pixel_, stride, first + t, border.get());
         const std::vector<FilterTile> rows = filter_tiles(1, count, height);
         for (int64_t b = from; b < to; ++b)
           for (const FilterTile& tiles : rows) {
             for (int64_t i = 0; i < tiles.height; ++i) outputs[i] = output(first + tiles.first + i, b * block_);
-            kernels<T>().winograd_outputs(
-                outputs.data(), out_width_ * outputs_, outputs_, x.get() + tiles.first * pixel_, stride, pixel_,
-                by.get() + (b - from) * frequencies * plane_, plane_, channels_, bias_.get() + b * block_, tiles.height,
-                std::min(block_, outputs_ - b * block_));
+            steps().outputs(outputs.data(), out_width_ * outputs_, outputs_,
+                            reinterpret_cast<const E*>(x.get() + tiles.first * pixel_), stride / lanes, pixel_ / lanes,
+                            by.get() + (b - from) * frequencies * plane_, plane_, operands_, bias_.get() + b * block_,
+                            tiles.height, std::min(block_, outputs_ - b * block_));
           }
       }
     }
   }
 
-  const T* x_;
+  const Stored* x_;
   const at::Tensor& weight_;
   const bool transposed_;
-  T* y_;
+  Stored* y_;
   const int64_t channels_, height_, width_, outputs_, out_height_, out_width_, pad_h_, pad_w_;
   const int64_t high_, wide_, tiles_, block_, blocks_;
-  const int64_t pixel_;  // channels in whole vectors
-  const int64_t plane_;  // from one frequency of a block of kernels to the next
+  const int64_t pixel_;     // channels in whole vectors
+  const int64_t operands_;  // of a kernel: its channels, or pairs of them
+  const int64_t plane_;     // from one frequency of a block of kernels to the next
   const Scratch<T> bias_;
 };
 
 at::Tensor winograd_conv(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                         at::IntArrayRef padding, bool transposed) {
+                         at::IntArrayRef padding, bool transposed, bool reduced) {
   TORCH_CHECK_VALUE(x.dim() == 4 && weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 &&
                         x.size(1) == weight.size(transposed ? 0 : 1),
                     "winograd_conv: expected x [N, C, H, W] and a weight ",
                     transposed ? "[C, O, 3, 3]" : "[O, C, 3, 3]", ", got ", x.sizes(), " and ", weight.sizes());
   TORCH_CHECK_VALUE(
-      x.scalar_type() == weight.scalar_type() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble),
-      "winograd_conv: expected float32 or float64, got ", x.scalar_type(), " and ", weight.scalar_type());
+      x.scalar_type() == weight.scalar_type() &&
+          (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble || x.scalar_type() == at::kBFloat16),
+      "winograd_conv: expected float32, float64 or bfloat16, got ", x.scalar_type(), " and ", weight.scalar_type());
   TORCH_CHECK_VALUE(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0 &&
                         (!transposed || (padding[0] <= 2 && padding[1] <= 2)),
                     "winograd_conv: padding is ", padding, ", expected two numbers from 0, for a gradient to 2");
@@ -190,8 +217,12 @@ at::Tensor winograd_conv(const at::Tensor& x, const at::Tensor& weight, const st
   if (x.size(1) == 0) return bias ? y.copy_(bias->view({1, -1, 1, 1})) : y.zero_();
   const at::Tensor images = x.contiguous(at::MemoryFormat::ChannelsLast);
   const std::optional<at::Tensor> added = bias ? std::optional(bias->contiguous()) : std::nullopt;
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "winograd_conv", [&] {
-    WinogradConvolution<scalar_t>(images, weight, added, pad_h, pad_w, transposed, y);
+  if (reduced && kernels<float>().pair_winograd_steps.outputs && x.scalar_type() == at::kBFloat16) {
+    WinogradConvolution<at::BFloat16, Pair>(images, weight, added, pad_h, pad_w, transposed, y);
+    return y;
+  }
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "winograd_conv", [&] {
+    WinogradConvolution<scalar_t, SumOf<scalar_t>>(images, weight, added, pad_h, pad_w, transposed, y);
   });
   return y;
 }
