@@ -19,6 +19,20 @@ namespace t2v {
 template <class S>
 using SumOf = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
+// Values as the kernels know them.
+template <class S>
+struct BitsOf {
+  using type = S;
+};
+template <>
+struct BitsOf<at::BFloat16> {
+  using type = uint16_t;
+};
+template <class S>
+const typename BitsOf<S>::type* bits(const S* values) {
+  return reinterpret_cast<const typename BitsOf<S>::type*>(values);
+}
+
 // Memory that a thread has used before and keeps, aligned to lines of the cache: fresh pages from the system would cost
 // more than the products that are computed in them.
 class Memory {
@@ -216,8 +230,6 @@ bool uses_pairs() {
   if constexpr (std::is_same_v<S, at::BFloat16>) return kernels<float>().pair_square_sum != nullptr;
   return false;
 }
-
-inline const uint16_t* bits(const at::BFloat16* values) { return reinterpret_cast<const uint16_t*>(values); }
 
 // to[c][r] = from[r][c] for pairs, which are moved as the floats of their size.
 inline void transpose_pairs(Pair* to, int64_t to_stride, const Pair* from, int64_t from_stride, int64_t rows,

@@ -18,8 +18,6 @@ struct Affine {
 
   bool per_channel() const { return !data || (strides[0] == 0 && strides[1] == 0); }
   bool per_position() const { return !data || strides[2] == 0; }
-  // The values of consecutive channels, where they lie so; else null.
-  const T* channels_from(int64_t c) const { return data && strides[2] == 1 ? data + c : nullptr; }
   T at(int64_t n, int64_t s, int64_t c, T none) const {
     return data ? data[n * strides[0] + s * strides[1] + c * strides[2]] : none;
   }
@@ -104,44 +102,59 @@ class Product {
     }
   }
 
+  // Hands rows of channels to run(sums, plain, g, g_stride, x, x_stride, channels): as they lie, or copied and widened
+  // where no vector is full or the kernels do not know the dtype.
+  template <class Run>
+  void in_rows(T* sums, T* plain, const S* g, const S* x, const Run& run) const {
+    const int64_t wide = std::max<int64_t>(channels, kernels<T>().width), x_stride = x ? x_->stride(1) : 0;
+    if constexpr (!std::is_same_v<S, at::Half>)
+      if (wide == channels) return run(sums, plain, bits(g), g_.stride(1), bits(x), x_stride, channels);
+    const Scratch<T> rows_of_g(positions * wide), rows_of_x(x ? positions * wide : 0), found(2 * wide);
+    const auto copy = [&](T* to, const S* from, int64_t stride) {
+      std::fill(to, to + positions * wide, T(0));
+      pack_columns_last(to, wide, Positions<S>{from, 1, positions, 0, stride, 1}, channels);
+    };
+    copy(rows_of_g.get(), g, g_.stride(1));
+    if (x) copy(rows_of_x.get(), x, x_stride);
+    run(found.get(), plain ? found.get() + wide : nullptr, static_cast<const T*>(rows_of_g.get()), wide,
+        static_cast<const T*>(x ? rows_of_x.get() : nullptr), wide, wide);
+    std::copy_n(found.get(), channels, sums);
+    if (plain) std::copy_n(found.get() + wide, channels, plain);
+  }
+
+  template <class E>
+  static const NormSums<E, T>& norm_sums(const E*) {
+    if constexpr (std::is_same_v<E, T>)
+      return kernels<T>().norm_sums;
+    else
+      return kernels<T>().wide_norm_sums;
+  }
+
   void along_channels(T* sums, T* plain, const S* g, const S* x) const {
-    T wide_g[chunk], wide_x[chunk], shift[chunk];
-    for (int64_t c = 0; c < channels; c += chunk) {
-      const int64_t count = std::min(chunk, channels - c);
-      const T* by = shift_.channels_from(c);
-      if (!by) {
-        for (int64_t k = 0; k < count; ++k) shift[k] = shift_.at(0, 0, c + k, T(0));
-        by = shift;
-      }
-      std::fill(sums + c, sums + c + count, T(0));
-      if (plain) std::fill(plain + c, plain + c + count, T(0));
-      for (int64_t s = 0; s < positions; ++s) {
-        const T* some_g = widen(g + s * g_.stride(1) + c, count, wide_g);
-        if (x)
-          kernels<T>().add_shifted(sums + c, some_g, widen(x + s * x_->stride(1) + c, count, wide_x), by, count);
-        else
-          kernels<T>().add(sums + c, some_g, count);
-        if (plain) kernels<T>().add(plain + c, some_g, count);
-      }
-      if (scale_.data)
-        for (int64_t k = 0; k < count; ++k) sums[c + k] *= scale_.at(0, 0, c + k, T(1));
-    }
+    const Scratch<T> shift(std::max<int64_t>(channels, kernels<T>().width));
+    std::fill(shift.get(), shift.get() + kernels<T>().width, T(0));
+    for (int64_t c = 0; c < channels; ++c) shift.get()[c] = shift_.at(0, 0, c, T(0));
+    in_rows(
+        sums, plain, g, x,
+        [&](T* to, T* all, const auto* rows_of_g, int64_t g_stride, auto rows_of_x, int64_t x_stride, int64_t count) {
+          norm_sums(rows_of_g).by_channel(to, all, rows_of_g, g_stride, rows_of_x, x_stride, shift.get(), positions,
+                                          count);
+        });
+    if (scale_.data)
+      for (int64_t c = 0; c < channels; ++c) sums[c] *= scale_.at(0, 0, c, T(1));
   }
 
   // Shift and scale of each position: layer norm.
   void normalised_channels(T* sums, T* plain, const S* g, const S* x, int64_t n) const {
-    T wide_g[chunk], wide_x[chunk];
-    for (int64_t c = 0; c < channels; c += chunk) {
-      const int64_t count = std::min(chunk, channels - c);
-      std::fill(sums + c, sums + c + count, T(0));
-      if (plain) std::fill(plain + c, plain + c + count, T(0));
-      for (int64_t s = 0; s < positions; ++s) {
-        const T* some_g = widen(g + s * g_.stride(1) + c, count, wide_g);
-        kernels<T>().add_normalised(sums + c, some_g, widen(x + s * x_->stride(1) + c, count, wide_x),
-                                    shift_.at(n, s, 0, T(0)), scale_.at(n, s, 0, T(1)), count);
-        if (plain) kernels<T>().add(plain + c, some_g, count);
-      }
-    }
+    const T none = 0, one = 1;
+    const T* shift = shift_.data ? shift_.data + n * shift_.strides[0] : &none;
+    const T* scale = scale_.data ? scale_.data + n * scale_.strides[0] : &one;
+    in_rows(
+        sums, plain, g, x,
+        [&](T* to, T* all, const auto* rows_of_g, int64_t g_stride, auto rows_of_x, int64_t x_stride, int64_t count) {
+          norm_sums(rows_of_g).by_position(to, all, rows_of_g, g_stride, rows_of_x, x_stride, shift, shift_.strides[1],
+                                           scale, scale_.strides[1], positions, count);
+        });
   }
 
   const at::Tensor& g_;

@@ -522,28 +522,53 @@ T sum(const T* g, int64_t n) {
   return reduce<T>(n, term);
 }
 
-template <class T>
-void add_shifted(T* r, const T* g, const T* x, const T* shift, int64_t n) {
+// Sums of the first `count` of NV vectors of channels from c: input(s, c) is what g is multiplied by at position s.
+template <int NV, class T, class S, class Input>
+inline void some_norm_sums(T* sums, T* plain, const S* g, int64_t g_stride, int64_t positions, int64_t c,
+                           const Input& input) {
   constexpr int width = Vector<T>::width;
-  int64_t c = 0;
-  for (; c + width <= n; c += width) store(r + c, load(r + c) + load(g + c) * (load(x + c) - load(shift + c)));
-  for (; c < n; ++c) r[c] += g[c] * (x[c] - shift[c]);
+  V<T> products[NV], all[NV];
+  for (int v = 0; v < NV; ++v) products[v] = all[v] = V<T>{};
+  for (int64_t s = 0; s < positions; ++s)
+    for (int v = 0; v < NV; ++v) {
+      const V<T> value = load_as<T>(g + s * g_stride + c + v * width);
+      all[v] += value;
+      products[v] += value * input(s, c + v * width);
+    }
+  for (int v = 0; v < NV; ++v) {
+    store(sums + c + v * width, products[v]);
+    if (plain) store(plain + c + v * width, all[v]);
+  }
 }
 
-template <class T>
-void add_normalised(T* r, const T* g, const T* x, T shift, T scale, int64_t n) {
-  constexpr int width = Vector<T>::width;
+// Of all channels; the last vector ends where they do, and so may overlap the one before.
+template <class T, class S, class Input>
+inline void norm_sums(T* sums, T* plain, const S* g, int64_t g_stride, int64_t positions, int64_t channels,
+                      const Input& input) {
+  constexpr int width = Vector<T>::width, some = T2V_BYTES == 64 ? 4 : 2;
   int64_t c = 0;
-  for (; c + width <= n; c += width) store(r + c, load(r + c) + load(g + c) * ((load(x + c) - shift) * scale));
-  for (; c < n; ++c) r[c] += g[c] * ((x[c] - shift) * scale);
+  for (; c + some * width <= channels; c += some * width)
+    some_norm_sums<some>(sums, plain, g, g_stride, positions, c, input);
+  for (; c + width <= channels; c += width) some_norm_sums<1>(sums, plain, g, g_stride, positions, c, input);
+  if (c < channels) some_norm_sums<1>(sums, plain, g, g_stride, positions, channels - width, input);
 }
 
-template <class T>
-void add(T* r, const T* g, int64_t n) {
-  constexpr int width = Vector<T>::width;
-  int64_t c = 0;
-  for (; c + width <= n; c += width) store(r + c, load(r + c) + load(g + c));
-  for (; c < n; ++c) r[c] += g[c];
+template <class T, class S>
+void sums_by_channel(T* sums, T* plain, const S* g, int64_t g_stride, const S* x, int64_t x_stride, const T* shift,
+                     int64_t positions, int64_t channels) {
+  if (x)
+    norm_sums(sums, plain, g, g_stride, positions, channels,
+              [=](int64_t s, int64_t c) { return load_as<T>(x + s * x_stride + c) - load(shift + c); });
+  else
+    norm_sums(sums, plain, g, g_stride, positions, channels, [](int64_t, int64_t) { return V<T>{} + T(1); });
+}
+
+template <class T, class S>
+void sums_by_position(T* sums, T* plain, const S* g, int64_t g_stride, const S* x, int64_t x_stride, const T* shift,
+                      int64_t shift_stride, const T* scale, int64_t scale_stride, int64_t positions, int64_t channels) {
+  norm_sums(sums, plain, g, g_stride, positions, channels, [=](int64_t s, int64_t c) {
+    return (load_as<T>(x + s * x_stride + c) - shift[s * shift_stride]) * scale[s * scale_stride];
+  });
 }
 
 }  // namespace
@@ -563,6 +588,7 @@ constexpr WinogradSteps<S, T, E> winograd_steps() {
 // Fills in the kernels of bfloat16, and of its pairs where there are any.
 constexpr Kernels<float> with_bfloat16(Kernels<float> table) {
   table.wide_winograd_steps = winograd_steps<uint16_t, float, float>();
+  table.wide_norm_sums = {sums_by_channel<float, uint16_t>, sums_by_position<float, uint16_t>};
 #ifdef __AVX512BF16__
   table.pair_square_sum = square_sum<float, Pair>;
   table.pair_store = store_tile<float, Pair>;
@@ -600,9 +626,8 @@ constexpr Kernels<T> make_table() {
           transpose<T>,
           shifted_dot<T>,
           sum<T>,
-          add_shifted<T>,
-          add_normalised<T>,
-          add<T>};
+          {sums_by_channel<T, T>, sums_by_position<T, T>},
+          {}};
 }
 
 extern const Kernels<float> single_table;

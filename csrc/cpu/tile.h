@@ -71,6 +71,18 @@ struct WinogradSteps {
                   int64_t columns);
 };
 
+// Sums over positions s of g[s * g_stride + c] and of its products with an input x, for `channels` channels c, which
+// fill at least one vector.
+template <class S, class T>
+struct NormSums {
+  // sums[c] = sum g (x - shift[c]); x null: sum g. plain[c] = sum g, where it is not null.
+  void (*by_channel)(T* sums, T* plain, const S* g, int64_t g_stride, const S* x, int64_t x_stride, const T* shift,
+                     int64_t positions, int64_t channels);
+  // sums[c] = sum g (x - shift[s * shift_stride]) scale[s * scale_stride], plain as above
+  void (*by_position)(T* sums, T* plain, const S* g, int64_t g_stride, const S* x, int64_t x_stride, const T* shift,
+                      int64_t shift_stride, const T* scale, int64_t scale_stride, int64_t positions, int64_t channels);
+};
+
 // A register tile G[i, c] = sum over rows of a[row, i] * b[row, c], for `height` <= max_height values of i.
 // Columns beyond `columns` may be read, up to the next multiple of `width`, but never count: whatever lies there, NaN
 // included, does not reach a result.
@@ -124,10 +136,8 @@ struct Kernels {
   // sum_s g[s] * (x[s] - shift); sum_s g[s]
   T (*shifted_dot)(const T* g, const T* x, T shift, int64_t n);
   T (*sum)(const T* g, int64_t n);
-  // r[c] += g[c] * (x[c] - shift[c]); r[c] += g[c] * ((x[c] - shift) * scale); r[c] += g[c]
-  void (*add_shifted)(T* r, const T* g, const T* x, const T* shift, int64_t n);
-  void (*add_normalised)(T* r, const T* g, const T* x, T shift, T scale, int64_t n);
-  void (*add)(T* r, const T* g, int64_t n);
+  NormSums<T, T> norm_sums;
+  NormSums<uint16_t, T> wide_norm_sums;  // of bfloat16, for T = float
 };
 
 // The kernels of the best instruction set that this processor has, or of the one that was forced.

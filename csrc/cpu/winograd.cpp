@@ -10,17 +10,8 @@ namespace t2v {
 namespace {
 
 constexpr int64_t side = 4, patch = 6, frequencies = patch * patch;
-constexpr int64_t tiles_bytes = 512 << 10;   // of transformed input at a time, at least: half of a usual L2
+constexpr int64_t tiles_bytes = 512 << 10;  // of transformed input at a time, at least: half of a usual L2
 constexpr int64_t kernels_bytes = 6 << 20;  // of transformed kernels at a time, at most
-
-template <class S>
-struct BitsOf {
-  using type = S;
-};
-template <>
-struct BitsOf<at::BFloat16> {
-  using type = uint16_t;
-};
 
 // Of images S, by products of operands E.
 template <class S, class E>
@@ -44,7 +35,7 @@ class WinogradConvolution {
   // gradient this is.
   WinogradConvolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                       int64_t pad_h, int64_t pad_w, bool transposed, at::Tensor& y)
-      : x_(reinterpret_cast<const Stored*>(x.const_data_ptr<S>())),
+      : x_(bits(x.const_data_ptr<S>())),
         weight_(weight),
         transposed_(transposed),
         y_(reinterpret_cast<Stored*>(y.mutable_data_ptr<S>())),
