@@ -15,7 +15,7 @@ from .data import DataError, TaskData
 from .embedding import Embedding
 from .fisher import BATCH_MEAN
 from .job import Work
-from .moments import Moments
+from .moments import NamedMoments
 from .run import Engine, Factory, Result, WorkerDied, perform
 from .shared import LabelSet
 from .task2vec import Task2Vec, timed
@@ -65,7 +65,7 @@ def embed_distributed(
         fit, task, classes, allocation = _together(fit_head, group)[0]
     agreed = False
 
-    def reduce(moments: list[dict[str, Moments]], count: int) -> int:
+    def reduce(moments: list[NamedMoments], count: int) -> int:
         nonlocal agreed
         agreed = True
         _agree(None, group)
@@ -137,11 +137,9 @@ def _agree(error: Exception | None, group: dist.ProcessGroup | None) -> None:
         raise RuntimeError(f"a task that is shared out failed: {texts}") from error
 
 
-def _add_up(
-    moments: list[dict[str, Moments]], count: int, device: torch.device, group: dist.ProcessGroup | None
-) -> int:
+def _add_up(moments: list[NamedMoments], count: int, device: torch.device, group: dist.ProcessGroup | None) -> int:
     """Sum moments over the processes, in place; the number of examples of all."""
-    every = [m for by_name in moments for m in by_name.values()]
+    every = [part for named in moments for part in named.parts]
     flat = [torch.tensor([count, *(v for m in every for v in (m.units, m.weight, m.weight2))], dtype=torch.float64)]
     flat += [t.reshape(-1) for m in every for t in (m.first, m.cross, m.second)]
     sums = torch.cat(flat)

@@ -20,7 +20,7 @@ from .cotangents import Likelihood, check_estimator, cotangents, get_likelihood
 from .cpu import fast_forward
 from .factors import Factors
 from .graph import Use, find_taps, mend_batch_norms
-from .moments import DrawnExamples, Moments, Units
+from .moments import DrawnExamples, NamedMoments, Units
 from .recorder import FilterAxis, FisherRecorder, ParameterFilter
 
 log = logging.getLogger(__name__)
@@ -242,7 +242,7 @@ def fisher(
     if weights is not None and (weights.dim() != 1 or not (weights >= 0).all() or not weights.isfinite().all()):
         raise ValueError(f"weights {list(weights.shape)} must be one finite number of at least 0 for each example")
     generator: torch.Generator | Tensor = torch.Generator().manual_seed(seed)
-    moments = {name: Moments() for name in recorder.parameters}
+    moments = NamedMoments()
     drawn = {name: DrawnExamples() for name in recorder.parameters} if estimator_error else {}
     seen = 0
     skipped: frozenset[str] = frozenset()
@@ -308,19 +308,17 @@ def fisher(
         raise ValueError(
             f"{who} {expected} {'entries' if allocation is None else 'examples'} but the loader gave {seen}"
         )
-    moments = {name: m for name, m in moments.items() if name not in skipped}
     if allocation is not None:
         samples = float(allocation.samples[allocation.examples].double().mean())
-        for m in moments.values():  # the sums of all weights are known
-            m.weight, m.weight2 = float(weights.double().sum()), float(weights.double().square().sum())
-    if not next(iter(moments.values())).weight > 0:
+        moments.set_weights(weights)
+    if not moments.weight > 0:
         raise ValueError("the weights of all examples are zero")
     diagonal = _diagonal(moments, recorder, estimator, samples, seen, skipped)
     if allocation is not None:
         diagonal = replace(diagonal, num_examples=len(allocation.samples))
     if not estimator_error:
         return diagonal
-    errors = {name: drawn[name].variance().sqrt() / moments[name].weight for name in diagonal}
+    errors = {name: drawn[name].variance().sqrt() / moments.weight for name in diagonal}
     return replace(diagonal, estimator_error=errors)
 
 
@@ -351,7 +349,7 @@ def _doubted(
 
 
 def _diagonal(
-    moments: dict[str, Moments],
+    moments: NamedMoments,
     recorder: FisherRecorder,
     estimator: str,
     samples: int,
@@ -359,13 +357,13 @@ def _diagonal(
     skipped: frozenset[str] = frozenset(),
 ) -> FisherDiagonal:
     """What the moments of all examples say; ValueError where the network overflows."""
-    values = {name: m.mean() for name, m in moments.items()}
+    values = moments.mean()
     for name, mean in values.items():
         if not mean.isfinite().all():
             raise ValueError(f"the Fisher of {name!r} is not finite: the network's activations or gradients overflow")
     return FisherDiagonal(
         values,
-        {name: m.standard_error() for name, m in moments.items()},
+        moments.standard_error(),
         recorder.granularity,
         estimator,
         samples,
@@ -407,7 +405,7 @@ def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def _accumulate(
-    moments: dict[str, Moments],
+    moments: NamedMoments,
     values: dict[str, Tensor],
     a: Tensor,
     tokens: Tensor | None,
@@ -430,8 +428,7 @@ def _accumulate(
         units = Units(a, inclusion)
         if tokens is not None:
             values = {name: q / each.to(q).view(-1, *(1,) * (q.dim() - 1)) for name, q in values.items()}
-    for name, q in values.items():
-        moments[name].add(q, units)
+    moments.add(values, units)
 
 
 def _count_tokens(mask: Tensor | None, logits: Tensor) -> Tensor:

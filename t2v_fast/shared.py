@@ -26,7 +26,7 @@ from .fisher import (
     _diagonal,
     _self_check,
 )
-from .moments import Moments, Units
+from .moments import NamedMoments, Units
 from .recorder import FisherRecorder, ParameterFilter
 
 LONGEST_SKIP = 4096  # examples whose draws are skipped at once
@@ -72,7 +72,7 @@ def fisher_of_label_sets(
     self_check: bool = True,
     first: int = 0,
     examples: Tensor | None = None,
-    reduce: Callable[[list[dict[str, Moments]], int], int] | None = None,
+    reduce: Callable[[list[NamedMoments], int], int] | None = None,
 ) -> list[FisherDiagonal]:
     """The filter-wise diagonal Fisher of each label set: that of :func:`t2v_fast.fisher` alone, to rounding.
 
@@ -87,7 +87,7 @@ def fisher_of_label_sets(
     recorder = FisherRecorder(network, parameters, unsupported=unsupported)
     device = next(iter(recorder.parameters.values())).device
     generators: list[torch.Generator] = [torch.Generator().manual_seed(seed) for _ in sets]
-    moments = [{name: Moments() for name in recorder.parameters} for _ in sets]
+    moments = [NamedMoments() for _ in sets]
     widths = [s.head.out_features for s in sets]
     for s, width, generator in zip(sets, widths, generators, strict=True):
         if s.allocation is None:  # whose examples have seeds of their own
@@ -119,8 +119,7 @@ def fisher_of_label_sets(
                 start += width
             for s, into, found in zip(sets, moments, _packed(recorder, logits, blocks), strict=True):
                 units = Units(torch.ones(n) if s.weights is None else s.weights[numbers])
-                for name, q in found.items():
-                    into[name].add(q, units)
+                into.add(found, units)
             seen += n
     count = seen - first if reduce is None else reduce(moments, seen - first)
     if count != len(sets[0].codes):
