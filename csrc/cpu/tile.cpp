@@ -385,6 +385,12 @@ void winograd_outputs(const OutputTile<S>* to, int64_t row, int64_t pixel, const
     return;
   }
   constexpr int width = Vector<T>::width, block = 2 * width;
+  // What is written comes into the cache while the products are computed.
+  for (int i = 0; i < MR; ++i)
+    for (int y = 0; y < to[i].high; ++y)
+      for (int c = 0; c < to[i].wide; ++c)
+        for (int64_t at = 0; at < columns; at += 64 / static_cast<int64_t>(sizeof(S)))
+          __builtin_prefetch(to[i].to + y * row + c * pixel + at, 1);
   T products[36 * MR * block];
   winograd_products<T, MR>(products, x, x_stride, {1, operands, 0, block, 1, x_pixel}, kernels, kernels_stride, 0);
   for (int i = 0; i < MR; ++i)
