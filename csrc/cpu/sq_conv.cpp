@@ -89,7 +89,10 @@ class Conv {
   int64_t filter(const FilterTile& tile) const { return tile.group * s.group_filters() + tile.first; }
 
   // One example's input as pairs of the pixels that two adjacent positions see, laid out as by pad().
-  void pad_pairs(Pair* to, int64_t n, const Scratch<uint16_t>& buffer, const Scratch<Pair>& pairs) const {
+  void pad_pairs(Pair* to, int64_t n) const {
+    const int64_t longest = (s.padded_width() + s.stride_w) * s.channels;
+    const Scratch<uint16_t> buffer(longest);
+    const Scratch<Pair> pairs(longest);
     const Positions<S> from = input(n);
     const int64_t width = s.padded_width();
     for (int64_t y = 0; y < s.padded_height(); ++y, to += width * s.channels) {
@@ -106,8 +109,7 @@ class Conv {
   void explicit_pair_sums(T* q) const {
     parallel_examples(examples, tiles.size(), [&](int64_t n, int64_t first, int64_t last) {
       const Scratch<Pair> padded(padded_size()), scratch(PairBroadcast::size(s));
-      const int64_t row = (s.padded_width() + s.stride_w) * s.channels;
-      pad_pairs(padded.get(), n, Scratch<uint16_t>(row), Scratch<Pair>(row));
+      pad_pairs(padded.get(), n);
       for (int64_t m = n; m < rows; m += examples) {
         const PairBroadcast g(cotangent(m), s.filters, scratch);
         const Rows window{s.out_height,
@@ -125,8 +127,61 @@ class Conv {
     });
   }
 
+  // Whether filters fill the vectors and columns of the image, some at a time, are broadcast: the other way round a
+  // stem's 21 columns fill two thirds of two vectors.
+  bool filters_are_vectors() const {
+    if (!(std::is_same_v<S, T> || uses_pairs<S>()) || s.groups != 1 || g_.stride(1) != 1) return false;
+    const int64_t width = kernels<T>().width, columns = blocks[0].columns;
+    return s.filters % width == 0 && columns % width != 0 && columns >= 8 && columns < 4 * width;
+  }
+
+  // Where the values of one example's cotangent lie, [positions][filters], or as pairs of adjacent positions of a row.
+  template <class E>
+  struct FilterRows {
+    const E* data;
+    int64_t inner, outer_stride, inner_stride;
+  };
+  FilterRows<T> filter_rows(const Positions<T>& from, const Scratch<T>&) const {
+    return {from.data, from.inner, from.outer_stride, from.inner_stride};
+  }
+  FilterRows<Pair> filter_rows(const Positions<at::BFloat16>& from, const Scratch<Pair>& to) const {
+    const int64_t half = (from.inner + 1) / 2;
+    for (int64_t y = 0; y < from.outer; ++y) pack_row_pairs(to.get() + y * half * s.filters, from, y, s.filters);
+    return {to.get(), half, half * s.filters, s.filters};
+  }
+
+  // q [M, O] with filters as vectors. E: a value, or a pair of adjacent positions, of which a pixel of the padded image
+  // has those at `step`.
+  template <class E, class Pad, class Add>
+  void sums_by_filters(T* q, int64_t scratch_size, int64_t step, const Pad& pad, const Add& add) const {
+    const int64_t vectors = 2 * kernels<T>().width, row = s.padded_width() * s.channels;
+    parallel_examples(examples, (s.filters + vectors - 1) / vectors, [&](int64_t n, int64_t first, int64_t last) {
+      const Scratch<E> padded(padded_size()), scratch(scratch_size);
+      pad(padded.get(), n);
+      for (int64_t m = n; m < rows; m += examples) {
+        const FilterRows<E> g = filter_rows(cotangent(m), scratch);
+        const Rows window{
+            s.out_height, g.inner, g.outer_stride, g.inner_stride, step, 1, s.stride_h * row - g.inner * step};
+        for (int64_t o = first * vectors; o < std::min(last * vectors, s.filters); o += vectors)
+          for (const Block& block : blocks)
+            for (const FilterTile& tile : filter_tiles(1, block.columns, kernels<T>().max_height))
+              add(q + m * s.filters + o, 0, T(1), padded.get() + block.offset + tile.first, tile.height, window,
+                  g.data + o, std::min(vectors, s.filters - o));
+      }
+    });
+  }
+
   // q [M, O]
   void explicit_sums(T* q) const {
+    if (filters_are_vectors()) {
+      const int64_t step = s.stride_w * s.channels;
+      if constexpr (std::is_same_v<S, T>)
+        return sums_by_filters<T>(q, 0, step, [&](T* to, int64_t n) { pad(to, n); }, kernels<T>().square_add);
+      if constexpr (std::is_same_v<S, at::BFloat16>)
+        return sums_by_filters<Pair>(
+            q, s.out_height * ((s.out_width + 1) / 2) * s.filters, 2 * step,
+            [&](Pair* to, int64_t n) { pad_pairs(to, n); }, kernels<T>().pair_square_add);
+    }
     if constexpr (std::is_same_v<S, at::BFloat16>)
       if (uses_pairs<S>()) return explicit_pair_sums(q);
     parallel_examples(examples, tiles.size(), [&](int64_t n, int64_t first, int64_t last) {

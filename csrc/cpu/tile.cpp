@@ -132,7 +132,7 @@ inline void tile(const E* a, const Rows& rows, const E* b, int64_t column, int64
   V<T> sums[MR][NV];
   for (int i = 0; i < MR; ++i)
     for (int v = 0; v < NV; ++v) sums[i][v] = V<T>{};
-  for (int64_t y = 0; y < rows.outer; ++y) {
+  for (int64_t y = 0; y < rows.outer; ++y, a += rows.a_skip) {
     const E* p = b + y * rows.outer_stride + column;
     for (int64_t z = 0; z < rows.inner; ++z, p += rows.inner_stride, a += rows.a_stride) {
       typename Operand<E>::Values values[NV];
@@ -169,8 +169,8 @@ void square_sum(T* q, const E* a, int height, Rows rows, const E* b, int64_t col
            [q](int i, int64_t, int valid, V<T> sums) { q[i] += total<T>(sums * sums, valid); });
 }
 
-template <class T>
-void square_add(T* out, int64_t ld, T weight, const T* a, int height, Rows rows, const T* b, int64_t columns) {
+template <class T, class E = T>
+void square_add(T* out, int64_t ld, T weight, const E* a, int height, Rows rows, const E* b, int64_t columns) {
   outer<T>(height, a, rows, b, columns, [=](int i, int64_t column, int valid, V<T> sums) {
     T* to = out + i * ld + column;
     const V<T> squares = weight * sums * sums;
@@ -597,6 +597,7 @@ constexpr Kernels<float> with_bfloat16(Kernels<float> table) {
   table.wide_norm_sums = {sums_by_channel<float, uint16_t>, sums_by_position<float, uint16_t>};
 #ifdef __AVX512BF16__
   table.pair_square_sum = square_sum<float, Pair>;
+  table.pair_square_add = square_add<float, Pair>;
   table.pair_store = store_tile<float, Pair>;
   table.pair_winograd_steps = winograd_steps<uint16_t, float, Pair>();
 #endif
@@ -626,6 +627,7 @@ constexpr Kernels<T> make_table() {
           {},
           {},
           taps<T>,
+          nullptr,
           nullptr,
           nullptr,
           interleave,

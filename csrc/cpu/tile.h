@@ -15,6 +15,7 @@ struct Rows {
   int64_t outer_stride, inner_stride;  // of b, in elements
   int64_t a_stride;                    // of a, from each position to the next
   int64_t a_column = 1;                // of a, from each of its columns to the next
+  int64_t a_skip = 0;                  // of a, after each inner loop
 };
 
 // The operands of Winograd's F(3x3, 4x4) after their transforms: 36 matrices [tiles][stride] each.
@@ -125,6 +126,8 @@ struct Kernels {
 
   // The same of bfloat16 pairs, where rows count pairs; null where the instruction set has no dot products for them.
   void (*pair_square_sum)(T* q, const Pair* a, int height, Rows rows, const Pair* b, int64_t columns);
+  void (*pair_square_add)(T* out, int64_t ld, T weight, const Pair* a, int height, Rows rows, const Pair* b,
+                          int64_t columns);
   void (*pair_store)(T* out, int64_t ld, const Pair* a, int height, Rows rows, const Pair* b, int64_t columns);
 
   // to[k] = {a[k], b[k]}
