@@ -152,3 +152,12 @@ def test_tolerance_table(tmp_path: Path) -> None:
     ways = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert [w[3] for w in ways] == ["equal", "by spectrum", "tolerance"]
     assert all(float(w[6].split()[0]) <= 0.05 and float(w[9].split()[0]) <= 0.02 for w in ways)
+
+
+def test_precision_table(tmp_path: Path) -> None:
+    command = "--cells", "toy-32", "--examples", "3", "8", "--tasks", "1", "--images", "60"
+    lines = run(tmp_path, f"{ROOT}/bench/precision.py", *command).splitlines()
+    for start in ("| toy, 32 | 3 |", "| toy, 32 | 8 |"):
+        ours, plain = (float(v) for v in next(line for line in lines if line.startswith(start)).split("|")[3:5])
+        assert 1 - ours < 2 * (1 - plain) + 1e-5
+    assert sum("early-stopped" in line for line in lines) == 1
