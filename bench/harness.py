@@ -15,6 +15,8 @@ import torch
 from contestants import ESTIMATE, FISHER, LABELS, NOTHING, Contestant, Sums, filter_means
 from torch import Tensor, nn
 
+from t2v_fast import reduce_precision
+
 CLASSES = 10
 BATCH = {224: 8, 64: 32, 32: 64}
 JUDGED = 3  # examples that a verdict rests on
@@ -139,7 +141,7 @@ class Cell:
 
     def prepare(self, contestant: Contestant, dtype: torch.dtype | None = None) -> Any:
         """The contestant's own copy of the model, in its dtype or another, prepared."""
-        return contestant.prepare(copy.deepcopy(self.model).to(dtype or contestant.dtype))
+        return contestant.prepare(reduce_precision(copy.deepcopy(self.model), dtype or contestant.dtype))
 
     @functools.cache  # noqa: B019
     def plain_cosine(self, dtype: torch.dtype) -> float:

@@ -21,7 +21,7 @@ from contestants import naive
 from report import table
 from torch import Tensor, nn
 
-from t2v_fast import Task2Vec, fisher, load_probe
+from t2v_fast import Task2Vec, fisher, load_probe, reduce_precision
 from t2v_fast.demo import demo_tasks
 
 CELLS = ("resnet18-224", "resnet18-64", "resnet18-32", "resnet50-64", "convnext_tiny-64", "efficientnet_lite0-64")
@@ -42,13 +42,14 @@ def networks(cells: list[str], examples: list[int]) -> list[tuple[str, ...]]:
         torch.manual_seed(1)
         x = torch.randn(max(examples), 3, int(size), int(size)).bfloat16()
         y = torch.randint(0, harness.CLASSES, (max(examples),))
-        narrow, wide = copy.deepcopy(cell.model).bfloat16(), copy.deepcopy(cell.model).double()
+        plain, wide = copy.deepcopy(cell.model).bfloat16(), copy.deepcopy(cell.model).double()
+        narrow = reduce_precision(copy.deepcopy(cell.model), torch.bfloat16)
         for n in examples:
             batches = list(zip(x[:n].split(8), y[:n].split(8), strict=True))
             found = {
                 "float64": fisher(wide, [(i.double(), j) for i, j in batches], "empirical", parameters=weights),
                 "bfloat16": fisher(narrow, batches, "empirical", parameters=weights),
-                "plain": naive(narrow, x[:n], y[:n]),
+                "plain": naive(plain, x[:n], y[:n]),
             }
             whole = {who: torch.cat([q[w].double() for w in weights]) for who, q in found.items()}
             off = 1 - cosine(whole["bfloat16"], whole["float64"]), 1 - cosine(whole["plain"], whole["float64"])

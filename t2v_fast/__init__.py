@@ -6,6 +6,7 @@ from .data import DataError, TaskData
 from .embedding import Embedding, FingerprintMismatch
 from .fisher import FisherDiagonal, SelfCheckError, fisher
 from .graph import UnsupportedError
+from .precision import reduce_precision
 from .probe import Preprocessing, Probe, load_probe
 from .profile import Profile, profile
 from .recorder import FisherRecorder
@@ -32,4 +33,5 @@ __all__ = [
     "load_probe",
     "ops",
     "profile",
+    "reduce_precision",
 ]

@@ -25,6 +25,7 @@ from .files import write_csv
 from .fisher import BATCH_MEAN
 from .head import CROSS_VALIDATED
 from .job import load_job
+from .precision import dtype_of
 from .probe import load_probe
 from .profile import profile
 from .run import run_job
@@ -458,7 +459,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     probe, size = task2vec.probe, task2vec.probe.preprocessing.crop
     generator = torch.Generator().manual_seed(arguments.seed)
     images = torch.randn(arguments.batch_size, 3, size, size, generator=generator)
-    images = images.to(task2vec.device, next(probe.network.parameters()).dtype)
+    images = images.to(task2vec.device, dtype_of(probe.network))
     torch.manual_seed(arguments.seed)
     head = torch.nn.Linear(probe.feature_dim, arguments.classes).to(images)
     with probe.with_head(head) as network:

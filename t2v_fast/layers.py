@@ -403,12 +403,16 @@ class FastLayers(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
+        own = [t for t in (running_mean, running_var, weight, bias) if t is not None]
         if (
             not training
             and running_mean is not None
             and running_var is not None
-            and {t.dtype for t in (running_mean, running_var, bias) if t is not None} == {input.dtype}
-            and _usable(input, weight)
+            # Its own may be of float32, where the input is of less.
+            and ({t.dtype for t in own} in ({input.dtype}, {torch.float32}))
+            and torch.finfo(own[0].dtype).eps <= torch.finfo(input.dtype).eps
+            and all(t.device.type == "cpu" for t in own)
+            and _usable(input, None)
         ):
             return BatchNorm.apply(input, weight, bias, running_mean, running_var, eps)
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

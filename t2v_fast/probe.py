@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .cut import Cut
+from .precision import dtype_of
 
 PACKAGED = "efficientnet-lite0"
 CHANNELS = (1, 3, 4)  # grey, colour, colour with transparency
@@ -149,9 +150,9 @@ class Probe:
         ``layers``: how many of the network's direct children, as they run, or the name of the last module to skip.
         Raises ValueError where the network cannot be cut there. The network is shared.
         """
-        parameter = next(self.network.parameters())
         size = self.preprocessing.crop
-        example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(parameter)
+        example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        example = example.to(next(self.network.parameters()).device, dtype_of(self.network))
         probe = copy.copy(self)
         probe.cut = Cut(self.network, layers, example)
         if not probe.embedding_parameters():
@@ -229,7 +230,7 @@ def _find_head(network: nn.Module, size: int, name: str | None) -> str:
     parameter = next(network.parameters(), torch.empty(0))
     try:
         with torch.no_grad():
-            result = network(torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device))
+            result = network(torch.zeros(1, 3, size, size, dtype=dtype_of(network), device=parameter.device))
     finally:
         for handle in handles:
             handle.remove()

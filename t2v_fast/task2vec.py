@@ -27,6 +27,7 @@ from .data import TASK_TYPES, DataError, TaskData, WithIndex, balanced_weights, 
 from .embedding import Embedding
 from .fisher import BATCH_MEAN, FisherDiagonal, fisher
 from .head import HeadFit, HeadTask, fit_heads
+from .precision import dtype_of, reduce_precision
 from .probe import Probe, load_probe
 from .shared import Heads, LabelSet, fisher_of_label_sets
 from .variational import RobustFisher, variational_fisher
@@ -126,10 +127,10 @@ class Task2Vec:
         self.seed, self.self_check, self.progress = seed, self_check, progress
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}, expected a floating-point one such as torch.bfloat16")
-        if dtype not in (None, next(self.probe.network.parameters()).dtype):
+        if dtype not in (None, dtype_of(self.probe.network)):
             self.probe.fingerprint()  # of the weights as they were given, which the copy keeps
             self.probe = copy.deepcopy(self.probe)  # rounding cannot be undone
-            self.probe.network.to(dtype)
+            reduce_precision(self.probe.network, dtype)
         self.probe.network.to(self.device)
         if feature_folder is not None and not skip_layers:
             raise ValueError("feature_folder is for what skipped layers make of the images: pass skip_layers, too")
@@ -137,7 +138,7 @@ class Task2Vec:
         if skip_layers:
             self.probe = self.probe.skipping(skip_layers)
             if feature_folder is not None:
-                name, dtype = self.probe.cut.name, next(self.probe.network.parameters()).dtype
+                name, dtype = self.probe.cut.name, dtype_of(self.probe.network)
                 self._feature_cache = FeatureCache(feature_folder, f"{self.probe.fingerprint()} {name} {dtype}")
 
     def embed(self, data: Any, *, name: str | None = None, skip_unreadable: bool = False) -> Embedding:
@@ -231,9 +232,9 @@ class Task2Vec:
         self, data: TaskData, sets: list[LabelSet], total: Allocation, first: int = 0, **shard: Any
     ) -> list[FisherDiagonal]:
         """``total``: the cotangents of all sets together, of the examples in ``data``, from number ``first`` on."""
-        parameter, names = next(self.probe.network.parameters()), self.probe.embedding_parameters()
+        names = self.probe.embedding_parameters()
         order = total.ordered().batches(self.batch_size) if self._reorders(data) else None
-        with self.probe.with_head(Heads(sets).to(parameter.device, parameter.dtype)) as network:
+        with self.probe.with_head(Heads(sets).to(self.device, dtype_of(self.probe.network))) as network:
             return fisher_of_label_sets(
                 network,
                 (images for images, _ in self._batches(data, "Fisher", order)),
@@ -306,7 +307,7 @@ class Task2Vec:
         label = f"{data.name or 'task'}: {stage}"
         batches = self._waiting(batches)
         for images, labels in tqdm(batches, desc=label, unit="batch", disable=not self.progress, leave=False):
-            images = images.to(self.device, next(self.probe.network.parameters()).dtype)
+            images = images.to(self.device, dtype_of(self.probe.network))
             at_cut = self.probe.at_cut
             yield at_cut(images) if self._feature_cache is None else self._feature_cache.get(images, at_cut), labels
 
@@ -376,8 +377,7 @@ class Task2Vec:
                 yield images, targets[seen : seen + len(images)]
                 seen += len(images)
 
-        parameter = next(self.probe.network.parameters())
-        with self.probe.with_head(linear.to(parameter.device, parameter.dtype)) as network:
+        with self.probe.with_head(linear.to(self.device, dtype_of(self.probe.network))) as network:
             return fisher(
                 network,
                 batches(),
@@ -418,8 +418,7 @@ class Task2Vec:
                 yield images, targets[drawn[seen : seen + len(images)].to(self.device)]
                 seen += len(images)
 
-        parameter = next(self.probe.network.parameters())
-        linear = linear.to(parameter.device, parameter.dtype)
+        linear = linear.to(self.device, dtype_of(self.probe.network))
         with self.probe.with_head(linear) as network:
             named = dict(network.named_parameters())
             return variational_fisher(
@@ -483,7 +482,7 @@ class Task2Vec:
         return {
             "probe": self.probe.name,
             "weights": self.probe.fingerprint(),
-            "dtype": str(next(self.probe.network.parameters()).dtype).removeprefix("torch."),
+            "dtype": str(dtype_of(self.probe.network)).removeprefix("torch."),
             "layers": hashlib.sha256(names.encode()).hexdigest(),
             "granularity": "filter",
             "family": self._family(),
