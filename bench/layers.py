@@ -86,17 +86,18 @@ def products(rounds: int) -> Sequence[tuple[str, ...]]:
     return rows
 
 
-def winograd(rounds: int) -> Sequence[tuple[str, ...]]:
+def winograd(rounds: int, dtype: torch.dtype) -> Sequence[tuple[str, ...]]:
     """3x3 convolutions and their input gradients: milliseconds, and the largest error over the largest value."""
     rows = []
     for n, c, size in IMAGES:
-        x, g = (torch.randn(n, c, size, size).contiguous(memory_format=torch.channels_last) for _ in range(2))
-        w = (torch.randn(c, c, 3, 3) / (9 * c) ** 0.5).contiguous(memory_format=torch.channels_last)
+        shapes = [(n, c, size, size), (n, c, size, size), (c, c, 3, 3)]
+        x, g, w = (torch.randn(s).to(dtype).contiguous(memory_format=torch.channels_last) for s in shapes)
+        w /= (9 * c) ** 0.5
         row = [f"{n} images of {size}x{size}, {c} channels"]
         for t, transposed in ((x, False), (g, True)):
             ways = [
                 functools.partial(F.conv_transpose2d if transposed else F.conv2d, t, w, padding=1),
-                functools.partial(ops.winograd_conv, t, w, None, (1, 1), transposed),
+                functools.partial(ops.winograd_conv, t, w, None, (1, 1), transposed, reduced=transposed),
             ]
             exact = ways[0].func(t.double(), w.double(), padding=1)
             seconds = [[harness.timed(run) for run in ways] for _ in range(5 * rounds)]
@@ -119,7 +120,8 @@ def main() -> None:
         rows.append((f"{model}, {size}", f"{own:.1f}", *(f"{ratios[kind]:.2f}" for kind in KINDS)))
     table(["network, input", "ms a batch by torch", *KINDS], rows)
     by = [f"{what}, {who}" for what in ("forward", "gradient") for who in ("torch", "Winograd")]
-    table(["3x3 convolution", *by], winograd(arguments.rounds))
+    for dtype in (torch.float32, torch.bfloat16):
+        table([f"3x3 convolution, {str(dtype).removeprefix('torch.')}", *by], winograd(arguments.rounds, dtype))
     table(["rows x inputs to outputs", "torch, GFLOP/s", "oneDNN"], products(arguments.rounds))
 
 

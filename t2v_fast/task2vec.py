@@ -33,6 +33,8 @@ from .shared import Heads, LabelSet, fisher_of_label_sets
 from .variational import RobustFisher, variational_fisher
 
 Result = TypeVar("Result")
+LEAST, MOST = 4, 32  # images of a batch, where none are asked for
+PIXELS = 8 * 224**2  # of a batch on a CPU: more take longer each, as their activations leave the caches
 
 
 class Task2Vec:
@@ -46,14 +48,15 @@ class Task2Vec:
     ``"multiclass"`` (one label an image) or ``"multilabel"`` (a 0-1 vector an image). ``balanced`` gives each class the
     same total weight, as the public code's balanced sampler does in expectation, though each image is visited once.
     ``head`` and ``head_options`` go to :func:`t2v_fast.head.fit_heads`; ``{"weight_decay": "cv"}`` chooses the penalty
-    by cross-validation. ``dtype``: the precision in which the network runs, float32 by default; ``torch.bfloat16`` is
-    faster where the processor has instructions for it, and its embeddings are not compared with those of float32. The
-    head is fitted in float64 in any case. ``skip_layers``: leave out the first layers, by number or name
-    (:meth:`Probe.skipping`), as the public code's option of this name does; nothing is backpropagated into them, and in
-    ``feature_folder`` what they make of each batch is kept, for the second pass and for later runs. Image files are
-    decoded once where they fit into ``cache_megabytes`` of memory, or of the disk at ``cache_folder``
-    (:class:`t2v_fast.cache.ImageCache`). ``unsupported="exact"`` for probes that transform weights before use, which
-    are refused by default (:class:`t2v_fast.FisherRecorder`).
+    by cross-validation. ``dtype``: the precision in which the network runs, float32 by default; ``torch.bfloat16``
+    (:func:`t2v_fast.reduce_precision`) is faster where the processor has instructions for it, and its embeddings are
+    not compared with those of float32. The head is fitted in float64 in any case. ``skip_layers``: leave out the first
+    layers, by number or name (:meth:`Probe.skipping`), as the public code's option of this name does; nothing is
+    backpropagated into them, and in ``feature_folder`` what they make of each batch is kept, for the second pass and
+    for later runs. Image files are decoded once where they fit into ``cache_megabytes`` of memory, or of the disk at
+    ``cache_folder`` (:class:`t2v_fast.cache.ImageCache`). ``unsupported="exact"`` for probes that transform weights
+    before use, which are refused by default (:class:`t2v_fast.FisherRecorder`). ``batch_size``: by default 32 images,
+    on a CPU fewer of large ones (8 of 224 pixels), whose activations then stay in its caches.
 
     ``tolerance``: the relative error that the estimator may leave, norm of the error over norm of the embedding. Images
     are drawn by importance, the weighted trace of their logit Fisher through the head, and each gets the cotangents
@@ -81,7 +84,7 @@ class Task2Vec:
         balanced: bool = True,
         head: str = "newton",
         head_options: dict[str, Any] | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         num_workers: int = 0,
         cache_megabytes: int = 512,
         cache_folder: str | None = None,
@@ -118,12 +121,13 @@ class Task2Vec:
         self.estimator, self.samples = estimator, samples
         self.task_type, self.balanced = task_type, balanced
         self.head, self.head_options = head, dict(head_options or {})
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.num_workers = num_workers
         if cache_megabytes < 0:
             raise ValueError(f"cache_megabytes is {cache_megabytes}, expected at least 0")
         self.cache_megabytes, self.cache_folder = cache_megabytes, cache_folder
         self._waited = 0.0  # seconds for data, of the task in hand
         self.device = torch.device(device) if device is not None else next(probe.network.parameters()).device
+        self.batch_size = self._usual_batch() if batch_size is None else batch_size
         self.seed, self.self_check, self.progress = seed, self_check, progress
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}, expected a floating-point one such as torch.bfloat16")
@@ -140,6 +144,11 @@ class Task2Vec:
             if feature_folder is not None:
                 name, dtype = self.probe.cut.name, dtype_of(self.probe.network)
                 self._feature_cache = FeatureCache(feature_folder, f"{self.probe.fingerprint()} {name} {dtype}")
+
+    def _usual_batch(self) -> int:
+        if self.device.type != "cpu" or self.estimator == BATCH_MEAN:  # which estimates another quantity at each size
+            return MOST
+        return max(LEAST, min(MOST, PIXELS // self.probe.preprocessing.crop**2))
 
     def embed(self, data: Any, *, name: str | None = None, skip_unreadable: bool = False) -> Embedding:
         """Embed one task.
