@@ -555,6 +555,10 @@ at::Tensor sq_gram(const at::Tensor& gram, const at::Tensor& g) {
     const std::vector<FilterTile> tiles = filter_tiles(groups, group_filters, kernels<T>().max_height);
     const T* from = grams.const_data_ptr<T>();
     T* to = q.mutable_data_ptr<T>();
+    // Vectors reach beyond a matrix, which they may not where the tensor ends.
+    const int64_t size = positions * positions, end_matrix = examples * groups - 1;
+    const Scratch<T> copy(size);
+    std::copy_n(from + end_matrix * size, size, copy.get());
     parallel_examples(g.size(0), tiles.size(), [&](int64_t m, int64_t first, int64_t last) {
       const QuadraticForms<scalar_t> forms(positions, group_filters);
       const Positions<scalar_t> d{
@@ -563,7 +567,8 @@ at::Tensor sq_gram(const at::Tensor& gram, const at::Tensor& g) {
         const int64_t group = tiles[t].group, begin = group * group_filters + tiles[t].first;
         while (t < last && tiles[t].group == group) ++t;
         const int64_t end = group * group_filters + tiles[t - 1].first + tiles[t - 1].height;
-        forms.add(to + m * filters + begin, from + ((m % examples) * groups + group) * positions * positions,
+        const int64_t matrix = (m % examples) * groups + group;
+        forms.add(to + m * filters + begin, matrix == end_matrix ? copy.get() : from + matrix * size,
                   d.from_column(begin), end - begin);
       }
     });
