@@ -1,6 +1,6 @@
 """What bfloat16 keeps of an embedding: its cosine to that of float64 or float32.
 
-    python bench/precision.py [--cells resnet18-224 resnet18-64 ...] [--examples 3 8 32 128] [--tasks 3]
+    python bench/precision.py [--cells resnet18-224 resnet18-64 ...] [--examples 3 8 32 128] [--tasks 4]
 
 Networks with random weights and batch-norm statistics of the batch, given labels: the filter means of the weights
 of all convolutions, for so many examples; of this library and of plain autograd, both in bfloat16, to this library's in
@@ -15,22 +15,16 @@ import copy
 from dataclasses import replace
 
 import harness
-import numpy as np
 import torch
 from contestants import naive
 from report import table
-from torch import Tensor, nn
+from torch import nn
 
 from t2v_fast import Task2Vec, fisher, load_probe, reduce_precision
 from t2v_fast.demo import demo_tasks
 
 CELLS = ("resnet18-224", "resnet18-64", "resnet18-32", "resnet50-64", "convnext_tiny-64", "efficientnet_lite0-64")
 HEADS = {"fitted to the end": {}, "early-stopped": {"head": "adam", "head_options": {"epochs": 1}}}
-
-
-def cosine(a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> float:
-    a, b = (torch.as_tensor(t).double() for t in (a, b))
-    return float(a @ b / (a.norm() * b.norm()))
 
 
 def networks(cells: list[str], examples: list[int]) -> list[tuple[str, ...]]:
@@ -46,14 +40,9 @@ def networks(cells: list[str], examples: list[int]) -> list[tuple[str, ...]]:
         narrow = reduce_precision(copy.deepcopy(cell.model), torch.bfloat16)
         for n in examples:
             batches = list(zip(x[:n].split(8), y[:n].split(8), strict=True))
-            found = {
-                "float64": fisher(wide, [(i.double(), j) for i, j in batches], "empirical", parameters=weights),
-                "bfloat16": fisher(narrow, batches, "empirical", parameters=weights),
-                "plain": naive(plain, x[:n], y[:n]),
-            }
-            whole = {who: torch.cat([q[w].double() for w in weights]) for who, q in found.items()}
-            off = 1 - cosine(whole["bfloat16"], whole["float64"]), 1 - cosine(whole["plain"], whole["float64"])
-            rows.append((f"{model}, {size}", f"{n}", *(f"{1 - o:.5f}" for o in off)))
+            truth = fisher(wide, [(i.double(), j) for i, j in batches], "empirical", parameters=weights)
+            found = fisher(narrow, batches, "empirical", parameters=weights), naive(plain, x[:n], y[:n])
+            rows.append((f"{model}, {size}", f"{n}", *(f"{harness.compare(q, truth)[2]:.5f}" for q in found)))
     return rows
 
 
@@ -63,12 +52,12 @@ def tasks(count: int, images: int) -> list[tuple[str, ...]]:
     probe.preprocessing = replace(probe.preprocessing, resize=96, crop=96)
     for task in demo_tasks(images)[:count]:
         for head, settings in HEADS.items():
-            made = [
+            narrow, wide = (
                 Task2Vec(probe, dtype=dtype, **settings).embed((task.images, task.labels))
                 for dtype in (torch.bfloat16, None)
-            ]
-            narrow, wide = (e.hessian for e in made)
-            rows.append((task.name, head, f"{made[1].meta['head_loss']:.1e}", f"{cosine(narrow, wide):.4f}"))
+            )
+            vectors = ({"embedding": torch.from_numpy(e.hessian).double()} for e in (narrow, wide))
+            rows.append((task.name, head, f"{wide.meta['head_loss']:.1e}", f"{harness.compare(*vectors)[2]:.4f}"))
     return rows
 
 

@@ -282,17 +282,6 @@ inline void pack_pixel_pairs(Pair* to, const Positions<at::BFloat16>& row, int64
   kernels<float>().interleave(to, buffer, buffer + step * channels, width * channels);
 }
 
-// to[j][c] = {from[y, 2 j, c], from[y, 2 j + 1, c]} for contiguous columns; where rows are odd the last pairs with 0.
-inline void pack_row_pairs(Pair* to, const Positions<at::BFloat16>& from, int64_t y, int64_t columns) {
-  for (int64_t z = 0; z < from.inner; z += 2, to += columns) {
-    const uint16_t* a = bits(from.data) + y * from.outer_stride + z * from.inner_stride;
-    if (z + 1 < from.inner)
-      kernels<float>().interleave(to, a, a + from.inner_stride, columns);
-    else
-      for (int64_t c = 0; c < columns; ++c) to[c] = {a[c], 0};
-  }
-}
-
 // The cotangent of one example as pairs of adjacent positions of a row; where rows are odd the last pairs with 0.
 struct PairBroadcast {
   const Pair* data;
@@ -317,7 +306,14 @@ struct PairBroadcast {
     if (from.column_stride == 1) {
       stride = columns;
       column = 1;
-      for (int64_t y = 0; y < from.outer; ++y, to += half * columns) pack_row_pairs(to, from, y, columns);
+      for (int64_t y = 0; y < from.outer; ++y)
+        for (int64_t j = 0; j < half; ++j, to += columns) {
+          const uint16_t* a = bits(from.data) + y * from.outer_stride + 2 * j * from.inner_stride;
+          if (2 * j + 1 < from.inner)
+            kernels<float>().interleave(to, a, a + from.inner_stride, columns);
+          else
+            for (int64_t c = 0; c < columns; ++c) to[c] = {a[c], 0};
+        }
       return;
     }
     stride = 1;

@@ -135,36 +135,21 @@ class Conv {
     return s.filters % width == 0 && columns % width != 0 && columns >= 8 && columns < 4 * width;
   }
 
-  // Where the values of one example's cotangent lie, [positions][filters], or as pairs of adjacent positions of a row.
-  template <class E>
-  struct FilterRows {
-    const E* data;
-    int64_t inner, outer_stride, inner_stride;
-  };
-  FilterRows<T> filter_rows(const Positions<T>& from, const Scratch<T>&) const {
-    return {from.data, from.inner, from.outer_stride, from.inner_stride};
-  }
-  FilterRows<Pair> filter_rows(const Positions<at::BFloat16>& from, const Scratch<Pair>& to) const {
-    const int64_t half = (from.inner + 1) / 2;
-    for (int64_t y = 0; y < from.outer; ++y) pack_row_pairs(to.get() + y * half * s.filters, from, y, s.filters);
-    return {to.get(), half, half * s.filters, s.filters};
-  }
-
-  // q [M, O] with filters as vectors. E: a value, or a pair of adjacent positions, of which a pixel of the padded image
-  // has those at `step`.
-  template <class E, class Pad, class Add>
-  void sums_by_filters(T* q, int64_t scratch_size, int64_t step, const Pad& pad, const Add& add) const {
+  // q [M, O] with filters as vectors, from operands E: values, or pairs of adjacent positions, of which a row has
+  // `wide` and the padded image has those of one pixel at `step`. G: one example's cotangent as such.
+  template <class E, class G, class Pad, class Add>
+  void sums_by_filters(T* q, int64_t scratch_size, int64_t wide, int64_t step, const Pad& pad, const Add& add) const {
     const int64_t vectors = 2 * kernels<T>().width, row = s.padded_width() * s.channels;
+    const std::vector<FilterTile> columns = filter_tiles(1, blocks[0].columns, kernels<T>().max_height);  // as all have
     parallel_examples(examples, (s.filters + vectors - 1) / vectors, [&](int64_t n, int64_t first, int64_t last) {
       const Scratch<E> padded(padded_size()), scratch(scratch_size);
       pad(padded.get(), n);
       for (int64_t m = n; m < rows; m += examples) {
-        const FilterRows<E> g = filter_rows(cotangent(m), scratch);
-        const Rows window{
-            s.out_height, g.inner, g.outer_stride, g.inner_stride, step, 1, s.stride_h * row - g.inner * step};
+        const G g(cotangent(m), s.filters, scratch);
+        const Rows window{s.out_height, wide, wide * g.stride, g.stride, step, 1, s.stride_h * row - wide * step};
         for (int64_t o = first * vectors; o < std::min(last * vectors, s.filters); o += vectors)
           for (const Block& block : blocks)
-            for (const FilterTile& tile : filter_tiles(1, block.columns, kernels<T>().max_height))
+            for (const FilterTile& tile : columns)
               add(q + m * s.filters + o, 0, T(1), padded.get() + block.offset + tile.first, tile.height, window,
                   g.data + o, std::min(vectors, s.filters - o));
       }
@@ -176,11 +161,12 @@ class Conv {
     if (filters_are_vectors()) {
       const int64_t step = s.stride_w * s.channels;
       if constexpr (std::is_same_v<S, T>)
-        return sums_by_filters<T>(q, 0, step, [&](T* to, int64_t n) { pad(to, n); }, kernels<T>().square_add);
+        return sums_by_filters<T, Broadcast<T, S>>(
+            q, cotangent_size(), s.out_width, step, [&](T* to, int64_t n) { pad(to, n); }, kernels<T>().square_add);
       if constexpr (std::is_same_v<S, at::BFloat16>)
-        return sums_by_filters<Pair>(
-            q, s.out_height * ((s.out_width + 1) / 2) * s.filters, 2 * step,
-            [&](Pair* to, int64_t n) { pad_pairs(to, n); }, kernels<T>().pair_square_add);
+        return sums_by_filters<Pair, PairBroadcast>(
+            q, PairBroadcast::size(s), (s.out_width + 1) / 2, 2 * step, [&](Pair* to, int64_t n) { pad_pairs(to, n); },
+            kernels<T>().pair_square_add);
     }
     if constexpr (std::is_same_v<S, at::BFloat16>)
       if (uses_pairs<S>()) return explicit_pair_sums(q);

@@ -577,10 +577,6 @@ void sums_by_position(T* sums, T* plain, const S* g, int64_t g_stride, const S* 
   });
 }
 
-}  // namespace
-
-namespace {
-
 void interleave(Pair* to, const uint16_t* a, const uint16_t* b, int64_t n) {
   for (int64_t k = 0; k < n; ++k) to[k] = {a[k], b[k]};
 }
