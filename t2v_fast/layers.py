@@ -7,10 +7,10 @@ Convolutions over images smaller than their kernel
     multiply zeros of the padding for the most part. As a matrix, from all entries of an image to all of its output,
     they multiply none.
 3x3 convolutions of channels-last images
-    take a quarter of the multiplications by Winograd's F(4x4, 3x3), which oneDNN does not have. Rounding is some ten
-    times coarser than in a direct convolution, still of the order of 1e-5 of the largest value. In bfloat16 the input
-    gradient, and it alone, is multiplied in bfloat16: an error of 2 percent, that no sum of squares over positions,
-    channels and examples shows, where one of the activations would move what examples weigh.
+    take a quarter of the multiplications by Winograd's F(4x4, 3x3), which oneDNN does not have. Rounding is up to three
+    times as coarse as in a direct convolution, some 3e-6 of the largest value. In bfloat16 the input gradient, and it
+    alone, is multiplied in bfloat16: an error of 1 percent, that no sum of squares over positions, channels and
+    examples shows, where one of the activations would move what examples weigh.
 Depthwise convolutions with strides in bfloat16
     have an input gradient in oneDNN that takes fifty times as long as in float32, which it goes through instead.
 Batch norms in evaluation mode

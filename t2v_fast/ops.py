@@ -527,9 +527,9 @@ def winograd_conv(
 
     ``weight`` [O, C, 3, 3], ``bias`` [O]. ``transposed``: the gradient of such a convolution for its input, from the
     cotangent x of its output, with its ``weight`` [C, O, 3, 3] and its ``padding``, at most 2. Results are rounded
-    some ten times as coarsely as those of a direct convolution, in bfloat16 as finely; each image's are the same in
+    up to three times as coarsely as those of a direct convolution, in bfloat16 as finely; each image's are the same in
     every batch. ``reduced``: bfloat16 operands are multiplied as bfloat16, where the processor has dot products of it,
-    for an error of some 2.5 percent (root mean square). For float32, float64 and bfloat16. Raises ValueError with the
+    for an error of some 1 percent (root mean square). For float32, float64 and bfloat16. Raises ValueError with the
     shapes given and expected.
     """
     _require(

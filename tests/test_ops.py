@@ -340,10 +340,10 @@ def test_winograd_conv(name: str, dtype: torch.dtype, reduced: bool, layout: str
         assert got.shape == want.shape
         assert got.dtype == dtype
         error = got.double() - want
-        bound = {torch.float64: 1e-13, torch.float32: 5e-5, torch.bfloat16: 4e-3}[dtype]
+        bound = {torch.float64: 1e-14, torch.float32: 8e-6, torch.bfloat16: 4e-3}[dtype]
         if reduced and name == "cpu-avx512bf16" and dtype == torch.bfloat16:
-            bound = 0.08
-            assert 0.01 < float(error.norm() / want.norm()) < 0.035  # what the documentation says
+            bound = 0.025
+            assert 0.005 < float(error.norm() / want.norm()) < 0.015  # what the documentation says
         assert float(error.abs().max()) < bound * float(want.abs().max())
         if name.startswith("cpu"):  # no share of the work changes a result, nor does the rest of the batch
             assert results[1].equal(got)

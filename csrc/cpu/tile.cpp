@@ -261,36 +261,39 @@ void taps(T* r, int64_t ld, const T* a, Rows rows, const T* b, const int64_t* of
 }
 
 // Winograd's F(3x3, 4x4) (Lavin and Gray, 2016): a 3x3 gradient over 4x4 positions from 36 products instead of 144; and
-// F(4x4, 3x3): 4x4 outputs of a 3x3 kernel. The points are 0, 1, -1, 2, -2 and infinity in both, with the roles of
-// filter and output exchanged.
+// F(4x4, 3x3): 4x4 outputs of a 3x3 kernel. The points are 0, 2/3, -2/3, 3/2, -3/2 and infinity in both, with the roles
+// of filter and output exchanged. With the usual 1 and 2 rounded operands leave twice the error.
+constexpr double near = 2. / 3, far = 3. / 2, near2 = near * near, far2 = far * far;
+static_assert(near * far == 1);  // what spares transform_input the factors of its first and last row
+
 template <class T>
 inline void transform_input(const V<T>* d, int step, V<T>* to, int to_step) {  // 6 to 6
   const V<T> d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
-  const V<T> a = d4 - T(4) * d2, b = d3 - T(4) * d1, c = d4 - d2, e = T(2) * (d3 - d1);
-  to[0] = T(4) * d0 - T(5) * d2 + d4;
-  to[to_step] = a + b;
-  to[2 * to_step] = a - b;
-  to[3 * to_step] = c + e;
-  to[4 * to_step] = c - e;
-  to[5 * to_step] = T(4) * d1 - T(5) * d3 + d5;
+  const V<T> a = d4 - T(far2) * d2, b = d3 - T(far2) * d1, c = d4 - T(near2) * d2, e = d3 - T(near2) * d1;
+  to[0] = d0 - T(near2 + far2) * d2 + d4;
+  to[to_step] = a + T(near) * b;
+  to[2 * to_step] = a - T(near) * b;
+  to[3 * to_step] = c + T(far) * e;
+  to[4 * to_step] = c - T(far) * e;
+  to[5 * to_step] = d1 - T(near2 + far2) * d3 + d5;
 }
 
 // A kernel of 3 values or a cotangent of 4, at the points.
 template <class T, int N>
 inline void transform_points(const V<T>* d, int step, V<T>* to, int to_step) {  // N to 6
+  constexpr double by_near = 1 / (2 * near2 * (near2 - far2)), by_far = 1 / (2 * far2 * (far2 - near2));
   const V<T> d0 = d[0], d1 = d[step], d2 = d[2 * step];
-  V<T> near = d1, far = d1;
+  V<T> b = d1, e = d1;
   if constexpr (N == 4) {
-    near += d[3 * step];
-    far += T(4) * d[3 * step];
+    b += T(near2) * d[3 * step];
+    e += T(far2) * d[3 * step];
   }
-  const V<T> a = T(-1. / 6) * (d0 + d2), b = T(-1. / 6) * near;
-  const V<T> c = T(1. / 24) * (d0 + T(4) * d2), e = T(1. / 12) * far;
-  to[0] = T(1. / 4) * d0;
-  to[to_step] = a + b;
-  to[2 * to_step] = a - b;
-  to[3 * to_step] = c + e;
-  to[4 * to_step] = c - e;
+  const V<T> a = T(by_near) * (d0 + T(near2) * d2), c = T(by_far) * (d0 + T(far2) * d2);
+  to[0] = d0;
+  to[to_step] = a + T(by_near * near) * b;
+  to[2 * to_step] = a - T(by_near * near) * b;
+  to[3 * to_step] = c + T(by_far * far) * e;
+  to[4 * to_step] = c - T(by_far * far) * e;
   to[5 * to_step] = d[(N - 1) * step];
 }
 
@@ -300,12 +303,12 @@ inline void transform_output(const V<T>* d, int step, V<T>* to, int to_step) {  
   const V<T> a = d[step] + d[2 * step], b = d[step] - d[2 * step];
   const V<T> c = d[3 * step] + d[4 * step], e = d[3 * step] - d[4 * step];
   to[0] = d[0] + a + c;
-  to[to_step] = b + T(2) * e;
+  to[to_step] = T(near) * b + T(far) * e;
   if constexpr (N == 3) {
-    to[2 * to_step] = a + T(4) * c + d[5 * step];
+    to[2 * to_step] = d[5 * step] + T(near2) * a + T(far2) * c;
   } else {
-    to[2 * to_step] = a + T(4) * c;
-    to[3 * to_step] = b + T(8) * e + d[5 * step];
+    to[2 * to_step] = T(near2) * a + T(far2) * c;
+    to[3 * to_step] = d[5 * step] + T(near2 * near) * b + T(far2 * far) * e;
   }
 }
 
