@@ -8,9 +8,9 @@ Convolutions over images smaller than their kernel
     they multiply none.
 3x3 convolutions of channels-last images
     take a quarter of the multiplications by Winograd's F(4x4, 3x3), which oneDNN does not have. Rounding is up to three
-    times as coarse as in a direct convolution, some 3e-6 of the largest value. In bfloat16 the input gradient, and it
-    alone, is multiplied in bfloat16: an error of 1 percent, that no sum of squares over positions, channels and
-    examples shows, where one of the activations would move what examples weigh.
+    times as coarse as in a direct convolution, some 3e-6 of the largest value. bfloat16 is multiplied in fixed point
+    where the processor has dot products of 16-bit integers, which adds about as much as rounding to bfloat16 does, and
+    in float32 elsewhere.
 Depthwise convolutions with strides in bfloat16
     have an input gradient in oneDNN that takes fifty times as long as in float32, which it goes through instead.
 Batch norms in evaluation mode
@@ -44,7 +44,6 @@ LEAST = 2**22  # multiplications below which a product is not worth the call
 FEW = 4  # pixels of an image, at most, for a 1x1 convolution as a product
 MATRIX = 2  # entries of a convolution's matrix, at most, over those of its weight
 WINOGRAD = 0.75  # multiplications of Winograd's convolution, at most, over those of a direct one
-WIDENED = 0.4  # the same where it alone multiplies in float32
 
 Pair = tuple[int, int]
 
@@ -102,18 +101,13 @@ class MatrixConvolution(torch.autograd.Function):
 
 
 class WinogradConvolution(torch.autograd.Function):
-    """A 3x3 convolution of stride 1 by :func:`ops.winograd_conv`; ``geometry``: stride, padding and dilation.
-
-    ``direct``: the input gradient alone goes that way.
-    """
+    """A 3x3 convolution of stride 1 by :func:`ops.winograd_conv`; ``geometry``: stride, padding and dilation."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair], direct: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.groups = geometry, 1
-        return F.conv2d(x, weight, bias, *geometry) if direct else ops.winograd_conv(x, weight, bias, geometry[1])
+        return ops.winograd_conv(x, weight, bias, geometry[1])
 
     @staticmethod
     @once_differentiable
@@ -122,7 +116,6 @@ class WinogradConvolution(torch.autograd.Function):
         return (
             _winograd_gradient(g, weight, ctx.geometry[1]) if _wanted(ctx, 0) else None,
             *_parameter_gradients(ctx, g, x, weight),
-            None,
             None,
         )
 
@@ -228,7 +221,7 @@ def _in_batches(g: Tensor) -> bool:
 def _winograd_gradient(g: Tensor, weight: Tensor, padding: Pair) -> Tensor:
     if _in_batches(g):
         return F.conv_transpose2d(g, weight, padding=padding)
-    return ops.winograd_conv(g, weight, None, padding, transposed=True, reduced=True)
+    return ops.winograd_conv(g, weight, None, padding, transposed=True)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -362,10 +355,8 @@ class FastLayers(TorchFunctionMode):
             matrix = self._matrix(x, weight, geometry)
             if matrix is not None:
                 return MatrixConvolution.apply(x, weight, bias, matrix, geometry)
-            cost = _winograd_cost(x, weight, bias, geometry)
-            if cost <= WINOGRAD:
-                direct = x.dtype == torch.bfloat16 and cost > WIDENED
-                return WinogradConvolution.apply(x, weight, bias, geometry, direct)
+            if _winograd_cost(x, weight, bias, geometry) <= WINOGRAD:
+                return WinogradConvolution.apply(x, weight, bias, geometry)
         elif groups == x.shape[1] and x.dtype == torch.bfloat16 and max(geometry[0]) > 1:
             return StridedDepthwise.apply(x, weight, bias, geometry)
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)

@@ -67,7 +67,7 @@ SCHEMAS = {
 }
 # Of the network itself, which is otherwise torch's: for the CPU only.
 WINOGRAD_DTYPES = torch.float32, torch.float64, torch.bfloat16
-WINOGRAD_CONV = "(Tensor x, Tensor weight, Tensor? bias, int[2] padding, bool transposed, bool reduced) -> Tensor"
+WINOGRAD_CONV = "(Tensor x, Tensor weight, Tensor? bias, int[2] padding, bool transposed) -> Tensor"
 
 _backend: contextvars.ContextVar[str] = contextvars.ContextVar("t2v_fast_backend", default="auto")
 
@@ -521,16 +521,14 @@ def winograd_conv(
     bias: Tensor | None = None,
     padding: Sequence[int] = (0, 0),
     transposed: bool = False,
-    reduced: bool = False,
 ) -> Tensor:
     """A 3x3 convolution of stride 1 of x [N, C, H, W] by Winograd's F(4x4, 3x3) (Lavin and Gray, 2016): channels last.
 
     ``weight`` [O, C, 3, 3], ``bias`` [O]. ``transposed``: the gradient of such a convolution for its input, from the
     cotangent x of its output, with its ``weight`` [C, O, 3, 3] and its ``padding``, at most 2. Results are rounded
-    up to three times as coarsely as those of a direct convolution, in bfloat16 as finely; each image's are the same in
-    every batch. ``reduced``: bfloat16 operands are multiplied as bfloat16, where the processor has dot products of it,
-    for an error of some 1 percent (root mean square). For float32, float64 and bfloat16. Raises ValueError with the
-    shapes given and expected.
+    up to three times as coarsely as those of a direct convolution; each image's are the same in every batch. For
+    float32, float64 and bfloat16, which is multiplied in fixed point where the processor has dot products of 16-bit
+    integers. Raises ValueError with the shapes given and expected.
     """
     _require(
         x.dim() == 4 and weight.dim() == 4 and tuple(weight.shape[2:]) == (3, 3) and len(padding) == 2,
@@ -566,7 +564,7 @@ def winograd_conv(
         "winograd_conv",
         lambda: f"x {_shape(x)} with padding {list(padding)} gives spatial size {size}",
     )
-    return _call("winograd_conv", x, weight, bias, padding, transposed, reduced)
+    return _call("winograd_conv", x, weight, bias, padding, transposed)
 
 
 def _register() -> torch.library.Library:

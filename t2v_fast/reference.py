@@ -180,8 +180,6 @@ def sq_scatter_acc_(out: Tensor, index: Tensor, g: Tensor, weight: Tensor) -> No
         out.add_(gradient.square_().mul_(weight[m]))
 
 
-def winograd_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], transposed: bool, reduced: bool
-) -> Tensor:
+def winograd_conv(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], transposed: bool) -> Tensor:
     convolution = F.conv_transpose2d if transposed else F.conv2d
     return convolution(x, weight, bias, padding=tuple(padding)).contiguous(memory_format=torch.channels_last)

@@ -38,7 +38,8 @@ bool has_avx512() {
 const Capability* capabilities(int& count) {
   static const Capability all[] = {
 #ifdef T2V_X86
-      {&avx512bf16::single_table, &avx512bf16::double_table, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+      {&avx512bf16::single_table, &avx512bf16::double_table,
+       has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")},
       {&avx512::single_table, &avx512::double_table, has_avx512()},
       {&avx2::single_table, &avx2::double_table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif

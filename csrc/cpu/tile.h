@@ -44,14 +44,21 @@ struct Pair {
   uint16_t first, second;
 };
 
-// The type of the values that an operand of a product has one or two of; bfloat16 is uint16_t here.
+// Two 16-bit integers, likewise. Products of them are sums of 32 bits, of so many operands at most: what is multiplied
+// is scaled so that its norm over these is no larger than the largest such integer, and then no sum overflows.
+struct Fixed {
+  int16_t first, second;
+};
+constexpr int64_t fixed_operands = 32;
+
+// The type of the values that an operand of a product has one or two of.
 template <class E>
 struct ValueOf {
   using type = E;
 };
 template <>
-struct ValueOf<Pair> {
-  using type = uint16_t;
+struct ValueOf<Fixed> {
+  using type = int16_t;
 };
 
 // Winograd's F(4x4, 3x3) of images of type S, by products of operands E with sums of type T.
@@ -59,17 +66,17 @@ template <class S, class T, class E>
 struct WinogradSteps {
   using X = typename ValueOf<E>::type;
   // The 36 transformed values of 6x6 pixels for `channels` channels (rounded up to whole vectors): to[f * to_stride +
-  // c] from from[y * row + x * pixel + c].
-  void (*input)(X* to, int64_t to_stride, const S* from, int64_t row, int64_t pixel, int64_t channels);
+  // c] from from[y * row + x * pixel + c]. Returns the unit of fixed point.
+  T (*input)(X* to, int64_t to_stride, const S* from, int64_t row, int64_t pixel, int64_t channels);
   // The same of the 3x3 taps from[k][c][o] of kernels with 2 * width outputs o: to[f * to_stride + c * 2 * width + o],
-  // a pair for two channels, of which there is an even number then.
-  void (*kernel)(E* to, int64_t to_stride, const T* from, int64_t channels);
+  // a pair for two channels, of which there is an even number then. Units of fixed point to units[o].
+  void (*kernel)(E* to, int64_t to_stride, T* units, const T* from, int64_t channels);
   // Output tiles: the transform back of sum_c x[f][i][c] kernels[f][c][o], plus bias[o], for `height` tiles i and
   // `columns` <= 2 * width outputs o. Frequencies f are x_stride and kernels_stride apart, tiles x_pixel, all in
   // operands; kernels and bias have 2 * width outputs. Rows and pixels of the output are `row` and `pixel` apart.
   void (*outputs)(const OutputTile<S>* to, int64_t row, int64_t pixel, const E* x, int64_t x_stride, int64_t x_pixel,
-                  const E* kernels, int64_t kernels_stride, int64_t operands, const T* bias, int height,
-                  int64_t columns);
+                  const E* kernels, int64_t kernels_stride, int64_t operands, const T* x_units, const T* kernel_units,
+                  const T* bias, int height, int64_t columns);
 };
 
 // Sums over positions s of g[s * g_stride + c] and of its products with an input x, for `channels` channels c, which
@@ -107,8 +114,8 @@ struct Kernels {
 
   // The 36 transformed values of 6x6 input pixels, and of 4x4 cotangent pixels, for `channels` channels (rounded up to
   // whole vectors): to[f * to_stride + c] from from[y * row + x * pixel + c].
-  void (*winograd_input)(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels);
-  void (*winograd_cotangent)(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels);
+  T (*winograd_input)(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels);
+  T (*winograd_cotangent)(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels);
   // For the 3x3 gradients G[i, k, c] of filters first..first + height: q[i] += sum G^2, and
   // out[i * ld + k * columns + c] += weight * G^2.
   void (*winograd_sum)(T* q, const Winograd<T>& operands, int64_t first, int height, int64_t columns);
@@ -116,10 +123,10 @@ struct Kernels {
                        int64_t columns);
 
   WinogradSteps<T, T, T> winograd_steps;
-  // The same of bfloat16 images, by products as exact as the sums, and of pairs: for T = float, the latter null where
-  // the instruction set has no dot products for them.
+  // The same of bfloat16 images, by products as exact as the sums, and in fixed point: for T = float, the latter null
+  // where the instruction set has no dot products for it.
   WinogradSteps<uint16_t, T, T> wide_winograd_steps;
-  WinogradSteps<uint16_t, T, Pair> pair_winograd_steps;
+  WinogradSteps<uint16_t, T, Fixed> fixed_winograd_steps;
 
   // r[k * ld + c] = sum over rows of a[row * a_stride + c] * b[row, offsets[k] + c]: depthwise taps
   void (*taps)(T* r, int64_t ld, const T* a, Rows rows, const T* b, const int64_t* offsets, int count, int64_t columns);

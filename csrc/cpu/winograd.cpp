@@ -22,8 +22,8 @@ class WinogradConvolution {
   static constexpr int64_t lanes = sizeof(E) / sizeof(X);
 
   static const WinogradSteps<Stored, T, E>& steps() {
-    if constexpr (std::is_same_v<E, Pair>)
-      return kernels<T>().pair_winograd_steps;
+    if constexpr (std::is_same_v<E, Fixed>)
+      return kernels<T>().fixed_winograd_steps;
     else if constexpr (std::is_same_v<S, at::BFloat16>)
       return kernels<T>().wide_winograd_steps;
     else
@@ -62,8 +62,9 @@ class WinogradConvolution {
   }
 
  private:
-  // to [last - first blocks][frequencies][plane_], of which [operands][block], zero beyond the outputs and channels
-  void load_kernels(E* to, int64_t first, int64_t last) const {
+  // to [last - first blocks][frequencies][plane_], of which [operands][block], zero beyond the outputs and channels;
+  // units [last - first blocks][block]
+  void load_kernels(E* to, T* units, int64_t first, int64_t last) const {
     const S* from = weight_.const_data_ptr<S>();
     int64_t of_output = weight_.stride(0), of_channel = weight_.stride(1), of_row = weight_.stride(2),
             of_column = weight_.stride(3);
@@ -75,7 +76,7 @@ class WinogradConvolution {
     }
     const int64_t rows = operands_ * lanes, size = rows * block_;
     const Scratch<T> taps(9 * size);
-    for (int64_t b = first; b < last; ++b, to += frequencies * plane_) {
+    for (int64_t b = first; b < last; ++b, to += frequencies * plane_, units += block_) {
       const int64_t count = std::min(block_, outputs_ - b * block_);
       if (count < block_ || rows != channels_) std::fill(taps.get(), taps.get() + 9 * size, T(0));
       for (int64_t k = 0; k < 9; ++k)
@@ -83,12 +84,12 @@ class WinogradConvolution {
                           Positions<S>{from + b * block_ * of_output + k / 3 * of_row + k % 3 * of_column, 1, channels_,
                                        0, of_channel, of_output},
                           count);
-      steps().kernel(to, plane_, taps.get(), rows);
+      steps().kernel(to, plane_, units, taps.get(), rows);
     }
   }
 
-  // The transformed input of tile number t, for all channels: to[f * stride + c]
-  void load_tile(X* to, int64_t stride, int64_t t, Stored* border) const {
+  // The transformed input of tile number t, for all channels: to[f * stride + c]. Returns its unit.
+  T load_tile(X* to, int64_t stride, int64_t t, Stored* border) const {
     const int64_t n = t / (high_ * wide_), top = t / wide_ % high_ * side - pad_h_, left = t % wide_ * side - pad_w_;
     const Stored* image = x_ + n * height_ * width_ * channels_;
     if (top >= 0 && left >= 0 && top + patch <= height_ && left + patch <= width_ && pixel_ == channels_)
@@ -102,7 +103,7 @@ class WinogradConvolution {
         if (inside) std::copy_n(image + (row * width_ + column) * channels_, channels_, out);
         std::fill(out + (inside ? channels_ : 0), out + pixel_, Stored(0));
       }
-    steps().input(to, stride, border, patch * pixel_, pixel_, channels_);
+    return steps().input(to, stride, border, patch * pixel_, pixel_, channels_);
   }
 
   OutputTile<Stored> output(int64_t t, int64_t first) const {
@@ -145,26 +146,30 @@ class WinogradConvolution {
     const int64_t parts = (last_tile - first_tile + most - 1) / most;
     const int64_t group = std::min(last_block - first_block, std::max<int64_t>(1, kernels_bytes / block_bytes));
     const Scratch<E> by(group * frequencies * plane_);
+    const Scratch<T> kernel_units(group * block_);
     const Scratch<X> x(frequencies * spread<X>(std::min(most, last_tile - first_tile) * pixel_));
+    const Scratch<T> x_units(std::min(most, last_tile - first_tile));
     const Scratch<Stored> border(frequencies * pixel_);
     std::vector<OutputTile<Stored>> outputs(height);
     for (int64_t from = first_block; from < last_block; from += group) {
       const int64_t to = std::min(from + group, last_block);
-      load_kernels(by.get(), from, to);
+      load_kernels(by.get(), kernel_units.get(), from, to);
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t first = first_tile + part * (last_tile - first_tile) / parts;
         const int64_t count = first_tile + (part + 1) * (last_tile - first_tile) / parts - first;
         const int64_t stride = spread<X>(count * pixel_);
         if (parts > 1 || from == first_block)
-          for (int64_t t = 0; t < count; ++t) load_tile(x.get() + t * pixel_, stride, first + t, border.get());
+          for (int64_t t = 0; t < count; ++t)
+            x_units.get()[t] = load_tile(x.get() + t * pixel_, stride, first + t, border.get());
         const std::vector<FilterTile> rows = filter_tiles(1, count, height);
         for (int64_t b = from; b < to; ++b)
           for (const FilterTile& tiles : rows) {
             for (int64_t i = 0; i < tiles.height; ++i) outputs[i] = output(first + tiles.first + i, b * block_);
             steps().outputs(outputs.data(), out_width_ * outputs_, outputs_,
                             reinterpret_cast<const E*>(x.get() + tiles.first * pixel_), stride / lanes, pixel_ / lanes,
-                            by.get() + (b - from) * frequencies * plane_, plane_, operands_, bias_.get() + b * block_,
-                            tiles.height, std::min(block_, outputs_ - b * block_));
+                            by.get() + (b - from) * frequencies * plane_, plane_, operands_,
+                            x_units.get() + tiles.first, kernel_units.get() + (b - from) * block_,
+                            bias_.get() + b * block_, tiles.height, std::min(block_, outputs_ - b * block_));
           }
       }
     }
@@ -183,7 +188,7 @@ class WinogradConvolution {
 };
 
 at::Tensor winograd_conv(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                         at::IntArrayRef padding, bool transposed, bool reduced) {
+                         at::IntArrayRef padding, bool transposed) {
   TORCH_CHECK_VALUE(x.dim() == 4 && weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 &&
                         x.size(1) == weight.size(transposed ? 0 : 1),
                     "winograd_conv: expected x [N, C, H, W] and a weight ",
@@ -208,8 +213,8 @@ at::Tensor winograd_conv(const at::Tensor& x, const at::Tensor& weight, const st
   if (x.size(1) == 0) return bias ? y.copy_(bias->view({1, -1, 1, 1})) : y.zero_();
   const at::Tensor images = x.contiguous(at::MemoryFormat::ChannelsLast);
   const std::optional<at::Tensor> added = bias ? std::optional(bias->contiguous()) : std::nullopt;
-  if (reduced && kernels<float>().pair_winograd_steps.outputs && x.scalar_type() == at::kBFloat16) {
-    WinogradConvolution<at::BFloat16, Pair>(images, weight, added, pad_h, pad_w, transposed, y);
+  if (kernels<float>().fixed_winograd_steps.outputs && x.scalar_type() == at::kBFloat16) {
+    WinogradConvolution<at::BFloat16, Fixed>(images, weight, added, pad_h, pad_w, transposed, y);
     return y;
   }
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "winograd_conv", [&] {
