@@ -154,6 +154,13 @@ def test_tolerance_table(tmp_path: Path) -> None:
     assert all(float(w[6].split()[0]) <= 0.05 and float(w[9].split()[0]) <= 0.02 for w in ways)
 
 
+def test_points_table(tmp_path: Path) -> None:
+    lines = run(tmp_path, f"{ROOT}/bench/points.py", "--tiles", "5", "--channels", "32").splitlines()
+    rows = {row[0]: [float(e) for e in row[1:]] for row in ([c.strip() for c in r.split("|")[1:-1]] for r in lines[3:])}
+    for chosen, usual, *others in zip(rows["0.667, 1.5"], rows["1, 2"], *rows.values(), strict=True):
+        assert chosen < min(usual / 1.8, 1.1 * min(others))
+
+
 def test_precision_table(tmp_path: Path) -> None:
     command = "--cells", "toy-32", "--examples", "3", "8", "--tasks", "1", "--images", "60"
     lines = run(tmp_path, f"{ROOT}/bench/precision.py", *command).splitlines()

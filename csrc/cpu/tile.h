@@ -1,7 +1,7 @@
 // The inner loops of the CPU backend: plain C++, compiled once for each instruction set, chosen at run time.
 //
-// Nothing of torch may be included here or in tile.cpp: inline functions compiled with AVX-512 flags could otherwise be
-// the copies that the linker keeps for the whole process.
+// Nothing of torch may be included here, in tile.cpp or in its headers: inline functions compiled with AVX-512 flags
+// could otherwise be the copies that the linker keeps for the whole process.
 #pragma once
 
 #include <cstdint>
