@@ -247,7 +247,7 @@ void interleave(Pair* to, const uint16_t* a, const uint16_t* b, int64_t n) {
 
 template <class S, class T>
 constexpr WinogradSteps<S, T, T> winograd_steps() {
-  return {winograd_transform<T, S, 6, transform_input<T>>, winograd_kernel<T>, winograd_outputs<S, T, T>};
+  return {winograd_input<T, S>, winograd_kernel<T>, winograd_outputs<S, T, T>};
 }
 
 // Fills in the kernels of bfloat16, and of its pairs where there are any.

@@ -66,10 +66,11 @@ template <class S, class T, class E>
 struct WinogradSteps {
   using X = typename ValueOf<E>::type;
   // The 36 transformed values of 6x6 pixels for `channels` channels (rounded up to whole vectors): to[f * to_stride +
-  // c] from from[y * row + x * pixel + c]. Returns the unit of fixed point.
+  // c] from from[y * row + x * pixel + c]. Returns its unit, which only
+  // fixed point needs.
   T (*input)(X* to, int64_t to_stride, const S* from, int64_t row, int64_t pixel, int64_t channels);
   // The same of the 3x3 taps from[k][c][o] of kernels with 2 * width outputs o: to[f * to_stride + c * 2 * width + o],
-  // a pair for two channels, of which there is an even number then. Units of fixed point to units[o].
+  // a pair for two channels, of which there is an even number then. Their units to units[o].
   void (*kernel)(E* to, int64_t to_stride, T* units, const T* from, int64_t channels);
   // Output tiles: the transform back of sum_c x[f][i][c] kernels[f][c][o], plus bias[o], for `height` tiles i and
   // `columns` <= 2 * width outputs o. Frequencies f are x_stride and kernels_stride apart, tiles x_pixel, all in
@@ -114,8 +115,8 @@ struct Kernels {
 
   // The 36 transformed values of 6x6 input pixels, and of 4x4 cotangent pixels, for `channels` channels (rounded up to
   // whole vectors): to[f * to_stride + c] from from[y * row + x * pixel + c].
-  T (*winograd_input)(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels);
-  T (*winograd_cotangent)(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels);
+  void (*winograd_input)(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels);
+  void (*winograd_cotangent)(T* to, int64_t to_stride, const T* from, int64_t row, int64_t pixel, int64_t channels);
   // For the 3x3 gradients G[i, k, c] of filters first..first + height: q[i] += sum G^2, and
   // out[i * ld + k * columns + c] += weight * G^2.
   void (*winograd_sum)(T* q, const Winograd<T>& operands, int64_t first, int height, int64_t columns);

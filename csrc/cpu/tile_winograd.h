@@ -72,7 +72,7 @@ inline void transform_square(const V<T>* d, V<T>* out) {
 
 // from may be bfloat16.
 template <class T, class S, int From, Transform<T> Along>
-T winograd_transform(T* to, int64_t to_stride, const S* from, int64_t row, int64_t pixel, int64_t channels) {
+void winograd_transform(T* to, int64_t to_stride, const S* from, int64_t row, int64_t pixel, int64_t channels) {
   for (int64_t c = 0; c < channels; c += Vector<T>::width) {
     V<T> d[From * From], out[36];
     for (int y = 0; y < From; ++y)
@@ -80,10 +80,14 @@ T winograd_transform(T* to, int64_t to_stride, const S* from, int64_t row, int64
     transform_square<T, From, 6, Along>(d, out);
     for (int f = 0; f < 36; ++f) store(to + f * to_stride + c, out[f]);
   }
+}
+
+template <class T, class S>
+T winograd_input(T* to, int64_t to_stride, const S* from, int64_t row, int64_t pixel, int64_t channels) {
+  winograd_transform<T, S, 6, transform_input<T>>(to, to_stride, from, row, pixel, channels);
   return 1;
 }
 
-#ifdef __AVX512BF16__
 // Transformed values in fixed point. A value of x at one frequency is at most the norm of a row of the transform times
 // that of what the other axis' transform made of the patch: measured there, its largest quotient by the bounds below is
 // the unit. They hold for the norms of the six rows of transform_input and of transform_points.
@@ -100,6 +104,7 @@ static_assert(square(kernel_norms[3]) > (1 + far2 + square(far2)) / square(2 * f
 inline float input_norm(int f) { return input_norms[f / 6] * input_norms[f % 6]; }
 inline float kernel_norm(int f) { return kernel_norms[f / 6] * kernel_norms[f % 6]; }
 
+#ifdef __AVX512BF16__
 inline void store_fixed(int16_t* p, V<float> v) {
   const __m256i values = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32((__m512)v));
   std::memcpy(p, &values, sizeof(values));
@@ -107,6 +112,17 @@ inline void store_fixed(int16_t* p, V<float> v) {
 
 // Whether squares may have left what a float can hold.
 inline bool out_of_range(float norm2) { return !(norm2 > 1e-30f && norm2 < 1e30f); }
+
+// sums[f] += the squares of From x From values, value(y, x), transformed along one axis.
+template <int From, Transform<float> Along, class Value>
+inline void add_squares(V<float>* sums, const Value& value) {
+  for (int x = 0; x < From; ++x) {
+    V<float> d[From], half[6];
+    for (int y = 0; y < From; ++y) d[y] = value(y, x);
+    Along(d, 1, half, 1);
+    for (int f = 0; f < 6; ++f) sums[f] += half[f] * half[f];
+  }
+}
 
 // Of 6x6 pixels times `by`, transformed along one axis, the largest sum of squares over fixed_operands of channels,
 // each over the square of its row's norm.
@@ -116,12 +132,8 @@ inline float largest_norm2(const uint16_t* from, int64_t row, int64_t pixel, int
   for (int64_t first = 0; first < channels; first += 2 * fixed_operands) {
     V<float> sums[6] = {};
     for (int64_t c = first; c < channels && c < first + 2 * fixed_operands; c += width)
-      for (int x = 0; x < 6; ++x) {
-        V<float> d[6], half[6];
-        for (int y = 0; y < 6; ++y) d[y] = load_as<float>(from + c + y * row + x * pixel) * by;
-        transform_input<float>(d, 1, half, 1);
-        for (int f = 0; f < 6; ++f) sums[f] += half[f] * half[f];
-      }
+      add_squares<6, transform_input<float>>(
+          sums, [=](int y, int x) { return load_as<float>(from + c + y * row + x * pixel) * by; });
     for (int f = 0; f < 6; ++f) {
       const float norm2 = total<float>(sums[f]) / (input_norms[f] * input_norms[f]);
       if (!(norm2 <= largest)) largest = norm2;  // NaN stays
@@ -177,12 +189,8 @@ void winograd_fixed_kernel(Fixed* to, int64_t to_stride, float* units, const flo
       for (int64_t first = 0; first < channels; first += 2 * fixed_operands) {
         V<float> sums[6] = {};
         for (int64_t c = first; c < channels && c < first + 2 * fixed_operands; ++c)
-          for (int x = 0; x < 3; ++x) {
-            V<float> d[3], half[6];
-            for (int y = 0; y < 3; ++y) d[y] = load(from + (3 * y + x) * tap + c * block + o) * by;
-            transform_points<float, 3>(d, 1, half, 1);
-            for (int f = 0; f < 6; ++f) sums[f] += half[f] * half[f];
-          }
+          add_squares<3, transform_points<float, 3>>(
+              sums, [=](int y, int x) { return load(from + (3 * y + x) * tap + c * block + o) * by; });
         for (int f = 0; f < 6; ++f) {
           const V<float> norm2 = sums[f] / (kernel_norms[f] * kernel_norms[f]);
           largest = norm2 <= largest ? largest : norm2;
@@ -260,9 +268,7 @@ inline void winograd_output(V<T>* out, const T* products, int row, int vector) {
   V<T> d[36];
   for (int f = 0; f < 36; ++f) {
     d[f] = load(products + ((f * MR + row) * 2 + vector) * width);
-#ifdef __AVX512BF16__
     if constexpr (std::is_same_v<E, Fixed>) d[f] *= input_norm(f) * kernel_norm(f);
-#endif
   }
   transform_square<T, 6, N, transform_output<T, N>>(d, out);
 }
@@ -293,13 +299,11 @@ void winograd_outputs(const OutputTile<S>* to, int64_t row, int64_t pixel, const
       V<T> out[16];
       winograd_output<T, MR, 4, E>(out, products, i, v);
       const V<T> added = load(bias + at);
-      V<T> unit = V<T>{} + T(1);
-      if constexpr (std::is_same_v<E, Fixed>) unit = load(kernel_units + at) * x_units[i];
+      if constexpr (std::is_same_v<E, Fixed>)
+        for (V<T>& value : out) value *= load(kernel_units + at) * x_units[i];
       for (int y = 0; y < to[i].high; ++y)
         for (int c = 0; c < to[i].wide; ++c) {
-          V<T> value = out[y * 4 + c];
-          if constexpr (std::is_same_v<E, Fixed>) value *= unit;
-          value += added;
+          const V<T> value = out[y * 4 + c] + added;
           S* position = to[i].to + y * row + c * pixel + at;
           if (left >= width)
             store_as<T>(position, value);
