@@ -330,9 +330,13 @@ def test_winograd_conv(name: str, dtype: torch.dtype, layout: str, transposed: b
         got = results[0]
         assert got.shape == want.shape
         assert got.dtype == dtype
-        error = got.double() - want
-        bound = {torch.float64: 1e-14, torch.float32: 8e-6, torch.bfloat16: 4e-3}[dtype]
-        assert float(error.abs().max()) < bound * float(want.abs().max())
+        bound = {torch.float64: 1e-14, torch.float32: 8e-6, torch.bfloat16: 4e-3}[dtype] * float(want.abs().max())
+        if name == "reference":
+            # Plain torch's own error. Without instructions for bfloat16 it rounds a transposed convolution after every
+            # tap, which is coarser than the one rounding of a result that the kernels are held to.
+            plain = convolution(x, weight, bias, padding=padding)
+            bound = max(bound, 2 * float((plain.double() - want).abs().max()))
+        assert float((got.double() - want).abs().max()) < bound
         if name.startswith("cpu"):  # no share of the work changes a result, nor does the rest of the batch
             assert results[1].equal(got)
             with variant(name):
