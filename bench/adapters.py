@@ -1,6 +1,6 @@
 """Each adapter against the plain way to the same quantity: an example, or a token, at a time by autograd.
 
-    python bench/adapters.py [--images 256] [--rounds 3] [--write docs/adapters.md]
+    python bench/adapters.py [--images 256] [--size 64] [--rounds 3] [--write docs/adapters.md]
 
 The replaced Task2Vec's variances are next to the public code's way, a convolution with the variance of every weight;
 BackPACK and Opacus, where `make peers` has installed them, as bench/peers drives them. Prints Markdown, and with
@@ -71,10 +71,10 @@ def token_by_token(model: nn.Module, tokens: Tensor) -> None:
             add_squares(total, model, F.cross_entropy(score[None], torch.multinomial(score.softmax(0), 1)))
 
 
-def pairs(images: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+def pairs(images: int, size: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     """{what is computed: (plain, adapter)}."""
     model = Network()
-    x, y = torch.randn(images, 3, 64, 64), torch.randint(0, 10, (images,))
+    x, y = torch.randn(images, 3, size, size), torch.randint(0, 10, (images,))
     data = TensorDataset(x, y)
     module = ModuleType("task2vec")
     # As much of the frontend's class as the replacement touches.
@@ -99,7 +99,7 @@ def pairs(images: int) -> dict[str, tuple[Callable[[], object], Callable[[], obj
     def given(logits: Tensor, n: int) -> Tensor:
         return y[n : n + 1]
 
-    image_task = f"ResNet-18, {images} images of 64 x 64"
+    image_task = f"ResNet-18, {images} images of {size} x {size}"
     loss = nn.CrossEntropyLoss()
     return {
         f"`fim_diag`, {image_task}, their labels": (
@@ -173,7 +173,7 @@ def peers(x: Tensor, y: Tensor) -> dict[str, tuple[Callable[[], object], Callabl
         def ours(model: nn.Module = model) -> None:
             fisher(model, list(zip(x.split(BATCH), y.split(BATCH), strict=True)), "empirical", granularity="parameter")
 
-        found[f"`fisher` for {title}, ResNet-18, {len(x)} images of 64 x 64"] = (theirs, ours)
+        found[f"`fisher` for {title}, ResNet-18, {len(x)} images of {x.shape[2]} x {x.shape[3]}"] = (theirs, ours)
     return found
 
 
@@ -183,9 +183,9 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def table(images: int, rounds: int) -> str:
+def table(images: int, size: int, rounds: int) -> str:
     lines = ["| adapter and task | plain, s | adapter, s | times faster |", "| --- | --- | --- | --- |"]
-    for title, (plain, adapter) in pairs(images).items():
+    for title, (plain, adapter) in pairs(images, size).items():
         adapter()  # the planner measures this machine at its first call
         times = [(seconds(plain), seconds(adapter)) for _ in range(rounds)]
         first, second = (statistics.median(column) for column in zip(*times, strict=True))
@@ -197,10 +197,11 @@ def table(images: int, rounds: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--size", type=int, default=64, help="of images, in pixels")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--write", type=Path, help="the page whose table is replaced")
     arguments = parser.parse_args()
-    text = table(arguments.images, arguments.rounds)
+    text = table(arguments.images, arguments.size, arguments.rounds)
     print(text)
     if arguments.write:
         replace_section(arguments.write, "speed", text)

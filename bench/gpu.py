@@ -52,6 +52,12 @@ LAYERS = {
     "linear 768 to 3072, 197 tokens": plan.Conv(768, (1, 197), 3072),
 }
 
+TOY_LAYERS = {
+    "3x3, 8 to 8, 6x6": plan.Conv(8, (6, 6), 8, (3, 3), padding=(1, 1)),
+    "3x3 depthwise, 8, 6x6": plan.Conv(8, (6, 6), 8, (3, 3), padding=(1, 1), groups=8),
+    "linear 16 to 24, 5 tokens": plan.Conv(16, (1, 5), 24),
+}
+
 
 @contextmanager
 def products(precision: str) -> Iterator[None]:
@@ -106,11 +112,11 @@ def backends(device: torch.device) -> list[str]:
     return [name for name in wanted if ops.backend_status()[name] == "available"]
 
 
-def verify_ops(backend: str, dtype: torch.dtype, device: torch.device) -> str:
-    """The tests' geometries on the device, within the tests' bounds."""
+def verify_ops(backend: str, dtype: torch.dtype, device: torch.device, every: int = 1) -> str:
+    """The tests' geometries on the device, or only each ``every``-th convolution, within the tests' bounds."""
     count = 0
     with ops.use_backend(backend):
-        for case in cases.CONVOLUTIONS:
+        for case in cases.CONVOLUTIONS[::every]:
             x = test_ops.guarded((case.n, case.c, *case.size), dtype, 1, "channels_last")
             g = test_ops.guarded((case.n * case.cotangents, case.o, *case.out_size), dtype, 2)
             gradients, terms = test_ops.conv_gradients(case, x, g), math.prod(case.out_size)
@@ -217,9 +223,9 @@ def ceilings(report: Report, size: int) -> None:
     )
 
 
-def time_layers(report: Report, backend: str, kind: str, batch: int) -> None:
+def time_layers(report: Report, layers: dict[str, plan.Conv], backend: str, kind: str, batch: int) -> None:
     dtype, precision = MODES[kind]
-    for name, conv in LAYERS.items():
+    for name, conv in layers.items():
 
         def run(conv: plan.Conv = conv, path: str = "explicit") -> dict[str, float]:
             layout = {"memory_format": torch.channels_last}
@@ -327,7 +333,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/gpu"))
     parser.add_argument("--minutes", type=float, default=8, help="what has not begun by then is left out")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--toy", action="store_true", help="one small network and small products: tries the script")
+    parser.add_argument(
+        "--toy", action="store_true", help="a small network, small layers and small products: tries the script"
+    )
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -338,10 +346,11 @@ def main() -> None:
     if not (found := backends(device)):
         report.results["wrong"].append(f"no backend but the reference runs on {device}")
     network, size, batch, product = ("toy", 32, 4, 256) if arguments.toy else ("resnet18", 64, 64, 8192)
+    every = 6 if arguments.toy else 1  # on a CPU the tests have them all
     for backend in found:
         for dtype in DTYPES:
             key = f"{backend}, {dtype}"
-            report.attempt("ops", key, lambda b=backend, d=dtype: verify_ops(b, d, device))
+            report.attempt("ops", key, lambda b=backend, d=dtype: verify_ops(b, d, device, every))
             report.attempt(
                 "against_float64",
                 f"{network}, {key}",
@@ -354,7 +363,7 @@ def main() -> None:
     ceilings(report, product)
     for backend in found:
         for kind in MODES:
-            time_layers(report, backend, kind, 2 if arguments.toy else 64)
+            time_layers(report, *((TOY_LAYERS, backend, kind, 2) if arguments.toy else (LAYERS, backend, kind, 64)))
     time_network(report, network, size, batch)
     if not arguments.toy:
         time_network(report, "resnet18", 224, 32)

@@ -1,6 +1,6 @@
 """What the faster layers of t2v_fast/layers.py gain: a network forward and backward, without weight gradients.
 
-    python bench/layers.py [--rounds 9] [--cells resnet18-64 vit_b_16-224 ...]
+    python bench/layers.py [--rounds 9] [--cells resnet18-64 vit_b_16-224 ...] [--toy]
 
 Prints Markdown: milliseconds of a batch with torch's own layers, and over them what each kind alone and all leave.
 Interleaved rounds, medians of ratios; channels-last images, kept memory. Also 3x3 convolutions by torch and by
@@ -74,9 +74,9 @@ def measure(cell: harness.Cell, rounds: int) -> tuple[float, dict[str, float]]:
     return 1e3 * statistics.median(own), ratios
 
 
-def products(rounds: int) -> Sequence[tuple[str, ...]]:
+def products(shapes: Sequence[tuple[int, int, int]], rounds: int) -> Sequence[tuple[str, ...]]:
     rows = []
-    for n, i, o in PRODUCTS:
+    for n, i, o in shapes:
         x, w = torch.randn(n, i), torch.randn(o, i)
         rates = {}
         for name, run in {"torch": F.linear, "oneDNN": FastLayers()._linear}.items():
@@ -86,10 +86,10 @@ def products(rounds: int) -> Sequence[tuple[str, ...]]:
     return rows
 
 
-def winograd(rounds: int, dtype: torch.dtype) -> Sequence[tuple[str, ...]]:
+def winograd(images: Sequence[tuple[int, int, int]], rounds: int, dtype: torch.dtype) -> Sequence[tuple[str, ...]]:
     """3x3 convolutions and their input gradients: milliseconds, and the largest error over the largest value."""
     rows = []
-    for n, c, size in IMAGES:
+    for n, c, size in images:
         shapes = [(n, c, size, size), (n, c, size, size), (c, c, 3, 3)]
         x, g, w = (torch.randn(s).to(dtype).contiguous(memory_format=torch.channels_last) for s in shapes)
         w /= (9 * c) ** 0.5
@@ -112,7 +112,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--cells", nargs="+", default=CELLS, metavar="MODEL-SIZE")
+    parser.add_argument("--toy", action="store_true", help="one small convolution and product: tries the script")
     arguments = parser.parse_args()
+    images, shapes = (((1, 8, 6),), ((5, 16, 24),)) if arguments.toy else (IMAGES, PRODUCTS)
     rows = []
     for name in arguments.cells:
         model, _, size = name.rpartition("-")
@@ -121,8 +123,8 @@ def main() -> None:
     table(["network, input", "ms a batch by torch", *KINDS], rows)
     by = [f"{what}, {who}" for what in ("forward", "gradient") for who in ("torch", "Winograd")]
     for dtype in (torch.float32, torch.bfloat16):
-        table([f"3x3 convolution, {str(dtype).removeprefix('torch.')}", *by], winograd(arguments.rounds, dtype))
-    table(["rows x inputs to outputs", "torch, GFLOP/s", "oneDNN"], products(arguments.rounds))
+        table([f"3x3 convolution, {str(dtype).removeprefix('torch.')}", *by], winograd(images, arguments.rounds, dtype))
+    table(["rows x inputs to outputs", "torch, GFLOP/s", "oneDNN"], products(shapes, arguments.rounds))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What bfloat16 keeps of an embedding: its cosine to that of float64 or float32.
 
-    python bench/precision.py [--cells resnet18-224 resnet18-64 ...] [--examples 3 8 32 128] [--tasks 4]
+    python bench/precision.py [--cells resnet18-224 resnet18-64 ...] [--examples 3 8 32 128] [--tasks 4] [--size 96]
 
 Networks with random weights and batch-norm statistics of the batch, given labels: the filter means of the weights
 of all convolutions, for so many examples; of this library and of plain autograd, both in bfloat16, to this library's in
@@ -46,10 +46,10 @@ def networks(cells: list[str], examples: list[int]) -> list[tuple[str, ...]]:
     return rows
 
 
-def tasks(count: int, images: int) -> list[tuple[str, ...]]:
+def tasks(count: int, images: int, size: int) -> list[tuple[str, ...]]:
     rows = []
     probe = load_probe()
-    probe.preprocessing = replace(probe.preprocessing, resize=96, crop=96)
+    probe.preprocessing = replace(probe.preprocessing, resize=size, crop=size)
     for task in demo_tasks(images)[:count]:
         for head, settings in HEADS.items():
             narrow, wide = (
@@ -67,11 +67,12 @@ def main() -> None:
     parser.add_argument("--examples", nargs="+", type=int, default=[3, 8, 32, 128])
     parser.add_argument("--tasks", type=int, default=4)
     parser.add_argument("--images", type=int, default=80, help="of each task")
+    parser.add_argument("--size", type=int, default=96, help="of the tasks' images, in pixels")
     arguments = parser.parse_args()
     rows = networks(arguments.cells, arguments.examples)
     table(["network, input", "examples", "bfloat16", "plain autograd in bfloat16"], rows)
     if arguments.tasks:
-        rows = tasks(arguments.tasks, arguments.images)
+        rows = tasks(arguments.tasks, arguments.images, arguments.size)
         table(["demo task", "head", "its loss", "bfloat16"], rows)
 
 
