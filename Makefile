@@ -12,7 +12,7 @@ export T2V_FAST_BUILD_DIR := build/torch-$(TORCH)
 REQUIREMENTS := requirements/torch-$(TORCH).txt requirements/common.txt
 BUILD_FILES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo pictures test slow lint format bench peers benchmarks wheel clean
+.PHONY: setup demo pictures test slow weekly test-version lint format bench peers benchmarks wheel clean
 
 setup: $(VENV)/.built
 
@@ -33,10 +33,22 @@ pictures: demo
 	cp demo/heatmap.png demo/tasks.png docs/
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not weekly"
 
 slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# What takes many minutes and depends on the sources of the GPU kernels only.
+weekly: setup
+	$(BIN)/python -m pytest -m weekly
+
+# For a second torch: left out is what depends on numpy, files, processes and pages, or on scripts around the library,
+# and holds nothing that another torch could change. What is not named here runs.
+VERSION_INDEPENDENT := bank bench bench_selection cache cards demo distance distance_formulas embedding job page plot \
+	readme run selection
+
+test-version: setup
+	$(BIN)/python -m pytest -m "not slow and not weekly" $(VERSION_INDEPENDENT:%=--ignore=tests/test_%.py)
 
 RESULTS := build/bench
 BENCH := mkdir -p $(RESULTS) && $(BIN)/python -m pytest --benchmark-quiet

@@ -102,6 +102,7 @@ def test_any_order_of_threads_and_copies(check: str, order: tuple[bool, bool]) -
         assert CHECKS[check]() < (1e-14 if "float64" in check else 2e-6)
 
 
+@pytest.mark.slow
 def test_every_barrier_is_needed() -> None:
     """Leaving out any one barrier, or wait for copies, shows in a result: in one order at least, as a GPU might run."""
     with emulated.running():
@@ -137,7 +138,7 @@ print("clean")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_no_access_is_out_of_bounds() -> None:
     """The whole grid under AddressSanitizer and UndefinedBehaviorSanitizer."""
     compiler = os.environ.get("CXX", "g++")
@@ -178,6 +179,7 @@ def compile_for_gpus(source: Path, folder: Path) -> list[dict[str, str]]:
     return [row | {"name": name} for row, name in zip(found, names, strict=True)]
 
 
+@pytest.mark.weekly
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the CUDA sources were not compiled for a GPU")
 def test_no_kernel_spills(tmp_path: Path) -> None:
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))

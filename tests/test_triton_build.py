@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="this torch comes without Triton")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.weekly
 def test_no_kernel_spills() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(ROOT / "tests" / "ahead.py"), "80", "90"]
