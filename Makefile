@@ -42,8 +42,8 @@ slow: setup
 weekly: setup
 	$(BIN)/python -m pytest -m weekly
 
-# For a second torch: left out is what depends on numpy, files, processes and pages, or on scripts around the library,
-# and holds nothing that another torch could change. What is not named here runs.
+# For a second torch. Left out are files, processes, pages and distances, which reach torch through calls that the other
+# tests make too, and the scripts of bench/, which measure beside the first torch only. What is not named here runs.
 VERSION_INDEPENDENT := bank bench bench_selection cache cards demo distance distance_formulas embedding job page plot \
 	readme run selection
 

@@ -146,6 +146,7 @@ def test_roofline_page_is_current(script: Script) -> None:
     assert script("roofline").strip() in (ROOT / "docs" / "gpu.md").read_text()
 
 
+@pytest.mark.slow  # of a network of full width
 def test_adapters_table(script: Script) -> None:
     pytest.importorskip("torchvision", reason="this torch has no torchvision built for it")
     lines = script("adapters", "--images", "2", "--size", "32", "--rounds", "1").splitlines()
@@ -155,6 +156,7 @@ def test_adapters_table(script: Script) -> None:
     assert set(calls[len(own) :]) <= {"fisher"}  # next to the peers, where they are installed
 
 
+@pytest.mark.slow  # of a network of full width
 def test_robust_table(script: Script) -> None:
     few = ["--images", "20", "--size", "32", "--samples", "20", "--epochs", "1", "--beta", "1e-3"]
     lines = script("robust", *few).splitlines()
@@ -164,6 +166,7 @@ def test_robust_table(script: Script) -> None:
     assert all(-1 <= c <= 1 for c in cells[3:])
 
 
+@pytest.mark.slow  # of a network of full width
 def test_tolerance_table(script: Script) -> None:
     few = ["--images", "20", "--size", "32", "--classes", "2", "--heads", "early"]
     lines = script("tolerance", *few).splitlines()[2:]
@@ -179,6 +182,7 @@ def test_points_table(script: Script) -> None:
         assert chosen < min(usual / 1.8, 1.1 * min(others))
 
 
+@pytest.mark.slow  # of a network of full width
 def test_precision_table(script: Script) -> None:
     command = "--cells", "toy-32", "--examples", "3", "8", "--tasks", "1", "--images", "60", "--size", "32"
     lines = script("precision", *command).splitlines()
