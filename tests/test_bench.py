@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from small import small_probe
 
 from t2v_fast import ops
 
@@ -22,6 +23,7 @@ SUITES = {
 }
 
 
+# Scripts of the packaged probe get small_probe instead, which in bfloat16 without instructions for it takes seconds.
 Script = Callable[..., str]
 
 
@@ -156,8 +158,8 @@ def test_adapters_table(script: Script) -> None:
     assert set(calls[len(own) :]) <= {"fisher"}  # next to the peers, where they are installed
 
 
-@pytest.mark.slow  # of a network of full width
-def test_robust_table(script: Script) -> None:
+def test_robust_table(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("robust"), "load_probe", small_probe)
     few = ["--images", "20", "--size", "32", "--samples", "20", "--epochs", "1", "--beta", "1e-3"]
     lines = script("robust", *few).splitlines()
     assert len(lines) == 3
@@ -166,8 +168,8 @@ def test_robust_table(script: Script) -> None:
     assert all(-1 <= c <= 1 for c in cells[3:])
 
 
-@pytest.mark.slow  # of a network of full width
-def test_tolerance_table(script: Script) -> None:
+def test_tolerance_table(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("tolerance"), "load_probe", small_probe)
     few = ["--images", "20", "--size", "32", "--classes", "2", "--heads", "early"]
     lines = script("tolerance", *few).splitlines()[2:]
     ways = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
@@ -182,8 +184,8 @@ def test_points_table(script: Script) -> None:
         assert chosen < min(usual / 1.8, 1.1 * min(others))
 
 
-@pytest.mark.slow  # of a network of full width
-def test_precision_table(script: Script) -> None:
+def test_precision_table(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("precision"), "load_probe", small_probe)
     command = "--cells", "toy-32", "--examples", "3", "8", "--tasks", "1", "--images", "60", "--size", "32"
     lines = script("precision", *command).splitlines()
     for start in ("| toy, 32 | 3 |", "| toy, 32 | 8 |"):
