@@ -4,12 +4,13 @@ from . import distance, ops
 from .bank import Bank, BankError
 from .data import DataError, TaskData
 from .embedding import Embedding, FingerprintMismatch
-from .fisher import FisherDiagonal, SelfCheckError, fisher
+from .fisher import FisherDiagonal, fisher
 from .graph import UnsupportedError
 from .precision import reduce_precision
 from .probe import Preprocessing, Probe, load_probe
 from .profile import Profile, profile
 from .recorder import FisherRecorder
+from .selfcheck import SelfCheckError
 from .task2vec import Task2Vec
 
 __version__ = "0.1.0"

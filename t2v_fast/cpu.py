@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from . import ops
-from .graph import find_taps
 from .layers import FastLayers
+from .ownership import nodes_of
 
 log = logging.getLogger(__name__)
 
@@ -70,32 +70,51 @@ class FastNetwork:
         self.model, self.forward = model, forward
         self.works: bool | None = None if channels_last else False
         self._layers = FastLayers(self._put_back)
-        self._own: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self._own: dict[
+            int, tuple[nn.Parameter, Tensor, Tensor, int]
+        ] = {}  # the weight, its own data, the copy, a version
 
     def __enter__(self) -> FastNetwork:
         for module in self.model.modules() if self.works is None else ():
+            if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                continue
             # A weight that is computed from others is no parameter of its module.
             weight = module._parameters.get("weight")
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and weight is not None and weight.is_contiguous():
-                self._own.setdefault(id(weight), (weight, weight.data))
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            if weight is not None and weight.is_contiguous():
+                if id(weight) in self._own:
+                    continue
+                own, copy = weight.data, weight.data.contiguous(memory_format=torch.channels_last)
+                weight.data = copy
+                self._own[id(weight)] = weight, own, copy, weight._version
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
 
     def _restore(self) -> None:
-        for weight, own in self._own.values():
-            weight.data = own
-        self._own.clear()
+        for key in list(self._own):
+            self._give_back(key)
 
     def _put_back(self, weight: Tensor) -> None:
         """The weight of a layer that has a matrix instead needs no copy."""
         if id(weight) in self._own:
-            weight.data = self._own.pop(id(weight))[1]
+            self._give_back(id(weight))
+
+    def _give_back(self, key: int) -> None:
+        """The weight's own memory, with what the network has written to the copy since."""
+        weight, own, copy, version = self._own.pop(key)
+        if weight.data.data_ptr() != copy.data_ptr():  # the network has given it other memory
+            return
+        if key in self._layers.written or weight._version != version:
+            own.copy_(copy)
+        weight.data = own
 
     def _run(self, model: nn.Module, inputs: Any) -> Tensor:
         with self._layers:
+            output = self.forward(model, inputs)
+        if not self._layers.overwritten():
+            return output
+        with self._layers:  # which leave it to torch now
             return self.forward(model, inputs)
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
@@ -123,7 +142,7 @@ class FastNetwork:
 def _crashing(output: Any) -> set[str]:
     if not CRASHING or not isinstance(output, Tensor):
         return set()
-    return {node.name() for node in find_taps(output, {}).order} & CRASHING
+    return {node.name() for node in nodes_of(output)} & CRASHING
 
 
 def _images_channels_last(t: Any) -> Any:

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from . import ops, plan, reference
+from .owners import Owner, Shape
+from .ownership import call
 
 CHUNK = 2**24  # entries of per-example gradients that may be held at once, where they have to be
 
@@ -205,32 +208,43 @@ class Product(Factors):
 
 @dataclass(frozen=True)
 class Stacked(Factors):
-    """A convolution over volumes as 2-d ones, a slice of the kernel each; the parameter is [O, C / groups, *kernel]."""
+    """A convolution over volumes as 2-d ones, a slice of the kernel each; the parameter is [O, C / groups, *kernel].
 
-    slices: Sequence[Convolution]
+    A slice is None where it meets nothing but padding; one at least is not.
+    """
+
+    slices: Sequence[Convolution | None]
+
+    @property
+    def seen(self) -> list[Convolution]:
+        return [part for part in self.slices if part is not None]
 
     def filter_sums(self, reuse: Reuse) -> Tensor:
-        return sum(part.sums(part.path(1)) for part in self.slices)
+        return sum(part.sums(part.path(1)) for part in self.seen)
 
     def accumulate_(self, out: Tensor, weight: Tensor) -> None:
-        first = self.slices[0]
+        first = self.seen[0]
         out = out.view(first.g.shape[1], -1, len(self.slices), *first.geometry[0])
         for k, part in enumerate(self.slices):
+            if part is None:
+                continue
             squares = torch.zeros_like(out[:, :, k], memory_format=torch.contiguous_format)
             part.accumulate_(squares, weight)
             out[:, :, k] += squares
 
     def gradients(self, start: int, stop: int) -> Tensor:
-        first = self.slices[0]
+        first = self.seen[0]
         shape = (stop - start, first.g.shape[1], -1, *first.geometry[0])
-        return torch.stack([part.gradients(start, stop).view(shape) for part in self.slices], 3).flatten(1)
+        some = {k: part.gradients(start, stop).view(shape) for k, part in enumerate(self.slices) if part is not None}
+        zero = torch.zeros_like(next(iter(some.values())))
+        return torch.stack([some.get(k, zero) for k in range(len(self.slices))], 3).flatten(1)
 
     def work(self, cotangents: int) -> tuple[str, plan.Work]:
-        path, work = self.slices[0].work(cotangents)
-        return path, plan.Work((), (), work.flops * len(self.slices), work.bytes * len(self.slices))
+        path, work = self.seen[0].work(cotangents)
+        return path, plan.Work((), (), work.flops * len(self.seen), work.bytes * len(self.seen))
 
     def predict(self, cotangents: int) -> float | None:
-        seconds = [part.predict(cotangents) for part in self.slices]
+        seconds = [part.predict(cotangents) for part in self.seen]
         return None if None in seconds else sum(seconds)
 
 
@@ -282,11 +296,64 @@ class Summed(Factors):
 
     def accumulate_(self, out: Tensor, weight: Tensor) -> None:
         for start, stop in self._chunks():
-            out.view(-1).add_(weight[start:stop] @ self.gradients(start, stop).square_())
+            squares = self.gradients(start, stop).square_()
+            out.view(-1).add_(weight[start:stop].to(squares.dtype) @ squares)
 
     def work(self, cotangents: int) -> tuple[str, plan.Work]:
         inner = [part.work(cotangents)[1] for part, _ in self.parts]
         return "gradients", plan.Work((), (), sum(w.flops for w in inner), sum(w.bytes for w in inner))
+
+
+@dataclass(frozen=True)
+class Called(Factors):
+    """Gradients that the autograd node forms itself, called with the cotangents of one example after the other.
+
+    To be asked for after the backward pass, which must have kept the graph: during one, a node forms only those
+    gradients that the pass asks for.
+    """
+
+    node: Node
+    slot: int
+    shape: Shape  # of that input
+    cotangents: Sequence[Tensor | None]  # of each output
+    owners: Sequence[Owner | None]
+    examples: int
+    exchange: bool = False  # whether the parameter is that input, a matrix, with its axes exchanged
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        template = next(g for g in self.cotangents if g is not None)
+        rows = torch.zeros(
+            stop - start,
+            math.prod(self.shape),
+            dtype=reference.accumulate_dtype(template.dtype),
+            device=template.device,
+        )
+        for row, example in zip(rows, range(start, stop), strict=True):
+            own: list[Tensor | None] = []
+            for g, owner in zip(self.cotangents, self.owners, strict=True):
+                if g is None or owner is None:
+                    own.append(None)
+                    continue
+                mask = owner.field(g.dim(), self.examples) == example
+                own.append(torch.where(mask.to(g.device), g, 0) if bool(mask.any()) else None)
+            if any(g is not None for g in own):
+                found = call(self.node, own)[self.slot]
+                if found is not None:
+                    found = found.to_dense() if found.layout != torch.strided else found
+                    row.copy_((found.mT if self.exchange else found).reshape(-1))
+        return rows
+
+    def _alone(self) -> Summed:
+        return Summed([(self, lambda t: t)], self.shape, self.examples)
+
+    def filter_sums(self, reuse: Reuse) -> Tensor:
+        return self._alone().filter_sums(reuse)
+
+    def accumulate_(self, out: Tensor, weight: Tensor) -> None:
+        self._alone().accumulate_(out, weight)
+
+    def work(self, cotangents: int) -> tuple[str, plan.Work]:
+        return "node by example", plan.Work((), (), 0, 0)
 
 
 def concatenated(factors: Sequence[Factors]) -> Factors | None:
@@ -294,9 +361,12 @@ def concatenated(factors: Sequence[Factors]) -> Factors | None:
     first = factors[0]
     if len(factors) == 1:
         return first
-    if all(isinstance(f, Outer) and f.of_input == first.of_input for f in factors):
+    kinds = {type(f) for f in factors}
+    if len(kinds) > 1 or len({f.g.shape[2:] for f in factors if isinstance(f, (Outer, Scatter))}) > 1:
+        return None  # in some layer the parameter is a view of another shape
+    if all(isinstance(f, Outer) and f.of_input == first.of_input and f.x.shape[2] == first.x.shape[2] for f in factors):
         return Outer(torch.cat([f.x for f in factors], 1), torch.cat([f.g for f in factors], 1), first.of_input)
-    if all(isinstance(f, Scatter) for f in factors):
+    if all(isinstance(f, Scatter) and f.rows == first.rows for f in factors):
         return Scatter(torch.cat([f.index for f in factors], 1), torch.cat([f.g for f in factors], 1), first.rows)
     if all(isinstance(f, Product) for f in factors):
         return Product(torch.cat([f.terms(0, len(f.g)) for f in factors], 1))

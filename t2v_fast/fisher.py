@@ -19,22 +19,16 @@ from .allocation import Allocation, seeds_of
 from .cotangents import Likelihood, check_estimator, cotangents, get_likelihood
 from .cpu import fast_forward
 from .factors import Factors
-from .graph import Use, find_taps, mend_batch_norms
+from .graph import Use, mend_batch_norms
 from .moments import DrawnExamples, NamedMoments, Units
+from .ownership import nodes_of
 from .recorder import FilterAxis, FisherRecorder, ParameterFilter
+from .selfcheck import SelfCheck
 
 log = logging.getLogger(__name__)
 
 BATCH_MEAN = "batch_mean"
-# What two examples may differ by from plain autograd in the self-check, relative to the norm of a parameter's values.
-# A wrong rule is wrong by order one; rounding (and the odd ReLU that flips) stays far below these.
-SELF_CHECK_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
-
 IGNORED = -100  # the label of a token that does not count, as cross_entropy has it
-
-
-class SelfCheckError(RuntimeError):
-    """The fused computation disagreed with plain per-example autograd; the message names the parameter."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +141,18 @@ def _default_mask(inputs: Any, labels: Tensor | None) -> Tensor | None:
     return mask
 
 
+def _token_mask(mask: Tensor | None, labels: Tensor | None, logits: Tensor) -> Tensor | None:
+    """The mask, which must have an entry for each token of logits [N, T, C]."""
+    if mask is not None and mask.shape != logits.shape[:2]:
+        given = "" if labels is None else f", and the labels are {list(labels.shape)}"
+        raise ValueError(
+            f"the logits are {list(logits.shape)}, one of each token, but the mask of those that count is "
+            f"{list(mask.shape)}{given}: expected {list(logits.shape[:2])}. Give a label for each token, or let the "
+            "model pool its tokens (forward=...)"
+        )
+    return mask
+
+
 def _check_inputs(inputs: Any, batch: int) -> int:
     """The number of examples of a batch, whose floating-point values must be finite."""
     tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
@@ -202,8 +208,9 @@ def fisher(
     the mean over tokens of each token's Fisher, ``"sequence"`` for the mean over sequences of the Fisher of a whole
     sequence, the sum over its tokens; the standard error is over sequences in both.
 
-    The first batch is checked against plain autograd on two of its examples (``self_check``): three backward passes of
-    the batch and two forward passes of one example.
+    The network is watched as :mod:`t2v_fast.selfcheck` has it (``self_check``): two examples of the first batch against
+    plain autograd, the batch's logits against those of its halves and of single examples, later batches at growing
+    intervals, and random numbers that are drawn in any forward pass.
 
     ``channels_last``: give a network on the CPU its images [N, C, H, W] and the weights of convolutions in that memory
     format, which is faster; one that cannot take them so (it calls ``view`` on activations) gets them as they come.
@@ -253,8 +260,11 @@ def fisher(
         _unchanged_buffers(model),
         fast_forward(model, forward, device, channels_last) as forward,
     ):
+        check = SelfCheck(recorder, forward) if self_check and estimator != BATCH_MEAN else None
         for index, batch in enumerate(tqdm(loader, desc="Fisher", unit="batch", disable=not progress, leave=False)):
             inputs, labels = _split_batch(batch)
+            if labels is not None and not isinstance(labels, Tensor):
+                labels = torch.as_tensor(labels)
             inputs = tree_map(lambda t: _input(t, device), inputs)
             n = _check_inputs(inputs, index)
             if n == 0:
@@ -272,19 +282,19 @@ def fisher(
                 a = torch.ones(n, dtype=torch.float64) if weights is None else weights[seen : seen + n].double()
             if len(a) < n:
                 raise ValueError(f"weights has {len(weights)} entries but the loader yields more examples than that")
-            logits = _check_logits(forward(model, inputs), n)
+            logits = _check_logits(check.forward(inputs) if check else forward(model, inputs), n)
             tokens = None  # to divide by
             options: dict[str, Any] = {}
             if logits.dim() == 3:
-                valid = mask(inputs, labels)
+                valid = _token_mask(mask(inputs, labels), labels, logits)
                 options = {"mask": valid, "level": level}
                 if level == "token":
                     tokens = _count_tokens(valid, logits)
             if estimator == BATCH_MEAN:
                 values = _batch_mean(recorder, logits, likelihood, a, tokens, generator, options)
             else:
-                if self_check and seen == 0:
-                    _self_check(recorder, forward, inputs, logits)
+                if check:
+                    check.batch(inputs, logits)
                 if estimator_error:
                     options["sketches"] = 2
                 u = cotangents(logits, estimator, samples, likelihood, labels, generator, **options)
@@ -450,53 +460,8 @@ def _batch_mean(
     u = cotangents(logits, "monte_carlo", 1, likelihood, generator=generator, **options)[0]
     total = a.sum() if tokens is None else (a * tokens).sum()
     u = u * (a / total).to(u.device, u.dtype).view(-1, *(1,) * (u.dim() - 1))
-    mend_batch_norms(find_taps(logits, {}).order)
+    mend_batch_norms(nodes_of(logits))
     gradients = torch.autograd.grad(
         [logits], list(recorder.parameters.values()), [u], allow_unused=True, materialize_grads=True
     )
     return {name: recorder.reduce(name, g.detach()) for name, g in zip(recorder.parameters, gradients, strict=True)}
-
-
-def _self_check(
-    recorder: FisherRecorder, forward: Callable[[nn.Module, Any], Tensor], inputs: Any, logits: Tensor
-) -> None:
-    """Compare the fused pass on two examples of a batch with plain autograd on each; raise SelfCheckError."""
-    n = logits.shape[0]
-    examples = sorted({n // 2, n - 1})
-    directions = torch.randn(logits.shape, generator=torch.Generator().manual_seed(n))
-    cotangent = torch.zeros_like(logits)
-    cotangent[examples] = directions[examples].to(logits)
-    got = recorder.backward(logits, cotangent, retain_graph=True)
-    if not got:
-        return
-    if recorder.granularity != "parameter":
-        got = {name: q[examples].sum(0) for name, q in got.items()}
-    want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
-    # The network's precision, which that of its logits may exceed.
-    dtype = max((p.dtype for p in recorder.parameters.values()), key=lambda d: torch.finfo(d).eps)
-    tolerance = SELF_CHECK_TOLERANCE[dtype]
-    for e in examples:
-        with torch.no_grad():
-            alone = forward(
-                recorder.model, tree_map(lambda t, e=e: t[e : e + 1] if isinstance(t, Tensor) else t, inputs)
-            )
-        apart = float((alone[0] - logits[e].detach()).abs().max())
-        if not apart <= tolerance * float(logits.detach().abs().max()):
-            raise SelfCheckError(
-                f"the logits of example {e} change by {apart:.2g} when it is run alone: examples interact, or the "
-                "network is random; call eval() on it"
-            )
-        # The gradient of one example's term, through the batch's own activations: run alone, rounding can push a
-        # pre-activation over a kink, which in a narrow layer shows as percents.
-        for name, g in recorder.plain_gradients(logits, cotangent, e, want).items():
-            want[name] += recorder.reduce(name, g.double())
-    # A parameter whose true gradient vanishes (a bias that a softmax ignores) holds rounding of larger ones only.
-    floor = (1e3 * torch.finfo(dtype).eps) ** 2 * max(float(w.max()) for w in want.values() if w.numel())
-    for name, w in want.items():
-        difference = float((got[name].double() - w).norm())
-        if not difference <= tolerance * float(w.norm()) + floor * w.numel() ** 0.5:
-            raise SelfCheckError(
-                f"self-check failed for {name!r}: its squared per-example gradients differ from plain autograd by "
-                f"{difference / max(float(w.norm()), 1e-300):.2g} relative (allowed {tolerance:.0e}). The result would "
-                "be wrong; leave the parameter out with parameters=..., and please report the layer"
-            )

@@ -1,21 +1,25 @@
-"""Walk the autograd graph of a forward pass: where each parameter is used, and which rows belong to which example.
+"""Walk the autograd graph of a forward pass: where each parameter is used, and what the graph hides.
 
-The probe runs unchanged; its graph, not its modules, says what was computed. The graph has two parts. Nodes whose
-output has examples, from the network's output downwards; and nodes that see parameters alone, such as the
-standardisation of a weight. A *tap* is a node of the first part that a wanted parameter enters, itself or by way of
-the second part.
+The probe runs unchanged; its graph, not its modules, says what was computed. :mod:`t2v_fast.ownership` tells two parts
+of it apart: nodes whose output examples own, from the network's output downwards, and nodes whose output all examples
+share, such as the standardisation of a weight. A *tap* is a node of the first part that a wanted parameter enters,
+itself or by way of the second part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.checkpoint import CheckpointError
+
+from .owners import OWNERS, Interacting, Owned, Owner, RowLayout, Shape, Shared, Unknown
+from .ownership import LEAF, Ownership
+from .transfers import ELEMENTWISE, base, input_shape
 
 # Nodes of one input that leave its entries as they are, in order.
 VIEWS = frozenset(
@@ -35,10 +39,22 @@ SELECTIONS = frozenset(
     )
     for version in range(3)
 )
+# Layers with a weight, and the first of their inputs that may be one.
+_WEIGHTED = {
+    **dict.fromkeys(("Convolution", "MatrixConvolution", "WinogradConvolution", "StridedDepthwise", "OneDnnLinear"), 1),
+    "Mm": 0,
+    "Bmm": 0,
+    "Addmm": 1,
+    "Baddbmm": 1,
+}
+_MOVING = VIEWS | TRANSPOSES
+_REARRANGING = _MOVING | SELECTIONS
 # Nodes behind which parameters are used that the graph does not show, and what to do about them.
 HIDING = {
     "CompiledFunctionBackward": "torch.compile hides the layers: pass the module that was compiled (its _orig_mod)",
     "CheckpointFunctionBackward": "activation checkpointing hides the layers: switch it off",
+    "RegisterPostBackwardFunctionBackward": "FSDP2 (fully_shard) gathers the parameters outside of the graph: pass the "
+    "network before it is sharded",
 }
 
 
@@ -46,33 +62,27 @@ class UnsupportedError(RuntimeError):
     """No exact per-example gradient can be had; the message names the parameter and the autograd node."""
 
 
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Use:
     """One use of wanted parameters: input ``slot`` of ``node``.
 
     Mostly that input is one parameter, itself or through the views and transposes named in ``chain``; else it is
-    computed from ``parameters`` by the nodes ``between``.
+    computed from ``parameters`` by the nodes ``between``. ``owners``: which entries of each of the node's outputs
+    belong to which example. ``shared``: whether all examples use all of the input, as they use weights.
     """
 
     parameters: tuple[str, ...]
     node: Node
     slot: int
     shape: Shape  # of that input, as the node sees it
+    owners: tuple[Owner | None, ...]
+    shared: bool = True
     chain: tuple[str, ...] = ()
     between: frozenset[str] = frozenset()
-    number: int = 0  # among the uses of its first parameter
 
     @property
     def parameter(self) -> str:
         return self.parameters[0]
-
-    @property
-    def key(self) -> str:
-        """Tells it from all other uses."""
-        return f"{self.parameter}#{self.number}"
 
     @property
     def source(self) -> GradientEdge:
@@ -81,11 +91,15 @@ class Use:
 
     @cached_property
     def direct(self) -> bool:
-        """Whether the gradient in the parameter's own shape follows from the node's by a view, or one transpose."""
+        """Whether the gradient in the parameter's own shape follows from the node's by a view, or one transpose.
+
+        Only the rule of matrix products knows of a transpose.
+        """
         if self.between:
             return False
         exchanged = sum(name in TRANSPOSES for name in self.chain)
-        return not exchanged or (len(self.shape) == 2 and all(name in _PLAIN for name in self.chain))
+        factor = self.node.name() == "MmBackward0" or (self.node.name() == "AddmmBackward0" and self.slot > 0)
+        return not exchanged or (factor and all(name in _PLAIN for name in self.chain))
 
     @property
     def transposed(self) -> bool:
@@ -93,9 +107,14 @@ class Use:
         return self.direct and sum(name in TRANSPOSES for name in self.chain) % 2 == 1
 
     @property
+    def is_weight(self) -> bool:
+        """Whether it is the weight of a convolution or of a matrix product."""
+        return base(self.node.name()) in _WEIGHTED and self.slot >= _WEIGHTED[base(self.node.name())]
+
+    @property
     def rearranged(self) -> bool:
         """Whether nothing is computed on the way: entries are only picked and moved."""
-        return self.between <= VIEWS | TRANSPOSES | SELECTIONS
+        return self.between <= _REARRANGING
 
     def __str__(self) -> str:
         names = " and ".join(map(repr, self.parameters[:3])) + (" and others" if len(self.parameters) > 3 else "")
@@ -111,8 +130,11 @@ class Taps:
 
     uses: Mapping[Node, Sequence[Use]]  # in backward order
     unused: frozenset[str]  # wanted parameters that the output does not depend on
-    both: frozenset[str]  # wanted parameters behind nodes that belong to both parts of the graph
-    order: Sequence[Node]  # the first part of the graph, each node before those that its gradients flow to
+    order: Sequence[Node]  # the whole graph, each node before those that its gradients flow to
+    ownership: Ownership
+    # Wanted parameters below a tensor whose owners are not known, or where examples interact, and why.
+    unknown: Mapping[str, str]
+    interacting: Mapping[str, str]
 
     def __iter__(self) -> Iterator[Use]:
         return (use for uses in self.uses.values() for use in uses)
@@ -131,15 +153,10 @@ class Taps:
 
     def of(self, parameters: Set[str]) -> Taps:
         """The uses of some of the parameters."""
+        if all(parameters.issuperset(use.parameters) for use in self):
+            return self
         uses = {node: [use for use in found if parameters & {*use.parameters}] for node, found in self.uses.items()}
         return replace(self, uses={node: found for node, found in uses.items() if found})
-
-
-def input_shape(node: Node, slot: int) -> Shape:
-    """Of what enters a node there."""
-    child, number = node.next_functions[slot]
-    variable = getattr(child, "variable", None)
-    return tuple(child._input_metadata[number].shape if variable is None else variable.shape)
 
 
 def views_of(node: Node | None) -> tuple[Tensor, tuple[str, ...]] | None:
@@ -153,57 +170,85 @@ def views_of(node: Node | None) -> tuple[Tensor, tuple[str, ...]] | None:
 
 
 def find_taps(
-    output: Tensor, parameters: Mapping[str, Tensor], shared: Callable[[Node, int], bool] = lambda node, slot: False
+    output: Tensor,
+    parameters: Mapping[str, Tensor],
+    met: Callable[[Node, str], None] = lambda node, name: None,
+    tell_apart: bool = False,
 ) -> Taps:
     """Every use of ``parameters`` (name -> tensor, requiring gradients) in the graph of ``output``.
 
-    ``shared(node, slot)`` says whether that input is one for all examples, where it is not simply a parameter, viewed
-    or transposed.
+    ``met(node, name)`` is called for each node, before its inputs are looked at. ``tell_apart``: where one example
+    reads a part of another's activations, find out entry by entry who owns them, instead of taking it that they
+    interact. That part may hold nothing of the other example, such as a class token, or be how they interact.
     """
     names = {id(p): name for name, p in parameters.items()}
+    ownership = Ownership(output, met)
+    if tell_apart and (ownership.conflict or ownership.interacting):
+        ownership = Ownership(output, met, exact=True)
+    states = ownership.states
     uses: dict[Node, list[Use]] = {}
-    count: dict[str, int] = {}
-    second: set[Node] = set()
-    order: list[Node] = []
-    seen: set[Node] = set()
-    stack = [(output.grad_fn, False)] if output.grad_fn is not None else []
-    while stack:
-        node, done = stack.pop()
-        if done:
-            order.append(node)
-            continue
-        if node in seen:
-            continue
-        seen.add(node)
-        stack.append((node, True))
-        for slot, (child, _) in enumerate(node.next_functions):
+    unknown: dict[str, str] = {}
+    interacting: dict[str, str] = {}
+    below: dict[Node, tuple[tuple[str, ...], frozenset[str]]] = {}
+    views = _views(ownership)
+    for node, owners in ownership.owners.items():
+        is_complex = node._input_metadata[0].dtype.is_complex
+        for slot, edge in enumerate(node.next_functions):
+            child = edge[0]
             if child is None:
                 continue
-            found = views_of(child)
-            chain: tuple[str, ...] = ()
-            between: frozenset[str] = frozenset()
-            if found and id(found[0]) in names:
-                wanted, chain = (names[id(found[0])],), found[1]
-            elif shared(node, slot):
-                wanted, nodes = _leaves(child, names)
-                between = frozenset(n.name() for n in nodes)
-                second |= nodes
-            else:
-                stack.append((child, False))
+            state = states.get(edge)
+            found = views.get(child)
+            if found is not None:
+                name = names.get(id(found[0]))
+                if name is None or node in views:  # what uses that view has the parameter
+                    continue
+                wanted, chain, between = (name,), found[1], frozenset()
+            elif state is None or isinstance(state, OWNERS):
                 continue
-            if wanted:
-                number = count[wanted[0]] = count.get(wanted[0], -1) + 1
-                use = Use(wanted, node, slot, input_shape(node, slot), chain, between, number)
+            else:
+                if child not in below:
+                    below[child] = _leaves(child, names)
+                (wanted, between), chain = below[child], ()
+            if wanted and (is_complex or child._input_metadata[edge[1]].dtype.is_complex):
+                why = f"it enters {node.name()} with complex numbers, whose gradients are not squared by example here"
+                unknown.update(dict.fromkeys(wanted, why))
+            elif isinstance(state, Unknown):
+                unknown.update(dict.fromkeys(wanted, state.reason))
+            elif isinstance(state, Interacting) and found is None:
+                interacting.update(dict.fromkeys(wanted, state.reason))
+            elif isinstance(state, Owned) and isinstance(state.rows, RowLayout) and base(node.name()) in ELEMENTWISE:
+                interacting[wanted[0]] = (
+                    f"along its axis {state.axis} it has entries of its own for each of the {ownership.n} examples of "
+                    "this batch, which cannot be shared out to those of another"
+                )
+            elif wanted:
+                shared = isinstance(state, Shared)
+                use = Use(wanted, node, slot, input_shape(node, slot), owners, shared, chain, between)
                 uses.setdefault(node, []).append(use)
-    order.reverse()
     reached = {name for found in uses.values() for use in found for name in use.parameters}
-    both = {name for node in second & seen for name in _leaves(node, names)[0]}
-    in_order = {node: uses[node] for node in order if node in uses}
-    return Taps(in_order, frozenset(names.values()) - reached, frozenset(both), order)
+    unused = frozenset(names.values()) - reached - unknown.keys() - interacting.keys()
+    return Taps(uses, unused, ownership.order, ownership, unknown, interacting)
 
 
-def _leaves(root: Node, names: Mapping[int, str]) -> tuple[tuple[str, ...], set[Node]]:
-    """The wanted parameters below ``root``, and all nodes from it to them, without theirs."""
+def _views(ownership: Ownership) -> dict[Node, tuple[Tensor, tuple[str, ...]]]:
+    """The nodes between which and a parameter there are but views and transposes: the parameter, and their names."""
+    found: dict[Node, tuple[Tensor, tuple[str, ...]]] = {}
+    for node, name in zip(reversed(ownership.order), reversed(ownership.names), strict=True):
+        if name == LEAF:
+            found[node] = node.variable, ()
+        elif name in _MOVING:
+            child = node.next_functions[0][0]
+            if child in found:
+                variable, chain = found[child]
+                if name == "TransposeBackward0" and (node._saved_dim0 - node._saved_dim1) % max(1, variable.dim()) == 0:
+                    name = "AliasBackward0"  # of an axis with itself
+                found[node] = variable, (name, *chain)
+    return found
+
+
+def _leaves(root: Node, names: Mapping[int, str]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The wanted parameters below ``root``, and the names of all nodes from it to them, without theirs."""
     wanted: dict[str, None] = {}
     nodes: set[Node] = set()
     stack = [root]
@@ -215,39 +260,47 @@ def _leaves(root: Node, names: Mapping[int, str]) -> tuple[tuple[str, ...], set[
         elif node not in nodes:
             nodes.add(node)
             stack.extend(child for child, _ in node.next_functions if child is not None)
-    return tuple(wanted), nodes
+    return tuple(wanted), frozenset(node.name() for node in nodes)
 
 
 def backpropagate(
-    output: Tensor, cotangent: Tensor, taps: Taps, visit: Callable[[Node, Tensor], None], retain_graph: bool
+    output: Tensor,
+    cotangent: Tensor,
+    taps: Taps,
+    visit: Callable[[Node, tuple[Tensor | None, ...]], None],
+    retain_graph: bool,
 ) -> None:
-    """One backward pass of ``cotangent`` from ``output`` that calls ``visit(node, its cotangent)`` at each tapped node.
+    """One backward pass of ``cotangent`` from ``output`` that calls ``visit(node, cotangents)`` at each tapped node.
 
-    No weight gradient is computed, and nothing below the last taps.
+    The cotangents are those of the node's outputs, one at least. No weight gradient is computed, and nothing below the
+    last taps.
     """
 
     def hook(node: Node) -> Callable[[tuple[Tensor | None, ...]], None]:
         def pre(gradients: tuple[Tensor | None, ...]) -> None:
-            if gradients[0] is not None:
+            if any(g is not None for g in gradients):
                 with torch.no_grad():
-                    visit(node, gradients[0])
+                    visit(node, gradients)
 
         return pre
 
     last = set(taps.last)
+    ends = [GradientEdge(node, number) for node in taps.last for number in range(len(node._input_metadata))]
     handles = [node.register_prehook(hook(node)) for node in taps.uses if node not in last]
     try:
         captured = torch.autograd.grad(
             [output],
-            [GradientEdge(node, 0) for node in taps.last],
+            ends,
             [cotangent],
             retain_graph=retain_graph,
             allow_unused=True,
         )
         with torch.no_grad():
-            for node, gradient in zip(taps.last, captured, strict=True):
-                if gradient is not None:
-                    visit(node, gradient)
+            found = iter(captured)
+            for node in taps.last:
+                gradients = tuple(next(found) for _ in node._input_metadata)
+                if any(g is not None for g in gradients):
+                    visit(node, gradients)
     except CheckpointError as error:
         raise UnsupportedError(
             "activation checkpointing recomputes what the layers saw, and lets it be read only once: switch it off"
@@ -280,96 +333,19 @@ def _in_format_of(x: Tensor, gradients: tuple[Tensor | None, ...]) -> tuple[Tens
     return gradients[0].contiguous(memory_format=wanted), *gradients[1:]
 
 
-def output_like(node: Node) -> Tensor:
-    """A tensor without data, of the shape of what ``node`` put out in the forward pass and so of its cotangent."""
-    return torch.empty(tuple(node._input_metadata[0].shape), device="meta")
-
-
-@dataclass(frozen=True)
-class RowLayout:
-    """Rows of a flattened activation in terms of examples: row (a, n, b) of shape [outer, N, inner] is of example n."""
-
-    outer: int
-    inner: int
-
-    def split(self, t: Tensor, n: int) -> Tensor:
-        """[outer * n * inner, F] -> [n, outer * inner, F], a view where strides allow."""
-        t = t.unflatten(0, (self.outer, n, self.inner))  # [A, N, B, F]
-        if self.outer == 1:
-            return t[0]
-        return t.transpose(0, 1).flatten(1, 2)
-
-
-@dataclass
-class Layouts:
-    """The row layouts of a network's taps, found once by probing and remembered across batches."""
-
-    known: dict[tuple[str, int], RowLayout] = field(default_factory=dict)  # by use and rows per example
-    _met: set[tuple[str, int, Shape]] = field(default_factory=set)  # uses at shapes whose layouts are known
-
-    def get(self, use: Use, rows: int, n: int) -> RowLayout:
-        """The layout of ``rows`` rows over ``n`` examples at a tap."""
-        return RowLayout(1, rows) if n == 1 else self.known[use.key, rows // n]
-
-    def probe(self, output: Tensor, taps: Taps, rows_of: Callable[[Use, Tensor], Tensor]) -> None:
-        """Find the layouts of the taps that are not yet known.
-
-        ``rows_of(use, g)`` views the cotangent at a tap as rows, [R, ...]. A forward pass cannot tell which of them
-        belong to one example, so a cotangent is sent from one example at a time to see which rows light up, until one
-        layout remains at each tap. Raises UnsupportedError where they fit no layout: there examples interact.
-        """
-        n = output.shape[0]
-        if n == 1:
-            return
-        candidates: dict[Use, list[RowLayout]] = {}
-        lit: dict[Use, Tensor] = {}
-        new: set[tuple[str, int, Shape]] = set()
-        for use in taps:
-            shape = (use.key, n, tuple(use.node._input_metadata[0].shape))
-            if shape in self._met:
-                continue
-            new.add(shape)
-            count = rows_of(use, output_like(use.node)).shape[0]
-            if count % n:
-                raise UnsupportedError(
-                    f"the parameter {use} meets {count} rows, which cannot be shared out over {n} examples: expected "
-                    "an activation with all of them along one axis"
-                )
-            per_example = count // n
-            if (use.key, per_example) not in self.known:
-                divisors = [b for b in range(1, per_example + 1) if per_example % b == 0]
-                candidates[use] = [RowLayout(per_example // b, b) for b in reversed(divisors)]
-        if not candidates:
-            self._met |= new
-            return
-
-        def visit(node: Node, g: Tensor) -> None:
-            for use in taps.uses[node]:
-                if use in candidates:
-                    lit[use] = (rows_of(use, g) != 0).flatten(1).any(1)
-
-        # From the middle outwards and example 0 last: row 0 belongs to example 0 in every layout and tells nothing.
-        examples = sorted(range(n), key=lambda e: (e == 0, abs(e - n // 2)))
-        for example in examples:
-            lit.clear()
-            cotangent = torch.zeros_like(output)
-            cotangent[example] = torch.linspace(1, 2, output[example].numel()).view_as(output[example])
-            backpropagate(output, cotangent, taps, visit, retain_graph=True)
-            for use, rows in lit.items():
-                left = []
-                for layout in candidates[use]:
-                    mine = rows.view(layout.outer, n, layout.inner)
-                    if int(mine.sum()) == int(mine[:, example].sum()):
-                        left.append(layout)
-                if not left:
-                    raise UnsupportedError(
-                        f"the parameter {use}: a cotangent on example {example} alone reaches rows of other examples; "
-                        "examples interact in this network, so per-example gradients do not exist"
-                    )
-                candidates[use] = left
-            if all(len(left) == 1 for left in candidates.values()):
-                break
-        for use, left in candidates.items():
-            # Where several remain they agree on every row that any cotangent can reach.
-            self.known[use.key, left[0].outer * left[0].inner] = left[0]
-        self._met |= new
+def random_layer(model: nn.Module) -> str | None:
+    """The name and kind of a layer in training mode that draws random numbers, if there is one."""
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        kind = type(module).__name__
+        if isinstance(module, nn.RReLU):
+            return f"{name!r} ({kind})"
+        drops = "drop" in kind.lower() or isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+        if isinstance(module, nn.RNNBase) and module.num_layers == 1:
+            continue
+        for attribute in ("p", "drop_prob", "dropout") if drops else ():
+            value = getattr(module, attribute, None)
+            if isinstance(value, (int, float)) and value > 0:
+                return f"{name!r} ({kind}, {attribute}={value})"
+    return None

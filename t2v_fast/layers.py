@@ -314,14 +314,50 @@ class FastLayers(TorchFunctionMode):
         self._replaced = replaced
         # By the weight's id and the rest of what it depends on: the weight's version, the weight, its matrix.
         self._matrices: dict[tuple, tuple[int, Tensor, Tensor]] = {}
-        self._faster: dict[Callable, Callable] = {F.hardtanh: self._hardtanh, F.batch_norm: self._batch_norm}
+        self._in_place: list[tuple[Tensor, int]] = []  # outputs of the last forward pass, and their versions
+        self.written: set[int] = set()  # ids of parameters whose ``data`` the network takes, past their versions
+        self._faster: dict[Callable, Callable] = {
+            F.hardtanh: self._hardtanh,
+            F.batch_norm: self._batch_norm,
+            Tensor.data.__get__: self._data,
+            Tensor.data.__set__: self._set_data,
+        }
         if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
             self._faster |= {F.linear: self._linear, F.conv2d: self._convolution}
+
+    def __enter__(self) -> FastLayers:
+        self._in_place.clear()
+        return super().__enter__()
+
+    def overwritten(self) -> bool:
+        """Whether the network wrote over an output of :class:`InPlaceHardtanh`, which the backward pass would read.
+
+        From then on these are torch's own, and the forward pass must be run again.
+        """
+        changed = any(t._version != version for t, version in self._in_place)
+        self._in_place.clear()
+        if changed:
+            del self._faster[F.hardtanh]
+        return changed
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return self._faster.get(func, func)(*args, **(kwargs or {}))
+
+    def _data(self, t: Tensor) -> Tensor:
+        self._note_written(t)
+        return t.data
+
+    def _set_data(self, t: Tensor, value: Tensor) -> None:
+        self._note_written(t)
+        t.data = value
+
+    def _note_written(self, t: Tensor) -> None:
+        if isinstance(t, torch.nn.Parameter) and id(t) not in self.written:
+            self.written.add(id(t))
+            for key in [key for key in self._matrices if key[0] == id(t)]:
+                del self._matrices[key]
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = input  # a keyword of torch's
@@ -374,7 +410,8 @@ class FastLayers(TorchFunctionMode):
         size = conv_output_size(image, kernel, *geometry)
         if min(size) < 1 or pixels * size[0] * size[1] > MATRIX * taps:
             return None
-        if weight.grad_fn is not None or weight.is_inference():  # made anew for every batch, or not known to change
+        # Made anew for every batch, or not known to change.
+        if weight.grad_fn is not None or weight.is_inference() or id(weight) in self.written:
             return None
         key = id(weight), image, geometry
         if key not in self._matrices or self._matrices[key][0] != weight._version:
@@ -416,5 +453,7 @@ class FastLayers(TorchFunctionMode):
             and not input._is_view()
             and _usable(input, None)
         ):
-            return InPlaceHardtanh.apply(input, min_val, max_val)
+            output = InPlaceHardtanh.apply(input, min_val, max_val)
+            self._in_place.append((output, output._version))
+            return output
         return F.hardtanh(input, min_val, max_val, inplace)

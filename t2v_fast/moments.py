@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -34,7 +35,7 @@ class Moments:
     def add(self, values: Tensor, units: Units) -> None:
         """values [U, ...] of U more units."""
         q = values.to("cpu", torch.float64)
-        flat, shape = q.reshape(len(q), -1), q.shape[1:]
+        flat, shape = q.reshape(len(q), math.prod(q.shape[1:])), q.shape[1:]
         self.units += units.count
         self.weight += units.weight
         self.weight2 += units.weight2
@@ -105,7 +106,7 @@ class NamedMoments:
         for name, q in values.items():
             self._shapes[name] = q.shape[1:]
             size = self._shapes[name].numel()
-            if room.get(q.device, 0) < size:
+            if q.device not in room or room[q.device] < size:
                 room[q.device], at[q.device] = self.TOGETHER, len(self.parts)
                 self.parts.append(Moments())
                 self._names.append([])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from .factors import Factors, Reuse, Summed, concatenated
-from .graph import Layouts, Taps, UnsupportedError, Use, backpropagate, mend_batch_norms
+from .factors import Called, Factors, Reuse, Summed, concatenated
+from .graph import Taps, UnsupportedError, Use, backpropagate, mend_batch_norms, random_layer
 from .reference import accumulate_dtype
-from .rules import RULES, problem, rows_of, taps_of
+from .rules import factors_of, has_rule, problem, taps_of
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ def select_parameters(model: nn.Module, parameters: ParameterFilter = None) -> d
     not. A shared parameter goes by its first name. Raises ValueError for an unknown name and for an empty choice.
     """
     everything = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    if isinstance(parameters, str):
+        raise ValueError(f"parameters is the string {parameters!r}, expected a list of names: [{parameters!r}]")
     if parameters is None:
         chosen = everything
     elif callable(parameters):
@@ -61,7 +64,7 @@ def filter_axes_of(parameters: Mapping[str, nn.Parameter], filter_axis: FilterAx
     else:
         axes = {name: filter_axis(name, p) for name, p in parameters.items()}
     for name, axis in axes.items():
-        if not 0 <= axis < max(1, parameters[name].dim()):
+        if not isinstance(axis, int) or not 0 <= axis < max(1, parameters[name].dim()):
             raise ValueError(
                 f"filter_axis is {axis} for {name!r} {list(parameters[name].shape)}, expected one of its axes from 0"
             )
@@ -92,10 +95,15 @@ class FisherRecorder:
     parameter (GPT-2's Conv1D holds its output features along axis 1).
 
     A parameter that is used several times, or of which parts are used, is exact: its gradients are summed before they
-    are squared. ``unsupported`` says what becomes of one that is transformed before use (a standardised or normalised
-    weight, a table behind a network) or that enters a layer without a rule: ``"error"`` raises UnsupportedError;
-    ``"exact"`` forms the layer's gradients for each example and takes them through the transformation, and without a
-    rule runs plain autograd for each example in turn, a backward pass of the batch each; ``"skip"`` leaves it out.
+    are squared. So is one that enters a layer without a rule, whose own backward function then forms the gradients of
+    one example after the other, and one that a table or a scale is computed from. ``unsupported`` says what becomes of
+    a parameter that the weight of a convolution or a linear layer is computed from (standardised or normalised
+    weights), and of one below a function whose inputs cannot be told apart by example: ``"error"`` raises
+    UnsupportedError; ``"exact"`` forms the weight's gradients for each example and takes them through the
+    transformation, or else runs plain autograd for each example in turn; ``"skip"`` leaves the parameter out.
+
+    What row n of the output owes to the parameters is exact for the batch as it is. That example n would have the same
+    output alone is seen only as far as the graph shows it; :func:`t2v_fast.fisher` runs examples alone to find out.
     """
 
     def __init__(
@@ -118,13 +126,24 @@ class FisherRecorder:
         self.filter_axes = filter_axes_of(self.parameters, filter_axis)
         self.unused: frozenset[str] = frozenset()  # wanted parameters that the last output did not depend on
         self.skipped: frozenset[str] = frozenset()  # those that unsupported="skip" left out of it
+        # Whether the caller runs examples alone to see that they do not interact, as fisher() does.
+        self.verified = False
         # Called after each op with the use, its factors, the number of cotangents, and its first and last second.
         self.observer: Callable[[Use, Factors, int, float, float], None] | None = None
-        self._layouts = Layouts()
         self._said: set[str] = set()
+        self._looked = False  # for random layers, since the context was entered
         self._required: list[tuple[nn.Parameter, bool]] | None = None
 
     def __enter__(self) -> FisherRecorder:
+        if self._required is not None:
+            raise RuntimeError("this recorder is in use: its context was entered before and has not been left")
+        for name, p in self.parameters.items():
+            if p._backward_hooks:
+                raise UnsupportedError(
+                    f"the parameter {name!r} has a hook on its gradient (register_hook), which squares of per-example "
+                    "gradients do not pass through: remove the hook, or leave the parameter out with parameters=..."
+                )
+        self._looked = False
         self._required = [(p, p.requires_grad) for p in self.model.parameters()]
         wanted = {id(p) for p in self.parameters.values()}
         for p, _ in self._required:
@@ -148,10 +167,17 @@ class FisherRecorder:
 
         Raises UnsupportedError, naming the parameter, where no exact answer exists, and ValueError for bad shapes.
         """
+        if not isinstance(output, Tensor) or not output.dim():
+            what = f"{list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(f"the output is {what}, expected a tensor [N, ...] with the examples along its first axis")
         if cotangents.shape == output.shape:
             cotangents = cotangents[None]
         (found,) = self._backward(output, cotangents, [len(cotangents)], weights, retain_graph)
         return found
+
+    def check(self, output: Tensor) -> None:
+        """Raise UnsupportedError where :meth:`backward` would, by the graph of ``output`` alone."""
+        self._ways(taps_of(output, self.parameters, self.verified))
 
     def backward_groups(self, output: Tensor, cotangents: Tensor, groups: Sequence[int]) -> Iterator[dict[str, Tensor]]:
         """As :meth:`backward`, with sums of their own for the first ``groups[0]`` of the cotangents [K, N, ...], for
@@ -173,21 +199,26 @@ class FisherRecorder:
             raise ValueError(
                 f"cotangents are {list(cotangents.shape)}, expected {list(output.shape)} or [K >= 1, ...] of them"
             )
+        if not self._looked:
+            self._looked = True
+            if (layer := random_layer(self.model)) is not None:
+                raise UnsupportedError(
+                    f"the layer {layer} is in training mode and draws random numbers: call eval() on the network"
+                )
         n = output.shape[0]
         if weights is not None and (self.granularity != "parameter" or list(weights.shape) != [n]):
             raise ValueError(
-                f"weights {list(weights.shape)}: expected [{n}], and granularity 'parameter' "
-                f"(the values of {self.granularity!r} are per example: weigh those)"
+                f"weights are {list(weights.shape)} at granularity {self.granularity!r}, expected [{n}] at 'parameter' "
+                "(other values are per example: weigh those)"
             )
         if output.grad_fn is None:
             raise ValueError(
                 "the output has no autograd graph: run the forward inside the recorder, with gradients enabled"
             )
-        taps = taps_of(output, self.parameters)
+        taps = taps_of(output, self.parameters, self.verified)
         mend_batch_norms(taps.order)
         ways = self._ways(taps)
         tapped = taps.of(ways.single | ways.summed)
-        self._layouts.probe(output, tapped, rows_of)
         self.unused, self.skipped = taps.unused, ways.skipped
         sums: dict[str, Tensor] = {}
         w = torch.ones(n) if weights is None else weights
@@ -195,10 +226,11 @@ class FisherRecorder:
             node: Reuse(len(cotangents), sum(use.parameter in ways.single for use in uses))
             for node, uses in tapped.uses.items()
         }
+        called = not all(map(has_rule, tapped))
         ends = set(accumulate(groups))
         first = 0
         for k, cotangent in enumerate(cotangents, 1):
-            more = retain_graph or bool(ways.alone) or k < len(cotangents)
+            more = retain_graph or bool(ways.alone) or called or k < len(cotangents)
             if tapped.uses:
                 self._pass(output, cotangent, tapped, ways, sums, w, reuse, more)
             if k in ends:
@@ -215,15 +247,16 @@ class FisherRecorder:
         if self.granularity == "parameter":
             return square
         if self.granularity == "tensor":
-            return square.mean()
-        return self._rows(name, square).mean(1)
+            return square.sum() / max(1, square.numel())
+        rows = self._rows(name, square)
+        return rows.sum(1) / max(1, rows.shape[1])
 
     def _rows(self, name: str, t: Tensor) -> Tensor:
         """Something of a parameter's shape as [filters, entries of each]."""
         if t.dim() == 0:
             return t.reshape(1, 1)
         t = t.movedim(self.filter_axes[name], 0)
-        return t.reshape(len(t), -1)
+        return t.reshape(len(t), math.prod(t.shape[1:]))
 
     def _ways(self, taps: Taps) -> _Ways:
         count: dict[str, int] = {}
@@ -231,32 +264,36 @@ class FisherRecorder:
         alone: set[str] = set()
         refused: set[str] = set()
         for use in taps:
-            why = problem(use, taps)
-            computed = why is None and not use.rearranged
-            if computed:
-                through = ", ".join(sorted(use.between))
-                why = f"is transformed before use (by {through})"
+            why = problem(use)
+            if why is not None:
+                raise UnsupportedError(f"the parameter {use} {why}; leave it out with parameters=...")
             for name in use.parameters:
                 count[name] = count.get(name, 0) + 1
                 direct[name] = use.direct
-            if why is None:
-                continue
-            if self.unsupported == "error":
-                raise UnsupportedError(
-                    f"the parameter {use} {why}; pass unsupported='exact' to form its gradients for each example, "
-                    "which takes longer, or leave it out with unsupported='skip' or parameters=..."
-                )
-            if self.unsupported == "skip":
-                refused.update(use.parameters)
-            elif not computed:
-                alone.update(use.parameters)
-            for name in use.parameters:
-                if name not in self._said:
-                    self._said.add(name)
-                    log.info("the parameter %s %s: %s", use, why, self.unsupported)
+            if not use.rearranged and use.is_weight:
+                through = ", ".join(sorted(use.between))
+                self._refuse(str(use), f"is transformed before use (by {through})", use.parameters, refused)
+        for name, why in taps.unknown.items():
+            self._refuse(repr(name), f"is out of reach: {why}", (name,), refused)
+            alone.add(name)
         rest = count.keys() - alone - refused
         own = {n for n in rest if count[n] == 1 and direct[n]}
         return _Ways(frozenset(own), frozenset(rest - own), frozenset(alone - refused), frozenset(refused))
+
+    def _refuse(self, who: str, why: str, names: Iterable[str], refused: set[str]) -> None:
+        """What becomes of parameters that take longer: an error, or left out, or just said once."""
+        if self.unsupported == "error":
+            raise UnsupportedError(
+                f"the parameter {who} {why}; pass unsupported='exact' to form its gradients for each example, which "
+                "takes two or three times as long as a training step, or leave it out with unsupported='skip' or "
+                "parameters=..."
+            )
+        if self.unsupported == "skip":
+            refused.update(names)
+        for name in names:
+            if name not in self._said:
+                self._said.add(name)
+                log.info("the parameter %s %s: %s", who, why, self.unsupported)
 
     def _pass(
         self,
@@ -272,18 +309,24 @@ class FisherRecorder:
         """Backpropagate one cotangent, and add the squares of single and summed parameters to ``sums``."""
         n = output.shape[0]
         kept: dict[str, list[tuple[Use, Factors]]] = {}
+        later: list[tuple[Use, Factors]] = []
 
-        def visit(node: Node, g: Tensor) -> None:
+        def visit(node: Node, cotangents: tuple[Tensor | None, ...]) -> None:
             for use in taps.uses[node]:
-                layout = self._layouts.get(use, rows_of(use, g).shape[0], n)
-                factors = RULES[node.name()].factors(use, g, layout, n)
-                if use.parameter in ways.single:
+                factors = factors_of(use, cotangents, n)
+                if isinstance(factors, Called):
+                    later.append((use, factors))
+                elif use.parameter in ways.single:
                     self._add(use, factors, sums, weights, reuse[node])
+                    continue
                 for name in ways.summed.intersection(use.parameters):
                     kept.setdefault(name, []).append((use, factors))
 
         backpropagate(output, cotangent, taps, visit, retain_graph)
         with torch.no_grad():
+            for use, factors in later:
+                if use.parameter in ways.single:
+                    self._add(use, factors, sums, weights, reuse[use.node])
             for name, found in kept.items():
                 whole = None
                 if all(use.direct for use, _ in found):
@@ -298,14 +341,25 @@ class FisherRecorder:
     def _add(self, use: Use, factors: Factors, sums: dict[str, Tensor], weights: Tensor, reuse: Reuse) -> None:
         name = use.parameter
         p, axis = self.parameters[name], self.filter_axes[name]
+        if not p.numel():
+            return
         start = time.perf_counter()
         if self.granularity == "parameter":
             if name not in sums:
                 sums[name] = self._zeros(name, len(weights))
-            factors.accumulate_(sums[name], weights.to(p.device, sums[name].dtype))
+            g = getattr(factors, "g", None)  # of another precision where the parameter is cast before use
+            dtype = sums[name].dtype if g is None else accumulate_dtype(g.dtype)
+            if dtype == sums[name].dtype:
+                factors.accumulate_(sums[name], weights.to(p.device, dtype))
+            else:
+                own = torch.zeros_like(sums[name], dtype=dtype)
+                factors.accumulate_(own, weights.to(p.device, dtype))
+                sums[name] += own
         else:
             filters = p.shape[axis] if p.dim() else 1
-            if axis != 0 and not isinstance(factors, Summed):
+            if isinstance(factors, Called):
+                factors = self._formed(factors, name, len(weights))
+            elif axis != 0 and not isinstance(factors, Summed):
                 factors = (factors.exchanged() if p.dim() == 2 else None) or self._formed(factors, name, len(weights))
             q = factors.filter_sums(reuse)
             if q.shape[1] % filters:  # the layer sees the parameter by a view with fewer and longer rows
@@ -333,7 +387,10 @@ class FisherRecorder:
         gradients = torch.autograd.grad(
             [output], wanted, [single], retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        return dict(zip(names, gradients, strict=True))
+        # Embeddings may have sparse ones.
+        return {
+            name: g if g.layout == torch.strided else g.to_dense() for name, g in zip(names, gradients, strict=True)
+        }
 
     def _one_by_one(
         self, output: Tensor, cotangents: Tensor, names: Iterable[str], weights: Tensor
@@ -361,9 +418,11 @@ class FisherRecorder:
             return sums
         sizes = {name: self.parameters[name].numel() for name in sums}
         if self.granularity == "tensor":
-            return {name: q.sum(1) / sizes[name] for name, q in sums.items()}
+            return {name: q.sum(1) / max(1, sizes[name]) for name, q in sums.items()}
         if sums:  # in one call for all: a small op between large ones takes most of its time to be called
-            torch._foreach_div_(list(sums.values()), [sizes[name] / q.shape[1] for name, q in sums.items()])
+            torch._foreach_div_(
+                list(sums.values()), [max(1, sizes[name]) / max(1, q.shape[1]) for name, q in sums.items()]
+            )
         return sums
 
 
@@ -376,9 +435,12 @@ def _onward(use: Use, parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
         child, number = use.node.next_functions[use.slot]
         dtype = child._input_metadata[number].dtype
         gradients = t.view(-1, *use.shape).to(dtype)
-        (g,) = torch.autograd.grad(
-            [use.source], [parameter], [gradients], retain_graph=True, is_grads_batched=True, materialize_grads=True
-        )
-        return g.flatten(1).to(t.dtype)
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        try:
+            (g,) = torch.autograd.grad([use.source], [parameter], [gradients], is_grads_batched=True, **options)
+        except (RuntimeError, NotImplementedError):  # a function that knows no batches of gradients
+            each = [torch.autograd.grad([use.source], [parameter], [g], **options)[0] for g in gradients]
+            g = torch.stack([part if part.layout == torch.strided else part.to_dense() for part in each])
+        return g.reshape(len(g), parameter.numel()).to(t.dtype)
 
     return pull

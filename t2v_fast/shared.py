@@ -24,10 +24,10 @@ from .fisher import (
     _check_inputs,
     _default_forward,
     _diagonal,
-    _self_check,
 )
 from .moments import NamedMoments, Units
 from .recorder import FisherRecorder, ParameterFilter
+from .selfcheck import SelfCheck
 
 LONGEST_SKIP = 4096  # examples whose draws are skipped at once
 
@@ -99,14 +99,15 @@ def fisher_of_label_sets(
         recorder,
         fast_forward(network, _default_forward, device) as forward,
     ):
+        check = SelfCheck(recorder, forward) if self_check else None
         for index, images in enumerate(batches):
             images = images.to(device)
             n = _check_inputs(images, index)
-            logits = forward(network, images)
+            logits = check.forward(images) if check else forward(network, images)
             if list(logits.shape) != [n, sum(widths)]:
                 raise ValueError(f"the network gave logits {list(logits.shape)}, expected [{n}, {sum(widths)}]")
-            if self_check and index == 0:
-                _self_check(recorder, forward, images, logits)
+            if check:
+                check.batch(images, logits)
             numbers = torch.arange(seen, seen + n) if examples is None else examples[seen - first : seen - first + n]
             blocks, start = [], 0
             for s, width, generator in zip(sets, widths, generators, strict=True):
