@@ -12,7 +12,7 @@ export T2V_FAST_BUILD_DIR := build/torch-$(TORCH)
 REQUIREMENTS := requirements/torch-$(TORCH).txt requirements/common.txt
 BUILD_FILES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo pictures test slow weekly test-version lint format bench peers benchmarks wheel clean
+.PHONY: setup demo pictures test slow weekly test-version coverage lint format bench peers benchmarks wheel clean
 
 setup: $(VENV)/.built
 
@@ -35,7 +35,7 @@ pictures: demo
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not weekly"
 
-slow: setup
+slow: setup $(VENV)/.coverage
 	$(BIN)/python -m pytest -m slow
 
 # What takes many minutes and depends on the sources of the GPU kernels only.
@@ -49,6 +49,14 @@ VERSION_INDEPENDENT := bank bench bench_selection cache cards demo distance dist
 
 test-version: setup
 	$(BIN)/python -m pytest -m "not slow and not weekly" $(VERSION_INDEPENDENT:%=--ignore=tests/test_%.py)
+
+$(VENV)/.coverage: $(VENV)/.installed requirements/coverage.txt
+	$(BIN)/python -m pip install --quiet --progress-bar off --no-deps -r requirements/coverage.txt
+	touch $@
+
+# Hundreds of networks, for an hour; goes on where it was interrupted.
+coverage: setup $(VENV)/.coverage
+	$(BIN)/python bench/coverage_study.py --resume --output docs/coverage.md
 
 RESULTS := build/bench
 BENCH := mkdir -p $(RESULTS) && $(BIN)/python -m pytest --benchmark-quiet
