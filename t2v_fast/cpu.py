@@ -70,9 +70,8 @@ class FastNetwork:
         self.model, self.forward = model, forward
         self.works: bool | None = None if channels_last else False
         self._layers = FastLayers(self._put_back)
-        self._own: dict[
-            int, tuple[nn.Parameter, Tensor, Tensor, int]
-        ] = {}  # the weight, its own data, the copy, a version
+        # By the weight's id: the weight, its own data, the copy, and the weight's version at that time.
+        self._own: dict[int, tuple[nn.Parameter, Tensor, Tensor, int]] = {}
 
     def __enter__(self) -> FastNetwork:
         for module in self.model.modules() if self.works is None else ():

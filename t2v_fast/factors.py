@@ -13,7 +13,7 @@ from torch.autograd.graph import Node
 
 from . import ops, plan, reference
 from .owners import Owner, Shape
-from .ownership import call
+from .ownership import call, dense
 
 CHUNK = 2**24  # entries of per-example gradients that may be held at once, where they have to be
 
@@ -339,7 +339,7 @@ class Called(Factors):
             if any(g is not None for g in own):
                 found = call(self.node, own)[self.slot]
                 if found is not None:
-                    found = found.to_dense() if found.layout != torch.strided else found
+                    found = dense(found)
                     row.copy_((found.mT if self.exchange else found).reshape(-1))
         return rows
 

@@ -271,7 +271,7 @@ def ask(node: Node, outputs: Mapping[int, Owner], n: int, exact: bool = False) -
                     random = torch.complex(random, torch.rand(shape, generator=generator))
                 cotangents.append((random * mask).to(of.device, of.dtype))
             gradients = call(node, cotangents)
-            lit = [None if g is None else _dense(g) != 0 for g in (*gradients, *[None] * slots)[:slots]]
+            lit = [None if g is None else dense(g) != 0 for g in (*gradients, *[None] * slots)[:slots]]
             reached.append([None if t is None else t.cpu() for t in lit])
     states: list[State | None] = []
     for slot in range(slots):
@@ -297,5 +297,6 @@ def ask(node: Node, outputs: Mapping[int, Owner], n: int, exact: bool = False) -
     return states
 
 
-def _dense(t: Tensor) -> Tensor:
-    return t.to_dense() if t.layout != torch.strided else t
+def dense(t: Tensor) -> Tensor:
+    """A gradient that may be sparse, as those of embeddings."""
+    return t.todense() if t.layout != torch.strided else t

@@ -16,6 +16,7 @@ from torch.autograd.graph import Node
 
 from .factors import Called, Factors, Reuse, Summed, concatenated
 from .graph import Taps, UnsupportedError, Use, backpropagate, mend_batch_norms, random_layer
+from .ownership import dense
 from .reference import accumulate_dtype
 from .rules import factors_of, has_rule, problem, taps_of
 
@@ -393,10 +394,7 @@ class FisherRecorder:
         gradients = torch.autograd.grad(
             [output], wanted, [single], retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        # Embeddings may have sparse ones.
-        return {
-            name: g if g.layout == torch.strided else g.to_dense() for name, g in zip(names, gradients, strict=True)
-        }
+        return {name: dense(g) for name, g in zip(names, gradients, strict=True)}
 
     def _one_by_one(
         self, output: Tensor, cotangents: Tensor, names: Iterable[str], weights: Tensor
@@ -446,7 +444,7 @@ def _onward(use: Use, parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
             (g,) = torch.autograd.grad([use.source], [parameter], [gradients], is_grads_batched=True, **options)
         except (RuntimeError, NotImplementedError):  # a function that knows no batches of gradients
             each = [torch.autograd.grad([use.source], [parameter], [g], **options)[0] for g in gradients]
-            g = torch.stack([part if part.layout == torch.strided else part.to_dense() for part in each])
+            g = torch.stack([dense(part) for part in each])
         return g.reshape(len(g), parameter.numel()).to(t.dtype)
 
     return pull

@@ -62,7 +62,13 @@ class SelfCheck:
         n = logits.shape[0]
         if not bool(logits.isfinite().all()):  # which is an error of its own
             return
+        if n > 1:
+            self._batches += 1
+        single = n == 1 and not (self._batches or self._single)
+        due = single or (n > 1 and self._batches & (self._batches - 1) == 0)
         drew = self._drew
+        if not (due or drew):
+            return
         self.recorder.check(logits)
         if drew:
             # What is made at first use may draw once.
@@ -70,17 +76,17 @@ class SelfCheck:
                 self._run(inputs, [n - 1], n)
             if self._drew:
                 raise SelfCheckError(_RANDOM)
-        if n > 1:
-            self._batches += 1
-            if self._batches == 1:
-                self._first(inputs, logits)
-            elif self._batches == 2:
-                self._halves(inputs, logits)
-            elif self._batches & (self._batches - 1) == 0:
-                self._alone(inputs, logits, self._batches * 7919 % n)
-        elif not (self._batches or self._single):
+        if not due:
+            return
+        if single:
             self._single = True
             self._gradients(inputs, [0], 1)
+        elif self._batches == 1:
+            self._first(inputs, logits)
+        elif self._batches == 2:
+            self._halves(inputs, logits)
+        else:
+            self._alone(inputs, logits, self._batches * 7919 % n)
 
     def _first(self, inputs: Any, logits: Tensor) -> None:
         n = logits.shape[0]

@@ -59,17 +59,22 @@ def input_shape(node: Node, slot: int) -> Shape:
     return tuple(child._input_metadata[number].shape)
 
 
-def transfer(*names: str) -> Callable[[Transfer], Transfer]:
+def transfer(*names: str, table: dict[str, Callable] = TRANSFERS) -> Callable[[Callable], Callable]:
     """Make a function the transfer of the autograd nodes of these names, without ``Backward`` and number."""
 
-    def register(function: Transfer) -> Transfer:
+    def register(function: Callable) -> Callable:
         for name in names:
             if name in TRANSFERS or name in SELECTING:
                 raise ValueError(f"the autograd node {name!r} already has a transfer")
-            TRANSFERS[name] = function
+            table[name] = function
         return function
 
     return register
+
+
+def selecting(*names: str) -> Callable[[Callable], Callable]:
+    """As :func:`transfer`, of nodes that read some positions of an axis, from the owners of all of their outputs."""
+    return transfer(*names, table=SELECTING)
 
 
 def _signed(value: int) -> int:
@@ -90,24 +95,13 @@ def _axes(values: Iterable[int] | int | None, dims: int) -> list[int]:
 
 
 @transfer(
-    *(
-        "Relu",
-        "Gelu",
-        "Silu",
-        "Sigmoid",
-        "Tanh",
-        "Hardtanh",
-        "Hardswish",
-        "Hardsigmoid",
-        "LeakyRelu",
-        "Elu",
-        "Softplus",
-    ),
-    *("Mish", "Exp", "Expm1", "Log", "Log1p", "Log2", "Log10", "Sqrt", "Rsqrt", "Abs", "Neg", "Clamp", "ClampMin"),
-    *("ClampMax", "Sin", "Cos", "Erf", "Reciprocal", "Threshold", "Clone", "ToCopy", "Alias", "LogSigmoid", "Sgn"),
-    *("InPlaceHardtanh", "NativeDropout", "NanToNum", "Celu", "Softshrink", "Hardshrink", "Triu", "Tril"),
-    *("Contiguous", "Square", "Sinh", "Cosh", "Asin", "Acos", "Atan", "Erfinv", "Logit", "Round", "Floor", "Ceil"),
-    *("Acosh", "Asinh", "Atanh", "Tan", "Erfc", "Exp2", "Lgamma", "Digamma", "Sinc", "Frac", "Sign", "Trunc"),
+    *("Relu", "Gelu", "Silu", "Sigmoid", "Tanh", "Hardtanh", "Hardswish", "Hardsigmoid", "LeakyRelu", "Elu"),
+    *("Softplus", "Mish", "Exp", "Expm1", "Log", "Log1p", "Log2", "Log10", "Sqrt", "Rsqrt", "Abs", "Neg"),
+    *("Clamp", "ClampMin", "ClampMax", "Sin", "Cos", "Erf", "Reciprocal", "Threshold", "Clone", "ToCopy"),
+    *("Alias", "LogSigmoid", "Sgn", "InPlaceHardtanh", "NativeDropout", "NanToNum", "Celu", "Softshrink"),
+    *("Hardshrink", "Triu", "Tril", "Contiguous", "Square", "Sinh", "Cosh", "Asin", "Acos", "Atan", "Erfinv"),
+    *("Logit", "Round", "Floor", "Ceil", "Acosh", "Asinh", "Atanh", "Tan", "Erfc", "Exp2", "Lgamma", "Digamma"),
+    *("Sinc", "Frac", "Sign", "Trunc"),
 )
 def _pointwise(node: Node, own: Owned, n: int) -> list[State]:
     """One input of the output's shape, or several that broadcast to it."""
@@ -117,23 +111,9 @@ def _pointwise(node: Node, own: Owned, n: int) -> list[State]:
 
 
 @transfer(
-    *(
-        "Add",
-        "Sub",
-        "Rsub",
-        "Mul",
-        "Div",
-        "Where",
-        "Maximum",
-        "Minimum",
-        "Addcmul",
-        "Addcdiv",
-        "Lerp",
-        "Pow",
-        "Expand",
-        "MaskedFill",
-    ),
-    *("PreluKernel", "Atan2", "Xlogy", "Fmod", "Remainder", "Copysign", "Hypot", "torch::autograd::CopyBackwards"),
+    *("Add", "Sub", "Rsub", "Mul", "Div", "Where", "Maximum", "Minimum", "Addcmul", "Addcdiv", "Lerp", "Pow"),
+    *("Expand", "MaskedFill", "PreluKernel", "Atan2", "Xlogy", "Fmod", "Remainder", "Copysign", "Hypot"),
+    "torch::autograd::CopyBackwards",
 )
 def _broadcast(node: Node, own: Owned, n: int) -> list[State | None]:
     whole = output_shape(node)
@@ -412,19 +392,6 @@ def _scatter(node: Node, own: Owned, n: int) -> list[State | None] | None:
     if base(node.name()) in ("Scatter", "ScatterAdd"):
         return None
     return [own, owned(axis, own.rows.owners(n)[node._saved_index.cpu().reshape(-1)], n)]
-
-
-def selecting(*names: str) -> Callable:
-    """As :func:`transfer`, of nodes that read some positions of an axis, from the owners of all of their outputs."""
-
-    def register(function: Callable) -> Callable:
-        for name in names:
-            if name in TRANSFERS or name in SELECTING:
-                raise ValueError(f"the autograd node {name!r} already has a transfer")
-            SELECTING[name] = function
-        return function
-
-    return register
 
 
 def _is_axis(state: Owner) -> bool:
