@@ -299,4 +299,4 @@ def ask(node: Node, outputs: Mapping[int, Owner], n: int, exact: bool = False) -
 
 def dense(t: Tensor) -> Tensor:
     """A gradient that may be sparse, as those of embeddings."""
-    return t.todense() if t.layout != torch.strided else t
+    return t.to_dense() if t.layout != torch.strided else t

@@ -70,6 +70,21 @@ def test_exact(name: str) -> None:
     agrees(CASES[name](), torch.randn(4, 6, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients(layer: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 9, (4, 5))
+    results = []
+    for sparse in (False, True):
+        torch.manual_seed(1)
+        network = Function(
+            lambda s, x: s.out(s.table(x).flatten(1)), table=layer(9, 4, sparse=sparse),
+            out=nn.Linear(20 if layer is nn.Embedding else 4, 3),
+        ).double()  # fmt: skip
+        results.append(fisher(network, [tokens[:1], tokens, tokens[2:]], "exact", unsupported="exact").vector())
+    assert relative_error(results[1], results[0]) < 1e-12
+
+
 COMPLEX = {
     "filter": lambda s, h: torch.fft.irfft(torch.fft.rfft(h) * torch.view_as_complex(s.w), n=6),
     "real_scale": lambda s, h: torch.fft.irfft(torch.fft.rfft(h) * s.w[:, 0], n=6),
