@@ -44,11 +44,11 @@ weekly: setup
 
 # For a second torch. Left out are files, processes, pages and distances, which reach torch through calls that the other
 # tests make too, and the scripts of bench/, which measure beside the first torch only. What is not named here runs.
-VERSION_INDEPENDENT := bank bench bench_selection cache cards demo distance distance_formulas embedding job page plot \
-	readme run selection
+VERSION_INDEPENDENT := analysis bank bench ops/test_gpu_specs.py tasks/test_cache.py test_demo.py test_embedding.py \
+	test_readme.py
 
 test-version: setup
-	$(BIN)/python -m pytest -m "not slow and not weekly" $(VERSION_INDEPENDENT:%=--ignore=tests/test_%.py)
+	$(BIN)/python -m pytest -m "not slow and not weekly" $(VERSION_INDEPENDENT:%=--ignore=tests/%)
 
 $(VENV)/.coverage: $(VENV)/.installed requirements/coverage.txt
 	$(BIN)/python -m pip install --quiet --progress-bar off --no-deps -r requirements/coverage.txt
@@ -56,15 +56,15 @@ $(VENV)/.coverage: $(VENV)/.installed requirements/coverage.txt
 
 # Hundreds of networks, for an hour; goes on where it was interrupted.
 coverage: setup $(VENV)/.coverage
-	$(BIN)/python bench/coverage_study.py --resume --output docs/coverage.md
+	$(BIN)/python -m bench.studies.coverage_study --resume --output docs/coverage.md
 
 RESULTS := build/bench
 BENCH := mkdir -p $(RESULTS) && $(BIN)/python -m pytest --benchmark-quiet
 
 # The table of the performance contract.
 bench: setup
-	$(BENCH) bench/test_fisher.py -m contract -k "resnet18 or resnet50 or convnext" --benchmark-json $(RESULTS)/contract.json
-	$(BIN)/python bench/report.py $(RESULTS)/contract.json
+	$(BENCH) bench/suites/test_fisher.py -m contract -k "resnet18 or resnet50 or convnext" --benchmark-json $(RESULTS)/contract.json
+	$(BIN)/python -m bench.report $(RESULTS)/contract.json
 
 peers: setup
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/peers.txt
@@ -72,8 +72,8 @@ peers: setup
 # Everything, for hours: a suite at a time, so that one's results outlive another's crash.
 benchmarks: peers
 	for suite in memory stream fisher; do \
-		$(BENCH) bench/test_$$suite.py -k "not toy" --benchmark-json $(RESULTS)/$$suite.json || exit 1; done
-	$(BIN)/python bench/report.py $(RESULTS)/memory.json $(RESULTS)/stream.json $(RESULTS)/fisher.json --plots $(RESULTS)/plots > $(RESULTS)/report.md
+		$(BENCH) bench/suites/test_$$suite.py -k "not toy" --benchmark-json $(RESULTS)/$$suite.json || exit 1; done
+	$(BIN)/python -m bench.report $(RESULTS)/memory.json $(RESULTS)/stream.json $(RESULTS)/fisher.json --plots $(RESULTS)/plots > $(RESULTS)/report.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

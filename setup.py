@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -98,7 +98,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["t2v_fast", "t2v_fast.adapters", "t2v_fast.kernels"],
+    packages=[*find_packages(include=["t2v_fast", "t2v_fast.*"]), "t2v_fast.kernels"],
     package_dir={"t2v_fast.kernels": "kernels"},
     # Optional, so that an install goes on where CMakeBuild has said that it could not compile.
     ext_modules=[Extension("t2v_fast._C", sources=[], optional=True)],

@@ -19,11 +19,11 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from t2v_fast import fisher
-from t2v_fast.cotangents import cotangents
-from t2v_fast.cpu import FastNetwork, kept_memory
-from t2v_fast.graph import backpropagate
-from t2v_fast.recorder import FisherRecorder
-from t2v_fast.rules import taps_of
+from t2v_fast.estimation.cotangents import cotangents
+from t2v_fast.gradients.fast_forward import FastNetwork, kept_memory
+from t2v_fast.gradients.graph import backpropagate
+from t2v_fast.gradients.recorder import FisherRecorder
+from t2v_fast.gradients.rules import taps_of
 
 # What a contestant's numbers are meant to be, and so what they are judged by.
 LABELS = "labels"  # the sum of squared per-example gradients, for the given labels
@@ -156,4 +156,4 @@ NAMES = (*OWN, *PEERS)
 
 def find(name: str) -> Contestant:
     """The contestant of that name; ImportError where its package is missing."""
-    return OWN[name] if name in OWN else importlib.import_module(f"peers.{PEERS[name]}").CONTESTANTS[name]
+    return OWN[name] if name in OWN else importlib.import_module(f"bench.peers.{PEERS[name]}").CONTESTANTS[name]

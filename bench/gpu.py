@@ -1,6 +1,6 @@
 """Verifies and measures this library on a GPU, and writes a report.
 
-    python bench/gpu.py [--output build/gpu] [--minutes 8]
+    python -m bench.gpu [--output build/gpu] [--minutes 8]
 
 Every backend that runs on the device is compared with float64 first: each op on each geometry of the tests and in
 each dtype, torch's own checks of the operators, and whole networks. Then it is timed by CUDA events: the card's
@@ -27,10 +27,12 @@ import torch
 from torch import Tensor, nn
 
 import t2v_fast
-from t2v_fast import ops, plan
-from t2v_fast.reference import accumulate_dtype
+from t2v_fast import ops
+from t2v_fast.ops import planner
+from t2v_fast.ops.reference import accumulate_dtype
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "ops"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 import cases
 import test_ops
 from oracle import per_example_squares, randomise_norms, reduce, relative_error
@@ -43,19 +45,19 @@ MODES = {
     "bfloat16": (torch.bfloat16, "highest"),
 }
 LAYERS = {
-    "3x3, 64 to 64, 56x56": plan.Conv(64, (56, 56), 64, (3, 3), padding=(1, 1)),
-    "3x3, 128 to 128, 28x28": plan.Conv(128, (28, 28), 128, (3, 3), padding=(1, 1)),
-    "3x3, 256 to 256, 14x14": plan.Conv(256, (14, 14), 256, (3, 3), padding=(1, 1)),
-    "3x3, 512 to 512, 7x7": plan.Conv(512, (7, 7), 512, (3, 3), padding=(1, 1)),
-    "7x7 stem, 224x224": plan.Conv(3, (224, 224), 64, (7, 7), (2, 2), (3, 3)),
-    "7x7 depthwise, 96, 56x56": plan.Conv(96, (56, 56), 96, (7, 7), padding=(3, 3), groups=96),
-    "linear 768 to 3072, 197 tokens": plan.Conv(768, (1, 197), 3072),
+    "3x3, 64 to 64, 56x56": planner.Conv(64, (56, 56), 64, (3, 3), padding=(1, 1)),
+    "3x3, 128 to 128, 28x28": planner.Conv(128, (28, 28), 128, (3, 3), padding=(1, 1)),
+    "3x3, 256 to 256, 14x14": planner.Conv(256, (14, 14), 256, (3, 3), padding=(1, 1)),
+    "3x3, 512 to 512, 7x7": planner.Conv(512, (7, 7), 512, (3, 3), padding=(1, 1)),
+    "7x7 stem, 224x224": planner.Conv(3, (224, 224), 64, (7, 7), (2, 2), (3, 3)),
+    "7x7 depthwise, 96, 56x56": planner.Conv(96, (56, 56), 96, (7, 7), padding=(3, 3), groups=96),
+    "linear 768 to 3072, 197 tokens": planner.Conv(768, (1, 197), 3072),
 }
 
 TOY_LAYERS = {
-    "3x3, 8 to 8, 6x6": plan.Conv(8, (6, 6), 8, (3, 3), padding=(1, 1)),
-    "3x3 depthwise, 8, 6x6": plan.Conv(8, (6, 6), 8, (3, 3), padding=(1, 1), groups=8),
-    "linear 16 to 24, 5 tokens": plan.Conv(16, (1, 5), 24),
+    "3x3, 8 to 8, 6x6": planner.Conv(8, (6, 6), 8, (3, 3), padding=(1, 1)),
+    "3x3 depthwise, 8, 6x6": planner.Conv(8, (6, 6), 8, (3, 3), padding=(1, 1), groups=8),
+    "linear 16 to 24, 5 tokens": planner.Conv(16, (1, 5), 24),
 }
 
 
@@ -223,17 +225,17 @@ def ceilings(report: Report, size: int) -> None:
     )
 
 
-def time_layers(report: Report, layers: dict[str, plan.Conv], backend: str, kind: str, batch: int) -> None:
+def time_layers(report: Report, layers: dict[str, planner.Conv], backend: str, kind: str, batch: int) -> None:
     dtype, precision = MODES[kind]
     for name, conv in layers.items():
 
-        def run(conv: plan.Conv = conv, path: str = "explicit") -> dict[str, float]:
+        def run(conv: planner.Conv = conv, path: str = "explicit") -> dict[str, float]:
             layout = {"memory_format": torch.channels_last}
             x = torch.randn(batch, conv.channels, *conv.size, device=report.device).to(dtype=dtype, **layout)
             g = torch.randn(batch, conv.filters, *conv.out_size, device=report.device).to(dtype=dtype, **layout)
             with ops.use_backend(backend), products(precision):
                 seconds = report.seconds(lambda: ops.sq_conv(x, g, *conv.arguments, path))
-            work = plan.gpu_work(conv, path, x.element_size())
+            work = planner.gpu_work(conv, path, x.element_size())
             return {
                 "us an example": 1e6 * seconds / batch,
                 "TFLOP/s": batch * (work.flops + work.sum_flops) / seconds / 1e12,

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import contestants
 import torch
-from contestants import ESTIMATE, FISHER, LABELS, NOTHING, Contestant, Sums, filter_means
 from torch import Tensor, nn
 
+from bench import contestants
+from bench.contestants import ESTIMATE, FISHER, LABELS, NOTHING, Contestant, Sums, filter_means
 from t2v_fast import reduce_precision
 
 CLASSES = 10

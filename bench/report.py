@@ -1,6 +1,6 @@
 """Markdown tables and plots of what the suites measured.
 
-    python bench/report.py fisher.json stream.json memory.json [--plots docs]
+    python -m bench.report fisher.json stream.json memory.json [--plots docs]
 
 Prints Markdown; with --plots, writes a PNG for each table of contestants.
 """

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from t2v_fast.reference import accumulate_dtype
+from t2v_fast.ops.reference import accumulate_dtype
 
 log = logging.getLogger(__name__)
 

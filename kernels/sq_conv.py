@@ -1,6 +1,6 @@
 """Convolutions, and linear layers as convolutions of an image of one row: sums of squares without an unfolded copy.
 
-Letters as in :mod:`t2v_fast.reference`; P output positions, D = C / groups * kh * kw columns of a filter, ordered
+Letters as in :mod:`t2v_fast.ops.reference`; P output positions, D = C / groups * kh * kw columns of a filter, ordered
 (kh, kw, channel) so that channels-last inputs are read along their contiguous axis.
 
 - *explicit*: G_m = g_m U_n^T by tiles, an implicit product whose epilogue squares and reduces.
@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from t2v_fast.geometry import conv_output_size, gram_by_pixels
-from t2v_fast.reference import accumulate_dtype
+from t2v_fast.ops.geometry import conv_output_size, gram_by_pixels
+from t2v_fast.ops.reference import accumulate_dtype
 
 from .launch import on_device_of, operand_type, power_of_two, precision, processors, run_best, sum_type
 

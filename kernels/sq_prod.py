@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from t2v_fast.reference import accumulate_dtype
+from t2v_fast.ops.reference import accumulate_dtype
 
 from .launch import on_device_of, power_of_two, run_best, sum_type
 

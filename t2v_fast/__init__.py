@@ -1,17 +1,21 @@
 """t2v-fast: exact diagonal Fisher information and Task2Vec embeddings, fast."""
 
-from . import distance, ops
-from .bank import Bank, BankError
-from .data import DataError, TaskData
+from . import _moved, ops
+from .analysis import distance
+from .bank.store import Bank, BankError
 from .embedding import Embedding, FingerprintMismatch
-from .fisher import FisherDiagonal, fisher
-from .graph import UnsupportedError
-from .precision import reduce_precision
-from .probe import Preprocessing, Probe, load_probe
-from .profile import Profile, profile
-from .recorder import FisherRecorder
-from .selfcheck import SelfCheckError
-from .task2vec import Task2Vec
+from .estimation.diagonal import FisherDiagonal
+from .estimation.estimator import fisher
+from .estimation.profiling import Profile, profile
+from .gradients.graph import UnsupportedError
+from .gradients.recorder import FisherRecorder
+from .gradients.self_check import SelfCheckError
+from .tasks.data import DataError, TaskData
+from .tasks.pipeline import Task2Vec
+from .tasks.precision import reduce_precision
+from .tasks.probe import Preprocessing, Probe, load_probe
+
+_moved.install()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -14,11 +14,11 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
-from .distance import distance_rows, nearest_tasks, pdist
+from .analysis.distance import distance_rows, nearest_tasks, pdist
+from .analysis.plot import contact_sheet, heatmap
 from .embedding import Embedding
 from .files import write_csv
-from .plot import contact_sheet, heatmap
-from .task2vec import Task2Vec
+from .tasks.pipeline import Task2Vec
 
 IMAGES_PER_TASK = 150
 SIZE = 64  # pixels a side of a drawn glyph

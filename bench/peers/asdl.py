@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from asdl import FISHER_EMP, SHAPE_DIAG
 from asdl.fisher import FisherConfig, FisherMaker, get_fisher_maker
-from contestants import Contestant, Sums, filter_means
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from bench.contestants import Contestant, Sums, filter_means
 
 State = tuple[nn.Module, FisherMaker]
 

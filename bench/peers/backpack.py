@@ -8,11 +8,11 @@ import warnings
 from backpack import backpack, extend
 from backpack.core.derivatives.convnd import weight_jac_t_save_memory
 from backpack.extensions import SumGradSquared
-from contestants import Contestant, Sums, filter_means
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peers import owns_parameters, without_inplace
+from bench.contestants import Contestant, Sums, filter_means
+from bench.peers import owns_parameters, without_inplace
 
 
 def prepare(model: nn.Module) -> nn.Module:

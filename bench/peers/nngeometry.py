@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from contestants import Contestant, Sums, filter_means
 from nngeometry.backend import TorchHooksJacobianBackend
 from nngeometry.layercollection import LayerCollection
 from nngeometry.object import PMatDiag
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+from bench.contestants import Contestant, Sums, filter_means
 
 State = tuple[nn.Module, LayerCollection]
 

@@ -6,12 +6,12 @@ import functools
 import warnings
 
 import torch
-from contestants import Contestant, Sums, filter_means
 from opacus.grad_sample import GradSampleModule, register_grad_sampler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peers import owns_parameters, without_inplace
+from bench.contestants import Contestant, Sums, filter_means
+from bench.peers import owns_parameters, without_inplace
 
 
 @register_grad_sampler([nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contestants import OTHER, Contestant, Sums, filter_means
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from bench.contestants import OTHER, Contestant, Sums, filter_means
 
 
 def prepare(model: nn.Module) -> nn.Module:

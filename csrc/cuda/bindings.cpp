@@ -85,7 +85,7 @@ ConvGeometry tokenwise(const at::Tensor& x, const at::Tensor& g) {
   return {x.size(2), x.size(1), 1, g.size(2), x.size(1), 1, 1, 1, 1, 1, 0, 0, 1, 1, 1};
 }
 
-// Whether the patches' Gram matrix comes cheaper from the pixels' (t2v_fast/geometry.py: gram_by_pixels).
+// Whether the patches' Gram matrix comes cheaper from the pixels' (t2v_fast/ops/geometry.py: gram_by_pixels).
 bool gram_by_pixels(const ConvGeometry& s) {
   const double pixels = s.pixels(), positions = s.positions(), taps = s.kernel_h * s.kernel_w,
                channels = s.group_channels();

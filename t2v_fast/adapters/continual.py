@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..recorder import FisherRecorder
+from ..gradients.recorder import FisherRecorder
 from .fim import evaluating, fim_diag
 
 CRITERIA = {nn.CrossEntropyLoss: "classification", nn.BCEWithLogitsLoss: "multi-label"}

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fisher import fisher
-from ..recorder import ParameterFilter
+from ..estimation.estimator import fisher
+from ..gradients.recorder import ParameterFilter
 
 TASK_TYPES = {"classification": "softmax", "multi-label": "sigmoid", "regression": "gaussian"}
 # Whose labels the gradients are of, in the words of continual learning, and the estimator that stands for it.

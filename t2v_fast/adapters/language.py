@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import distance
+from ..analysis import distance
 from ..embedding import Embedding
-from ..fisher import fisher
-from ..probe import digest_of
-from ..recorder import ParameterFilter, filter_axes_of
-from ..task2vec import embedding_of, family_of
+from ..estimation.estimator import fisher
+from ..gradients.recorder import ParameterFilter, filter_axes_of
+from ..tasks.pipeline import embedding_of, family_of
+from ..tasks.probe import digest_of
 from .fim import evaluating
 
 

@@ -50,7 +50,7 @@ def read_embedding(path: str | os.PathLike) -> Embedding:
 
     Nothing in the file is run: only arrays and plain values are taken. Its fingerprint says where it came from and how
     long it is, so it can be compared with others of the kind but not with this library's. ``num_examples`` is 1: the
-    file does not say. :func:`t2v_fast.export.public_pickle` writes one. Raises ValueError, naming the file, for
+    file does not say. :func:`t2v_fast.bank.export.public_pickle` writes one. Raises ValueError, naming the file, for
     anything else than an embedding.
     """
     path = Path(path)

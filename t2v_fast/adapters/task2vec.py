@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, Weighte
 from tqdm import tqdm
 
 from .. import embedding as library
-from ..fisher import fisher
-from ..head import fit_head
-from ..task2vec import balanced_weights
-from ..variational import variational_fisher
+from ..estimation.estimator import fisher
+from ..estimation.variational import variational_fisher
+from ..tasks.head import fit_head
+from ..tasks.pipeline import balanced_weights
 from .fim import evaluating
 from .pickles import from_public, read_embedding, read_embeddings
 
@@ -333,7 +333,7 @@ class Task2Vec:
         self.model.zero_grad()
 
     def variational_fisher(self, dataset: Dataset, epochs: int = 1, beta: float = 1e-7) -> None:
-        """Sets ``logvar0`` and ``loglambda2`` of the layers above ``skip_layers``: :mod:`t2v_fast.variational`."""
+        """Set ``logvar0`` and ``loglambda2`` of the layers above ``skip_layers``, as in :mod:`.variational`."""
         self._forget()
         model, compat = self.model, self.mode == "compat"
         inside = {

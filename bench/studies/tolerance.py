@@ -1,0 +1,196 @@
+"""What a given error of a task's embedding costs: equal cotangents, shared-out ones, and examples drawn by importance.
+
+    python -m bench.studies.tolerance [--classes 2 10 100 1000] [--heads newton early] [--images 200] [--size 64]
+
+Images are handwritten digits (scikit-learn's), the probe is the packaged EfficientNet-Lite0. Labels of 2 classes are
+parities, of 10 the digits, of 100 and 1,000 drawn at random (1,000 images are labelled and fitted, whatever --images).
+Heads: ``newton``, fitted to the end (of 1,000 classes six iterations), ``early``, one epoch of Adam.
+
+Errors are relative to the norm of the embedding: where all images are visited, the root mean square over the draws,
+from two sketches of each image for each number of cotangents; with a tolerance, which is what
+``Task2Vec(tolerance=...)`` does, every draw counted, the one it reports, in brackets that of the same estimate against
+``exact`` (up to 10 classes). Seconds are measured ones of a forward and of a backward pass, times their numbers;
+a batch has as many backward passes as its neediest image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from t2v_fast import FisherDiagonal, FisherRecorder, Probe, TaskData, fisher, load_probe
+from t2v_fast.estimation.allocation import Allocation, Need, everyone, share_out, until
+from t2v_fast.estimation.cotangents import cotangents
+from t2v_fast.tasks.data import balanced_weights
+from t2v_fast.tasks.head import fit_head
+
+BATCH = 32
+MOST = 16  # cotangents of an image
+AVERAGES = (1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 14, 16)
+GOALS = (0.05, 0.02)
+
+
+@dataclass
+class Task:
+    """A head on the features of some images."""
+
+    images: Tensor  # [N, 3, H, W]
+    need: Need
+    head: nn.Linear
+    weights: Tensor
+    confidence: float
+    forward: list[float] = field(default_factory=list)  # seconds an image
+    backward: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, probe: Probe, classes: int, head: str, count: int) -> Task:
+        digits = load_digits()
+        fitted = max(count, classes)
+        pictures, labels = (digits.images[:fitted] * 255 / 16).astype(np.uint8), digits.target[:fitted]
+        if classes == 2:
+            labels = labels % 2
+        elif classes > 10:
+            labels = np.random.default_rng(0).permutation(np.arange(fitted) % classes)
+        batches = list(TaskData.of((pictures, labels)).batches(probe.preprocessing, BATCH))
+        features = torch.cat([probe.features(x) for x, _ in batches])
+        y = torch.from_numpy(labels)
+        options = {"method": "adam", "epochs": 1} if head == "early" else {}
+        if classes > 100 and head == "newton":
+            options = {"max_iterations": 6}
+        weights = balanced_weights(y, classes)
+        fit = fit_head(features, y, num_classes=classes, weights=weights, **options)
+        weight, bias = fit.linear.weight.detach().double(), fit.linear.bias.detach().double()
+        logits = nn.functional.linear(features[:count].double(), weight, bias)
+        images = torch.cat([x for x, _ in batches])[:count]
+        need = Need.of(logits, weight, weights[:count])
+        return cls(images, need, fit.linear, weights[:count], float(logits.softmax(1).amax(1).mean()))
+
+    def seconds(self, visits: float, passes: float) -> float:
+        """Of so many forward and backward passes of an image."""
+        return visits * statistics.median(self.forward) + passes * statistics.median(self.backward)
+
+
+def passes(allocation: Allocation, rank: int | None = None) -> int:
+    """Backward passes, each of an image; with a ``rank``, below it one more for the second sketch."""
+    batches = [allocation.samples[b] for b in allocation.batches(BATCH)]
+    return sum(len(k) * (int(k.max()) + (rank is not None and int(k.min()) < rank)) for k in batches)
+
+
+def variances(task: Task, network: nn.Module, parameters: list[str]) -> Tensor:
+    """Sum over the entries of the variance that 1, 2, ... cotangents leave of an image's diagonal, [N, K]."""
+    n, rank = task.need.spectrum.shape
+    found = torch.zeros(n, min(rank, MOST), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    with FisherRecorder(network, parameters) as recorder:
+        for start in range(0, n, BATCH):
+            here = slice(start, start + BATCH)
+            began = time.perf_counter()
+            logits = network(task.images[here])
+            task.forward.append((time.perf_counter() - began) / len(logits))
+            for k in range(1, min(rank - 1, MOST) + 1):
+                two = cotangents(logits, "deflated", k, generator=generator, sketches=2)[-2:]
+                began = time.perf_counter()
+                # As if each were the only one, without the factor 1 / sqrt(2).
+                q = [2 * flat(recorder.backward(logits, u, retain_graph=True)) for u in two]
+                task.backward.append((time.perf_counter() - began) / len(logits) / 2)
+                found[here, k - 1] = (q[0] - q[1]).square().sum(1) / 2
+            if rank == 1:
+                began = time.perf_counter()
+                recorder.backward(logits, cotangents(logits, "exact"))
+                task.backward.append((time.perf_counter() - began) / len(logits))
+    return found
+
+
+def flat(q: dict[str, Tensor]) -> Tensor:
+    """[N, D], float64."""
+    return torch.cat([v.double() for v in q.values()], 1)
+
+
+def tolerance(
+    task: Task, network: nn.Module, parameters: list[str], goal: float
+) -> tuple[FisherDiagonal, int, int, int]:
+    """The estimate within the goal; images visited, backward passes and draws."""
+    visits, cost, rounds = 0, 0, 0
+
+    def visit(allocation: Allocation) -> FisherDiagonal:
+        nonlocal visits, cost, rounds
+        visits, rounds = visits + len(allocation.examples), rounds + 1
+        cost += passes(allocation, task.need.spectrum.shape[1])
+        return fisher(
+            network,
+            (task.images[batch] for batch in allocation.batches(BATCH)),
+            parameters=parameters,
+            weights=task.weights,
+            self_check=rounds == 1,
+            estimator_error=True,
+            allocation=allocation,
+        )
+
+    return until(task.need, goal, visit), visits, cost, rounds
+
+
+def measure(probe: Probe, classes: int, head: str, count: int) -> None:
+    task = Task.of(probe, classes, head, count)
+    n, rank = task.need.spectrum.shape
+    most = min(rank, MOST)
+    parameters = probe.embedding_parameters()
+    with probe.with_head(task.head) as network:
+        left = variances(task, network, parameters)
+        drawn = {goal: tolerance(task, network, parameters, goal) for goal in GOALS}
+        exact = None
+        if classes <= 10:
+            batches = task.images.split(BATCH)
+            exact = fisher(network, batches, "exact", parameters=parameters, weights=task.weights).vector()
+    norm = float(drawn[min(GOALS)][0].vector().norm())
+    a = (task.weights / task.weights.sum()).double()
+    ways = {"equal": [torch.full((n,), k) for k in range(1, most + 1)]}
+    ways["by spectrum"] = [share_out(task.need, m).clamp_max(most) for m in AVERAGES if m <= most]
+    for way in (*ways, "tolerance"):
+        cells = []
+        for goal in GOALS:
+            if way == "tolerance":
+                found, visits, cost, rounds = drawn[goal]
+                error = f"{found.relative_error():.3f}"
+                if exact is not None:
+                    error += f" ({float((found.vector() - exact).norm() / exact.norm()):.3f})"
+                again = f" in {rounds} draws" if rounds > 1 else ""
+                spent = f"{cost / n:.2f}, {visits} images{again}"
+            else:
+                errors = [float((a.square() @ left[torch.arange(n), k - 1]).sqrt()) / norm for k in ways[way]]
+                enough = [k for k, e in enumerate(errors) if e <= goal]
+                if not enough:
+                    cells += [f"above {most}", "", f"{errors[-1]:.3f}"]
+                    continue
+                visits, cost = n, passes(everyone(ways[way][enough[0]]).ordered())
+                error, spent = f"{errors[enough[0]]:.3f}", f"{cost / n:.2f}"
+            cells += [spent, f"{1000 / n * task.seconds(visits, cost):.1f}", error]
+        print("|", " | ".join([f"{classes:,}", f"`{head}`", f"{task.confidence:.4f}", way, *cells]), "|", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--classes", type=int, nargs="+", default=[2, 10, 100, 1000])
+    parser.add_argument("--heads", nargs="+", choices=("newton", "early"), default=["newton", "early"])
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--size", type=int, default=64)
+    arguments = parser.parse_args()
+    probe = load_probe()
+    probe.preprocessing = replace(probe.preprocessing, resize=arguments.size, crop=arguments.size)
+    goals = [c for g in GOALS for c in (f"passes an image, {g:.0%}", "s for 1,000 images", "error")]
+    columns = ["classes", "head", "top probability", "cotangents", *goals]
+    print(f"{arguments.images} images at {arguments.size} pixels, {torch.get_num_threads()} threads\n")
+    print("|", " | ".join(columns), "|\n" + "| --- " * len(columns) + "|", flush=True)
+    for classes in arguments.classes:
+        for head in arguments.heads:
+            measure(probe, classes, head, arguments.images)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What embeddings say: distances, selection of feature extractors, pictures, the map."""

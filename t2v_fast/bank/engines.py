@@ -1,0 +1,208 @@
+"""Where workers live: in processes of this machine, or in this process. A worker embeds one work at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from ..embedding import Embedding
+from ..tasks import sources
+from ..tasks.pipeline import Task2Vec
+from .job import Work
+
+Factory = Callable[[], Task2Vec]
+
+
+@dataclass
+class Result:
+    """What became of a :class:`Work`: embeddings, errors of tasks, and what was worth a warning."""
+
+    embeddings: list[Embedding] = field(default_factory=list)
+    errors: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def perform(task2vec: Task2Vec, work: Work) -> Result:
+    """Embed the tasks of one work; what goes wrong is in the result, under the task's name."""
+    result = Result()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        if not _perform_shared(task2vec, work, result):
+            for task in work.tasks:
+                try:
+                    result.embeddings.append(task2vec.embed(work.data(task)))
+                except Exception as error:  # a task may fail in any way, the others go on
+                    result.errors[task] = f"{type(error).__name__}: {error}"
+    result.notes = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    return result
+
+
+def _perform_shared(task2vec: Task2Vec, work: Work, result: Result) -> bool:
+    """Embed tasks over the same images in one pass; False where that is not possible, or one of them fails."""
+    if len(work.tasks) < 2:
+        return False
+    try:
+        pool = sources.pool(work.table(), work.tasks)
+        if pool is None:
+            return False
+        files, labels = pool
+        found = task2vec.embed_label_sets(
+            files,
+            {task: codes for task, (codes, _) in labels.items()},
+            classes={task: classes for task, (_, classes) in labels.items()},
+            skip_unreadable=work.skip_unreadable,
+        )
+    except Exception:  # alone, each task fails or succeeds for itself
+        return False
+    result.embeddings = list(found.values())
+    return True
+
+
+class Engine(ABC):
+    """Where workers live. A worker is a number; it makes its pipeline once and does one work at a time."""
+
+    @abstractmethod
+    def start(self) -> int:
+        """Begin a worker."""
+
+    @abstractmethod
+    def submit(self, worker: int, work: Work) -> None:
+        """Give an idle worker work."""
+
+    @abstractmethod
+    def events(self, timeout: float) -> list[tuple[int, Any]]:
+        """What happened within ``timeout`` seconds: (worker, fingerprint when it is ready, a :class:`Result`, or an
+        exception: a :class:`WorkerDied`, or what its factory raised)."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End all workers."""
+
+
+class WorkerDied(RuntimeError):
+    """A worker is gone."""
+
+
+class Processes(Engine):
+    """Worker processes on this machine, each with ``threads`` threads."""
+
+    def __init__(self, factory: Factory, threads: int) -> None:
+        self.factory, self.threads = factory, threads
+        self._workers: dict[int, tuple[multiprocessing.Process, Connection]] = {}
+        # A fork would inherit locks and threads of torch.
+        self._context = multiprocessing.get_context("spawn")
+        self._started = 0
+
+    def start(self) -> int:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_work, args=(theirs, self.factory, self.threads), daemon=False)
+        process.start()
+        theirs.close()
+        self._started += 1
+        self._workers[self._started] = process, ours
+        return self._started
+
+    def submit(self, worker: int, work: Work) -> None:
+        with contextlib.suppress(OSError):  # it just died, as events() will say
+            self._workers[worker][1].send(work)
+
+    def events(self, timeout: float) -> list[tuple[int, Any]]:
+        connections = {connection: worker for worker, (_, connection) in self._workers.items()}
+        found = []
+        for connection in wait(list(connections), timeout):
+            worker = connections[connection]
+            try:
+                found.append((worker, connection.recv()))
+            except Exception:  # an end, or half a message
+                process, _ = self._workers.pop(worker)
+                connection.close()
+                process.join(10)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+                found.append((worker, WorkerDied(_cause(process.exitcode))))
+        return found
+
+    def pids(self) -> list[int]:
+        """The processes that are alive."""
+        return [process.pid for process, _ in self._workers.values()]
+
+    def close(self) -> None:
+        for process, connection in self._workers.values():
+            connection.close()
+            process.terminate()
+        for process, _ in self._workers.values():
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._workers.clear()
+
+
+def _cause(status: int | None) -> str:
+    if status is not None and status < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-status).name}"
+    return f"it ended with status {status}"
+
+
+def _work(connection: Connection, factory: Factory, threads: int) -> None:
+    """A worker process: the pipeline is made once, then tasks come one at a time."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
+    torch.set_num_threads(threads)
+    try:
+        task2vec = factory()
+        connection.send(task2vec.fingerprint())
+    except Exception as error:
+        connection.send(RuntimeError(f"{type(error).__name__}: {error}"))
+        return
+    with contextlib.suppress(EOFError, OSError):  # the driver is gone
+        while True:
+            connection.send(perform(task2vec, connection.recv()))
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent does, be it in the middle of a task."""
+    wait([parent])
+    os._exit(1)
+
+
+class Here(Engine):
+    """The work is done in this process, when events are asked for."""
+
+    def __init__(self, factory: Factory) -> None:
+        self.task2vec = factory()
+        self._events: list[tuple[int, Any]] = []
+        self._work: Work | None = None
+
+    def start(self) -> int:
+        self._events.append((0, self.task2vec.fingerprint()))
+        return 0
+
+    def submit(self, worker: int, work: Work) -> None:
+        self._work = work
+
+    def events(self, timeout: float) -> list[tuple[int, Any]]:
+        if self._work is not None:
+            work, self._work = self._work, None
+            return [(0, perform(self.task2vec, work))]
+        found, self._events = self._events, []
+        if not found:
+            time.sleep(timeout)
+        return found
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,370 @@
+"""Job: a YAML or TOML file that lists tasks, a probe and settings.
+
+.. code-block:: yaml
+
+    probe: efficientnet-lite0             # or {name: ..., weights: ..., head: ..., size: 96}
+    settings: {estimator: deflated, samples: 2, batch_size: 32, seed: 0}
+    tasks:
+      - folder: flowers                   # one sub-folder a class; the task is called flowers
+      - folders: collections              # each sub-folder is a task
+      - {name: birds, csv: birds.csv, path: file, label: species}
+      - {name: scenes, csv: scenes.csv, labels: [sky, sea]}         # one multi-label task
+      - {name: attributes, table: cub.csv, path: file}              # each other column is a task over the same images
+      - {name: digits, dataset: mnist/train, image: image, label: label}    # written by datasets.save_to_disk
+      - {name: web, shards: "web/*.tar", label: cls}                # WebDataset
+
+Paths count from the file's folder, those in a CSV from the CSV's, and none may lead out of the root: the folder of the
+job file unless another is given.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ..estimation.cotangents import ESTIMATORS
+from ..estimation.estimator import BATCH_MEAN
+from ..tasks import probe as probes
+from ..tasks import sources
+from ..tasks.data import TASK_TYPES, DataError, TaskData
+from ..tasks.head import METHODS
+from ..tasks.pipeline import Task2Vec
+from .store import BankError, check_name
+
+TOGETHER = 16  # tasks that share images in one work: more gain little, and are lost together with a worker
+LARGEST = 64 << 20  # bytes of a job file
+
+
+class JobError(ValueError):
+    """A job that cannot be run; the message names the file, and the task and key where there are any."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker does at a time: tasks that share their images, usually one. Small: it travels between machines."""
+
+    kind: str
+    tasks: dict[str, str]  # names of tasks, and the label columns of those that share images
+    paths: tuple[Path, ...]
+    options: dict[str, Any]
+    root: Path | None  # no path leads out of it; None: anywhere
+    skip_unreadable: bool = False
+
+    def data(self, task: str) -> TaskData:
+        """One of the tasks; DataError, naming it, for data that cannot be used."""
+        return _READERS[self.kind](self, task)
+
+    def table(self) -> sources.Table:
+        """The table that the tasks share."""
+        return _table(self, next(iter(self.tasks)), sorted(set(self.tasks.values())))
+
+
+@dataclass(frozen=True)
+class Job:
+    """Tasks, probe and settings; see :func:`load_job`."""
+
+    file: Path
+    probe: dict[str, Any]
+    settings: dict[str, Any]
+    work: tuple[Work, ...] = field(repr=False)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of all tasks, in order."""
+        return [task for work in self.work for task in work.tasks]
+
+    def task2vec(self) -> Task2Vec:
+        """The pipeline that embeds the tasks; JobError for settings that do not fit."""
+        options = dict(self.probe)
+        size = options.pop("size", None)
+        probe = probes.load_probe(**options)
+        try:
+            if size is not None:
+                probe.preprocessing = replace(probe.preprocessing, resize=size, crop=size)
+            settings = dict(self.settings)
+            if "dtype" in settings:
+                settings["dtype"] = getattr(torch, settings["dtype"])
+            return Task2Vec(probe, **settings)
+        except (TypeError, ValueError) as error:
+            raise JobError(f"{self.file}: settings: {error}") from error
+
+
+def load_job(file: str | os.PathLike, *, root: str | os.PathLike | None = None, allow_outside: bool = False) -> Job:
+    """Read a job file, YAML or (by its suffix) TOML, and check all of it that needs no image.
+
+    ``root``: the folder out of which no path may lead, symbolic links followed; ``allow_outside`` lifts that. Raises
+    JobError for anything that is not as described above.
+    """
+    file = Path(file)
+    try:
+        if file.stat().st_size > LARGEST:
+            raise JobError(f"{file} has {file.stat().st_size} bytes, more than a job file may have ({LARGEST})")
+        text = file.read_bytes().decode()
+        content = tomllib.loads(text) if file.suffix.lower() == ".toml" else yaml.load(text, Loader=_Loader)
+    except OSError as error:
+        raise JobError(f"{file} cannot be read: {error.strerror or error}") from None
+    except JobError:
+        raise
+    except (ValueError, TypeError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        kind = "TOML" if file.suffix.lower() == ".toml" else "YAML"
+        raise JobError(f"{file} is no {kind}: {' '.join(str(error).split()) or type(error).__name__}") from None
+    return _Checker(file, None if allow_outside else Path(root or file.parent).resolve()).job(content)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe subset, in which a key stands once."""
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key stands twice, or << is used", node.start_mark)
+        return mapping
+
+
+SETTINGS: dict[str, tuple[type, tuple | None]] = {  # type, and the values that are allowed
+    "estimator": (str, (*ESTIMATORS, BATCH_MEAN)),
+    "samples": (int, None),
+    "task_type": (str, tuple(TASK_TYPES)),
+    "balanced": (bool, None),
+    "head": (str, METHODS),
+    "head_options": (dict, None),
+    "batch_size": (int, None),
+    "num_workers": (int, None),
+    "cache_megabytes": (int, None),
+    "cache_folder": (str, None),
+    "device": (str, None),
+    "dtype": (str, ("float32", "float64", "bfloat16", "float16")),
+    "seed": (int, None),
+    "self_check": (bool, None),
+    "skip_unreadable": (bool, None),
+}
+LEAST = {"samples": 1, "batch_size": 1, "num_workers": 0, "cache_megabytes": 0, "seed": 0, "size": 1}
+PROBE: dict[str, tuple[type, tuple | None]] = {
+    "name": (str, None),
+    "weights": (str, None),
+    "head": (str, None),
+    "size": (int, None),
+}
+KINDS: dict[str, dict[str, Any]] = {  # key that holds the place: other keys and their defaults
+    "folder": {},
+    "folders": {},
+    "csv": {"path": "path", "label": None, "labels": None},
+    "table": {"path": "path", "labels": None},
+    "dataset": {"image": "image", "label": "label"},
+    "shards": {"label": "cls"},
+}
+
+
+class _Checker:
+    """Turns what a file holds into a Job."""
+
+    def __init__(self, file: Path, root: Path | None) -> None:
+        self.file, self.root, self.folder = file, root, file.parent
+
+    def job(self, content: Any) -> Job:
+        self._mapping(content, {"probe", "settings", "tasks"}, "")
+        probe = content.get("probe", {})
+        probe = {"name": probe} if isinstance(probe, str) else probe
+        self._typed(probe, PROBE, "probe: ")
+        probe = dict(probe)
+        if probe.get("weights") not in (None, "default", "none"):
+            probe["weights"] = str(self._path(probe["weights"], "probe: weights: "))
+        settings = content.get("settings", {})
+        self._typed(settings, SETTINGS, "settings: ")
+        settings = dict(settings)
+        skip = settings.pop("skip_unreadable", False)
+        if "cache_folder" in settings:
+            settings["cache_folder"] = str(self._path(settings["cache_folder"], "settings: cache_folder: "))
+        entries = content.get("tasks")
+        if not isinstance(entries, list) or not entries:
+            raise self._error(f"tasks: got {_shown(entries)}, expected a list of at least one task")
+        multilabel = settings.get("task_type") == "multilabel"
+        work, names = [], {}
+        for number, entry in enumerate(entries, 1):
+            for w in self._task(entry, number, multilabel):
+                for name in w.tasks:
+                    where = f"task {number} ({name!r}): "
+                    try:
+                        check_name(name)
+                    except BankError as error:
+                        raise self._error(f"{where}name: {error}") from None
+                    if name in names:
+                        raise self._error(f"{where}name: task {names[name]} is called so too")
+                    names[name] = number
+                work.append(replace(w, skip_unreadable=skip))
+        return Job(self.file, probe, settings, tuple(work))
+
+    def _task(self, entry: Any, number: int, multilabel: bool) -> Iterator[Work]:
+        where = f"task {number}: "
+        if not isinstance(entry, dict):
+            raise self._error(f"{where}got {_shown(entry)}, expected a mapping with one of the keys {', '.join(KINDS)}")
+        where = f"task {number} ({str(entry['name'])[:80]!r}): " if "name" in entry else where
+        kinds = [kind for kind in KINDS if kind in entry]
+        if len(kinds) != 1:
+            self._mapping(entry, {"name", *KINDS, *(key for keys in KINDS.values() for key in keys)}, where)
+            raise self._error(
+                f"{where}has {' and '.join(kinds) or 'none'} of the keys {', '.join(KINDS)}, expected one"
+            )
+        kind = kinds[0]
+        self._mapping(entry, {"name", kind, *KINDS[kind]}, where)
+        for key, value in entry.items():
+            many = key == "labels" or (key == "shards" and isinstance(value, list))
+            if many and not (isinstance(value, list) and value and all(isinstance(v, str) and v for v in value)):
+                raise self._error(f"{where}{key}: got {_shown(value)}, expected a list of names")
+            if many and len(set(value)) < len(value):
+                raise self._error(f"{where}{key}: one name stands twice")
+            if not many and not (isinstance(value, str) and value):
+                raise self._error(f"{where}{key}: got {_shown(value)}, expected text")
+        options = {key: entry.get(key, default) for key, default in KINDS[kind].items()}
+        if kind == "csv" and (options["label"] is None) == (options["labels"] is None):
+            raise self._error(f"{where}expected either label (one column) or labels (columns of 0 and 1)")
+        if multilabel != (kind == "csv" and options["labels"] is not None):
+            expected = "csv with labels" if multilabel else "task_type: multilabel in settings"
+            raise self._error(f"{where}one bank holds tasks of one type: expected {expected}")
+        yield from self._work(kind, entry, options, where)
+
+    def _work(self, kind: str, entry: Mapping[str, Any], options: dict[str, Any], where: str) -> Iterator[Work]:
+        if kind == "shards":
+            paths = self._shards(entry["shards"], where)
+        else:
+            paths = (self._path(entry[kind], f"{where}{kind}: "),)
+            expected = "file" if kind in ("csv", "table") else "folder"
+            if not (paths[0].is_file() if expected == "file" else paths[0].is_dir()):
+                raise self._error(f"{where}{kind}: there is no {expected} {entry[kind]!r}")
+        if kind == "folders":
+            prefix = f"{entry['name']}/" if "name" in entry else ""
+            folders = sorted(p for p in paths[0].iterdir() if p.is_dir() and p.name[0] != ".")
+            if not folders:
+                raise self._error(f"{where}folders: {entry[kind]!r} has no sub-folder")
+            for folder in folders:
+                inside = self._path(str(folder.absolute()), f"{where}folders: ")
+                yield Work("folder", {f"{prefix}{folder.name}": ""}, (inside,), {}, self.root)
+            return
+        name = entry.get("name") or (paths[0].name if kind == "folder" else None)
+        if name is None:
+            raise self._error(f"{where}name: is missing")
+        work = Work(kind, {name: ""}, paths, options, self.root)
+        if kind == "table":
+            try:
+                table = _table(work, name, options["labels"])
+            except DataError as error:
+                raise self._error(f"{where}table: {error}") from None
+            labels = list(table.cells)
+            for start in range(0, len(labels), TOGETHER):
+                tasks = {f"{name}/{label}": label for label in labels[start : start + TOGETHER]}
+                yield replace(work, tasks=tasks)
+            return
+        yield work
+
+    def _shards(self, given: str | list[str], where: str) -> tuple[Path, ...]:
+        paths: list[Path] = []
+        for pattern in [given] if isinstance(given, str) else given:
+            folder, file = os.path.split(pattern)
+            if "*" in folder or "?" in folder:
+                raise self._error(f"{where}shards: {pattern!r} has a wildcard before its last part")
+            place = self._path(folder or ".", f"{where}shards: ")
+            try:
+                found = sorted(place.glob(file)) if file not in ("", ".", "..") else []
+            except (ValueError, NotImplementedError, OSError) as error:
+                raise self._error(f"{where}shards: {pattern!r} is no pattern: {error}") from None
+            if not found:
+                raise self._error(f"{where}shards: no file is called {pattern!r}")
+            paths += [self._path(str(p), f"{where}shards: ") for p in found]
+        return tuple(paths)
+
+    def _path(self, given: str, where: str) -> Path:
+        try:
+            return confine(given, self.folder, self.root)
+        except ValueError as error:
+            raise self._error(f"{where}{error}") from None
+
+    def _mapping(self, value: Any, keys: set[str], where: str) -> None:
+        if not isinstance(value, dict):
+            raise self._error(f"{where}got {_shown(value)}, expected a mapping with {', '.join(sorted(keys))}")
+        for key in value:
+            if key not in keys:
+                near = difflib.get_close_matches(str(key)[:80], keys, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(sorted(keys))}"
+                raise self._error(f"{where}unknown key {_shown(key)}: {hint}")
+
+    def _typed(self, value: Any, keys: Mapping[str, tuple[type, tuple | None]], where: str) -> None:
+        self._mapping(value, set(keys), where)
+        for key, given in value.items():
+            kind, choices = keys[key]
+            if not isinstance(given, kind) or (isinstance(given, bool) and kind is not bool):
+                raise self._error(f"{where}{key}: got {_shown(given)}, expected {_WORDS[kind]}")
+            if choices is not None and given not in choices:
+                raise self._error(f"{where}{key}: got {_shown(given)}, expected one of {', '.join(choices)}")
+            if key in LEAST and not LEAST[key] <= given < 1 << 62:
+                raise self._error(f"{where}{key}: got {_shown(given)}, expected at least {LEAST[key]}")
+
+    def _error(self, text: str) -> JobError:
+        return JobError(f"{self.file}: {text}")
+
+
+_WORDS = {str: "text", int: "a whole number", bool: "true or false", dict: "a mapping"}
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
+    return text if len(text) < 90 else f"{text[:80]}..."
+
+
+def confine(given: str, folder: Path, root: Path | None) -> Path:
+    """``given``, which counts from ``folder``, as a path without links; ValueError if it leads out of ``root``."""
+    try:
+        path = (folder / given).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a loop of links, a name too long
+        raise ValueError(f"{given[:80]!r} is no path: {error}") from None
+    if root is not None and not path.is_relative_to(root):
+        raise ValueError(f"{given[:200]!r} leads out of {root}; if it should, allow that (--allow-outside)")
+    return path
+
+
+def _table(work: Work, task: str, labels: Sequence[str] | None) -> sources.Table:
+    file = work.paths[0]
+    return sources.Table(file, work.options["path"], labels, lambda path: confine(path, file.parent, work.root), task)
+
+
+def _read_folder(work: Work, task: str) -> TaskData:
+    return TaskData.of(work.paths[0], name=task, skip_unreadable=work.skip_unreadable)
+
+
+def _read_csv(work: Work, task: str) -> TaskData:
+    labels = work.options["labels"]
+    if labels is not None:
+        return sources.multilabel_task(_table(work, task, labels), labels, task, work.skip_unreadable)
+    label = work.options["label"]
+    return sources.table_task(_table(work, task, [label]), label, task, work.skip_unreadable)
+
+
+def _read_table(work: Work, task: str) -> TaskData:
+    label = work.tasks[task]
+    return sources.table_task(_table(work, task, [label]), label, task, work.skip_unreadable)
+
+
+def _read_dataset(work: Work, task: str) -> TaskData:
+    return sources.saved_dataset(
+        work.paths[0], work.options["image"], work.options["label"], task, work.skip_unreadable
+    )
+
+
+def _read_shards(work: Work, task: str) -> TaskData:
+    return sources.shards_task(work.paths, work.options["label"], task, work.skip_unreadable)
+
+
+_READERS: dict[str, Callable[[Work, str], TaskData]] = {
+    "folder": _read_folder,
+    "csv": _read_csv,
+    "table": _read_table,
+    "dataset": _read_dataset,
+    "shards": _read_shards,
+}

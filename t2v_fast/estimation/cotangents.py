@@ -1,0 +1,182 @@
+"""Which directions to backpropagate: an estimator of the Fisher is only a choice of cotangents of the logits.
+
+With S_n the Fisher of the logits of example n (softmax: diag(p) - p p^T), any cotangents with E[sum_k u_k u_k^T] = S_n
+give sum_k (J_n^T u_k)^2 with the diagonal Fisher as its expectation, since each entry is a quadratic form in u.
+
+===============  ================================================================================================
+``exact``        a factor of S_n: no sampling error, C - 1 cotangents for a softmax over C classes
+``deflated``     the leading samples - 1 eigenvectors of S_n, and one random-sign sketch of all others; unbiased.
+                 ``samples`` may differ from example to example (:mod:`t2v_fast.estimation.allocation`)
+``hutchinson``   random-sign sketches of the whole factor (Hutchinson, 1989); unbiased
+``monte_carlo``  scores of labels drawn from the model, as in Task2Vec's public code; unbiased
+``empirical``    the score of the data set's own label (the "empirical Fisher": another quantity than the Fisher)
+===============  ================================================================================================
+
+Everything is float64 on the CPU: a confident head has 1 - p around 1e-7, which float32 cannot hold, and drawing signs
+on the CPU in example order makes a seed give the same numbers on every device and at every batch size. Where examples
+come in another order or not all, each has a seed of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .likelihoods import Likelihood, Softmax, get_likelihood, random_signs
+
+ESTIMATORS = ("exact", "deflated", "hutchinson", "monte_carlo", "empirical")
+LARGEST_EXACT = 2**30  # numbers that the cotangents of all tokens may hold
+LEVELS = ("token", "sequence")
+
+
+def check_estimator(estimator: str, samples: int | Tensor) -> None:
+    """Raise ValueError for an unknown estimator or a number of cotangents that makes no sense."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"unknown estimator {estimator!r}: expected one of {', '.join(ESTIMATORS)}")
+    least = samples if not isinstance(samples, Tensor) else int(samples.min()) if len(samples) else 1
+    if least < 1:
+        raise ValueError(f"samples is {least}, expected at least one cotangent for each example")
+
+
+def cotangents(
+    logits: Tensor,
+    estimator: str = "deflated",
+    samples: int | Tensor = 2,
+    likelihood: str | Likelihood = "softmax",
+    labels: Tensor | None = None,
+    generator: torch.Generator | Tensor | None = None,
+    mask: Tensor | None = None,
+    level: str = "token",
+    sketches: int = 1,
+) -> Tensor:
+    """The cotangents of one batch: u [K, N, C] for logits [N, C], in the logits' dtype and on their device.
+
+    ``samples`` counts the cotangents of the sampling estimators (``deflated`` may return fewer, when they are exact,
+    and has one more for each of the ``sketches`` beyond the first, which come last and differ by chance alone);
+    ``labels`` are needed by ``empirical`` alone: [N] class indices for softmax, [N, C] targets otherwise. Without a
+    ``generator`` the default one of torch is used. Raises ValueError naming what does not fit.
+
+    For ``deflated`` cotangents of logits [N, C], ``samples`` may be [N] integers, one number for each example: K is
+    that of the largest, and u is zero where an example has fewer. ``generator`` may be [N] seeds, int64, of the
+    examples: one's signs are then the same in whatever batch it comes.
+
+    Logits [N, T, C] have a label at each of T tokens, independent given the input, as a language model's are given the
+    text before them; u is [K, N, T, C], labels [N, T] (or [N, T, C]). Where ``mask`` [N, T] is false, there is no label
+    and u is zero. All tokens of a sequence share a backward pass: with independent signs, or independent labels, the
+    products of two tokens' gradients vanish in expectation, and the square is that of each token, summed. ``exact``
+    takes one pass for each token and direction. For ``empirical``, ``level="sequence"`` squares the gradient of the
+    whole sequence's log-likelihood instead.
+    """
+    check_estimator(estimator, samples)
+    model = get_likelihood(likelihood)
+    if logits.dim() not in (2, 3) or not logits.is_floating_point():
+        raise ValueError(f"logits are {list(logits.shape)} {logits.dtype}, expected floating point [N, C] or [N, T, C]")
+    if sketches < 1 or (sketches > 1 and (estimator != "deflated" or logits.dim() == 3)):
+        raise ValueError(f"sketches is {sketches}: more than one is for 'deflated' cotangents of logits [N, C]")
+    own = isinstance(samples, Tensor) or isinstance(generator, Tensor)
+    if own and (estimator != "deflated" or logits.dim() == 3):
+        raise ValueError(
+            f"samples or seeds of each example are for 'deflated' cotangents of logits [N, C], got {estimator!r} of "
+            f"{list(logits.shape)}"
+        )
+    for name, each in (("samples", samples), ("generator", generator)):
+        if isinstance(each, Tensor) and (list(each.shape) != [len(logits)] or each.dtype != torch.int64):
+            raise ValueError(f"{name} are {list(each.shape)} {each.dtype}, expected int64 [{len(logits)}]")
+    if logits.dim() == 3:
+        return _of_tokens(logits, estimator, samples, model, labels, generator, mask, level)
+    if mask is not None:
+        raise ValueError(f"a mask {list(mask.shape)} is for logits [N, T, C], got logits {list(logits.shape)}")
+    z = logits.detach().to("cpu", torch.float64)
+    if not z.isfinite().all():
+        bad = int((~z.isfinite().all(1)).nonzero()[0])
+        raise ValueError(f"the logits of example {bad} of the batch are not finite: {z[bad].tolist()[:8]}")
+    if isinstance(model, Softmax) and z.shape[1] < 2:
+        raise ValueError(
+            "a softmax over one class has no Fisher information: use likelihood='sigmoid', or more classes"
+        )
+    if estimator == "exact":
+        u = model.exact(z)
+    elif estimator == "deflated":
+        u = _deflated(model, z, samples, generator, sketches)
+    elif estimator == "hutchinson":
+        u = model.sketch(z, random_signs(z.shape[0], samples, z.shape[1], generator)) / samples**0.5
+    elif estimator == "monte_carlo":
+        u = model.score(z, model.draw(z, samples, generator)) / samples**0.5
+    else:
+        if labels is None:
+            raise ValueError("estimator 'empirical' needs the labels of the batch, got none")
+        u = model.score(z, _check_labels(labels.cpu(), z, model))[None]
+    return u.to(logits.device, logits.dtype)
+
+
+def _deflated(
+    model: Likelihood, z: Tensor, samples: int | Tensor, source: torch.Generator | Tensor | None, sketches: int
+) -> Tensor:
+    """Leading eigenvectors and sketches; no sketches where nothing is left for any example of the batch."""
+    n, c = z.shape
+    if not isinstance(samples, Tensor):
+        samples = torch.full((n,), samples)
+    rank = model.rank(c)
+    exact = samples >= rank
+    leading = torch.where(exact, rank, samples - 1)
+    signs = random_signs(n, sketches, c, source) / sketches**0.5 * ~exact[:, None]
+    return model.deflated(z, leading, signs[: 0 if exact.all() else sketches])
+
+
+def _of_tokens(
+    logits: Tensor,
+    estimator: str,
+    samples: int,
+    likelihood: Likelihood,
+    labels: Tensor | None,
+    generator: torch.Generator | None,
+    mask: Tensor | None,
+    level: str,
+) -> Tensor:
+    """The cotangents of logits [N, T, C]: every token that is not masked is an example of its own first."""
+    n, t, c = logits.shape
+    if estimator == "exact" and c * t * logits.numel() > LARGEST_EXACT:
+        raise ValueError(
+            f"'exact' needs about {c * t} cotangents of {n} sequences of {t} tokens over {c} labels, a backward "
+            "pass each: use 'deflated'"
+        )
+    if level not in LEVELS:
+        raise ValueError(f"level is {level!r}, expected one of {', '.join(LEVELS)}")
+    if mask is None:
+        mask = torch.ones(n, t, dtype=torch.bool)
+    if list(mask.shape) != [n, t]:
+        raise ValueError(f"the mask is {list(mask.shape)}, expected one entry a token: {[n, t]}")
+    mask = mask.to("cpu", torch.bool)
+    if labels is not None and list(labels.shape[:2]) != [n, t]:
+        raise ValueError(f"labels are {list(labels.shape)}, expected one a token: {[n, t]}")
+    there = mask.to(logits.device)
+    of_each = cotangents(
+        logits[there],
+        estimator,
+        samples,
+        likelihood,
+        None if labels is None else labels.cpu()[mask],
+        generator,
+    )  # [K, tokens, C]
+    if estimator == "deflated" or (estimator == "empirical" and level == "token"):
+        of_each = of_each * random_signs(of_each.shape[1], len(of_each), 1, generator).to(of_each)
+    u = logits.new_zeros((len(of_each), *logits.shape))
+    u[:, there] = of_each
+    if estimator == "exact":  # [K, N, T, C] to [K T, N, T, C], each with one token
+        at = torch.eye(t, dtype=u.dtype, device=u.device)
+        u = (u[:, None] * at[None, :, None, :, None]).flatten(0, 1)
+    return u
+
+
+def _check_labels(labels: Tensor, z: Tensor, model: Likelihood) -> Tensor:
+    n, c = z.shape
+    if isinstance(model, Softmax):
+        whole = not labels.is_floating_point() and labels.dtype != torch.bool
+        if list(labels.shape) != [n] or not whole:
+            raise ValueError(f"labels are {list(labels.shape)} {labels.dtype}, expected integers [{n}]")
+        if n and (int(labels.min()) < 0 or int(labels.max()) >= c):
+            raise ValueError(f"labels go from {labels.min()} to {labels.max()}, expected 0 to {c - 1}")
+        return labels.long()
+    if list(labels.shape) != [n, c]:
+        raise ValueError(f"labels are {list(labels.shape)}, expected targets [{n}, {c}]")
+    return labels.to(z.dtype)

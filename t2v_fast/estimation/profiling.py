@@ -1,0 +1,307 @@
+"""Where the time of a Fisher goes: per layer, against the network alone and against the machine.
+
+>>> report = profile(model, images)
+>>> print(report)  # a table
+>>> report.save_json("profile.json"), report.save_trace("trace.json"), report.save_roofline("roofline.png")
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import io
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from ..files import write_atomically
+from ..gradients.factors import Factors
+from ..gradients.graph import Use, backpropagate
+from ..gradients.recorder import FisherRecorder, ParameterFilter
+from ..gradients.rules import taps_of
+from ..ops import planner
+from .cotangents import check_estimator, cotangents
+from .likelihoods import Likelihood
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """One parameter's part of the Fisher of a batch."""
+
+    parameter: str
+    node: str  # of the autograd graph
+    path: str  # explicit, gram, winograd; pass for one pass over norm or bias operands
+    flops: float  # of the batch, on the path taken
+    bytes: float  # that have to be moved at least
+    seconds: float  # median over the rounds
+    predicted: float | None  # by the planner, on all threads; None where it has nothing to choose
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Measured rates of all threads: of a large matrix product, and of copying more than the caches hold."""
+
+    flops_per_second: float
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What :func:`profile` measured. Seconds are medians, of one batch; memory is in bytes beyond what was there."""
+
+    examples: int
+    cotangents: int
+    dtype: str
+    threads: int
+    estimator: str
+    layers: tuple[LayerProfile, ...]
+    forward: float
+    backward: float  # with the Fisher's ops in it
+    fisher: float  # forward, cotangents and all backward passes
+    floor: float  # forward and as many backward passes, without any weight gradient
+    step: float  # forward and one full backward pass
+    peak_memory: dict[str, int | None]  # of "fisher" and "step"; None where the system does not tell
+    machine: Machine
+    events: tuple[tuple[str, str, float, float], ...] = field(repr=False)  # of one batch: name, kind, start, end
+
+    @property
+    def images_per_second(self) -> float:
+        return self.examples / self.fisher
+
+    def totals(self) -> dict[str, float | None]:
+        memory, step = self.peak_memory["fisher"], self.peak_memory["step"]
+        return {
+            "images_per_second": self.images_per_second,
+            "fisher_over_floor": self.fisher / self.floor,
+            "fisher_over_step": self.fisher / self.step,
+            "peak_memory_over_step": None if memory is None or not step else memory / step,
+        }
+
+    def _share(self, layer: LayerProfile) -> float:
+        """Of the rate that the machine's peaks allow at this layer's flops a byte."""
+        attainable = max(layer.flops / self.machine.flops_per_second, layer.bytes / self.machine.bytes_per_second)
+        return attainable / layer.seconds
+
+    def table(self, slowest: int | None = None) -> Table:
+        """The layers in the order of the backward pass, or the ``slowest``."""
+        layers = self.layers
+        if slowest is not None:
+            layers = sorted(layers, key=lambda layer: -layer.seconds)[:slowest]
+        table = Table("parameter", "path")
+        for column in ("GFLOP", "MiB", "ms", "predicted ms", "GFLOP/s", "of peak"):
+            table.add_column(column, justify="right")
+        for layer in layers:
+            table.add_row(
+                Text(layer.parameter),
+                layer.path,
+                f"{layer.flops / 1e9:.3f}",
+                f"{layer.bytes / MIB:.1f}",
+                f"{1e3 * layer.seconds:.2f}",
+                "" if layer.predicted is None else f"{1e3 * layer.predicted:.2f}",
+                f"{layer.flops / layer.seconds / 1e9:.0f}",
+                f"{100 * self._share(layer):.0f} %",
+            )
+        return table
+
+    def summary(self) -> str:
+        """The totals in a few lines."""
+        ops_seconds = sum(layer.seconds for layer in self.layers)
+        lines = [
+            f"{self.images_per_second:.1f} images/s: {self.examples} images, {self.dtype}, {self.threads} threads, "
+            f"{self.estimator} with {self.cotangents} cotangents an image",
+            f"fisher {1e3 * self.fisher:.1f} ms, of which forward {1e3 * self.forward:.1f} and the ops "
+            f"{1e3 * ops_seconds:.1f}; floor {1e3 * self.floor:.1f}, training step {1e3 * self.step:.1f}",
+            f"fisher / floor {self.fisher / self.floor:.2f}, fisher / step {self.fisher / self.step:.2f}",
+            f"machine: {self.machine.flops_per_second / 1e9:.0f} GFLOP/s, "
+            f"{self.machine.bytes_per_second / 1e9:.1f} GB/s (measured)",
+        ]
+        memory = [f"{name} {used / MIB:.0f} MiB" for name, used in self.peak_memory.items() if used is not None]
+        if memory:
+            lines.append(f"peak memory over the model: {', '.join(memory)}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=120, highlight=False).print(self.table())
+        return text.getvalue() + self.summary()
+
+    def save_json(self, path: str | os.PathLike) -> None:
+        """All that was measured, and the totals."""
+        content = asdict(self)
+        del content["events"]
+        write_atomically(path, json.dumps({**content, "totals": self.totals()}, indent=1).encode())
+
+    def save_trace(self, path: str | os.PathLike) -> None:
+        """One batch in Chrome's trace format, for chrome://tracing or ui.perfetto.dev."""
+        first = min(start for _, _, start, _ in self.events)
+        events = [
+            {
+                "name": name,
+                "cat": kind,
+                "ph": "X",
+                "ts": 1e6 * (start - first),
+                "dur": 1e6 * (end - start),
+                "pid": 0,
+                "tid": 0,
+            }
+            for name, kind, start, end in self.events
+        ]
+        write_atomically(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode())
+
+    def save_roofline(self, path: str | os.PathLike) -> None:
+        """Every layer's rate over its flops a byte, under the machine's two measured limits (PNG)."""
+        from ..analysis import plot
+
+        plot.roofline(self, path)
+
+
+def profile(
+    model: nn.Module,
+    inputs: Tensor,
+    estimator: str = "deflated",
+    samples: int = 2,
+    *,
+    likelihood: str | Likelihood = "softmax",
+    labels: Tensor | None = None,
+    parameters: ParameterFilter = None,
+    forward: Callable[[nn.Module, Any], Tensor] = lambda model, x: model(x),
+    rounds: int = 5,
+) -> Profile:
+    """Measure the Fisher of one batch, layer by layer, in interleaved rounds with the network alone.
+
+    ``inputs`` [N, ...]; the rest as for :func:`t2v_fast.fisher`. ``rounds`` are measured after one that is not.
+    Raises what :func:`t2v_fast.fisher` raises, and ValueError for less than one round.
+    """
+    check_estimator(estimator, samples)
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}, expected at least 1")
+    recorder = FisherRecorder(model, parameters)
+    observed: list[tuple[str, float, float]] = []
+    seconds: dict[str, list[float]] = {name: [] for name in ("forward", "backward", "fisher", "floor", "step")}
+    layer_seconds: list[dict[str, float]] = []
+    work: dict[str, tuple[str, str, planner.Work, float | None]] = {}
+    events: list[tuple[str, str, float, float]] = []
+    memory: dict[str, int | None] = {}
+    count = 0
+
+    # The factors are let go of at once: to keep them would keep every layer's cotangent, and count as peak memory.
+    def observe(use: Use, factors: Factors, cotangents_: int, start: float, end: float) -> None:
+        if use.parameter not in work:
+            predicted = factors.predict(cotangents_)
+            predicted = None if predicted is None else predicted * inputs.shape[0]
+            work[use.parameter] = (use.node.name(), *factors.work(cotangents_), predicted)
+        observed.append((use.parameter, start, end))
+
+    recorder.observer = observe
+
+    def fisher() -> None:
+        nonlocal count
+        start = time.perf_counter()
+        logits = forward(model, inputs)
+        middle = time.perf_counter()
+        u = cotangents(logits, estimator, samples, likelihood, labels)
+        count = u.numel() // logits.numel()
+        between = time.perf_counter()
+        recorder.backward(logits, u)
+        end = time.perf_counter()
+        events[:] = [("forward", "network", start, middle), ("backward", "network", between, end)]
+        seconds["forward"].append(middle - start)
+        seconds["backward"].append(end - between)
+        seconds["fisher"].append(end - start)
+
+    def floor() -> None:
+        start = time.perf_counter()
+        logits = forward(model, inputs)
+        taps = taps_of(logits, recorder.parameters)
+        for k in range(count):
+            backpropagate(logits, torch.ones_like(logits), taps, lambda node, g: None, retain_graph=k + 1 < count)
+        seconds["floor"].append(time.perf_counter() - start)
+
+    def step() -> None:
+        start = time.perf_counter()
+        wanted = list(recorder.parameters.values())
+        torch.autograd.grad(forward(model, inputs).sum(), wanted, allow_unused=True)
+        seconds["step"].append(time.perf_counter() - start)
+
+    with torch.enable_grad(), recorder:
+        for round_ in range(rounds + 1):
+            observed.clear()
+            for run in (fisher, floor, step):
+                if round_ == 0 and run is not floor:
+                    memory[run.__name__] = _peak_memory(run, inputs.device)
+                else:
+                    run()
+                if run is fisher:
+                    spent: dict[str, float] = {}
+                    for name, start, end in observed:
+                        spent[name] = spent.get(name, 0.0) + end - start
+                        events.append((f"{name} ({work[name][1]})", "fisher", start, end))
+                    layer_seconds.append(spent)
+    for measured in seconds.values():
+        del measured[0]
+    layers = []
+    for name, (node, path, todo, predicted) in work.items():
+        spent = statistics.median(each.get(name, 0.0) for each in layer_seconds[1:])
+        n = inputs.shape[0]
+        layers.append(LayerProfile(name, node, path, n * todo.flops, n * todo.bytes, spent, predicted))
+    return Profile(
+        examples=inputs.shape[0],
+        cotangents=count,
+        dtype=str(next(iter(recorder.parameters.values())).dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        estimator=estimator,
+        layers=tuple(layers),
+        **{name: statistics.median(measured) for name, measured in seconds.items()},
+        peak_memory=memory,
+        machine=measure_machine(),
+        events=tuple(events),
+    )
+
+
+@functools.cache
+def measure_machine() -> Machine:
+    """Peak rates in float32, of all of torch's threads: the best of a few runs."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    product = planner.fastest(lambda: a @ b, 10)
+    big = torch.empty(32 * MIB)
+    copy = torch.empty_like(big)
+    moved = planner.fastest(lambda: copy.copy_(big), 5)
+    return Machine(2 * 1024**3 / product, 2 * 4 * big.numel() / moved)
+
+
+def _peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
+    """The most memory that ``run`` had in use beyond what was there before, in bytes; None where nobody can tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:  # Linux: give freed memory back, so that using it again counts, and start the high-water mark anew
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+    except (OSError, AttributeError):
+        run()
+        return None
+    run()
+    return max(_status("VmHWM") - before, 0)
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")

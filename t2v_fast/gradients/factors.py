@@ -1,0 +1,374 @@
+"""The factors of a parameter's per-example gradients, ready for the primitives of :mod:`t2v_fast.ops`."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from .. import ops
+from ..ops import planner, reference
+from .owners import Owner, Shape
+from .ownership import call, dense
+
+CHUNK = 2**24  # entries of per-example gradients that may be held at once, where they have to be
+
+
+@dataclass
+class Reuse:
+    """What is computed once at one node, for several cotangents of a batch or for several parameters."""
+
+    cotangents: int = 1  # how many there will be
+    parameters: int = 1  # how many wanted ones enter the node
+    gram: Tensor | None = None  # of the layer's input, for all cotangents
+    bias: Tensor | None = None  # sums of a norm's bias, found with those of its weight, for this cotangent
+
+
+class Factors(ABC):
+    """The two factors of a parameter's per-example gradients, ready for a primitive."""
+
+    @abstractmethod
+    def filter_sums(self, reuse: Reuse) -> Tensor:
+        """Sums of squares over the filters, or over equal parts of each: q [N, multiple of filters]."""
+
+    @abstractmethod
+    def accumulate_(self, out: Tensor, weight: Tensor) -> None:
+        """out += sum_n weight[n] G_n^2, out contiguous and of as many entries as the parameter, weight [N]."""
+
+    @abstractmethod
+    def gradients(self, start: int, stop: int) -> Tensor:
+        """The gradients of these examples themselves, [stop - start, entries of the parameter]."""
+
+    @abstractmethod
+    def work(self, cotangents: int) -> tuple[str, planner.Work]:
+        """The path that ``filter_sums`` takes, and its work for one example and all its cotangents."""
+
+    def predict(self, cotangents: int) -> float | None:
+        """Seconds that the planner expects for one example and all its cotangents; None where it does not choose."""
+        return None
+
+    def exchanged(self) -> Factors | None:
+        """The same with the filters along the second axis; None where only :meth:`gradients` can tell."""
+        return None
+
+
+class _Layer(Factors):
+    """A convolution of x [N, C, H, W] with cotangent g [N, O, Ho, Wo], or a linear layer seen as one.
+
+    ``of_input``: whether x is the layer's input, whose Gram matrix serves all cotangents. It may be the cotangent, and
+    g the input.
+    """
+
+    @property
+    @abstractmethod
+    def conv(self) -> planner.Conv:
+        """The geometry, for the planner."""
+
+    @abstractmethod
+    def images(self, t: Tensor) -> Tensor:
+        """x or g as images."""
+
+    @abstractmethod
+    def sums(self, path: str) -> Tensor:
+        """Sum of squares over each filter, q [N, filters], by one path."""
+
+    def path(self, cotangents: int) -> str:
+        return planner.choose(self.conv, self.x, cotangents)
+
+    def filter_sums(self, reuse: Reuse) -> Tensor:
+        path = self.path(reuse.cotangents)
+        # A Gram matrix is kept for the next cotangent only where that takes no more memory than the layer itself.
+        if (
+            path == "gram"
+            and self.of_input
+            and reuse.cotangents > 1
+            and self.conv.gram_numel * len(self.x) <= self.x.numel() + self.g.numel()
+        ):
+            if reuse.gram is None:
+                reuse.gram = ops.conv_gram(self.images(self.x), *self.conv.arguments)
+            return ops.sq_gram(reuse.gram, self.images(self.g))
+        return self.sums(path)
+
+    def work(self, cotangents: int) -> tuple[str, planner.Work]:
+        path = self.path(cotangents)
+        return path, planner.work(self.conv, path, self.x.element_size(), cotangents)
+
+    def predict(self, cotangents: int) -> float | None:
+        return planner.predict(self.conv, self.x, self.path(cotangents), cotangents)
+
+
+@dataclass(frozen=True)
+class Outer(_Layer):
+    """G_n = sum_s g x^T; the parameter is [O, I]."""
+
+    x: Tensor  # [N, S, I]
+    g: Tensor  # [N, S, O]
+    of_input: bool = True
+
+    @property
+    def conv(self) -> planner.Conv:
+        return planner.Conv(self.x.shape[2], (1, self.x.shape[1]), self.g.shape[2])
+
+    def path(self, cotangents: int) -> str:
+        # Of one token the gradient has rank one: what sq_outer makes of it is cheaper than any path of a convolution.
+        return "explicit" if self.x.shape[1] == 1 else super().path(cotangents)
+
+    def images(self, t: Tensor) -> Tensor:
+        return t.transpose(1, 2).unsqueeze(2)
+
+    def sums(self, path: str) -> Tensor:
+        return ops.sq_outer(self.x, self.g, path)
+
+    def accumulate_(self, out: Tensor, weight: Tensor) -> None:
+        ops.sq_outer_acc_(out.view(self.g.shape[2], self.x.shape[2]), self.x, self.g, weight)
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        x, g = (reference.widen(t[start:stop]) for t in (self.x, self.g))
+        return (g.mT @ x).flatten(1)
+
+    def exchanged(self) -> Factors | None:
+        return Outer(self.g, self.x, not self.of_input)
+
+
+@dataclass(frozen=True)
+class Convolution(_Layer):
+    """G_n of a convolution; the parameter is [O, C / groups, *kernel]."""
+
+    x: Tensor  # [N, C, H, W]
+    g: Tensor  # [N, O, Ho, Wo]
+    geometry: tuple  # kernel_size, stride, padding, dilation, groups
+    of_input: bool = True
+
+    @property
+    def conv(self) -> planner.Conv:
+        return planner.Conv(self.x.shape[1], tuple(self.x.shape[2:]), self.g.shape[1], *self.geometry)
+
+    def images(self, t: Tensor) -> Tensor:
+        return t
+
+    def sums(self, path: str) -> Tensor:
+        return ops.sq_conv(self.x, self.g, *self.geometry, path)
+
+    def accumulate_(self, out: Tensor, weight: Tensor) -> None:
+        kernel_size, *rest = self.geometry
+        out = out.view(self.g.shape[1], -1, *kernel_size)
+        ops.sq_conv_acc_(out, self.x, self.g, weight, *rest, planner.choose(self.conv, self.x, elementwise=True))
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        return torch.stack(
+            [t.flatten() for t in reference.conv_gradients(self.x[start:stop], self.g[start:stop], *self.geometry)]
+        )
+
+
+@dataclass(frozen=True)
+class Product(Factors):
+    """G_n = sum_s g (x - shift) scale, or sum_s g for a bias; C is all entries of the parameter, in its order."""
+
+    g: Tensor  # [N, S, C]
+    x: Tensor | None = None  # [N, S, C]
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    norm: bool = False  # whether it is the weight of a norm, or its bias, which comes after the weight
+
+    def filter_sums(self, reuse: Reuse) -> Tensor:
+        if self.norm and self.x is None and reuse.bias is not None:
+            q, reuse.bias = reuse.bias, None
+            return q
+        if self.norm and self.x is not None and reuse.parameters > 1:
+            q, reuse.bias = ops.sq_norm(self.g, self.x, self.shift, self.scale)
+            return q
+        return ops.sq_prod(self.g, self.x, self.shift, self.scale)
+
+    def accumulate_(self, out: Tensor, weight: Tensor) -> None:
+        ops.sq_prod_acc_(out.view(-1), self.g, weight, self.x, self.shift, self.scale)
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        return self.terms(start, stop).sum(1)
+
+    def terms(self, start: int, stop: int) -> Tensor:
+        """What is summed over the positions: [stop - start, S, C]."""
+        g = reference.widen(self.g[start:stop])
+        if self.x is None:
+            return g
+        x = self.x[start:stop].to(g.dtype)
+        for t, combine in ((self.shift, torch.sub), (self.scale, torch.mul)):
+            if t is not None:
+                x = combine(x, t[start:stop] if t.dim() == 3 and len(t) > 1 else t)
+        return g * x
+
+    def work(self, cotangents: int) -> tuple[str, planner.Work]:
+        n = self.g[0].numel() * cotangents
+        operands = 1 if self.x is None else 2
+        return "pass", planner.Work((), (), n * operands, n * operands * self.g.element_size())
+
+
+@dataclass(frozen=True)
+class Stacked(Factors):
+    """A convolution over volumes as 2-d ones, a slice of the kernel each; the parameter is [O, C / groups, *kernel].
+
+    A slice is None where it meets nothing but padding; one at least is not.
+    """
+
+    slices: Sequence[Convolution | None]
+
+    @property
+    def seen(self) -> list[Convolution]:
+        return [part for part in self.slices if part is not None]
+
+    def filter_sums(self, reuse: Reuse) -> Tensor:
+        return sum(part.sums(part.path(1)) for part in self.seen)
+
+    def accumulate_(self, out: Tensor, weight: Tensor) -> None:
+        first = self.seen[0]
+        out = out.view(first.g.shape[1], -1, len(self.slices), *first.geometry[0])
+        for k, part in enumerate(self.slices):
+            if part is None:
+                continue
+            squares = torch.zeros_like(out[:, :, k], memory_format=torch.contiguous_format)
+            part.accumulate_(squares, weight)
+            out[:, :, k] += squares
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        first = self.seen[0]
+        shape = (stop - start, first.g.shape[1], -1, *first.geometry[0])
+        some = {k: part.gradients(start, stop).view(shape) for k, part in enumerate(self.slices) if part is not None}
+        zero = torch.zeros_like(next(iter(some.values())))
+        return torch.stack([some.get(k, zero) for k in range(len(self.slices))], 3).flatten(1)
+
+    def work(self, cotangents: int) -> tuple[str, planner.Work]:
+        path, work = self.seen[0].work(cotangents)
+        return path, planner.Work((), (), work.flops * len(self.seen), work.bytes * len(self.seen))
+
+    def predict(self, cotangents: int) -> float | None:
+        seconds = [part.predict(cotangents) for part in self.seen]
+        return None if None in seconds else sum(seconds)
+
+
+@dataclass(frozen=True)
+class Scatter(Factors):
+    """G_n = the rows of g, added up by index: a table [rows, D] that is looked up. Negative indices are left out."""
+
+    index: Tensor  # [N, S]
+    g: Tensor  # [N, S, D]
+    rows: int
+
+    def filter_sums(self, reuse: Reuse) -> Tensor:
+        return ops.sq_scatter(self.index, self.g, self.rows)
+
+    def accumulate_(self, out: Tensor, weight: Tensor) -> None:
+        ops.sq_scatter_acc_(out.view(self.rows, -1), self.index, self.g, weight)
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        index, g = self.index[start:stop], self.g[start:stop]
+        return torch.stack([t.flatten() for t in reference.scatter_gradients(index, g, self.rows)])
+
+    def work(self, cotangents: int) -> tuple[str, planner.Work]:
+        n = self.g[0].numel() * cotangents
+        return "pass", planner.Work((), (), 2 * n, n * self.g.element_size())
+
+
+@dataclass(frozen=True)
+class Summed(Factors):
+    """The sum over several uses, or what flows on from a use to a parameter behind it: gradients, formed and squared.
+
+    Each part comes with the map from its gradients, [k, numbers], to those of the parameter, [k, numel].
+    """
+
+    parts: Sequence[tuple[Factors, Callable[[Tensor], Tensor]]]
+    shape: tuple[int, ...]  # of the parameter
+    examples: int
+    axis: int = 0  # of the filters
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        return sum(onward(part.gradients(start, stop)) for part, onward in self.parts)
+
+    def _chunks(self) -> Sequence[tuple[int, int]]:
+        step = max(1, CHUNK // max(1, math.prod(self.shape)))
+        return [(start, min(start + step, self.examples)) for start in range(0, self.examples, step)]
+
+    def filter_sums(self, reuse: Reuse) -> Tensor:
+        squares = [self.gradients(*chunk).square_().view(-1, *(self.shape or (1,))) for chunk in self._chunks()]
+        return torch.cat([s.movedim(self.axis + 1, 1).flatten(2).sum(2) if s.dim() > 2 else s for s in squares])
+
+    def accumulate_(self, out: Tensor, weight: Tensor) -> None:
+        for start, stop in self._chunks():
+            squares = self.gradients(start, stop).square_()
+            out.view(-1).add_(weight[start:stop].to(squares.dtype) @ squares)
+
+    def work(self, cotangents: int) -> tuple[str, planner.Work]:
+        inner = [part.work(cotangents)[1] for part, _ in self.parts]
+        return "gradients", planner.Work((), (), sum(w.flops for w in inner), sum(w.bytes for w in inner))
+
+
+@dataclass(frozen=True)
+class Called(Factors):
+    """Gradients that the autograd node forms itself, called with the cotangents of one example after the other.
+
+    To be asked for after the backward pass, which must have kept the graph: during one, a node forms only those
+    gradients that the pass asks for.
+    """
+
+    node: Node
+    slot: int
+    shape: Shape  # of that input
+    cotangents: Sequence[Tensor | None]  # of each output
+    owners: Sequence[Owner | None]
+    examples: int
+    exchange: bool = False  # whether the parameter is that input, a matrix, with its axes exchanged
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        template = next(g for g in self.cotangents if g is not None)
+        rows = torch.zeros(
+            stop - start,
+            math.prod(self.shape),
+            dtype=reference.accumulate_dtype(template.dtype),
+            device=template.device,
+        )
+        for row, example in zip(rows, range(start, stop), strict=True):
+            own: list[Tensor | None] = []
+            for g, owner in zip(self.cotangents, self.owners, strict=True):
+                if g is None or owner is None:
+                    own.append(None)
+                    continue
+                mask = owner.field(g.dim(), self.examples) == example
+                own.append(torch.where(mask.to(g.device), g, 0) if bool(mask.any()) else None)
+            if any(g is not None for g in own):
+                found = call(self.node, own)[self.slot]
+                if found is not None:
+                    found = dense(found)
+                    row.copy_((found.mT if self.exchange else found).reshape(-1))
+        return rows
+
+    def _alone(self) -> Summed:
+        return Summed([(self, lambda t: t)], self.shape, self.examples)
+
+    def filter_sums(self, reuse: Reuse) -> Tensor:
+        return self._alone().filter_sums(reuse)
+
+    def accumulate_(self, out: Tensor, weight: Tensor) -> None:
+        self._alone().accumulate_(out, weight)
+
+    def work(self, cotangents: int) -> tuple[str, planner.Work]:
+        return "node by example", planner.Work((), (), 0, 0)
+
+
+def concatenated(factors: Sequence[Factors]) -> Factors | None:
+    """One layer with the positions of several, whose gradients add up; None where they are not of one kind."""
+    first = factors[0]
+    if len(factors) == 1:
+        return first
+    kinds = {type(f) for f in factors}
+    if len(kinds) > 1 or len({f.g.shape[2:] for f in factors if isinstance(f, (Outer, Scatter))}) > 1:
+        return None  # in some layer the parameter is a view of another shape
+    if all(isinstance(f, Outer) and f.of_input == first.of_input and f.x.shape[2] == first.x.shape[2] for f in factors):
+        return Outer(torch.cat([f.x for f in factors], 1), torch.cat([f.g for f in factors], 1), first.of_input)
+    if all(isinstance(f, Scatter) and f.rows == first.rows for f in factors):
+        return Scatter(torch.cat([f.index for f in factors], 1), torch.cat([f.g for f in factors], 1), first.rows)
+    if all(isinstance(f, Product) for f in factors):
+        return Product(torch.cat([f.terms(0, len(f.g)) for f in factors], 1))
+    return None

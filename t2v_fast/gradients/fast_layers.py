@@ -1,0 +1,459 @@
+"""Layers that a CPU computes faster than torch has them, with the same results up to rounding.
+
+Linear layers
+    torch leaves them, in float32, to the BLAS it was built with, and MKL, the usual one, runs at half speed on
+    processors that are not Intel's. oneDNN, which has torch's convolutions, runs at full speed on all.
+Convolutions over images smaller than their kernel
+    multiply zeros of the padding for the most part. As a matrix, from all entries of an image to all of its output,
+    they multiply none.
+3x3 convolutions of channels-last images
+    take a quarter of the multiplications by Winograd's F(4x4, 3x3), which oneDNN does not have. Rounding is up to three
+    times as coarse as in a direct convolution, some 3e-6 of the largest value. bfloat16 is multiplied in fixed point
+    where the processor has dot products of 16-bit integers, which adds about as much as rounding to bfloat16 does, and
+    in float32 elsewhere.
+Depthwise convolutions with strides in bfloat16
+    have an input gradient in oneDNN that takes fifty times as long as in float32, which it goes through instead.
+Batch norms in evaluation mode
+    are linear: the gradient of one is the batch norm without its shift, where torch reads the input again and sums the
+    gradients of the parameters.
+In-place ReLU6
+    tells from its output where it was cut off. torch copies the input first.
+
+docs/performance.md has what each of them gains.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .. import ops
+from ..ops.geometry import conv_output_size, per_axis
+from .graph import views_of
+
+LEAST = 2**22  # multiplications below which a product is not worth the call
+FEW = 4  # pixels of an image, at most, for a 1x1 convolution as a product
+MATRIX = 2  # entries of a convolution's matrix, at most, over those of its weight
+WINOGRAD = 0.75  # multiplications of Winograd's convolution, at most, over those of a direct one
+
+Pair = tuple[int, int]
+
+
+class OneDnnLinear(torch.autograd.Function):
+    """A linear layer by oneDNN: x [..., I], weight [O, I], bias [O] or None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = g.reshape(-1, g.shape[-1])
+        return (
+            _product(g, weight.mT) if _wanted(ctx, 0) else None,
+            rows.mT @ x.reshape(-1, x.shape[-1]) if _wanted(ctx, 1) else None,
+            rows.sum(0) if _wanted(ctx, 2) else None,
+        )
+
+
+class MatrixConvolution(torch.autograd.Function):
+    """A convolution of x [N, C, H, W] as a product with a matrix [pixels O, pixels C]; bias [O] or None.
+
+    The matrix is that of a pixel, which is the weight of a 1x1 convolution, or that of a whole image
+    (:func:`convolution_matrix`). ``geometry``: stride, padding and dilation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, matrix: Tensor, geometry: tuple[Pair, Pair, Pair]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, matrix)
+        ctx.geometry, ctx.groups = geometry, 1
+        if bias is not None:
+            bias = bias.repeat(len(matrix) // len(bias))
+        y = _product(_pixels(x, matrix.shape[1]), matrix, bias)
+        size = conv_output_size(x.shape[2:], weight.shape[2:], *geometry)
+        # Detached, it is no view to autograd, which lets none of a function's outputs be modified in place.
+        return _images(y, len(x), size).detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, matrix = ctx.saved_tensors
+        return (
+            _images(_product(_pixels(g, len(matrix)), matrix.mT), len(x), x.shape[2:]) if _wanted(ctx, 0) else None,
+            *_parameter_gradients(ctx, g, x, weight),
+            None,
+            None,
+        )
+
+
+class WinogradConvolution(torch.autograd.Function):
+    """A 3x3 convolution of stride 1 by :func:`ops.winograd_conv`; ``geometry``: stride, padding and dilation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry, ctx.groups = geometry, 1
+        return ops.winograd_conv(x, weight, bias, geometry[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return (
+            _winograd_gradient(g, weight, ctx.geometry[1]) if _wanted(ctx, 0) else None,
+            *_parameter_gradients(ctx, g, x, weight),
+            None,
+        )
+
+
+class StridedDepthwise(torch.autograd.Function):
+    """A depthwise convolution in bfloat16; ``geometry``: stride, padding and dilation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry, ctx.groups = geometry, x.shape[1]
+        return F.conv2d(x, weight, bias, *geometry, ctx.groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x = None
+        if _wanted(ctx, 0):
+            stride, padding, dilation = ctx.geometry
+            # Pixels beyond those that the last position reads.
+            last = conv_output_size(x.shape[2:], weight.shape[2:], (1, 1), padding, dilation)
+            beyond = [(size - 1) % by for size, by in zip(last, stride, strict=True)]
+            wide = g.float(), weight.float(), None, stride, padding, beyond, ctx.groups, dilation
+            of_x = F.conv_transpose2d(*wide).to(g.dtype)
+        return of_x, *_parameter_gradients(ctx, g, x, weight), None
+
+
+class InPlaceHardtanh(torch.autograd.Function):
+    """x cut off at two values, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, least: float, most: float) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.cuts = least, most
+        x.clamp_(least, most)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.ops.aten.hardtanh_backward(g, *ctx.saved_tensors, *ctx.cuts), None, None
+
+
+class BatchNorm(torch.autograd.Function):
+    """A batch norm in evaluation mode, x [N, C, ...]: its input gradient is the batch norm without the shift."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.eps = eps
+        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, False)  # checks the shapes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, variance = ctx.saved_tensors
+        of_x = None
+        if _wanted(ctx, 0):
+            zero = torch.zeros_like(mean)
+            of_x = torch.native_batch_norm(g, weight, None, zero, variance, False, 0.0, ctx.eps)[0]
+        mask = [False, _wanted(ctx, 1), _wanted(ctx, 2)]
+        of_weight = of_bias = None
+        if any(mask):
+            _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+                g, x, weight, mean, variance, None, None, False, ctx.eps, mask
+            )
+        return of_x, of_weight, of_bias, None, None, None
+
+
+FUNCTIONS = BatchNorm, InPlaceHardtanh, MatrixConvolution, OneDnnLinear, StridedDepthwise, WinogradConvolution
+NODES = frozenset(f"{function.__name__}Backward" for function in FUNCTIONS)
+
+
+def convolution_matrix(weight: Tensor, image: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """A convolution with ``weight`` [O, C, *kernel] over images of a size, as a matrix [Ho Wo O, H W C]."""
+    kernel = tuple(weight.shape[2:])
+    size = conv_output_size(image, kernel, stride, padding, dilation)
+    matrix = weight.new_zeros(*size, len(weight), *image, weight.shape[1])
+    rows, columns = (
+        [
+            (o, k, i)
+            for o in range(size[a])
+            for k in range(kernel[a])
+            if 0 <= (i := o * stride[a] - padding[a] + k * dilation[a]) < image[a]
+        ]
+        for a in (0, 1)
+    )
+    for oy, ky, y in rows:
+        for ox, kx, x in columns:
+            matrix[oy, ox, :, y, x] = weight[:, :, ky, kx]
+    return matrix.view(size[0] * size[1] * len(weight), -1)
+
+
+def _in_batches(g: Tensor) -> bool:
+    """Whether gradients are computed in batches (vmap), of which only torch's own operators know."""
+    return torch._C._dispatch_keys(g).has(DispatchKey.FuncTorchBatched)
+
+
+def _winograd_gradient(g: Tensor, weight: Tensor, padding: Pair) -> Tensor:
+    if _in_batches(g):
+        return F.conv_transpose2d(g, weight, padding=padding)
+    return ops.winograd_conv(g, weight, None, padding, transposed=True)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # Other dtypes torch leaves to oneDNN already, where that has them.
+    if x.dtype != torch.float32 or not torch._C._dispatch_keys(x).has(DispatchKey.CPU) or _in_batches(x):
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _parameter_gradients(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of the weight and the bias of a convolution, the second and third input of its function."""
+    of_weight = None
+    if _wanted(ctx, 1):
+        geometry = *ctx.geometry, False, [0, 0], ctx.groups
+        mask = [False, True, False]
+        of_weight = torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, mask)[1]
+    return of_weight, g.sum((0, 2, 3)) if _wanted(ctx, 2) else None
+
+
+@functools.cache
+def _has_bfloat16_tiles() -> bool:
+    """Whether oneDNN multiplies bfloat16 matrices eight times as fast as float32 ones (AMX)."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def _winograd_cost(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair]) -> float:
+    """Multiplications of Winograd's convolution over those of a direct one; infinite where it cannot be had."""
+    stride, padding, dilation = geometry
+    if (
+        x.dtype not in (torch.float32, torch.bfloat16)
+        or (x.dtype == torch.bfloat16 and _has_bfloat16_tiles())
+        or tuple(weight.shape[1:]) != (x.shape[1], 3, 3)
+        or (bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype))
+        or not ops.winograd_fits((3, 3), stride, dilation, 1)
+        or max(padding) > 2
+        # Whoever has images in another memory format may rely on it.
+        or x.is_contiguous()
+        or not x.is_contiguous(memory_format=torch.channels_last)
+        or not ops.uses_cpu_extension(x)
+    ):
+        return math.inf
+    high, wide = conv_output_size(x.shape[2:], (3, 3), stride, padding, dilation)
+    if min(high, wide) < 1 or x.numel() * len(weight) < LEAST:
+        return math.inf
+    tiles = len(x) * -(-high // 4) * -(-wide // 4)
+    # The transforms of the kernels, which leave the caches where they are many, count as those of so many tiles.
+    kernels = 8 + weight.shape[0] * weight.shape[1] / 2**13
+    return 36 * (tiles + kernels) / (9 * len(x) * high * wide)
+
+
+def _pixels(images: Tensor, width: int) -> Tensor:
+    """[N, C, H, W] to rows of one or more pixels [R, width], a view of channels-last ones."""
+    return images.permute(0, 2, 3, 1).reshape(-1, width)
+
+
+def _images(rows: Tensor, n: int, size: Sequence[int]) -> Tensor:
+    return rows.view(n, *size, -1).permute(0, 3, 1, 2)
+
+
+def _wanted(ctx: Any, slot: int) -> bool:
+    """Whether the backward pass under way asks for that input's gradient; ``needs_input_grad`` says if any could."""
+    if not ctx.needs_input_grad[slot]:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[slot][0])
+    except (RuntimeError, AttributeError):  # a leaf that is asked for, or all are; or not told by this torch
+        return True
+
+
+def _usable(x: Tensor, weight: Tensor | None) -> bool:
+    return (
+        x.device.type == "cpu"
+        and (weight is None or (weight.device.type == "cpu" and weight.dtype == x.dtype))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.compiler.is_compiling()
+        # A parameter, itself or through views, is left to the layers whose rules know it as their input.
+        and not (x.requires_grad and (x.grad_fn is None or views_of(x.grad_fn) is not None))
+    )
+
+
+class FastLayers(TorchFunctionMode):
+    """Within this context layers on a CPU compute as this module has it.
+
+    Matrices of convolutions are kept; ``replaced`` is called with the weight of which one is made.
+    """
+
+    def __init__(self, replaced: Callable[[Tensor], None] = lambda weight: None) -> None:
+        super().__init__()
+        self._replaced = replaced
+        # By the weight's id and the rest of what it depends on: the weight's version, the weight, its matrix.
+        self._matrices: dict[tuple, tuple[int, Tensor, Tensor]] = {}
+        self._in_place: list[tuple[Tensor, int]] = []  # outputs of the last forward pass, and their versions
+        self.written: set[int] = set()  # ids of parameters whose ``data`` the network takes, past their versions
+        self._faster: dict[Callable, Callable] = {
+            F.hardtanh: self._hardtanh,
+            F.batch_norm: self._batch_norm,
+            Tensor.data.__get__: self._data,
+            Tensor.data.__set__: self._set_data,
+        }
+        if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            self._faster |= {F.linear: self._linear, F.conv2d: self._convolution}
+
+    def __enter__(self) -> FastLayers:
+        self._in_place.clear()
+        return super().__enter__()
+
+    def overwritten(self) -> bool:
+        """Whether the network wrote over an output of :class:`InPlaceHardtanh`, which the backward pass would read.
+
+        From then on these are torch's own, and the forward pass must be run again.
+        """
+        changed = any(t._version != version for t, version in self._in_place)
+        self._in_place.clear()
+        if changed:
+            del self._faster[F.hardtanh]
+        return changed
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._faster.get(func, func)(*args, **(kwargs or {}))
+
+    def _data(self, t: Tensor) -> Tensor:
+        self._note_written(t)
+        return t.data
+
+    def _set_data(self, t: Tensor, value: Tensor) -> None:
+        self._note_written(t)
+        t.data = value
+
+    def _note_written(self, t: Tensor) -> None:
+        if isinstance(t, torch.nn.Parameter) and id(t) not in self.written:
+            self.written.add(id(t))
+            for key in [key for key in self._matrices if key[0] == id(t)]:
+                del self._matrices[key]
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = input  # a keyword of torch's
+        if (
+            x.dtype == torch.float32
+            and x.dim() > 1
+            and weight.dim() == 2
+            and x.shape[-1] == weight.shape[1]
+            and x.numel() * len(weight) >= LEAST
+            and _usable(x, weight)
+            and torch._C._get_mkldnn_enabled()
+        ):
+            return OneDnnLinear.apply(x, weight, bias)
+        return F.linear(x, weight, bias)
+
+    def _convolution(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        x = input
+        if isinstance(padding, str) or x.dim() != 4 or not _usable(x, weight):
+            return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        geometry = per_axis(stride, 2), per_axis(padding, 2), per_axis(dilation, 2)
+        if groups == 1:
+            matrix = self._matrix(x, weight, geometry)
+            if matrix is not None:
+                return MatrixConvolution.apply(x, weight, bias, matrix, geometry)
+            if _winograd_cost(x, weight, bias, geometry) <= WINOGRAD:
+                return WinogradConvolution.apply(x, weight, bias, geometry)
+        elif groups == x.shape[1] and x.dtype == torch.bfloat16 and max(geometry[0]) > 1:
+            return StridedDepthwise.apply(x, weight, bias, geometry)
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    def _matrix(self, x: Tensor, weight: Tensor, geometry: tuple[Pair, Pair, Pair]) -> Tensor | None:
+        """As what a convolution computes over images of this size, if that is faster."""
+        if x.shape[1] != weight.shape[1] or not x.numel() or not torch._C._get_mkldnn_enabled():
+            return None
+        kernel, image = tuple(weight.shape[2:]), tuple(x.shape[2:])
+        taps, pixels = kernel[0] * kernel[1], image[0] * image[1]
+        if kernel == (1, 1) and geometry == ((1, 1), (0, 0), (1, 1)):
+            return weight.detach().flatten(1) if pixels <= FEW and x.numel() * len(weight) >= LEAST else None
+        if pixels >= taps:
+            return None
+        size = conv_output_size(image, kernel, *geometry)
+        if min(size) < 1 or pixels * size[0] * size[1] > MATRIX * taps:
+            return None
+        # Made anew for every batch, or not known to change.
+        if weight.grad_fn is not None or weight.is_inference() or id(weight) in self.written:
+            return None
+        key = id(weight), image, geometry
+        if key not in self._matrices or self._matrices[key][0] != weight._version:
+            self._replaced(weight)
+            with torch.no_grad():
+                self._matrices[key] = weight._version, weight, convolution_matrix(weight, image, *geometry)
+        return self._matrices[key][2]
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        own = [t for t in (running_mean, running_var, weight, bias) if t is not None]
+        if (
+            not training
+            and running_mean is not None
+            and running_var is not None
+            # Its own may be of float32, where the input is of less.
+            and ({t.dtype for t in own} in ({input.dtype}, {torch.float32}))
+            and torch.finfo(own[0].dtype).eps <= torch.finfo(input.dtype).eps
+            and all(t.device.type == "cpu" for t in own)
+            and _usable(input, None)
+        ):
+            return BatchNorm.apply(input, weight, bias, running_mean, running_var, eps)
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    def _hardtanh(self, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+        if (
+            inplace
+            and min_val < max_val
+            and input.grad_fn is not None
+            and not input._is_view()
+            and _usable(input, None)
+        ):
+            output = InPlaceHardtanh.apply(input, min_val, max_val)
+            self._in_place.append((output, output._version))
+            return output
+        return F.hardtanh(input, min_val, max_val, inplace)

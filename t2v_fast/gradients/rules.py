@@ -1,0 +1,474 @@
+"""From an autograd node to op calls: the only file to edit for a new layer.
+
+A rule belongs to one kind of node. It says which factors the per-example gradients of a parameter have that enters such
+a node. Where a node has no rule, or the parameter enters it in a way that the rule does not know, the node itself forms
+the gradients, an example at a time (:class:`~t2v_fast.gradients.factors.Called`), which is as exact and takes longer.
+Which entries of the node's output belong to which example is known beforehand (:mod:`t2v_fast.gradients.ownership`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from ..ops.geometry import per_axis
+from .factors import Called, Convolution, Factors, Outer, Product, Scatter, Stacked
+from .fast_layers import NODES
+from .graph import HIDING, Taps, UnsupportedError, Use, find_taps
+from .owners import ListedRows, Owned, Owner, RowLayout, Shape, Sole
+from .transfers import output_shape
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one kind of node yields the factors of the parameters that enter it.
+
+    ``factors(use, g, owner, n)`` gets the cotangent of the node's output and the owners of its entries, n examples.
+    ``knows(use)``: whether it can tell the factors of this use, in which all examples share the parameter.
+    ``check(use)``: why no exact answer exists by any way, to follow "the parameter ... ", or None.
+    """
+
+    factors: Callable[[Use, Tensor, Owner, int], Factors]
+    knows: Callable[[Use], bool]
+    check: Callable[[Use], str | None]
+
+
+RULES: dict[str, Rule] = {}
+
+
+def register_rule(
+    *nodes: str,
+    knows: Callable[[Use], bool] = lambda use: True,
+    check: Callable[[Use], str | None] = lambda use: None,
+) -> Callable:
+    """Make the decorated function the rule of the autograd nodes of these names; a name can be taken only once."""
+
+    def decorate(factors: Callable) -> Callable:
+        for name in nodes:
+            if name in RULES:
+                raise ValueError(f"the autograd node {name!r} already has a rule: {RULES[name].factors.__name__}")
+            RULES[name] = Rule(factors, knows, check)
+        return factors
+
+    return decorate
+
+
+def taps_of(output: Tensor, parameters: dict[str, Tensor], tell_apart: bool = False) -> Taps:
+    """Every use of ``parameters`` in the graph of ``output`` [N, ...]; ``tell_apart`` as in :func:`find_taps`.
+
+    Raises UnsupportedError where layers are hidden in a node of the graph, or examples interact.
+    """
+    custom: list[str] = []
+
+    def met(node: Node, name: str) -> None:
+        if why := HIDING.get(name):
+            raise UnsupportedError(f"the autograd node {name} is in the way: {why}")
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and name not in NODES:
+            custom.append(name)
+
+    taps = find_taps(output, parameters, met, tell_apart)
+    if taps.unused and custom:
+        raise UnsupportedError(
+            f"the parameter {min(taps.unused)!r} is nowhere in the autograd graph, and the custom function "
+            f"{custom[0]}, which is, may hide it: leave the parameter out with parameters=..., or the function"
+        )
+    if (why := taps.ownership.interacting) is not None:
+        raise UnsupportedError(
+            f"the parameter {min(parameters)!r} and others have no per-example gradients: in what is computed from the "
+            f"network's input, {why}. Change the layer that mixes examples"
+        )
+    sharded = [name for name in sorted(taps.unused) if _is_sharded(parameters[name])]
+    if sharded:
+        raise UnsupportedError(
+            f"the parameter {sharded[0]!r} is a DTensor that the output does not depend on, as where FSDP2 "
+            "(fully_shard) gathers parameters outside of the graph: pass the network before it is sharded"
+        )
+    if parameters and taps.unused == parameters.keys():
+        raise UnsupportedError(
+            f"the output depends on none of the wanted parameters ({min(parameters)!r}, ...): run the forward pass "
+            "inside the recorder's context, with the same network, and without detaching"
+        )
+    for name, why in taps.interacting.items():
+        raise UnsupportedError(
+            f"the parameter {name!r} has no per-example gradient: {why}. Leave it out with parameters=..., or change "
+            "the layer"
+        )
+    return taps
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    return type(parameter).__module__.startswith("torch.distributed.tensor")
+
+
+def has_rule(use: Use) -> bool:
+    """Whether a rule tells the factors of this use; else the node itself forms its gradients."""
+    rule = RULES.get(use.node.name())
+    owner = use.owners[0]
+    if rule is None or not (isinstance(owner, Sole) or (isinstance(owner, Owned) and use.shared)):
+        return False
+    return rule.knows(use)
+
+
+def factors_of(use: Use, cotangents: Sequence[Tensor | None], n: int) -> Factors:
+    """The factors of a parameter's per-example gradients at a tap, from the cotangents of the node's outputs."""
+    if has_rule(use) and cotangents[0] is not None:
+        return RULES[use.node.name()].factors(use, cotangents[0], use.owners[0], n)
+    owners = (*use.owners, *[None] * (len(cotangents) - len(use.owners)))
+    return Called(use.node, use.slot, use.shape, cotangents, owners, n, use.transposed)
+
+
+def problem(use: Use) -> str | None:
+    """Why a use has no exact answer by any way, to follow "the parameter ... "; None where it has one."""
+    rule = RULES.get(use.node.name())
+    return None if rule is None else rule.check(use)
+
+
+def _split(t: Tensor, owner: Owner, n: int, axis: int, fill: float = 0) -> Tensor:
+    """[N, S, the other axes of t], where the entries along the axis of the examples are shared out to them.
+
+    ``axis`` is the one whose entries are summed where all of t is of one example.
+    """
+    if isinstance(owner, Owned):
+        rows, axis = owner.rows, owner.axis
+    elif n == 1:
+        rows = RowLayout(1, t.shape[axis])
+    else:
+        rows = ListedRows(torch.full((t.shape[axis],), owner.example))
+    return rows.split(t if axis == 0 else t.movedim(axis, 0), n, fill)
+
+
+def _tokens(t: Tensor, owner: Owner, n: int, trailing: int = 1, fill: float = 0) -> Tensor:
+    """[N, S, ...] with the last axes of t; all others are summed over."""
+    t = _split(t, owner, n, 0, fill)
+    return t if t.dim() == 2 + trailing else t.flatten(1, -1 - trailing)
+
+
+def _own_axes(shape: Shape, whole: Sequence[int]) -> Shape:
+    """``shape`` with leading ones, to as many axes as ``whole``."""
+    return (1,) * (len(whole) - len(shape)) + tuple(shape)
+
+
+def _broadcast(t: Tensor, own: Shape, owner: Owner, n: int) -> Tensor:
+    """t [...] as [N, S, C], for an input of shape ``own`` (of as many axes) that is broadcast to it.
+
+    What the input is broadcast over becomes S, its own axes become C.
+    """
+    if isinstance(owner, Owned):
+        own = (*own[: owner.axis], *own[owner.axis + 1 :])
+    else:
+        t = t.unsqueeze(0)
+    t = _split(t, owner, n, 0)  # [N, S, the other axes]
+    if t.dim() == 3 and own[0] != 1:
+        return t
+    summed = [axis + 2 for axis, size in enumerate(own) if size == 1]
+    kept = [axis + 2 for axis, size in enumerate(own) if size != 1]
+    sizes = (math.prod(t.shape[axis] for axis in axes) for axes in ((1, *summed), kept))
+    return t.permute(0, 1, *summed, *kept).reshape(n, *sizes)
+
+
+def _channels(t: Tensor, owner: Owner, n: int) -> Tensor:
+    """[R, C] or [R, C, *spatial] -> [N, S, C]."""
+    if t.dim() == 2:
+        return _split(t, owner, n, 0)
+    return _tokens(t.flatten(2).transpose(1, 2), owner, n)
+
+
+def _of_rows(use: Use) -> bool:
+    """Whether the parameter is no layer's input, and examples are told apart by rows, not by channels or pixels."""
+    owner = use.owners[0]
+    return use.slot > 0 and (not isinstance(owner, Owned) or owner.axis == 0)
+
+
+def _before_axis(use: Use, axis: int) -> bool:
+    """Whether examples lie along an axis before that one, which may be counted from the end."""
+    owner = use.owners[0]
+    return not isinstance(owner, Owned) or owner.axis < axis % len(output_shape(use.node))
+
+
+@register_rule("ConvolutionBackward0", knows=lambda use: _of_rows(use) and 3 <= len(output_shape(use.node)) <= 5)
+def _convolution(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    node = use.node
+    if use.slot == 2:
+        return Product(_channels(g, owner, n))
+    kernel = use.shape[2:]
+    geometry = [per_axis(getattr(node, f"_saved_{key}"), len(kernel)) for key in ("stride", "padding", "dilation")]
+    x, of_input = node._saved_input, not node._saved_transposed
+    if not of_input:  # the transpose of a convolution that goes from its output to its input
+        x, g = g, x
+    x, g = (_split(t, owner, n, 0) for t in (x, g))  # [N, F, C, *size], F images an example
+    if len(kernel) == 1:  # as a 2-d convolution over images of height 1
+        x, g, kernel = x.unsqueeze(3), g.unsqueeze(3), (1, *kernel)
+        geometry = [(neutral, *given) for neutral, given in zip((1, 0, 1), geometry, strict=True)]
+    stride, padding, dilation = geometry
+    if len(kernel) == 2:
+        return _over_images(x, g, kernel, stride, padding, dilation, node._saved_groups, of_input)
+    slices: list[Convolution | None] = []
+    for k in range(kernel[0]):
+        frames = torch.arange(g.shape[3]) * stride[0] - padding[0] + k * dilation[0]
+        inside = (frames >= 0) & (frames < x.shape[3])
+        if not inside.any():  # this slice of the kernel sees padding only
+            slices.append(None)
+            continue
+        seen = (  # [N, F, C, D, H, W] -> [N, F D', C, H, W]
+            t[:, :, :, at].transpose(2, 3).flatten(1, 2) for t, at in ((x, frames[inside]), (g, inside.nonzero()[:, 0]))
+        )
+        rest = (given[1:] for given in (kernel, stride, padding, dilation))
+        slices.append(_over_images(*seen, *rest, node._saved_groups, of_input))
+    return Stacked(slices)
+
+
+@register_rule("MatrixConvolutionBackward", "StridedDepthwiseBackward", "WinogradConvolutionBackward", knows=_of_rows)
+def _fast_convolution(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    if use.slot == 2:
+        return Product(_channels(g, owner, n))
+    x, g = (_split(t, owner, n, 0) for t in (use.node.saved_tensors[0], g))
+    return _over_images(x, g, use.shape[2:], *use.node.geometry, use.node.groups, True)
+
+
+def _over_images(
+    x: Tensor, g: Tensor, kernel: Shape, stride: Shape, padding: Shape, dilation: Shape, groups: int, of_input: bool
+) -> Convolution:
+    """A 2-d convolution of x [N, F, C, H, W] with cotangent g [N, F, O, Ho, Wo], F images an example."""
+    n, f, channels, height, width = x.shape
+    if f != 1:  # one tall image, with rows between in which the kernel meets nothing of two images at once
+        rows = g.shape[3]
+        read = (rows - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1  # of a padded image
+        period = -(-max(read, height + padding[0]) // stride[0]) * stride[0]
+        tall = x.new_zeros(n, channels, f * period + dilation[0] * (kernel[0] - 1), width)
+        images = tall[:, :, : f * period].unflatten(2, (f, period))
+        images[:, :, :, padding[0] : padding[0] + height] = x.transpose(1, 2)
+        cotangent = g.new_zeros(n, g.shape[2], f, period // stride[0], g.shape[4])
+        cotangent[:, :, :, :rows] = g.transpose(1, 2)
+        x, g, padding = tall[:, None], cotangent.flatten(2, 3)[:, None], (0, padding[1])
+    x, g = x[:, 0], g[:, 0]
+    if kernel == (1, 1) and padding == (0, 0):  # a stride only leaves pixels out
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+    return Convolution(x, g, (kernel, stride, padding, dilation, groups), of_input)
+
+
+def _check_batch_norm(use: Use) -> str | None:
+    by_channels = isinstance(use.owners[0], Owned) and use.owners[0].axis == 1
+    if getattr(use.node, "_saved_training", False) and use.slot and not by_channels:
+        return (
+            "belongs to a batch norm in training mode, or without running statistics: it couples the examples of a "
+            "batch, so per-example gradients do not exist; call eval() on the network, or use estimator='batch_mean'"
+        )
+    return None
+
+
+@register_rule(
+    *("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0", "BatchNormBackward"),
+    knows=_of_rows,
+    check=_check_batch_norm,
+)
+def _batch_norm(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    node = use.node
+    if use.slot == 2:
+        return Product(_channels(g, owner, n), norm=use.direct)
+    if node.name() in NODES:
+        (x, _, mean, variance), eps = node.saved_tensors, node.eps
+    else:
+        x, mean, variance = node._saved_input, node._saved_running_mean, node._saved_running_var
+        eps = node._saved_epsilon if hasattr(node, "_saved_epsilon") else node._saved_eps
+    g, x = _channels(g, owner, n), _channels(x, owner, n)
+    return Product(g, x, mean, (variance + eps).rsqrt(), norm=use.direct)
+
+
+@register_rule("NativeGroupNormBackward0", knows=_of_rows)
+def _group_norm(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    node = use.node
+    if use.slot == 2:
+        return Product(_channels(g, owner, n), norm=use.direct)
+    x = node._saved_input
+    rows, channels = x.shape[:2]
+    positions = x[0, 0].numel() if rows else 1
+
+    def each(t: Tensor) -> Tensor:  # [R, groups] -> [N, S, C]
+        t = t.reshape(rows, -1).repeat_interleave(channels // node._saved_group, -1)[:, None]
+        if isinstance(owner, Owned) and owner.rows == RowLayout():
+            return t
+        return _tokens(t.expand(-1, positions, -1), owner, n)
+
+    g, x = _channels(g, owner, n), _channels(x, owner, n)
+    return Product(g, x, each(node._saved_result1), each(node._saved_result2), norm=use.direct)
+
+
+@register_rule("NativeLayerNormBackward0", knows=lambda use: use.slot > 0 and _before_axis(use, -len(use.shape)))
+def _layer_norm(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    node = use.node
+    leading = g.dim() - len(use.shape)
+
+    def tokens(t: Tensor, axes: int = len(use.shape)) -> Tensor:
+        return _tokens(t.flatten(-axes) if axes > 1 else t, owner, n)
+
+    if use.slot == 2:
+        return Product(tokens(g), norm=use.direct)
+    mean, scale = (tokens(t.reshape(*g.shape[:leading], 1), 1) for t in (node._saved_result1, node._saved_result2))
+    return Product(tokens(g), tokens(node._saved_input), mean, scale, norm=use.direct)
+
+
+def _right(node: Node) -> int:
+    """The input of a matrix product that is its right factor."""
+    return 2 if node.name() == "AddmmBackward0" else 1
+
+
+def _examples_axis(use: Use) -> int:
+    """Where the examples lie in [(B,) M, K] times [(B,) K, P], counted from the end, if a factor is a parameter."""
+    return -2 if use.slot == _right(use.node) else -1
+
+
+def _knows_product(use: Use) -> bool:
+    node, owner = use.node, use.owners[0]
+    if node.name() == "AddmmBackward0":
+        if (node._saved_alpha, node._saved_beta) != (1, 1):
+            return False
+        if use.slot == 0:
+            return True
+    return not isinstance(owner, Owned) or owner.axis == len(output_shape(node)) + _examples_axis(use)
+
+
+@register_rule("AddmmBackward0", "MmBackward0", "BmmBackward0", knows=_knows_product)
+def _linear(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    node = use.node
+    added = node.name() == "AddmmBackward0"
+    if added and use.slot == 0:
+        return Product(_broadcast(g, _own_axes(use.shape, g.shape), owner, n))
+    right, axis = use.slot == _right(node), _examples_axis(use)
+    if right:
+        x, g = (_split(t, owner, n, axis) for t in (node._saved_mat1 if added else node._saved_self, g))
+        return _matrix(g, x, of_input=False, exchange=use.transposed)
+    x, g = (_split(t, owner, n, axis) for t in (node._saved_mat2, g))
+    return _matrix(x, g, of_input=True, exchange=use.transposed)
+
+
+@register_rule("OneDnnLinearBackward", knows=lambda use: use.slot > 0 and _before_axis(use, -1))
+def _onednn_linear(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    g = _tokens(g, owner, n)
+    return Product(g) if use.slot == 2 else Outer(_tokens(use.node.saved_tensors[0], owner, n), g)
+
+
+def _matrix(x: Tensor, g: Tensor, of_input: bool, exchange: bool) -> Factors:
+    """G_n = sum_s g x^T for x [N, S, (B,) I] and g [N, S, (B,) O], or its transpose."""
+    if x.dim() == 4 and x.shape[2] == 1:
+        x, g = x[:, :, 0], g[:, :, 0]
+    if x.dim() == 3:
+        outer = Outer(x, g, of_input)
+        return outer.exchanged() if exchange else outer
+    groups = x.shape[2]
+    x, g = (t.flatten(2).transpose(1, 2).unsqueeze(2) for t in (x, g))  # [N, B I, 1, S]
+    return Convolution(x, g, ((1, 1), (1, 1), (0, 0), (1, 1), groups), of_input)
+
+
+def _check_embedding(use: Use) -> str | None:
+    if use.node._saved_scale_grad_by_freq:
+        return "has scale_grad_by_freq, which divides by how often a token occurs in the batch and couples its examples"
+    return None
+
+
+@register_rule("EmbeddingBackward0", knows=lambda use: _before_axis(use, -1), check=_check_embedding)
+def _embedding(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    index = use.node._saved_indices.unsqueeze(-1)
+    index = index.masked_fill(index == use.node._saved_padding_idx, -1)
+    return Scatter(_tokens(index, owner, n, fill=-1)[:, :, 0], _tokens(g, owner, n), use.shape[0])
+
+
+@register_rule("EmbeddingBagBackward0", knows=lambda use: False, check=_check_embedding)
+def _embedding_bag(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    raise AssertionError("the node forms these gradients")
+
+
+def _knows_index(use: Use) -> bool:
+    """Rows of a parameter that are looked up by numbers."""
+    indices = use.node._saved_indices
+    one = len(indices) == 1 and indices[0] is not None and indices[0].dtype not in (torch.bool, torch.uint8)
+    return one and indices[0].dim() > 0 and _before_axis(use, indices[0].dim())
+
+
+@register_rule("IndexBackward0", knows=_knows_index)
+def _index(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    index = use.node._saved_indices[0]
+    g = g.reshape(*index.shape, math.prod(use.shape[1:]))
+    index = (index % use.shape[0]).unsqueeze(-1)
+    return Scatter(_tokens(index, owner, n, fill=-1)[:, :, 0], _tokens(g, owner, n), use.shape[0])
+
+
+def _scaled(use: Use, g: Tensor, owner: Owner, n: int, x: Tensor | None = None) -> Product:
+    """The factors of an input of an elementwise node, x its derivative, of the output's shape (or a number, one)."""
+    own = _own_axes(use.shape, g.shape)
+    if x is None:
+        return Product(_broadcast(g, own, owner, n))
+    return Product(_broadcast(g, own, owner, n), _broadcast(x.expand(g.shape), own, owner, n).to(g.dtype))
+
+
+def _other_factor(use: Use) -> Tensor | None:
+    return use.node._saved_self if use.slot == 1 else use.node._saved_other
+
+
+@register_rule("MulBackward0", knows=lambda use: _other_factor(use) is not None)
+def _multiply(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    return _scaled(use, g, owner, n, _other_factor(use))
+
+
+@register_rule("DivBackward0")
+def _divide(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    other = use.node._saved_other
+    return _scaled(use, g, owner, n, 1 / other if use.slot == 0 else -use.node._saved_self / other**2)
+
+
+@register_rule("AddBackward0", "SubBackward0")
+def _add(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    if use.slot == 1:
+        factor = use.node._saved_alpha * (-1 if use.node.name() == "SubBackward0" else 1)
+        g = g if factor == 1 else g * factor
+    return _scaled(use, g, owner, n)
+
+
+@register_rule("AddcmulBackward0")
+def _add_product(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    """self + value * tensor1 * tensor2."""
+    node = use.node
+    if use.slot == 0:
+        return _scaled(use, g, owner, n)
+    other = node._saved_tensor2 if use.slot == 1 else node._saved_tensor1
+    return _scaled(use, g, owner, n, other * node._saved_value)
+
+
+@register_rule("WhereBackward0")
+def _where(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    condition = use.node._saved_condition
+    return _scaled(use, g.masked_fill(condition if use.slot else ~condition, 0), owner, n)
+
+
+@register_rule("ExpandBackward0")
+def _expand(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    return _scaled(use, g, owner, n)
+
+
+def _knows_repeat(use: Use) -> bool:
+    owner, whole = use.owners[0], output_shape(use.node)
+    if not isinstance(owner, Owned):
+        return True
+    mine = _own_axes(use.shape, whole)[owner.axis]
+    return isinstance(owner.rows, RowLayout) and owner.rows.inner % mine == 0
+
+
+@register_rule("RepeatBackward0", knows=_knows_repeat)
+def _repeat(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    own = _own_axes(use.shape, g.shape)
+    # An axis of its own for each repeat.
+    sizes = [(whole // mine, mine) for mine, whole in zip(own, g.shape, strict=True)]
+    if isinstance(owner, Owned):
+        rows, mine = owner.rows, own[owner.axis]
+        owner = Owned(2 * owner.axis, RowLayout(rows.outer, rows.inner // mine))
+    g = g.reshape([size for pair in sizes for size in pair])
+    return Product(_broadcast(g, tuple(size for mine in own for size in (1, mine)), owner, n))
+
+
+@register_rule("PreluKernelBackward0", knows=lambda use: use.slot == 1)
+def _prelu(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    return _scaled(use, g, owner, n, use.node._saved_self.clamp(max=0))

@@ -1,0 +1,584 @@
+"""From the owners of a node's output to those of its inputs: the file to edit where a node is asked too often.
+
+A transfer belongs to one kind of autograd node, as a rule does (:mod:`t2v_fast.gradients.rules`). It reads shapes and
+saved positions, never values. Nodes without one are asked themselves (:func:`t2v_fast.gradients.ownership.ask`). The
+file is long because it is a table: no transfer knows of another.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from .owners import (
+    EACH,
+    SHARED,
+    Interacting,
+    Owned,
+    Owner,
+    RowLayout,
+    Scattered,
+    Shape,
+    Sole,
+    State,
+    along,
+    is_complete,
+    list_along,
+    owned,
+    owners_of_field,
+)
+
+# A transfer: node, the owner of its output, the number of examples -> the state of each input, None where nothing
+# reaches it. None in place of the list: ask the node.
+Transfer = Callable[[Node, Owned, int], "Sequence[State | None] | None"]
+TRANSFERS: dict[str, Transfer] = {}
+# Layers whose first input is an activation, entries of which they mix along some axes.
+MIXING: set[str] = {"Convolution", "MatrixConvolution", "StridedDepthwise", "WinogradConvolution"}
+# Those that read only some positions, so that an output of one example does not mean that its whole input is.
+SELECTING: dict[str, Callable[[Node, Mapping[int, Owner], int], Sequence[State | None] | None]] = {}
+
+
+@functools.cache
+def base(name: str) -> str:
+    """A node's name without its ending and overload: AddBackward0 -> Add."""
+    return name.rstrip("0123456789").removesuffix("Backward")
+
+
+def output_shape(node: Node, number: int = 0) -> Shape:
+    return tuple(node._input_metadata[number].shape)
+
+
+def input_shape(node: Node, slot: int) -> Shape:
+    """The shape of what entered a node at a slot; its gradient must be tracked."""
+    child, number = node.next_functions[slot]
+    return tuple(child._input_metadata[number].shape)
+
+
+def transfer(*names: str, table: dict[str, Callable] = TRANSFERS) -> Callable[[Callable], Callable]:
+    """Make a function the transfer of the autograd nodes of these names, without ``Backward`` and number."""
+
+    def register(function: Callable) -> Callable:
+        for name in names:
+            if name in TRANSFERS or name in SELECTING:
+                raise ValueError(f"the autograd node {name!r} already has a transfer")
+            table[name] = function
+        return function
+
+    return register
+
+
+def selecting(*names: str) -> Callable[[Callable], Callable]:
+    """As :func:`transfer`, of nodes that read some positions of an axis, from the owners of all of their outputs."""
+    return transfer(*names, table=SELECTING)
+
+
+def _signed(value: int) -> int:
+    """torch shows negative numbers of some saved fields without their sign."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _axis(value: int, dims: int) -> int:
+    value = _signed(value)
+    return value + dims if value < 0 else value
+
+
+def _axes(values: Iterable[int] | int | None, dims: int) -> list[int]:
+    if values is None:
+        return list(range(dims))
+    values = [values] if isinstance(values, int) else list(values)
+    return [_axis(v, dims) for v in values] or list(range(dims))
+
+
+@transfer(
+    *("Relu", "Gelu", "Silu", "Sigmoid", "Tanh", "Hardtanh", "Hardswish", "Hardsigmoid", "LeakyRelu", "Elu"),
+    *("Softplus", "Mish", "Exp", "Expm1", "Log", "Log1p", "Log2", "Log10", "Sqrt", "Rsqrt", "Abs", "Neg"),
+    *("Clamp", "ClampMin", "ClampMax", "Sin", "Cos", "Erf", "Reciprocal", "Threshold", "Clone", "ToCopy"),
+    *("Alias", "LogSigmoid", "Sgn", "InPlaceHardtanh", "NativeDropout", "NanToNum", "Celu", "Softshrink"),
+    *("Hardshrink", "Triu", "Tril", "Contiguous", "Square", "Sinh", "Cosh", "Asin", "Acos", "Atan", "Erfinv"),
+    *("Logit", "Round", "Floor", "Ceil", "Acosh", "Asinh", "Atanh", "Tan", "Erfc", "Exp2", "Lgamma", "Digamma"),
+    *("Sinc", "Frac", "Sign", "Trunc"),
+)
+def _pointwise(node: Node, own: Owned, n: int) -> list[State]:
+    """One input of the output's shape, or several that broadcast to it."""
+    if len(node.next_functions) == 1:
+        return [own]
+    return _broadcast(node, own, n)
+
+
+@transfer(
+    *("Add", "Sub", "Rsub", "Mul", "Div", "Where", "Maximum", "Minimum", "Addcmul", "Addcdiv", "Lerp", "Pow"),
+    *("Expand", "MaskedFill", "PreluKernel", "Atan2", "Xlogy", "Fmod", "Remainder", "Copysign", "Hypot"),
+    "torch::autograd::CopyBackwards",
+)
+def _broadcast(node: Node, own: Owned, n: int) -> list[State | None]:
+    whole = output_shape(node)
+    states: list[State | None] = []
+    for child, number in node.next_functions:
+        states.append(None if child is None else _aligned(child, number, own, whole))
+    return states
+
+
+ELEMENTWISE = frozenset(name for name, function in TRANSFERS.items() if function is _broadcast)
+
+
+def _aligned(child: Node, number: int, own: Owned, whole: Shape) -> State:
+    """The state of an operand that is broadcast to the output, axes aligned from the right."""
+    shape = child._input_metadata[number].shape
+    if len(shape) == len(whole) and shape[own.axis] != 1:
+        return own
+    axis = own.axis - len(whole) + len(shape)
+    if axis < 0 or shape[axis] == 1:
+        return SHARED  # several examples lie along the axis, so it is longer than 1
+    return own if axis == own.axis else Owned(axis, own.rows)
+
+
+def keeps(*names: str, acts: Callable[[Node, int], Iterable[int]], mixes: bool = False) -> None:
+    """Nodes that keep the axis of the examples, unless it is among those that they act along: acts(node, dims).
+
+    ``mixes``: along such an axis, any two entries act on each other.
+    """
+
+    def function(node: Node, own: Owned, n: int) -> list[State | None] | None:
+        dims = len(node._input_metadata[0].shape)
+        if own.axis in acts(node, dims):
+            return acted(node) if mixes and is_complete(own) else None
+        states: list[State | None] = [own]
+        states += [SHARED] * (len(node.next_functions) - 1)
+        return states
+
+    transfer(*names)(function)
+    MIXING.update(names)
+
+
+def acted(node: Node) -> list[State]:
+    """For a layer that mixes the entries of several examples."""
+    why = f"examples interact: {node.name()} acts along an axis along which they lie"
+    return [Interacting(why), *[SHARED] * (len(node.next_functions) - 1)]
+
+
+def _first(count: int) -> Callable[[Node, int], Iterable[int]]:
+    return lambda node, dims: range(count, dims)
+
+
+# Softmax and the like act along one axis; poolings, paddings and resizings along the last axes, of images [N, C, ...].
+keeps(
+    *("Softmax", "LogSoftmax", "SafeSoftmax", "Cumsum", "Cumprod", "Logcumsumexp", "Sort", "Topk", "Glu"),
+    acts=lambda node, dims: [_axis(node._saved_dim, dims)],
+    mixes=True,
+)
+keeps("ConstantPadNd", acts=lambda node, dims: [dims - 1 - k // 2 for k, by in enumerate(node._saved_pad) if by])
+keeps(
+    *("MaxPool2DWithIndices", "AvgPool2D", "AdaptiveAvgPool2D", "AdaptiveMaxPool2D", "ReflectionPad2D"),
+    *("ReplicationPad2D", "UpsampleBilinear2D", "UpsampleNearest2D", "UpsampleBicubic2D", "UpsampleBilinear2DAa"),
+    *("UpsampleBicubic2DAa", "UpsampleNearestExact2D", "PixelShuffle", "PixelUnshuffle"),
+    acts=lambda node, dims: range(dims - 3, dims) if "Pixel" in node.name() else range(dims - 2, dims),
+)
+keeps(
+    *("ReflectionPad1D", "ReplicationPad1D", "UpsampleLinear1D", "UpsampleNearest1D"),
+    acts=lambda node, dims: [dims - 1],
+)
+keeps(
+    *("MaxPool3DWithIndices", "AvgPool3D", "AdaptiveAvgPool3D", "UpsampleTrilinear3D", "UpsampleNearest3D"),
+    acts=lambda node, dims: range(dims - 3, dims),
+)
+keeps(
+    *("NativeLayerNorm", "FusedRmsNorm"),
+    acts=lambda node, dims: range(dims - len(node._saved_normalized_shape), dims),
+)
+keeps("NativeGroupNorm", acts=_first(1))
+keeps("OneDnnLinear", acts=lambda node, dims: [dims - 1])
+
+
+@transfer("Flip")
+def _flip(node: Node, own: Owned, n: int) -> list[State | None]:
+    flipped = own.axis in _axes(node._saved_dims, len(output_shape(node)))
+    return [owned(own.axis, own.rows.owners(n).flip(0), n) if flipped else own]
+
+
+@transfer("Roll")
+def _roll(node: Node, own: Owned, n: int) -> list[State | None] | None:
+    dims, shifts = node._saved_dims, node._saved_shifts
+    if len(dims) != len(shifts):
+        return None  # of all entries in a row
+    by = sum(
+        _signed(shift) for a, shift in zip(_axes(dims, len(output_shape(node))), shifts, strict=True) if a == own.axis
+    )
+    return [owned(own.axis, own.rows.owners(n).roll(-by), n) if by else own]
+
+
+@transfer("Embedding")
+def _embedding(node: Node, own: Owned, n: int) -> list[State] | None:
+    return [SHARED] if own.axis < len(output_shape(node)) - 1 else None
+
+
+@transfer("Convolution", "MatrixConvolution", "StridedDepthwise", "WinogradConvolution")
+def _convolution(node: Node, own: Owned, n: int) -> list[State] | None:
+    """Examples are images, or groups of channels where each example has weights of its own."""
+    if own.axis == 0:
+        return [own] + [SHARED] * (len(node.next_functions) - 1)
+    rows = own.rows
+    if own.axis == 1 and isinstance(rows, RowLayout) and rows.outer == 1 and base(node.name()) == "Convolution":
+        channels = node._saved_input.shape[1]
+        filters = output_shape(node)[1]
+        if node._saved_groups % n == 0 and channels % n == 0 and filters == rows.inner * n:
+            of_input, of_output = (Owned(axis, RowLayout(1, c // n)) for axis, c in ((1, channels), (0, filters)))
+            of_weight = Owned(0, RowLayout(1, channels // n)) if node._saved_transposed else of_output
+            return [of_input, of_weight, of_output]
+    return None
+
+
+@transfer("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "BatchNorm")
+def _batch_norm(node: Node, own: Owned, n: int) -> list[State]:
+    """Channels lie along axis 1, and in training mode all other axes belong together."""
+    rest = len(node.next_functions) - 3
+    if own.axis == 1:
+        return [own, Owned(0, own.rows), Owned(0, own.rows), *[None] * rest]
+    if getattr(node, "_saved_training", False):
+        why = (
+            f"a batch norm in training mode, or without running statistics ({node.name()}), couples the examples of a "
+            "batch; call eval() on the network"
+        )
+        return [Interacting(why), SHARED, SHARED, *[None] * rest]
+    return [own, SHARED, SHARED, *[None] * rest]
+
+
+@transfer("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze")
+def _view(node: Node, own: Owned, n: int) -> list[State | None] | None:
+    whole, shape = output_shape(node), input_shape(node, 0)
+    if whole == shape:
+        return [own]
+    return None if 0 in shape else [reshaped(own, whole, shape, n)]
+
+
+def reshaped(own: Owned, whole: Shape, shape: Shape, n: int) -> State | None:
+    """The owners of a tensor of ``shape``, whose entries in their order, as ``whole``, have those of ``own``."""
+    axis = own.axis
+    # The smallest ranges of axes around it, of both, that have the same number of entries before and in them.
+    first, last, start, stop = _range_around(axis, whole, shape)
+    before, after = math.prod(whole[first:axis]), math.prod(whole[axis + 1 : last])
+    rows = own.rows
+    if isinstance(rows, RowLayout):
+        outer, inner = before * rows.outer, rows.inner * after
+        for a in range(start, stop):
+            left, right = math.prod(shape[start:a]), math.prod(shape[a + 1 : stop])
+            if outer % left == 0 and inner % right == 0 and shape[a] == outer // left * n * (inner // right):
+                layout = RowLayout(outer // left, inner // right)
+                return Owned(a, EACH if layout == EACH else layout)
+    flat = rows.owners(n).repeat_interleave(after).repeat(before)
+    left, right = (1,) * start, (1,) * (len(shape) - stop)
+    return owners_of_field(flat.view(*left, *shape[start:stop], *right), n)
+
+
+def _range_around(axis: int, whole: Shape, shape: Shape) -> tuple[int, int, int, int]:
+    i = j = first = start = 0
+    while True:
+        left, right = whole[i] if i < len(whole) else 1, shape[j] if j < len(shape) else 1
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right:
+                left, i = left * whole[i], i + 1
+            else:
+                right, j = right * shape[j], j + 1
+        if first <= axis < i:
+            return first, min(i, len(whole)), start, min(j, len(shape))
+        first, start = i, j
+
+
+@transfer("Transpose")
+def _transpose(node: Node, own: Owned, n: int) -> list[State]:
+    dims = len(output_shape(node))
+    a, b = _axis(node._saved_dim0, dims), _axis(node._saved_dim1, dims)
+    return [Owned(b if own.axis == a else a, own.rows) if own.axis in (a, b) else own]
+
+
+@transfer("T")
+def _t(node: Node, own: Owned, n: int) -> list[State]:
+    return [Owned(len(output_shape(node)) - 1 - own.axis, own.rows)]
+
+
+@transfer("Permute")
+def _permute(node: Node, own: Owned, n: int) -> list[State]:
+    axis = _axis(node._saved_dims[own.axis], len(output_shape(node)))
+    return [own if axis == own.axis else Owned(axis, own.rows)]
+
+
+@transfer(
+    *("Sum", "Mean", "Amax", "Amin", "Logsumexp", "Var", "Std", "Prod", "Norm", "LinalgVectorNorm", "Max", "Min"),
+    *("Median", "Nansum", "Argmax", "Aminmax"),
+)
+def _reduction(node: Node, own: Owned, n: int) -> list[State] | None:
+    """Over some axes, which are no longer there, or of size one."""
+    if not hasattr(node, "_saved_dim"):
+        return None  # of two tensors, or over all axes
+    dims = len(input_shape(node, 0))
+    reduced = set(_axes(node._saved_dim, dims))
+    if node._saved_keepdim:
+        return [own]
+    axis = [a for a in range(dims) if a not in reduced][own.axis]
+    return [own if axis == own.axis else Owned(axis, own.rows)]
+
+
+@transfer("Mm", "Bmm", "Addmm", "Baddbmm")
+def _product(node: Node, own: Owned, n: int) -> list[State | None]:
+    """[(B,) M, K] times [(B,) K, P], plus something that is broadcast."""
+    dims = len(output_shape(node))
+    if own.axis == dims - 2:
+        factors: list[State | None] = [own, SHARED]
+    elif own.axis == dims - 1:
+        factors = [SHARED, own]
+    else:
+        factors = [own, own]
+    if len(node.next_functions) == 2:
+        return factors
+    child, number = node.next_functions[0]
+    return [None if child is None else _aligned(child, number, own, output_shape(node)), *factors]
+
+
+@transfer("Mv")
+def _matrix_vector(node: Node, own: Owned, n: int) -> list[State]:
+    return [own, SHARED]
+
+
+@transfer(
+    *("ScaledDotProductFlashAttentionForCpu", "ScaledDotProductEfficientAttention", "ScaledDotProductFlashAttention"),
+    *("ScaledDotProductCudnnAttention", "ScaledDotProductFusedAttentionOverrideable"),
+)
+def _attention(node: Node, own: Owned, n: int) -> list[State | None] | None:
+    """Queries, keys and values [N, H, T, E] and a mask that is broadcast; heads and tokens of an example interact."""
+    if own.axis != 0:
+        return None
+    return _broadcast(node, own, n)
+
+
+@transfer("Repeat")
+def _repeat(node: Node, own: Owned, n: int) -> list[State] | None:
+    whole, shape = output_shape(node), input_shape(node, 0)
+    axis = own.axis - len(whole) + len(shape)
+    rows = own.rows
+    if axis < 0:
+        return [SHARED]
+    if not isinstance(rows, RowLayout):
+        return None
+    if rows.inner % shape[axis] == 0:
+        return [SHARED]
+    if shape[axis] % (n * rows.inner) == 0:
+        return [Owned(axis, RowLayout(shape[axis] // (n * rows.inner), rows.inner))]
+    return None
+
+
+@transfer("Unfold")
+def _unfold(node: Node, own: Owned, n: int) -> list[State] | None:
+    """Windows along one axis, whose entries come last."""
+    dims = len(output_shape(node)) - 1
+    return [own] if own.axis not in (_axis(node._saved_dimension, dims), dims) else None
+
+
+@transfer("Scatter", "ScatterAdd", "IndexAdd", "IndexCopy")
+def _scatter(node: Node, own: Owned, n: int) -> list[State | None] | None:
+    """Into a tensor, along one axis, from another."""
+    dims = len(output_shape(node))
+    axis = _axis(node._saved_dim, dims)
+    if len(node.next_functions) != 2:
+        return None
+    if axis != own.axis:
+        child, _ = node.next_functions[1]
+        same = child is None or input_shape(node, 1)[own.axis] == output_shape(node)[own.axis]
+        return [own, own] if same else None
+    if base(node.name()) in ("Scatter", "ScatterAdd"):
+        return None
+    return [own, owned(axis, own.rows.owners(n)[node._saved_index.cpu().reshape(-1)], n)]
+
+
+def _is_axis(state: Owner) -> bool:
+    """Whether an axis tells the owner of each entry, so that more along other axes belongs to the same ones."""
+    return isinstance(state, Owned) and is_complete(state)
+
+
+def _of_parts(parts: Sequence[tuple[Owner, Tensor]], axis: int, size: int, n: int) -> Sequence[State | None] | None:
+    """The owners of a tensor whose parts along an axis have owners: (owner, positions along the axis)."""
+    if all(_is_axis(state) and state.axis != axis and state == parts[0][0] for state, _ in parts):
+        return [parts[0][0]]
+    owners = torch.full((size,), -1)
+    for state, positions in parts:
+        found = list_along(state, axis, len(positions), n)
+        if found is None:
+            return None
+        owners[positions] = found
+    return [owned(axis, owners, n)]
+
+
+@selecting("Slice")
+def _slice(node: Node, outputs: Mapping[int, Owner], n: int) -> Sequence[State | None] | None:
+    shape = tuple(node._saved_self_sym_sizes)
+    axis = _axis(node._saved_dim, len(shape))
+    start, stop = (_signed(v) for v in (node._saved_start, node._saved_end))
+    positions = torch.arange(shape[axis])[start : min(stop, shape[axis]) : node._saved_step]
+    return _of_parts([(outputs[0], positions)], axis, shape[axis], n)
+
+
+@selecting("Select")
+def _select(node: Node, outputs: Mapping[int, Owner], n: int) -> Sequence[State | None] | None:
+    shape = tuple(node._saved_self_sym_sizes)
+    axis = _axis(node._saved_dim, len(shape))
+    return _picked(outputs, {0: _signed(node._saved_index)}, axis, shape, n)
+
+
+@selecting("Unbind")
+def _unbind(node: Node, outputs: Mapping[int, Owner], n: int) -> Sequence[State | None] | None:
+    shape = input_shape(node, 0)
+    return _picked(outputs, {k: k for k in outputs}, _axis(node._saved_dim, len(shape)), shape, n)
+
+
+def _picked(
+    outputs: Mapping[int, Owner], places: Mapping[int, int], axis: int, shape: Shape, n: int
+) -> Sequence[State | None] | None:
+    """One position of an axis an output."""
+    states = list(outputs.values())
+    if all(_is_axis(state) and state == states[0] for state in states):
+        own = states[0]
+        return [Owned(own.axis + (own.axis >= axis), own.rows)]
+    if not all(isinstance(state, Sole) for state in states):
+        return None
+    owners = torch.full((shape[axis],), -1)
+    for number, state in outputs.items():
+        owners[places[number]] = state.example
+    return [owned(axis, owners, n)]
+
+
+@selecting("Split", "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes")
+def _split(node: Node, outputs: Mapping[int, Owner], n: int) -> Sequence[State | None] | None:
+    shape = input_shape(node, 0)
+    axis = _axis(node._saved_dim, len(shape))
+    sizes = [of.shape[axis] for of in node._input_metadata]
+    starts = [sum(sizes[:k]) for k in outputs]
+    parts = [
+        (own, torch.arange(start, start + sizes[k])) for start, (k, own) in zip(starts, outputs.items(), strict=True)
+    ]
+    return _of_parts(parts, axis, shape[axis], n)
+
+
+@selecting("Index")
+def _index(node: Node, outputs: Mapping[int, Owner], n: int) -> list[State | None] | None:
+    own, shape, whole = outputs[0], tuple(node._saved_self_sym_sizes), output_shape(node)
+    indices: list[Tensor | None] = []
+    for index in node._saved_indices:
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
+            indices.extend(index.cpu().nonzero().unbind(1))
+        else:
+            indices.append(None if index is None else index.cpu())
+    at = [k for k, index in enumerate(indices) if index is not None]
+    positions = torch.broadcast_tensors(*(indices[k] for k in at))
+    dims = positions[0].dim()
+    # Axes that are indexed side by side are replaced in their place, others come first.
+    place = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
+    if isinstance(own, Scattered):
+        return None
+    if isinstance(own, Owned) and not place <= own.axis < place + dims:
+        if not _is_axis(own):
+            return None
+        kept = [a for a in range(len(shape)) if a not in at]
+        axis = kept[own.axis - (dims if own.axis >= place else 0)]
+        return [Owned(axis, own.rows)]
+    if isinstance(own, Sole):
+        owners = torch.full((positions[0].numel(),), own.example)
+    else:
+        owners = along(own.rows.owners(n), own.axis - place, dims).expand(whole[place : place + dims]).reshape(-1)
+    if not len(owners):
+        return [None]
+    for axis, index in zip(at, positions, strict=True):
+        where = index.reshape(-1) % shape[axis] if shape[axis] else index.reshape(-1)
+        mine = owners >= 0
+        listed = torch.full((shape[axis],), -1)
+        listed[where[mine]] = owners[mine]
+        if torch.equal(listed[where[mine]], owners[mine]):
+            return [owned(axis, listed, n)]
+    if len(at) == 1:
+        return [SHARED]  # some position is read by two examples
+    return None
+
+
+@selecting("IndexSelect")
+def _index_select(node: Node, outputs: Mapping[int, Owner], n: int) -> list[State | None]:
+    own, shape = outputs[0], tuple(node._saved_self_sym_sizes)
+    axis = _axis(node._saved_dim, len(shape))
+    where = node._saved_index.cpu().reshape(-1)
+    owners = list_along(own, axis, len(where), n)
+    if owners is None:
+        return [own] if _is_axis(own) else None
+    mine = owners >= 0
+    listed = torch.full((shape[axis],), -1)
+    listed[where[mine]] = owners[mine]
+    return [owned(axis, listed, n) if torch.equal(listed[where[mine]], owners[mine]) else SHARED]
+
+
+@selecting("Gather")
+def _gather(node: Node, outputs: Mapping[int, Owner], n: int) -> list[State | None] | None:
+    own, shape, whole = outputs[0], input_shape(node, 0), output_shape(node)
+    axis = _axis(node._saved_dim, max(1, len(shape)))
+    if isinstance(own, Owned) and own.axis != axis and whole[own.axis] == shape[own.axis]:
+        return [own] if _is_axis(own) else None
+    return None
+
+
+@transfer("Cat")
+def _cat(node: Node, own: Owned, n: int) -> list[State | None] | None:
+    whole = output_shape(node)
+    axis = _axis(node._saved_dim, len(whole))
+    if own.axis != axis:
+        return [own] * len(node.next_functions)
+    children = [child for child, _ in node.next_functions]
+    sizes = [None if c is None else input_shape(node, k)[axis] for k, c in enumerate(children)]
+    if sizes.count(None) == 1:
+        sizes[sizes.index(None)] = whole[axis] - sum(size for size in sizes if size is not None)
+    if None in sizes:
+        return None
+    return [owned(axis, part, n) for part in own.rows.owners(n).split(sizes)]
+
+
+@transfer("Stack")
+def _stack(node: Node, own: Owned, n: int) -> list[State | None]:
+    axis = _axis(node._saved_dim, len(output_shape(node)))
+    count = len(node.next_functions)
+    if own.axis != axis:
+        return [Owned(own.axis - (own.axis > axis), own.rows)] * count
+    return [Sole(int(e)) if e >= 0 else None for e in own.rows.owners(n)]
+
+
+@transfer("IndexPut")
+def _index_put(node: Node, own: Owned, n: int) -> list[State | None] | None:
+    """Values that are written, or added, at positions along the first axes."""
+    child, _ = node.next_functions[1]
+    indices = node._saved_indices
+    if len(indices) != 1 or own.axis != 0 or indices[0] is None or child is None:
+        return None
+    index, taken = indices[0].cpu(), 1
+    if index.dtype in (torch.bool, torch.uint8):
+        index, taken = index.nonzero()[:, 0], index.dim()
+    values = input_shape(node, 1)
+    if index.dim() != 1 or values[:1] != (len(index),) or len(values) != len(output_shape(node)) - taken + 1:
+        return None
+    return [own, owned(0, own.rows.owners(n)[index], n)]
+
+
+@selecting("AsStrided")
+def _as_strided(node: Node, outputs: Mapping[int, Owner], n: int) -> list[State | None] | None:
+    """Entries are moved as they are, so that a cotangent of their owners' numbers comes out as the input's owners."""
+    of = node._input_metadata[0]
+    field = (outputs[0].field(len(of.shape), n) + 1.0).expand(tuple(of.shape)).to(of.device, torch.float64)
+    owners = node(field)  # from one on; entries that nobody reads get zero
+    # Of as many entries each is reached, and so once: nothing overlaps.
+    if is_complete(outputs[0]) and owners.shape == field.shape and torch.equal(owners, field):
+        return [outputs[0]]
+    if bool((node(torch.ones_like(field)) > 1).any()):
+        return None
+    return [owners_of_field(owners.long().cpu() - 1, n)]
+
+
+@selecting("MaskedSelect", "Diagonal", "Take", "torch::autograd::CopySlices")
+def _ask(node: Node, outputs: Mapping[int, Owner], n: int) -> None:
+    """What they read is known to the node alone."""

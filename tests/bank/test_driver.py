@@ -1,0 +1,278 @@
+"""Jobs with workers: what is finished stays, whoever dies."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from small import shapes, small_probe, write_folder
+from test_job import write_job, write_table
+
+from t2v_fast import Bank, Embedding, FingerprintMismatch, Task2Vec, cli
+from t2v_fast.bank.driver import run_job
+from t2v_fast.bank.engines import Processes, perform
+from t2v_fast.bank.job import load_job
+
+
+def pipeline() -> Task2Vec:
+    return Task2Vec(small_probe(), batch_size=8)
+
+
+def other_pipeline() -> Task2Vec:
+    return Task2Vec(small_probe(1))
+
+
+def deadly_pipeline() -> Task2Vec:
+    """One whose process dies at the task called "deadly"."""
+    task2vec = pipeline()
+    real = task2vec.embed
+
+    def embed(data, **options):
+        if data.name == "deadly":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(data, **options)
+
+    task2vec.embed = embed
+    return task2vec
+
+
+def slow_pipeline() -> Task2Vec:
+    task2vec = pipeline()
+    real = task2vec.embed
+    task2vec.embed = lambda data, **options: (time.sleep(0.05), real(data, **options))[1]
+    return task2vec
+
+
+def broken_pipeline() -> Task2Vec:
+    raise ValueError("no such probe")
+
+
+def dying_pipeline() -> Task2Vec:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def folders(root: Path, names: list[str]) -> Path:
+    for k, name in enumerate(names):
+        write_folder(root / "tasks" / name, *shapes(12, classes=2 + k % 2, seed=k))
+    return write_job(root / "job.yaml", {"tasks": [{"folders": "tasks"}]})
+
+
+def plain(job: Path, *names: str) -> dict[str, Embedding]:
+    """Embeddings by an undisturbed loop, of all tasks or of these."""
+    task2vec, work = pipeline(), load_job(job).work
+    return {t: task2vec.embed(w.data(t)) for w in work for t in w.tasks if not names or t in names}
+
+
+def run(job: Path, bank: Path, **options):
+    return run_job(load_job(job), Bank(bank), progress=False, **{"factory": pipeline, **options})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_job_goes_on_and_ends(tmp_path: Path, workers: int) -> None:
+    job = folders(tmp_path, [f"t{k}" for k in range(5)])
+    with open(tmp_path / "tasks" / "t1" / "class 0" / "000.png", "r+b") as file:
+        file.truncate(80)
+    write_folder(tmp_path / "tasks" / "t2", shapes(12)[0], np.zeros(12, int))
+    for k in range(1, 3):
+        for path in (tmp_path / "tasks" / "t2" / f"class {k}").glob("*"):
+            path.unlink()
+    summary = run(job, tmp_path / "bank", workers=workers)
+    bank = Bank(tmp_path / "bank")
+    assert sorted(bank.tasks) == ["t0", "t3", "t4"]
+    assert (summary.finished, summary.before, summary.images) == (3, 0, 36)
+    assert summary.failed == bank.failed
+    assert "task 't1'" in bank.failed["t1"]
+    assert "000.png cannot be read" in bank.failed["t1"]
+    assert "one class only" in bank.failed["t2"]
+    for task, want in plain(job, "t0", "t3", "t4").items():
+        np.testing.assert_allclose(bank[task].hessian, want.hessian, rtol=1e-4)
+    again = run(job, tmp_path / "bank", workers=workers)
+    assert (again.finished, again.before, list(again.failed)) == (0, 5, ["t1", "t2"])
+    write_folder(tmp_path / "tasks" / "t1", *shapes(12, classes=3, seed=1))
+    bank.retry(["t1"])
+    assert run(job, tmp_path / "bank", workers=workers).finished == 1
+    assert list(bank.failed) == ["t2"]
+
+
+def test_a_task_that_kills_its_workers_fails_alone(tmp_path: Path) -> None:
+    job = folders(tmp_path, ["a", "b", "deadly", "z"])
+    summary = run(job, tmp_path / "bank", workers=2, factory=deadly_pipeline)
+    bank = Bank(tmp_path / "bank")
+    assert sorted(bank.tasks) == ["a", "b", "z"]
+    assert bank.failed == {"deadly": "3 workers died at it, the last: killed by SIGKILL"}
+    assert summary.lost_workers == 3
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    job = folders(tmp_path, ["a"])
+    run(job, tmp_path / "bank")
+    for workers in (0, 1):
+        with pytest.raises(FingerprintMismatch, match="holds embeddings of other settings: they differ in weights"):
+            run(job, tmp_path / "bank", workers=workers, factory=other_pipeline)
+
+
+def test_a_pipeline_that_cannot_be_made(tmp_path: Path) -> None:
+    job = folders(tmp_path, ["a"])
+    with pytest.raises(RuntimeError, match="the pipeline cannot be made: ValueError: no such probe"):
+        run(job, tmp_path / "bank", workers=1, factory=broken_pipeline)
+    with pytest.raises(RuntimeError, match=r"workers die before they begin \(killed by SIGKILL\)"):
+        run(job, tmp_path / "bank", workers=1, factory=dying_pipeline)
+
+
+def test_a_full_disk_stops_the_job_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, real = folders(tmp_path, ["a", "b", "c"]), os.pwrite
+
+    def pwrite(file, data, position):
+        if len(Bank(tmp_path / "bank").tasks) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(file, data, position)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(OSError, match="task 'b' was not stored: No space left"):
+        run(job, tmp_path / "bank")
+    monkeypatch.undo()
+    assert Bank(tmp_path / "bank").tasks == ["a"]
+    assert run(job, tmp_path / "bank").finished == 2
+    assert Bank(tmp_path / "bank").verify() == {}
+
+
+def test_workers_killed_at_random(tmp_path: Path) -> None:
+    """Every task is embedded once, equal to a plain run, while workers are killed in the middle of tasks."""
+    job, rng = folders(tmp_path, [f"t{k:02}" for k in range(30)]), random.Random(1)
+    kills, over = [], threading.Event()
+
+    def killer(engine: Processes) -> None:
+        def work() -> None:
+            while len(kills) < 4 and not over.is_set():
+                time.sleep(rng.uniform(0.05, 0.3))
+                if len(Bank(tmp_path / "bank")) > 5 * len(kills) and (pids := engine.pids()):
+                    kills.append(rng.choice(pids))
+                    os.kill(kills[-1], signal.SIGKILL)
+
+        threading.Thread(target=work, daemon=True).start()
+
+    summary = run(job, tmp_path / "bank", workers=2, factory=slow_pipeline, on_start=killer)
+    over.set()
+    bank = Bank(tmp_path / "bank")
+    assert summary.failed == {}
+    assert len(kills) == 4
+    assert summary.lost_workers >= 3  # the last may have been killed when all was done
+    assert sorted(bank.tasks) == [f"t{k:02}" for k in range(30)]
+    assert bank.verify() == {}
+    want = plain(job)
+    assert all(np.allclose(bank[t].hessian, want[t].hessian, rtol=1e-4, atol=1e-12) for t in bank.tasks)
+
+
+DRIVER = """
+import sys
+sys.path[:0] = {tests!r}
+from pathlib import Path
+from test_driver import run, slow_pipeline
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), Path(sys.argv[2]), workers=2, factory=slow_pipeline)
+"""
+
+
+def test_the_driver_killed_at_random(tmp_path: Path) -> None:
+    job, rng = folders(tmp_path, [f"t{k:02}" for k in range(16)]), random.Random(2)
+    (tmp_path / "driver.py").write_text(
+        DRIVER.format(tests=[str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers")])
+    )
+    command = [sys.executable, str(tmp_path / "driver.py"), str(job), str(tmp_path / "bank")]
+    before = 0
+    for goal in (3, 8):
+        driver = subprocess.Popen(command, start_new_session=True)
+        while (now := len(Bank(tmp_path / "bank"))) < goal:
+            assert driver.poll() is None
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.2))
+        driver.kill()
+        driver.wait()
+        assert now > before
+        before = now
+    # Their orphans end by themselves, and hold no claims.
+    subprocess.run(command, check=True, timeout=300)
+    bank = Bank(tmp_path / "bank")
+    assert sorted(bank.tasks) == [f"t{k:02}" for k in range(16)]
+    assert (bank.failed, bank.verify()) == ({}, {})
+    want = plain(job)
+    assert all(np.allclose(bank[t].hessian, want[t].hessian, rtol=1e-4, atol=1e-12) for t in bank.tasks)
+
+
+def test_two_drivers_share_a_bank(tmp_path: Path) -> None:
+    job = folders(tmp_path, [f"t{k:02}" for k in range(12)])
+    (tmp_path / "driver.py").write_text(
+        DRIVER.format(tests=[str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers")])
+    )
+    command = [sys.executable, str(tmp_path / "driver.py"), str(job), str(tmp_path / "bank")]
+    for driver in [subprocess.Popen(command) for _ in range(2)]:
+        assert driver.wait(300) == 0
+    bank = Bank(tmp_path / "bank")
+    assert len(bank) == 12
+    assert (tmp_path / "bank" / "manifest.jsonl").read_text().count("\n") == 12
+    assert bank.verify() == {}
+
+
+def test_tables_share_their_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = shapes(12)
+    columns = {"kind": labels.tolist(), "wing": [*"01" * 6], "bad": [1] * 12}
+    write_table(tmp_path, images, columns)
+    write_table(tmp_path, images, {"kind": labels.tolist(), "wing": [*"01" * 6]}, "good.csv")
+    tasks = [{"name": "g", "table": "good.csv"}, {"name": "b", "table": "table.csv"}]
+    job, calls = load_job(write_job(tmp_path / "job.yaml", {"tasks": tasks})), []
+    task2vec = pipeline()
+    real = task2vec.embed_label_sets
+    monkeypatch.setattr(task2vec, "embed_label_sets", lambda *a, **k: calls.append(1) or real(*a, **k))
+    found = perform(task2vec, job.work[0])
+    assert [e.meta["task"] for e in found.embeddings] == ["g/kind", "g/wing"]
+    assert len(calls) == 1
+    assert found.embeddings[0].meta["classes"] == ["0", "1", "2"]
+    alone = pipeline().embed(job.work[0].data("g/kind"))
+    np.testing.assert_allclose(found.embeddings[0].hessian, alone.hessian, rtol=1e-4, atol=1e-12)
+    # One unusable label set fails alone.
+    found = perform(task2vec, job.work[1])
+    assert [e.meta["task"] for e in found.embeddings] == ["b/kind", "b/wing"]
+    assert list(found.errors) == ["b/bad"]
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("t2v_fast.tasks.probe.load_probe", lambda **options: small_probe())
+    job = folders(tmp_path, ["a", "b"])
+    write_folder(tmp_path / "tasks" / "c", shapes(4)[0], np.zeros(4, int))
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        status = cli.main(["embed", *map(str, arguments)])
+        return status, *capsys.readouterr()
+
+    status, out, err = command("--job", job, "--bank", tmp_path / "bank")
+    assert status == 1
+    assert "2 of 3 tasks embedded" in out
+    assert "(24 images)" in out
+    assert "failed: c: DataError: task 'c' has images of one class only" in err
+    assert "3/3" in err  # the progress display
+    status, out, err = command("--job", job, "--bank", tmp_path / "bank", "--retry-failed", "--quiet")
+    assert "0 of 3 tasks embedded" in out
+    assert "failed: c" in err
+    for arguments, message in (
+        (["--job", job], "needs --job FILE and --bank FOLDER"),
+        (["--job", job, "--bank", "b", "--samples", 3], "--samples does not go with --job"),
+        ([], "nothing to embed"),
+        (["--workers", 2, tmp_path], "needs --job"),
+        (["--job", tmp_path / "none.yaml", "--bank", tmp_path / "b"], "none.yaml cannot be read"),
+    ):
+        status, _, err = command(*arguments)
+        assert status == 1
+        assert message in err
+    content = yaml.safe_load(job.read_text()) | {"settings": {"head": "adam", "head_options": {"nonsense": 1}}}
+    status, _, err = command("--job", write_job(job, content), "--bank", tmp_path / "b2", "--quiet")
+    assert "failed: a: TypeError" in err

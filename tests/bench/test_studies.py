@@ -1,0 +1,190 @@
+"""The benchmark suites and their report run, on a toy model. Nothing is asserted about times."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small import small_probe
+
+from t2v_fast import ops
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITES = {
+    "test_fisher": ("step", "floor", "fisher", "fisher_exact", "fisher_deflated", "naive", "vmap", "opacus"),
+    "test_stream": ("fisher", "naive"),
+    "test_memory": ("step",),
+}
+
+
+# Scripts of the packaged probe get small_probe instead, which in bfloat16 without instructions for it takes seconds.
+Script = Callable[..., str]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Script:
+    """Runs a script of bench/ with arguments, in this process, which has imported torch; gives what it prints."""
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        capsys.readouterr()
+        importlib.import_module(f"bench.{name}").main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_suites_and_report(tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    wanted = [f"{ROOT}/bench/suites/{s}.py::{s}[toy-32-{name}]" for s, names in SUITES.items() for name in names]
+    settings = (
+        "--rounds=2",
+        "--images=130",
+        "--benchmark-quiet",
+        "--benchmark-json=all.json",
+        "-p",
+        "no:cacheprovider",
+    )
+    command = [sys.executable, "-m", "pytest", *settings, *wanted]  # a session of pytest in another would not do
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    path = tmp_path / "all.json"
+    results = json.loads(path.read_text())
+    verdicts = {(b["group"], b["params"]["contestant"]): b["extra_info"]["verdict"] for b in results["benchmarks"]}
+    for name in ("fisher", "fisher_exact", "naive", "vmap"):
+        assert verdicts["toy-32", name].startswith("exact"), verdicts
+    # With or without the package: a verdict, or why there is none.
+    refused = {r["params"]["contestant"]: r["verdict"] for r in results["refused"]}
+    assert "opacus" in refused or ("toy-32", "opacus") in verdicts
+    results["refused"].append(
+        {
+            "suite": "test_fisher",
+            "params": {"model": "toy", "size": 32, "contestant": "asdl"},
+            "verdict": "raises: Error: a | b",
+        }
+    )
+    path.write_text(json.dumps(results))
+
+    monkeypatch.chdir(tmp_path)
+    markdown = script("report", "all.json", "--plots", "plots")
+    assert "| toy, 32, 64 |" in markdown  # the contract's table
+    assert "| asdl | - | - | raises: Error: a / b |" in markdown
+    assert "### A stream of 130 images" in markdown
+    assert "### Peak memory" in markdown
+    assert {p.name for p in (tmp_path / "plots").iterdir()} == {
+        "fisher-toy-32.png",
+        "stream-toy-32.png",
+        "memory-toy-32.png",
+    }
+
+
+def test_a_wrong_contestant_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import contestants, harness
+
+    cell = harness.Cell("toy", 32)
+
+    def off(model, x, y):
+        sums = contestants.naive(model, x, y)
+        sums["0.weight"] = 1.5 * sums["0.weight"]
+        return sums
+
+    x, y = cell.judged
+    wrong = harness.judge(contestants.Contestant(off), off(cell.model, x, y), cell)
+    assert wrong["verdict"] == "wrong: 0.weight is off by 0.5"
+    missing = {name: q for name, q in contestants.naive(cell.model, x, y).items() if name != "0.bias"}
+    assert "nothing for 1 of 8" in harness.judge(contestants.Contestant(off), missing, cell)["verdict"]
+
+    def absent(name):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(contestants, "find", absent)
+    with pytest.raises(harness.Refused, match="absent: No module named 'opacus'"):
+        cell.enter("opacus")
+
+
+def test_gpu_report(tmp_path: Path, script: Script) -> None:
+    """The script for GPUs, on a toy network and a CPU: what it verifies is right, and its report is whole."""
+    with pytest.raises(SystemExit) as done:
+        script("gpu", "--device", "cpu", "--toy", "--output", str(tmp_path))
+    assert done.value.code == 0
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert results["wrong"] == []
+    assert len(results["ops"]) == len(results["against_float64"]) == 4
+    assert set(results["opcheck"]) == set(ops.SCHEMAS)
+    assert {name.rpartition(": ")[2] for name in results["networks"]} >= {"floor", "step", "vmap", "fisher, cpu, TF32"}
+    assert "| floor" not in (text := (tmp_path / "gpu.md").read_text())
+    assert all(f"## {title}" in text for title in ("Ops", "Ceilings", "Layers", "Networks"))
+
+
+def test_layers_table(script: Script) -> None:
+    lines = script("studies.layers", "--rounds", "1", "--cells", "toy-32", "--toy").splitlines()
+    assert len(next(line for line in lines if line.startswith("| toy, 32 |")).split("|")) == 9
+    assert any(line.startswith("| 1 images of 6x6, 8 channels |") for line in lines)
+    assert any(line.startswith("| 5 x 16 to 24 |") for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="counts instructions by valgrind")
+def test_instructions_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.studies import instructions
+
+    products = 8 * 8 * 9 * 24**2
+    assert products / 8 < instructions.count(("explicit", 8, 8, 24, 3, 1)) < products
+
+
+def test_roofline_page_is_current(script: Script) -> None:
+    """What docs/gpu.md says of flops and bytes is what the script prints."""
+    pytest.importorskip("torchvision", reason="this torch has no torchvision built for it")
+    assert script("studies.roofline").strip() in (ROOT / "docs" / "gpu.md").read_text()
+
+
+@pytest.mark.slow  # of a network of full width
+def test_adapters_table(script: Script) -> None:
+    pytest.importorskip("torchvision", reason="this torch has no torchvision built for it")
+    lines = script("studies.adapters", "--images", "2", "--size", "32", "--rounds", "1").splitlines()
+    calls = [line.split("`")[1] for line in lines[2:] if line]
+    own = ["fim_diag", "compute_importances", "accelerate", "embed_text", 'Task2Vec(method="variational")']
+    assert calls[: len(own)] == own
+    assert set(calls[len(own) :]) <= {"fisher"}  # next to the peers, where they are installed
+
+
+def test_robust_table(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("bench.studies.robust"), "load_probe", small_probe)
+    few = ["--images", "20", "--size", "32", "--samples", "20", "--epochs", "1", "--beta", "1e-3"]
+    lines = script("studies.robust", *few).splitlines()
+    assert len(lines) == 3
+    cells = [float(cell) for cell in lines[-1].strip("|").split("|")]
+    assert cells[:2] == [1e-3, 1]
+    assert all(-1 <= c <= 1 for c in cells[3:])
+
+
+def test_tolerance_table(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("bench.studies.tolerance"), "load_probe", small_probe)
+    few = ["--images", "20", "--size", "32", "--classes", "2", "--heads", "early"]
+    lines = script("studies.tolerance", *few).splitlines()[2:]
+    ways = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [w[3] for w in ways] == ["equal", "by spectrum", "tolerance"]
+    assert all(float(w[6].split()[0]) <= 0.05 and float(w[9].split()[0]) <= 0.02 for w in ways)
+
+
+def test_points_table(script: Script) -> None:
+    lines = script("studies.points", "--tiles", "5", "--channels", "32").splitlines()
+    rows = {row[0]: [float(e) for e in row[1:]] for row in ([c.strip() for c in r.split("|")[1:-1]] for r in lines[3:])}
+    for chosen, usual, *others in zip(rows["0.667, 1.5"], rows["1, 2"], *rows.values(), strict=True):
+        assert chosen < min(usual / 1.8, 1.1 * min(others))
+
+
+def test_precision_table(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("bench.studies.precision"), "load_probe", small_probe)
+    command = "--cells", "toy-32", "--examples", "3", "8", "--tasks", "1", "--images", "60", "--size", "32"
+    lines = script("studies.precision", *command).splitlines()
+    for start in ("| toy, 32 | 3 |", "| toy, 32 | 8 |"):
+        ours, plain = (float(v) for v in next(line for line in lines if line.startswith(start)).split("|")[3:5])
+        assert 1 - ours < 2 * (1 - plain) + 1e-5
+    assert sum("early-stopped" in line for line in lines) == 1

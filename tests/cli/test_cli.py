@@ -1,0 +1,166 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small import shapes, small_probe, write_folder
+
+from t2v_fast import Embedding, cli, ops
+from t2v_fast.analysis.distance import asymmetric_distance, centred_distance, pdist
+from t2v_fast.analysis.selection import Model2Vec
+from t2v_fast.tasks.pipeline import Task2Vec
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "load_probe", lambda name, **options: small_probe(len(name)))
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    return [str(write_folder(tmp_path / f"task {s}", *shapes(classes=3 - s % 2, seed=s))) for s in range(3)]
+
+
+def run(*arguments: str) -> int:
+    return cli.main([str(a) for a in arguments])
+
+
+def test_embed_then_distance(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    assert run("embed", *folders, "--output", out, "--quiet", "--estimator", "exact") == 0
+    assert "task 0: 24 images, 3 classes" in capsys.readouterr().out
+    assert Embedding.load(out / "task 1.safetensors").meta["estimator"] == "exact"
+    assert run("embed", *folders, "--output", out, "--quiet", "--estimator", "exact") == 0
+    assert capsys.readouterr().out.count("already in") == 3
+    assert run("distance", out, "--csv", tmp_path / "d.csv", "--plot", tmp_path / "d.png") == 0
+    with (tmp_path / "d.csv").open() as file:
+        assert [row[0] for row in csv.reader(file)] == ["task", "task 0", "task 1", "task 2"]
+    assert (tmp_path / "d.png").stat().st_size > 10_000
+    for metric in ("asymmetric_kl", "jsd", "asymmetric", "centred"):
+        assert run("distance", out, "--metric", metric, "--csv", tmp_path / f"{metric}.csv") == 0
+        with (tmp_path / f"{metric}.csv").open() as file:
+            found = np.array([row[1:] for row in list(csv.reader(file))[1:]], dtype=float)
+        embeddings = [Embedding.load(out / f"task {k}.safetensors") for k in range(3)]
+        of_a_set = {"asymmetric": asymmetric_distance, "centred": centred_distance}
+        want = of_a_set[metric](embeddings, embeddings) if metric in of_a_set else pdist(embeddings, metric)
+        np.testing.assert_allclose(found, want, rtol=1e-12, atol=1e-12)
+    # Other settings never mix with what is there.
+    assert run("embed", *folders, "--output", out, "--quiet", "--probe", "other") == 1
+    assert "was made with other settings: pass --overwrite" in capsys.readouterr().err
+    assert run("embed", folders[0], "--output", out, "--quiet", "--probe", "other", "--overwrite") == 0
+    assert run("distance", out) == 1
+    assert "cannot be compared" in capsys.readouterr().err
+
+
+def test_embed_with_a_weight_decay(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for given, want in (("cv", "cv"), ("0.1", 0.1)):
+        assert run("embed", folders[0], "--output", tmp_path / given, "--quiet", "--weight-decay", given) == 0
+        embedding = Embedding.load(tmp_path / given / "task 0.safetensors")
+        assert embedding.fingerprint["head"]["weight_decay"] == want
+    capsys.readouterr()
+    assert run("embed", folders[0], "--output", tmp_path / "bad", "--weight-decay", "-1") == 1
+    assert "weight_decay is -1.0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("embed", folders[0], "--weight-decay", "little")
+    assert "'little': expected a number above 0, or cv" in capsys.readouterr().err
+    assert run("embed", "--job", "a.yaml", "--bank", "b", "--weight-decay", "cv") == 1
+    assert "--weight-decay does not go with --job" in capsys.readouterr().err
+
+
+def test_embed_to_a_tolerance(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run("embed", folders[0], "--output", tmp_path, "--quiet", "--tolerance", "0.001") == 0
+    meta = Embedding.load(tmp_path / "task 0.safetensors").meta
+    assert meta["tolerance"] == 0.001
+    assert meta["relative_error"] <= 0.001
+    capsys.readouterr()
+    assert run("embed", folders[0], "--output", tmp_path, "--tolerance", "-1", "--overwrite") == 1
+    assert "tolerance is -1.0, expected a positive number" in capsys.readouterr().err
+    assert run("embed", "--job", "a.yaml", "--bank", "b", "--method", "variational") == 1
+    assert "--method does not go with --job" in capsys.readouterr().err
+
+
+def test_select(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out, errors = tmp_path / "out", tmp_path / "errors.csv"
+    assert run("embed", *folders, "--output", out, "--quiet") == 0
+    errors.write_text("task,task 0,task 1\ntask 0,,0.3\ntask 1,0.2,0.1\n")
+    capsys.readouterr()
+    assert run("select", out, "--errors", errors, "--csv", tmp_path / "s.csv") == 0
+    found = capsys.readouterr().out
+    assert "for task 2" in found
+    assert "for task 1" not in found
+    for way in ("chance", "best on average", "Task2Vec, symmetric", "Task2Vec, asymmetric", "Model2Vec"):
+        assert way in found
+    embeddings = [Embedding.load(out / f"task {k}.safetensors") for k in range(3)]
+    model = Model2Vec().fit(embeddings[:2], embeddings[:2], np.array([[np.nan, 0.3], [0.2, 0.1]]))
+    with (tmp_path / "s.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["expert", "task 2"]
+    np.testing.assert_array_equal([float(row[1]) for row in rows[1:]], model.distances(embeddings[2:])[:, 0])
+    assert run("select", out, "--errors", errors, "--task", "task 0") == 0
+    assert "for task 0" in capsys.readouterr().out
+    for text, message in (
+        ("task,task 0\ntask 9,0.1\n", "no embedding of 'task 9'"),
+        ("task,task 0\ntask 1,0.0\n", "pass a floor"),
+    ):
+        errors.write_text(text)
+        assert run("select", out, "--errors", errors) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_interrupt_keeps_what_is_finished(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    real = Task2Vec.embed
+
+    def embed(self, data, **options):
+        if options["name"] == "task 1":
+            raise KeyboardInterrupt
+        return real(self, data, **options)
+
+    monkeypatch.setattr(Task2Vec, "embed", embed)
+    assert run("embed", *folders, "--output", tmp_path / "out", "--quiet") == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["task 0.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["embed", "{tmp}/missing"], "missing is no folder"),
+        (["embed", "{task}", "{task}"], "two tasks are called 'task 0'"),
+        (["embed", "{task}", "--device", "cuda"], "sees no CUDA device"),
+        (["distance", "{tmp}/none.safetensors", "{tmp}/none.safetensors"], "No such file"),
+        (["distance", "{tmp}"], "at least two embeddings, found 0"),
+        (["demo", "--images", "5", "--output", "{tmp}/d"], "at least 60"),
+    ],
+)
+def test_errors(
+    arguments: list[str], message: str, folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(*(a.format(tmp=tmp_path, task=folders[0]) for a in arguments)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("t2v-fast: error: ")
+    assert message in error
+
+
+def test_unreadable_images(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bad = Path(folders[0]) / "class 0" / "000.png"
+    bad.write_bytes(b"no picture")
+    assert run("embed", folders[0], "--output", tmp_path / "out", "--quiet") == 1
+    assert "000.png cannot be read" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+    assert run("embed", folders[0], "--output", tmp_path / "out", "--quiet", "--skip-unreadable") == 0
+    assert "1 unreadable left out" in capsys.readouterr().out
+
+
+def test_info_and_the_installed_command() -> None:
+    for command in ([sys.executable, "-m", "t2v_fast.cli"], [str(Path(sys.executable).parent / "t2v-fast")]):
+        found = subprocess.run([*command, "info"], capture_output=True, text=True, check=True).stdout
+        assert "reference: available" in found
+        assert f"cpu: {ops.backend_status()['cpu']}" in found

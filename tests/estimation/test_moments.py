@@ -1,0 +1,54 @@
+"""Moments of several quantities: those of each alone, however they lie together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from t2v_fast.estimation.moments import Moments, NamedMoments, Units
+
+SHAPES = {"filter": (5,), "tensor": (), "none": (0,), "large": (40, 3), "small": (2, 2), "double": (7,)}
+
+
+def batch(n: int) -> dict[str, Tensor]:
+    return {
+        name: torch.rand(n, *shape, dtype=torch.float64 if name == "double" else torch.float32)
+        for name, shape in SHAPES.items()
+    }
+
+
+@pytest.mark.parametrize("together", [1, 8, 100, 2**16])
+def test_named_moments(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    monkeypatch.setattr(NamedMoments, "TOGETHER", together)
+    torch.manual_seed(0)
+    named, alone = NamedMoments(), {name: Moments() for name in SHAPES}
+    for n in (3, 1, 6):
+        values, units = batch(n), Units(torch.rand(n), torch.rand(n))
+        named.add(values, units)
+        for name, q in values.items():
+            alone[name].add(q, units)
+    mean, error = named.mean(), named.standard_error()
+    assert list(mean) == list(error) == list(SHAPES)
+    assert named.weight == alone["filter"].weight
+    for name, moments in alone.items():
+        torch.testing.assert_close(mean[name], moments.mean(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(error[name], moments.standard_error(), rtol=1e-9, atol=1e-12)
+        assert mean[name].untyped_storage().nbytes() == mean[name].numel() * 8  # none keeps all the others alive
+
+
+def test_what_a_batch_lacks_is_left_out() -> None:
+    torch.manual_seed(0)
+    named, alone = NamedMoments(), Moments()
+    for missing in ("small", "large", None):
+        values = {name: q for name, q in batch(4).items() if name != missing}
+        named.add(values, Units(torch.ones(4)))
+        alone.add(values["filter"], Units(torch.ones(4)))
+    assert list(named.mean()) == [name for name in SHAPES if name not in ("small", "large")]
+    torch.testing.assert_close(named.mean()["filter"], alone.mean())
+    named.set_weights(torch.full((24,), 2.0))
+    torch.testing.assert_close(named.mean()["filter"], alone.mean() / 4)
+
+
+def test_no_batch_weighs_nothing() -> None:
+    assert NamedMoments().weight == 0

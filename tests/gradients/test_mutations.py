@@ -1,0 +1,452 @@
+"""The library broken on purpose, in one way after the other: each must be found.
+
+``SELF_CHECK``: fisher() itself must refuse, and the recorder differ from plain autograd. ``PROPERTY``: what
+``tests/helpers/ownership_networks.py`` compares must differ, for breaks that the self-check cannot see or that break
+it. ``EITHER``: what is broken may also be refused, since no other node fits it. ``UNSEEN``: what was refused no longer
+is.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from ownership_couplings import COUPLINGS, DETACHED, RANDOM
+from ownership_networks import Network, Outcome, Recipe, examine
+from ownership_pieces import WIDTH, WORDS, Made, parameter
+from torch import Tensor, nn
+
+import t2v_fast.estimation.moments
+import t2v_fast.gradients.factors
+import t2v_fast.gradients.recorder
+import t2v_fast.gradients.self_check
+import t2v_fast.ops
+from t2v_fast import FisherRecorder
+from t2v_fast.gradients.factors import Convolution, Factors, Outer, Product, Scatter
+from t2v_fast.gradients.rules import RULES
+from t2v_fast.gradients.self_check import SelfCheck
+from t2v_fast.ops import planner
+
+SELF_CHECK, PROPERTY, EITHER, UNSEEN = "self-check", "property", "either", "unseen"
+fisher_module = importlib.import_module(
+    "t2v_fast.estimation.estimator"
+)  # as an attribute of the package it is the function
+
+
+# ---- networks to break the library under
+
+
+@dataclass(frozen=True)
+class Case:
+    recipe: Recipe
+    extra: Callable[[], nn.Module] | None = None  # above the pieces of the recipe
+    recorder: bool = True
+
+    def examined(self) -> Outcome:
+        torch.manual_seed(self.recipe.seed)
+        model = Network(self.recipe, None if self.extra is None else self.extra())
+        return examine(self.recipe, model, self.recorder)
+
+
+def case(*pieces: str, extra: Callable[[], nn.Module] | None = None, recorder: bool = True, **options: Any) -> Case:
+    images = any(name.startswith("image/") for name in pieces)
+    sizes, seed = options.pop("sizes", (3, 2)), options.pop("seed", 2)
+    tokens = (8 if images else 6,) * len(sizes)
+    return Case(Recipe(seed, pieces, images=images, sizes=sizes, tokens=tokens, **options), extra, recorder)
+
+
+def layer(run: Callable[..., Tensor], **makes: Callable[[], Any]) -> Callable[[], nn.Module]:
+    return lambda: Made(run, **{name: make() for name, make in makes.items()})
+
+
+LINEAR = case("linear@batch_first")
+NORM = case("layer_norm@batch_first")
+IMAGES = case("image/conv")
+EMBEDDING = case(
+    extra=layer(lambda m, x, b: (x + m.f(b.ids)).sin(), f=lambda: nn.Embedding(WORDS, WIDTH, padding_idx=0))
+)
+DEPTHWISE = case(
+    extra=layer(
+        lambda m, x, b: m.f(x.transpose(1, 2)).transpose(1, 2), f=lambda: nn.Conv1d(WIDTH, WIDTH, 3, groups=WIDTH)
+    )
+)
+SCALE = case(extra=layer(lambda m, x, b: x * m.w, w=lambda: parameter(WIDTH)))
+QUOTIENT = case(extra=layer(lambda m, x, b: x / m.w, w=lambda: parameter(WIDTH)))
+SEVERAL = case("twice@batch_first")
+TWO_KINDS = case("embedding/tied")  # rows of a table, and a product with it
+
+
+BATCH_NORMS = ("NativeBatchNormBackward0", "BatchNormBackward")  # torch's own, and fisher()'s on a CPU
+
+
+# ---- ways to break it
+
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def factors_of(nodes: str | Sequence[str], slot: int | None, change: Callable[[Any], Factors]) -> Patch:
+    """The factors that a rule gives, changed."""
+
+    def patch(mp: pytest.MonkeyPatch) -> None:
+        for name in [nodes] if isinstance(nodes, str) else nodes:
+            rule = RULES[name]
+
+            def factors(use: Any, *rest: Any, made: Callable = rule.factors) -> Factors:
+                found = made(use, *rest)
+                return change(found) if slot is None or use.slot == slot else found
+
+            mp.setitem(RULES, name, replace(rule, factors=factors))
+
+    return patch
+
+
+def function(owner: Any, name: str, change: Callable[[Callable], Callable]) -> Patch:
+    """A function or method in place of another, made from it."""
+    return lambda mp: mp.setattr(owner, name, change(getattr(owner, name)))
+
+
+def exchanged(f: Outer) -> Factors:
+    return Outer(f.g, f.x, f.of_input) if f.x.shape == f.g.shape else f
+
+
+def rolled(f: Convolution, axis: int) -> Factors:
+    return replace(f, x=f.x.roll(1, axis))
+
+
+class Apart(Factors):
+    """Squares of each use, added up: what the gradients of several uses must not become."""
+
+    def __init__(self, parts: Sequence[Factors]) -> None:
+        self.parts = parts
+
+    def filter_sums(self, reuse: Any) -> Tensor:
+        return sum(t2v_fast.gradients.factors.concatenated([part]).filter_sums(reuse) for part in self.parts)
+
+    def accumulate_(self, out: Tensor, weight: Tensor) -> None:
+        for part in self.parts:
+            part.accumulate_(out, weight)
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        raise NotImplementedError
+
+    def work(self, cotangents: int) -> Any:
+        raise NotImplementedError
+
+
+def squared_positions(real: Callable) -> Callable:
+    def sq_outer(x: Tensor, g: Tensor, path: str = "explicit") -> Tensor:
+        return torch.einsum("nsi,nso->no", x.square(), g.square())
+
+    return sq_outer
+
+
+def old_grams(real: Callable) -> Callable:
+    kept: dict[Any, Tensor] = {}
+
+    def conv_gram(x: Tensor, *geometry: Any) -> Tensor:
+        return kept.setdefault((x.shape, geometry), real(x, *geometry))
+
+    return conv_gram
+
+
+def by_gram(patch: Patch) -> Patch:
+    def whole(mp: pytest.MonkeyPatch) -> None:
+        mp.setattr(planner, "choose", lambda *args, **kwargs: "gram")
+        patch(mp)
+
+    return whole
+
+
+def onward_doubled(real: Callable) -> Callable:
+    def onward(use: Any, *rest: Any) -> Callable:
+        pull = real(use, *rest)
+        return pull if use.direct else lambda t: 2 * pull(t)
+
+    return onward
+
+
+def all_together(real: Callable) -> Callable:
+    """Plain gradients of the whole batch where those of one example are asked for."""
+
+    def plain_gradients(self: Any, output: Tensor, cotangent: Tensor, example: int, *rest: Any) -> Any:
+        everything = torch.zeros_like(cotangent)
+        everything[example] = cotangent.sum(0)
+        return real(self, output, everything, example, *rest)
+
+    return plain_gradients
+
+
+def equal_batches(real: Callable) -> Callable:
+    def init(self: Any, weights: Tensor, *rest: Any) -> None:
+        real(self, weights / len(weights), *rest)
+
+    return init
+
+
+def first_part(real: Callable) -> Callable:
+    return lambda self, start, stop: real(replace(self, parts=self.parts[:1]), start, stop)
+
+
+class Mutation(NamedTuple):
+    name: str
+    patch: Patch
+    case: Case
+    found_by: str
+
+
+MUTATIONS = [
+    Mutation("a linear weight's axes exchanged", factors_of("AddmmBackward0", 2, exchanged), LINEAR, SELF_CHECK),
+    Mutation(
+        "a linear layer's input left out",
+        factors_of("AddmmBackward0", 2, lambda f: replace(f, g=torch.ones_like(f.g))),
+        LINEAR,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "a linear bias summed over one position less",
+        factors_of("AddmmBackward0", 0, lambda f: replace(f, g=f.g[:, 1:])),
+        LINEAR,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "an embedding's padding index ignored",
+        factors_of("EmbeddingBackward0", None, lambda f: replace(f, index=f.index.clamp_min(0))),
+        EMBEDDING,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "an embedding's indices shifted",
+        factors_of("EmbeddingBackward0", None, lambda f: Scatter(f.index.roll(1, 1), f.g, f.rows)),
+        EMBEDDING,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "a convolution's input shifted by a pixel",
+        factors_of("ConvolutionBackward0", 1, lambda f: rolled(f, 2)),
+        IMAGES,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "a convolution's height and width exchanged",
+        factors_of("ConvolutionBackward0", 1, lambda f: replace(f, x=f.x.mT.reshape(f.x.shape))),
+        IMAGES,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "the groups of a convolution shifted",
+        factors_of("ConvolutionBackward0", 1, lambda f: rolled(f, 1)),
+        DEPTHWISE,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "a layer norm's mean left out",
+        factors_of("NativeLayerNormBackward0", 1, lambda f: replace(f, shift=None)),
+        NORM,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "a layer norm's scale squared",
+        factors_of("NativeLayerNormBackward0", 1, lambda f: replace(f, scale=f.scale.square())),
+        NORM,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "a layer norm's weight taken for its bias",
+        factors_of("NativeLayerNormBackward0", 1, lambda f: Product(f.g)),
+        NORM,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "a batch norm's variance left out",
+        factors_of(BATCH_NORMS, 1, lambda f: replace(f, scale=torch.ones_like(f.scale))),
+        case("image/batch_norm"),
+        SELF_CHECK,
+    ),
+    Mutation(
+        "the other factor of a product left out",
+        factors_of("MulBackward0", None, lambda f: Product(f.g)),
+        SCALE,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "the numerator of a quotient left out",
+        factors_of("DivBackward0", 1, lambda f: replace(f, x=torch.ones_like(f.x))),
+        QUOTIENT,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "only one of two uses of a parameter counted",
+        function(t2v_fast.gradients.recorder, "concatenated", lambda real: lambda factors: factors[0]),
+        SEVERAL,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "two uses of a parameter squared before they are added",
+        function(t2v_fast.gradients.recorder, "concatenated", lambda real: Apart),
+        SEVERAL,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "only one of two kinds of uses of a parameter counted",
+        function(t2v_fast.gradients.factors.Summed, "gradients", first_part),
+        TWO_KINDS,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "the positions of an example squared before they are added",
+        function(t2v_fast.ops, "sq_outer", squared_positions),
+        LINEAR,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "the sums of the examples reversed",
+        function(
+            t2v_fast.gradients.factors._Layer, "filter_sums", lambda real: lambda self, reuse: real(self, reuse).flip(0)
+        ),
+        LINEAR,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "the sums of the examples shifted by one",
+        function(
+            t2v_fast.gradients.factors.Product,
+            "filter_sums",
+            lambda real: lambda self, reuse: real(self, reuse).roll(1, 0),
+        ),
+        LINEAR,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "sums given for means",
+        function(FisherRecorder, "_means", lambda real: lambda self, sums: sums),
+        LINEAR,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "what flows on through a transformation doubled",
+        function(t2v_fast.gradients.recorder, "_onward", onward_doubled),
+        case("parameters/weight_norm", unsupported="exact"),
+        SELF_CHECK,
+    ),
+    Mutation(
+        "the Gram matrix of another batch",
+        by_gram(function(t2v_fast.ops, "conv_gram", old_grams)),
+        case("linear@batch_first", sizes=(2, 2)),
+        PROPERTY,
+    ),
+    Mutation(
+        "the weights of examples ignored",
+        function(
+            t2v_fast.ops,
+            "sq_outer_acc_",
+            lambda real: lambda out, x, g, weight: real(out, x, g, torch.ones_like(weight)),
+        ),
+        case("linear@batch_first", granularity="parameter"),
+        PROPERTY,
+    ),
+    Mutation(
+        "batch norms of one image not mended",
+        function(t2v_fast.gradients.recorder, "mend_batch_norms", lambda real: lambda nodes: None),
+        case("image/instance_norm", sizes=(1, 2)),
+        PROPERTY,
+    ),
+    Mutation(
+        "plain gradients of a whole batch for those of an example",
+        function(FisherRecorder, "plain_gradients", all_together),
+        case("parameters/power", unsupported="exact"),
+        EITHER,
+    ),
+    Mutation(
+        "a direction of the exact estimator left out",
+        function(fisher_module, "cotangents", lambda real: lambda *args, **kwargs: real(*args, **kwargs)[:-1]),
+        LINEAR,
+        PROPERTY,
+    ),
+    Mutation(
+        "labels ignored",
+        function(
+            fisher_module,
+            "cotangents",
+            lambda real: (
+                lambda logits, estimator, samples, likelihood, labels, *rest, **kwargs: real(
+                    logits, estimator, samples, likelihood, labels * 0, *rest, **kwargs
+                )
+            ),
+        ),
+        case("linear@batch_first", estimator="empirical"),
+        PROPERTY,
+    ),
+    Mutation(
+        "batches weighed alike, whatever their sizes",
+        function(t2v_fast.estimation.moments.Units, "__init__", equal_batches),
+        LINEAR,
+        PROPERTY,
+    ),
+    Mutation(
+        "a self-check that checks nothing, and detached statistics",
+        function(SelfCheck, "batch", lambda real: lambda *args, **kwargs: None),
+        case(extra=DETACHED["statistics"], recorder=False),
+        PROPERTY,
+    ),
+    Mutation(
+        "a self-check that checks nothing, and noise",
+        function(SelfCheck, "batch", lambda real: lambda *args, **kwargs: None),
+        case(extra=RANDOM["noise/torch"], recorder=False),
+        PROPERTY,
+    ),
+    Mutation(
+        "a self-check that allows everything",
+        lambda mp: mp.setitem(t2v_fast.gradients.self_check.SELF_CHECK_TOLERANCE, torch.float64, 1e9),
+        case(extra=DETACHED["largest"], recorder=False),
+        PROPERTY,
+    ),
+    Mutation(
+        "a self-check of the first batch only, which has one example",
+        function(SelfCheck, "batch", lambda real: lambda self, *rest: None if self._single else real(self, *rest)),
+        case(extra=DETACHED["largest"], recorder=False, sizes=(1, 3)),
+        PROPERTY,
+    ),
+    Mutation(
+        "random numbers that are not noticed",
+        function(t2v_fast.gradients.self_check, "_random_state", lambda real: lambda: ()),
+        case(extra=RANDOM["skipped_by_torch/0.01"], recorder=False),
+        UNSEEN,
+    ),
+]
+
+
+@cache
+def unbroken(case: Case) -> Outcome:
+    return case.examined()
+
+
+def assert_found(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = unbroken(mutation.case)
+    coupled = mutation.case.extra in (*COUPLINGS.values(), *DETACHED.values(), *RANDOM.values())
+    assert before.kind == ("refused" if coupled else "exact"), before.wrong + before.crashed + before.refused
+    mutation.patch(monkeypatch)
+    broken = mutation.case.examined()
+    if mutation.found_by == SELF_CHECK:
+        assert any(line.startswith("fisher: SelfCheckError") for line in broken.refused)
+        assert any(line.startswith("recorder") for line in broken.wrong)
+    elif mutation.found_by == EITHER:
+        assert any(line.startswith("fisher: ") for line in broken.refused)
+    elif mutation.found_by == UNSEEN:
+        assert not broken.refused
+    else:
+        assert broken.wrong, broken.crashed + broken.refused
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+def test_mutation_is_found(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_found(mutation, monkeypatch)
+
+
+def test_there_are_enough() -> None:
+    assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS) >= 20

@@ -1,0 +1,135 @@
+"""Compiles the default configurations of the Triton kernels for GPUs that need not be there: resources as JSON.
+
+``python tests/helpers/ahead.py 80 90`` prints a list of {kernel, case, arch, registers, shared, spills}. Each launch of
+the ops is caught with its arguments, specialised as Triton would, and compiled to PTX, which ptxas reports on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+from t2v_fast.kernels import backend
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from t2v_fast.ops.reference import accumulate_dtype
+
+POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+POINTERS[torch.int64] = "*i64"
+
+
+def rand(*shape: int, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    return torch.empty(shape, dtype=dtype).to(memory_format=layout)
+
+
+def convolution(dtype: torch.dtype, path: str, elementwise: bool, c: int, o: int, size: int, stride: int, groups: int):
+    def run() -> None:
+        x = rand(2, c, size, size, dtype=dtype, layout=torch.channels_last)
+        g = rand(2, o, size // stride, size // stride, dtype=dtype, layout=torch.channels_last)
+        rest = ((stride, stride), (1, 1), (1, 1), groups)
+        if elementwise:
+            sums = accumulate_dtype(dtype)
+            backend.sq_conv_acc_(torch.zeros(o, c // groups, 3, 3, dtype=sums), x, g, torch.ones(2, dtype=sums), *rest)
+        else:
+            backend.sq_conv(x, g, (3, 3), *rest, path)
+
+    return run
+
+
+def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Calls that launch every kernel, at sizes of the networks in docs/gpu.md."""
+    sums = accumulate_dtype(dtype)
+    tokens, out = rand(2, 197, 768, dtype=dtype), rand(2, 197, 3072, dtype=dtype)
+    maps, shift = rand(2, 784, 128, dtype=dtype), torch.zeros(128, dtype=sums)
+    index = torch.zeros(2, 197, dtype=torch.int64)
+    return {
+        "3x3 explicit": convolution(dtype, "explicit", False, 64, 64, 56, 1, 1),
+        "3x3 explicit, elementwise": convolution(dtype, "explicit", True, 64, 64, 56, 1, 1),
+        "3x3 gram": convolution(dtype, "gram", False, 256, 256, 14, 1, 1),
+        "3x3 gram, strided": convolution(dtype, "gram", False, 16, 32, 56, 4, 1),
+        "depthwise": convolution(dtype, "explicit", False, 96, 96, 56, 1, 96),
+        "depthwise, elementwise": convolution(dtype, "explicit", True, 96, 96, 56, 1, 96),
+        "conv_gram": lambda: backend.conv_gram(rand(2, 256, 14, 14, dtype=dtype), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+        "sq_gram": lambda: backend.sq_gram(torch.empty(2, 1, 196, 196, dtype=sums), rand(4, 256, 14, 14, dtype=dtype)),
+        "linear explicit": lambda: backend.sq_outer(tokens, out),
+        "linear gram": lambda: backend.sq_outer(tokens, out, "gram"),
+        "norm": lambda: backend.sq_norm(maps, maps, shift, shift),
+        "norm, contiguous maps": lambda: backend.sq_norm(*[rand(2, 64, 3136, dtype=dtype).transpose(1, 2)] * 2),
+        "bias": lambda: backend.sq_prod(maps),
+        "embedding": lambda: backend.sq_scatter(index, tokens, 1000),
+        "embedding, elementwise": lambda: backend.sq_scatter_acc_(
+            torch.zeros(1000, 768, dtype=sums), index, tokens, torch.ones(2, dtype=sums)
+        ),
+    }
+
+
+def specialise(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, dict[str, int]]:
+    """What Triton would compile for these arguments, and the launch's options."""
+    options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(place,)] = value
+            continue
+        signature[parameter.name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
+        if isinstance(value, Tensor) or value % 16 == 0:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def resources(ptx: str, arch: int) -> dict[str, int]:
+    """Registers a thread, bytes of static shared memory and of spills, as ptxas reports them."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        target = f"sm_{arch}a" if arch == 90 else f"sm_{arch}"
+        command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", str(file), "-o", f"{folder}/cubin"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", report)))
+    return {"registers": int(re.search(r"Used (\d+) registers", report)[1]), "spills": spills}
+
+
+def main(archs: list[int]) -> None:
+    caught: list[tuple[JITFunction, tuple, dict]] = []
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: caught.append((self, args, kwargs))
+    found, seen = [], set()
+    modes = [(d, "highest") for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)]
+    for dtype, precision in [*modes, (torch.float32, "high")]:
+        torch.set_float32_matmul_precision(precision)
+        kind = "tf32" if precision == "high" else str(dtype).removeprefix("torch.")
+        for case, run in cases(dtype).items():
+            caught.clear()
+            run()
+            for kernel, args, kwargs in caught:
+                source, options = specialise(kernel, args, dict(kwargs))
+                key = (source.hash(), *options.items())
+                if key in seen or (precision == "high" and kwargs.get("PRECISION") != "tf32"):
+                    continue  # compiled for another case already
+                seen.add(key)
+                for arch in archs:
+                    compiled = triton.compile(source, GPUTarget("cuda", arch, 32), options)
+                    found.append(
+                        {"kernel": kernel.fn.__name__, "case": case, "dtype": kind, "arch": arch}
+                        | {"warps": options["num_warps"], "shared": compiled.metadata.shared}
+                        | resources(compiled.asm["ptx"], arch)
+                    )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    if triton.knobs.runtime.interpret:
+        raise SystemExit("TRITON_INTERPRET is set: nothing would be compiled")
+    main([int(a) for a in sys.argv[1:]])

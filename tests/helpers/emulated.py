@@ -1,0 +1,88 @@
+"""The CUDA sources, compiled for the host against emulation/emulation.h: the operators of csrc/cuda, executed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+from t2v_fast import ops
+
+ROOT = Path(__file__).resolve().parents[2]
+HEADERS = ROOT / "tests" / "helpers" / "emulation"
+SOURCES = sorted([*(ROOT / "csrc" / "cuda").glob("*.cu"), ROOT / "csrc" / "cuda" / "bindings.cpp"])
+LIBRARY = "t2v_fast_emulated"
+SANITIZE = "T2V_EMULATION_SANITIZE"
+
+
+def build(sanitize: str = "") -> Path:
+    """The shared library, compiled again where a source, the compiler's flags or torch changed."""
+    flags = ["-std=c++20", "-fPIC", "-O1", "-g", "-DT2V_EMULATED", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    flags += ["-Werror=sign-compare", f"-I{HEADERS}", *(f"-isystem{p}" for p in cpp_extension.include_paths())]
+    flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}")
+    if sanitize:
+        flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"]
+    read = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").iterdir(), *HEADERS.iterdir()]
+    state = "".join(flags) + torch.__version__ + "".join(f.read_text() for f in sorted(read))
+    folder = ROOT / "build" / "emulation" / hashlib.sha256(state.encode()).hexdigest()[:16]
+    library = folder / "emulated.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    compiler = os.environ.get("CXX", "g++")
+
+    def compile_one(source: Path) -> Path:
+        target = folder / f"{source.stem}.o"
+        subprocess.run([compiler, *flags, "-xc++", "-c", source, "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, SOURCES))
+    search = [f"-L{p}" for p in cpp_extension.library_paths()]
+    temporary = library.with_suffix(f".{os.getpid()}")
+    links = [compiler, "-shared", *flags[-2:], *objects, *search, "-lc10", "-ltorch_cpu", "-o", temporary]
+    subprocess.run(links, check=True)
+    os.replace(temporary, library)
+    return library
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Registers the operators as torch.ops.t2v_fast_emulated, once; with the sanitizers that SANITIZE names."""
+    definitions = torch.library.Library(LIBRARY, "DEF")
+    for name, schema in ops.SCHEMAS.items():
+        definitions.define(name + schema)
+    load.keep = definitions  # they are taken back with it
+    library = ctypes.CDLL(str(build(os.environ.get(SANITIZE, ""))))
+    library.emulation_sites.restype = ctypes.c_char_p
+    return library
+
+
+@contextmanager
+def running(backwards: bool = False, eager: bool = False, left_out: str = "") -> Iterator[None]:
+    """The ops of t2v_fast.ops run on the emulated kernels, their threads and copies in the order given.
+
+    ``left_out`` names a barrier, as file:line, that is passed over.
+    """
+    library, call = load(), ops._call
+    library.emulation_set(backwards, eager, left_out.encode())
+    ops._call = lambda name, *args: getattr(getattr(torch.ops, LIBRARY), name)(*args)
+    try:
+        yield
+    finally:
+        ops._call = call
+        library.emulation_set(False, False, b"")
+
+
+def sites() -> list[str]:
+    """Every barrier, and every wait for copies, that kernels have come to so far."""
+    return load().emulation_sites().decode().split()

@@ -1,0 +1,253 @@
+"""The CUDA sources without a GPU: executed by emulation in every order, compiled for two GPUs, linked and imported.
+
+The grid of geometries against float64 is in test_ops.py, as for every backend.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import emulated
+import pytest
+import resources
+import torch
+from cases import ConvCase
+from oracle import per_example_squares, reduce, relative_error
+from test_ops import (
+    DTYPES,
+    conv_gradients,
+    filter_sums,
+    guarded,
+    prod_gradients,
+    scatter_gradients,
+)
+from torch import Tensor
+from torch.utils import cpp_extension
+
+import t2v_fast
+from t2v_fast import ops
+from t2v_fast.ops import planner
+
+ROOT = Path(__file__).resolve().parents[2]
+ORDERS = [(backwards, eager) for backwards in (False, True) for eager in (False, True)]
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """Relative; infinite where a value is missing or not finite."""
+    error = float((got.double() - want).norm() / want.norm())
+    return error if error == error else float("inf")
+
+
+def conv_check(case: ConvCase, path: str, dtype: torch.dtype) -> Callable[[], float]:
+    x = guarded((case.n, case.c, *case.size), dtype, 1)
+    g = guarded((case.n * case.cotangents, case.o, *case.out_size), dtype, 2, "channels_last")
+    gradients = conv_gradients(case, x, g)
+
+    def run() -> float:
+        if path != "elementwise":
+            return difference(ops.sq_conv(x, g, *case.geometry, path), filter_sums(gradients))
+        out = torch.zeros(gradients.shape[1:], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        ops.sq_conv_acc_(out, x, g, torch.ones(len(g), dtype=out.dtype), *case.geometry[1:])
+        return difference(out, gradients.square().sum(0))
+
+    return run
+
+
+# Several tiles along every axis, several steps in depth, and more of them than stages.
+TILED = ConvCase("tiled", 2, 40, (9, 10), 72)
+DEPTHWISE = ConvCase("depthwise", 2, 48, (16, 15), 48, groups=48)
+
+
+def scatter_check() -> float:
+    index = torch.randint(-1, 5, (2, 9), generator=torch.Generator().manual_seed(1))
+    g = guarded((4, 9, 300), torch.float32, 2)
+    return difference(ops.sq_scatter(index, g, 5), filter_sums(scatter_gradients(index, g, 5)))
+
+
+def prod_check() -> float:
+    x, g = guarded((2, 200, 12), torch.float32, 1), guarded((4, 200, 12), torch.float32, 2)
+    return difference(ops.sq_norm(g, x)[0], prod_gradients(g, x, None, None).square())
+
+
+CHECKS = {
+    **{
+        f"{path} {str(dtype).removeprefix('torch.')}": conv_check(TILED, path, dtype)
+        for path in ("explicit", "gram", "elementwise")
+        for dtype in DTYPES
+    },
+    "depthwise": conv_check(DEPTHWISE, "explicit", torch.float32),
+    "scatter": scatter_check,
+    "prod": prod_check,
+}
+
+
+@pytest.fixture(params=["highest", "high"])
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("check", CHECKS)
+def test_any_order_of_threads_and_copies(check: str, order: tuple[bool, bool]) -> None:
+    with emulated.running(*order):
+        assert CHECKS[check]() < (1e-14 if "float64" in check else 2e-6)
+
+
+@pytest.mark.slow
+def test_every_barrier_is_needed() -> None:
+    """Leaving out any one barrier, or wait for copies, shows in a result: in one order at least, as a GPU might run."""
+    with emulated.running():
+        for check in CHECKS.values():
+            check()
+    sites = emulated.sites()
+    assert len(sites) >= 6
+    assert {site.split(":")[0] for site in sites} == {"tile.h", "lanes.h", "sq_scatter.cu"}
+    survived = []
+    for site in sites:
+        caught = False
+        for order in ORDERS:
+            with emulated.running(*order, left_out=site):
+                caught = caught or any(check() > 1e-3 for check in CHECKS.values())
+        if not caught:
+            survived.append(site)
+    assert survived == []
+
+
+SANITIZED = """
+import sys
+sys.path[:0] = {tests!r}
+import emulated, test_cuda, test_ops
+with emulated.running(backwards=True):
+    for check in test_cuda.CHECKS.values():
+        assert check() < 2e-6
+    for case in test_ops.CONVOLUTIONS:
+        for dtype in test_ops.DTYPES:
+            for path in ("explicit", "gram", "elementwise"):
+                if case.n:
+                    test_cuda.conv_check(case, path, dtype)()
+print("clean")
+"""
+
+
+@pytest.mark.weekly
+def test_no_access_is_out_of_bounds() -> None:
+    """The whole grid under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    compiler = os.environ.get("CXX", "g++")
+    environment = os.environ | {
+        # Python was not built with sanitizers: their runtime goes first, with the library whose functions it wraps.
+        "LD_PRELOAD": " ".join(
+            subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
+            for name in ("libasan.so", "libstdc++.so")
+        ),
+        "ASAN_OPTIONS": "detect_leaks=0",  # of the interpreter's
+        emulated.SANITIZE: "address,undefined",
+    }
+    script = SANITIZED.format(tests=[str(ROOT / "tests" / "helpers"), str(ROOT / "tests" / "ops")])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert "clean" in done.stdout
+
+
+NVCC = shutil.which("nvcc")
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)'.*?"
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?:[^\n]*?, (?P<shared>\d+) bytes smem)?",
+    re.DOTALL,
+)
+
+
+def compile_for_gpus(source: Path, folder: Path) -> list[dict[str, str]]:
+    """What ptxas reports of each kernel."""
+    command = [NVCC, "-std=c++20", "-O3", "-c", "-Xptxas=-v", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in resources.CARD]
+    command += [f"-isystem={p}" for p in cpp_extension.include_paths()]
+    command += [str(source), "-o", str(folder / f"{source.stem}.o")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [match.groupdict() for match in ENTRY.finditer(done.stderr)]
+    names = subprocess.check_output(["c++filt"], input="\n".join(row["name"] for row in found), text=True).splitlines()
+    return [row | {"name": name} for row, name in zip(found, names, strict=True)]
+
+
+@pytest.mark.weekly
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the CUDA sources were not compiled for a GPU")
+def test_no_kernel_spills(tmp_path: Path) -> None:
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = [row for rows in pool.map(lambda source: compile_for_gpus(source, tmp_path), sources) for row in rows]
+    assert [row["name"] for row in found if row["stores"] != "0" or row["loads"] != "0"] == []
+    launches: dict[tuple[str, str], dict[int, str]] = {}
+    for row in found:
+        name, arguments = re.search(r"(\w+)_kernel<(.*)>\(", row["name"]).groups()
+        arguments = re.sub(r"t2v::cuda::|c10::", "", arguments).replace("true", "elements").replace("false", "filters")
+        cell = resources.cell(int(row["arch"]), 128, int(row["registers"]), int(row["shared"] or 0))
+        launches.setdefault((name, arguments), {})[int(row["arch"])] = cell
+    assert {name for name, _ in launches} == {
+        *("squares", "gram", "shift", "form", "depthwise", "along_channels", "along_positions", "filter", "element")
+    }
+    assert all(cells.keys() == resources.CARD.keys() for cells in launches.values())
+    header = ["kernel", "instance", "sm_80: registers, shared bytes, occupancy", "sm_90"]
+    resources.write("cuda resources", header, [[*key, *launches[key].values()] for key in sorted(launches)])
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the extension has no CUDA kernels")
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a CPU build: the extension has no CUDA kernels")
+def test_the_extension_has_the_kernels() -> None:
+    """Built by nvcc, linked against torch's CUDA libraries and imported, whether there is a GPU or not."""
+    from t2v_fast import _C
+
+    assert _C.build_info()["cuda"]
+    for name in ops.SCHEMAS:
+        assert "bindings.cpp" in torch._C._dispatch_dump(f"t2v_fast::{name}").split("CUDA:")[1].splitlines()[0]
+    if not torch.cuda.is_available():
+        assert ops.backend_status()["cuda"] == "torch finds no CUDA device"
+
+
+def test_tf32_is_used_where_it_is_allowed(precision: str) -> None:
+    with emulated.running():
+        errors = [conv_check(TILED, path, torch.float32)() for path in ("explicit", "gram", "elementwise")]
+    assert all(1e-5 < e < 2e-3 if precision == "high" else e < 2e-6 for e in errors)
+
+
+def test_a_whole_network() -> None:
+    """Every op behind a Fisher, by the CUDA kernels."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        torch.nn.BatchNorm2d(16),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(16, 16, 3, stride=2, groups=16),
+        torch.nn.Conv2d(16, 40, 1),
+        torch.nn.GELU(),
+        torch.nn.Flatten(2),
+        torch.nn.Linear(16, 24),
+        torch.nn.LayerNorm(24),
+        torch.nn.Flatten(),
+        torch.nn.Linear(40 * 24, 5),
+    ).eval()
+    x, cotangents = torch.randn(6, 3, 10, 10), torch.randn(2, 6, 5)
+    want = per_example_squares(model.double(), x.double(), cotangents.double())
+    model.float()
+    for granularity, path in (("filter", "explicit"), ("filter", "gram"), ("parameter", "explicit")):
+        # A path is forced, so that the planner does not measure the emulation.
+        with (
+            planner.force(path),
+            emulated.running(),
+            t2v_fast.FisherRecorder(model, granularity=granularity) as recorder,
+        ):
+            found = recorder.backward(model(x), cotangents)
+        assert found.keys() == want.keys()
+        for name, value in found.items():
+            truth = reduce(want[name], granularity)
+            assert relative_error(value, truth.sum(0) if granularity == "parameter" else truth) < 1e-5, name

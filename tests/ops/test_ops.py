@@ -1,0 +1,597 @@
+"""Every op, form, path, backend, instruction set and dtype against a float64 oracle written out with einsum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import emulated
+import pytest
+import torch
+from cases import CONVOLUTIONS, OUTERS, ConvCase, OuterCase
+from torch import Tensor
+from torch.nn import functional as F
+
+from t2v_fast import ops
+from t2v_fast.ops.reference import accumulate_dtype
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def _variants() -> list[str]:
+    """Every backend that can run here, the CPU one once for each instruction set, the CUDA one by its emulation."""
+    variants = ["reference", "emulated"]
+    if ops.backend_status()["cpu"] == "available":
+        from t2v_fast import _C
+
+        best = _C.cpu_capability()
+        for name in _C.build_info()["cpu"].split():
+            try:
+                _C.set_cpu_capability(name)
+            except ValueError:
+                continue  # this processor lacks it
+            variants.append(f"cpu-{name}")
+        _C.set_cpu_capability(best)
+    return variants
+
+
+VARIANTS = _variants()
+
+
+@contextmanager
+def variant(name: str) -> Iterator[None]:
+    if name == "emulated":
+        with emulated.running():
+            yield
+        return
+    backend, _, capability = name.partition("-")
+    if not capability:
+        with ops.use_backend(backend):
+            yield
+        return
+    from t2v_fast import _C
+
+    best = _C.cpu_capability()
+    _C.set_cpu_capability(capability)
+    try:
+        with ops.use_backend(backend):
+            yield
+    finally:
+        _C.set_cpu_capability(best)
+
+
+def test_the_extension_is_built() -> None:
+    """Where the tests run, the C++ kernels must be under test, not silently absent."""
+    assert ops.backend_status()["cpu"] == "available"
+    assert "cpu-portable" in VARIANTS
+
+
+def guarded(shape: tuple[int, ...], dtype: torch.dtype, seed: int, layout: str = "contiguous") -> Tensor:
+    """Random values inside a larger buffer of NaN, so that a read beyond them shows in the result."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    if layout == "channels_last":
+        axes = (0, *range(2, len(shape)), 1)
+        buffer = torch.full((values.numel() + 256,), float("nan"), dtype=dtype)
+        inner = buffer[64 : 64 + values.numel()].view([shape[a] for a in axes])
+        inner.copy_(values.permute(axes))
+        return inner.permute([axes.index(a) for a in range(len(shape))])
+    if layout == "sliced":  # every axis strided, NaN between the values
+        buffer = torch.full([2 * s + 3 for s in shape], float("nan"), dtype=dtype)
+        view = buffer[tuple(slice(1, 1 + 2 * s, 2) for s in shape)]
+        view.copy_(values)
+        return view
+    buffer = torch.full((values.numel() + 256,), float("nan"), dtype=dtype)
+    return buffer[64 : 64 + values.numel()].view(shape).copy_(values)
+
+
+def conv_gradients(case: ConvCase, x: Tensor, g: Tensor) -> Tensor:
+    """[M, O, C / groups, kh, kw] by unfolding, in float64."""
+    x, g = x.double(), g.double()
+    n, m = len(x), len(g)
+    if m == 0:
+        return x.new_zeros(0, case.o, case.c // case.groups, *case.kernel)
+    patches = F.unfold(x, case.kernel, case.dilation, case.padding, case.stride)
+    patches = patches.view(n, case.groups, -1, patches.shape[-1])[torch.arange(m) % n]  # [M, G, D, P]
+    g = g.reshape(m, case.groups, case.o // case.groups, -1)
+    return torch.einsum("mgop,mgdp->mgod", g, patches).reshape(m, case.o, case.c // case.groups, *case.kernel)
+
+
+def outer_gradients(x: Tensor, g: Tensor) -> Tensor:
+    rows = torch.arange(len(g)) % max(len(x), 1)
+    return torch.einsum("mso,msi->moi", g.double(), x.double()[rows])
+
+
+def prod_gradients(g: Tensor, x: Tensor | None, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    if x is None:
+        return g.double().sum(1)
+    rows = torch.arange(len(g)) % len(x)
+    shift = 0 if shift is None else shift.double()
+    scale = 1 if scale is None else scale.double()
+    return (g.double() * ((x.double() - shift) * scale)[rows]).sum(1)
+
+
+def scatter_gradients(index: Tensor, g: Tensor, num_rows: int) -> Tensor:
+    rows = index[torch.arange(len(g)) % len(index)]
+    one_hot = torch.stack([rows == v for v in range(num_rows)], 2).double()
+    return torch.einsum("msv,mso->mvo", one_hot, g.double())
+
+
+def filter_sums(gradients: Tensor) -> Tensor:
+    return gradients.square().flatten(2).sum(2) if gradients.dim() > 2 else gradients.square()
+
+
+def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, terms: int) -> None:
+    """Within rounding of the dtype of the sums: inputs are exact, so their own narrowness costs nothing.
+
+    A sum of S products has an error of about sqrt(S) eps relative to the root of the sum of its squared terms, which
+    the largest results stand for; plain torch's own error is tested against the same bound below.
+    """
+    assert got.dtype == accumulate_dtype(dtype)
+    assert got.shape == want.shape
+    eps = torch.finfo(got.dtype).eps
+    scale = want.abs().max() if want.numel() else 1.0
+    assert float((got.double() - want).abs().max() if want.numel() else 0.0) <= 8 * eps * max(terms, 1) ** 0.5 * scale
+
+
+def check(
+    name: str,
+    dtype: torch.dtype,
+    run: Callable[[], Tensor],
+    run_acc: Callable[[Tensor, Tensor], None],
+    gradients: Tensor,
+    terms: int,
+) -> None:
+    m = len(gradients)
+    with variant(name):
+        q = run()
+        assert_close(q, filter_sums(gradients), dtype, terms)
+        assert torch.equal(q, run())  # deterministic
+        weight = torch.rand(m, generator=torch.Generator().manual_seed(9), dtype=accumulate_dtype(dtype))
+        start = torch.rand(
+            gradients.shape[1:], generator=torch.Generator().manual_seed(8), dtype=accumulate_dtype(dtype)
+        )
+        out = start.clone()
+        run_acc(out, weight)
+        want = start.double() + torch.tensordot(weight.double(), gradients.square(), 1)
+        assert_close(out, want, dtype, terms)
+
+
+def conv_paths(case: ConvCase) -> list[str]:
+    kernel, stride, _, dilation, groups = case.geometry
+    fits = ops.winograd_fits(kernel, stride, dilation, groups)
+    return [path for path in ops.CONV_PATHS if path != "winograd" or fits]
+
+
+LAYOUTS = ["contiguous", "channels_last", "sliced"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_sq_conv(case: ConvCase, dtype: torch.dtype, name: str) -> None:
+    for k, layout in enumerate(LAYOUTS if dtype in (torch.float32, torch.bfloat16) else ["contiguous"]):
+        x = guarded((case.n, case.c, *case.size), dtype, 1, layout)
+        g = guarded((case.n * case.cotangents, case.o, *case.out_size), dtype, 2, LAYOUTS[(k + 1) % 3])
+        gradients = conv_gradients(case, x, g)
+        terms = case.out_size[0] * case.out_size[1]
+        for path in conv_paths(case):
+            check(
+                name,
+                dtype,
+                lambda x=x, g=g, path=path: ops.sq_conv(x, g, *case.geometry, path),
+                lambda out, w, x=x, g=g, path=path: ops.sq_conv_acc_(
+                    out, x, g, w, *case.geometry[1:], "winograd" if path == "winograd" else "explicit"
+                ),
+                gradients,
+                terms,
+            )
+        with variant(name):
+            q = ops.sq_gram(ops.conv_gram(x, *case.geometry), g)
+        assert_close(q, filter_sums(gradients), dtype, terms)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", OUTERS, ids=str)
+def test_sq_outer(case: OuterCase, dtype: torch.dtype, name: str) -> None:
+    for layout in LAYOUTS:
+        x = guarded((case.n, case.s, case.i), dtype, 1, layout)
+        g = guarded((case.n * case.cotangents, case.s, case.o), dtype, 2, layout)
+        gradients = outer_gradients(x, g)
+        for path in ops.OUTER_PATHS:
+            check(
+                name,
+                dtype,
+                lambda x=x, g=g, path=path: ops.sq_outer(x, g, path),
+                lambda out, w, x=x, g=g: ops.sq_outer_acc_(out, x, g, w),
+                gradients,
+                case.s,
+            )
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("affine", ["none", "channel", "row", "element", "shift_only"])
+def test_sq_prod(dtype: torch.dtype, affine: str, name: str) -> None:
+    wide = accumulate_dtype(dtype)
+    for n, s, c, k in ((3, 5, 7, 1), (2, 1, 33, 1), (2, 70, 18, 2), (2, 1100, 2, 1), (1, 3, 1100, 1), (0, 4, 3, 1)):
+        for layout in LAYOUTS:
+            x = guarded((n, s, c), dtype, 1, layout)
+            g = guarded((n * k, s, c), dtype, 2, layout)
+            shapes = {"channel": (c,), "row": (n, s, 1), "element": (n, s, c), "shift_only": (c,)}
+            shift = scale = None
+            if affine != "none":
+                shift = guarded(shapes[affine], wide, 3)
+                scale = None if affine == "shift_only" else guarded(shapes[affine], wide, 4)
+            if n == 0 and affine == "none":
+                continue  # covered below, without x
+            gradients = prod_gradients(g, x, shift, scale) if n else x.new_zeros(0, c, dtype=torch.float64)
+            check(
+                name,
+                dtype,
+                lambda g=g, x=x, a=shift, b=scale: ops.sq_prod(g, x, a, b),
+                lambda out, w, g=g, x=x, a=shift, b=scale: ops.sq_prod_acc_(out, g, w, x, a, b),
+                gradients,
+                4 * s,
+            )
+            if n:
+                with variant(name):
+                    weight, bias = ops.sq_norm(g, x, shift, scale)
+                assert_close(weight, filter_sums(gradients), dtype, 4 * s)
+                assert_close(bias, filter_sums(prod_gradients(g, None, None, None)), dtype, 4 * s)
+            if affine == "none":
+                check(
+                    name,
+                    dtype,
+                    lambda g=g: ops.sq_prod(g),
+                    lambda out, w, g=g: ops.sq_prod_acc_(out, g, w),
+                    prod_gradients(g, None, None, None),
+                    s,
+                )
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sq_scatter(dtype: torch.dtype, name: str) -> None:
+    for n, s, o, v, k in ((3, 6, 5, 4, 1), (2, 9, 17, 3, 2), (2, 1, 3, 8, 1), (1, 5, 70, 2, 1)):
+        index = torch.randint(-1, v, (n, s), generator=torch.Generator().manual_seed(n))
+        for layout in LAYOUTS:
+            g = guarded((n * k, s, o), dtype, 2, layout)
+            check(
+                name,
+                dtype,
+                lambda g=g, index=index, v=v: ops.sq_scatter(index, g, v),
+                lambda out, w, g=g, index=index: ops.sq_scatter_acc_(out, index, g, w),
+                scatter_gradients(index, g, v),
+                s,
+            )
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_expanded_inputs(name: str) -> None:
+    """A stride of zero, as the gradient of a mean has."""
+    case = ConvCase("expanded", 3, 4, (6, 5), 7)
+    x, g = torch.randn(3, 4, 6, 5), torch.randn(3, 7, 1, 1).expand(3, 7, 6, 5)
+    with variant(name):
+        for path in conv_paths(case):
+            assert_close(ops.sq_conv(x, g, *case.geometry, path), filter_sums(conv_gradients(case, x, g)), x.dtype, 30)
+        g = torch.randn(3, 1, 4).expand(3, 5, 4)
+        assert_close(ops.sq_prod(g), g.double().sum(1).square(), g.dtype, 5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_thread_counts_change_nothing(name: str) -> None:
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found = []
+            with variant(name):
+                for case in CONVOLUTIONS:
+                    x = guarded((case.n, case.c, *case.size), torch.float32, 1)
+                    g = guarded((case.n * case.cotangents, case.o, *case.out_size), torch.float32, 2)
+                    out = torch.zeros(case.o, case.c // case.groups, *case.kernel)
+                    ops.sq_conv_acc_(out, x, g, torch.ones(len(g)), *case.geometry[1:])
+                    found += [ops.sq_conv(x, g, *case.geometry, path) for path in conv_paths(case)] + [out]
+            results.append(found)
+    finally:
+        torch.set_num_threads(before)
+    if name == "reference":  # plain torch makes no such promise
+        return
+    for found in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [v for v in VARIANTS if v != "emulated"])
+def test_winograd_conv(name: str, dtype: torch.dtype, layout: str, transposed: bool) -> None:
+    """N images of C channels to O, odd sizes and whole vectors, more tiles than one part holds, several threads."""
+    cases = [(2, 5, 7, 9, 3), (1, 32, 64, 4, 4), (3, 17, 33, 13, 6), (2, 128, 96, 30, 29), (4, 520, 40, 8, 5)]
+    for k, (n, c, o, high, wide) in enumerate(cases):
+        x = guarded((n, c, high, wide), dtype, k, layout)
+        weight = guarded((c, o, 3, 3) if transposed else (o, c, 3, 3), dtype, k + 1, layout)
+        bias = None if k % 2 else guarded((o,), dtype, k + 2)
+        padding = [(0, 1), (1, 1), (2, 0), (1, 1), (2, 2)][k]
+        convolution = F.conv_transpose2d if transposed else F.conv2d
+        want = convolution(x.double(), weight.double(), None if bias is None else bias.double(), padding=padding)
+        results = []
+        for threads in (1, 3):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                with variant(name):
+                    results.append(ops.winograd_conv(x, weight, bias, padding, transposed))
+            finally:
+                torch.set_num_threads(before)
+        got = results[0]
+        assert got.shape == want.shape
+        assert got.dtype == dtype
+        bound = {torch.float64: 1e-14, torch.float32: 8e-6, torch.bfloat16: 4e-3}[dtype] * float(want.abs().max())
+        if name == "reference":
+            # Plain torch's own error. Without instructions for bfloat16 it rounds a transposed convolution after every
+            # tap, which is coarser than the one rounding of a result that the kernels are held to.
+            plain = convolution(x, weight, bias, padding=padding)
+            bound = max(bound, 2 * float((plain.double() - want).abs().max()))
+        assert float((got.double() - want).abs().max()) < bound
+        if name.startswith("cpu"):  # no share of the work changes a result, nor does the rest of the batch
+            assert results[1].equal(got)
+            with variant(name):
+                assert ops.winograd_conv(x[1:], weight, bias, padding, transposed).equal(got[1:])
+
+
+def test_winograd_conv_checks_its_arguments() -> None:
+    x, w = torch.randn(2, 4, 6, 6), torch.randn(5, 4, 3, 3)
+    for arguments, message in (
+        ((x[0], w), "N, C, H, W"),
+        ((x, w[:, :, :2]), "3x3"),
+        ((x, w[:, :3]), "4 channels"),
+        ((x, w, None, (1, 1), True), "4 channels"),
+        ((x.half(), w.half()), "float32"),
+        ((x, w.double()), "float32"),
+        ((x, w, torch.randn(4)), r"\[5\]"),
+        ((x, w, None, (-1, 0)), "padding"),
+        ((x[:, :, :2], w), "spatial size"),
+        ((torch.randn(2, 5, 6, 6), w, None, (3, 0), True), "padding"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.winograd_conv(*arguments)
+        full = (*arguments, *(None, (0, 0), False)[len(arguments) - 2 :])
+        with pytest.raises(ValueError, match="winograd_conv"):
+            torch.ops.t2v_fast.winograd_conv(*full)
+
+
+@pytest.mark.parametrize("name", [v for v in VARIANTS if v.startswith("cpu")])
+def test_winograd_conv_keeps_what_is_not_finite(name: str) -> None:
+    """A rounded NaN stays one, and so does what overflows bfloat16; other images do not change."""
+    x, w = torch.randn(2, 32, 8, 8).bfloat16(), torch.randn(32, 32, 3, 3).bfloat16()
+    with variant(name):
+        clean = ops.winograd_conv(x, w, None, (1, 1))
+        for bad in (float("nan"), float("inf"), 3e38):
+            spoilt = x.clone()
+            spoilt[1, 5, 2, 2] = bad
+            got = ops.winograd_conv(spoilt, w, None, (1, 1))
+            assert not got[1, :, 2, 2].isfinite().any()
+            assert got[0].equal(clean[0])
+
+
+def of_size(x: float, w: float) -> tuple[Tensor, Tensor]:
+    return (x * torch.randn(2, 96, 8, 8)).bfloat16(), (w * torch.randn(32, 96, 3, 3)).bfloat16()
+
+
+def along_a_row() -> tuple[Tensor, Tensor]:
+    """Patches and kernels that are a row of the transform, in every channel: no product can be larger."""
+    near, far = 2 / 3, 3 / 2
+    row = torch.tensor([0.0, -near * far**2, -(far**2), near, 1.0, 0.0])
+    taps = torch.tensor([1.0, near, near**2])
+    patch = torch.zeros(2, 64, 10, 10)
+    patch[:, :, 3:9, 3:9] = torch.outer(row, row)  # as the second tile of each axis sees it
+    return patch[:, :, :9, :9].bfloat16(), torch.outer(taps, taps).expand(32, 64, 3, 3).bfloat16()
+
+
+EXTREMES = {
+    "small": lambda: of_size(1e-20, 1e-10),
+    "smaller": lambda: of_size(1e-28, 1e3),
+    "large": lambda: of_size(1e20, 1e10),
+    "larger": lambda: of_size(1e28, 1e-25),
+    "along a row": along_a_row,
+    "one channel": lambda: (of_size(1, 1)[0] * torch.eye(96)[5].view(1, 96, 1, 1), of_size(1, 1)[1]),
+    "some channels": lambda: (of_size(1, 1)[0] * (torch.arange(96) > 90).view(1, 96, 1, 1), of_size(1, 1)[1]),
+    "some filters": lambda: (of_size(1, 1)[0], of_size(1, 1)[1] * torch.logspace(-20, 10, 32).view(32, 1, 1, 1)),
+    "nothing": lambda: (torch.zeros(2, 96, 8, 8).bfloat16(), of_size(1, 1)[1]),
+    "no weight": lambda: (of_size(1, 1)[0], torch.zeros(32, 96, 3, 3).bfloat16()),
+}
+
+
+@pytest.mark.parametrize("case", EXTREMES)
+@pytest.mark.parametrize("name", [v for v in VARIANTS if v.startswith("cpu")])
+def test_winograd_conv_in_extremes(name: str, case: str) -> None:
+    """Fixed point has a unit for each tile and each filter, and no sum leaves its range."""
+    torch.manual_seed(0)
+    x, w = (t.bfloat16() for t in EXTREMES[case]())
+    want = F.conv2d(x.double(), w.double(), None, 1, 1)
+    with variant(name):
+        error = (ops.winograd_conv(x, w, None, (1, 1)).double() - want).abs().amax((0, 2, 3))
+    assert (error <= 8e-3 * want.abs().amax((0, 2, 3))).all()
+
+
+def test_winograd_conv_of_nothing() -> None:
+    assert ops.winograd_conv(torch.randn(0, 4, 6, 6), torch.randn(5, 4, 3, 3)).shape == (0, 5, 4, 4)
+    got = ops.winograd_conv(torch.randn(2, 0, 6, 6), torch.randn(5, 0, 3, 3), torch.arange(5.0))
+    assert got.equal(torch.arange(5.0).view(5, 1, 1).expand(2, 5, 4, 4))
+    torch.library.opcheck(
+        torch.ops.t2v_fast.winograd_conv, (torch.randn(2, 4, 6, 6), torch.randn(5, 4, 3, 3), None, (1, 1), False)
+    )
+
+
+def test_plain_torch_is_no_more_accurate() -> None:
+    """The bound of assert_close is not slack: plain torch's float32 error comes within a factor of it."""
+    case = ConvCase("large", 4, 64, (28, 28), 64)
+    x, g = guarded((4, 64, 28, 28), torch.float32, 1), guarded((4, 64, 28, 28), torch.float32, 2)
+    want = filter_sums(conv_gradients(case, x, g))
+
+    def error(q: Tensor) -> float:
+        return float((q.double() - want).norm() / want.norm())
+
+    errors = {}
+    for name in VARIANTS:
+        with variant(name):
+            for path in ("explicit", "gram", "winograd"):
+                errors[name, path] = error(ops.sq_conv(x, g, *case.geometry, path))
+    floor = 4 * torch.finfo(torch.float32).eps
+    for key, value in errors.items():
+        assert value <= 2 * errors["reference", "explicit"] + floor, key
+
+
+OPCHECKS = {
+    "sq_outer": lambda: (torch.randn(2, 3, 4), torch.randn(4, 3, 5)),
+    "sq_outer_acc_": lambda: (torch.zeros(5, 4), torch.randn(2, 3, 4), torch.randn(4, 3, 5), torch.ones(4)),
+    "sq_conv": lambda: (torch.randn(2, 4, 5, 5), torch.randn(2, 6, 5, 5), (3, 3), (1, 1), (1, 1), (1, 1), 2),
+    "sq_conv_acc_": lambda: (
+        torch.zeros(6, 2, 3, 3),
+        torch.randn(2, 4, 5, 5),
+        torch.randn(2, 6, 5, 5),
+        torch.ones(2),
+        (1, 1),
+        (1, 1),
+        (1, 1),
+        2,
+    ),
+    "conv_gram": lambda: (torch.randn(2, 4, 5, 5), (3, 3), (1, 1), (1, 1), (1, 1), 2),
+    "sq_gram": lambda: (torch.randn(2, 3, 4, 4), torch.randn(4, 6, 2, 2)),
+    "sq_prod": lambda: (torch.randn(4, 3, 5), torch.randn(2, 3, 5), torch.randn(5), torch.randn(5)),
+    "sq_norm": lambda: (torch.randn(4, 3, 5), torch.randn(2, 3, 5), torch.randn(5), torch.randn(5)),
+    "sq_prod_acc_": lambda: (torch.zeros(5), torch.randn(4, 3, 5), torch.ones(4), torch.randn(2, 3, 5)),
+    "sq_scatter": lambda: (torch.randint(0, 4, (2, 3)), torch.randn(4, 3, 5), 4),
+    "sq_scatter_acc_": lambda: (torch.zeros(4, 5), torch.randint(0, 4, (2, 3)), torch.randn(4, 3, 5), torch.ones(4)),
+}
+
+
+@pytest.mark.parametrize("op", ops.SCHEMAS)
+def test_opcheck(op: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.t2v_fast, op), OPCHECKS[op]())
+
+
+X, G = torch.randn(2, 4, 5, 5), torch.randn(2, 6, 5, 5)
+SAME = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+BAD = {
+    "conv_size": (lambda o: o.sq_conv(X, G[:, :, 1:], *SAME), r"\[2, 6, 4, 5\]"),
+    "conv_dtype": (lambda o: o.sq_conv(X, G.double(), *SAME), "one dtype"),
+    "conv_axes": (lambda o: o.sq_conv(X[0], G, *SAME), r"\[4, 5, 5\]"),
+    "conv_groups": (lambda o: o.sq_conv(X, G, (3, 3), (1, 1), (1, 1), (1, 1), 3), "groups 3 must divide the 4 input"),
+    "conv_stride": (lambda o: o.sq_conv(X, G, (3, 3), (0, 1), (1, 1), (1, 1), 1), "positive sizes"),
+    "conv_rows": (lambda o: o.sq_conv(X, G[:1], *SAME), "g has 1 rows, expected a multiple of the 2 examples"),
+    "conv_path": (lambda o: o.sq_conv(X, G, *SAME, "fast"), "path 'fast' is none of explicit, gram, winograd"),
+    "conv_winograd": (
+        lambda o: o.sq_conv(X, G[:, :, :3, :3], (3, 3), (2, 2), (1, 1), (1, 1), 1, "winograd"),
+        "path 'winograd' is for 3x3 kernels of stride 1",
+    ),
+    "conv_acc_path": (
+        lambda o: o.sq_conv_acc_(torch.zeros(6, 4, 3, 3), X, G, torch.ones(2), *SAME[1:], "gram"),
+        "path 'gram' is none of explicit, winograd",
+    ),
+    "gram_empty": (lambda o: o.conv_gram(X, (9, 9), (1, 1), (0, 0), (1, 1), 1), r"\[2, 4, 5, 5\]"),
+    "gram_groups": (lambda o: o.conv_gram(X, *SAME[:4], 3), "groups 3 must divide the 4 input"),
+    "gram_size": (lambda o: o.sq_gram(torch.zeros(2, 1, 24, 24), G), r"\[2, 1, 24, 24\]"),
+    "gram_dtype": (
+        lambda o: o.sq_gram(torch.zeros(2, 1, 25, 25), G.double()),
+        r"expected .*gram|gram .*expected|float64",
+    ),
+    "outer_path": (
+        lambda o: o.sq_outer(torch.ones(2, 3, 4), torch.ones(2, 3, 4), "winograd"),
+        "path 'winograd' is none",
+    ),
+    "conv_kernel": (
+        lambda o: o.sq_conv(X, G, (9, 3), (1, 1), (1, 1), (1, 1), 1),
+        r"kernel(_size)? \[9, 3\]",
+    ),
+    "outer_tokens": (lambda o: o.sq_outer(torch.ones(2, 3, 4), torch.ones(2, 4, 4)), "one S"),
+    "outer_integer": (lambda o: o.sq_outer(torch.ones(2, 3, 4), torch.ones(2, 3, 4, dtype=torch.int32)), "dtype|float"),
+    "prod_shape": (lambda o: o.sq_prod(torch.ones(2, 3, 4), torch.ones(2, 3, 5)), r"g \[M, S, C\] and x \[N, S, C\]"),
+    "prod_shift": (lambda o: o.sq_prod(torch.ones(2, 3, 4), None, torch.ones(4)), "act on x"),
+    "scatter_index": (lambda o: o.sq_scatter(torch.ones(2, 3), torch.ones(2, 3, 4), 3), "index .* int64"),
+    "scatter_rows": (lambda o: o.sq_scatter(torch.ones(2, 3).long(), torch.ones(2, 3, 4), 0), "num_rows is 0"),
+    "acc_shape": (
+        lambda o: o.sq_conv_acc_(torch.zeros(6, 4, 3, 2), X, G, torch.ones(2), *SAME[1:]),
+        r"kernel(_size)? \[3, 2\]",
+    ),
+    "acc_channels": (
+        lambda o: o.sq_conv_acc_(torch.zeros(6, 3, 3, 3), X, G, torch.ones(2), *SAME[1:]),
+        r"out is \[6, 3, 3, 3\]",
+    ),
+    "acc_weight": (
+        lambda o: o.sq_conv_acc_(torch.zeros(6, 4, 3, 3), X, G, torch.ones(3), *SAME[1:]),
+        r"weight is \[3\]",
+    ),
+    "acc_dtype": (
+        lambda o: o.sq_outer_acc_(torch.zeros(4, 4).double(), torch.ones(2, 3, 4), torch.ones(2, 3, 4), torch.ones(2)),
+        "out is",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("level", ["python", "operator"])
+def test_bad_arguments(case: str, level: str) -> None:
+    """Both the wrappers and the bare compiled operators say what was given; neither reads out of bounds."""
+    call, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        call(ops if level == "python" else torch.ops.t2v_fast)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_an_index_beyond_the_table(name: str) -> None:
+    with variant(name), pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
+        ops.sq_scatter(torch.tensor([[0, 3]]), torch.ones(1, 2, 4), 3)
+
+
+def test_forcing_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="unknown backend 'gpu': expected one of auto"), ops.use_backend("gpu"):
+        pass
+    monkeypatch.setattr(ops, "_missing", "no compiler was found")
+    assert "no compiler was found" in ops.backend_status()["cpu"]
+    with monkeypatch.context() as patch:  # an extension that loaded but does not fit is not used either
+        patch.setattr(ops.reference, "sq_prod", lambda *_: "the reference")
+        assert ops.sq_prod(torch.ones(1, 2, 3)) == "the reference"
+    with pytest.raises(RuntimeError, match=r"'cpu' was asked for .* no compiler was found"), ops.use_backend("cpu"):
+        pass
+
+
+def test_backends_for_gpus(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """CUDA kernels first, then Triton's, then the reference; the log says which, and why not the others."""
+    reasons = {"cuda": "the compiled extension was built without CUDA", "triton": None}
+    monkeypatch.setattr(ops, "_missing_on_gpu", reasons.__getitem__)
+    caplog.set_level("INFO", logger="t2v_fast.ops")
+    for triton, cuda, chosen in (
+        (None, "built without", "triton"),
+        (None, None, "cuda"),
+        ("no Triton", "x", "reference"),
+    ):
+        reasons.update(triton=triton, cuda=cuda)
+        ops.gpu_backend.cache_clear()
+        caplog.clear()
+        assert ops.gpu_backend() == ops.gpu_backend() == chosen
+        (record,) = caplog.records
+        assert chosen in record.message
+        assert all(why in record.message for why in (cuda, triton) if why and chosen != "cuda")
+    ops.gpu_backend.cache_clear()
+
+
+def test_forcing_a_gpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in ("cuda", "triton"):
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "_missing_on_gpu", {"cuda": "no CUDA here", "triton": "no Triton here"}.__getitem__)
+            with pytest.raises(RuntimeError, match=f"'{backend}' was asked for but cannot run: no"):
+                ops.use_backend(backend).__enter__()
+            patch.setattr(ops, "_missing_on_gpu", lambda name: None)
+            if backend == "triton":
+                pytest.importorskip("triton", reason="this torch comes without Triton")
+                patch.setattr(ops._triton(), "interpreted", lambda: False)
+            with (
+                ops.use_backend(backend),
+                pytest.raises(RuntimeError, match=f"{backend!r} was asked for, but .* on cpu"),
+            ):
+                ops.sq_prod(torch.ones(1, 2, 3))

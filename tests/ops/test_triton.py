@@ -1,0 +1,246 @@
+"""The Triton kernels in Triton's interpreter: the geometries of the other backends, against float64."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import CONVOLUTIONS, OUTERS, ConvCase, OuterCase
+from test_ops import (
+    DTYPES,
+    LAYOUTS,
+    assert_close,
+    check,
+    conv_gradients,
+    filter_sums,
+    guarded,
+    outer_gradients,
+    prod_gradients,
+    scatter_gradients,
+)
+from torch import Tensor
+
+from t2v_fast import ops
+from t2v_fast.ops.reference import accumulate_dtype
+
+pytest.importorskip("triton", reason="this torch comes without Triton")
+from t2v_fast.kernels import backend, launch
+from t2v_fast.kernels.launch import power_of_two
+
+conv, prod = (sys.modules[f"t2v_fast.kernels.{name}"] for name in ("sq_conv", "sq_prod"))
+
+
+@pytest.fixture
+def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's time goes by programs and operations, not by elements: few programs for the whole grid."""
+    two = power_of_two
+    monkeypatch.setattr(
+        conv,
+        "explicit_blocks",
+        lambda dtype, o, d, p: [(two(o, 16, 64), two(d, 16, 512), two(p, 16, 1024), 4, 1)],
+    )
+    monkeypatch.setattr(
+        conv,
+        "depthwise_blocks",
+        lambda g: [(two(g.shape[1], 1, 64), two(g.shape[2] * g.shape[3], 16, 1024), 4)],
+    )
+    monkeypatch.setattr(
+        conv, "gram_blocks", lambda dtype, o, p, d: [(two(o, 16, 64), two(p, 16, 512), two(d, 16, 512), 4, 1)]
+    )
+    monkeypatch.setattr(prod, "prod_blocks", lambda g: [(two(g.shape[1], 1, 512), two(g.shape[2], 1, 512), 4)])
+
+
+def check_conv(case: ConvCase, x: Tensor, g: Tensor) -> None:
+    gradients, terms = conv_gradients(case, x, g), case.out_size[0] * case.out_size[1]
+    for path in ("explicit", "gram"):
+        check(
+            "triton",
+            x.dtype,
+            lambda path=path: ops.sq_conv(x, g, *case.geometry, path),
+            lambda out, w: ops.sq_conv_acc_(out, x, g, w, *case.geometry[1:]),
+            gradients,
+            terms,
+        )
+    with ops.use_backend("triton"):
+        q = ops.sq_gram(ops.conv_gram(x, *case.geometry), g)
+    assert_close(q, filter_sums(gradients), x.dtype, terms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_sq_conv(case: ConvCase, dtype: torch.dtype, large_blocks: None) -> None:
+    for k, layout in enumerate(LAYOUTS if dtype == torch.float32 else ["contiguous"]):
+        x = guarded((case.n, case.c, *case.size), dtype, 1, layout)
+        g = guarded((case.n * case.cotangents, case.o, *case.out_size), dtype, 2, LAYOUTS[(k + 1) % 3])
+        check_conv(case, x, g)
+
+
+SOME = [c for c in CONVOLUTIONS if c.name in ("3x3_wide", "3x3_grouped_dilated", "stem_7x7", "three_cotangents")]
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_default_blocks(case: ConvCase, dtype: torch.dtype) -> None:
+    """Several tiles along every axis."""
+    check_conv(
+        case,
+        guarded((case.n, case.c, *case.size), dtype, 1),
+        guarded((case.n * case.cotangents, case.o, *case.out_size), dtype, 2, "channels_last"),
+    )
+
+
+@pytest.fixture(params=["ieee", "tf32"])
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if request.param == "ieee" else "high")
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_candidate(dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever tuning picks is right: each candidate in turn stands first."""
+    assert launch.precision() == precision
+    case = ConvCase("candidates", 2, 18, (7, 6), 35)
+    deep = ConvCase("depthwise", 1, 33, (5, 4), 33, groups=33)
+    originals = {name: getattr(conv, name) for name in ("explicit_blocks", "gram_blocks", "depthwise_blocks")}
+    for rank in range(4):
+        for name, original in originals.items():
+
+            def ranked(*args: object, original=original, rank=rank) -> list[tuple[int, ...]]:
+                candidates = original(*args)
+                return candidates[rank % len(candidates) :]
+
+            monkeypatch.setattr(conv, name, ranked)
+        for c in (case, deep):
+            x, g = guarded((c.n, c.c, *c.size), dtype, 1), guarded((c.n, c.o, *c.out_size), dtype, 2)
+            with ops.use_backend("triton"):
+                for path in ("explicit", "gram"):
+                    if c is case or path == "explicit":
+                        q = ops.sq_conv(x, g, *c.geometry, path)
+                        assert_close(q, filter_sums(conv_gradients(c, x, g)), dtype, 42)
+
+
+@pytest.mark.parametrize("source", [conv.PATCHES, conv.PIXELS])
+@pytest.mark.parametrize("name", ["3x3", "3x3_strided", "3x3_grouped_dilated", "three_cotangents", "1x1_strided"])
+def test_both_sources_of_the_gram_matrix(name: str, source: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(c for c in CONVOLUTIONS if c.name == name)
+    monkeypatch.setattr(conv, "gram_source", lambda geometry: source)
+    x = guarded((case.n, case.c, *case.size), torch.float32, 1)
+    g = guarded((case.n * case.cotangents, case.o, *case.out_size), torch.float32, 2)
+    want = filter_sums(conv_gradients(case, x, g))
+    with ops.use_backend("triton"):
+        whole = ops.sq_conv(x, g, *case.geometry, "gram")
+        assert_close(whole, want, x.dtype, 50)
+        assert_close(ops.sq_gram(ops.conv_gram(x, *case.geometry), g), want, x.dtype, 50)
+        monkeypatch.setattr(conv, "LARGEST_WORKSPACE", 1)  # an example at a time
+        assert torch.equal(ops.sq_conv(x, g, *case.geometry, "gram"), whole)
+
+
+def test_rows_are_shared_out(monkeypatch: pytest.MonkeyPatch, large_blocks: None) -> None:
+    """Elementwise sums in several chunks of rows, where there are processors for them."""
+    monkeypatch.setattr(conv, "processors", lambda t: 64)
+    for case in (ConvCase("rows", 5, 3, (4, 4), 6), ConvCase("depthwise", 5, 6, (4, 4), 6, groups=6)):
+        x, g = guarded((5, case.c, 4, 4), torch.float32, 1), guarded((5, 6, 4, 4), torch.float32, 2)
+        weight, out = torch.rand(5), torch.zeros(6, case.c // case.groups, 3, 3)
+        with ops.use_backend("triton"):
+            ops.sq_conv_acc_(out, x, g, weight, *case.geometry[1:])
+            assert_close(
+                ops.sq_conv(x, g, *case.geometry, "gram"), filter_sums(conv_gradients(case, x, g)), x.dtype, 16
+            )
+        want = torch.tensordot(weight.double(), conv_gradients(case, x, g).square(), 1)
+        assert_close(out, want, x.dtype, 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", OUTERS, ids=str)
+def test_sq_outer(case: OuterCase, dtype: torch.dtype, large_blocks: None) -> None:
+    for layout in LAYOUTS if dtype == torch.float32 else ["contiguous"]:
+        x = guarded((case.n, case.s, case.i), dtype, 1, layout)
+        g = guarded((case.n * case.cotangents, case.s, case.o), dtype, 2, layout)
+        for path in ops.OUTER_PATHS:
+            check(
+                "triton",
+                dtype,
+                lambda x=x, g=g, path=path: ops.sq_outer(x, g, path),
+                lambda out, w, x=x, g=g: ops.sq_outer_acc_(out, x, g, w),
+                outer_gradients(x, g),
+                case.s,
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("affine", ["none", "channel", "row", "element", "shift_only"])
+def test_sq_prod(dtype: torch.dtype, affine: str) -> None:
+    wide = accumulate_dtype(dtype)
+    for n, s, c, k in ((3, 5, 7, 1), (2, 1, 33, 1), (2, 70, 18, 2), (0, 4, 3, 1)):
+        for layout in LAYOUTS:
+            x, g = guarded((n, s, c), dtype, 1, layout), guarded((n * k, s, c), dtype, 2, layout)
+            shape = {"row": (n, s, 1), "element": (n, s, c)}.get(affine, (c,))
+            shift = None if affine == "none" else guarded(shape, wide, 3)
+            scale = None if affine in ("none", "shift_only") else guarded(shape, wide, 4)
+            gradients = prod_gradients(g, x, shift, scale) if n else x.new_zeros(0, c, dtype=torch.float64)
+            check(
+                "triton",
+                dtype,
+                lambda g=g, x=x, a=shift, b=scale: ops.sq_prod(g, x, a, b),
+                lambda out, w, g=g, x=x, a=shift, b=scale: ops.sq_prod_acc_(out, g, w, x, a, b),
+                gradients,
+                4 * s,
+            )
+            with ops.use_backend("triton"):
+                both, bias = ops.sq_norm(g, x, shift, scale), ops.sq_prod(g)
+            plain = filter_sums(prod_gradients(g, None, None, None))
+            assert_close(both[0], filter_sums(gradients), dtype, 4 * s)
+            assert_close(both[1], plain, dtype, 4 * s)
+            assert_close(bias, plain, dtype, 4 * s)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sq_scatter(dtype: torch.dtype) -> None:
+    for n, s, o, v, k in ((3, 6, 5, 4, 1), (2, 9, 17, 3, 2), (2, 1, 3, 8, 1), (1, 5, 600, 2, 1)):
+        index = torch.randint(-1, v, (n, s), generator=torch.Generator().manual_seed(n))
+        g = guarded((n * k, s, o), dtype, 2, "sliced")
+        check(
+            "triton",
+            dtype,
+            lambda g=g, index=index, v=v: ops.sq_scatter(index, g, v),
+            lambda out, w, g=g, index=index: ops.sq_scatter_acc_(out, index, g, w),
+            scatter_gradients(index, g, v),
+            s,
+        )
+
+
+def test_an_index_beyond_the_table() -> None:
+    with ops.use_backend("triton"), pytest.raises(IndexError, match="index 3 is out of range for a table of 3 rows"):
+        ops.sq_scatter(torch.tensor([[0, 3]]), torch.ones(1, 2, 4), 3)
+
+
+def test_every_op_has_a_kernel() -> None:
+    assert set(backend.__all__) - {"interpreted"} == ops.SCHEMAS.keys()
+
+
+def test_tuning_takes_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is asked for, every candidate is timed once per geometry, and those that do not fit are passed over."""
+    times = {(1,): 3.0, (2,): 1.0}
+
+    def bench(run, **_: object) -> float:
+        return times[tuple(run().tolist())]
+
+    def run(candidate: tuple[int, ...]) -> Tensor:
+        if candidate == (3,):
+            raise launch.triton.runtime.errors.OutOfResources(200, 100, "shared memory")
+        return torch.tensor(candidate)
+
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(launch, "_tuned", {})
+    monkeypatch.setattr(launch.triton.testing, "do_bench", bench)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    candidates = [(1,), (2,), (3,)]
+    assert launch.best("key", candidates, run) == (1,)
+    monkeypatch.setenv(launch.TUNE, "1")
+    assert launch.best("key", candidates, run) == (2,)
+    times.clear()
+    assert launch.best("key", candidates, run) == (2,)  # remembered

@@ -1,0 +1,240 @@
+"""Probes: heads found, images prepared, weights read, bad files refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from small import small_probe
+from torch import nn
+
+from t2v_fast.tasks.probe import Preprocessing, Probe, load_probe
+
+
+def test_the_head_is_found_and_replaced() -> None:
+    probe = small_probe()
+    assert probe.head == "7"
+    assert probe.feature_dim == 8
+    x = torch.randn(4, 3, 12, 12)
+    features = probe.features(x)
+    assert features.shape == (4, 8)
+    own = probe.network[7]
+    torch.testing.assert_close(own(features), probe.network(x))
+    with probe.with_head(nn.Linear(8, 2)) as network:
+        assert network(x).shape == (4, 2)
+    assert probe.network[7] is own
+    with pytest.raises(RuntimeError), probe.with_head(nn.Linear(9, 2)) as network:
+        network(x)
+    assert probe.network[7] is own
+    assert probe.embedding_parameters() == ["0.weight", "1.weight", "3.weight"]
+
+
+def test_networks_without_a_head() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(
+        ValueError, match=r"no head was found in Sequential: .* after '2' \(Flatten\).* its linear layers: none"
+    ):
+        Probe(network)
+    network.append(nn.Linear(4, 4)).append(nn.Softmax(1))
+    with pytest.raises(ValueError, match=r"no head was found .* after '4' \(Softmax\).*; its linear layers: 3"):
+        Probe(network)
+    with pytest.raises(ValueError, match="'3' is no head in Sequential"):
+        Probe(network, head="3")
+    with pytest.raises(ValueError, match="head 'fc' is no layer of the network, expected one of its linear layers: 3"):
+        Probe(network, head="fc")
+    with pytest.raises(ValueError, match="head '0' is Conv2d"):
+        Probe(network, head="0")
+    network[4] = nn.ReLU(inplace=True)  # leaves the linear layer's storage as the output's
+    with pytest.raises(ValueError, match=r"no head was found .* after '4' \(ReLU\)"):
+        Probe(network)
+    tokens = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.Linear(100, 2))
+    with pytest.raises(ValueError, match="a probe has one feature vector an image"):
+        Probe(tokens, preprocessing=Preprocessing(12, 12)).features(torch.zeros(2, 3, 12, 12))
+
+
+def test_shared_weights_are_listed_once() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.b = nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.b(self.a(x.mean((2, 3)).repeat(1, 2)[:, :4])))
+
+    assert Probe(Shared()).embedding_parameters() == ["a.weight"]
+
+
+def test_the_fingerprint_is_that_of_the_weights() -> None:
+    a, b = small_probe(0), small_probe(0)
+    assert a.fingerprint() == b.fingerprint() != small_probe(1).fingerprint()
+    b = small_probe(0)
+    nn.init.zeros_(b.network[7].weight)  # every task has a head of its own
+    assert a.fingerprint() == b.fingerprint()
+    b = small_probe(0)
+    b.network[1].num_batches_tracked += 1  # changes no feature
+    assert a.fingerprint() == b.fingerprint()
+    b = small_probe(0)
+    b.network[1].running_mean += 1e-3
+    assert a.fingerprint() != b.fingerprint()
+
+
+@pytest.mark.parametrize("size", [(12, 12), (30, 17), (5, 40)])
+def test_preprocessing_takes_every_kind_of_image(size: tuple[int, int]) -> None:
+    prepare = Preprocessing(14, 12, "bilinear", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    rgb = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    want = prepare(rgb)
+    assert want.shape == (3, 12, 12)
+    assert want.dtype == torch.float32
+    opaque = np.concatenate([rgb, np.full((*size, 1), 255, np.uint8)], 2)
+    for image in (torch.from_numpy(rgb).permute(2, 0, 1), Image.fromarray(rgb), opaque, Image.fromarray(opaque)):
+        torch.testing.assert_close(prepare(image), want)
+    grey = rgb[..., 0]
+    for image in (grey[..., None], Image.fromarray(grey), torch.from_numpy(grey), Image.fromarray(grey).convert("P")):
+        torch.testing.assert_close(prepare(image), prepare(grey))
+    torch.testing.assert_close(prepare(np.zeros((*size, 4), np.uint8)), prepare(np.full((*size, 3), 255, np.uint8)))
+    assert prepare(want) is want  # prepared already
+    torch.testing.assert_close(prepare(np.ascontiguousarray(rgb.transpose(2, 0, 1))), want)
+
+
+def test_deep_pixels_are_scaled_not_clipped() -> None:
+    prepare = Preprocessing(12, 12)
+    deep = np.linspace(0, 65535, 144).reshape(12, 12).astype(np.uint16)
+    torch.testing.assert_close(prepare(Image.fromarray(deep)), prepare((deep // 257).astype(np.uint8)))
+    with pytest.raises(ValueError, match="mode 'F' has no fixed range of pixels"):
+        prepare(Image.fromarray(deep.astype(np.float32)))
+
+
+def test_preprocessing_agrees_with_torchvision() -> None:
+    transforms = pytest.importorskip("torchvision.transforms.v2", reason="this torch has no torchvision built for it")
+    rgb = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    for mode in ("bilinear", "bicubic"):
+        theirs = transforms.Compose(
+            [
+                transforms.ToImage(),
+                transforms.Resize(32, getattr(transforms.InterpolationMode, mode.upper()), antialias=True),
+                transforms.CenterCrop(28),
+                transforms.ToDtype(torch.float32, scale=True),
+                transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
+        ours = Preprocessing(32, 28, mode)
+        # They round and clamp to bytes after each axis, which noise as this makes the most of; a pixel off would be 1.
+        assert float((ours(rgb) - theirs(rgb)).abs().mean()) < 0.02
+
+
+def test_bad_preprocessing() -> None:
+    with pytest.raises(ValueError, match="'nearest'"):
+        Preprocessing(interpolation="nearest")
+    with pytest.raises(ValueError, match="crop is 300 and resize 256"):
+        Preprocessing(256, 300)
+    with pytest.raises(ValueError, match=r"mean is \(1, 2\).* expected three numbers each, std above 0"):
+        Preprocessing(mean=(1, 2))
+    with pytest.raises(ValueError, match=r"std \(0, 1, 1\), expected"):
+        Preprocessing(std=(0, 1, 1))
+    for bad in (torch.zeros(1, 12, 12), torch.zeros(2, 3, 12, 12), np.zeros((12, 12, 3))):
+        with pytest.raises(ValueError, match=r"counts as prepared and must be \[3, H, W\]"):
+            Preprocessing()(bad)
+
+
+def test_the_packaged_probe() -> None:
+    probe = load_probe()
+    assert (probe.name, probe.head, probe.feature_dim) == ("efficientnet-lite0", "_fc", 1280)
+    assert len(probe.embedding_parameters()) == 98
+    # It knows what a digit's page looks like no better than ImageNet does, but pretrained it is: two crops of one
+    # picture are closer in features than two pictures.
+    rng = np.random.default_rng(0)
+    noise, stripes = rng.integers(0, 255, (230, 230, 3), dtype=np.uint8), np.zeros((230, 230, 3), np.uint8)
+    stripes[::16] = 255
+    x = torch.stack([probe.preprocessing(i) for i in (noise, noise[3:], stripes, stripes[3:])])
+    f = torch.nn.functional.normalize(probe.features(x))
+    assert float(f[0] @ f[1]) > float(f[0] @ f[2]) < float(f[2] @ f[3])
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "resnet18", "timm/resnet18"])
+def test_probes_by_name(name: str) -> None:
+    pytest.importorskip("torchvision", reason="this torch has no torchvision built for it")
+    with pytest.warns(UserWarning, match="random weights"):
+        probe = load_probe(name, weights="none")
+    assert probe.head == "fc"
+    assert probe.name == ("timm/resnet18" if name == "timm/resnet18" else "torchvision/resnet18")
+    assert probe.preprocessing.crop == 224
+    assert len(probe.embedding_parameters()) == 40
+
+
+def test_weights_from_files(tmp_path: Path) -> None:
+    packaged = load_probe()
+    state = packaged.network.state_dict()
+    torch.save(state, tmp_path / "w.pt")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "checkpoint.pt")
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    torch.save({**state, "_fc.weight": torch.zeros(3, 1280), "_fc.bias": torch.zeros(3)}, tmp_path / "head.pt")
+    for file in ("w.pt", "checkpoint.pt", "w.safetensors", "head.pt"):
+        assert load_probe(weights=tmp_path / file).fingerprint() == packaged.fingerprint(), file
+
+
+def test_bad_weights(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    with pytest.raises(FileNotFoundError, match=r"no weights file .*w\.pt'"):
+        load_probe(weights=path)
+    with pytest.raises(FileNotFoundError, match="'imagenet': expected 'default', 'none' or a file"):
+        load_probe(weights="imagenet")
+    path.write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"w\.pt is no weights file"):
+        load_probe(weights=path)
+    (tmp_path / "w.safetensors").write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"w\.safetensors is no weights file"):
+        load_probe(weights=tmp_path / "w.safetensors")
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="it holds list, expected a state dict"):
+        load_probe(weights=path)
+    torch.save(nn.Linear(2, 2), path)  # a pickled module would run code
+    with pytest.raises(ValueError, match="is no weights file"):
+        load_probe(weights=path)
+    torch.save({"a": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"does not fit 'efficientnet-lite0': it lacks _conv_stem\.weight.* more"):
+        load_probe(weights=path)
+    state = load_probe().network.state_dict()
+    torch.save({**state, "_conv_stem.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"it has _conv_stem\.weight \[1\] instead of \[32, 3, 3, 3\]"):
+        load_probe(weights=path)
+    torch.save({**state, "extra": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="it has besides extra"):
+        load_probe(weights=path)
+
+
+def test_unknown_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="unknown probe 'hub/x': expected efficientnet-lite0, torchvision/NAME"):
+        load_probe("hub/x")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match="pip install timm"):
+        load_probe("timm/resnet18")
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    for name in ("torchvision/resnet18", "resnet18"):
+        with pytest.raises(ImportError, match="pip install torchvision"):
+            load_probe(name)
+
+
+def test_only_classifiers_are_probes() -> None:
+    pytest.importorskip("torchvision", reason="this torch has no torchvision built for it")
+    for name in ("fasterrcnn_resnet50_fpn", "raft_large"):
+        with pytest.raises(ValueError, match="no such classifier in torchvision"):
+            load_probe(f"torchvision/{name}", weights="none")
+
+
+def test_a_failed_download_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = pytest.importorskip("torchvision.models", reason="this torch has no torchvision built for it")
+
+    def get_model(name: str, weights: object) -> None:
+        raise TimeoutError("no route")
+
+    monkeypatch.setattr(models, "get_model", get_model)
+    with pytest.raises(RuntimeError, match=r"could not be had \(TimeoutError: no route\): pass a weights file"):
+        load_probe("torchvision/resnet18")

@@ -1,0 +1,48 @@
+"""No public name is lost: those of version 0.1.0, in tests/data/public_names.json, answer with the same parameters."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from signatures import signature
+
+NAMES: dict[str, dict[str, str | None]] = json.loads((Path(__file__).parent / "data" / "public_names.json").read_text())
+# Internals whose parameters changed, each with its reason; CHANGELOG.md says so to whoever calls them.
+CHANGED: dict[str, str] = {}
+
+
+def find(module: str, name: str) -> Any:
+    found: Any = importlib.import_module(module)
+    *owners, last = name.split(".")
+    for owner in owners:
+        found = getattr(found, owner)
+    return inspect.getattr_static(found, last) if owners else getattr(found, last)
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_names_of_a_module(module: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for name, before in NAMES[module].items():
+            found = find(module, name)
+            if f"{module}.{name}" not in CHANGED:
+                assert signature(found) == before, f"{module}.{name}"
+
+
+def test_changed_names_are_among_those() -> None:
+    for name in CHANGED:
+        assert any(name == f"{module}.{key}" for module, keys in NAMES.items() for key in keys), name
+
+
+def test_a_former_module_warns_and_names_the_new_one() -> None:
+    with pytest.warns(DeprecationWarning, match=r"t2v_fast\.selection\.Model2Vec is now t2v_fast\.analysis\.selection"):
+        from t2v_fast.selection import Model2Vec
+    assert Model2Vec.__module__ == "t2v_fast.analysis.selection"
+    with pytest.raises(ImportError, match="nothing_like_it"):
+        from t2v_fast.selection import nothing_like_it  # noqa: F401
