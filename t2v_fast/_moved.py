@@ -50,7 +50,9 @@ MOVED: dict[str, tuple[str, ...]] = {
     "variational": ("estimation.variational",),
 }
 # Former name of a function or class in a former module: its name now.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "graph.mend_batch_norms": "fix_batch_norm_gradients",
+}
 
 
 class _Moved(ModuleType):

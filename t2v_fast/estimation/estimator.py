@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..gradients.factors import Factors
 from ..gradients.fast_forward import fast_forward
-from ..gradients.graph import Use, mend_batch_norms
+from ..gradients.graph import Use, fix_batch_norm_gradients
 from ..gradients.ownership import nodes_of
 from ..gradients.recorder import FilterAxis, FisherRecorder, ParameterFilter
 from ..gradients.self_check import SelfCheck
@@ -397,7 +397,7 @@ def _batch_mean(
     u = cotangents(logits, "monte_carlo", 1, likelihood, generator=generator, **options)[0]
     total = a.sum() if tokens is None else (a * tokens).sum()
     u = u * (a / total).to(u.device, u.dtype).view(-1, *(1,) * (u.dim() - 1))
-    mend_batch_norms(nodes_of(logits))
+    fix_batch_norm_gradients(nodes_of(logits))
     gradients = torch.autograd.grad(
         [logits], list(recorder.parameters.values()), [u], allow_unused=True, materialize_grads=True
     )

@@ -310,7 +310,7 @@ def backpropagate(
             handle.remove()
 
 
-def mend_batch_norms(nodes: Iterable[Node]) -> None:
+def fix_batch_norm_gradients(nodes: Iterable[Node]) -> None:
     """Make the gradients right that torch computes for batch norms of a single image on a CPU.
 
     Its kernel mistakes a cotangent [1, C, H, W] for one in the memory format of the layer's input where they differ,

@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 
 from ..ops.reference import accumulate_dtype
 from .factors import Called, Factors, Reuse, Summed, concatenated
-from .graph import Taps, UnsupportedError, Use, backpropagate, mend_batch_norms, random_layer
+from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gradients, random_layer
 from .ownership import dense
 from .rules import factors_of, has_rule, problem, taps_of
 
@@ -73,12 +73,12 @@ def filter_axes_of(parameters: Mapping[str, nn.Parameter], filter_axis: FilterAx
 
 
 @dataclass(frozen=True)
-class _Ways:
+class _GradientRoutes:
     """How each wanted parameter of one graph gets its squares."""
 
     single: frozenset[str]  # one use, whose factors are the parameter's own
     summed: frozenset[str]  # from the gradients of several uses, or of what the parameter is computed into
-    alone: frozenset[str]  # by plain autograd, an example at a time
+    plain: frozenset[str]  # by plain autograd, an example at a time
     skipped: frozenset[str]
 
 
@@ -181,7 +181,7 @@ class FisherRecorder:
 
     def check(self, output: Tensor) -> None:
         """Raise UnsupportedError where :meth:`backward` would, by the graph of ``output`` alone."""
-        self._ways(self._taps(output))
+        self._routes(self._taps(output))
 
     def backward_groups(self, output: Tensor, cotangents: Tensor, groups: Sequence[int]) -> Iterator[dict[str, Tensor]]:
         """As :meth:`backward`, with sums of their own for the first ``groups[0]`` of the cotangents [K, N, ...], for
@@ -220,28 +220,28 @@ class FisherRecorder:
                 "the output has no autograd graph: run the forward inside the recorder, with gradients enabled"
             )
         taps = self._taps(output)
-        mend_batch_norms(taps.order)
-        ways = self._ways(taps)
-        tapped = taps.of(ways.single | ways.summed)
-        self.unused, self.skipped = taps.unused, ways.skipped
+        fix_batch_norm_gradients(taps.order)
+        routes = self._routes(taps)
+        tapped = taps.of(routes.single | routes.summed)
+        self.unused, self.skipped = taps.unused, routes.skipped
         sums: dict[str, Tensor] = {}
         w = torch.ones(n) if weights is None else weights
         reuse = {
-            node: Reuse(len(cotangents), sum(use.parameter in ways.single for use in uses))
+            node: Reuse(len(cotangents), sum(use.parameter in routes.single for use in uses))
             for node, uses in tapped.uses.items()
         }
         called = not all(map(has_rule, tapped))
         ends = set(accumulate(groups))
         first = 0
         for k, cotangent in enumerate(cotangents, 1):
-            more = retain_graph or bool(ways.alone) or called or k < len(cotangents)
+            more = retain_graph or bool(routes.plain) or called or k < len(cotangents)
             if tapped.uses:
-                self._pass(output, cotangent, tapped, ways, sums, w, reuse, more)
+                self._pass(output, cotangent, tapped, routes, sums, w, reuse, more)
             if k in ends:
-                if ways.alone:
-                    sums |= self._one_by_one(output, cotangents[first:k], ways.alone, w)
+                if routes.plain:
+                    sums |= self._one_by_one(output, cotangents[first:k], routes.plain, w)
                 found = {name: sums[name] if name in sums else self._zeros(name, n) for name in self.parameters}
-                yield self._means({name: q for name, q in found.items() if name not in ways.skipped})
+                yield self._means({name: q for name, q in found.items() if name not in routes.skipped})
                 sums.clear()
                 first = k
 
@@ -265,7 +265,7 @@ class FisherRecorder:
     def _taps(self, output: Tensor) -> Taps:
         return taps_of(output, self.parameters, self.verified or self.unsupported == "exact")
 
-    def _ways(self, taps: Taps) -> _Ways:
+    def _routes(self, taps: Taps) -> _GradientRoutes:
         count: dict[str, int] = {}
         direct: dict[str, bool] = {}
         alone: set[str] = set()
@@ -285,7 +285,7 @@ class FisherRecorder:
             alone.add(name)
         rest = count.keys() - alone - refused
         own = {n for n in rest if count[n] == 1 and direct[n]}
-        return _Ways(frozenset(own), frozenset(rest - own), frozenset(alone - refused), frozenset(refused))
+        return _GradientRoutes(frozenset(own), frozenset(rest - own), frozenset(alone - refused), frozenset(refused))
 
     def _refuse(self, who: str, why: str, names: Iterable[str], refused: set[str]) -> None:
         """What becomes of parameters that take longer: an error, or left out, or just said once."""
@@ -307,7 +307,7 @@ class FisherRecorder:
         output: Tensor,
         cotangent: Tensor,
         taps: Taps,
-        ways: _Ways,
+        routes: _GradientRoutes,
         sums: dict[str, Tensor],
         weights: Tensor,
         reuse: Mapping[Node, Reuse],
@@ -323,16 +323,16 @@ class FisherRecorder:
                 factors = factors_of(use, cotangents, n)
                 if isinstance(factors, Called):
                     later.append((use, factors))
-                elif use.parameter in ways.single:
+                elif use.parameter in routes.single:
                     self._add(use, factors, sums, weights, reuse[node])
                     continue
-                for name in ways.summed.intersection(use.parameters):
+                for name in routes.summed.intersection(use.parameters):
                     kept.setdefault(name, []).append((use, factors))
 
         backpropagate(output, cotangent, taps, visit, retain_graph)
         with torch.no_grad():
             for use, factors in later:
-                if use.parameter in ways.single:
+                if use.parameter in routes.single:
                     self._add(use, factors, sums, weights, reuse[use.node])
             for name, found in kept.items():
                 whole = None

@@ -351,8 +351,8 @@ MUTATIONS = [
         PROPERTY,
     ),
     Mutation(
-        "batch norms of one image not mended",
-        function(t2v_fast.gradients.recorder, "mend_batch_norms", lambda real: lambda nodes: None),
+        "gradients of batch norms of one image not fixed",
+        function(t2v_fast.gradients.recorder, "fix_batch_norm_gradients", lambda real: lambda nodes: None),
         case("image/instance_norm", sizes=(1, 2)),
         PROPERTY,
     ),
