@@ -23,7 +23,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "factors": ("gradients.factors",),
     "fisher": ("estimation.estimator", "estimation.diagonal"),
     "geometry": ("ops.geometry",),
-    "graph": ("gradients.graph",),
+    "graph": ("gradients.graph", "gradients.refusals"),
     "head": ("tasks.head",),
     "job": ("bank.job",),
     "layers": ("gradients.fast_layers",),
@@ -36,9 +36,9 @@ MOVED: dict[str, tuple[str, ...]] = {
     "precision": ("tasks.precision",),
     "probe": ("tasks.probe",),
     "profile": ("estimation.profiling",),
-    "recorder": ("gradients.recorder",),
+    "recorder": ("gradients.recorder", "gradients.parameters"),
     "reference": ("ops.reference",),
-    "rules": ("gradients.rules",),
+    "rules": ("gradients.rules", "gradients.refusals"),
     "run": ("bank.driver", "bank.engines"),
     "search": ("bank.index",),
     "selection": ("analysis.selection",),
@@ -52,6 +52,7 @@ MOVED: dict[str, tuple[str, ...]] = {
 # Former name of a function or class in a former module: its name now.
 RENAMED: dict[str, str] = {
     "graph.mend_batch_norms": "fix_batch_norm_gradients",
+    "rules.problem": "unsupported_reason",
 }
 
 

@@ -29,7 +29,7 @@ from ..files import write_atomically
 from ..gradients.factors import Factors
 from ..gradients.graph import Use, backpropagate
 from ..gradients.recorder import FisherRecorder, ParameterFilter
-from ..gradients.rules import taps_of
+from ..gradients.refusals import taps_of
 from ..ops import planner
 from .cotangents import check_estimator, cotangents
 from .likelihoods import Likelihood

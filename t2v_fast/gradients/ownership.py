@@ -46,7 +46,7 @@ from .owners import (
     merge,
     owners_of_field,
 )
-from .transfers import MIXING, SELECTING, TRANSFERS, acted, base, input_shape
+from .transfers import MIXING, SELECTING, TRANSFERS, acted, input_shape, kind_of
 
 
 def nodes_of(output: Tensor) -> list[Node]:
@@ -140,7 +140,7 @@ class Ownership:
 
     def _visit_data(self, node: Node, name: str, slot: int, state: State) -> None:
         """An input without gradients, such as the images: where a node saves it, two uses of it must agree."""
-        saved = _SAVED_DATA.get((base(name), slot))
+        saved = _SAVED_DATA.get((kind_of(name), slot))
         if saved is None:
             return
         try:
@@ -176,7 +176,7 @@ class Ownership:
                     return SHARED if kind is Shared else bad[0]
         if self.n == 1:
             return first
-        kind = base(name)
+        kind = kind_of(name)
         if kind not in SELECTING and isinstance(first, Sole) and all(state == first for state in outputs.values()):
             return first
         try:

@@ -44,7 +44,7 @@ SELECTING: dict[str, Callable[[Node, Mapping[int, Owner], int], Sequence[State |
 
 
 @functools.cache
-def base(name: str) -> str:
+def kind_of(name: str) -> str:
     """A node's name without its ending and overload: AddBackward0 -> Add."""
     return name.rstrip("0123456789").removesuffix("Backward")
 
@@ -222,7 +222,7 @@ def _convolution(node: Node, own: Owned, n: int) -> list[State] | None:
     if own.axis == 0:
         return [own] + [SHARED] * (len(node.next_functions) - 1)
     rows = own.rows
-    if own.axis == 1 and isinstance(rows, RowLayout) and rows.outer == 1 and base(node.name()) == "Convolution":
+    if own.axis == 1 and isinstance(rows, RowLayout) and rows.outer == 1 and kind_of(node.name()) == "Convolution":
         channels = node._saved_input.shape[1]
         filters = output_shape(node)[1]
         if node._saved_groups % n == 0 and channels % n == 0 and filters == rows.inner * n:
@@ -389,7 +389,7 @@ def _scatter(node: Node, own: Owned, n: int) -> list[State | None] | None:
         child, _ = node.next_functions[1]
         same = child is None or input_shape(node, 1)[own.axis] == output_shape(node)[own.axis]
         return [own, own] if same else None
-    if base(node.name()) in ("Scatter", "ScatterAdd"):
+    if kind_of(node.name()) in ("Scatter", "ScatterAdd"):
         return None
     return [own, owned(axis, own.rows.owners(n)[node._saved_index.cpu().reshape(-1)], n)]
 

@@ -271,7 +271,7 @@ def test_no_weight_gradient_is_computed() -> None:
         logits = network(x)
         with Watch(), t2v_fast.ops.use_backend("auto"):
             u = torch.ones_like(logits)
-            taps = t2v_fast.gradients.rules.taps_of(logits, recorder.parameters)
+            taps = t2v_fast.gradients.refusals.taps_of(logits, recorder.parameters)
             t2v_fast.gradients.graph.backpropagate(logits, u, taps, lambda node, g: None, retain_graph=True)
     assert calls == [[True, False, False]]
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from t2v_fast import FisherRecorder, fisher, ops
 from t2v_fast.gradients.fast_layers import NODES, FastLayers, convolution_matrix
 from t2v_fast.gradients.graph import backpropagate
-from t2v_fast.gradients.rules import taps_of
+from t2v_fast.gradients.refusals import taps_of
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 PAIRS = {  # kernel, image, stride, padding, dilation
