@@ -52,7 +52,11 @@ MOVED: dict[str, tuple[str, ...]] = {
 # Former name of a function or class in a former module: its name now.
 RENAMED: dict[str, str] = {
     "graph.mend_batch_norms": "fix_batch_norm_gradients",
+    "owners.owned": "owner_along",
+    "ownership.ask": "probe_node",
+    "ownership.call": "call_node",
     "rules.problem": "unsupported_reason",
+    "transfers.acted": "interacting_inputs",
 }
 
 

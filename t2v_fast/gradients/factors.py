@@ -14,7 +14,7 @@ from torch.autograd.graph import Node
 from .. import ops
 from ..ops import planner, reference
 from .owners import Owner, Shape
-from .ownership import call, dense
+from .ownership import call_node, dense
 
 CHUNK = 2**24  # entries of per-example gradients that may be held at once, where they have to be
 
@@ -338,7 +338,7 @@ class Called(Factors):
                 mask = owner.field(g.dim(), self.examples) == example
                 own.append(torch.where(mask.to(g.device), g, 0) if bool(mask.any()) else None)
             if any(g is not None for g in own):
-                found = call(self.node, own)[self.slot]
+                found = call_node(self.node, own)[self.slot]
                 if found is not None:
                     found = dense(found)
                     row.copy_((found.mT if self.exchange else found).reshape(-1))
