@@ -51,7 +51,12 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 # Former name of a function or class in a former module: its name now.
 RENAMED: dict[str, str] = {
+    "factors.CHUNK": "MAX_GRADIENT_ENTRIES",
     "graph.mend_batch_norms": "fix_batch_norm_gradients",
+    "layers.FEW": "MAX_POINTWISE_PIXELS",
+    "layers.LEAST": "MIN_MULTIPLICATIONS",
+    "layers.MATRIX": "MAX_MATRIX_GROWTH",
+    "layers.WINOGRAD": "MAX_WINOGRAD_COST",
     "owners.owned": "owner_along",
     "ownership.ask": "probe_node",
     "ownership.call": "call_node",
