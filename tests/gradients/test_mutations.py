@@ -1,14 +1,16 @@
-"""The library broken on purpose, in one way after the other: each must be found.
+"""Mutation tests: the library is broken on purpose, in one way after the other, and each break must be found.
 
-``SELF_CHECK``: fisher() itself must refuse, and the recorder differ from plain autograd. ``PROPERTY``: what
-``tests/helpers/ownership_networks.py`` compares must differ, for breaks that the self-check cannot see or that break
-it. ``EITHER``: what is broken may also be refused, since no other node fits it. ``UNSEEN``: what was refused no longer
-is.
+How a break is found:
+
+- ``SELF_CHECK``: fisher() raises SelfCheckError, and the recorder differs from plain autograd.
+- ``PROPERTY``: the comparison of ``tests/helpers/ownership_networks.py`` finds a difference. These are breaks that the
+  self-check cannot see, or breaks of the self-check itself.
+- ``EITHER``: fisher() raises some error, because the wrong owners may not fit the next node either.
+- ``UNSEEN``: fisher() no longer refuses what it refused before.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,15 +29,13 @@ import t2v_fast.gradients.recorder
 import t2v_fast.gradients.self_check
 import t2v_fast.ops
 from t2v_fast import FisherRecorder
+from t2v_fast.estimation import estimator as fisher_module
 from t2v_fast.gradients.factors import Convolution, Factors, Outer, Product, Scatter
 from t2v_fast.gradients.rules import RULES
 from t2v_fast.gradients.self_check import SelfCheck
 from t2v_fast.ops import planner
 
 SELF_CHECK, PROPERTY, EITHER, UNSEEN = "self-check", "property", "either", "unseen"
-fisher_module = importlib.import_module(
-    "t2v_fast.estimation.estimator"
-)  # as an attribute of the package it is the function
 
 
 # ---- networks to break the library under
@@ -44,7 +44,7 @@ fisher_module = importlib.import_module(
 @dataclass(frozen=True)
 class Case:
     recipe: Recipe
-    extra: Callable[[], nn.Module] | None = None  # above the pieces of the recipe
+    extra: Callable[[], nn.Module] | None = None  # a layer above the pieces of the recipe
     recorder: bool = True
 
     def examined(self) -> Outcome:
@@ -78,7 +78,7 @@ DEPTHWISE = case(
 SCALE = case(extra=layer(lambda m, x, b: x * m.w, w=lambda: parameter(WIDTH)))
 QUOTIENT = case(extra=layer(lambda m, x, b: x / m.w, w=lambda: parameter(WIDTH)))
 SEVERAL = case("twice@batch_first")
-TWO_KINDS = case("embedding/tied")  # rows of a table, and a product with it
+TWO_KINDS = case("embedding/tied")  # the table is looked up, and multiplied
 
 
 BATCH_NORMS = ("NativeBatchNormBackward0", "BatchNormBackward")  # torch's own, and fisher()'s on a CPU
@@ -91,7 +91,7 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 def factors_of(nodes: str | Sequence[str], slot: int | None, change: Callable[[Any], Factors]) -> Patch:
-    """The factors that a rule gives, changed."""
+    """Change the factors that a rule returns."""
 
     def patch(mp: pytest.MonkeyPatch) -> None:
         for name in [nodes] if isinstance(nodes, str) else nodes:
@@ -107,7 +107,7 @@ def factors_of(nodes: str | Sequence[str], slot: int | None, change: Callable[[A
 
 
 def function(owner: Any, name: str, change: Callable[[Callable], Callable]) -> Patch:
-    """A function or method in place of another, made from it."""
+    """Replace a function or method by one that is made from it."""
     return lambda mp: mp.setattr(owner, name, change(getattr(owner, name)))
 
 
@@ -120,7 +120,7 @@ def rolled(f: Convolution, axis: int) -> Factors:
 
 
 class Apart(Factors):
-    """Squares of each use, added up: what the gradients of several uses must not become."""
+    """Squares the gradients of each use and adds the squares, instead of adding the gradients first."""
 
     def __init__(self, parts: Sequence[Factors]) -> None:
         self.parts = parts
@@ -172,7 +172,7 @@ def onward_doubled(real: Callable) -> Callable:
 
 
 def all_together(real: Callable) -> Callable:
-    """Plain gradients of the whole batch where those of one example are asked for."""
+    """Return the plain gradients of the whole batch in place of those of one example."""
 
     def plain_gradients(self: Any, output: Tensor, cotangent: Tensor, example: int, *rest: Any) -> Any:
         everything = torch.zeros_like(cotangent)
