@@ -36,7 +36,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "precision": ("tasks.precision",),
     "probe": ("tasks.probe",),
     "profile": ("estimation.profiling",),
-    "recorder": ("gradients.recorder", "gradients.parameters"),
+    "recorder": ("gradients.parameters", "gradients.recorder"),
     "reference": ("ops.reference",),
     "rules": ("gradients.rules", "gradients.refusals"),
     "run": ("bank.driver", "bank.engines"),

@@ -52,7 +52,7 @@ def register_rule(
     the :class:`~t2v_fast.gradients.factors.Factors` of the parameter's per-example gradients.
 
     Args:
-        nodes: Names of autograd nodes, as ``tensor.grad_fn.name()`` shows them.
+        *nodes: Names of autograd nodes, as ``tensor.grad_fn.name()`` shows them.
         knows: Whether the rule handles a use in which all examples share the parameter. The node itself computes the
             gradients of the uses that the rule does not handle.
         check: Why a use has no exact answer by any method, as the end of a sentence that begins with "the parameter

@@ -63,8 +63,9 @@ def input_shape(node: Node, slot: int) -> Shape:
     return tuple(child._input_metadata[number].shape)
 
 
-def transfer(*names: str, table: dict[str, Callable] = TRANSFERS) -> Callable[[Callable], Callable]:
-    """Make the decorated function the transfer of some kinds of autograd nodes (:func:`kind_of`)."""
+def transfer(*names: str, table: dict[str, Callable] | None = None) -> Callable[[Callable], Callable]:
+    """Make the decorated function the transfer of some kinds of autograd nodes (:func:`kind_of`), in ``TRANSFERS``."""
+    table = TRANSFERS if table is None else table
 
     def register(function: Callable) -> Callable:
         for name in names:
