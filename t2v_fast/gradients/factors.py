@@ -1,4 +1,4 @@
-"""Factors: what the per-example gradients of a parameter are products of, in the form that :mod:`t2v_fast.ops` takes.
+"""Factors of per-example gradients, in the form that :mod:`t2v_fast.ops` takes.
 
 The per-example gradient of a weight is a sum over positions of products, for instance G_n = sum_s g x^T for a linear
 layer with input x [N, S, I] and cotangent g [N, S, O]. The *factors* of G_n are these tensors. Each class below stands
@@ -26,7 +26,7 @@ MAX_GRADIENT_ENTRIES = 2**24  # entries of per-example gradients held at once, i
 
 @dataclass
 class Reuse:
-    """What is computed once at a node, and used for several cotangents of a batch or for several parameters."""
+    """Values that are computed once at a node, for several cotangents of a batch or for several parameters."""
 
     cotangents: int = 1  # the number of cotangents of the batch
     parameters: int = 1  # the number of wanted parameters that enter the node

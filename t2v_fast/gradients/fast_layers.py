@@ -226,7 +226,7 @@ def _winograd_gradient(g: Tensor, weight: Tensor, padding: Pair) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear layer by oneDNN; torch itself uses oneDNN for other types than float32 that oneDNN supports."""
+    """A linear layer, by oneDNN in float32. For other types torch uses oneDNN itself where oneDNN supports them."""
     if x.dtype != torch.float32 or not torch._C._dispatch_keys(x).has(DispatchKey.CPU) or _in_batches(x):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -268,7 +268,7 @@ def _winograd_cost(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tup
     if min(high, wide) < 1 or x.numel() * len(weight) < MIN_MULTIPLICATIONS:
         return math.inf
     tiles = len(x) * -(-high // 4) * -(-wide // 4)
-    # The transforms of the kernels, which leave the caches where they are many, count as those of so many tiles.
+    # The cost of transforming the kernels, as a number of tiles. Many kernels leave the caches, and so cost more each.
     kernels = 8 + weight.shape[0] * weight.shape[1] / 2**13
     return 36 * (tiles + kernels) / (9 * len(x) * high * wide)
 
@@ -327,9 +327,8 @@ class FastLayers(TorchFunctionMode):
         # By the weight's id, the image size and the geometry: the weight's version, the weight, and the matrix.
         self._matrices: dict[tuple, tuple[int, Tensor, Tensor]] = {}
         self._in_place: list[tuple[Tensor, int]] = []  # in-place outputs of the last forward pass, with their versions
-        self.written: set[int] = (
-            set()
-        )  # ids of parameters that the network may write through ``data``, past their versions
+        # Ids of parameters that the network may write through ``data``, which does not change their versions.
+        self.written: set[int] = set()
         self._faster: dict[Callable, Callable] = {
             F.hardtanh: self._hardtanh,
             F.batch_norm: self._batch_norm,

@@ -38,7 +38,7 @@ class RowLayout:
 
 @dataclass(frozen=True, eq=False)
 class ListedRows:
-    """Positions along an axis in any order."""
+    """Positions along an axis in any order: each position has its own owner or none."""
 
     listed: Tensor  # [S], on the CPU: the example that owns each position, or -1 for none
 

@@ -30,7 +30,7 @@ from .transfers import output_shape
 
 @dataclass(frozen=True)
 class Rule:
-    """What :func:`register_rule` keeps of one kind of autograd node."""
+    """The arguments of :func:`register_rule` for one kind of autograd node."""
 
     factors: Callable[[Use, Tensor, Owner, int], Factors]
     knows: Callable[[Use], bool]
@@ -189,7 +189,7 @@ def _over_images(
 ) -> Convolution:
     """The factors of a 2-d convolution of x [N, F, C, H, W] with cotangent g [N, F, O, Ho, Wo], F images each."""
     n, f, channels, height, width = x.shape
-    if f != 1:  # stack the images into a tall one, with rows of zeros so that the kernel never sees two images at once
+    if f != 1:  # stack the images into a tall one, with zeros between so that the kernel never sees two images at once
         rows = g.shape[3]
         read = (rows - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1  # rows of a padded image that are read
         period = -(-max(read, height + padding[0]) // stride[0]) * stride[0]

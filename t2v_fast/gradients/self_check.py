@@ -115,7 +115,7 @@ class SelfCheck:
             return
         self.recorder.check(logits)
         if drew:
-            # A network may draw random numbers once, for what it makes at first use.
+            # A network may draw random numbers once, for buffers that it creates at first use.
             with torch.no_grad():
                 self._run(inputs, [n - 1], n)
             if self._drew:
