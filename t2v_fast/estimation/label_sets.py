@@ -16,17 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..gradients.fast_forward import fast_forward
 from ..gradients.recorder import FisherRecorder, ParameterFilter
-from ..gradients.self_check import SelfCheck
-from .allocation import Allocation, seeds_of
+from .allocation import Allocation
+from .batches import Draws, Schedule, forward_passes
 from .cotangents import check_estimator, cotangents
-from .estimator import (
-    FisherDiagonal,
-    _check_inputs,
-    _default_forward,
-    _diagonal,
-)
+from .diagonal import FisherDiagonal, diagonal_of
 from .likelihoods import Likelihood, get_likelihood
 from .moments import NamedMoments, Units
 
@@ -87,46 +81,51 @@ def fisher_of_label_sets(
     likelihood = get_likelihood(likelihood)
     recorder = FisherRecorder(network, parameters, unsupported=unsupported)
     device = next(iter(recorder.parameters.values())).device
-    generators: list[torch.Generator] = [torch.Generator().manual_seed(seed) for _ in sets]
+    if examples is None:
+        examples = torch.arange(first, len(sets[0].codes))
+    schedules = [
+        Schedule(samples if s.allocation is None else s.allocation.samples, seed, s.weights, examples=examples)
+        for s in sets
+    ]
+    for s, schedule in zip(sets, schedules, strict=True):
+        if s.allocation is None:  # the examples share one generator, so what earlier examples draw comes first
+            _skip(first, s.head.out_features, estimator, samples, likelihood, schedule.generator)
     moments = [NamedMoments() for _ in sets]
-    widths = [s.head.out_features for s in sets]
-    for s, width, generator in zip(sets, widths, generators, strict=True):
-        if s.allocation is None:  # whose examples have seeds of their own
-            _skip(first, width, estimator, samples, likelihood, generator)
-    seen = first
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        recorder,
-        fast_forward(network, _default_forward, device) as forward,
-    ):
-        check = SelfCheck(recorder, forward) if self_check else None
-        for index, images in enumerate(batches):
-            images = images.to(device)
-            n = _check_inputs(images, index)
-            logits = check.forward(images) if check else forward(network, images)
-            if list(logits.shape) != [n, sum(widths)]:
-                raise ValueError(f"the network gave logits {list(logits.shape)}, expected [{n}, {sum(widths)}]")
-            if check:
-                check.batch(images, logits)
-            numbers = torch.arange(seen, seen + n) if examples is None else examples[seen - first : seen - first + n]
-            blocks, start = [], 0
-            for s, width, generator in zip(sets, widths, generators, strict=True):
-                k, source = samples, generator
-                if s.allocation is not None:
-                    k, source = s.allocation.samples[numbers], seeds_of(numbers, seed)
-                logits_ = logits[:, start : start + width]
-                u = cotangents(logits_, estimator, k, likelihood, s.codes[numbers], source)
-                blocks.append(F.pad(u, (start, sum(widths) - start - width)))
-                start += width
-            for s, into, found in zip(sets, moments, _packed(recorder, logits, blocks), strict=True):
-                units = Units(torch.ones(n) if s.weights is None else s.weights[numbers])
-                into.add(found, units)
-            seen += n
-    count = seen - first if reduce is None else reduce(moments, seen - first)
+    total = sum(s.head.out_features for s in sets)
+    seen = 0
+    with forward_passes(recorder, _run, device, self_check=self_check) as batches_of:
+        for batch in batches_of(batches):
+            if list(batch.logits.shape) != [batch.size, total]:
+                raise ValueError(
+                    f"the network gave logits {list(batch.logits.shape)}, expected [{batch.size}, {total}]"
+                )
+            draws = [schedule.take(batch.size) for schedule in schedules]
+            blocks = _cotangents(batch.logits, sets, draws, estimator, likelihood)
+            for into, values, d in zip(moments, _packed(recorder, batch.logits, blocks), draws, strict=True):
+                into.add(values, Units(d.weights))
+            seen += batch.size
+    count = seen if reduce is None else reduce(moments, seen)
     if count != len(sets[0].codes):
         raise ValueError(f"the batches gave {count} examples, expected {len(sets[0].codes)}")
-    return [_diagonal(into, recorder, estimator, samples, count) for into in moments]
+    return [diagonal_of(into, recorder, estimator, samples, count) for into in moments]
+
+
+def _run(network: nn.Module, images: Tensor) -> Tensor:
+    return network(images)
+
+
+def _cotangents(
+    logits: Tensor, sets: Sequence[LabelSet], draws: Sequence[Draws], estimator: str, likelihood: Likelihood
+) -> list[Tensor]:
+    """Return each label set's cotangents [K, N, C of all sets], which are zero on the logits of the others."""
+    blocks, start = [], 0
+    for s, d in zip(sets, draws, strict=True):
+        stop = start + s.head.out_features
+        codes = s.codes[d.examples]
+        u = cotangents(logits[:, start:stop], estimator, d.samples, likelihood, codes, d.source)
+        blocks.append(F.pad(u, (start, logits.shape[1] - stop)))
+        start = stop
+    return blocks
 
 
 def _packed(recorder: FisherRecorder, logits: Tensor, blocks: Sequence[Tensor]) -> list[dict[str, Tensor]]:
