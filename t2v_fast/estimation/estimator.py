@@ -70,14 +70,15 @@ def fisher(
 ) -> FisherDiagonal:
     """Estimate the diagonal of the Fisher information of ``model`` over the examples of ``loader``.
 
-    With g_n(y) the gradient of -log p(y | x_n) with respect to the parameters w, the result is the diagonal of
+    With g_n(y) the gradient of -log p(y | x_n) with respect to the parameters w, the result is the diagonal of the
+    matrix of Achille et al. (2019), equation 1::
 
-        F = sum_n a_n E_{y ~ p(y | x_n)} [g_n(y) g_n(y)^T]    (Achille et al., 2019, equation 1),
+        F = sum_n a_n E_{y ~ p(y | x_n)} [g_n(y) g_n(y)^T]
 
-    with one weight a_n for each example, and averaged over parts of each parameter (``granularity``). Gradients are
-    squared for each example, inside the backward pass, so no per-example gradient is stored. A batch costs one forward
-    pass and the backward passes that the estimator needs. These are the estimators, for logits [N, C] with the Fisher
-    S_n of the logits of example n (softmax: diag(p) - p p^T):
+    Each example has a weight a_n, and the diagonal is averaged over parts of each parameter (``granularity``).
+    Gradients are squared for each example inside the backward pass, so no per-example gradient is stored. A batch costs
+    one forward pass and the backward passes that the estimator needs. These are the estimators, for logits [N, C] with
+    the Fisher S_n of the logits of example n (softmax: diag(p) - p p^T):
 
     ===============  ==================================================================  ==========================
     ``estimator``    what is squared                                                     backward passes a batch
@@ -137,7 +138,7 @@ def fisher(
         progress: Show a progress bar.
         explain: Print, after the first batch, the path that each layer takes, its predicted cost and its measured cost
             (:mod:`t2v_fast.ops.planner`).
-        estimator_error: Also estimate the error of the random draws alone (:attr:`FisherDiagonal.estimator_error`),
+        estimator_error: Also estimate the error of the random draws alone (``estimator_error`` of the result),
             from a second sketch of each example, which is one more backward pass. For ``deflated``, logits [N, C], and
             granularity ``"filter"`` or ``"tensor"``.
         allocation: Which examples of a larger data set the loader yields, in its order, and how many cotangents each
