@@ -211,86 +211,111 @@ def profile(
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, expected at least 1")
     recorder = FisherRecorder(model, parameters)
-    observed: list[tuple[str, float, float]] = []
-    seconds: dict[str, list[float]] = {name: [] for name in ("forward", "backward", "fisher", "floor", "step")}
-    layer_seconds: list[dict[str, float]] = []
-    work: dict[str, tuple[str, str, planner.Work, float | None]] = {}
-    events: list[tuple[str, str, float, float]] = []
-    memory: dict[str, int | None] = {}
-    count = 0
-
-    # The factors are not kept: they hold every layer's cotangent, which would count as peak memory.
-    def observe(use: Use, factors: Factors, cotangents_: int, start: float, end: float) -> None:
-        if use.parameter not in work:
-            predicted = factors.predict(cotangents_)
-            predicted = None if predicted is None else predicted * inputs.shape[0]
-            work[use.parameter] = (use.node.name(), *factors.work(cotangents_), predicted)
-        observed.append((use.parameter, start, end))
-
-    recorder.observer = observe
-
-    def fisher() -> None:
-        nonlocal count
-        start = time.perf_counter()
-        logits = forward(model, inputs)
-        middle = time.perf_counter()
-        u = cotangents(logits, estimator, samples, likelihood, labels)
-        count = u.numel() // logits.numel()
-        between = time.perf_counter()
-        recorder.backward(logits, u)
-        end = time.perf_counter()
-        events[:] = [("forward", "network", start, middle), ("backward", "network", between, end)]
-        seconds["forward"].append(middle - start)
-        seconds["backward"].append(end - between)
-        seconds["fisher"].append(end - start)
-
-    def floor() -> None:
-        start = time.perf_counter()
-        logits = forward(model, inputs)
-        taps = taps_of(logits, recorder.parameters)
-        for k in range(count):
-            backpropagate(logits, torch.ones_like(logits), taps, lambda node, g: None, retain_graph=k + 1 < count)
-        seconds["floor"].append(time.perf_counter() - start)
-
-    def step() -> None:
-        start = time.perf_counter()
-        wanted = list(recorder.parameters.values())
-        torch.autograd.grad(forward(model, inputs).sum(), wanted, allow_unused=True)
-        seconds["step"].append(time.perf_counter() - start)
-
+    measured = _Rounds(
+        recorder, inputs, forward, lambda logits: cotangents(logits, estimator, samples, likelihood, labels)
+    )
     with torch.enable_grad(), recorder:
-        for round_ in range(rounds + 1):
-            observed.clear()
-            for run in (fisher, floor, step):
-                if round_ == 0 and run is not floor:
-                    memory[run.__name__] = _peak_memory(run, inputs.device)
-                else:
-                    run()
-                if run is fisher:
-                    spent: dict[str, float] = {}
-                    for name, start, end in observed:
-                        spent[name] = spent.get(name, 0.0) + end - start
-                        events.append((f"{name} ({work[name][1]})", "fisher", start, end))
-                    layer_seconds.append(spent)
-    for measured in seconds.values():
-        del measured[0]
-    layers = []
-    for name, (node, path, todo, predicted) in work.items():
-        spent = statistics.median(each.get(name, 0.0) for each in layer_seconds[1:])
-        n = inputs.shape[0]
-        layers.append(LayerProfile(name, node, path, n * todo.flops, n * todo.bytes, spent, predicted))
+        for index in range(rounds + 1):
+            measured.run(first=index == 0)
     return Profile(
         examples=inputs.shape[0],
-        cotangents=count,
+        cotangents=measured.cotangents,
         dtype=str(next(iter(recorder.parameters.values())).dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         estimator=estimator,
-        layers=tuple(layers),
-        **{name: statistics.median(measured) for name, measured in seconds.items()},
-        peak_memory=memory,
+        layers=measured.layers(),
+        **{name: statistics.median(seconds[1:]) for name, seconds in measured.seconds.items()},
+        peak_memory=measured.memory,
         machine=measure_machine(),
-        events=tuple(events),
+        events=tuple(measured.events),
     )
+
+
+class _Rounds:
+    """The measurements of :func:`profile`. Each round runs the Fisher, the floor and a training step of one batch."""
+
+    def __init__(
+        self,
+        recorder: FisherRecorder,
+        inputs: Tensor,
+        forward: Callable[[nn.Module, Any], Tensor],
+        directions: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.recorder, self.inputs, self.directions = recorder, inputs, directions
+        self.logits = lambda: forward(recorder.model, inputs)
+        self.cotangents = 0
+        self.seconds: dict[str, list[float]] = {k: [] for k in ("forward", "backward", "fisher", "floor", "step")}
+        self.memory: dict[str, int | None] = {}
+        self.events: list[tuple[str, str, float, float]] = []  # of the last round
+        self._work: dict[str, tuple[str, str, planner.Work, float | None]] = {}
+        self._layer_seconds: list[dict[str, float]] = []
+        self._observed: list[tuple[str, float, float]] = []  # in this round
+        recorder.observer = self._observe
+
+    def run(self, first: bool) -> None:
+        """Run one round. The first one measures memory, and its times are not used."""
+        self._observed.clear()
+        if first:
+            self.memory["fisher"] = _peak_memory(self._fisher, self.inputs.device)
+        else:
+            self._fisher()
+        spent: dict[str, float] = {}
+        for name, start, end in self._observed:
+            spent[name] = spent.get(name, 0.0) + end - start
+            self.events.append((f"{name} ({self._work[name][1]})", "fisher", start, end))
+        self._layer_seconds.append(spent)
+        self._floor()
+        if first:
+            self.memory["step"] = _peak_memory(self._step, self.inputs.device)
+        else:
+            self._step()
+
+    def layers(self) -> tuple[LayerProfile, ...]:
+        """Return each parameter's cost, with median times."""
+        n, layers = self.inputs.shape[0], []
+        for name, (node, path, todo, predicted) in self._work.items():
+            spent = statistics.median(each.get(name, 0.0) for each in self._layer_seconds[1:])
+            layers.append(LayerProfile(name, node, path, n * todo.flops, n * todo.bytes, spent, predicted))
+        return tuple(layers)
+
+    def _observe(self, use: Use, factors: Factors, cotangents_: int, start: float, end: float) -> None:
+        # The factors are not kept: they hold every layer's cotangent, which would count as peak memory.
+        if use.parameter not in self._work:
+            predicted = factors.predict(cotangents_)
+            predicted = None if predicted is None else predicted * self.inputs.shape[0]
+            self._work[use.parameter] = (use.node.name(), *factors.work(cotangents_), predicted)
+        self._observed.append((use.parameter, start, end))
+
+    def _fisher(self) -> None:
+        """Run one forward pass and the backward passes of the Fisher."""
+        start = time.perf_counter()
+        logits = self.logits()
+        middle = time.perf_counter()
+        u = self.directions(logits)
+        self.cotangents = u.numel() // logits.numel()
+        between = time.perf_counter()
+        self.recorder.backward(logits, u)
+        end = time.perf_counter()
+        self.events = [("forward", "network", start, middle), ("backward", "network", between, end)]
+        self.seconds["forward"].append(middle - start)
+        self.seconds["backward"].append(end - between)
+        self.seconds["fisher"].append(end - start)
+
+    def _floor(self) -> None:
+        """Run one forward pass and as many backward passes as the Fisher has, without weight gradients."""
+        start, count = time.perf_counter(), self.cotangents
+        logits = self.logits()
+        taps = taps_of(logits, self.recorder.parameters)
+        for k in range(count):
+            backpropagate(logits, torch.ones_like(logits), taps, lambda node, g: None, retain_graph=k + 1 < count)
+        self.seconds["floor"].append(time.perf_counter() - start)
+
+    def _step(self) -> None:
+        """Run one forward pass and one full backward pass, as a training step does."""
+        start = time.perf_counter()
+        wanted = list(self.recorder.parameters.values())
+        torch.autograd.grad(self.logits().sum(), wanted, allow_unused=True)
+        self.seconds["step"].append(time.perf_counter() - start)
 
 
 @functools.cache
