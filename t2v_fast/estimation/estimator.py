@@ -163,7 +163,7 @@ def fisher(
         >>> result = t2v_fast.fisher(model, inputs.split(2))  # batches of two examples
         >>> {name: list(values.shape) for name, values in result.items()}
         {'0.weight': [8], '0.bias': [8], '2.weight': [3], '2.bias': [3]}
-        >>> exact = t2v_fast.fisher(model, inputs.split(2), "exact")  # two directions, as ``deflated`` takes by default
+        >>> exact = t2v_fast.fisher(model, inputs.split(2), "exact")  # two directions, as deflated takes by default
         >>> torch.allclose(result.vector(), exact.vector(), rtol=1e-4)
         True
     """
