@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 from types import ModuleType
 from typing import Any
+
+from .analysis import plot
+from .estimation.profiling import Profile
 
 # Former module: the modules that have its names now.
 MOVED: dict[str, tuple[str, ...]] = {
@@ -62,6 +66,10 @@ RENAMED: dict[str, str] = {
     "ownership.call": "call_node",
     "rules.problem": "unsupported_reason",
     "transfers.acted": "interacting_inputs",
+    "allocation.LEAST": "MIN_DRAWN",
+    "allocation.Need": "SamplingStats",
+    "allocation.everyone": "full_allocation",
+    "allocation.until": "sample_until",
 }
 
 
@@ -84,8 +92,19 @@ class _Moved(ModuleType):
         raise AttributeError(f"neither {self.__name__} nor t2v_fast.{self._homes[0]} has a name {key!r}")
 
 
+def _save_roofline(self: Profile, path: str | os.PathLike) -> None:
+    """Former name of :func:`t2v_fast.analysis.plot.roofline`."""
+    warnings.warn(
+        "Profile.save_roofline(path) is now t2v_fast.analysis.plot.roofline(profile, path)",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    plot.roofline(self, path)
+
+
 def install() -> None:
     """Make the former modules importable. Folders that have a former module's name are not hidden by it."""
+    Profile.save_roofline = _save_roofline
     package = sys.modules["t2v_fast"]
     for name, homes in MOVED.items():
         if f"t2v_fast.{name}" not in sys.modules:

@@ -486,7 +486,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     for path, save in (
         (arguments.json, report.save_json),
         (arguments.trace, report.save_trace),
-        (arguments.plot, report.save_roofline),
+        (arguments.plot, lambda path: plot.roofline(report, path)),
     ):
         if path is not None:
             save(path)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.utils.data import Subset
 
 from ..embedding import Embedding
-from ..estimation.allocation import everyone
+from ..estimation.allocation import full_allocation
 from ..estimation.estimator import BATCH_MEAN
 from ..estimation.label_sets import LabelSet
 from ..estimation.moments import NamedMoments
@@ -74,7 +74,9 @@ def embed_distributed(
             sets = [LabelSet(fit.linear, task.labels, task.weights, allocation)]
             mine = slice(first, first + len(shares[rank][1]))
             samples = torch.ones(len(task.labels), dtype=torch.long) if allocation is None else allocation.samples
-            (diagonal,) = task2vec._fisher_of_label_sets(part, sets, everyone(samples[mine]), first, reduce=reduce)
+            (diagonal,) = task2vec._fisher_of_label_sets(
+                part, sets, full_allocation(samples[mine]), first, reduce=reduce
+            )
         except Exception as error:
             if not agreed:  # the others wait to hear how it went
                 _agree(error, group)

@@ -19,7 +19,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from ..embedding import Embedding
-from ..estimation.allocation import Allocation, Need, everyone, share_out, until
+from ..estimation.allocation import Allocation, SamplingStats, full_allocation, sample_until, share_out
 from ..estimation.cotangents import check_estimator
 from ..estimation.estimator import BATCH_MEAN, FisherDiagonal, fisher
 from ..estimation.label_sets import Heads, LabelSet, fisher_of_label_sets
@@ -61,7 +61,7 @@ class Task2Vec:
     ``tolerance``: the relative error that the estimator may leave, norm of the error over norm of the embedding. Images
     are drawn by importance, the weighted trace of their logit Fisher through the head, and each gets the cotangents
     that its spectrum asks for, until the error that the draws show is below
-    (:func:`t2v_fast.estimation.allocation.until`; an iterable and a ``feature_folder`` are visited whole).
+    (:func:`t2v_fast.estimation.allocation.sample_until`; an iterable and a ``feature_folder`` are visited whole).
     ``standard_error`` is then that of the estimator alone, against ``"exact"`` on all the images; ``meta`` has the
     ``relative_error`` that was reached, the ``images`` of the Fisher and the mean of their ``samples``, of which none
     are asked for. For ``estimator="deflated"``.
@@ -230,7 +230,7 @@ class Task2Vec:
                 sets.append(LabelSet(fits[name].linear, head.labels, head.weights, allocation))
                 totals += 0 if allocation is None else allocation.samples
         with timed(seconds, "fisher"):
-            diagonals = self._fisher_of_label_sets(data, sets, everyone(totals))
+            diagonals = self._fisher_of_label_sets(data, sets, full_allocation(totals))
         share = {stage: s / len(tasks) for stage, s in seconds.items()}
         self._waited /= len(tasks)
         return {
@@ -302,13 +302,13 @@ class Task2Vec:
         if self.estimator != "deflated":
             return None
         if not self._reorders(data):
-            return everyone(torch.full((len(features),), self.samples))
-        return everyone(share_out(self._need(features, linear, weights), self.samples))
+            return full_allocation(torch.full((len(features),), self.samples))
+        return full_allocation(share_out(self._need(features, linear, weights), self.samples))
 
-    def _need(self, features: Tensor, linear: nn.Linear, weights: Tensor | None) -> Need:
+    def _need(self, features: Tensor, linear: nn.Linear, weights: Tensor | None) -> SamplingStats:
         weight, bias = linear.weight.detach().cpu().double(), linear.bias.detach().cpu().double()
         logits = F.linear(features.double(), weight, bias)
-        return Need.of(logits, weight, weights, TASK_TYPES[self.task_type])
+        return SamplingStats.of(logits, weight, weights, TASK_TYPES[self.task_type])
 
     def _batches(
         self, data: TaskData, stage: str, examples: list[Tensor] | None = None
@@ -359,12 +359,12 @@ class Task2Vec:
         def visit(allocation: Allocation) -> FisherDiagonal:
             nonlocal checked
             if not self._reorders(data):  # every image has to be visited
-                allocation = everyone(allocation.samples)
+                allocation = full_allocation(allocation.samples)
             found = self._visit(data, codes, linear, weights, allocation, not checked)
             checked = True
             return found
 
-        return until(self._need(features, linear, weights), self.tolerance, visit, self.seed)
+        return sample_until(self._need(features, linear, weights), self.tolerance, visit, self.seed)
 
     def _visit(
         self,

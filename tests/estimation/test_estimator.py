@@ -660,3 +660,9 @@ def test_sampled_tokens_converge_to_the_exact_fisher() -> None:
         assert relative_error(many.vector(), exact.vector()) < 0.05
     squared_mean = fisher(network, [tokens], "batch_mean", seed=2)
     assert squared_mean.vector().isfinite().all()
+
+
+def test_the_former_name_of_the_entries_warns() -> None:
+    found = fisher(small_network(), [images()])
+    with pytest.warns(DeprecationWarning, match=r"values_ is now FisherDiagonal\.entries"):
+        assert found.values_ is found.entries

@@ -12,6 +12,7 @@ from small import small_probe
 from torch import nn
 
 from t2v_fast import Profile, ops, profile
+from t2v_fast.analysis import plot
 from t2v_fast.cli import main
 from t2v_fast.ops import planner
 
@@ -84,7 +85,13 @@ def test_files(report: Profile, tmp_path: Path) -> None:
     assert len(inside) == 2 * len(report.layers)
     assert all(e["dur"] >= 0 for e in events)
     assert all(backward["ts"] <= e["ts"] <= backward["ts"] + backward["dur"] for e in inside)
-    report.save_roofline(tmp_path / "r.png")
+    plot.roofline(report, tmp_path / "r.png")
+    assert Image.open(tmp_path / "r.png").size[0] > 500
+
+
+def test_the_former_name_of_the_roofline_warns(report: Profile, tmp_path: Path) -> None:
+    with pytest.warns(DeprecationWarning, match=r"is now t2v_fast\.analysis\.plot\.roofline"):
+        report.save_roofline(tmp_path / "r.png")
     assert Image.open(tmp_path / "r.png").size[0] > 500
 
 
