@@ -50,7 +50,12 @@ MOVED: dict[str, tuple[str, ...]] = {
     "variational": ("estimation.variational",),
 }
 # Former name of a function or class in a former module: its name now.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "job.LEAST": "PROBE_MINIMUMS",
+    "job.Work": "WorkItem",
+    "task2vec.LEAST": "MIN_BATCH_SIZE",
+    "task2vec.PIXELS": "MAX_CPU_BATCH_PIXELS",
+}
 
 
 class _Moved(ModuleType):

@@ -424,7 +424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, help="put the tables into this page")
     arguments = parser.parse_args(argv)
     settings, probe = Settings(), load_probe()
-    probe.preprocessing = replace(probe.preprocessing, resize=settings.size, crop=settings.size)
+    probe.preprocessing = probe.preprocessing.sized(settings.size)
     text = report(measure(arguments.output, settings, meta_tasks(), probe))
     print(text, flush=True)
     of_demo = [Drawn(task) for task in demo_tasks(settings.images)]

@@ -27,16 +27,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from ..estimation.cotangents import ESTIMATORS
-from ..estimation.estimator import BATCH_MEAN
 from ..tasks import probe as probes
 from ..tasks import sources
-from ..tasks.data import TASK_TYPES, DataError, TaskData
-from ..tasks.head import METHODS
+from ..tasks.data import DataError, TaskData
 from ..tasks.pipeline import Task2Vec
+from ..tasks.settings import FOLDER, NOT_IN_JOBS, OPTIONS, SWITCH, SettingError, Settings, shown
 from .store import BankError, check_name
 
 TOGETHER = 16  # tasks that share images in one work: more gain little, and are lost together with a worker
@@ -48,7 +45,7 @@ class JobError(ValueError):
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkItem:
     """What a worker does at a time: tasks that share their images, usually one. Small: it travels between machines."""
 
     kind: str
@@ -74,7 +71,7 @@ class Job:
     file: Path
     probe: dict[str, Any]
     settings: dict[str, Any]
-    work: tuple[Work, ...] = field(repr=False)
+    work: tuple[WorkItem, ...] = field(repr=False)
 
     @property
     def tasks(self) -> list[str]:
@@ -88,11 +85,8 @@ class Job:
         probe = probes.load_probe(**options)
         try:
             if size is not None:
-                probe.preprocessing = replace(probe.preprocessing, resize=size, crop=size)
-            settings = dict(self.settings)
-            if "dtype" in settings:
-                settings["dtype"] = getattr(torch, settings["dtype"])
-            return Task2Vec(probe, **settings)
+                probe.preprocessing = probe.preprocessing.sized(size)
+            return Task2Vec.from_settings(probe, Settings(**self.settings))
         except (TypeError, ValueError) as error:
             raise JobError(f"{self.file}: settings: {error}") from error
 
@@ -129,30 +123,9 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-SETTINGS: dict[str, tuple[type, tuple | None]] = {  # type, and the values that are allowed
-    "estimator": (str, (*ESTIMATORS, BATCH_MEAN)),
-    "samples": (int, None),
-    "task_type": (str, tuple(TASK_TYPES)),
-    "balanced": (bool, None),
-    "head": (str, METHODS),
-    "head_options": (dict, None),
-    "batch_size": (int, None),
-    "num_workers": (int, None),
-    "cache_megabytes": (int, None),
-    "cache_folder": (str, None),
-    "device": (str, None),
-    "dtype": (str, ("float32", "float64", "bfloat16", "float16")),
-    "seed": (int, None),
-    "self_check": (bool, None),
-    "skip_unreadable": (bool, None),
-}
-LEAST = {"samples": 1, "batch_size": 1, "num_workers": 0, "cache_megabytes": 0, "seed": 0, "size": 1}
-PROBE: dict[str, tuple[type, tuple | None]] = {
-    "name": (str, None),
-    "weights": (str, None),
-    "head": (str, None),
-    "size": (int, None),
-}
+SETTINGS = {name: option for name, option in OPTIONS.items() if name not in NOT_IN_JOBS}
+PROBE = {"name": str, "weights": str, "head": str, "size": int}
+PROBE_MINIMUMS = {"size": 1}
 KINDS: dict[str, dict[str, Any]] = {  # key that holds the place: other keys and their defaults
     "folder": {},
     "folders": {},
@@ -173,19 +146,14 @@ class _Checker:
         self._mapping(content, {"probe", "settings", "tasks"}, "")
         probe = content.get("probe", {})
         probe = {"name": probe} if isinstance(probe, str) else probe
-        self._typed(probe, PROBE, "probe: ")
+        self._check_probe(probe)
         probe = dict(probe)
         if probe.get("weights") not in (None, "default", "none"):
             probe["weights"] = str(self._path(probe["weights"], "probe: weights: "))
-        settings = content.get("settings", {})
-        self._typed(settings, SETTINGS, "settings: ")
-        settings = dict(settings)
-        skip = settings.pop("skip_unreadable", False)
-        if "cache_folder" in settings:
-            settings["cache_folder"] = str(self._path(settings["cache_folder"], "settings: cache_folder: "))
+        settings, skip_unreadable = self._settings(content.get("settings", {}))
         entries = content.get("tasks")
         if not isinstance(entries, list) or not entries:
-            raise self._error(f"tasks: got {_shown(entries)}, expected a list of at least one task")
+            raise self._error(f"tasks: got {shown(entries)}, expected a list of at least one task")
         multilabel = settings.get("task_type") == "multilabel"
         work, names = [], {}
         for number, entry in enumerate(entries, 1):
@@ -199,13 +167,13 @@ class _Checker:
                     if name in names:
                         raise self._error(f"{where}name: task {names[name]} is called so too")
                     names[name] = number
-                work.append(replace(w, skip_unreadable=skip))
+                work.append(replace(w, skip_unreadable=skip_unreadable))
         return Job(self.file, probe, settings, tuple(work))
 
-    def _task(self, entry: Any, number: int, multilabel: bool) -> Iterator[Work]:
+    def _task(self, entry: Any, number: int, multilabel: bool) -> Iterator[WorkItem]:
         where = f"task {number}: "
         if not isinstance(entry, dict):
-            raise self._error(f"{where}got {_shown(entry)}, expected a mapping with one of the keys {', '.join(KINDS)}")
+            raise self._error(f"{where}got {shown(entry)}, expected a mapping with one of the keys {', '.join(KINDS)}")
         where = f"task {number} ({str(entry['name'])[:80]!r}): " if "name" in entry else where
         kinds = [kind for kind in KINDS if kind in entry]
         if len(kinds) != 1:
@@ -218,11 +186,11 @@ class _Checker:
         for key, value in entry.items():
             many = key == "labels" or (key == "shards" and isinstance(value, list))
             if many and not (isinstance(value, list) and value and all(isinstance(v, str) and v for v in value)):
-                raise self._error(f"{where}{key}: got {_shown(value)}, expected a list of names")
+                raise self._error(f"{where}{key}: got {shown(value)}, expected a list of names")
             if many and len(set(value)) < len(value):
                 raise self._error(f"{where}{key}: one name stands twice")
             if not many and not (isinstance(value, str) and value):
-                raise self._error(f"{where}{key}: got {_shown(value)}, expected text")
+                raise self._error(f"{where}{key}: got {shown(value)}, expected text")
         options = {key: entry.get(key, default) for key, default in KINDS[kind].items()}
         if kind == "csv" and (options["label"] is None) == (options["labels"] is None):
             raise self._error(f"{where}expected either label (one column) or labels (columns of 0 and 1)")
@@ -231,7 +199,7 @@ class _Checker:
             raise self._error(f"{where}one bank holds tasks of one type: expected {expected}")
         yield from self._work(kind, entry, options, where)
 
-    def _work(self, kind: str, entry: Mapping[str, Any], options: dict[str, Any], where: str) -> Iterator[Work]:
+    def _work(self, kind: str, entry: Mapping[str, Any], options: dict[str, Any], where: str) -> Iterator[WorkItem]:
         if kind == "shards":
             paths = self._shards(entry["shards"], where)
         else:
@@ -246,12 +214,12 @@ class _Checker:
                 raise self._error(f"{where}folders: {entry[kind]!r} has no sub-folder")
             for folder in folders:
                 inside = self._path(str(folder.absolute()), f"{where}folders: ")
-                yield Work("folder", {f"{prefix}{folder.name}": ""}, (inside,), {}, self.root)
+                yield WorkItem("folder", {f"{prefix}{folder.name}": ""}, (inside,), {}, self.root)
             return
         name = entry.get("name") or (paths[0].name if kind == "folder" else None)
         if name is None:
             raise self._error(f"{where}name: is missing")
-        work = Work(kind, {name: ""}, paths, options, self.root)
+        work = WorkItem(kind, {name: ""}, paths, options, self.root)
         if kind == "table":
             try:
                 table = _table(work, name, options["labels"])
@@ -288,34 +256,46 @@ class _Checker:
 
     def _mapping(self, value: Any, keys: set[str], where: str) -> None:
         if not isinstance(value, dict):
-            raise self._error(f"{where}got {_shown(value)}, expected a mapping with {', '.join(sorted(keys))}")
+            raise self._error(f"{where}got {shown(value)}, expected a mapping with {', '.join(sorted(keys))}")
         for key in value:
             if key not in keys:
                 near = difflib.get_close_matches(str(key)[:80], keys, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(sorted(keys))}"
-                raise self._error(f"{where}unknown key {_shown(key)}: {hint}")
+                raise self._error(f"{where}unknown key {shown(key)}: {hint}")
 
-    def _typed(self, value: Any, keys: Mapping[str, tuple[type, tuple | None]], where: str) -> None:
-        self._mapping(value, set(keys), where)
-        for key, given in value.items():
-            kind, choices = keys[key]
-            if not isinstance(given, kind) or (isinstance(given, bool) and kind is not bool):
-                raise self._error(f"{where}{key}: got {_shown(given)}, expected {_WORDS[kind]}")
-            if choices is not None and given not in choices:
-                raise self._error(f"{where}{key}: got {_shown(given)}, expected one of {', '.join(choices)}")
-            if key in LEAST and not LEAST[key] <= given < 1 << 62:
-                raise self._error(f"{where}{key}: got {_shown(given)}, expected at least {LEAST[key]}")
+    def _check_probe(self, probe: Any) -> None:
+        self._mapping(probe, set(PROBE), "probe: ")
+        for key, given in probe.items():
+            if not isinstance(given, PROBE[key]) or isinstance(given, bool):
+                expected = "a whole number" if PROBE[key] is int else "text"
+                raise self._error(f"probe: {key}: got {shown(given)}, expected {expected}")
+            if key in PROBE_MINIMUMS and not PROBE_MINIMUMS[key] <= given < 1 << 62:
+                raise self._error(f"probe: {key}: got {shown(given)}, expected at least {PROBE_MINIMUMS[key]}")
+
+    def _settings(self, given: Any) -> tuple[dict[str, Any], bool]:
+        """The settings of the pipeline, with confined paths, and whether unreadable images are left out."""
+        for name, reason in NOT_IN_JOBS.items():
+            if isinstance(given, dict) and name in given:
+                raise self._error(f"settings: {name} is not for a job: {reason}")
+        self._mapping(given, {*SETTINGS, "skip_unreadable"}, "settings: ")
+        settings = dict(given)
+        skip_unreadable = settings.pop("skip_unreadable", False)
+        try:
+            if not isinstance(skip_unreadable, bool):
+                raise SettingError("skip_unreadable", skip_unreadable, SWITCH.expected)
+            Settings(**settings)
+        except SettingError as error:
+            text = f"{error.option}: got {shown(error.given)}, expected {error.expected}"
+            raise self._error(f"settings: {text}") from None
+        except ValueError as error:
+            raise self._error(f"settings: {error}") from None
+        for name, option in SETTINGS.items():
+            if option.kind is FOLDER and settings.get(name) is not None:
+                settings[name] = str(self._path(settings[name], f"settings: {name}: "))
+        return settings, skip_unreadable
 
     def _error(self, text: str) -> JobError:
         return JobError(f"{self.file}: {text}")
-
-
-_WORDS = {str: "text", int: "a whole number", bool: "true or false", dict: "a mapping"}
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
-    return text if len(text) < 90 else f"{text[:80]}..."
 
 
 def confine(given: str, folder: Path, root: Path | None) -> Path:
@@ -329,16 +309,16 @@ def confine(given: str, folder: Path, root: Path | None) -> Path:
     return path
 
 
-def _table(work: Work, task: str, labels: Sequence[str] | None) -> sources.Table:
+def _table(work: WorkItem, task: str, labels: Sequence[str] | None) -> sources.Table:
     file = work.paths[0]
     return sources.Table(file, work.options["path"], labels, lambda path: confine(path, file.parent, work.root), task)
 
 
-def _read_folder(work: Work, task: str) -> TaskData:
+def _read_folder(work: WorkItem, task: str) -> TaskData:
     return TaskData.of(work.paths[0], name=task, skip_unreadable=work.skip_unreadable)
 
 
-def _read_csv(work: Work, task: str) -> TaskData:
+def _read_csv(work: WorkItem, task: str) -> TaskData:
     labels = work.options["labels"]
     if labels is not None:
         return sources.multilabel_task(_table(work, task, labels), labels, task, work.skip_unreadable)
@@ -346,22 +326,22 @@ def _read_csv(work: Work, task: str) -> TaskData:
     return sources.table_task(_table(work, task, [label]), label, task, work.skip_unreadable)
 
 
-def _read_table(work: Work, task: str) -> TaskData:
+def _read_table(work: WorkItem, task: str) -> TaskData:
     label = work.tasks[task]
     return sources.table_task(_table(work, task, [label]), label, task, work.skip_unreadable)
 
 
-def _read_dataset(work: Work, task: str) -> TaskData:
+def _read_dataset(work: WorkItem, task: str) -> TaskData:
     return sources.saved_dataset(
         work.paths[0], work.options["image"], work.options["label"], task, work.skip_unreadable
     )
 
 
-def _read_shards(work: Work, task: str) -> TaskData:
+def _read_shards(work: WorkItem, task: str) -> TaskData:
     return sources.shards_task(work.paths, work.options["label"], task, work.skip_unreadable)
 
 
-_READERS: dict[str, Callable[[Work, str], TaskData]] = {
+_READERS: dict[str, Callable[[WorkItem, str], TaskData]] = {
     "folder": _read_folder,
     "csv": _read_csv,
     "table": _read_table,

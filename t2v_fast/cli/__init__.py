@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +217,7 @@ def _task2vec(arguments: argparse.Namespace, **settings: Any) -> Task2Vec:
         raise RuntimeError(f"--device {arguments.device}: this torch sees no CUDA device")
     probe = load_probe(arguments.probe, weights=arguments.weights, head=arguments.head)
     if arguments.size is not None:
-        probe.preprocessing = replace(probe.preprocessing, resize=arguments.size, crop=arguments.size)
+        probe.preprocessing = probe.preprocessing.sized(arguments.size)
     return Task2Vec(
         probe,
         estimator=arguments.estimator,

@@ -20,21 +20,22 @@ from tqdm import tqdm
 
 from ..embedding import Embedding
 from ..estimation.allocation import Allocation, Need, everyone, share_out, until
-from ..estimation.cotangents import check_estimator
 from ..estimation.estimator import BATCH_MEAN, FisherDiagonal, fisher
 from ..estimation.label_sets import Heads, LabelSet, fisher_of_label_sets
 from ..estimation.variational import RobustFisher, variational_fisher
 from ..gradients.fast_forward import fast_forward
 from .cache import ImageCache
-from .data import TASK_TYPES, DataError, TaskData, WithIndex, balanced_weights, check_task_type
+from .data import TASK_TYPES, DataError, TaskData, WithIndex, balanced_weights
 from .head import HeadFit, HeadTask, fit_heads
 from .precision import dtype_of, reduce_precision
 from .probe import Probe, load_probe
+from .settings import METHODS as METHODS
+from .settings import Settings
 from .split_network import FeatureCache
 
 Result = TypeVar("Result")
-LEAST, MOST = 4, 32  # images of a batch, where none are asked for
-PIXELS = 8 * 224**2  # of a batch on a CPU: more take longer each, as their activations leave the caches
+MIN_BATCH_SIZE, MAX_BATCH_SIZE = 4, 32  # images of a batch, where none are asked for
+MAX_CPU_BATCH_PIXELS = 8 * 224**2  # of a batch on a CPU: more take longer each, as their activations leave the caches
 
 
 class Task2Vec:
@@ -98,58 +99,66 @@ class Task2Vec:
         self_check: bool = True,
         progress: bool = False,
     ) -> None:
-        check_task_type(task_type)
-        if unsupported not in ("error", "exact"):  # an embedding has an entry for every filter
-            raise ValueError(f"unsupported is {unsupported!r}, expected 'error' or 'exact'")
-        self.unsupported = unsupported
-        if tolerance is not None and (not tolerance > 0 or estimator != "deflated" or method != "fisher"):
-            raise ValueError(
-                f"tolerance is {tolerance}, expected a positive number, with estimator='deflated' and method='fisher'"
-            )
-        self.tolerance = tolerance
-        if method not in METHODS:
-            raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
-        if method == "fisher" and method_options:
-            raise ValueError("method_options are for method='variational'")
-        self.method, self.method_options = method, dict(method_options or {})
-        if estimator != BATCH_MEAN:
-            check_estimator(estimator, samples)
+        settings = Settings(
+            estimator=estimator,
+            samples=samples,
+            tolerance=tolerance,
+            method=method,
+            method_options=method_options,
+            task_type=task_type,
+            balanced=balanced,
+            head=head,
+            head_options=head_options,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            cache_megabytes=cache_megabytes,
+            cache_folder=cache_folder,
+            device=device,
+            dtype=dtype,
+            skip_layers=skip_layers,
+            feature_folder=feature_folder,
+            unsupported=unsupported,
+            seed=seed,
+            self_check=self_check,
+            progress=progress,
+        )
         if isinstance(probe, str):
             probe = load_probe(probe)
         elif not isinstance(probe, Probe):
             probe = Probe(probe)
         self.probe = probe
-        self.estimator, self.samples = estimator, samples
-        self.task_type, self.balanced = task_type, balanced
-        self.head, self.head_options = head, dict(head_options or {})
-        self.num_workers = num_workers
-        if cache_megabytes < 0:
-            raise ValueError(f"cache_megabytes is {cache_megabytes}, expected at least 0")
-        self.cache_megabytes, self.cache_folder = cache_megabytes, cache_folder
+        self.estimator, self.samples, self.tolerance = settings.estimator, settings.samples, settings.tolerance
+        self.method, self.method_options = settings.method, settings.method_options
+        self.task_type, self.balanced = settings.task_type, settings.balanced
+        self.head, self.head_options = settings.head, settings.head_options
+        self.num_workers = settings.num_workers
+        self.cache_megabytes, self.cache_folder = settings.cache_megabytes, settings.cache_folder
+        self.unsupported = settings.unsupported
+        self.seed, self.self_check, self.progress = settings.seed, settings.self_check, settings.progress
+        self.device = next(probe.network.parameters()).device if settings.device is None else settings.device
+        self.batch_size = self._usual_batch() if settings.batch_size is None else settings.batch_size
         self._waited = 0.0  # seconds for data, of the task in hand
-        self.device = torch.device(device) if device is not None else next(probe.network.parameters()).device
-        self.batch_size = self._usual_batch() if batch_size is None else batch_size
-        self.seed, self.self_check, self.progress = seed, self_check, progress
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype is {dtype}, expected a floating-point one such as torch.bfloat16")
-        if dtype not in (None, dtype_of(self.probe.network)):
+        if settings.dtype not in (None, dtype_of(self.probe.network)):
             self.probe.fingerprint()  # of the weights as they were given, which the copy keeps
             self.probe = copy.deepcopy(self.probe)  # rounding cannot be undone
-            reduce_precision(self.probe.network, dtype)
+            reduce_precision(self.probe.network, settings.dtype)
         self.probe.network.to(self.device)
-        if feature_folder is not None and not skip_layers:
-            raise ValueError("feature_folder is for what skipped layers make of the images: pass skip_layers, too")
         self._feature_cache: FeatureCache | None = None
-        if skip_layers:
-            self.probe = self.probe.skipping(skip_layers)
-            if feature_folder is not None:
-                name, dtype = self.probe.cut.name, dtype_of(self.probe.network)
-                self._feature_cache = FeatureCache(feature_folder, f"{self.probe.fingerprint()} {name} {dtype}")
+        if settings.skip_layers:
+            self.probe = self.probe.skipping(settings.skip_layers)
+            if settings.feature_folder is not None:
+                key = f"{self.probe.fingerprint()} {self.probe.cut.name} {dtype_of(self.probe.network)}"
+                self._feature_cache = FeatureCache(settings.feature_folder, key)
+
+    @classmethod
+    def from_settings(cls, probe: Probe | nn.Module | str, settings: Settings) -> Task2Vec:
+        """The pipeline with these settings: ``Task2Vec(probe, ...)`` with each option of ``settings``."""
+        return cls(probe, **settings.as_dict())
 
     def _usual_batch(self) -> int:
         if self.device.type != "cpu" or self.estimator == BATCH_MEAN:  # which estimates another quantity at each size
-            return MOST
-        return max(LEAST, min(MOST, PIXELS // self.probe.preprocessing.crop**2))
+            return MAX_BATCH_SIZE
+        return max(MIN_BATCH_SIZE, min(MAX_BATCH_SIZE, MAX_CPU_BATCH_PIXELS // self.probe.preprocessing.crop**2))
 
     def embed(self, data: Any, *, name: str | None = None, skip_unreadable: bool = False) -> Embedding:
         """Embed one task.
@@ -501,9 +510,6 @@ class Task2Vec:
             "head": {"method": self.head, **self.head_options},
             "preprocessing": self.probe.preprocessing.as_dict(),
         }
-
-
-METHODS = ("fisher", "variational")
 
 
 def family_of(estimator: str) -> str:

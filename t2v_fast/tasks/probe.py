@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -70,6 +70,10 @@ class Preprocessing:
         top, left = (round((s - self.crop) / 2) for s in size)
         pixels = pixels[:, top : top + self.crop, left : left + self.crop] / 255
         return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+    def sized(self, size: int) -> Preprocessing:
+        """The same preparation for another size: resize the shorter side to ``size`` pixels, crop to a square."""
+        return replace(self, resize=size, crop=size)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON for a fingerprint."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +166,7 @@ def test_errors() -> None:
 def test_batches_of_large_images_are_small() -> None:
     probe = small_probe()
     for size, images in ((32, 32), (112, 32), (128, 24), (224, 8), (448, 4)):
-        probe.preprocessing = replace(probe.preprocessing, resize=size, crop=size)
+        probe.preprocessing = probe.preprocessing.sized(size)
         assert Task2Vec(probe).batch_size == images
         assert Task2Vec(probe, batch_size=17).batch_size == 17
         assert Task2Vec(probe, estimator="batch_mean").batch_size == 32  # whose result depends on it
