@@ -45,7 +45,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "selfcheck": ("gradients.self_check",),
     "shared": ("estimation.label_sets",),
     "sources": ("tasks.sources",),
-    "task2vec": ("tasks.pipeline",),
+    "task2vec": ("tasks.pipeline", "tasks.assemble", "tasks.settings", "tasks.stages"),
     "transfers": ("gradients.transfers",),
     "variational": ("estimation.variational",),
 }

@@ -32,7 +32,7 @@ from t2v_fast.analysis.selection import bootstrap_interval
 from t2v_fast.demo import DemoTask, demo_tasks
 from t2v_fast.estimation.variational import fixed_point
 from t2v_fast.files import write_atomically
-from t2v_fast.tasks.pipeline import embedding_of
+from t2v_fast.tasks.assemble import embedding_of
 
 # head: what Task2Vec is told. The first is the paper's form here: a head fitted until it is certain.
 HEADS: dict[str, dict[str, Any]] = {

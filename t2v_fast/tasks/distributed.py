@@ -11,12 +11,11 @@ import torch.distributed as dist
 from torch.utils.data import Subset
 
 from ..embedding import Embedding
-from ..estimation.allocation import everyone
 from ..estimation.estimator import BATCH_MEAN
-from ..estimation.label_sets import LabelSet
 from ..estimation.moments import NamedMoments
 from .data import DataError, TaskData
-from .pipeline import Task2Vec, timed
+from .pipeline import Task2Vec
+from .task_run import TaskRun, timed
 
 Value = TypeVar("Value")
 
@@ -45,7 +44,6 @@ def embed_distributed(
         raise ValueError("method='variational' and tolerance have no distributed form: embed with one process")
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     seconds: dict[str, float] = {}
-    task2vec._waited = 0.0
     with timed(seconds, "features"):
         part, shares = _share(task2vec, data, name, skip_unreadable, group)
     first = sum(len(labels) for _, labels, _ in shares[:rank])
@@ -53,14 +51,16 @@ def embed_distributed(
     def fit_head() -> Any:
         if rank:
             return None
-        codes, classes = part.encode_labels(torch.cat([labels for _, labels, _ in shares]))
-        task = task2vec._head_task(codes, len(classes))
-        features = torch.cat([features for features, _, _ in shares])
-        (fit,) = task2vec._fit_heads(features, {part.name or "": task}).values()
-        return fit, task, classes, task2vec._allocation(part, features, fit.linear, task.weights)
+        features, labels, _ = zip(*shares, strict=True)
+        whole = TaskRun(part.data, torch.cat(features), torch.cat(labels))
+        task2vec.encode_labels(whole)
+        task2vec.fit_heads([whole])
+        task2vec.allocate(whole)
+        return whole.classes, whole.head_task, whole.fit, whole.allocation
 
     with timed(seconds, "head"):
-        fit, task, classes, allocation = _together(fit_head, group)[0]
+        classes, head_task, fit, allocation = _together(fit_head, group)[0]
+    run = TaskRun(part.data, classes=classes, head_task=head_task, fit=fit, allocation=allocation, seconds=seconds)
     agreed = False
 
     def reduce(moments: list[NamedMoments], count: int) -> int:
@@ -71,26 +71,24 @@ def embed_distributed(
 
     with timed(seconds, "fisher"):
         try:
-            sets = [LabelSet(fit.linear, task.labels, task.weights, allocation)]
-            mine = slice(first, first + len(shares[rank][1]))
-            samples = torch.ones(len(task.labels), dtype=torch.long) if allocation is None else allocation.samples
-            (diagonal,) = task2vec._fisher_of_label_sets(part, sets, everyone(samples[mine]), first, reduce=reduce)
+            task2vec.compute_shared_fisher(part, [run], first, reduce)
         except Exception as error:
-            if not agreed:  # the others wait to hear how it went
+            if not agreed:  # the other processes wait for this one's result
                 _agree(error, group)
             raise
-    part.skipped = [path for _, _, skipped in shares for path in skipped]
-    embedding = task2vec._embedding(part, classes, fit, diagonal, seconds)
+    run.data.skipped = [path for _, _, skipped in shares for path in skipped]
+    run.waited = part.waited
+    embedding = task2vec.make_embedding(run)
     embedding.meta["processes"] = size
     return embedding
 
 
 def _share(
     task2vec: Task2Vec, data: Any, name: str | None, skip_unreadable: bool, group: dist.ProcessGroup | None
-) -> tuple[TaskData, list[tuple[torch.Tensor, torch.Tensor, list[str]]]]:
-    """This process's part of the data; features, labels and skipped files of all parts, in order."""
+) -> tuple[TaskRun, list[tuple[torch.Tensor, torch.Tensor, list[str]]]]:
+    """This process's part of the images; features, labels and skipped files of all parts, in order."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    parts: list[TaskData] = []
+    parts: list[TaskRun] = []
 
     def read() -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         whole = TaskData.of(data, name=name, task_type=task2vec.task_type, skip_unreadable=skip_unreadable)
@@ -102,9 +100,10 @@ def _share(
             raise DataError(f"task {whole.name!r} has {n} images for {size} processes: use at most as many")
         describe = functools.partial(_describe, whole.describe, start)
         source = Subset(whole.source, range(start, stop))
-        part = TaskData(source, whole.name, whole.task_type, whole.classes, describe, whole.skip_unreadable)
+        part = TaskRun(TaskData(source, whole.name, whole.task_type, whole.classes, describe, whole.skip_unreadable))
+        task2vec.compute_features(part)
         parts.append(part)
-        return *task2vec._features(part), part.skipped
+        return part.features, part.labels, part.data.skipped
 
     shares = _together(read, group)
     return parts[0], shares
