@@ -24,7 +24,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fisher": ("estimation.estimator", "estimation.diagonal"),
     "geometry": ("ops.geometry",),
     "graph": ("gradients.graph",),
-    "head": ("tasks.head",),
+    "head": ("tasks.head", "tasks.head_solvers"),
     "job": ("bank.job",),
     "layers": ("gradients.fast_layers",),
     "moments": ("estimation.moments",),
