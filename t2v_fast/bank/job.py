@@ -1,11 +1,11 @@
-"""Job: a YAML or TOML file that lists tasks, a probe and settings.
+"""Job files: YAML or TOML that lists tasks, a probe and settings.
 
 .. code-block:: yaml
 
     probe: efficientnet-lite0             # or {name: ..., weights: ..., head: ..., size: 96}
     settings: {estimator: deflated, samples: 2, batch_size: 32, seed: 0}
     tasks:
-      - folder: flowers                   # one sub-folder a class; the task is called flowers
+      - folder: flowers                   # one sub-folder for each class; the task is called flowers
       - folders: collections              # each sub-folder is a task
       - {name: birds, csv: birds.csv, path: file, label: species}
       - {name: scenes, csv: scenes.csv, labels: [sky, sea]}         # one multi-label task
@@ -13,8 +13,14 @@
       - {name: digits, dataset: mnist/train, image: image, label: label}    # written by datasets.save_to_disk
       - {name: web, shards: "web/*.tar", label: cls}                # WebDataset
 
-Paths count from the file's folder, those in a CSV from the CSV's, and none may lead out of the root: the folder of the
-job file unless another is given.
+``probe`` is a name for :func:`t2v_fast.load_probe`, or a mapping: ``weights`` are the probe's weights (``default``,
+``none`` or a file), ``head`` is the name of its last linear layer, and ``size`` is the side of the images in pixels.
+
+``settings`` are those of :class:`t2v_fast.tasks.settings.Settings`, all but ``progress``. There ``head`` is the method
+that fits the head of a task. Besides, ``skip_unreadable: true`` leaves out images that cannot be read.
+
+Paths are relative to the folder of the job file, and paths in a CSV to the folder of the CSV. No path may lead out of
+the root, which is the folder of the job file unless another root is given.
 """
 
 from __future__ import annotations
@@ -36,31 +42,34 @@ from ..tasks.pipeline import Task2Vec
 from ..tasks.settings import FOLDER, NOT_IN_JOBS, OPTIONS, SWITCH, SettingError, Settings, shown
 from .store import BankError, check_name
 
-TOGETHER = 16  # tasks that share images in one work: more gain little, and are lost together with a worker
-LARGEST = 64 << 20  # bytes of a job file
+TOGETHER = 16  # tasks in one item that share images: more gain little, and a lost worker loses all of them
+LARGEST = 64 << 20  # bytes in a job file
 
 
 class JobError(ValueError):
-    """A job that cannot be run; the message names the file, and the task and key where there are any."""
+    """A job that cannot be run. The message names the file, and the task and the key where the error is."""
 
 
 @dataclass(frozen=True)
 class WorkItem:
-    """What a worker does at a time: tasks that share their images, usually one. Small: it travels between machines."""
+    """What a worker does at a time: one task, or several tasks that share their images.
+
+    An item is small, because it is sent to other processes and machines.
+    """
 
     kind: str
-    tasks: dict[str, str]  # names of tasks, and the label columns of those that share images
+    tasks: dict[str, str]  # from names of tasks to label columns; a column only for tasks that share images
     paths: tuple[Path, ...]
     options: dict[str, Any]
-    root: Path | None  # no path leads out of it; None: anywhere
+    root: Path | None  # no path may lead out of this folder; None: paths may lead anywhere
     skip_unreadable: bool = False
 
     def data(self, task: str) -> TaskData:
-        """One of the tasks; DataError, naming it, for data that cannot be used."""
+        """The data of one of the tasks. Raises DataError, which names the task, for data that cannot be used."""
         return _READERS[self.kind](self, task)
 
     def table(self) -> sources.Table:
-        """The table that the tasks share."""
+        """The table of images that the tasks share."""
         return _table(self, next(iter(self.tasks)), sorted(set(self.tasks.values())))
 
 
@@ -79,7 +88,7 @@ class Job:
         return [task for work in self.work for task in work.tasks]
 
     def task2vec(self) -> Task2Vec:
-        """The pipeline that embeds the tasks; JobError for settings that do not fit."""
+        """The pipeline that embeds the tasks. Raises JobError for settings that do not fit the probe."""
         options = dict(self.probe)
         size = options.pop("size", None)
         probe = probes.load_probe(**options)
@@ -92,10 +101,30 @@ class Job:
 
 
 def load_job(file: str | os.PathLike, *, root: str | os.PathLike | None = None, allow_outside: bool = False) -> Job:
-    """Read a job file, YAML or (by its suffix) TOML, and check all of it that needs no image.
+    """Read a job file, and check everything in it that can be checked without images.
 
-    ``root``: the folder out of which no path may lead, symbolic links followed; ``allow_outside`` lifts that. Raises
-    JobError for anything that is not as described above.
+    Nothing in the file is executed. All values have fixed types, and unknown keys are refused.
+
+    Args:
+        file: YAML, or TOML if its suffix is ``.toml``.
+        root: the folder out of which no path may lead after symbolic links are followed; by default the file's folder.
+        allow_outside: paths may lead anywhere.
+
+    Returns:
+        The job, for :func:`t2v_fast.bank.driver.run_job`.
+
+    Raises:
+        JobError: the file cannot be read, or is not a job as this module describes it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     (Path(name) / "flowers").mkdir()
+        ...     file = Path(name) / "job.yaml"
+        ...     written = file.write_text("settings: {samples: 3}\\ntasks: [{folder: flowers}]")
+        ...     job = load_job(file)
+        >>> job.tasks, job.settings
+        (['flowers'], {'samples': 3})
     """
     file = Path(file)
     try:
@@ -114,7 +143,7 @@ def load_job(file: str | os.PathLike, *, root: str | os.PathLike | None = None, 
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe subset, in which a key stands once."""
+    """YAML's safe subset, without repeated keys."""
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
         mapping = super().construct_mapping(node, deep)
@@ -126,7 +155,7 @@ class _Loader(yaml.SafeLoader):
 SETTINGS = {name: option for name, option in OPTIONS.items() if name not in NOT_IN_JOBS}
 PROBE = {"name": str, "weights": str, "head": str, "size": int}
 PROBE_MINIMUMS = {"size": 1}
-KINDS: dict[str, dict[str, Any]] = {  # key that holds the place: other keys and their defaults
+KINDS: dict[str, dict[str, Any]] = {  # the key that names the place of the data: other keys and their defaults
     "folder": {},
     "folders": {},
     "csv": {"path": "path", "label": None, "labels": None},
@@ -137,7 +166,7 @@ KINDS: dict[str, dict[str, Any]] = {  # key that holds the place: other keys and
 
 
 class _Checker:
-    """Turns what a file holds into a Job."""
+    """Turn the content of a file into a Job, or raise JobError."""
 
     def __init__(self, file: Path, root: Path | None) -> None:
         self.file, self.root, self.folder = file, root, file.parent
@@ -299,10 +328,10 @@ class _Checker:
 
 
 def confine(given: str, folder: Path, root: Path | None) -> Path:
-    """``given``, which counts from ``folder``, as a path without links; ValueError if it leads out of ``root``."""
+    """Resolve a path that is relative to ``folder``, links included; ValueError if it leads out of ``root``."""
     try:
         path = (folder / given).resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a loop of links, a name too long
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a loop of links, or a name that is too long
         raise ValueError(f"{given[:80]!r} is no path: {error}") from None
     if root is not None and not path.is_relative_to(root):
         raise ValueError(f"{given[:200]!r} leads out of {root}; if it should, allow that (--allow-outside)")

@@ -1,4 +1,4 @@
-"""Beyond one machine, on existing engines: Ray for many tasks, torch.distributed for one large task."""
+"""Embed one large task by several processes, with torch.distributed."""
 
 from __future__ import annotations
 
@@ -28,15 +28,27 @@ def embed_distributed(
     skip_unreadable: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> Embedding:
-    """Embed one task by all processes of a torch.distributed group, each of which reads its share of the images.
+    """Embed one task by all processes of a torch.distributed group. Each process reads its share of the images.
 
-    Every process calls it with the same pipeline and the same map-style data set (or folder, or arrays), after
-    ``torch.distributed.init_process_group`` (``torchrun``), gloo or nccl. Each gets the embedding, equal to that of one
-    process to rounding: random numbers belong to images, not to processes. Features and labels are gathered, the first
-    process fits the head, and of the Fisher only sums are exchanged.
+    Every process calls this function with the same pipeline and the same data, after
+    ``torch.distributed.init_process_group`` (by ``torchrun``, for instance) with gloo or nccl. Features and labels are
+    gathered, the first process fits the head, and only sums are exchanged for the Fisher. The embedding equals that of
+    one process up to rounding, because random numbers belong to images, not to processes.
 
-    Raises on every process: RuntimeError, naming the processes that failed and their errors; ValueError for the
-    estimator ``batch_mean``, which depends on the batches, for ``method="variational"`` and for a ``tolerance``.
+    Args:
+        task2vec: the pipeline.
+        data: a map-style data set, a folder, or arrays, as for :meth:`Task2Vec.embed`.
+        name: the task's name.
+        skip_unreadable: leave out image files that cannot be read.
+        group: the process group, by default the whole world.
+
+    Returns:
+        The embedding, on every process.
+
+    Raises:
+        RuntimeError: on every process, if one failed; names the processes that failed and their errors.
+        ValueError: for the estimator ``"batch_mean"``, which depends on the batches, for ``method="variational"`` and
+            for a ``tolerance``.
     """
     if task2vec.estimator == BATCH_MEAN:
         raise ValueError(f"estimator {BATCH_MEAN!r} depends on the batches of one process: embed with one")
@@ -114,11 +126,11 @@ def _describe(describe: Callable[[int], str], start: int, index: int) -> str:
 
 
 def _together(run: Callable[[], Value], group: dist.ProcessGroup | None) -> list[Value]:
-    """What ``run`` returned on each process; RuntimeError on all of them if it raised on one."""
+    """Call ``run`` on each process, and return the results of all. RuntimeError on all if one of them raised."""
     value, error = None, None
     try:
         value = run()
-    except Exception as raised:  # whatever it is, the others must not wait for this process for ever
+    except Exception as raised:  # of any kind, or the other processes would wait forever
         error = raised
     _agree(error, group)
     values: list[Any] = [None] * dist.get_world_size(group)
@@ -127,6 +139,7 @@ def _together(run: Callable[[], Value], group: dist.ProcessGroup | None) -> list
 
 
 def _agree(error: Exception | None, group: dist.ProcessGroup | None) -> None:
+    """Raise RuntimeError on every process if one of them has an error."""
     errors: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}", group)
     if any(errors):
@@ -135,7 +148,7 @@ def _agree(error: Exception | None, group: dist.ProcessGroup | None) -> None:
 
 
 def _add_up(moments: list[NamedMoments], count: int, device: torch.device, group: dist.ProcessGroup | None) -> int:
-    """Sum moments over the processes, in place; the number of examples of all."""
+    """Sum moments over the processes, in place; return the number of examples on all processes."""
     every = [part for named in moments for part in named.parts]
     flat = [torch.tensor([count, *(v for m in every for v in (m.units, m.weight, m.weight2))], dtype=torch.float64)]
     flat += [t.reshape(-1) for m in every for t in (m.first, m.cross, m.second)]
