@@ -144,7 +144,7 @@ class Task2Vec(Stages):
 
     @classmethod
     def from_settings(cls, probe: Probe | nn.Module | str, settings: Settings) -> Task2Vec:
-        """The pipeline with these settings: ``Task2Vec(probe, ...)`` with each option of ``settings``."""
+        """Make the pipeline that ``Task2Vec(probe, ...)`` makes from the same options."""
         return cls(probe, **settings.as_dict())
 
     def embed(self, data: Any, *, name: str | None = None, skip_unreadable: bool = False) -> Embedding:
@@ -283,7 +283,7 @@ class Task2Vec(Stages):
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that must agree for two embeddings to be comparable, as JSON."""
+        """Everything that must agree for two embeddings to be comparable; can be written as JSON."""
         names = "\n".join(self.probe.embedding_parameters())
         fisher_family = family_of(self.estimator)
         return {

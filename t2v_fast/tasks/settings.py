@@ -46,7 +46,7 @@ class SettingError(ValueError):
 
 
 def shown(value: Any) -> str:
-    """A short text for a value in an error message; the type's name for anything but a number, a name or the like."""
+    """A short text for a value in an error message: the value if it is simple, otherwise the name of its type."""
     simple = isinstance(value, (str, int, float, bool, type(None), torch.dtype, torch.device))
     try:
         text = repr(value) if simple else type(value).__name__
@@ -57,7 +57,7 @@ def shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of option. ``convert`` raises TypeError, ValueError, OverflowError or RuntimeError for a wrong value."""
+    """A type of options. ``convert`` raises TypeError, ValueError, OverflowError or RuntimeError for a wrong value."""
 
     expected: str  # what to call a right value
     convert: Callable[[Any], Any]
@@ -142,7 +142,7 @@ DTYPE = Kind("a floating-point one: float32, float64, bfloat16 or float16", _dty
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option besides its name."""
+    """The type, group, help text, choices, minimum and default of an option."""
 
     kind: Kind
     group: str  # a key of GROUPS
@@ -152,7 +152,7 @@ class Option:
     default: Any = None
 
     def convert(self, name: str, value: Any) -> Any:
-        """The value in the option's own type; SettingError for another type, or for none of the choices."""
+        """The value in the option's own type. Raises SettingError for another type, or if it is none of the choices."""
         if value is None and self.default is None:
             return {} if self.kind is MAPPING else None
         try:
@@ -164,7 +164,7 @@ class Option:
         return value
 
     def read(self, name: str, text: str) -> Any:
-        """The value that a text of the command line stands for; SettingError as :meth:`convert`."""
+        """The value of a text from a command line. Raises SettingError as :meth:`convert` does."""
         try:
             value = self.kind.read(text)
         except ValueError:
@@ -173,7 +173,7 @@ class Option:
         return value
 
     def check(self, name: str, value: Any) -> Any:
-        """:meth:`convert`, and a SettingError for a number below the minimum."""
+        """Convert a value; SettingError also for a number below the minimum."""
         value = self.convert(name, value)
         if self.minimum is not None and value is not None and value < self.minimum:
             raise SettingError(name, value, f"at least {self.minimum}")
@@ -186,14 +186,14 @@ def _about(*details: Any, **more: Any) -> dict[str, Option]:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All options of :class:`Task2Vec`, which explains each of them, checked.
+    """The options of :class:`t2v_fast.Task2Vec`, checked. The documentation of that class explains each option.
 
-    The same table is behind ``Task2Vec(probe, samples=2)``, the section ``settings:`` of a job file
-    (:func:`t2v_fast.bank.job.load_job`) and the options of ``t2v-fast embed``. Names and defaults are the same in all
-    three. A ``dtype`` may be given by its name.
+    ``Task2Vec(probe, samples=2)``, the section ``settings:`` of a job file and the options of ``t2v-fast embed`` have
+    the same names, defaults and checks, because all three are made from the fields of this class. A ``dtype`` may be
+    given by its name.
 
     Raises:
-        SettingError: (a ValueError) names the option, what was given and what is expected.
+        SettingError: an option cannot be used. This ValueError names the option, what was given and what is expected.
         ValueError: two options do not go together.
 
     Example:

@@ -58,7 +58,7 @@ class Stages:
         self.device = next(probe.network.parameters()).device if settings.device is None else settings.device
         self.batch_size = self._default_batch_size() if settings.batch_size is None else settings.batch_size
         if settings.dtype not in (None, dtype_of(self.probe.network)):
-            self.probe.fingerprint()  # of the weights as they were given, which the copy keeps
+            self.probe.fingerprint()  # of the given weights; the copy keeps this fingerprint
             self.probe = copy.deepcopy(self.probe)  # rounding cannot be undone
             reduce_precision(self.probe.network, settings.dtype)
         self.probe.network.to(self.device)
@@ -70,7 +70,7 @@ class Stages:
                 self._feature_cache = FeatureCache(settings.feature_folder, key)
 
     def _default_batch_size(self) -> int:
-        # The estimator batch_mean estimates another quantity at each batch size, so its default is fixed.
+        # What batch_mean estimates depends on the batch size, so its default must not depend on the machine.
         if self.device.type != "cpu" or self.estimator == BATCH_MEAN:
             return MAX_BATCH_SIZE
         return max(MIN_BATCH_SIZE, min(MAX_BATCH_SIZE, MAX_CPU_BATCH_PIXELS // self.probe.preprocessing.crop**2))
@@ -92,10 +92,13 @@ class Stages:
         run.head_task = HeadTask(codes, len(run.classes), weights)
 
     def fit_heads(self, runs: Sequence[TaskRun]) -> None:
-        """Fill in ``fit`` of tasks with the same features."""
+        """Fill in ``fit`` of tasks with different names and the same features."""
+        tasks = {run.data.name or "": run.head_task for run in runs}
+        if len(tasks) < len(runs):
+            raise ValueError("two tasks have one name, so that their heads cannot be told apart")
         fits = fit_heads(
             runs[0].features,
-            {run.data.name or "": run.head_task for run in runs},
+            tasks,
             likelihood=TASK_TYPES[self.task_type],
             method=self.head,
             seed=self.seed,
