@@ -28,7 +28,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fisher": ("estimation.estimator", "estimation.diagonal"),
     "geometry": ("ops.geometry",),
     "graph": ("gradients.graph", "gradients.refusals"),
-    "head": ("tasks.head",),
+    "head": ("tasks.head", "tasks.head_solvers"),
     "job": ("bank.job",),
     "layers": ("gradients.fast_layers",),
     "moments": ("estimation.moments",),
@@ -49,7 +49,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "selfcheck": ("gradients.self_check",),
     "shared": ("estimation.label_sets",),
     "sources": ("tasks.sources",),
-    "task2vec": ("tasks.pipeline",),
+    "task2vec": ("tasks.pipeline", "tasks.assemble", "tasks.settings", "tasks.stages"),
     "transfers": ("gradients.transfers",),
     "variational": ("estimation.variational",),
 }
@@ -70,6 +70,10 @@ RENAMED: dict[str, str] = {
     "allocation.Need": "SamplingStats",
     "allocation.everyone": "full_allocation",
     "allocation.until": "sample_until",
+    "job.LEAST": "PROBE_MINIMUMS",
+    "job.Work": "WorkItem",
+    "task2vec.LEAST": "MIN_BATCH_SIZE",
+    "task2vec.PIXELS": "MAX_CPU_BATCH_PIXELS",
 }
 
 

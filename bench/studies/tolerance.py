@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     arguments = parser.parse_args()
     probe = load_probe()
-    probe.preprocessing = replace(probe.preprocessing, resize=arguments.size, crop=arguments.size)
+    probe.preprocessing = probe.preprocessing.sized(arguments.size)
     goals = [c for g in GOALS for c in (f"passes an image, {g:.0%}", "s for 1,000 images", "error")]
     columns = ["classes", "head", "top probability", "cotangents", *goals]
     print(f"{arguments.images} images at {arguments.size} pixels, {torch.get_num_threads()} threads\n")

@@ -110,7 +110,7 @@ def test_bad_arguments(model: nn.Module) -> None:
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("t2v_fast.cli.load_probe", lambda *args, **kwargs: small_probe())
+    monkeypatch.setattr("t2v_fast.cli.options.load_probe", lambda *args, **kwargs: small_probe())
     files = {"json": tmp_path / "j.out", "trace": tmp_path / "t.out", "plot": tmp_path / "p.png"}
     options = [f"--{key}={path}" for key, path in files.items()]
     assert main(["profile", "--batch-size=4", "--rounds=1", "--slowest=3", "--estimator=empirical", *options]) == 0
