@@ -43,9 +43,9 @@ class Task2Vec(Stages):
             embedding. Images are drawn by importance, the weighted trace of their logit Fisher through the head, and
             each gets as many cotangents as its spectrum asks for, until the error that the draws show is below
             (:func:`t2v_fast.estimation.allocation.sample_until`). An iterable and a ``feature_folder`` are visited
-            whole. ``samples`` is ignored. ``standard_error`` is then the error against ``"exact"`` on all the images, and
-            ``meta`` has the ``relative_error`` that was reached, the number of ``images`` of the Fisher and the mean
-            number of cotangents, ``samples``. Needs ``estimator="deflated"`` and ``method="fisher"``.
+            whole. ``samples`` is ignored. ``standard_error`` is then the error against ``"exact"`` on all the images,
+            and ``meta`` has the ``relative_error`` that was reached, the number of ``images`` of the Fisher and the
+            mean number of cotangents, ``samples``. Needs ``estimator="deflated"`` and ``method="fisher"``.
         method: ``"fisher"``, or ``"variational"`` for the paper's robust Fisher
             (:mod:`t2v_fast.estimation.variational`), for probes of convolutions and linear layers. Then ``hessian`` is
             1 / variance, and ``scale`` is 1 / lambda^2.
