@@ -50,7 +50,9 @@ MOVED: dict[str, tuple[str, ...]] = {
     "variational": ("estimation.variational",),
 }
 # Former name of a function or class in a former module: its name now.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "run.Here": "InProcess",
+}
 
 
 class _Moved(ModuleType):
