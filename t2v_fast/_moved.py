@@ -41,7 +41,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "rules": ("gradients.rules",),
     "run": ("bank.driver", "bank.engines"),
     "search": ("bank.index",),
-    "selection": ("analysis.selection",),
+    "selection": ("analysis.selection", "analysis.transferability"),
     "selfcheck": ("gradients.self_check",),
     "shared": ("estimation.label_sets",),
     "sources": ("tasks.sources",),
