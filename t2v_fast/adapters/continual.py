@@ -41,8 +41,8 @@ def compute_importances(
         device: The device to run on.
         batch_size: Examples in a batch.
         num_workers: Processes that load data.
-        labels: Whose labels the gradients are of. ``"true"`` takes the data's, as Avalanche does; see :func:`~t2v_fast.adapters.fim.fim_diag`
-            for ``"all"``, ``"sample"`` and ``"pred"``.
+        labels: Whose labels the gradients are of. ``"true"`` takes the data's, as Avalanche does. For ``"all"``,
+            ``"sample"`` and ``"pred"``, see :func:`~t2v_fast.adapters.fim.fim_diag`.
         options: More arguments of :func:`~t2v_fast.adapters.fim.fim_diag`.
 
     Returns:

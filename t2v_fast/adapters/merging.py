@@ -25,8 +25,8 @@ def fisher_merge(
 
     Args:
         models: The parameters of each model.
-        fishers: The Fisher of each model, in the parameters' shapes (:func:`~t2v_fast.adapters.fim.fim_diag`). A parameter without a Fisher,
-            such as a buffer, gets the plain mean of the models.
+        fishers: The Fisher of each model, in the parameters' shapes, from :func:`~t2v_fast.adapters.fim.fim_diag`. A
+            parameter without a Fisher, such as a buffer, gets the plain mean of the models.
         weights: The weight of each model; equal by default.
         floor: Added to every Fisher, as a fraction of the model's mean, so that entries that no task needs are averaged
             plainly.
