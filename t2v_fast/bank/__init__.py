@@ -1,4 +1,4 @@
-"""Keeping and mass-producing embeddings: the bank, its index and exports, job files, and the driver of workers."""
+"""Banks of embeddings: the bank, its index and exports, job files, and the driver of workers."""
 
 from .manifest import FIELDS, FORMAT, LONGEST_NAME, VERSION, BankError, check_name
 from .store import Bank
