@@ -122,7 +122,7 @@ def diversity(embeddings: Sequence[Embedding], metric: str = "cosine") -> tuple[
     """
     n = len(embeddings)
     if n < 2:
-        raise ValueError(f"a diversity is of at least 2 batches, got {n}")
+        raise ValueError(f"a diversity needs at least 2 batches, got {n}")
     distances = distance.pdist(embeddings, metric)
     total = np.triu(distances, 1).sum()
     mean = total / (n * (n - 1) / 2)

@@ -47,7 +47,7 @@ def fisher_merge(
     if not models or len(models) != len(fishers) or len(models) != len(weights):
         raise ValueError(f"{len(models)} models, {len(fishers)} Fishers, {len(weights)} weights: expected one of each")
     if min(weights) < 0 or not sum(weights) > 0:
-        raise ValueError(f"weights are {weights}, expected numbers of at least 0, and one above")
+        raise ValueError(f"weights are {weights}, expected numbers of at least 0, one of them above 0")
     _check_same(models)
     scales = []
     for index, found in enumerate(fishers):
@@ -60,7 +60,7 @@ def fisher_merge(
         total = sum(float(value.double().sum()) for value in found.values())
         count = sum(value.numel() for value in found.values())
         if not total > 0:
-            raise ValueError(f"the Fisher of model {index} is {total} in all, expected a positive number")
+            raise ValueError(f"the Fisher of model {index} sums to {total}, expected a positive number")
         scales.append(total / count)
     merged = {}
     for name, first in models[0].items():

@@ -419,7 +419,7 @@ def as_vectors(given: Vectors, name: str, length: int | None = None, *, normaliz
     if normalized and _are_embeddings(given):
         scale = np.stack([e.scale for e in given])
         if not scale.all():
-            raise ValueError(f"{name}: a scale of zero, by which Fisher values cannot be divided")
+            raise ValueError(f"{name}: Fisher values cannot be divided by a scale of zero")
         vectors = vectors / scale
     if vectors.ndim != 2 or not vectors.size or (length is not None and vectors.shape[1] != length):
         raise ValueError(f"{name} has shape {list(vectors.shape)}, expected [T, {'D' if length is None else length}]")

@@ -379,7 +379,7 @@ def roofline(profile: MeasuredProfile, path: str | os.PathLike) -> None:
 def _write(figure: Figure, path: str | os.PathLike) -> None:
     kind = Path(path).suffix.lower().removeprefix(".")
     if kind not in FORMATS:
-        raise ValueError(f"{path}: pictures are written as {' or '.join(FORMATS)}, by the file's name")
+        raise ValueError(f"{path}: a picture's suffix must be {' or '.join(FORMATS)}")
     buffer = io.BytesIO()
     # Without a date, the same picture gives the same file.
     figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)

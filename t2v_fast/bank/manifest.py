@@ -111,9 +111,9 @@ def parse_record(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(data)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("its JSON is nested too deeply") from None
     if not isinstance(record, dict) or not isinstance(record.get("state"), str) or record["state"] not in _KEYS:
-        raise ValueError("it is no record of a bank")
+        raise ValueError("it is not a record of a bank")
     for key, kind in _KEYS[record["state"]].items():
         if not isinstance(record.get(key), kind) or isinstance(record[key], bool):
             raise ValueError(f"its {key!r} is {str(record.get(key))[:80]!r}, expected {kind.__name__}")
