@@ -60,7 +60,7 @@ def fisher_merge(
         total = sum(float(value.double().sum()) for value in found.values())
         count = sum(value.numel() for value in found.values())
         if not total > 0:
-            raise ValueError(f"the Fisher of model {index} sums to {total}, expected a positive number")
+            raise ValueError(f"the Fisher of model {index} is {total} in all, expected a positive number")
         scales.append(total / count)
     merged = {}
     for name, first in models[0].items():
