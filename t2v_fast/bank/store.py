@@ -59,7 +59,7 @@ class Bank:
     """A folder of task embeddings, each under the name of its task.
 
     All embeddings of a bank share one fingerprint, which the first one sets. Several threads and processes may use a
-    bank at the same time. Every method first looks at what other processes have added. Where they may be adding, take
+    bank at the same time, and each call sees what the others have added so far. While others may be adding, take
     :meth:`snapshot` instead of :attr:`tasks` and :meth:`vectors`, which may see different moments.
 
     Args:
@@ -347,7 +347,7 @@ class Bank:
         return task in self._done or task in self._failed
 
     def refresh(self) -> None:
-        """Read what other processes have added. All other methods but :meth:`settled` do this themselves."""
+        """Read what other processes have added. Methods that look tasks up do this first, except :meth:`settled`."""
         with self._thread:
             self._load_header()
             try:
