@@ -12,7 +12,7 @@ export T2V_FAST_BUILD_DIR := build/torch-$(TORCH)
 REQUIREMENTS := requirements/torch-$(TORCH).txt requirements/common.txt
 BUILD_FILES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo pictures test slow weekly test-version coverage lint format bench peers benchmarks wheel clean
+.PHONY: setup demo pictures docs test slow weekly test-version coverage lint format bench peers benchmarks wheel clean
 
 setup: $(VENV)/.built
 
@@ -31,6 +31,11 @@ demo: setup
 
 pictures: demo
 	cp demo/heatmap.png demo/tasks.png docs/
+
+# The documentation as a site; every warning is an error.
+docs: setup
+	$(BIN)/python -m pip install --quiet --progress-bar off -r requirements/docs.txt
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not weekly"
