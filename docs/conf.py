@@ -79,7 +79,7 @@ class Modules(SphinxDirective):
         first = self.options.get("first", [])
         if missing := [name for name in first if name not in names]:
             raise self.error(f"{package.__name__} has no module {missing[0]!r}")
-        text = f".. automodule:: {package.__name__}\n\n"
+        text = f".. automodule:: {package.__name__}\n   :ignore-module-all:\n\n"  # what it imports is below
         for name in [*first, *(n for n in names if n not in first)]:
             full = f"{package.__name__}.{name}"
             text += f"{full}\n{'-' * len(full)}\n\n.. automodule:: {full}\n\n"
@@ -132,7 +132,6 @@ def resolve(app: Sphinx, env: BuildEnvironment, node: nodes.Element, contnode: n
                 entry = known[name]
                 return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode)
         return contnode
-    print('DEBUG', node['reftarget'], node.parent.astext()[:200], node.parent.parent.astext()[:200])
     return None
 
 
@@ -142,8 +141,16 @@ def keep_colons(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines
         lines[:] = [*prepare_docstring(inspect.getdoc(obj) or ""), ""]
 
 
+def readable_defaults(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """``<factory>``, the default of some fields of data classes, is no Python, so no type would be recognised."""
+    return (signature and signature.replace("<factory>", "..."), returns)
+
+
 def setup(app: Sphinx) -> None:
     warnings.simplefilter("ignore", DeprecationWarning)  # former names, which references must not use
     app.add_directive("modules", Modules)
     app.connect("missing-reference", resolve)
+    app.connect("autodoc-process-signature", readable_defaults)
     app.connect("autodoc-process-docstring", keep_colons, priority=600)  # after Napoleon's
