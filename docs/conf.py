@@ -141,6 +141,14 @@ def keep_colons(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines
         lines[:] = [*prepare_docstring(inspect.getdoc(obj) or ""), ""]
 
 
+def plain_mathematics(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Shapes such as [O, *kernel] and norms such as |W|^2 are not markup."""
+    for k, line in enumerate(lines):
+        parts = line.split("``")
+        parts[::2] = [re.sub(r"\|(\w+)\|", r"\|\1\|", re.sub(r"([\[ ])\*(?=\w+[\],])", r"\1\*", p)) for p in parts[::2]]
+        lines[k] = "``".join(parts)
+
+
 def readable_defaults(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
@@ -154,3 +162,4 @@ def setup(app: Sphinx) -> None:
     app.connect("missing-reference", resolve)
     app.connect("autodoc-process-signature", readable_defaults)
     app.connect("autodoc-process-docstring", keep_colons, priority=600)  # after Napoleon's
+    app.connect("autodoc-process-docstring", plain_mathematics, priority=700)
