@@ -141,11 +141,20 @@ def keep_colons(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines
         lines[:] = [*prepare_docstring(inspect.getdoc(obj) or ""), ""]
 
 
+PLAIN = [  # mathematics and names that reStructuredText would take for markup
+    (re.compile(r"([\[ ])\*(?=\w+[\],])"), r"\1\\*"),  # shapes: [O, *kernel]
+    (re.compile(r"\|(\w+)\|"), r"\\|\1\\|"),  # norms: |W|^2
+    (re.compile(r"(\w)_(?=[\s,.;:)]|$)"), r"\1\\_"),  # names that end in an underscore: MALLOC_
+]
+
+
 def plain_mathematics(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Shapes such as [O, *kernel] and norms such as |W|^2 are not markup."""
+    """Escape :data:`PLAIN` outside of literals."""
     for k, line in enumerate(lines):
         parts = line.split("``")
-        parts[::2] = [re.sub(r"\|(\w+)\|", r"\|\1\|", re.sub(r"([\[ ])\*(?=\w+[\],])", r"\1\*", p)) for p in parts[::2]]
+        for at in range(0, len(parts), 2):
+            for pattern, escaped in PLAIN:
+                parts[at] = pattern.sub(escaped, parts[at])
         lines[k] = "``".join(parts)
 
 
