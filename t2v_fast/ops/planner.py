@@ -31,10 +31,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from .. import ops
 from ..files import write_atomically
-from . import gpu_specs
-from .geometry import conv_output_size, gram_by_pixels
+from . import dispatch, gpu_specs, primitives
+from .checks import CONV_PATHS
+from .geometry import conv_output_size, gram_by_pixels, winograd_fits
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Conv:
 
     @property
     def arguments(self) -> tuple[Pair, Pair, Pair, Pair, int]:
-        """What :func:`ops.sq_conv` takes after x and g."""
+        """What :func:`t2v_fast.ops.sq_conv` takes after x and g."""
         return self.kernel_size, self.stride, self.padding, self.dilation, self.groups
 
     @property
@@ -80,7 +80,7 @@ class Conv:
         paths = ["explicit"]
         if not elementwise and math.prod(self.size) ** 2 <= LARGEST_GRAM:
             paths.append("gram")
-        if ops.winograd_fits(self.kernel_size, self.stride, self.dilation, self.groups):
+        if winograd_fits(self.kernel_size, self.stride, self.dilation, self.groups):
             paths.append("winograd")
         return tuple(paths)
 
@@ -242,14 +242,14 @@ def calibrate(dtype: torch.dtype = torch.float32, repeats: int = 5) -> Costs:
     Examples are so many that their operands don't stay in the innermost caches, as in a network they do not. With
     several threads a busy machine would be measured instead: they wait for whichever has lost its processor.
     """
-    width = ops.vector_width(dtype)
+    width = dispatch.vector_width(dtype)
     seconds = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         x, g = torch.randn(1, 64, 28, 28), torch.randn(1, 64, 28, 28)
         for _ in range(20):  # a processor that was idle needs some milliseconds to reach its speed
-            ops.sq_conv(x, g, (3, 3), (1, 1), (1, 1), (1, 1), 1, "explicit")
+            primitives.sq_conv(x, g, (3, 3), (1, 1), (1, 1), (1, 1), 1, "explicit")
         for kernel, samples in _SAMPLES.items():
             counts, times = [], []
             for conv in samples:
@@ -258,7 +258,9 @@ def calibrate(dtype: torch.dtype = torch.float32, repeats: int = 5) -> Costs:
                 n = max(1, min(64, (1 << 19) // elements))
                 x = _images(n, conv.channels, conv.size, dtype)
                 g = _images(n, conv.filters, conv.out_size, dtype)
-                times.append(fastest(lambda x=x, g=g, c=conv, p=path: ops.sq_conv(x, g, *c.arguments, p), repeats) / n)
+                times.append(
+                    fastest(lambda x=x, g=g, c=conv, p=path: primitives.sq_conv(x, g, *c.arguments, p), repeats) / n
+                )
                 todo = work(conv, path, width=width)
                 counts.append(np.add(todo.once, todo.each))
             seconds[kernel] = tuple(_fit(np.array(counts), np.array(times)).tolist())
@@ -317,9 +319,9 @@ def machine(dtype: torch.dtype) -> dict[str, str | int]:
     """What unit costs depend on."""
     return {
         "processor": _processor(),
-        "instruction_set": ops.cpu_capability(),
+        "instruction_set": dispatch.cpu_capability(),
         "torch": torch.__version__,
-        "build": ops.build_id(),
+        "build": dispatch.build_id(),
         "model": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16],  # of the costs: this module
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -327,7 +329,7 @@ def machine(dtype: torch.dtype) -> dict[str, str | int]:
 
 def costs(dtype: torch.dtype) -> Costs:
     """The unit costs of this machine: from memory, from the file, or measured now and written."""
-    return _costs(dtype, ops.cpu_capability())
+    return _costs(dtype, dispatch.cpu_capability())
 
 
 @functools.cache
@@ -359,8 +361,8 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("t2v_fast_p
 @contextlib.contextmanager
 def force(path: str) -> Iterator[None]:
     """Take ``path`` for every layer that it can compute, and the explicit one for the others."""
-    if path not in ops.CONV_PATHS:
-        raise ValueError(f"unknown path {path!r}: expected one of {', '.join(ops.CONV_PATHS)}")
+    if path not in CONV_PATHS:
+        raise ValueError(f"unknown path {path!r}: expected one of {', '.join(CONV_PATHS)}")
     token = _forced.set(path)
     try:
         yield
@@ -385,22 +387,22 @@ def choose(conv: Conv, x: Tensor, cotangents: int = 1, elementwise: bool = False
     """The path for a layer with input ``x`` when ``cotangents`` of each example will be asked for."""
     if (forced := _forced.get()) is not None:
         return forced if forced in conv.paths(elementwise) else "explicit"
-    if x.is_cuda and ops.backend_for(x) != "reference":
+    if x.is_cuda and dispatch.backend_for(x) != "reference":
         return _best_on_card(
             conv, gpu_specs.card_of(x.device), gpu_specs.rate_of(x.dtype), x.element_size(), cotangents, elementwise
         )
-    if not ops.uses_cpu_extension(x):
+    if not dispatch.uses_cpu_extension(x):
         return "explicit"  # the reference ops know one way only
-    return _best(conv, x.dtype, ops.cpu_capability(), cotangents, elementwise)
+    return _best(conv, x.dtype, dispatch.cpu_capability(), cotangents, elementwise)
 
 
 def predict(conv: Conv, x: Tensor, path: str, cotangents: int = 1) -> float | None:
     """Seconds for one example, on a CPU with all threads, each with examples of its own; None on the reference ops."""
-    if x.is_cuda and ops.backend_for(x) != "reference":
+    if x.is_cuda and dispatch.backend_for(x) != "reference":
         path = "explicit" if path == "winograd" else path
         todo = gpu_work(conv, path, x.element_size(), cotangents)
         return gpu_specs.card_of(x.device).seconds(todo, gpu_specs.rate_of(x.dtype))
-    if not ops.uses_cpu_extension(x):
+    if not dispatch.uses_cpu_extension(x):
         return None
     return costs(x.dtype).predict(conv, path, cotangents) / torch.get_num_threads()
 

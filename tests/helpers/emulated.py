@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from t2v_fast import ops
+from t2v_fast.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADERS = ROOT / "tests" / "helpers" / "emulation"
@@ -59,7 +59,7 @@ def build(sanitize: str = "") -> Path:
 def load() -> ctypes.CDLL:
     """Registers the operators as torch.ops.t2v_fast_emulated, once; with the sanitizers that SANITIZE names."""
     definitions = torch.library.Library(LIBRARY, "DEF")
-    for name, schema in ops.SCHEMAS.items():
+    for name, schema in dispatch.SCHEMAS.items():
         definitions.define(name + schema)
     load.keep = definitions  # they are taken back with it
     library = ctypes.CDLL(str(build(os.environ.get(SANITIZE, ""))))
@@ -73,13 +73,13 @@ def running(backwards: bool = False, eager: bool = False, left_out: str = "") ->
 
     ``left_out`` names a barrier, as file:line, that is passed over.
     """
-    library, call = load(), ops._call
+    library, call = load(), dispatch.call
     library.emulation_set(backwards, eager, left_out.encode())
-    ops._call = lambda name, *args: getattr(getattr(torch.ops, LIBRARY), name)(*args)
+    dispatch.call = lambda name, *args: getattr(getattr(torch.ops, LIBRARY), name)(*args)
     try:
         yield
     finally:
-        ops._call = call
+        dispatch.call = call
         library.emulation_set(False, False, b"")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from t2v_fast import ops
+from t2v_fast.ops import dispatch
 from t2v_fast.ops.reference import accumulate_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -551,10 +552,10 @@ def test_an_index_beyond_the_table(name: str) -> None:
 def test_forcing_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="unknown backend 'gpu': expected one of auto"), ops.use_backend("gpu"):
         pass
-    monkeypatch.setattr(ops, "_missing", "no compiler was found")
+    monkeypatch.setattr(dispatch, "_missing", "no compiler was found")
     assert "no compiler was found" in ops.backend_status()["cpu"]
     with monkeypatch.context() as patch:  # an extension that loaded but does not fit is not used either
-        patch.setattr(ops.reference, "sq_prod", lambda *_: "the reference")
+        patch.setattr(dispatch.reference, "sq_prod", lambda *_: "the reference")
         assert ops.sq_prod(torch.ones(1, 2, 3)) == "the reference"
     with pytest.raises(RuntimeError, match=r"'cpu' was asked for .* no compiler was found"), ops.use_backend("cpu"):
         pass
@@ -563,7 +564,7 @@ def test_forcing_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_backends_for_gpus(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """CUDA kernels first, then Triton's, then the reference; the log says which, and why not the others."""
     reasons = {"cuda": "the compiled extension was built without CUDA", "triton": None}
-    monkeypatch.setattr(ops, "_missing_on_gpu", reasons.__getitem__)
+    monkeypatch.setattr(dispatch, "_missing_on_gpu", reasons.__getitem__)
     caplog.set_level("INFO", logger="t2v_fast.ops")
     for triton, cuda, chosen in (
         (None, "built without", "triton"),
@@ -583,13 +584,13 @@ def test_backends_for_gpus(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
 def test_forcing_a_gpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     for backend in ("cuda", "triton"):
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "_missing_on_gpu", {"cuda": "no CUDA here", "triton": "no Triton here"}.__getitem__)
+            patch.setattr(dispatch, "_missing_on_gpu", {"cuda": "no CUDA here", "triton": "no Triton here"}.__getitem__)
             with pytest.raises(RuntimeError, match=f"'{backend}' was asked for but cannot run: no"):
                 ops.use_backend(backend).__enter__()
-            patch.setattr(ops, "_missing_on_gpu", lambda name: None)
+            patch.setattr(dispatch, "_missing_on_gpu", lambda name: None)
             if backend == "triton":
                 pytest.importorskip("triton", reason="this torch comes without Triton")
-                patch.setattr(ops._triton(), "interpreted", lambda: False)
+                patch.setattr(dispatch._triton(), "interpreted", lambda: False)
             with (
                 ops.use_backend(backend),
                 pytest.raises(RuntimeError, match=f"{backend!r} was asked for, but .* on cpu"),
