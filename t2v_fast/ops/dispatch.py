@@ -183,6 +183,14 @@ def vector_width(dtype: torch.dtype) -> int:
     return _extension().vector_width(reference.accumulate_dtype(dtype) == torch.float64)
 
 
+def few_positions() -> int:
+    """Return the number of positions up to which the compiled CPU kernels evaluate quadratic forms column by column.
+
+    Without the extension there are no such kernels, and the number is 0.
+    """
+    return 0 if _missing is not None else _extension().few_positions
+
+
 def keep_freed_memory(keep: bool) -> bool:
     """Set whether the C allocator keeps freed memory in this process, so that later allocations reuse its pages.
 

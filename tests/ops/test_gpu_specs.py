@@ -57,7 +57,7 @@ def test_limits() -> None:
 
 def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     class Cuda:
-        """As much of a CUDA tensor as the planner looks at."""
+        """The attributes of a CUDA tensor that the planner reads."""
 
         is_cuda, dtype, device = True, torch.float32, torch.device("cuda")
 

@@ -1,4 +1,4 @@
-"""The planner: counts of work, fitted costs, their file, and that every forced path gives the same Fisher."""
+"""The planner: counts of work, fitted costs, the file of costs, and equal Fishers from every forced path."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ K3 = {"kernel_size": (3, 3), "padding": (1, 1)}
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No costs are known, and those found are kept in a folder of the test's own."""
+    """No costs are known at first, and measured costs are kept in a folder of the test."""
     monkeypatch.setenv("T2V_FAST_CACHE", str(tmp_path / "cache"))
     planner._costs.cache_clear()
     planner._best.cache_clear()

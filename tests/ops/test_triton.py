@@ -44,7 +44,7 @@ BLOCKS = {
 
 @pytest.fixture
 def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's time goes by programs and operations, not by elements: few programs for the whole grid."""
+    """Large blocks, and so few programs: the interpreter's time grows with programs, not with elements."""
     two = power_of_two
     monkeypatch.setattr(
         sq_conv_explicit,
@@ -111,7 +111,7 @@ def precision(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_candidate(dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever tuning picks is right: each candidate in turn stands first."""
+    """Every candidate that tuning may pick is correct: each is put first in turn."""
     assert launch.precision() == precision
     case = ConvCase("candidates", 2, 18, (7, 6), 35)
     deep = ConvCase("depthwise", 1, 33, (5, 4), 33, groups=33)
@@ -150,7 +150,7 @@ def test_both_sources_of_the_gram_matrix(name: str, source: int, monkeypatch: py
 
 
 def test_rows_are_shared_out(monkeypatch: pytest.MonkeyPatch, large_blocks: None) -> None:
-    """Elementwise sums in several chunks of rows, where there are processors for them."""
+    """With enough processors, elementwise sums are computed in several chunks of rows."""
     for module in (launch, sq_conv_gram):
         monkeypatch.setattr(module, "processors", lambda t: 64)
     for case in (ConvCase("rows", 5, 3, (4, 4), 6), ConvCase("depthwise", 5, 6, (4, 4), 6, groups=6)):
@@ -234,7 +234,7 @@ def test_every_op_has_a_kernel() -> None:
 
 
 def test_tuning_takes_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is asked for, every candidate is timed once per geometry, and those that do not fit are passed over."""
+    """With tuning on, every candidate is timed once per geometry, and candidates that do not fit are skipped."""
     times = {(1,): 3.0, (2,): 1.0}
 
     def bench(run, **_: object) -> float:
