@@ -32,13 +32,12 @@ class Conv {
         g_.const_data_ptr<S>() + m * g_.stride(0), s.out_height, s.out_width, g_.stride(2), g_.stride(3), g_.stride(1)};
   }
 
-  // Copies an image [height][width][channels] to an offset in a larger image of zeros, with `pixel` elements a pixel.
+  // Copies an image [height][width][channels] to an offset in a larger image of zeros, with `pixel` elements per pixel.
   static void embed(T* to, int64_t to_height, int64_t to_width, int64_t pixel, const Positions<S>& from, int64_t top,
                     int64_t left, int64_t channels) {
     left = std::min(left, to_width);
     const int64_t right = std::min(left + from.inner, to_width);
-    if (top == 0 && left == 0 && to_height == from.outer &&
-        to_width == from.inner)  // without a border one copy is enough
+    if (top == 0 && left == 0 && to_height == from.outer && to_width == from.inner)  // no border: one copy is enough
       return pack_columns_last(to, pixel, from, channels);
     for (int64_t y = 0; y < to_height; ++y, to += to_width * pixel) {
       const int64_t row = y - top;

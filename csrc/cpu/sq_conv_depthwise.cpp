@@ -41,8 +41,8 @@ class Depthwise {
   }
 
  private:
-  // Channels are the vector, taps the registers. Hands out gradients G [kernel size][channels] of the
-  // `multiple`-th filter of each of `channels` channels: use(m, multiple, G).
+  // Calls use(m, multiple, G) with the gradients G [kernel size][channels] of the `multiple`-th filter of each of
+  // `channels` channels. Channels are the vectors, and taps are the registers of a tile.
   template <class Use>
   void gradients(int64_t n, int64_t first, int64_t channels, const Use& use) const {
     const int64_t taps = s.kernel_h * s.kernel_w, multiples = s.group_filters(), width = s.padded_width();

@@ -136,12 +136,13 @@ class Explicit {
     return s.filters % width == 0 && columns % width != 0 && columns >= 8 && columns < 4 * width;
   }
 
-  // q [M, O] with filters as vectors, from operands E: values, or pairs of adjacent positions, of which a row has
-  // `wide` and the padded image has those of one pixel at `step`. G: one example's cotangent as such.
+  // q [M, O] with filters as vectors. Operands E are values, or pairs of adjacent positions. A row of positions has
+  // `wide` operands, which are `step` elements apart in the padded image. G is the layout of one example's cotangent.
   template <class E, class G, class Pad, class Add>
   void sums_by_filters(T* q, int64_t scratch_size, int64_t wide, int64_t step, const Pad& pad, const Add& add) const {
     const int64_t vectors = 2 * kernels<T>().width, row = s.padded_width() * s.channels;
-    const std::vector<FilterTile> columns = filter_tiles(1, blocks[0].columns, kernels<T>().max_height);  // as all have
+    const std::vector<FilterTile> columns =
+        filter_tiles(1, blocks[0].columns, kernels<T>().max_height);  // all blocks are equal
     parallel_examples(conv_.examples, (s.filters + vectors - 1) / vectors, [&](int64_t n, int64_t first, int64_t last) {
       const Scratch<E> padded(conv_.padded_size()), scratch(scratch_size);
       pad(padded.get(), n);

@@ -11,10 +11,10 @@ bool pointwise(const ConvGeometry& s) {
   return s.kernel_h == 1 && s.kernel_w == 1 && s.stride_h == 1 && s.stride_w == 1 && s.pad_h == 0 && s.pad_w == 0;
 }
 
-// The Gram matrix K of the patches of one example and group, [positions][positions], folded onto its upper half. It
-// is taken from that of the pixels: for every kernel offset, patches p and p' meet in the pixels that they see there.
-// Known from convolutional kernel networks (Mairal et al., 2014) and Neural Tangents (Novak et al., 2020), where the
-// shifts are separable as here.
+// The Gram matrix K of the patches of one example and group, [positions][positions], folded onto its upper half. K is
+// computed from the Gram matrix of the pixels: K[p, p'] sums, over the taps of the kernel, the entry of the two pixels
+// that the tap reads from p and from p'. The sum is separable into one pass per axis, as in convolutional kernel
+// networks (Mairal et al., 2014) and Neural Tangents (Novak et al., 2020).
 template <class S>
 class PatchGram {
  public:
@@ -62,8 +62,8 @@ class PatchGram {
         gram[p * pixels + r] = kernels<T>().shifted_dot(pixel(p), pixel(r), T(0), channels);
   }
 
-  // gram[(i, j)][(i', j')] for the positions above the diagonal, from the pixels': one pass along the height into
-  // half [(i, y)][(i', y')], one along the width.
+  // Computes gram[(i, j)][(i', j')] above the diagonal from the pixels' Gram matrix: one pass along the height into
+  // half [(i, y)][(i', y')], then one along the width.
   void patch_gram(T* gram, T* half, const T* pixel_gram) const {
     const ConvGeometry& s = conv_.s;
     const int64_t w = s.width, ld = s.out_height * w, positions = s.positions(), pixels = s.pixels();
@@ -92,7 +92,7 @@ class PatchGram {
             if (y < 0 || y >= w) continue;
             const int64_t first = std::max(from, shift < 0 ? (-shift + s.stride_w - 1) / s.stride_w : 0);
             const T* in = half + (i * w + y) * ld + i2 * w + shift;
-            // From `first` to `end` the second window's pixel is inside, too.
+            // From `first` to `end`, the pixel of the second window is inside the image as well.
             const int64_t end = std::min(s.out_width, (w - shift + s.stride_w - 1) / s.stride_w);
             if (s.stride_w == 1)
               for (int64_t j2 = first; j2 < end; ++j2) out[j2] += in[j2];

@@ -40,7 +40,7 @@ class WinogradPath {
   }
 
  private:
-  // One example in tiles of 4x4 positions, its operands transformed once for all its filters.
+  // One example in tiles of 4x4 positions. Its operands are transformed once for all filters.
   class WinogradExample {
    public:
     explicit WinogradExample(const Conv<S>& conv)
