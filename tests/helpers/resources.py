@@ -1,4 +1,4 @@
-"""What compiled kernels take of a GPU, as the tests write it into docs/gpu.md."""
+"""Registers, shared memory and occupancy of compiled kernels: the tables that the tests write into docs/gpu.md."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ CARD = {80: "A100", 90: "H100"}
 
 
 def occupancy(arch: int, threads: int, registers: int, shared: int) -> float:
-    """Share of a processor's 2,048 threads that the registers and the shared memory of its blocks leave room for."""
+    """The share of a processor's 2,048 threads that fit, given the registers and the shared memory of each block."""
     card = gpu_specs.named(CARD[arch])
     by_registers = card.registers // (-(-registers // 8) * 8 * threads)
-    by_shared = card.shared * 1024 // (shared + 1024)  # the driver takes 1 KiB a block
+    by_shared = card.shared * 1024 // (shared + 1024)  # the driver reserves 1 KiB per block
     return min(by_registers, by_shared, 32, 2048 // threads) * threads / 2048
 
 
@@ -23,7 +23,7 @@ def cell(arch: int, threads: int, registers: int, shared: int) -> str:
 
 
 def write(section: str, header: list[str], rows: list[list[object]]) -> None:
-    """Replaces the table between the section's marks, where it has changed."""
+    """Replace the table between the marks of the section, if the table has changed."""
     table = "".join(f"| {' | '.join(map(str, row))} |\n" for row in [header, ["---"] * len(header), *rows])
     text = PAGE.read_text()
     begin, end = f"<!-- {section} -->\n", f"<!-- /{section} -->\n"

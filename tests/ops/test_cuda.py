@@ -1,6 +1,6 @@
-"""The CUDA sources without a GPU: executed by emulation in every order, compiled for two GPUs, linked and imported.
+"""The CUDA sources without a GPU: emulated in every order, compiled for two GPUs, linked and imported.
 
-The grid of geometries against float64 is in test_ops.py, as for every backend.
+test_ops.py compares the emulated kernels with float64 over the grid of geometries, as it does for every backend.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ORDERS = [(backwards, eager) for backwards in (False, True) for eager in (False,
 
 
 def difference(got: Tensor, want: Tensor) -> float:
-    """Relative; infinite where a value is missing or not finite."""
+    """Relative error; infinite if a value is missing or not finite."""
     error = float((got.double() - want).norm() / want.norm())
     return error if error == error else float("inf")
 
@@ -60,7 +60,7 @@ def conv_check(case: ConvCase, path: str, dtype: torch.dtype) -> Callable[[], fl
     return run
 
 
-# Several tiles along every axis, several steps in depth, and more of them than stages.
+# Several tiles along every axis, and more steps in depth than stages.
 TILED = ConvCase("tiled", 2, 40, (9, 10), 72)
 DEPTHWISE = ConvCase("depthwise", 2, 48, (16, 15), 48, groups=48)
 
@@ -105,7 +105,7 @@ def test_any_order_of_threads_and_copies(check: str, order: tuple[bool, bool]) -
 
 @pytest.mark.slow
 def test_every_barrier_is_needed() -> None:
-    """Leaving out any one barrier, or wait for copies, shows in a result: in one order at least, as a GPU might run."""
+    """Skipping any one barrier, or wait for copies, changes a result in at least one order that a GPU might run."""
     with emulated.running():
         for check in CHECKS.values():
             check()
@@ -144,12 +144,12 @@ def test_no_access_is_out_of_bounds() -> None:
     """The whole grid under AddressSanitizer and UndefinedBehaviorSanitizer."""
     compiler = os.environ.get("CXX", "g++")
     environment = os.environ | {
-        # Python was not built with sanitizers: their runtime goes first, with the library whose functions it wraps.
+        # Python was not built with sanitizers, so their runtime and the library that it wraps are loaded first.
         "LD_PRELOAD": " ".join(
             subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
             for name in ("libasan.so", "libstdc++.so")
         ),
-        "ASAN_OPTIONS": "detect_leaks=0",  # of the interpreter's
+        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter leaks
         emulated.SANITIZE: "address,undefined",
     }
     script = SANITIZED.format(tests=[str(ROOT / "tests" / "helpers"), str(ROOT / "tests" / "ops")])
@@ -168,7 +168,7 @@ ENTRY = re.compile(
 
 
 def compile_for_gpus(source: Path, folder: Path) -> list[dict[str, str]]:
-    """What ptxas reports of each kernel."""
+    """Return the report of ptxas for each kernel."""
     command = [NVCC, "-std=c++20", "-O3", "-c", "-Xptxas=-v", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in resources.CARD]
     command += [f"-isystem={p}" for p in cpp_extension.include_paths()]
@@ -204,7 +204,7 @@ def test_no_kernel_spills(tmp_path: Path) -> None:
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the extension has no CUDA kernels")
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a CPU build: the extension has no CUDA kernels")
 def test_the_extension_has_the_kernels() -> None:
-    """Built by nvcc, linked against torch's CUDA libraries and imported, whether there is a GPU or not."""
+    """The extension is built by nvcc, linked against torch's CUDA libraries and imported, with or without a GPU."""
     from t2v_fast import _C
 
     assert _C.build_info()["cuda"]
@@ -221,7 +221,7 @@ def test_tf32_is_used_where_it_is_allowed(precision: str) -> None:
 
 
 def test_a_whole_network() -> None:
-    """Every op behind a Fisher, by the CUDA kernels."""
+    """A Fisher runs every op on the CUDA kernels."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 16, 3, padding=1, bias=False),

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for GPUs that are not here, without spilling; docs/gpu.md has what they take."""
+"""The Triton kernels compile for two GPUs without spilling; docs/gpu.md has the table of their resources."""
 
 from __future__ import annotations
 
