@@ -62,6 +62,8 @@ def _load_extension() -> str | None:
         extension = _extension()
     except ImportError as error:
         return str(error)
+    if not hasattr(extension, "few_positions"):
+        return "it is older than this package: install t2v-fast again"
     built, running = extension.build_info()["torch"], torch.__version__
     if built.split(".")[:2] != running.split(".")[:2]:
         return f"it was built for torch {built}, but this is torch {running}: install t2v-fast again"
