@@ -2,4 +2,9 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What helpers assert is explained as what tests assert is.
+pytest.register_assert_rewrite("cuda_checks", "mutations", "op_checks", "ownership_networks")

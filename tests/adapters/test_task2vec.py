@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plain_noise import Plain
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -374,8 +375,6 @@ def test_compat_has_the_numbers_of_the_plain_loop(skip: int, max_samples: int | 
 
 
 def test_compat_variational_has_the_numbers_of_plain_noise() -> None:
-    from test_variational import Plain
-
     model, other = OwnProbe(), OwnProbe()
     options = {"method": "variational", "method_opts": {"epochs": 2, "beta": 1e-4}, "loader_opts": LOADER}
     torch.manual_seed(7)

@@ -8,11 +8,11 @@ from functools import partial
 
 import numpy as np
 import pytest
+from embeddings import make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from mpmath import mp, mpf
-from test_embedding import make
 
 from t2v_fast.analysis.distance import (
     METRICS,

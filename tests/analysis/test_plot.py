@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from embeddings import make
 from PIL import Image
-from test_embedding import make
 
 from t2v_fast.analysis.plot import contact_sheet, coordinates, dendrogram, heatmap, layer_means, layer_profile, task_map
 

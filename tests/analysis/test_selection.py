@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_embedding import make
+from embeddings import make
 
 from t2v_fast.analysis import selection
 from t2v_fast.analysis.distance import asymmetric_distance

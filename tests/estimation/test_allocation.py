@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
+from networks import images, small_network
 from oracle import relative_error
-from test_estimator import images, small_network
 from torch import Tensor, nn
 
 from t2v_fast import fisher

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from networks import generator, images, small_network
 from oracle import per_example_squares, randomise_norms, reduce, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,29 +17,6 @@ from t2v_fast import FisherRecorder, SelfCheckError, UnsupportedError, fisher
 from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.gradients.factors import Outer
 from t2v_fast.gradients.rules import RULES
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def small_network(classes: int = 5) -> nn.Module:
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(8, 12, 3, padding="same", groups=4, padding_mode="reflect"),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(48, classes),
-    )
-    return randomise_norms(network).double()
-
-
-def images(n: int = 5, size: tuple[int, int] = (11, 9), seed: int = 1) -> Tensor:
-    return torch.randn(n, 3, *size, dtype=torch.float64, generator=generator(seed))
 
 
 def truth(network: nn.Module, x: Tensor, estimator: str, granularity: str, labels: Tensor | None = None, **options):

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,17 +18,8 @@ import emulated
 import pytest
 import resources
 import torch
-from cases import ConvCase
+from cuda_checks import CHECKS, TILED, conv_check
 from oracle import per_example_squares, reduce, relative_error
-from test_ops import (
-    DTYPES,
-    conv_gradients,
-    filter_sums,
-    guarded,
-    prod_gradients,
-    scatter_gradients,
-)
-from torch import Tensor
 from torch.utils import cpp_extension
 
 import t2v_fast
@@ -37,55 +28,6 @@ from t2v_fast.ops import planner
 
 ROOT = Path(__file__).resolve().parents[2]
 ORDERS = [(backwards, eager) for backwards in (False, True) for eager in (False, True)]
-
-
-def difference(got: Tensor, want: Tensor) -> float:
-    """Relative; infinite where a value is missing or not finite."""
-    error = float((got.double() - want).norm() / want.norm())
-    return error if error == error else float("inf")
-
-
-def conv_check(case: ConvCase, path: str, dtype: torch.dtype) -> Callable[[], float]:
-    x = guarded((case.n, case.c, *case.size), dtype, 1)
-    g = guarded((case.n * case.cotangents, case.o, *case.out_size), dtype, 2, "channels_last")
-    gradients = conv_gradients(case, x, g)
-
-    def run() -> float:
-        if path != "elementwise":
-            return difference(ops.sq_conv(x, g, *case.geometry, path), filter_sums(gradients))
-        out = torch.zeros(gradients.shape[1:], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        ops.sq_conv_acc_(out, x, g, torch.ones(len(g), dtype=out.dtype), *case.geometry[1:])
-        return difference(out, gradients.square().sum(0))
-
-    return run
-
-
-# Several tiles along every axis, several steps in depth, and more of them than stages.
-TILED = ConvCase("tiled", 2, 40, (9, 10), 72)
-DEPTHWISE = ConvCase("depthwise", 2, 48, (16, 15), 48, groups=48)
-
-
-def scatter_check() -> float:
-    index = torch.randint(-1, 5, (2, 9), generator=torch.Generator().manual_seed(1))
-    g = guarded((4, 9, 300), torch.float32, 2)
-    return difference(ops.sq_scatter(index, g, 5), filter_sums(scatter_gradients(index, g, 5)))
-
-
-def prod_check() -> float:
-    x, g = guarded((2, 200, 12), torch.float32, 1), guarded((4, 200, 12), torch.float32, 2)
-    return difference(ops.sq_norm(g, x)[0], prod_gradients(g, x, None, None).square())
-
-
-CHECKS = {
-    **{
-        f"{path} {str(dtype).removeprefix('torch.')}": conv_check(TILED, path, dtype)
-        for path in ("explicit", "gram", "elementwise")
-        for dtype in DTYPES
-    },
-    "depthwise": conv_check(DEPTHWISE, "explicit", torch.float32),
-    "scatter": scatter_check,
-    "prod": prod_check,
-}
 
 
 @pytest.fixture(params=["highest", "high"])
@@ -125,16 +67,16 @@ def test_every_barrier_is_needed() -> None:
 
 SANITIZED = """
 import sys
-sys.path[:0] = {tests!r}
-import emulated, test_cuda, test_ops
+sys.path.insert(0, {helpers!r})
+import cases, cuda_checks, emulated, op_checks
 with emulated.running(backwards=True):
-    for check in test_cuda.CHECKS.values():
+    for check in cuda_checks.CHECKS.values():
         assert check() < 2e-6
-    for case in test_ops.CONVOLUTIONS:
-        for dtype in test_ops.DTYPES:
+    for case in cases.CONVOLUTIONS:
+        for dtype in op_checks.DTYPES:
             for path in ("explicit", "gram", "elementwise"):
                 if case.n:
-                    test_cuda.conv_check(case, path, dtype)()
+                    cuda_checks.conv_check(case, path, dtype)()
 print("clean")
 """
 
@@ -152,7 +94,7 @@ def test_no_access_is_out_of_bounds() -> None:
         "ASAN_OPTIONS": "detect_leaks=0",  # of the interpreter's
         emulated.SANITIZE: "address,undefined",
     }
-    script = SANITIZED.format(tests=[str(ROOT / "tests" / "helpers"), str(ROOT / "tests" / "ops")])
+    script = SANITIZED.format(helpers=str(ROOT / "tests" / "helpers"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     assert "clean" in done.stdout

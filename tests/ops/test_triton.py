@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import CONVOLUTIONS, OUTERS, ConvCase, OuterCase
-from test_ops import (
+from op_checks import (
     DTYPES,
     LAYOUTS,
     assert_close,
