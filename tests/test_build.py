@@ -83,6 +83,7 @@ def test_cuda_that_cannot_be_built_is_an_error_only_when_asked_for(tmp_path: Pat
     assert f"T2V_FAST_CUDA=1, but {why}" in found.stderr
 
 
+@pytest.mark.slow
 def test_no_compiler(tmp_path: Path) -> None:
     (tmp_path / "cmake").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "cmake").chmod(0o755)

@@ -133,6 +133,7 @@ def bank(t: int = 40, e: int = 4, d: int = 60, seed: int = 0) -> tuple[np.ndarra
     return experts, tasks, errors, (family - 1) % e
 
 
+@pytest.mark.slow
 def test_model2vec_learns_where_experts_belong() -> None:
     experts, tasks, errors, best = bank()
     assert (nearest_expert(asymmetric_distance(experts, tasks)) != best).mean() > 0.5

@@ -79,6 +79,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
             run(job, tmp_path / "bank", workers=workers, factory=other_pipeline)
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_cannot_be_made(tmp_path: Path) -> None:
     job = folders(tmp_path, ["a"])
     with pytest.raises(RuntimeError, match="the pipeline cannot be made: ValueError: no such probe"):
@@ -104,6 +105,7 @@ def test_a_full_disk_stops_the_job_and_loses_nothing(tmp_path: Path, monkeypatch
     assert Bank(tmp_path / "bank").verify() == {}
 
 
+@pytest.mark.slow
 def test_workers_killed_at_random(tmp_path: Path) -> None:
     """Every task is embedded once, equal to a plain run, while workers are killed in the middle of tasks."""
     job, rng = folders(tmp_path, [f"t{k:02}" for k in range(30)]), random.Random(1)
@@ -141,6 +143,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_the_driver_killed_at_random(tmp_path: Path) -> None:
     job, rng = folders(tmp_path, [f"t{k:02}" for k in range(16)]), random.Random(2)
     (tmp_path / "driver.py").write_text(DRIVER.format(helpers=str(Path(__file__).parents[1] / "helpers")))
@@ -165,6 +168,7 @@ def test_the_driver_killed_at_random(tmp_path: Path) -> None:
     assert all(np.allclose(bank[t].hessian, want[t].hessian, rtol=1e-4, atol=1e-12) for t in bank.tasks)
 
 
+@pytest.mark.slow
 def test_two_drivers_share_a_bank(tmp_path: Path) -> None:
     job = folders(tmp_path, [f"t{k:02}" for k in range(12)])
     (tmp_path / "driver.py").write_text(DRIVER.format(helpers=str(Path(__file__).parents[1] / "helpers")))

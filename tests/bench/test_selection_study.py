@@ -98,6 +98,7 @@ def test_replace_section(bench, tmp_path: Path) -> None:
     assert page.read_text() == "# Title\n\n<!-- a -->\nthree\n\nlines\n<!-- /a -->\n\n<!-- b -->\ntwo\n<!-- /b -->\n"
 
 
+@pytest.mark.slow
 def test_claims(bench, tasks, settings, tmp_path: Path) -> None:
     from bench.studies import claims
 
@@ -134,6 +135,7 @@ def test_claims_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     assert low < groups.mean() < high
 
 
+@pytest.mark.slow
 def test_baseline(bench, tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bench.studies import baseline
 

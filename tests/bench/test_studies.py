@@ -40,6 +40,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Sc
     return run
 
 
+@pytest.mark.slow
 def test_suites_and_report(tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     wanted = [f"{ROOT}/bench/suites/{s}.py::{s}[toy-32-{name}]" for s, names in SUITES.items() for name in names]

@@ -41,6 +41,7 @@ TORCHVISION = {  # odd sizes, so that padding and strides leave remainders
 }
 
 
+@pytest.mark.slow_unless(name=("mobilenet_v2",))
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_agrees_with_per_example_autograd(name: str) -> None:
     models = pytest.importorskip("torchvision", reason="this torch has no torchvision built for it").models
@@ -75,6 +76,7 @@ def test_other_likelihoods(likelihood: str) -> None:
     assert_agrees(got, truth(network, x, "exact", "filter", likelihood=likelihood))
 
 
+@pytest.mark.slow_unless(samples=(2,))
 @pytest.mark.parametrize("estimator", ["deflated", "hutchinson", "monte_carlo"])
 @pytest.mark.parametrize("samples", [1, 2])
 def test_sampling_converges_to_exact(estimator: str, samples: int) -> None:

@@ -68,6 +68,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert first.meta["classes"] == alone.meta["classes"]
 
 
+@pytest.mark.slow
 def test_a_failure_on_one_process_is_known_to_all(tmp_path: Path) -> None:
     images, labels = shapes(24)
     bad = torch.randn(24, 3, 12, 12)
