@@ -6,12 +6,9 @@ The grid of geometries against float64 is in test_ops.py, as for every backend.
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import emulated
@@ -20,7 +17,7 @@ import resources
 import torch
 from cuda_checks import CHECKS, TILED, conv_check
 from oracle import per_example_squares, reduce, relative_error
-from torch.utils import cpp_extension
+from resources import NVCC
 
 import t2v_fast
 from t2v_fast import ops
@@ -100,47 +97,16 @@ def test_no_access_is_out_of_bounds() -> None:
     assert "clean" in done.stdout
 
 
-NVCC = shutil.which("nvcc")
-ENTRY = re.compile(
-    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)'.*?"
-    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers(?:[^\n]*?, (?P<shared>\d+) bytes smem)?",
-    re.DOTALL,
-)
-
-
-def compile_for_gpus(source: Path, folder: Path) -> list[dict[str, str]]:
-    """What ptxas reports of each kernel."""
-    command = [NVCC, "-std=c++20", "-O3", "-c", "-Xptxas=-v", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in resources.CARD]
-    command += [f"-isystem={p}" for p in cpp_extension.include_paths()]
-    command += [str(source), "-o", str(folder / f"{source.stem}.o")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [match.groupdict() for match in ENTRY.finditer(done.stderr)]
-    names = subprocess.check_output(["c++filt"], input="\n".join(row["name"] for row in found), text=True).splitlines()
-    return [row | {"name": name} for row, name in zip(found, names, strict=True)]
-
-
 @pytest.mark.weekly
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the CUDA sources were not compiled for a GPU")
-def test_no_kernel_spills(tmp_path: Path) -> None:
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = [row for rows in pool.map(lambda source: compile_for_gpus(source, tmp_path), sources) for row in rows]
+def test_no_kernel_spills() -> None:
+    found = resources.of_cuda_kernels()
     assert [row["name"] for row in found if row["stores"] != "0" or row["loads"] != "0"] == []
-    launches: dict[tuple[str, str], dict[int, str]] = {}
-    for row in found:
-        name, arguments = re.search(r"(\w+)_kernel<(.*)>\(", row["name"]).groups()
-        arguments = re.sub(r"t2v::cuda::|c10::", "", arguments).replace("true", "elements").replace("false", "filters")
-        cell = resources.cell(int(row["arch"]), 128, int(row["registers"]), int(row["shared"] or 0))
-        launches.setdefault((name, arguments), {})[int(row["arch"])] = cell
+    launches = resources.cuda_launches(found)
     assert {name for name, _ in launches} == {
         *("squares", "gram", "shift", "form", "depthwise", "along_channels", "along_positions", "filter", "element")
     }
     assert all(cells.keys() == resources.CARD.keys() for cells in launches.values())
-    header = ["kernel", "instance", "sm_80: registers, shared bytes, occupancy", "sm_90"]
-    resources.write("cuda resources", header, [[*key, *launches[key].values()] for key in sorted(launches)])
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the extension has no CUDA kernels")
