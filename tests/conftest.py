@@ -8,6 +8,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 
+collect_ignore_glob = ["helpers/*"]  # no tests, nor examples
 # What helpers assert is explained as what tests assert is.
 pytest.register_assert_rewrite("cuda_checks", "mutations", "op_checks", "ownership_networks")
 

@@ -439,6 +439,7 @@ def test_embeddings_travel(tmp_path: Path) -> None:
     assert distance.pdist([found.convert(), read]).max() < 1e-12
 
 
+@pytest.mark.slow_unless(name=("resnet18",))
 @pytest.mark.parametrize(("name", "entries"), [("resnet18", 9600), ("resnet34", 17024)])
 def test_embedding_sizes_of_the_public_probes(name: str, entries: int) -> None:
     models = pytest.importorskip("torchvision.models", reason="torchvision is for the main torch")

@@ -134,6 +134,7 @@ def test_standard_error_is_calibrated() -> None:
     assert 0.90 <= rate <= 0.98
 
 
+@pytest.mark.slow_unless(classes=(5,), scale=(6,))
 @pytest.mark.parametrize(("classes", "samples", "scale"), [(5, 2, 1), (5, 2, 6), (80, 2, 4)])
 def test_estimator_error_is_calibrated(classes: int, samples: int, scale: float) -> None:
     """Over 50 seeds on the same images, 95 percent intervals cover the exact Fisher for about 95 percent of entries."""

@@ -78,6 +78,7 @@ def test_pooling(name: str) -> None:
         assert_sound(seen(Recipe(seed, (piece,), name, sizes=(2, 3, 2), tokens=(4, 4, 4))))
 
 
+@pytest.mark.slow
 def test_few_pieces_are_refused() -> None:
     outcomes = [seen(recipe) for name in PIECES for recipe in recipes_of(name)[: 1 if "@" in name else 2]]
     refused = [o for o in outcomes if o.refused and not o.recipe.may_be_refused]

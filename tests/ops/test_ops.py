@@ -27,6 +27,9 @@ from torch.nn import functional as F
 from t2v_fast import ops
 from t2v_fast.ops.reference import accumulate_dtype
 
+# The emulation takes most of the time.
+QUICK = [name for name in VARIANTS if name != "emulated"]
+
 
 def test_the_extension_is_built() -> None:
     """Where the tests run, the C++ kernels must be under test, not silently absent."""
@@ -34,6 +37,13 @@ def test_the_extension_is_built() -> None:
     assert "cpu-portable" in VARIANTS
 
 
+@pytest.mark.slow_unless(name=QUICK)
+@pytest.mark.slow_unless(
+    name=("emulated",),
+    case=("3x3_grouped_dilated", "3x3_strided", "stem_7x7_of_vectors", "three_cotangents_depthwise"),
+    dtype=("torch.float32",),
+)
+@pytest.mark.slow_unless(name=("emulated",), dtype=("torch.float16",))
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
@@ -59,6 +69,8 @@ def test_sq_conv(case: ConvCase, dtype: torch.dtype, name: str) -> None:
         assert_close(q, filter_sums(gradients), dtype, terms)
 
 
+@pytest.mark.slow_unless(name=QUICK)
+@pytest.mark.slow_unless(name=("emulated",), dtype=("torch.float32", "torch.float16"))
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", OUTERS, ids=str)
@@ -78,6 +90,8 @@ def test_sq_outer(case: OuterCase, dtype: torch.dtype, name: str) -> None:
             )
 
 
+@pytest.mark.slow_unless(name=QUICK)
+@pytest.mark.slow_unless(name=("emulated",), affine=("channel",), dtype=("torch.float32",))
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("affine", ["none", "channel", "row", "element", "shift_only"])
@@ -148,6 +162,7 @@ def test_expanded_inputs(name: str) -> None:
         assert_close(ops.sq_prod(g), g.double().sum(1).square(), g.dtype, 5)
 
 
+@pytest.mark.slow_unless(name=QUICK)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_thread_counts_change_nothing(name: str) -> None:
     before = torch.get_num_threads()
