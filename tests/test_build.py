@@ -122,7 +122,7 @@ def test_a_wheel_runs_from_another_folder(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("t2v_fast-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert "t2v_fast/kernels/__init__.py" in names
+    assert {"t2v_fast/kernels/__init__.py", "t2v_fast/py.typed"} <= set(names)
     assert any(name.startswith("t2v_fast/_C.") for name in names)
     assert not any(name.startswith(("tests/", "bench/", "csrc/")) for name in names)
     target = tmp_path / "site"
