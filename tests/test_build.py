@@ -34,7 +34,7 @@ def test_build_info() -> None:
 
 def test_a_missing_extension_is_explained(tmp_path: Path) -> None:
     """Without the extension everything runs on the reference ops, and `info` says why."""
-    shutil.copytree(ROOT / "t2v_fast", tmp_path / "t2v_fast", ignore=shutil.ignore_patterns("*.so"))
+    shutil.copytree(ROOT / "t2v_fast", tmp_path / "t2v_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     # An editable install would find the extension all the same.
     code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]; import t2v_fast.cli; "
     code += "raise SystemExit(t2v_fast.cli.main(['info']))"
