@@ -35,6 +35,7 @@ from t2v_fast.bank.engines import Processes, perform
 from t2v_fast.bank.job import load_job
 
 
+@pytest.mark.slow_unless(workers=(0,))
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_job_goes_on_and_ends(tmp_path: Path, workers: int) -> None:
     job = folders(tmp_path, [f"t{k}" for k in range(5)])

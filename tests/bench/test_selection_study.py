@@ -52,6 +52,7 @@ def test_tasks(tasks: list) -> None:
     assert min(np.bincount(digits[np.arange(len(digits)) % 3 == split]).min() for split in range(3)) >= 2
 
 
+@pytest.mark.slow
 def test_experiment_and_resume(bench, tasks, settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task2vec = Task2Vec(small_probe())
     store = bench.Store(tmp_path, settings, tasks, EXPERTS)

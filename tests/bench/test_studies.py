@@ -181,6 +181,7 @@ def test_points_table(script: Script) -> None:
         assert chosen < min(usual / 1.8, 1.1 * min(others))
 
 
+@pytest.mark.slow
 def test_precision_table(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("bench.studies.precision"), "load_probe", small_probe)
     command = "--cells", "toy-32", "--examples", "3", "8", "--tasks", "1", "--images", "60", "--size", "32"

@@ -60,6 +60,7 @@ def assert_sound(outcome: Outcome) -> None:
     assert outcome.kind in ("exact", "refused"), f"{outcome.recipe}: {outcome.wrong + outcome.crashed}"
 
 
+@pytest.mark.slow_unless(name=NAMES[::2])
 @pytest.mark.parametrize("name", NAMES)
 def test_piece(name: str) -> None:
     for recipe in recipes_of(name):

@@ -180,7 +180,6 @@ def test_sq_outer(case: OuterCase, dtype: torch.dtype, large_blocks: None) -> No
             )
 
 
-@pytest.mark.slow_unless(affine=("row",), dtype=("torch.float64",))
 @pytest.mark.slow_unless(affine=("none",), dtype=("torch.float32",))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("affine", ["none", "channel", "row", "element", "shift_only"])
