@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -207,7 +207,7 @@ def _handles(colours: dict[str, str]) -> list:
     return [Line2D([], [], marker="s", linestyle="", color=colour, label=kind) for kind, colour in colours.items()]
 
 
-def _colour_names(axes: Any, labels: Sequence, families: Sequence[str]) -> None:
+def _colour_names(axes, labels: Sequence, families: Sequence[str]) -> None:
     """Give each label the colour of its family, and the axes a legend on top."""
     kinds = sorted(set(families))
     colours = _colours(kinds)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -173,7 +172,7 @@ class Model2Vec:
         return asymmetric_distance(self.vectors, t, alpha=self.alpha, trivial=self.trivial)
 
 
-def _model_distances(log_m: np.ndarray, log_t: np.ndarray, t0: np.ndarray, alpha: float) -> tuple[np.ndarray, Callable]:
+def _model_distances(log_m: np.ndarray, log_t: np.ndarray, t0: np.ndarray, alpha: float):
     """d_asym(m_j -> t_i) [T, E] with the cosine metric, and what turns its gradient [T, E] into that of log m [E, D].
 
     With u = m / (m + t) the other vector is 1 - u, so the distance is a function of sum u and sum u^2.
