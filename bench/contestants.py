@@ -23,7 +23,7 @@ from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.gradients.fast_forward import FastNetwork, kept_memory
 from t2v_fast.gradients.graph import backpropagate
 from t2v_fast.gradients.recorder import FisherRecorder
-from t2v_fast.gradients.rules import taps_of
+from t2v_fast.gradients.refusals import taps_of
 
 # What a contestant's numbers are meant to be, and so what they are judged by.
 LABELS = "labels"  # the sum of squared per-example gradients, for the given labels

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 from types import ModuleType
 from typing import Any
+
+from .analysis import plot
+from .estimation.profiling import Profile
 
 # Former module: the modules that have its names now.
 MOVED: dict[str, tuple[str, ...]] = {
@@ -23,8 +27,8 @@ MOVED: dict[str, tuple[str, ...]] = {
     "factors": ("gradients.factors",),
     "fisher": ("estimation.estimator", "estimation.diagonal"),
     "geometry": ("ops.geometry",),
-    "graph": ("gradients.graph",),
-    "head": ("tasks.head",),
+    "graph": ("gradients.graph", "gradients.refusals"),
+    "head": ("tasks.head", "tasks.head_solvers"),
     "job": ("bank.job",),
     "layers": ("gradients.fast_layers",),
     "moments": ("estimation.moments",),
@@ -36,21 +40,41 @@ MOVED: dict[str, tuple[str, ...]] = {
     "precision": ("tasks.precision",),
     "probe": ("tasks.probe",),
     "profile": ("estimation.profiling",),
-    "recorder": ("gradients.recorder",),
+    "recorder": ("gradients.parameters", "gradients.recorder"),
     "reference": ("ops.reference",),
-    "rules": ("gradients.rules",),
+    "rules": ("gradients.rules", "gradients.refusals"),
     "run": ("bank.driver", "bank.engines"),
     "search": ("bank.index",),
     "selection": ("analysis.selection",),
     "selfcheck": ("gradients.self_check",),
     "shared": ("estimation.label_sets",),
     "sources": ("tasks.sources",),
-    "task2vec": ("tasks.pipeline",),
+    "task2vec": ("tasks.pipeline", "tasks.assemble", "tasks.settings", "tasks.stages"),
     "transfers": ("gradients.transfers",),
     "variational": ("estimation.variational",),
 }
 # Former name of a function or class in a former module: its name now.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "factors.CHUNK": "MAX_GRADIENT_ENTRIES",
+    "graph.mend_batch_norms": "fix_batch_norm_gradients",
+    "layers.FEW": "MAX_POINTWISE_PIXELS",
+    "layers.LEAST": "MIN_MULTIPLICATIONS",
+    "layers.MATRIX": "MAX_MATRIX_GROWTH",
+    "layers.WINOGRAD": "MAX_WINOGRAD_COST",
+    "owners.owned": "owner_along",
+    "ownership.ask": "probe_node",
+    "ownership.call": "call_node",
+    "rules.problem": "unsupported_reason",
+    "transfers.acted": "interacting_inputs",
+    "allocation.LEAST": "MIN_DRAWN",
+    "allocation.Need": "SamplingStats",
+    "allocation.everyone": "full_allocation",
+    "allocation.until": "sample_until",
+    "job.LEAST": "PROBE_MINIMUMS",
+    "job.Work": "WorkItem",
+    "task2vec.LEAST": "MIN_BATCH_SIZE",
+    "task2vec.PIXELS": "MAX_CPU_BATCH_PIXELS",
+}
 
 
 class _Moved(ModuleType):
@@ -72,8 +96,19 @@ class _Moved(ModuleType):
         raise AttributeError(f"neither {self.__name__} nor t2v_fast.{self._homes[0]} has a name {key!r}")
 
 
+def _save_roofline(self: Profile, path: str | os.PathLike) -> None:
+    """Former name of :func:`t2v_fast.analysis.plot.roofline`."""
+    warnings.warn(
+        "Profile.save_roofline(path) is now t2v_fast.analysis.plot.roofline(profile, path)",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    plot.roofline(self, path)
+
+
 def install() -> None:
     """Make the former modules importable. Folders that have a former module's name are not hidden by it."""
+    Profile.save_roofline = _save_roofline
     package = sys.modules["t2v_fast"]
     for name, homes in MOVED.items():
         if f"t2v_fast.{name}" not in sys.modules:

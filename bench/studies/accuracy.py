@@ -18,7 +18,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     probe = load_probe()
-    probe.preprocessing = replace(probe.preprocessing, resize=arguments.size, crop=arguments.size)
+    probe.preprocessing = probe.preprocessing.sized(arguments.size)
     # Of two classes every estimator but label sampling is exact with one cotangent.
     tasks = [task for task in demo_tasks(arguments.images) if len(task.classes) > 2][: arguments.tasks]
     print(

@@ -29,7 +29,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -240,7 +239,7 @@ class Pool:
 def shared(arguments: argparse.Namespace) -> None:
     rng = np.random.default_rng(1)
     probe = load_probe()
-    probe.preprocessing = replace(probe.preprocessing, resize=arguments.size, crop=arguments.size)
+    probe.preprocessing = probe.preprocessing.sized(arguments.size)
     root = Path(tempfile.mkdtemp(prefix="bank"))
     try:
         paths = pool(root, arguments.images)
@@ -301,7 +300,7 @@ def heads(arguments: argparse.Namespace) -> None:
 
 def loading(arguments: argparse.Namespace) -> None:
     probe = load_probe()
-    probe.preprocessing = replace(probe.preprocessing, resize=arguments.size, crop=arguments.size)
+    probe.preprocessing = probe.preprocessing.sized(arguments.size)
     root = Path(tempfile.mkdtemp(prefix="bank"))
     try:
         paths = pool(root, arguments.images)

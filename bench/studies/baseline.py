@@ -32,7 +32,7 @@ from t2v_fast.analysis.selection import bootstrap_interval
 from t2v_fast.demo import DemoTask, demo_tasks
 from t2v_fast.estimation.variational import fixed_point
 from t2v_fast.files import write_atomically
-from t2v_fast.tasks.pipeline import embedding_of
+from t2v_fast.tasks.assemble import embedding_of
 
 # head: what Task2Vec is told. The first is the paper's form here: a head fitted until it is certain.
 HEADS: dict[str, dict[str, Any]] = {
@@ -424,7 +424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, help="put the tables into this page")
     arguments = parser.parse_args(argv)
     settings, probe = Settings(), load_probe()
-    probe.preprocessing = replace(probe.preprocessing, resize=settings.size, crop=settings.size)
+    probe.preprocessing = probe.preprocessing.sized(settings.size)
     text = report(measure(arguments.output, settings, meta_tasks(), probe))
     print(text, flush=True)
     of_demo = [Drawn(task) for task in demo_tasks(settings.images)]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     settings = Settings()
     probe = load_probe()
-    probe.preprocessing = replace(probe.preprocessing, resize=settings.size, crop=settings.size)
+    probe.preprocessing = probe.preprocessing.sized(settings.size)
     store, task2vec = Store(arguments.output, settings, meta_tasks(), EXPERTS), Task2Vec(probe, seed=settings.seed)
     text = ""
     for heading, section in measure(store, task2vec, PERMUTED, SIZED, SIZES):

@@ -72,7 +72,7 @@ def fingerprint(kind: str) -> str:
     digest = hashlib.sha256()
     folders = [(ROOT / "t2v_fast", "*.py"), (ROOT / "csrc", "*"), (ROOT / "kernels", "*.py")]
     files = [path for folder, pattern in folders for path in folder.rglob(pattern) if path.is_file()]
-    here = Path(__file__).parent / "coverage_cases"
+    here = Path(__file__).resolve().parents[1] / "coverage_cases"
     files += [here / "case.py", here / "judge.py", here / f"{kind}_cases.py"]
     if kind == "peft":  # its networks are those of transformers
         files.append(here / "transformers_cases.py")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -50,7 +49,7 @@ def networks(cells: list[str], examples: list[int]) -> list[tuple[str, ...]]:
 def tasks(count: int, images: int, size: int) -> list[tuple[str, ...]]:
     rows = []
     probe = load_probe()
-    probe.preprocessing = replace(probe.preprocessing, resize=size, crop=size)
+    probe.preprocessing = probe.preprocessing.sized(size)
     for task in demo_tasks(images)[:count]:
         for head, settings in HEADS.items():
             narrow, wide = (

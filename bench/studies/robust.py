@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -45,7 +44,7 @@ def main() -> None:
     images = (digits.images[: arguments.images] * 255 / 16).astype(np.uint8)
     data = (images, digits.target[: arguments.images])
     probe = load_probe()
-    probe.preprocessing = replace(probe.preprocessing, resize=arguments.size, crop=arguments.size)
+    probe.preprocessing = probe.preprocessing.sized(arguments.size)
     plain = Task2Vec(probe).embed(data)
     weights = dict(probe.network.named_parameters())
     print("| beta | epochs | loss | fixed point: all filters | within layers | plain Fisher: all | within layers |")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from t2v_fast import FisherDiagonal, FisherRecorder, Probe, TaskData, fisher, load_probe
-from t2v_fast.estimation.allocation import Allocation, Need, everyone, share_out, until
+from t2v_fast.estimation.allocation import Allocation, SamplingStats, full_allocation, sample_until, share_out
 from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.tasks.data import balanced_weights
 from t2v_fast.tasks.head import fit_head
@@ -42,7 +42,7 @@ class Task:
     """A head on the features of some images."""
 
     images: Tensor  # [N, 3, H, W]
-    need: Need
+    need: SamplingStats
     head: nn.Linear
     weights: Tensor
     confidence: float
@@ -69,7 +69,7 @@ class Task:
         weight, bias = fit.linear.weight.detach().double(), fit.linear.bias.detach().double()
         logits = nn.functional.linear(features[:count].double(), weight, bias)
         images = torch.cat([x for x, _ in batches])[:count]
-        need = Need.of(logits, weight, weights[:count])
+        need = SamplingStats.of(logits, weight, weights[:count])
         return cls(images, need, fit.linear, weights[:count], float(logits.softmax(1).amax(1).mean()))
 
     def seconds(self, visits: float, passes: float) -> float:
@@ -133,7 +133,7 @@ def tolerance(
             allocation=allocation,
         )
 
-    return until(task.need, goal, visit), visits, cost, rounds
+    return sample_until(task.need, goal, visit), visits, cost, rounds
 
 
 def measure(probe: Probe, classes: int, head: str, count: int) -> None:
@@ -168,7 +168,7 @@ def measure(probe: Probe, classes: int, head: str, count: int) -> None:
                 if not enough:
                     cells += [f"above {most}", "", f"{errors[-1]:.3f}"]
                     continue
-                visits, cost = n, passes(everyone(ways[way][enough[0]]).ordered())
+                visits, cost = n, passes(full_allocation(ways[way][enough[0]]).ordered())
                 error, spent = f"{errors[enough[0]]:.3f}", f"{cost / n:.2f}"
             cells += [spent, f"{1000 / n * task.seconds(visits, cost):.1f}", error]
         print("|", " | ".join([f"{classes:,}", f"`{head}`", f"{task.confidence:.4f}", way, *cells]), "|", flush=True)
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     arguments = parser.parse_args()
     probe = load_probe()
-    probe.preprocessing = replace(probe.preprocessing, resize=arguments.size, crop=arguments.size)
+    probe.preprocessing = probe.preprocessing.sized(arguments.size)
     goals = [c for g in GOALS for c in (f"passes an image, {g:.0%}", "s for 1,000 images", "error")]
     columns = ["classes", "head", "top probability", "cotangents", *goals]
     print(f"{arguments.images} images at {arguments.size} pixels, {torch.get_num_threads()} threads\n")

@@ -18,7 +18,7 @@ from ..analysis import distance
 from ..embedding import Embedding
 from ..estimation.estimator import fisher
 from ..gradients.recorder import ParameterFilter, filter_axes_of
-from ..tasks.pipeline import embedding_of, family_of
+from ..tasks.assemble import embedding_of, family_of
 from ..tasks.probe import digest_of
 from .fim import evaluating
 

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from .. import embedding as library
 from ..estimation.estimator import fisher
 from ..estimation.variational import variational_fisher
+from ..tasks.data import balanced_weights
 from ..tasks.head import fit_head
-from ..tasks.pipeline import balanced_weights
 from .fim import evaluating
 from .pickles import from_public, read_embedding, read_embeddings
 

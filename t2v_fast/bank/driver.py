@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..embedding import FingerprintMismatch, differences
 from .engines import Engine, Factory, Here, Processes, Result, WorkerDied
-from .job import Job, Work
+from .job import Job, WorkItem
 from .store import Bank
 
 DEATHS = 3  # of workers at one task, after which it counts as failed
@@ -86,8 +86,8 @@ class _Driver:
         self.bank, self.engine, self.workers, self.display = bank, engine, workers, display
         self.names = job.tasks
         self.queue = deque(work for work in job.work if not all(map(bank.settled, work.tasks)))
-        self.elsewhere: deque[Work] = deque()  # tasks that another driver has in hand
-        self.hands: dict[int, Work | None] = {}  # of each worker; None: idle, or not ready yet
+        self.elsewhere: deque[WorkItem] = deque()  # tasks that another driver has in hand
+        self.hands: dict[int, WorkItem | None] = {}  # of each worker; None: idle, or not ready yet
         self.idle: list[int] = []
         self.deaths: dict[str, int] = {}
         self.starts_failed = 0
@@ -152,7 +152,7 @@ class _Driver:
         else:
             raise RuntimeError(f"the pipeline cannot be made: {event}")
 
-    def _store(self, results: list[tuple[Work, Result]]) -> None:
+    def _store(self, results: list[tuple[WorkItem, Result]]) -> None:
         self.bank.add(*(e for _, result in results for e in result.embeddings))
         for work, result in results:
             for note in result.notes:

@@ -20,21 +20,21 @@ import torch
 from ..embedding import Embedding
 from ..tasks import sources
 from ..tasks.pipeline import Task2Vec
-from .job import Work
+from .job import WorkItem
 
 Factory = Callable[[], Task2Vec]
 
 
 @dataclass
 class Result:
-    """What became of a :class:`Work`: embeddings, errors of tasks, and what was worth a warning."""
+    """What became of a :class:`WorkItem`: embeddings, errors of tasks, and what was worth a warning."""
 
     embeddings: list[Embedding] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-def perform(task2vec: Task2Vec, work: Work) -> Result:
+def perform(task2vec: Task2Vec, work: WorkItem) -> Result:
     """Embed the tasks of one work; what goes wrong is in the result, under the task's name."""
     result = Result()
     with warnings.catch_warnings(record=True) as caught:
@@ -49,7 +49,7 @@ def perform(task2vec: Task2Vec, work: Work) -> Result:
     return result
 
 
-def _perform_shared(task2vec: Task2Vec, work: Work, result: Result) -> bool:
+def _perform_shared(task2vec: Task2Vec, work: WorkItem, result: Result) -> bool:
     """Embed tasks over the same images in one pass; False where that is not possible, or one of them fails."""
     if len(work.tasks) < 2:
         return False
@@ -78,7 +78,7 @@ class Engine(ABC):
         """Begin a worker."""
 
     @abstractmethod
-    def submit(self, worker: int, work: Work) -> None:
+    def submit(self, worker: int, work: WorkItem) -> None:
         """Give an idle worker work."""
 
     @abstractmethod
@@ -114,7 +114,7 @@ class Processes(Engine):
         self._workers[self._started] = process, ours
         return self._started
 
-    def submit(self, worker: int, work: Work) -> None:
+    def submit(self, worker: int, work: WorkItem) -> None:
         with contextlib.suppress(OSError):  # it just died, as events() will say
             self._workers[worker][1].send(work)
 
@@ -186,13 +186,13 @@ class Here(Engine):
     def __init__(self, factory: Factory) -> None:
         self.task2vec = factory()
         self._events: list[tuple[int, Any]] = []
-        self._work: Work | None = None
+        self._work: WorkItem | None = None
 
     def start(self) -> int:
         self._events.append((0, self.task2vec.fingerprint()))
         return 0
 
-    def submit(self, worker: int, work: Work) -> None:
+    def submit(self, worker: int, work: WorkItem) -> None:
         self._work = work
 
     def events(self, timeout: float) -> list[tuple[int, Any]]:

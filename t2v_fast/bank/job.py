@@ -1,11 +1,11 @@
-"""Job: a YAML or TOML file that lists tasks, a probe and settings.
+"""Job files: YAML or TOML that lists tasks, a probe and settings.
 
 .. code-block:: yaml
 
     probe: efficientnet-lite0             # or {name: ..., weights: ..., head: ..., size: 96}
     settings: {estimator: deflated, samples: 2, batch_size: 32, seed: 0}
     tasks:
-      - folder: flowers                   # one sub-folder a class; the task is called flowers
+      - folder: flowers                   # one sub-folder for each class; the task is called flowers
       - folders: collections              # each sub-folder is a task
       - {name: birds, csv: birds.csv, path: file, label: species}
       - {name: scenes, csv: scenes.csv, labels: [sky, sea]}         # one multi-label task
@@ -13,8 +13,14 @@
       - {name: digits, dataset: mnist/train, image: image, label: label}    # written by datasets.save_to_disk
       - {name: web, shards: "web/*.tar", label: cls}                # WebDataset
 
-Paths count from the file's folder, those in a CSV from the CSV's, and none may lead out of the root: the folder of the
-job file unless another is given.
+``probe`` is a name for :func:`t2v_fast.load_probe`, or a mapping: ``weights`` are the probe's weights (``default``,
+``none`` or a file), ``head`` is the name of its last linear layer, and ``size`` is the side of the images in pixels.
+
+``settings`` are those of :class:`t2v_fast.tasks.settings.Settings`, all but ``progress``. There ``head`` is the method
+that fits the head of a task. Besides, ``skip_unreadable: true`` leaves out images that cannot be read.
+
+Paths are relative to the folder of the job file, and paths in a CSV to the folder of the CSV. No path may lead out of
+the root, which is the folder of the job file unless another root is given.
 """
 
 from __future__ import annotations
@@ -27,43 +33,43 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from ..estimation.cotangents import ESTIMATORS
-from ..estimation.estimator import BATCH_MEAN
 from ..tasks import probe as probes
 from ..tasks import sources
-from ..tasks.data import TASK_TYPES, DataError, TaskData
-from ..tasks.head import METHODS
+from ..tasks.data import DataError, TaskData
 from ..tasks.pipeline import Task2Vec
+from ..tasks.settings import FOLDER, NOT_IN_JOBS, OPTIONS, SWITCH, SettingError, Settings, shown
 from .store import BankError, check_name
 
-TOGETHER = 16  # tasks that share images in one work: more gain little, and are lost together with a worker
-LARGEST = 64 << 20  # bytes of a job file
+TOGETHER = 16  # tasks in one item that share images: more gain little, and a lost worker loses all of them
+LARGEST = 64 << 20  # bytes in a job file
 
 
 class JobError(ValueError):
-    """A job that cannot be run; the message names the file, and the task and key where there are any."""
+    """A job that cannot be run. The message names the file, and the task and the key where the error is."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a worker does at a time: tasks that share their images, usually one. Small: it travels between machines."""
+class WorkItem:
+    """What a worker does at a time: one task, or several tasks that share their images.
+
+    An item is small, because it is sent to other processes and machines.
+    """
 
     kind: str
-    tasks: dict[str, str]  # names of tasks, and the label columns of those that share images
+    tasks: dict[str, str]  # from names of tasks to label columns; a column only for tasks that share images
     paths: tuple[Path, ...]
     options: dict[str, Any]
-    root: Path | None  # no path leads out of it; None: anywhere
+    root: Path | None  # no path may lead out of this folder; None: paths may lead anywhere
     skip_unreadable: bool = False
 
     def data(self, task: str) -> TaskData:
-        """One of the tasks; DataError, naming it, for data that cannot be used."""
+        """The data of one of the tasks. Raises DataError, which names the task, for data that cannot be used."""
         return _READERS[self.kind](self, task)
 
     def table(self) -> sources.Table:
-        """The table that the tasks share."""
+        """The table of images that the tasks share."""
         return _table(self, next(iter(self.tasks)), sorted(set(self.tasks.values())))
 
 
@@ -74,7 +80,7 @@ class Job:
     file: Path
     probe: dict[str, Any]
     settings: dict[str, Any]
-    work: tuple[Work, ...] = field(repr=False)
+    work: tuple[WorkItem, ...] = field(repr=False)
 
     @property
     def tasks(self) -> list[str]:
@@ -82,26 +88,43 @@ class Job:
         return [task for work in self.work for task in work.tasks]
 
     def task2vec(self) -> Task2Vec:
-        """The pipeline that embeds the tasks; JobError for settings that do not fit."""
+        """The pipeline that embeds the tasks. Raises JobError for settings that do not fit the probe."""
         options = dict(self.probe)
         size = options.pop("size", None)
         probe = probes.load_probe(**options)
         try:
             if size is not None:
-                probe.preprocessing = replace(probe.preprocessing, resize=size, crop=size)
-            settings = dict(self.settings)
-            if "dtype" in settings:
-                settings["dtype"] = getattr(torch, settings["dtype"])
-            return Task2Vec(probe, **settings)
+                probe.preprocessing = probe.preprocessing.sized(size)
+            return Task2Vec.from_settings(probe, Settings(**self.settings))
         except (TypeError, ValueError) as error:
             raise JobError(f"{self.file}: settings: {error}") from error
 
 
 def load_job(file: str | os.PathLike, *, root: str | os.PathLike | None = None, allow_outside: bool = False) -> Job:
-    """Read a job file, YAML or (by its suffix) TOML, and check all of it that needs no image.
+    """Read a job file, and check everything in it that can be checked without images.
 
-    ``root``: the folder out of which no path may lead, symbolic links followed; ``allow_outside`` lifts that. Raises
-    JobError for anything that is not as described above.
+    Nothing in the file is executed. All values have fixed types, and unknown keys are refused.
+
+    Args:
+        file: YAML, or TOML if its suffix is ``.toml``.
+        root: the folder out of which no path may lead after symbolic links are followed; by default the file's folder.
+        allow_outside: paths may lead anywhere.
+
+    Returns:
+        The job, for :func:`t2v_fast.bank.driver.run_job`.
+
+    Raises:
+        JobError: the file cannot be read, or is not a job as this module describes it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     (Path(name) / "flowers").mkdir()
+        ...     file = Path(name) / "job.yaml"
+        ...     written = file.write_text("settings: {samples: 3}\\ntasks: [{folder: flowers}]")
+        ...     job = load_job(file)
+        >>> job.tasks, job.settings
+        (['flowers'], {'samples': 3})
     """
     file = Path(file)
     try:
@@ -120,7 +143,7 @@ def load_job(file: str | os.PathLike, *, root: str | os.PathLike | None = None, 
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe subset, in which a key stands once."""
+    """YAML's safe subset, without repeated keys."""
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
         mapping = super().construct_mapping(node, deep)
@@ -129,31 +152,10 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-SETTINGS: dict[str, tuple[type, tuple | None]] = {  # type, and the values that are allowed
-    "estimator": (str, (*ESTIMATORS, BATCH_MEAN)),
-    "samples": (int, None),
-    "task_type": (str, tuple(TASK_TYPES)),
-    "balanced": (bool, None),
-    "head": (str, METHODS),
-    "head_options": (dict, None),
-    "batch_size": (int, None),
-    "num_workers": (int, None),
-    "cache_megabytes": (int, None),
-    "cache_folder": (str, None),
-    "device": (str, None),
-    "dtype": (str, ("float32", "float64", "bfloat16", "float16")),
-    "seed": (int, None),
-    "self_check": (bool, None),
-    "skip_unreadable": (bool, None),
-}
-LEAST = {"samples": 1, "batch_size": 1, "num_workers": 0, "cache_megabytes": 0, "seed": 0, "size": 1}
-PROBE: dict[str, tuple[type, tuple | None]] = {
-    "name": (str, None),
-    "weights": (str, None),
-    "head": (str, None),
-    "size": (int, None),
-}
-KINDS: dict[str, dict[str, Any]] = {  # key that holds the place: other keys and their defaults
+SETTINGS = {name: option for name, option in OPTIONS.items() if name not in NOT_IN_JOBS}
+PROBE = {"name": str, "weights": str, "head": str, "size": int}
+PROBE_MINIMUMS = {"size": 1}
+KINDS: dict[str, dict[str, Any]] = {  # the key that names the place of the data: other keys and their defaults
     "folder": {},
     "folders": {},
     "csv": {"path": "path", "label": None, "labels": None},
@@ -164,7 +166,7 @@ KINDS: dict[str, dict[str, Any]] = {  # key that holds the place: other keys and
 
 
 class _Checker:
-    """Turns what a file holds into a Job."""
+    """Turn the content of a file into a Job, or raise JobError."""
 
     def __init__(self, file: Path, root: Path | None) -> None:
         self.file, self.root, self.folder = file, root, file.parent
@@ -173,19 +175,14 @@ class _Checker:
         self._mapping(content, {"probe", "settings", "tasks"}, "")
         probe = content.get("probe", {})
         probe = {"name": probe} if isinstance(probe, str) else probe
-        self._typed(probe, PROBE, "probe: ")
+        self._check_probe(probe)
         probe = dict(probe)
         if probe.get("weights") not in (None, "default", "none"):
             probe["weights"] = str(self._path(probe["weights"], "probe: weights: "))
-        settings = content.get("settings", {})
-        self._typed(settings, SETTINGS, "settings: ")
-        settings = dict(settings)
-        skip = settings.pop("skip_unreadable", False)
-        if "cache_folder" in settings:
-            settings["cache_folder"] = str(self._path(settings["cache_folder"], "settings: cache_folder: "))
+        settings, skip_unreadable = self._settings(content.get("settings", {}))
         entries = content.get("tasks")
         if not isinstance(entries, list) or not entries:
-            raise self._error(f"tasks: got {_shown(entries)}, expected a list of at least one task")
+            raise self._error(f"tasks: got {shown(entries)}, expected a list of at least one task")
         multilabel = settings.get("task_type") == "multilabel"
         work, names = [], {}
         for number, entry in enumerate(entries, 1):
@@ -199,13 +196,13 @@ class _Checker:
                     if name in names:
                         raise self._error(f"{where}name: task {names[name]} is called so too")
                     names[name] = number
-                work.append(replace(w, skip_unreadable=skip))
+                work.append(replace(w, skip_unreadable=skip_unreadable))
         return Job(self.file, probe, settings, tuple(work))
 
-    def _task(self, entry: Any, number: int, multilabel: bool) -> Iterator[Work]:
+    def _task(self, entry: Any, number: int, multilabel: bool) -> Iterator[WorkItem]:
         where = f"task {number}: "
         if not isinstance(entry, dict):
-            raise self._error(f"{where}got {_shown(entry)}, expected a mapping with one of the keys {', '.join(KINDS)}")
+            raise self._error(f"{where}got {shown(entry)}, expected a mapping with one of the keys {', '.join(KINDS)}")
         where = f"task {number} ({str(entry['name'])[:80]!r}): " if "name" in entry else where
         kinds = [kind for kind in KINDS if kind in entry]
         if len(kinds) != 1:
@@ -218,11 +215,11 @@ class _Checker:
         for key, value in entry.items():
             many = key == "labels" or (key == "shards" and isinstance(value, list))
             if many and not (isinstance(value, list) and value and all(isinstance(v, str) and v for v in value)):
-                raise self._error(f"{where}{key}: got {_shown(value)}, expected a list of names")
+                raise self._error(f"{where}{key}: got {shown(value)}, expected a list of names")
             if many and len(set(value)) < len(value):
                 raise self._error(f"{where}{key}: one name stands twice")
             if not many and not (isinstance(value, str) and value):
-                raise self._error(f"{where}{key}: got {_shown(value)}, expected text")
+                raise self._error(f"{where}{key}: got {shown(value)}, expected text")
         options = {key: entry.get(key, default) for key, default in KINDS[kind].items()}
         if kind == "csv" and (options["label"] is None) == (options["labels"] is None):
             raise self._error(f"{where}expected either label (one column) or labels (columns of 0 and 1)")
@@ -231,7 +228,7 @@ class _Checker:
             raise self._error(f"{where}one bank holds tasks of one type: expected {expected}")
         yield from self._work(kind, entry, options, where)
 
-    def _work(self, kind: str, entry: Mapping[str, Any], options: dict[str, Any], where: str) -> Iterator[Work]:
+    def _work(self, kind: str, entry: Mapping[str, Any], options: dict[str, Any], where: str) -> Iterator[WorkItem]:
         if kind == "shards":
             paths = self._shards(entry["shards"], where)
         else:
@@ -246,12 +243,12 @@ class _Checker:
                 raise self._error(f"{where}folders: {entry[kind]!r} has no sub-folder")
             for folder in folders:
                 inside = self._path(str(folder.absolute()), f"{where}folders: ")
-                yield Work("folder", {f"{prefix}{folder.name}": ""}, (inside,), {}, self.root)
+                yield WorkItem("folder", {f"{prefix}{folder.name}": ""}, (inside,), {}, self.root)
             return
         name = entry.get("name") or (paths[0].name if kind == "folder" else None)
         if name is None:
             raise self._error(f"{where}name: is missing")
-        work = Work(kind, {name: ""}, paths, options, self.root)
+        work = WorkItem(kind, {name: ""}, paths, options, self.root)
         if kind == "table":
             try:
                 table = _table(work, name, options["labels"])
@@ -288,57 +285,69 @@ class _Checker:
 
     def _mapping(self, value: Any, keys: set[str], where: str) -> None:
         if not isinstance(value, dict):
-            raise self._error(f"{where}got {_shown(value)}, expected a mapping with {', '.join(sorted(keys))}")
+            raise self._error(f"{where}got {shown(value)}, expected a mapping with {', '.join(sorted(keys))}")
         for key in value:
             if key not in keys:
                 near = difflib.get_close_matches(str(key)[:80], keys, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(sorted(keys))}"
-                raise self._error(f"{where}unknown key {_shown(key)}: {hint}")
+                raise self._error(f"{where}unknown key {shown(key)}: {hint}")
 
-    def _typed(self, value: Any, keys: Mapping[str, tuple[type, tuple | None]], where: str) -> None:
-        self._mapping(value, set(keys), where)
-        for key, given in value.items():
-            kind, choices = keys[key]
-            if not isinstance(given, kind) or (isinstance(given, bool) and kind is not bool):
-                raise self._error(f"{where}{key}: got {_shown(given)}, expected {_WORDS[kind]}")
-            if choices is not None and given not in choices:
-                raise self._error(f"{where}{key}: got {_shown(given)}, expected one of {', '.join(choices)}")
-            if key in LEAST and not LEAST[key] <= given < 1 << 62:
-                raise self._error(f"{where}{key}: got {_shown(given)}, expected at least {LEAST[key]}")
+    def _check_probe(self, probe: Any) -> None:
+        self._mapping(probe, set(PROBE), "probe: ")
+        for key, given in probe.items():
+            if not isinstance(given, PROBE[key]) or isinstance(given, bool):
+                expected = "a whole number" if PROBE[key] is int else "text"
+                raise self._error(f"probe: {key}: got {shown(given)}, expected {expected}")
+            if key in PROBE_MINIMUMS and not PROBE_MINIMUMS[key] <= given < 1 << 62:
+                raise self._error(f"probe: {key}: got {shown(given)}, expected at least {PROBE_MINIMUMS[key]}")
+
+    def _settings(self, given: Any) -> tuple[dict[str, Any], bool]:
+        """The settings of the pipeline, with confined paths, and whether unreadable images are left out."""
+        for name, reason in NOT_IN_JOBS.items():
+            if isinstance(given, dict) and name in given:
+                raise self._error(f"settings: {name} is not for a job: {reason}")
+        self._mapping(given, {*SETTINGS, "skip_unreadable"}, "settings: ")
+        settings = dict(given)
+        skip_unreadable = settings.pop("skip_unreadable", False)
+        try:
+            if not isinstance(skip_unreadable, bool):
+                raise SettingError("skip_unreadable", skip_unreadable, SWITCH.expected)
+            Settings(**settings)
+        except SettingError as error:
+            text = f"{error.option}: got {shown(error.given)}, expected {error.expected}"
+            raise self._error(f"settings: {text}") from None
+        except ValueError as error:
+            raise self._error(f"settings: {error}") from None
+        for name, option in SETTINGS.items():
+            if option.kind is FOLDER and settings.get(name) is not None:
+                settings[name] = str(self._path(settings[name], f"settings: {name}: "))
+        return settings, skip_unreadable
 
     def _error(self, text: str) -> JobError:
         return JobError(f"{self.file}: {text}")
 
 
-_WORDS = {str: "text", int: "a whole number", bool: "true or false", dict: "a mapping"}
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
-    return text if len(text) < 90 else f"{text[:80]}..."
-
-
 def confine(given: str, folder: Path, root: Path | None) -> Path:
-    """``given``, which counts from ``folder``, as a path without links; ValueError if it leads out of ``root``."""
+    """Resolve a path that is relative to ``folder``, links included; ValueError if it leads out of ``root``."""
     try:
         path = (folder / given).resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a loop of links, a name too long
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a loop of links, or a name that is too long
         raise ValueError(f"{given[:80]!r} is no path: {error}") from None
     if root is not None and not path.is_relative_to(root):
         raise ValueError(f"{given[:200]!r} leads out of {root}; if it should, allow that (--allow-outside)")
     return path
 
 
-def _table(work: Work, task: str, labels: Sequence[str] | None) -> sources.Table:
+def _table(work: WorkItem, task: str, labels: Sequence[str] | None) -> sources.Table:
     file = work.paths[0]
     return sources.Table(file, work.options["path"], labels, lambda path: confine(path, file.parent, work.root), task)
 
 
-def _read_folder(work: Work, task: str) -> TaskData:
+def _read_folder(work: WorkItem, task: str) -> TaskData:
     return TaskData.of(work.paths[0], name=task, skip_unreadable=work.skip_unreadable)
 
 
-def _read_csv(work: Work, task: str) -> TaskData:
+def _read_csv(work: WorkItem, task: str) -> TaskData:
     labels = work.options["labels"]
     if labels is not None:
         return sources.multilabel_task(_table(work, task, labels), labels, task, work.skip_unreadable)
@@ -346,22 +355,22 @@ def _read_csv(work: Work, task: str) -> TaskData:
     return sources.table_task(_table(work, task, [label]), label, task, work.skip_unreadable)
 
 
-def _read_table(work: Work, task: str) -> TaskData:
+def _read_table(work: WorkItem, task: str) -> TaskData:
     label = work.tasks[task]
     return sources.table_task(_table(work, task, [label]), label, task, work.skip_unreadable)
 
 
-def _read_dataset(work: Work, task: str) -> TaskData:
+def _read_dataset(work: WorkItem, task: str) -> TaskData:
     return sources.saved_dataset(
         work.paths[0], work.options["image"], work.options["label"], task, work.skip_unreadable
     )
 
 
-def _read_shards(work: Work, task: str) -> TaskData:
+def _read_shards(work: WorkItem, task: str) -> TaskData:
     return sources.shards_task(work.paths, work.options["label"], task, work.skip_unreadable)
 
 
-_READERS: dict[str, Callable[[Work, str], TaskData]] = {
+_READERS: dict[str, Callable[[WorkItem, str], TaskData]] = {
     "folder": _read_folder,
     "csv": _read_csv,
     "table": _read_table,

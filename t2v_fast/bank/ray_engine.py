@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .engines import Engine, Factory, Result, WorkerDied, perform
-from .job import Work
+from .job import WorkItem
 
 
 class _Actor:
@@ -18,7 +18,7 @@ class _Actor:
         self.task2vec = factory()
         return self.task2vec.fingerprint()
 
-    def perform(self, work: Work) -> Result:
+    def perform(self, work: WorkItem) -> Result:
         return perform(self.task2vec, work)
 
 
@@ -56,7 +56,7 @@ class RayActors(Engine):
         self._pending[actor.prepare.remote(self._factory, self._threads)] = self._started
         return self._started
 
-    def submit(self, worker: int, work: Work) -> None:
+    def submit(self, worker: int, work: WorkItem) -> None:
         self._pending[self._actors[worker].perform.remote(work)] = worker
 
     def events(self, timeout: float) -> list[tuple[int, Any]]:

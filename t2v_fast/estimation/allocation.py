@@ -1,14 +1,16 @@
-"""Where a Fisher's cotangents are spent: how many each example gets, and which examples are drawn at all.
+"""Decide which examples a Fisher estimate visits, and how many cotangents each of them gets.
 
 Both follow from the logits, which the features of the first pass and the fitted head give for every example before any
-backward pass. With S_n the Fisher of example n's logits, W the head's weights and a_n the example's weight,
+backward pass. Let S_n be the Fisher of example n's logits, W the head's weights and a_n the example's weight.
 
-- a_n t_n, t_n = tr(W^T S_n W), the Fisher of the features, stands for the size of the example's part of the sum;
-- v_n(k) = 4 sum_{i < j} l_i l_j, over all eigenvalues of S_n but the k - 1 largest, relative to tr(S_n)^2, stands for
-  the variance that k ``deflated`` cotangents leave: it is that of one random-sign sketch of a diagonal of traces l_i.
+- The size of example n's part of the sum is approximated by a_n t_n with t_n = tr(W^T S_n W), the trace of the Fisher
+  of the features.
+- The variance that k ``deflated`` cotangents leave, relative to the square of example n's part, is approximated by
+  v_n(k) = 4 sum_{i < j} l_i l_j / tr(S_n)^2, where l_i runs over all eigenvalues of S_n but the k - 1 largest. This is
+  the variance of one random-sign sketch of a diagonal matrix with traces l_i.
 
-:func:`share_out` spends a fixed number of cotangents on all examples, :func:`draw` as little as it takes for a given
-error. What they rest on only decides how good the choice is: any choice gives an unbiased estimate.
+:func:`share_out` spends a fixed number of cotangents on all examples. :func:`draw` spends as little as a given error
+allows. The approximations only decide how good the choice is: the estimate is unbiased for every choice.
 """
 
 from __future__ import annotations
@@ -28,24 +30,29 @@ from .likelihoods import Likelihood, get_likelihood, mixed
 if TYPE_CHECKING:
     from .diagonal import FisherDiagonal
 
-FORWARD = 0.5  # seconds of reading and running an example, in those of backpropagating one cotangent
-OVERHEAD = 3.0  # examples that a pass of any size costs more, about that of EfficientNet-Lite0 at 64 pixels on a CPU
-# |sum_n a_n q_n| / sum_n a_n |q_n|, q_n the diagonal Fisher of example n: 0.68 to 0.78 with 2 to 100 classes, heads
-# fitted to the end and stopped early (EfficientNet-Lite0, handwritten digits).
+FORWARD = 0.5  # time to read and run an example, relative to backpropagating one cotangent
+OVERHEAD = 3.0  # fixed cost of a pass, in examples; measured with EfficientNet-Lite0 at 64 pixels on a CPU
+# |sum_n a_n q_n| / sum_n a_n |q_n|, with q_n the diagonal Fisher of example n. Measured 0.68 to 0.78 with 2 to 100
+# classes, for heads fitted to the end and heads stopped early (EfficientNet-Lite0, handwritten digits).
 COHERENCE = 0.7
-FLOOR = 0.01  # t_n counts as at least this part of its mean, which bounds the weights of examples that t_n misjudges
-MARGIN = 0.85  # the error that is aimed at, of that allowed; what a draw reports scatters by some ten percent
-LEAST = 64  # examples that are drawn at least: normal intervals need some
+FLOOR = 0.01  # t_n is at least this part of its mean, which bounds the weights of examples that t_n underestimates
+MARGIN = 0.85  # aim at this part of the allowed error, as the errors that draws report vary by some ten percent
+MIN_DRAWN = 64  # the fewest examples that a draw expects to visit, so that normal confidence intervals hold
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Which examples a Fisher visits, and with how many ``deflated`` cotangents.
+    """The examples that a Fisher estimate visits, and the number of ``deflated`` cotangents of each.
 
-    ``samples`` [N] int64, the cotangents of each example of the data set; ``examples`` [n] int64, the numbers of those
-    that are visited, in order; ``inclusion`` [N], the probability with which each came among them (Horvitz and
-    Thompson, 1952: dividing by it keeps sums over the visited examples unbiased). Raises ValueError for sizes that do
-    not fit and for visited examples of no probability.
+    Args:
+        samples: The cotangents of each example of the data set, int64 [N].
+        examples: The numbers of the visited examples in the order of the visits, int64 [n].
+        inclusion: The probability with which each example of the data set is visited, [N]. Each visited example's part
+            is divided by its probability, which keeps the sum unbiased (Horvitz and Thompson, 1952).
+
+    Raises:
+        ValueError: The sizes do not fit, an example's number is out of range, or a visited example has a probability
+            that is not above 0 and at most 1.
     """
 
     samples: Tensor
@@ -62,27 +69,35 @@ class Allocation:
         if not ((visited > 0) & (visited <= 1)).all():
             raise ValueError("inclusion of the visited examples must be above 0 and at most 1")
 
-    @property
-    def is_sample(self) -> bool:
-        """Whether examples were left out by chance."""
-        return bool((self.inclusion < 1).any())
-
     def ordered(self) -> Allocation:
-        """The same with the examples of the most cotangents first, so that no batch waits for a few."""
+        """Return the same allocation, with the examples that have the most cotangents first.
+
+        Examples of one batch then need about as many backward passes as each other.
+        """
         order = self.samples[self.examples].argsort(descending=True, stable=True)
         return Allocation(self.samples, self.examples[order], self.inclusion)
 
     def batches(self, size: int) -> list[Tensor]:
-        """The visited examples in batches of at most ``size``, int64 [b] each, that cost the least.
+        """Split the visited examples, in their order, into the batches that cost the least.
 
-        Every example of a batch costs as much as that with the most cotangents, and every pass costs
-        :data:`OVERHEAD` examples besides. Raises ValueError for a size below one.
+        Every example of a batch costs as much as the example with the most cotangents, and every pass costs
+        :data:`OVERHEAD` examples more.
+
+        Args:
+            size: The most examples of a batch.
+
+        Returns:
+            The numbers of each batch's examples, int64 [b].
+
+        Raises:
+            ValueError: ``size`` is below one.
         """
         if size < 1:
             raise ValueError(f"size is {size}, expected batches of at least one example")
         passes = FORWARD + self.samples[self.examples].double().numpy()
         n = len(passes)
-        least, begin = np.zeros(n + 1), np.zeros(n + 1, dtype=int)  # of the first i examples: cost, start of the last
+        # For the first i examples: the least cost, and where the last batch begins.
+        least, begin = np.zeros(n + 1), np.zeros(n + 1, dtype=int)
         falling = bool((passes[1:] <= passes[:-1]).all())
         for i in range(1, n + 1):
             first = max(0, i - size)
@@ -99,21 +114,22 @@ class Allocation:
 
 
 def seeds_of(examples: Tensor, seed: int) -> Tensor:
-    """A seed for each of some examples, int64 [n], the same whichever others are visited, and in what order."""
+    """Return a seed for each example, int64 [n]. It does not depend on the other examples or on their order."""
     return mixed(mixed(torch.tensor(seed)) + examples)
 
 
-def everyone(samples: Tensor) -> Allocation:
-    """Every example in its place, with ``samples`` [N] cotangents."""
+def full_allocation(samples: Tensor) -> Allocation:
+    """Return the allocation that visits every example in its place, with ``samples`` [N] cotangents."""
     return Allocation(samples, torch.arange(len(samples)), torch.ones(len(samples), dtype=torch.float64))
 
 
 @dataclass(frozen=True)
-class Need:
-    """What is known of each example before any backward pass.
+class SamplingStats:
+    """What is known about each example before any backward pass.
 
-    ``importance`` [N], a_n t_n over its sum; ``spectrum`` [N, R], the eigenvalues of S_n over its trace, the largest
-    first.
+    Args:
+        importance: a_n t_n divided by its sum over all examples, [N].
+        spectrum: The eigenvalues of S_n divided by its trace, the largest first, [N, R].
     """
 
     importance: Tensor
@@ -122,10 +138,17 @@ class Need:
     @classmethod
     def of(
         cls, logits: Tensor, weight: Tensor, weights: Tensor | None = None, likelihood: str | Likelihood = "softmax"
-    ) -> Need:
-        """From the logits [N, C] of all examples, the head's ``weight`` [C, D] and the examples' ``weights`` [N].
+    ) -> SamplingStats:
+        """Compute the statistics from the logits of all examples.
 
-        Raises ValueError, naming it, for logits that are not finite and sizes that do not fit.
+        Args:
+            logits: [N, C].
+            weight: The weights of the head that gave the logits, [C, D].
+            weights: The weights of the examples, [N]; by default all count the same.
+            likelihood: As for :func:`t2v_fast.fisher`.
+
+        Raises:
+            ValueError: The sizes do not fit, or the logits of an example are not finite.
         """
         if logits.dim() != 2 or weight.dim() != 2 or len(weight) != logits.shape[1]:
             raise ValueError(
@@ -143,12 +166,12 @@ class Need:
         tiny = torch.finfo(torch.float64).tiny
         spectrum = model.spectrum(z)
         importance = a * t
-        if not importance.any():  # no example has a Fisher that float64 can tell from zero
+        if not importance.any():  # every example has a Fisher that is zero in float64
             importance = a
         return cls(importance / importance.sum().clamp_min(tiny), spectrum / spectrum.sum(1, True).clamp_min(tiny))
 
     def variances(self, samples: Tensor) -> Tensor:
-        """v_n(k) for each of the numbers of cotangents ``samples`` [K], relative to t_n^2: [N, K]; 0 from rank R on."""
+        """Return v_n(k) for each number of cotangents k in ``samples`` [K]: [N, K]. It is 0 for k above R."""
         n, rank = self.spectrum.shape
         zero = self.spectrum.new_zeros(n, 1)
         tails = torch.cat([self.spectrum.flip(1).cumsum(1).flip(1), zero], 1)  # [N, R + 1]
@@ -157,12 +180,26 @@ class Need:
         return 4 * pairs[:, (samples - 1).clamp_max(rank)]
 
 
-def share_out(need: Need, samples: float) -> Tensor:
-    """How many cotangents each example gets, int64 [N], at most ``samples`` on average and each at least one.
+def share_out(need: SamplingStats, samples: float) -> Tensor:
+    """Choose the numbers of cotangents that leave the least variance, for a fixed total.
 
-    The next eigenvector of example n takes a_n^2 t_n^2 (v_n(k) - v_n(k + 1)) off the variance of the sum, which falls
-    with k: so taking the largest of these differences, over all examples, is the best choice. Raises ValueError for
-    fewer than one.
+    One more eigenvector of example n reduces the variance of the sum by a_n^2 t_n^2 (v_n(k) - v_n(k + 1)). This
+    reduction falls with k, so the best choice is to take the largest reductions over all examples.
+
+    Args:
+        need: The statistics of the examples.
+        samples: The mean number of cotangents of an example, at least 1.
+
+    Returns:
+        The number of cotangents of each example, int64 [N]: at least one, and at most ``samples`` on average.
+
+    Raises:
+        ValueError: ``samples`` is below one.
+
+    Example:
+        >>> logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 0.0, 0.0], [5.0, 0.0, 0.0]])  # one example is uncertain
+        >>> share_out(SamplingStats.of(logits, torch.eye(3)), samples=4 / 3)
+        tensor([1, 2, 1])
     """
     if not samples >= 1:
         raise ValueError(f"samples is {samples}, expected at least one cotangent for each example")
@@ -174,13 +211,24 @@ def share_out(need: Need, samples: float) -> Tensor:
     return 1 + torch.bincount(taken, minlength=n)
 
 
-def draw(need: Need, error: float, seed: int = 0) -> Allocation:
-    """The cheapest choice of examples and of their cotangents whose relative error should be ``error``.
+def draw(need: SamplingStats, error: float, seed: int = 0) -> Allocation:
+    """Choose the examples and their cotangents that cost the least for an expected relative error.
 
-    Each example costs :data:`FORWARD` and its cotangents, one more than ``samples`` where two sketches tell the error.
-    With inclusion probability p and k cotangents it leaves the variance (a_n t_n)^2 ((1 / p - 1) + v_n(k) / 2 p); one
-    price of variance for all examples gives p and k of each. The examples are drawn systematically (Madow, 1949), in
-    random order; those of probability one are all there. Raises ValueError for an error below zero.
+    An example with k cotangents costs k + :data:`FORWARD`, and one cotangent more where a second sketch estimates the
+    error. With inclusion probability p the example leaves the variance (a_n t_n)^2 ((1 / p - 1) + v_n(k) / (2 p)). One
+    price of variance for all examples determines p and k of each. The examples are drawn systematically (Madow, 1949)
+    in random order, and examples of probability one are always visited.
+
+    Args:
+        need: The statistics of the examples.
+        error: The relative error of the Fisher's norm that is aimed at, at least 0.
+        seed: Fixes which examples are drawn.
+
+    Returns:
+        The allocation, with the examples that have the most cotangents first.
+
+    Raises:
+        ValueError: ``error`` is below zero.
     """
     if not error >= 0:
         raise ValueError(f"error is {error}, expected a relative error of at least 0")
@@ -192,7 +240,7 @@ def draw(need: Need, error: float, seed: int = 0) -> Allocation:
     squares = need.importance.square()[:, None]
 
     def best(price: float) -> tuple[Tensor, Tensor, float]:
-        """Probabilities, numbers of cotangents and relative error, where variance costs 1 / ``price``."""
+        """Return probabilities, numbers of cotangents and relative error where variance costs 1 / ``price``."""
         if price == 0:
             return torch.ones(n, dtype=torch.float64), torch.full((n,), rank), 0.0
         p = (squares * (1 + variances) / (price * cost)).sqrt().clamp_max(1)
@@ -212,16 +260,29 @@ def draw(need: Need, error: float, seed: int = 0) -> Allocation:
             middle = (low + high) / 2
             low, high = (middle, high) if best(10**middle)[2] <= error else (low, middle)
         inclusion, samples, _ = best(10**low)
-    inclusion = _at_least(inclusion, need.importance, LEAST)
+    inclusion = _at_least(inclusion, need.importance, MIN_DRAWN)
     return Allocation(samples, _systematic(inclusion, seed), inclusion).ordered()
 
 
-def until(need: Need, tolerance: float, visit: Callable[[Allocation], FisherDiagonal], seed: int = 0) -> FisherDiagonal:
-    """``visit(allocation)``, the Fisher of a draw with its ``estimator_error``, for larger and larger draws until that
-    is at most ``tolerance`` of the Fisher's norm. Each aims below it by a :data:`MARGIN`, since a further draw starts
-    anew: to go on with the images of one because of its error would bias the result.
+def sample_until(
+    need: SamplingStats, tolerance: float, visit: Callable[[Allocation], FisherDiagonal], seed: int = 0
+) -> FisherDiagonal:
+    """Estimate the Fisher from larger and larger draws, until the estimated error is small enough.
 
-    Raises ValueError for a tolerance that is not above zero.
+    Each draw aims at a smaller error than the last, by a factor of at most :data:`MARGIN`. Each draw starts anew: to
+    keep the examples of an earlier draw because of its error would bias the result.
+
+    Args:
+        need: The statistics of the examples.
+        tolerance: The largest ``estimator_error`` relative to the norm of the Fisher, above 0.
+        visit: Returns the Fisher of an allocation, with its ``estimator_error``.
+        seed: Fixes which examples are drawn.
+
+    Returns:
+        The first result of ``visit`` whose relative error is at most ``tolerance``.
+
+    Raises:
+        ValueError: ``tolerance`` is not above zero.
     """
     if not tolerance > 0:
         raise ValueError(f"tolerance is {tolerance}, expected a relative error above 0")
@@ -235,8 +296,10 @@ def until(need: Need, tolerance: float, visit: Callable[[Allocation], FisherDiag
 
 
 def _at_least(inclusion: Tensor, importance: Tensor, least: int) -> Tensor:
-    """Probabilities scaled up until ``least`` of the examples that may be drawn are expected, or all are certain; what
-    is expected besides the certain ones is nothing, or some few, of whose spread something can be said."""
+    """Scale the probabilities up until ``least`` examples are expected to be visited, or all of them are certain.
+
+    The expected number of uncertain examples is then zero, or large enough to estimate their variance.
+    """
     some = importance > 0
     for _ in range(50):
         certain = inclusion >= 1
@@ -250,7 +313,7 @@ def _at_least(inclusion: Tensor, importance: Tensor, least: int) -> Tensor:
 
 
 def _systematic(inclusion: Tensor, seed: int) -> Tensor:
-    """Numbers of examples of which each is there with its probability, and as many as the sum of these, to rounding."""
+    """Draw examples with the given probabilities. The number drawn is the sum of the probabilities, rounded."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(inclusion), generator=generator)
     start = torch.rand((), generator=generator, dtype=torch.float64)

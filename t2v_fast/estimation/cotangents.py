@@ -1,20 +1,21 @@
-"""Which directions to backpropagate: an estimator of the Fisher is only a choice of cotangents of the logits.
+"""Choose the directions to backpropagate: an estimator of the Fisher is a choice of cotangents of the logits.
 
-With S_n the Fisher of the logits of example n (softmax: diag(p) - p p^T), any cotangents with E[sum_k u_k u_k^T] = S_n
-give sum_k (J_n^T u_k)^2 with the diagonal Fisher as its expectation, since each entry is a quadratic form in u.
+Let S_n be the Fisher of the logits of example n (softmax: diag(p) - p p^T), and J_n the derivative of its logits with
+respect to the parameters. The diagonal Fisher has entries that are quadratic forms in the cotangents. So for any
+cotangents with E[sum_k u_k u_k^T] = S_n, the expectation of sum_k (J_n^T u_k)^2 is the diagonal Fisher.
 
 ===============  ================================================================================================
-``exact``        a factor of S_n: no sampling error, C - 1 cotangents for a softmax over C classes
-``deflated``     the leading samples - 1 eigenvectors of S_n, and one random-sign sketch of all others; unbiased.
-                 ``samples`` may differ from example to example (:mod:`t2v_fast.estimation.allocation`)
+``exact``        the columns of a factor of S_n: no sampling error, C - 1 cotangents for a softmax over C classes
+``deflated``     the leading ``samples`` - 1 eigenvectors of S_n, and one random-sign sketch of all others; unbiased.
+                 ``samples`` may differ between examples (:mod:`t2v_fast.estimation.allocation`)
 ``hutchinson``   random-sign sketches of the whole factor (Hutchinson, 1989); unbiased
 ``monte_carlo``  scores of labels drawn from the model, as in Task2Vec's public code; unbiased
-``empirical``    the score of the data set's own label (the "empirical Fisher": another quantity than the Fisher)
+``empirical``    the score of the data set's own label; this is the empirical Fisher, which is another quantity
 ===============  ================================================================================================
 
-Everything is float64 on the CPU: a confident head has 1 - p around 1e-7, which float32 cannot hold, and drawing signs
-on the CPU in example order makes a seed give the same numbers on every device and at every batch size. Where examples
-come in another order or not all, each has a seed of its own.
+Everything is computed in float64 on the CPU. For a confident head 1 - p is around 1e-7, which float32 cannot represent.
+Random numbers are drawn on the CPU in the order of the examples, so a seed gives the same numbers on every device and
+at every batch size. Where examples come in another order, or some are left out, each example has its own seed.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from torch import Tensor
 from .likelihoods import Likelihood, Softmax, get_likelihood, random_signs
 
 ESTIMATORS = ("exact", "deflated", "hutchinson", "monte_carlo", "empirical")
-LARGEST_EXACT = 2**30  # numbers that the cotangents of all tokens may hold
+LARGEST_EXACT = 2**30  # the most numbers in the exact cotangents of a batch of tokens
 LEVELS = ("token", "sequence")
 
 
 def check_estimator(estimator: str, samples: int | Tensor) -> None:
-    """Raise ValueError for an unknown estimator or a number of cotangents that makes no sense."""
+    """Raise ValueError for an unknown estimator, or for fewer than one cotangent."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"unknown estimator {estimator!r}: expected one of {', '.join(ESTIMATORS)}")
     least = samples if not isinstance(samples, Tensor) else int(samples.min()) if len(samples) else 1
@@ -49,23 +50,45 @@ def cotangents(
     level: str = "token",
     sketches: int = 1,
 ) -> Tensor:
-    """The cotangents of one batch: u [K, N, C] for logits [N, C], in the logits' dtype and on their device.
+    """Return the cotangents of one batch, whose squared gradients sum to an estimate of its Fisher.
 
-    ``samples`` counts the cotangents of the sampling estimators (``deflated`` may return fewer, when they are exact,
-    and has one more for each of the ``sketches`` beyond the first, which come last and differ by chance alone);
-    ``labels`` are needed by ``empirical`` alone: [N] class indices for softmax, [N, C] targets otherwise. Without a
-    ``generator`` the default one of torch is used. Raises ValueError naming what does not fit.
+    Logits [N, T, C] have a label at each of T tokens, which are independent given the input, as the labels of a
+    language model are given the text before them. All tokens of a sequence share a backward pass, with an independent
+    sign or label for each token: the products of two tokens' gradients then vanish in expectation, and the squared
+    gradient of the sequence estimates the sum of the tokens' squares. Two cases differ:
 
-    For ``deflated`` cotangents of logits [N, C], ``samples`` may be [N] integers, one number for each example: K is
-    that of the largest, and u is zero where an example has fewer. ``generator`` may be [N] seeds, int64, of the
-    examples: one's signs are then the same in whatever batch it comes.
+    - ``exact`` has one cotangent for each token and direction, and no sampling error.
+    - ``empirical`` gives each token's score a random sign with ``level="token"``, so it is then an estimate as well.
+      With ``level="sequence"`` there are no signs: the gradient of the whole sequence's log-likelihood is squared.
 
-    Logits [N, T, C] have a label at each of T tokens, independent given the input, as a language model's are given the
-    text before them; u is [K, N, T, C], labels [N, T] (or [N, T, C]). Where ``mask`` [N, T] is false, there is no label
-    and u is zero. All tokens of a sequence share a backward pass: with independent signs, or independent labels, the
-    products of two tokens' gradients vanish in expectation, and the square is that of each token, summed. ``exact``
-    takes one pass for each token and direction. For ``empirical``, ``level="sequence"`` squares the gradient of the
-    whole sequence's log-likelihood instead.
+    Args:
+        logits: [N, C], or [N, T, C] for tokens.
+        estimator: One of :data:`ESTIMATORS`.
+        samples: The number of cotangents K, for the sampling estimators. ``deflated`` gives fewer where fewer are
+            exact. For ``deflated`` and logits [N, C] it may be one number for each example, int64 [N]: K is then the
+            largest, and u is zero where an example has fewer.
+        likelihood: A name in :data:`t2v_fast.estimation.likelihoods.LIKELIHOODS`, or a likelihood.
+        labels: The labels, for ``empirical`` only: class indices [N] (for tokens [N, T]) for softmax, else targets of
+            the shape of the logits.
+        generator: Where random numbers come from; by default torch's own generator. For ``deflated`` and logits
+            [N, C] it may be a seed for each example, int64 [N]: an example's signs are then the same in every batch.
+        mask: Which tokens have a label, [N, T]; by default all. The other tokens' cotangents are zero.
+        level: ``"token"`` or ``"sequence"``, for ``empirical`` and tokens.
+        sketches: For ``deflated`` and logits [N, C], the number of independent random-sign sketches, each of which is
+            one cotangent. They come last, and differ by chance alone.
+
+    Returns:
+        The cotangents, [K, N, C] or [K, N, T, C], with the dtype and on the device of the logits.
+
+    Raises:
+        ValueError: An argument does not fit; the message names it.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
+        >>> u = cotangents(logits, "exact")
+        >>> p = logits.softmax(1)
+        >>> torch.allclose(torch.einsum("knc,knd->ncd", u, u), torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
+        True
     """
     check_estimator(estimator, samples)
     model = get_likelihood(likelihood)
@@ -112,7 +135,7 @@ def cotangents(
 def _deflated(
     model: Likelihood, z: Tensor, samples: int | Tensor, source: torch.Generator | Tensor | None, sketches: int
 ) -> Tensor:
-    """Leading eigenvectors and sketches; no sketches where nothing is left for any example of the batch."""
+    """Return leading eigenvectors and sketches, without sketches where all examples of the batch are exact."""
     n, c = z.shape
     if not isinstance(samples, Tensor):
         samples = torch.full((n,), samples)
@@ -133,7 +156,7 @@ def _of_tokens(
     mask: Tensor | None,
     level: str,
 ) -> Tensor:
-    """The cotangents of logits [N, T, C]: every token that is not masked is an example of its own first."""
+    """Return the cotangents of logits [N, T, C]. Every token that is not masked is first treated as an example."""
     n, t, c = logits.shape
     if estimator == "exact" and c * t * logits.numel() > LARGEST_EXACT:
         raise ValueError(
@@ -162,13 +185,14 @@ def _of_tokens(
         of_each = of_each * random_signs(of_each.shape[1], len(of_each), 1, generator).to(of_each)
     u = logits.new_zeros((len(of_each), *logits.shape))
     u[:, there] = of_each
-    if estimator == "exact":  # [K, N, T, C] to [K T, N, T, C], each with one token
+    if estimator == "exact":  # [K, N, T, C] to [K T, N, T, C]: one token in each cotangent
         at = torch.eye(t, dtype=u.dtype, device=u.device)
         u = (u[:, None] * at[None, :, None, :, None]).flatten(0, 1)
     return u
 
 
 def _check_labels(labels: Tensor, z: Tensor, model: Likelihood) -> Tensor:
+    """Return the labels in the dtype that the likelihood needs. Raise ValueError where they do not fit."""
     n, c = z.shape
     if isinstance(model, Softmax):
         whole = not labels.is_floating_point() and labels.dtype != torch.bool

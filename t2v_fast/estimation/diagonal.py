@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..gradients.recorder import FisherRecorder
+from .moments import NamedMoments
+
 
 @dataclass(frozen=True)
 class FisherDiagonal(Mapping[str, Tensor]):
-    """A diagonal Fisher by parameter name, float64 on the CPU.
+    """A diagonal Fisher: a mapping from parameter names to float64 tensors on the CPU.
 
-    Values: [O] for a parameter [O, ...] at granularity ``filter``, its shape at ``parameter``, a scalar at ``tensor``.
-    ``standard_error`` has the same keys and shapes: the standard deviation of the estimate over data sets like this one
-    and over the estimator's own draws, NaN where fewer than two units were seen. The units are examples, for
-    ``parameter`` and ``batch_mean`` batches. ``estimator_error``, where it was asked for: the standard deviation of the
-    estimator's own draws alone, of cotangents and of examples that an allocation left out, by which the values differ
-    from ``exact`` on all examples. ``samples``: cotangents of an example, the mean where they differ; ``visited``: how
-    many of the ``num_examples`` were backpropagated, all but with an allocation. ``unused`` parameters are those that
-    no output depended on, ``skipped`` those that ``unsupported="skip"`` left out.
+    A parameter [O, ...] has values [O] with granularity ``"filter"``, values of its own shape with ``"parameter"`` and
+    a scalar with ``"tensor"``.
+
+    Args:
+        entries: The values, by parameter name.
+        standard_error: For each value the standard deviation of the estimate, over data sets like this one and over
+            the estimator's random draws; same keys and shapes. It comes from the spread of the examples, or of the
+            batches for granularity ``"parameter"`` and estimator ``"batch_mean"``, and is NaN where there are fewer
+            than two of them.
+        granularity: ``"filter"``, ``"parameter"`` or ``"tensor"``.
+        estimator: The name of the estimator.
+        samples: The cotangents of an example, on average where the examples differ.
+        num_examples: The number of examples of the data set.
+        unused: Parameters that no output depends on. Their values are zero.
+        skipped: Parameters that ``unsupported="skip"`` left out.
+        estimator_error: For each value the standard deviation that is due to the random draws alone: of cotangents,
+            and of the examples that an allocation leaves out. It measures the distance from ``"exact"`` on all
+            examples. None where it was not asked for.
+        visited: The number of examples that were backpropagated. It is below ``num_examples`` only where an allocation
+            leaves examples out.
     """
 
-    values_: dict[str, Tensor]
+    entries: dict[str, Tensor]
     standard_error: dict[str, Tensor]
     granularity: str
     estimator: str
@@ -34,8 +50,14 @@ class FisherDiagonal(Mapping[str, Tensor]):
     estimator_error: dict[str, Tensor] | None = None
     visited: int = 0
 
+    @property
+    def values_(self) -> dict[str, Tensor]:
+        """Former name of ``entries``."""
+        warnings.warn("FisherDiagonal.values_ is now FisherDiagonal.entries", DeprecationWarning, stacklevel=2)
+        return self.entries
+
     def relative_error(self) -> float:
-        """Norm of the ``estimator_error`` over the norm of the values; NaN where it was not asked for."""
+        """Return the norm of ``estimator_error`` over the norm of the values, or NaN where there is none."""
         if self.estimator_error is None:
             return float("nan")
         return float(
@@ -43,24 +65,24 @@ class FisherDiagonal(Mapping[str, Tensor]):
         )
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.values_[name]
+        return self.entries[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.values_)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self.values_)
+        return len(self.entries)
 
     def vector(self) -> Tensor:
-        """All values in one vector, parameter after parameter."""
-        return _joined(self.values_)
+        """Return all values in one vector, parameter after parameter."""
+        return _joined(self.entries)
 
     def standard_error_vector(self) -> Tensor:
-        """All standard errors in one vector, in the order of :meth:`vector`."""
+        """Return all standard errors in one vector, in the order of :meth:`vector`."""
         return _joined(self.standard_error)
 
     def error_vector(self) -> Tensor:
-        """The ``estimator_error`` in one vector where it was asked for, else the standard errors."""
+        """Return ``estimator_error`` in one vector, or the standard errors where there is none."""
         return self.standard_error_vector() if self.estimator_error is None else _joined(self.estimator_error)
 
     def __repr__(self) -> str:
@@ -68,6 +90,32 @@ class FisherDiagonal(Mapping[str, Tensor]):
             f"FisherDiagonal({len(self)} parameters, granularity={self.granularity!r}, estimator={self.estimator!r}, "
             f"samples={self.samples}, num_examples={self.num_examples})"
         )
+
+
+def diagonal_of(
+    moments: NamedMoments,
+    recorder: FisherRecorder,
+    estimator: str,
+    samples: int | float,
+    num_examples: int,
+    skipped: frozenset[str] = frozenset(),
+) -> FisherDiagonal:
+    """Return the result that the moments of all examples give. Raise ValueError where a value is not finite."""
+    values = moments.mean()
+    for name, mean in values.items():
+        if not mean.isfinite().all():
+            raise ValueError(f"the Fisher of {name!r} is not finite: the network's activations or gradients overflow")
+    return FisherDiagonal(
+        values,
+        moments.standard_error(),
+        recorder.granularity,
+        estimator,
+        samples,
+        num_examples,
+        recorder.unused,
+        skipped,
+        visited=num_examples,
+    )
 
 
 def _joined(values: Mapping[str, Tensor]) -> Tensor:

@@ -1,9 +1,8 @@
-"""fisher(): the diagonal Fisher information of a network over a data set."""
+"""Estimate the diagonal Fisher information of a network over a data set: :func:`fisher`."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,95 +10,38 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from ..gradients.factors import Factors
-from ..gradients.fast_forward import fast_forward
-from ..gradients.graph import Use, mend_batch_norms
+from ..gradients.graph import Use, fix_batch_norm_gradients
 from ..gradients.ownership import nodes_of
 from ..gradients.recorder import FilterAxis, FisherRecorder, ParameterFilter
-from ..gradients.self_check import SelfCheck
 from ..ops import planner
-from .allocation import Allocation, seeds_of
+from .allocation import Allocation
+from .batches import Batch, Draws, Schedule, forward_passes
 from .cotangents import check_estimator, cotangents
-from .diagonal import FisherDiagonal
+from .diagonal import FisherDiagonal, diagonal_of
 from .likelihoods import Likelihood, get_likelihood
 from .moments import DrawnExamples, NamedMoments, Units
 
-log = logging.getLogger(__name__)
-
 BATCH_MEAN = "batch_mean"
-IGNORED = -100  # the label of a token that does not count, as cross_entropy has it
-
-
-def _input(t: Any, device: str | torch.device) -> Any:
-    """A tensor where the network is, such as autograd may save; anything else as it is."""
-    if not isinstance(t, Tensor):
-        return t
-    return t.to(device, copy=t.is_inference())
-
-
-def _split_batch(batch: Any) -> tuple[Any, Tensor | None]:
-    """(input, labels) of what a loader yields: (input, labels, ...), the input alone, or a mapping with "labels"."""
-    if isinstance(batch, Mapping) and "labels" in batch:
-        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
-    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
-        return batch[0], batch[1]
-    if isinstance(batch, (tuple, list)) and len(batch) == 1:
-        return batch[0], None
-    return batch, None
+IGNORED = -100  # the label of a token that does not count, as in torch's cross_entropy
 
 
 def _default_forward(model: nn.Module, inputs: Any) -> Tensor:
+    """Run the model, mappings as keyword arguments; return its output, or the output's ``logits``."""
     output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     return getattr(output, "logits", output)
 
 
-def _check_logits(logits: Any, n: int) -> Tensor:
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"the model returned {type(logits).__name__}, expected logits [N, C]: pass forward=lambda model, x: ..."
-        )
-    if logits.dim() not in (2, 3) or logits.shape[0] != n:
-        raise ValueError(
-            f"the model gave logits {list(logits.shape)} for {n} examples, expected [{n}, C], or [{n}, T, C] for tokens"
-        )
-    return logits
-
-
 def _default_mask(inputs: Any, labels: Tensor | None) -> Tensor | None:
-    """Which tokens count, [N, T]: none of padding, none whose label is -100; None where all do."""
+    """Return which tokens count, [N, T]: all but padding and tokens with label -100. None means all tokens."""
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     mask = None if mask is None else mask.bool().cpu()
     if labels is not None and not labels.is_floating_point():
         wanted = (labels != IGNORED).cpu()
         mask = wanted if mask is None else mask & wanted
     return mask
-
-
-def _token_mask(mask: Tensor | None, labels: Tensor | None, logits: Tensor) -> Tensor | None:
-    """The mask, which must have an entry for each token of logits [N, T, C]."""
-    if mask is not None and mask.shape != logits.shape[:2]:
-        given = "" if labels is None else f", and the labels are {list(labels.shape)}"
-        raise ValueError(
-            f"the logits are {list(logits.shape)}, one of each token, but the mask of those that count is "
-            f"{list(mask.shape)}{given}: expected {list(logits.shape[:2])}. Give a label for each token, or let the "
-            "model pool its tokens (forward=...)"
-        )
-    return mask
-
-
-def _check_inputs(inputs: Any, batch: int) -> int:
-    """The number of examples of a batch, whose floating-point values must be finite."""
-    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
-    if not tensors:
-        raise TypeError(f"batch {batch} holds no tensor but {type(inputs).__name__}: expected tensors, examples first")
-    for t in tensors:
-        if t.is_floating_point() and not t.isfinite().all():
-            bad = int((~t.flatten(1).isfinite().all(1)).nonzero()[0]) if t.dim() > 1 else 0
-            raise ValueError(f"batch {batch}, example {bad}: the input has NaN or infinite values")
-    return tensors[0].shape[0]
 
 
 def fisher(
@@ -126,204 +68,264 @@ def fisher(
     estimator_error: bool = False,
     allocation: Allocation | None = None,
 ) -> FisherDiagonal:
-    """The diagonal Fisher information of ``model`` over the examples of ``loader``, exactly per example.
+    """Estimate the diagonal of the Fisher information of ``model`` over the examples of ``loader``.
 
-    F = sum_n a_n E_{y ~ p(y | x_n)} [(d log p(y | x_n) / d w)^2] (Achille et al., 2019, equation 1), reduced by
-    ``granularity``; a_n = 1/N, or ``weights`` [number of examples], in the loader's order, divided by their sum.
+    With g_n(y) the gradient of -log p(y | x_n) with respect to the parameters w, the result is the diagonal of the
+    matrix of Achille et al. (2019), equation 1::
 
-    ``loader`` yields (input, labels, ...) or inputs, examples along the first axis; mappings are passed as keyword
-    arguments. ``estimator`` and ``samples`` choose the cotangents (:mod:`t2v_fast.estimation.cotangents`); besides
-    those, ``"batch_mean"`` is the squared gradient of the batch's mean loss, labels drawn from the model, averaged over
-    batches: what Task2Vec's public code computes. It is another quantity, and allows batch norm in training mode.
-    ``likelihood``: ``"softmax"`` (logits [N, C]), ``"sigmoid"`` (C yes-or-no labels) or ``"gaussian"``. ``parameters``:
-    names, or a function of name and parameter; default all. ``unsupported`` (``"error"``, ``"exact"`` or ``"skip"``)
-    and ``filter_axis`` as in :class:`FisherRecorder`. The model's mode is left as it is.
+        F = sum_n a_n E_{y ~ p(y | x_n)} [g_n(y) g_n(y)^T]
 
-    Logits [N, T, C] are those of a token model (:func:`t2v_fast.estimation.cotangents.cotangents`); examples are
-    sequences. ``mask(inputs, labels)`` says which tokens count, [N, T]; by default those with an ``attention_mask``
-    and, where there are labels (labels[n, t] is that of logits[n, t]), with another label than -100. ``level``:
-    ``"token"`` for the mean over tokens of each token's Fisher, ``"sequence"`` for the mean over sequences of the
-    Fisher of a whole sequence, the sum over its tokens; the standard error is over sequences in both.
+    Each example has a weight a_n, and the diagonal is averaged over parts of each parameter (``granularity``).
+    Gradients are squared for each example inside the backward pass, so no per-example gradient is stored. A batch costs
+    one forward pass and the backward passes that the estimator needs. These are the estimators, for logits [N, C] with
+    the Fisher S_n of the logits of example n (softmax: diag(p) - p p^T):
 
-    The network is watched as :mod:`t2v_fast.gradients.self_check` has it (``self_check``): two examples of the first
-    batch against plain autograd, the batch's logits against those of its halves and of single examples, later batches
-    at growing intervals, and random numbers that are drawn in any forward pass.
+    ===============  ==================================================================  ==========================
+    ``estimator``    what is squared                                                     backward passes a batch
+    ===============  ==================================================================  ==========================
+    ``deflated``     the leading ``samples`` - 1 eigenvectors of S_n and one             ``samples``; exact from the
+                     random-sign sketch of the others; unbiased, the default             rank of S_n on
+    ``exact``        a factor B of S_n, with B B^T = S_n; no sampling error              C - 1 for softmax, else C
+    ``hutchinson``   random-sign sketches of the whole factor; unbiased                  ``samples``
+    ``monte_carlo``  g_n(y) for ``samples`` labels y drawn from the model; unbiased,     ``samples``
+                     but with a large variance for a confident model
+    ``empirical``    g_n(y) for the data set's own label y; this is the empirical        1
+                     Fisher, a different quantity
+    ``batch_mean``   the gradient of the mean loss of the whole batch, with drawn        1
+                     labels, as in Task2Vec's public code; another different quantity
+    ===============  ==================================================================  ==========================
 
-    ``channels_last``: give a network on the CPU its images [N, C, H, W] and the weights of convolutions in that memory
-    format, which is faster; one that cannot take them so (it calls ``view`` on activations) gets them as they come.
+    **Token models** give logits [N, T, C]: the examples are sequences, and each token has a label. All tokens of a
+    sequence share the backward passes of the table, with an independent sign or label for each token: the products of
+    two tokens' gradients then vanish in expectation, and the result is unbiased. So even ``estimator="empirical"`` is a
+    random-sign estimate with ``level="token"``, not an exact value. ``exact`` takes one pass for each token and
+    direction, (C - 1) * T for softmax, and has no sampling error.
 
-    ``explain`` prints, after the first batch, which path each layer takes (:mod:`t2v_fast.ops.planner`), and what it
-    was predicted to cost and did.
+    The model's parameters, its buffers and its mode are left as they are. Call ``model.eval()`` first: batch norm in
+    training mode makes examples depend on each other, which only ``batch_mean`` allows.
 
-    ``estimator_error``: also say how far the draws of ``"deflated"`` may be off (:class:`FisherDiagonal`), from a
-    second sketch of each example, one more cotangent. For logits [N, C], granularity ``"filter"`` or ``"tensor"``.
+    Args:
+        model: A network that returns logits [N, C] or [N, T, C], or an object that has them as ``logits``.
+        loader: Yields (inputs, labels, ...) or inputs alone, with the examples along the first axis. Mappings are
+            passed to the model as keyword arguments, without their entry "labels". Only ``empirical`` needs labels.
+        estimator: One of the table.
+        samples: The number of backward passes of a batch for the sampling estimators, at least 1. ``exact``,
+            ``empirical`` and ``batch_mean`` ignore it.
+        granularity: ``"filter"``: the mean over all axes of a parameter but the first; ``"tensor"``: the mean over the
+            whole parameter; ``"parameter"``: one value for each entry.
+        likelihood: ``"softmax"``, ``"sigmoid"`` (C yes-or-no labels), ``"gaussian"`` (regression with unit variance),
+            or a :class:`t2v_fast.estimation.likelihoods.Likelihood`.
+        parameters: Names, or a function of name and parameter that says which to take; by default all.
+        unsupported: ``"error"``, ``"exact"`` or ``"skip"``: what to do with a parameter without an exact fast path, as
+            for :class:`t2v_fast.FisherRecorder`.
+        filter_axis: The axis of a parameter's filters where it is not the first, as for
+            :class:`t2v_fast.FisherRecorder`.
+        weights: One number of at least 0 for each example, [number of examples], in the order of the loader. They are
+            divided by their sum; by default all examples count the same.
+        seed: Fixes the random signs and labels. They do not depend on the batch size or the device.
+        self_check: Compare some examples with plain autograd and with single-example forward passes, and raise an
+            error where examples interact or the network is random (:mod:`t2v_fast.gradients.self_check`).
+        device: Where inputs are moved to; by default where the first parameter is.
+        forward: Runs the model: ``forward(model, inputs)`` returns the logits.
+        mask: ``mask(inputs, labels)`` returns which tokens count, [N, T], or None for all. By default it leaves out
+            tokens whose ``attention_mask`` is 0 and tokens whose label is -100; the label of logits[n, t] is
+            labels[n, t].
+        level: For token models: ``"token"`` is the mean over tokens of each token's Fisher; ``"sequence"`` is the mean
+            over sequences of a whole sequence's Fisher, which is the sum over its tokens. The standard error counts
+            sequences in both.
+        channels_last: On a CPU, convert images [N, C, H, W] and convolution weights to that memory format, which is
+            faster. A network that fails with such inputs gets the original ones.
+        progress: Show a progress bar.
+        explain: Print, after the first batch, the path that each layer takes, its predicted cost and its measured cost
+            (:mod:`t2v_fast.ops.planner`).
+        estimator_error: Also estimate the error of the random draws alone (``estimator_error`` of the result),
+            from a second sketch of each example, which is one more backward pass. For ``deflated``, logits [N, C], and
+            granularity ``"filter"`` or ``"tensor"``.
+        allocation: Which examples of a larger data set the loader yields, in its order, and how many cotangents each
+            gets in place of ``samples`` (:mod:`t2v_fast.estimation.allocation`). ``weights`` are then the weights of
+            the whole data set, whose Fisher is estimated. Restricted as ``estimator_error`` is.
 
-    ``allocation`` (:mod:`t2v_fast.estimation.allocation`): the examples that the loader yields, in its order, of a data
-    set of which ``weights`` are then the weights, and how many ``"deflated"`` cotangents each gets, in place of
-    ``samples``. The result is an estimate of the Fisher of the whole data set. For logits [N, C], granularity
-    ``"filter"`` or ``"tensor"``.
+    Returns:
+        A mapping from parameter names to float64 tensors on the CPU, with standard errors: [O] for a parameter
+        [O, ...] with ``"filter"``, the parameter's shape with ``"parameter"``, and a scalar with ``"tensor"``.
 
-    Raises UnsupportedError where no exact per-example gradient can be had, SelfCheckError when the check fails, and
-    ValueError for bad input, naming what is wrong.
+    Raises:
+        UnsupportedError: A parameter has no exact per-example gradient.
+        SelfCheckError: The self-check failed.
+        ValueError: An argument or a batch is not valid; the message names what is wrong.
+        TypeError: A batch holds no tensor, or the model returns none.
+
+    Example:
+        >>> import torch, t2v_fast
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
+        >>> inputs = torch.randn(6, 4)
+        >>> result = t2v_fast.fisher(model, inputs.split(2))  # batches of two examples
+        >>> {name: list(values.shape) for name, values in result.items()}
+        {'0.weight': [8], '0.bias': [8], '2.weight': [3], '2.bias': [3]}
+        >>> exact = t2v_fast.fisher(model, inputs.split(2), "exact")  # two directions, as deflated takes by default
+        >>> torch.allclose(result.vector(), exact.vector(), rtol=1e-4)
+        True
     """
     if estimator != BATCH_MEAN:
         check_estimator(estimator, samples)
     likelihood = get_likelihood(likelihood)
+    _check_options(estimator, granularity, estimator_error, allocation)
+    schedule = _schedule(estimator, samples, weights, seed, allocation)
+    recorder = FisherRecorder(model, parameters, granularity, unsupported=unsupported, filter_axis=filter_axis)
+    if device is None:
+        device = next(iter(recorder.parameters.values())).device
+    estimate = _Estimate(recorder, estimator, likelihood, level, estimator_error)
+    self_check = self_check and estimator != BATCH_MEAN
+    with forward_passes(
+        recorder, forward, device, mask, channels_last=channels_last, self_check=self_check
+    ) as batches_of:
+        for batch in batches_of(tqdm(loader, desc="Fisher", unit="batch", disable=not progress, leave=False)):
+            explained = explain and schedule.seen == 0 and estimator != BATCH_MEAN
+            draws = schedule.take(batch.size)
+            with _explained(recorder, batch.size) if explained else contextlib.nullcontext():
+                estimate.add(batch, draws)
+    schedule.check_finished()
+    return estimate.result(schedule, allocation)
+
+
+def _check_options(estimator: str, granularity: str, estimator_error: bool, allocation: Allocation | None) -> None:
+    """Raise ValueError for options that only some estimators and granularities have."""
     for what, asked in (("estimator_error", estimator_error), ("an allocation", allocation is not None)):
         if asked and (estimator != "deflated" or granularity == "parameter"):
             raise ValueError(
                 f"{what} is for estimator 'deflated' by filter or tensor, got {estimator!r} by {granularity}"
             )
+
+
+def _schedule(
+    estimator: str, samples: int, weights: Tensor | None, seed: int, allocation: Allocation | None
+) -> Schedule:
+    """Return the schedule of the loader's examples. Raise ValueError for weights or an allocation that do not fit."""
     if allocation is not None:
-        if weights is None:
-            weights = torch.ones(len(allocation.samples))
-        elif len(weights) != len(allocation.samples):
+        if weights is not None and len(weights) != len(allocation.samples):
             raise ValueError(f"weights has {len(weights)} entries, the allocation {len(allocation.samples)} examples")
         check_estimator(estimator, allocation.samples)
-    recorder = FisherRecorder(model, parameters, granularity, unsupported=unsupported, filter_axis=filter_axis)
-    if device is None:
-        device = next(iter(recorder.parameters.values())).device
     if weights is not None and (weights.dim() != 1 or not (weights >= 0).all() or not weights.isfinite().all()):
         raise ValueError(f"weights {list(weights.shape)} must be one finite number of at least 0 for each example")
-    generator: torch.Generator | Tensor = torch.Generator().manual_seed(seed)
-    moments = NamedMoments()
-    drawn = {name: DrawnExamples() for name in recorder.parameters} if estimator_error else {}
-    seen = 0
-    skipped: frozenset[str] = frozenset()
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        recorder,
-        _unchanged_buffers(model),
-        fast_forward(model, forward, device, channels_last) as forward,
-    ):
-        check = SelfCheck(recorder, forward) if self_check and estimator != BATCH_MEAN else None
-        for index, batch in enumerate(tqdm(loader, desc="Fisher", unit="batch", disable=not progress, leave=False)):
-            inputs, labels = _split_batch(batch)
-            if labels is not None and not isinstance(labels, Tensor):
-                labels = torch.as_tensor(labels)
-            inputs = tree_map(lambda t: _input(t, device), inputs)
-            n = _check_inputs(inputs, index)
-            if n == 0:
-                continue
-            inclusion = torch.ones(n, dtype=torch.float64)
-            if allocation is not None:
-                numbers = allocation.examples[seen : seen + n]
-                if len(numbers) < n:
-                    raise ValueError(
-                        f"the loader yields more than the allocation's {len(allocation.examples)} examples"
-                    )
-                a, inclusion = weights[numbers].double(), allocation.inclusion[numbers]
-                samples, generator = allocation.samples[numbers], seeds_of(numbers, seed)
-            else:
-                a = torch.ones(n, dtype=torch.float64) if weights is None else weights[seen : seen + n].double()
-            if len(a) < n:
-                raise ValueError(f"weights has {len(weights)} entries but the loader yields more examples than that")
-            logits = _check_logits(check.forward(inputs) if check else forward(model, inputs), n)
-            tokens = None  # to divide by
-            options: dict[str, Any] = {}
-            if logits.dim() == 3:
-                valid = _token_mask(mask(inputs, labels), labels, logits)
-                options = {"mask": valid, "level": level}
-                if level == "token":
-                    tokens = _count_tokens(valid, logits)
-            if estimator == BATCH_MEAN:
-                values = _batch_mean(recorder, logits, likelihood, a, tokens, generator, options)
-            else:
-                if check:
-                    check.batch(inputs, logits)
-                if estimator_error:
-                    options["sketches"] = 2
-                u = cotangents(logits, estimator, samples, likelihood, labels, generator, **options)
-                with _explained(recorder, n) if explain and seen == 0 else contextlib.nullcontext():
-                    if estimator_error:
-                        least = int(samples.min()) if isinstance(samples, Tensor) else samples
-                        sketched = least < likelihood.rank(logits.shape[-1])
-                        values = _doubted(recorder, logits, u, sketched, a, inclusion, drawn)
-                    else:
-                        values = recorder.backward(logits, u, a if granularity == "parameter" else None)
-                if not values:
-                    raise ValueError("unsupported='skip' left no parameter: see why with unsupported='error'")
-            skipped |= recorder.skipped
-            _accumulate(moments, values, a, tokens, estimator, granularity, inclusion)
-            seen += n
-    if seen == 0:
-        raise ValueError("the loader gave no example")
-    expected = len(allocation.examples) if allocation is not None else seen if weights is None else len(weights)
-    if expected != seen:
-        who = "weights has" if allocation is None else "the allocation visits"
-        raise ValueError(
-            f"{who} {expected} {'entries' if allocation is None else 'examples'} but the loader gave {seen}"
+    if allocation is None:
+        return Schedule(samples, seed, weights)
+    if weights is None:
+        weights = torch.ones(len(allocation.samples))
+    return Schedule(allocation.samples, seed, weights, allocation.inclusion, allocation.examples)
+
+
+class _Estimate:
+    """The running estimate of one call of :func:`fisher`: sums over the batches so far, and the result."""
+
+    def __init__(
+        self, recorder: FisherRecorder, estimator: str, likelihood: Likelihood, level: str, estimator_error: bool
+    ) -> None:
+        self.recorder, self.estimator, self.likelihood, self.level = recorder, estimator, likelihood, level
+        self.moments = NamedMoments()
+        self.drawn = {name: DrawnExamples() for name in recorder.parameters} if estimator_error else None
+        self.skipped: frozenset[str] = frozenset()
+
+    def add(self, batch: Batch, draws: Draws) -> None:
+        """Add the squared gradients of one batch."""
+        by_token = batch.logits.dim() == 3 and self.level == "token"
+        tokens = batch.count_tokens() if by_token else None
+        if self.estimator == BATCH_MEAN:
+            values = self._batch_mean(batch, draws, tokens)
+        else:
+            values = self._per_example(batch, draws)
+            if not values:
+                raise ValueError("unsupported='skip' left no parameter: see why with unsupported='error'")
+        self.skipped |= self.recorder.skipped
+        self._accumulate(values, draws, tokens)
+
+    def _per_example(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Return each example's estimate, [N, ...], or for granularity ``parameter`` their weighted sum."""
+        u = cotangents(
+            batch.logits,
+            self.estimator,
+            draws.samples,
+            self.likelihood,
+            batch.labels,
+            draws.source,
+            mask=batch.mask,
+            level=self.level,
+            sketches=1 if self.drawn is None else 2,
         )
-    if allocation is not None:
-        samples = float(allocation.samples[allocation.examples].double().mean())
-        moments.set_weights(weights)
-    if not moments.weight > 0:
-        raise ValueError("the weights of all examples are zero")
-    diagonal = _diagonal(moments, recorder, estimator, samples, seen, skipped)
-    if allocation is not None:
-        diagonal = replace(diagonal, num_examples=len(allocation.samples))
-    if not estimator_error:
-        return diagonal
-    errors = {name: drawn[name].variance().sqrt() / moments.weight for name in diagonal}
-    return replace(diagonal, estimator_error=errors)
+        if self.drawn is not None:
+            return self._with_estimator_error(batch, draws, u)
+        summed = self.recorder.granularity == "parameter"
+        return self.recorder.backward(batch.logits, u, draws.weights if summed else None)
 
+    def _with_estimator_error(self, batch: Batch, draws: Draws, u: Tensor) -> dict[str, Tensor]:
+        """Return each example's estimate, and record how much its two sketches, the last two cotangents, differ.
 
-def _doubted(
-    recorder: FisherRecorder,
-    logits: Tensor,
-    u: Tensor,
-    sketched: bool,
-    a: Tensor,
-    inclusion: Tensor,
-    drawn: dict[str, DrawnExamples],
-) -> dict[str, Tensor]:
-    """A batch's values; to ``drawn`` is added by how much the last two cotangents, two sketches, disagree.
+        With d the difference of their squares, the variance of their sum is estimated by d^2.
+        """
+        least = int(draws.samples.min()) if isinstance(draws.samples, Tensor) else draws.samples
+        if least < self.likelihood.rank(batch.logits.shape[-1]):
+            sizes = [len(u) - 2, 1, 1] if len(u) > 2 else [1, 1]
+            groups = list(self.recorder.backward_groups(batch.logits, u, sizes))
+            values = {name: sum(g[name] for g in groups) for name in groups[0]}
+            apart = {name: groups[-1][name] - groups[-2][name] for name in values}
+        else:  # every example is exact
+            values = self.recorder.backward(batch.logits, u)
+            apart = {name: torch.zeros_like(q) for name, q in values.items()}
+        inclusion = torch.ones_like(draws.weights) if draws.inclusion is None else draws.inclusion
+        for name, q in values.items():
+            self.drawn[name].add(q, apart[name].to("cpu", torch.float64).square(), draws.weights, inclusion)
+        return values
 
-    They average q1 and q2, twice what each gives: the variance of the mean of two is estimated by (q1 - q2)^2 / 4.
-    """
-    if not sketched:
-        values = recorder.backward(logits, u)
-        apart = {name: torch.zeros_like(q) for name, q in values.items()}
-    else:
-        sizes = [len(u) - 2, 1, 1] if len(u) > 2 else [1, 1]
-        groups = list(recorder.backward_groups(logits, u, sizes))
-        values = {name: sum(g[name] for g in groups) for name in groups[0]}
-        apart = {name: groups[-1][name] - groups[-2][name] for name in values}
-    for name, q in values.items():
-        drawn[name].add(q, apart[name].to("cpu", torch.float64).square(), a, inclusion)
-    return values
+    def _batch_mean(self, batch: Batch, draws: Draws, tokens: Tensor | None) -> dict[str, Tensor]:
+        """Return the squared gradient of the batch's weighted mean loss, with labels drawn from the model."""
+        u = cotangents(
+            batch.logits, "monte_carlo", 1, self.likelihood, generator=draws.source, mask=batch.mask, level=self.level
+        )[0]
+        total = draws.weights.sum() if tokens is None else (draws.weights * tokens).sum()
+        u = u * (draws.weights / total).to(u.device, u.dtype).view(-1, *(1,) * (u.dim() - 1))
+        fix_batch_norm_gradients(nodes_of(batch.logits))
+        parameters = self.recorder.parameters
+        gradients = torch.autograd.grad(
+            [batch.logits], list(parameters.values()), [u], allow_unused=True, materialize_grads=True
+        )
+        return {name: self.recorder.reduce(name, g.detach()) for name, g in zip(parameters, gradients, strict=True)}
 
+    def _accumulate(self, values: dict[str, Tensor], draws: Draws, tokens: Tensor | None) -> None:
+        """Add a batch's values to the moments; ``tokens`` [N] where the mean is over tokens, of which they are sums."""
+        weights = draws.weights if tokens is None else draws.weights * tokens
+        if self.estimator == BATCH_MEAN:
+            units, values = Units(torch.ones(1)), {name: q[None] for name, q in values.items()}
+        elif self.recorder.granularity == "parameter":  # summed over the batch already
+            total = weights.sum()
+            if not total > 0:
+                return
+            units, values = Units(total[None]), {name: q[None] / total for name, q in values.items()}
+        else:
+            units = Units(weights, draws.inclusion)
+            if tokens is not None:
+                each = tokens.clamp_min(1)
+                values = {name: q / each.to(q).view(-1, *(1,) * (q.dim() - 1)) for name, q in values.items()}
+        self.moments.add(values, units)
 
-def _diagonal(
-    moments: NamedMoments,
-    recorder: FisherRecorder,
-    estimator: str,
-    samples: int,
-    count: int,
-    skipped: frozenset[str] = frozenset(),
-) -> FisherDiagonal:
-    """What the moments of all examples say; ValueError where the network overflows."""
-    values = moments.mean()
-    for name, mean in values.items():
-        if not mean.isfinite().all():
-            raise ValueError(f"the Fisher of {name!r} is not finite: the network's activations or gradients overflow")
-    return FisherDiagonal(
-        values,
-        moments.standard_error(),
-        recorder.granularity,
-        estimator,
-        samples,
-        count,
-        recorder.unused,
-        skipped,
-        visited=count,
-    )
+    def result(self, schedule: Schedule, allocation: Allocation | None) -> FisherDiagonal:
+        """Return the means over all examples and their errors. Raise ValueError where all weights are zero."""
+        if allocation is not None:
+            self.moments.set_weights(schedule.weights)
+        if not self.moments.weight > 0:
+            raise ValueError("the weights of all examples are zero")
+        samples, visited = schedule.mean_samples(), schedule.seen
+        diagonal = diagonal_of(self.moments, self.recorder, self.estimator, samples, visited, self.skipped)
+        if allocation is not None:
+            diagonal = replace(diagonal, num_examples=len(allocation.samples))
+        if self.drawn is None:
+            return diagonal
+        errors = {name: self.drawn[name].variance().sqrt() / self.moments.weight for name in diagonal}
+        return replace(diagonal, estimator_error=errors)
 
 
 @contextlib.contextmanager
 def _explained(recorder: FisherRecorder, examples: int) -> Iterator[None]:
-    """Print what the planner chose for the backward passes of this context, and what they cost."""
+    """Print what the planner chose for the backward passes in this context, and what they cost."""
     calls: dict[str, tuple[str, float | None, float]] = {}
 
     def observe(use: Use, factors: Factors, cotangents_: int, start: float, end: float) -> None:
@@ -337,68 +339,3 @@ def _explained(recorder: FisherRecorder, examples: int) -> Iterator[None]:
     finally:
         recorder.observer = None
     Console().print(planner.explanation((name, *call) for name, call in calls.items()))
-
-
-@contextlib.contextmanager
-def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward in training mode changes: the running statistics of batch norm."""
-    before = [(b, b.clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for b, value in before:
-                b.copy_(value)
-
-
-def _accumulate(
-    moments: NamedMoments,
-    values: dict[str, Tensor],
-    a: Tensor,
-    tokens: Tensor | None,
-    estimator: str,
-    granularity: str,
-    inclusion: Tensor,
-) -> None:
-    """Add a batch's values; ``tokens`` [N]: of how many in each example they are sums, if the mean is over tokens."""
-    if tokens is not None:
-        a = a * tokens
-        each = tokens.clamp_min(1)
-    if estimator == BATCH_MEAN:
-        units, values = Units(torch.ones(1)), {name: q[None] for name, q in values.items()}
-    elif granularity == "parameter":  # summed over the batch already
-        total = a.sum()
-        if not total > 0:
-            return
-        units, values = Units(total[None]), {name: q[None] / total for name, q in values.items()}
-    else:
-        units = Units(a, inclusion)
-        if tokens is not None:
-            values = {name: q / each.to(q).view(-1, *(1,) * (q.dim() - 1)) for name, q in values.items()}
-    moments.add(values, units)
-
-
-def _count_tokens(mask: Tensor | None, logits: Tensor) -> Tensor:
-    """How many tokens of each example count, [N]."""
-    n, t = logits.shape[:2]
-    return torch.full((n,), t, dtype=torch.float64) if mask is None else mask.cpu().bool().sum(1).double()
-
-
-def _batch_mean(
-    recorder: FisherRecorder,
-    logits: Tensor,
-    likelihood: Likelihood,
-    a: Tensor,
-    tokens: Tensor | None,
-    generator: torch.Generator,
-    options: Mapping[str, Any],
-) -> dict[str, Tensor]:
-    """Squares of the gradient of the weighted mean loss of one batch, labels drawn from the model."""
-    u = cotangents(logits, "monte_carlo", 1, likelihood, generator=generator, **options)[0]
-    total = a.sum() if tokens is None else (a * tokens).sum()
-    u = u * (a / total).to(u.device, u.dtype).view(-1, *(1,) * (u.dim() - 1))
-    mend_batch_norms(nodes_of(logits))
-    gradients = torch.autograd.grad(
-        [logits], list(recorder.parameters.values()), [u], allow_unused=True, materialize_grads=True
-    )
-    return {name: recorder.reduce(name, g.detach()) for name, g in zip(recorder.parameters, gradients, strict=True)}

@@ -1,9 +1,9 @@
-"""The Fishers of several label sets over the same images, from one forward pass.
+"""Estimate the Fishers of several label sets over the same images, from one forward pass.
 
-The heads of all label sets stand side by side. A label set's cotangents are its own on its own
-logits and zero on the others', so its Fisher is what it would be alone; the forward pass and all that depends on the
-layers' inputs (Gram matrices, unfolded or transformed inputs that the planner keeps) is computed once. Examples that
-need fewer cotangents of one label set have room for another's in the same backward pass.
+The heads of all label sets stand side by side. A label set's cotangents are zero on the logits of the other label sets,
+so its Fisher is the one that it would have alone. The forward pass, and whatever depends on the layers' inputs alone
+(Gram matrices, unfolded or transformed inputs), is computed once. Where an example needs fewer cotangents of one label
+set than its batch has passes, cotangents of another label set take the free places.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..gradients.fast_forward import fast_forward
 from ..gradients.recorder import FisherRecorder, ParameterFilter
-from ..gradients.self_check import SelfCheck
-from .allocation import Allocation, seeds_of
+from .allocation import Allocation
+from .batches import Draws, Schedule, forward_passes
 from .cotangents import check_estimator, cotangents
-from .estimator import (
-    FisherDiagonal,
-    _check_inputs,
-    _default_forward,
-    _diagonal,
-)
+from .diagonal import FisherDiagonal, diagonal_of
 from .likelihoods import Likelihood, get_likelihood
 from .moments import NamedMoments, Units
 
-LONGEST_SKIP = 4096  # examples whose draws are skipped at once
+LONGEST_SKIP = 4096  # the most examples whose random numbers are skipped at once
 
 
 @dataclass(frozen=True)
 class LabelSet:
-    """One task: its fitted head, the codes of all examples ([N], or targets [N, C]), their weights [N], and how many
-    ``deflated`` cotangents each gets (all examples, in any order), if not equally many."""
+    """One task over the images.
+
+    Args:
+        head: The fitted head.
+        codes: The labels of all examples: class indices [N], or targets [N, C].
+        weights: The weights of the examples, [N]; by default all count the same.
+        allocation: How many ``deflated`` cotangents each example gets, where they differ. Only its ``samples`` are
+            used, since every example is visited.
+    """
 
     head: nn.Linear
     codes: Tensor
@@ -45,10 +46,10 @@ class LabelSet:
 
 
 class Heads(nn.Module):
-    """The logits of all label sets, side by side, each to the last bit what its head gives alone.
+    """The heads of all label sets, whose logits are concatenated. Each head's logits are bit-identical to its own.
 
-    One wide linear layer would round differently, and where eigenvalues of a head's Fisher nearly coincide that is
-    enough for ``deflated`` to take another basis, and so another draw.
+    One wide linear layer would round differently. Where eigenvalues of a head's Fisher nearly coincide, a rounding
+    error is enough for ``deflated`` to choose another basis, and so another random estimate.
     """
 
     def __init__(self, sets: Sequence[LabelSet]) -> None:
@@ -75,68 +76,98 @@ def fisher_of_label_sets(
     examples: Tensor | None = None,
     reduce: Callable[[list[NamedMoments], int], int] | None = None,
 ) -> list[FisherDiagonal]:
-    """The filter-wise diagonal Fisher of each label set: that of :func:`t2v_fast.fisher` alone, to rounding.
+    """Estimate the diagonal Fisher of each label set by filter: :func:`t2v_fast.fisher` of each, to rounding.
 
-    ``network`` ends with :class:`Heads`; ``batches`` are images [N, 3, H, W] in the order of the codes.
+    One process may compute a part of the examples, with the random numbers of a single process: see ``first`` and
+    ``reduce``.
 
-    A process may have only a part of the examples: ``first`` is the number of the first of them, and ``reduce`` adds up
-    moments (in place) and numbers of examples over the processes. Random numbers are those of one process. With
-    allocations, the examples may come in another order: ``examples`` [n] are their numbers.
+    Args:
+        network: A network that ends with :class:`Heads`.
+        batches: Images [N, 3, H, W], in the order of the codes or of ``examples``.
+        sets: The label sets.
+        estimator: As for :func:`t2v_fast.fisher`, except ``"batch_mean"``.
+        samples: The cotangents of each example, for label sets without an allocation.
+        likelihood: As for :func:`t2v_fast.fisher`.
+        parameters: As for :func:`t2v_fast.fisher`.
+        unsupported: As for :func:`t2v_fast.fisher`.
+        seed: As for :func:`t2v_fast.fisher`.
+        self_check: As for :func:`t2v_fast.fisher`.
+        first: The number of the first example of this process.
+        examples: The numbers of the examples in the order of ``batches``, int64 [n]. By default they come in the order
+            of the codes, starting with ``first``. Another order needs an allocation in every label set, since the
+            examples otherwise draw from one generator.
+        reduce: Adds up moments (in place) and numbers of examples over the processes: ``reduce(moments, count)``
+            returns the total count.
+
+    Returns:
+        The result of each label set.
+
+    Raises:
+        UnsupportedError: A parameter has no exact per-example gradient.
+        SelfCheckError: The self-check failed.
+        ValueError: An argument or a batch does not fit, or the number of examples is not that of the codes.
     """
     check_estimator(estimator, samples)
     likelihood = get_likelihood(likelihood)
     recorder = FisherRecorder(network, parameters, unsupported=unsupported)
     device = next(iter(recorder.parameters.values())).device
-    generators: list[torch.Generator] = [torch.Generator().manual_seed(seed) for _ in sets]
+    if examples is None:
+        examples = torch.arange(first, len(sets[0].codes))
+    schedules = [
+        Schedule(samples if s.allocation is None else s.allocation.samples, seed, s.weights, examples=examples)
+        for s in sets
+    ]
+    for s, schedule in zip(sets, schedules, strict=True):
+        if s.allocation is None:  # the examples share one generator, so what earlier examples draw comes first
+            _skip(first, s.head.out_features, estimator, samples, likelihood, schedule.generator)
     moments = [NamedMoments() for _ in sets]
-    widths = [s.head.out_features for s in sets]
-    for s, width, generator in zip(sets, widths, generators, strict=True):
-        if s.allocation is None:  # whose examples have seeds of their own
-            _skip(first, width, estimator, samples, likelihood, generator)
-    seen = first
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        recorder,
-        fast_forward(network, _default_forward, device) as forward,
-    ):
-        check = SelfCheck(recorder, forward) if self_check else None
-        for index, images in enumerate(batches):
-            images = images.to(device)
-            n = _check_inputs(images, index)
-            logits = check.forward(images) if check else forward(network, images)
-            if list(logits.shape) != [n, sum(widths)]:
-                raise ValueError(f"the network gave logits {list(logits.shape)}, expected [{n}, {sum(widths)}]")
-            if check:
-                check.batch(images, logits)
-            numbers = torch.arange(seen, seen + n) if examples is None else examples[seen - first : seen - first + n]
-            blocks, start = [], 0
-            for s, width, generator in zip(sets, widths, generators, strict=True):
-                k, source = samples, generator
-                if s.allocation is not None:
-                    k, source = s.allocation.samples[numbers], seeds_of(numbers, seed)
-                logits_ = logits[:, start : start + width]
-                u = cotangents(logits_, estimator, k, likelihood, s.codes[numbers], source)
-                blocks.append(F.pad(u, (start, sum(widths) - start - width)))
-                start += width
-            for s, into, found in zip(sets, moments, _packed(recorder, logits, blocks), strict=True):
-                units = Units(torch.ones(n) if s.weights is None else s.weights[numbers])
-                into.add(found, units)
-            seen += n
-    count = seen - first if reduce is None else reduce(moments, seen - first)
+    total = sum(s.head.out_features for s in sets)
+    seen = 0
+    with forward_passes(recorder, _run, device, self_check=self_check) as batches_of:
+        for batch in batches_of(batches):
+            if list(batch.logits.shape) != [batch.size, total]:
+                raise ValueError(
+                    f"the network gave logits {list(batch.logits.shape)}, expected [{batch.size}, {total}]"
+                )
+            draws = [schedule.take(batch.size) for schedule in schedules]
+            blocks = _cotangents(batch.logits, sets, draws, estimator, likelihood)
+            for into, values, d in zip(moments, _packed(recorder, batch.logits, blocks), draws, strict=True):
+                into.add(values, Units(d.weights))
+            seen += batch.size
+    count = seen if reduce is None else reduce(moments, seen)
     if count != len(sets[0].codes):
         raise ValueError(f"the batches gave {count} examples, expected {len(sets[0].codes)}")
-    return [_diagonal(into, recorder, estimator, samples, count) for into in moments]
+    return [diagonal_of(into, recorder, estimator, samples, count) for into in moments]
+
+
+def _run(network: nn.Module, images: Tensor) -> Tensor:
+    return network(images)
+
+
+def _cotangents(
+    logits: Tensor, sets: Sequence[LabelSet], draws: Sequence[Draws], estimator: str, likelihood: Likelihood
+) -> list[Tensor]:
+    """Return each label set's cotangents [K, N, C of all sets], which are zero on the logits of the others."""
+    blocks, start = [], 0
+    for s, d in zip(sets, draws, strict=True):
+        stop = start + s.head.out_features
+        codes = s.codes[d.examples]
+        u = cotangents(logits[:, start:stop], estimator, d.samples, likelihood, codes, d.source)
+        blocks.append(F.pad(u, (start, logits.shape[1] - stop)))
+        start = stop
+    return blocks
 
 
 def _packed(recorder: FisherRecorder, logits: Tensor, blocks: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-    """For each block of cotangents [K, N, C] its sums of squares, from as few backward passes as hold those of each
-    example that are not zero: a pass has one cotangent for each example, of whichever block."""
+    """Return the sums of squares of each block of cotangents [K, N, C], from as few backward passes as possible.
+
+    A pass has one cotangent for each example, from any block. Cotangents that are zero are left out.
+    """
     u = torch.cat(list(blocks))
     there = u.any(2)  # [all K, N]
     block = torch.cat([torch.full((len(b),), k) for k, b in enumerate(blocks)])
     place, example = there.nonzero(as_tuple=True)
-    at = there.cumsum(0)[place, example] - 1  # in which pass
+    at = there.cumsum(0)[place, example] - 1  # the pass of each cotangent
     passes = u.new_zeros(max(1, int(there.sum(0).max())), *u.shape[1:])
     passes[at, example] = u[place, example]
     owner = torch.zeros(passes.shape[:2], dtype=torch.long, device=u.device)
@@ -154,7 +185,7 @@ def _packed(recorder: FisherRecorder, logits: Tensor, blocks: Sequence[Tensor]) 
 def _skip(
     count: int, classes: int, estimator: str, samples: int, likelihood: Likelihood, generator: torch.Generator
 ) -> None:
-    """Draw what ``count`` examples draw, so that the next ones get their own numbers."""
+    """Advance the generator by the random numbers of ``count`` examples."""
     for start in range(0, count, LONGEST_SKIP):
         n = min(LONGEST_SKIP, count - start)
         if estimator != "empirical":

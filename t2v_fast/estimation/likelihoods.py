@@ -1,4 +1,7 @@
-"""Likelihoods p(y | z) of labels given logits, and the square roots of their Fisher information of the logits."""
+"""Likelihoods p(y | z) of labels y given logits z, and factors of the Fisher information S_n of the logits.
+
+A new likelihood implements :class:`Likelihood` and has an entry in :data:`LIKELIHOODS`.
+"""
 
 from __future__ import annotations
 
@@ -11,80 +14,93 @@ DENSE_CLASSES = 64  # above this many classes eigenvectors come from the secular
 
 
 class Likelihood(ABC):
-    """A model of labels y given the logits z [N, C] of a batch (float64)."""
+    """A model of the labels y given the logits z of a batch.
+
+    All methods take z as float64 [N, C] on the CPU. S_n is the Fisher information of the logits of example n.
+    """
 
     @abstractmethod
     def exact(self, z: Tensor) -> Tensor:
-        """Cotangents [K, N, C] with sum_k u_k u_k^T = S_n."""
+        """Return cotangents u [K, N, C] with sum_k u_k u_k^T = S_n."""
 
     @abstractmethod
     def rank(self, classes: int) -> int:
-        """That of S_n: from this many cotangents on, ``deflated`` is exact."""
+        """Return the rank of S_n. With at least this many cotangents, ``deflated`` is exact."""
 
     @abstractmethod
     def spectrum(self, z: Tensor) -> Tensor:
-        """The eigenvalues of S_n, the largest first, [N, rank]; of many classes the small ones only about."""
+        """Return the eigenvalues of S_n, the largest first, [N, rank]. Small ones may be approximate."""
 
     @abstractmethod
     def trace_through(self, z: Tensor, weight: Tensor) -> Tensor:
-        """tr(W^T S_n W), [N], W = ``weight`` [C, D] of the layer that gave the logits: the Fisher of its input."""
+        """Return tr(W^T S_n W), [N], with W the ``weight`` [C, D] of the layer that gave the logits.
+
+        This is the trace of the Fisher information of the layer's input.
+        """
 
     @abstractmethod
     def deflated(self, z: Tensor, leading: Tensor, signs: Tensor) -> Tensor:
-        """The ``leading`` [N] first eigenvectors of each S_n, [max(leading), N, C] with zeros where an example has
-        fewer; then a sketch of the rest for each row of ``signs`` [K, N, C], whose squares are averaged."""
+        """Return leading eigenvectors of S_n and random-sign sketches of the rest, [max(leading) + K, N, C].
+
+        The first max(leading) cotangents are eigenvectors, each scaled by the root of its eigenvalue. Example n has
+        the first ``leading[n]`` of them and zeros after that. Then comes one sketch of the remaining part of S_n for
+        each row of ``signs`` [K, N, C]. The caller scales the signs by 1 / sqrt(K), so that the sketches' squares are
+        averaged.
+        """
 
     @abstractmethod
     def sketch(self, z: Tensor, signs: Tensor) -> Tensor:
-        """B_n @ signs_n, where B_n B_n^T = S_n and signs [..., N, C]."""
+        """Return B_n @ signs_n, [..., N, C], for signs [..., N, C] and a factor with B_n B_n^T = S_n."""
 
     @abstractmethod
     def draw(self, z: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-        """``samples`` labels for each example, drawn from the model: [K, N, ...]."""
+        """Draw ``samples`` labels for each example from the model: [samples, N, ...]."""
 
     @abstractmethod
     def score(self, z: Tensor, labels: Tensor) -> Tensor:
-        """The gradient of -log p(labels | z) with respect to z, [..., N, C]."""
+        """Return the gradient of -log p(labels | z) with respect to z, [..., N, C]."""
 
 
 def random_signs(n: int, k: int, c: int, source: torch.Generator | Tensor | None) -> Tensor:
-    """Independent signs [k, n, c], which do not depend on the batch size: drawn example by example from a generator, or
-    each example's own, from its seed [n]."""
+    """Return independent random signs [k, n, c] that do not depend on the batch size.
+
+    They are drawn example by example from a generator, or from each example's own seed, int64 [n].
+    """
     if isinstance(source, Tensor):
-        # SplitMix64 (Steele, Lea and Flood, 2014): the numbers of a counter, whose highest bit is the sign.
+        # SplitMix64 (Steele, Lea and Flood, 2014) turns a counter into random bits. The highest bit is the sign.
         bits = mixed(mixed(source)[:, None] + torch.arange(1, k * c + 1) * _GOLDEN)
         return (1 - 2 * (bits < 0).double()).view(n, k, c).transpose(0, 1)
     return (torch.randint(0, 2, (n, k, c), generator=source, dtype=torch.float64) * 2 - 1).transpose(0, 1)
 
 
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit integers, which wrap around
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as a signed 64-bit integer; sums and products wrap around
 
 
 def mixed(x: Tensor) -> Tensor:
-    """int64 of which each bit depends on every bit of x: the finaliser of SplitMix64."""
+    """Mix int64 so that each bit of the result depends on every bit of x, by the finaliser of SplitMix64."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * (factor - 2**64)
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
 def _uniform(z: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform numbers in [0, 1), [N, *shape], drawn example by example for the same reason."""
+    """Draw uniform numbers in [0, 1), [N, *shape], example by example: they do not depend on the batch size."""
     return torch.rand((z.shape[0], *shape), generator=generator, dtype=z.dtype)
 
 
 def _first(r: int, leading: Tensor) -> Tensor:
-    """Which of r eigenvectors are among the leading ones of each example, [N, 1, r]."""
+    """Return which of r eigenvectors are among the leading ones of each example, [N, 1, r]."""
     return torch.arange(r) < leading[:, None, None]
 
 
 class Softmax(Likelihood):
-    """One label in 0..C-1 for each example; S = diag(p) - p p^T."""
+    """One label in 0 to C - 1 for each example; S = diag(p) - p p^T, with rank C - 1."""
 
     def exact(self, z: Tensor) -> Tensor:
-        # The Cholesky factor of a multinomial covariance in closed form (Tanabe and Sagae, 1992, J. R. Stat. Soc. B):
-        # C - 1 columns, where sqrt(p_c) (e_c - p) needs C.
+        # The Cholesky factor of a multinomial covariance in closed form (Tanabe and Sagae, 1992, J. R. Stat. Soc. B).
+        # It has C - 1 columns, while sqrt(p_c) (e_c - p) has C.
         p = z.softmax(1)
-        tail = p.flip(1).cumsum(1).flip(1)  # [N, C], tail[c] = p[c] + p[c + 1] + ...; no 1 - sum, which would cancel
+        tail = p.flip(1).cumsum(1).flip(1)  # [N, C], tail[c] = p[c] + p[c + 1] + ...; 1 - sum would cancel
         here, after = tail[:, :-1], tail[:, 1:]
         diagonal = (p[:, :-1] * after / here.clamp_min(torch.finfo(z.dtype).tiny)).sqrt()  # [N, C - 1]
         ratio = p[:, None, :] / after[:, :, None].clamp_min(torch.finfo(z.dtype).tiny)  # [N, C - 1, C]
@@ -96,14 +112,14 @@ class Softmax(Likelihood):
 
     def spectrum(self, z: Tensor) -> Tensor:
         p = z.softmax(1).sort(1, descending=True).values
-        # The least eigenvalue of all classes is 0, of (1, ..., 1). Of many classes the likeliest have the large ones;
-        # the others lie between neighbouring probabilities.
+        # The smallest eigenvalue is 0, with eigenvector (1, ..., 1). With many classes, the likeliest classes give the
+        # large eigenvalues. The others lie between neighbouring probabilities, which approximate them.
         values = torch.cat([torch.linalg.eigvalsh(_covariance(t)).flip(1) for t in p[:, :DENSE_CLASSES].split(1024)])
         return torch.cat([values, p[:, DENSE_CLASSES + 1 :]], 1)[:, : p.shape[1] - 1].clamp_min(0)
 
     def trace_through(self, z: Tensor, weight: Tensor) -> Tensor:
         p = z.softmax(1)
-        # As a sum over classes of the distance from the likeliest, which does not cancel for a confident head.
+        # A sum over classes of the distance from the likeliest class does not cancel for a confident head.
         top = p.argmax(1)
         products = weight @ weight.T
         squares = products.diag()
@@ -116,15 +132,15 @@ class Softmax(Likelihood):
         most = int(leading.max()) if len(leading) else 0
         if p.shape[1] <= DENSE_CLASSES:
             values, vectors = torch.linalg.eigh(_covariance(p))
-            values, vectors = values.flip(1)[:, :-1], vectors.flip(2)[:, :, :-1]  # the least one is 0, of (1, ..., 1)
+            values, vectors = values.flip(1)[:, :-1], vectors.flip(2)[:, :, :-1]  # without the smallest, which is 0
             columns = vectors * values.clamp_min(0).sqrt()[:, None, :]  # [N, C, C - 1]
             first = _first(columns.shape[2], leading)
             rest = torch.einsum("ncr,snr->snc", columns * ~first, signs[:, :, :-1])
             return torch.cat([(columns * first)[:, :, :most].permute(2, 0, 1), rest])
         if most == 0:
             return self.sketch(z, signs)
-        # With B B^T = S, any orthonormal Q gives S = B Q Q^T B^T + B (I - Q Q^T) B^T, so the result is unbiased however
-        # accurate Q is; the right singular vectors of B make the second part small.
+        # With B B^T = S, any orthonormal Q gives S = B Q Q^T B^T + B (I - Q Q^T) B^T. So the result is unbiased even
+        # where Q is inaccurate. The right singular vectors of B make the second part small.
         vectors = _leading_eigenvectors(p, most)  # [N, C, most]
         root = p.sqrt()[:, :, None]
         right = root * (vectors - (p[:, :, None] * vectors).sum(1, keepdim=True))  # B^T v
@@ -140,7 +156,7 @@ class Softmax(Likelihood):
 
     def draw(self, z: Tensor, samples: int, generator: torch.Generator) -> Tensor:
         cumulative = z.softmax(1).cumsum(1)
-        cumulative = cumulative / cumulative[:, -1:]  # so that rounding leaves no gap below one
+        cumulative = cumulative / cumulative[:, -1:]  # rounding must leave no gap below one
         return torch.searchsorted(cumulative, _uniform(z, (samples,), generator), right=True).T
 
     def score(self, z: Tensor, labels: Tensor) -> Tensor:
@@ -148,11 +164,11 @@ class Softmax(Likelihood):
 
 
 class _Diagonal(Likelihood):
-    """Outputs that are independent given the logits: S is diagonal."""
+    """A likelihood whose outputs are independent given the logits, so that S is diagonal."""
 
     @abstractmethod
     def variance(self, z: Tensor) -> Tensor:
-        """The diagonal of S, [N, C]."""
+        """Return the diagonal of S, [N, C]."""
 
     def exact(self, z: Tensor) -> Tensor:
         return torch.diag_embed(self.variance(z).sqrt()).transpose(0, 1)
@@ -179,7 +195,7 @@ class _Diagonal(Likelihood):
 
 
 class Sigmoid(_Diagonal):
-    """C independent yes-or-no labels for each example (multi-label); S = diag(p (1 - p))."""
+    """C independent yes-or-no labels for each example (multi-label classification); S = diag(p (1 - p))."""
 
     def variance(self, z: Tensor) -> Tensor:
         return z.sigmoid() * (-z).sigmoid()
@@ -193,7 +209,7 @@ class Sigmoid(_Diagonal):
 
 
 class Gaussian(_Diagonal):
-    """Regression, y = z + sigma * standard normal noise; S = I / sigma^2."""
+    """Regression with noise of standard deviation ``sigma``: y = z + sigma * N(0, I); S = I / sigma^2."""
 
     def __init__(self, sigma: float = 1.0) -> None:
         if not sigma > 0:
@@ -215,7 +231,7 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {"softmax": Softmax, "sigmoid": Sigmo
 
 
 def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
-    """A likelihood by its name in :data:`LIKELIHOODS`, or the given one."""
+    """Return the likelihood with a name in :data:`LIKELIHOODS`, or the given likelihood."""
     if isinstance(likelihood, Likelihood):
         return likelihood
     if likelihood not in LIKELIHOODS:
@@ -224,21 +240,22 @@ def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
 
 
 def _covariance(p: Tensor) -> Tensor:
-    """diag(p) - p p^T, [N, C, C], accurate relative to its own size, which for a confident row is 1 - max p."""
+    """Return diag(p) - p p^T, [N, C, C], with a small relative error even for confident rows, where it is tiny."""
     top = p.argmax(1, keepdim=True)
-    complement = (1 - p).scatter(1, top, p.scatter(1, top, 0).sum(1, keepdim=True))  # 1 - p without cancellation
+    complement = (1 - p).scatter(1, top, p.scatter(1, top, 0).sum(1, keepdim=True))  # 1 - p, without cancellation
     covariance = -p[:, :, None] * p[:, None, :]
     covariance.diagonal(dim1=1, dim2=2).copy_(p * complement)
     return covariance
 
 
 def _leading_eigenvectors(p: Tensor, r: int) -> Tensor:
-    """About the r leading eigenvectors [N, C, r] of diag(p) - p p^T, by bisection on its secular equation.
+    """Approximate the r leading eigenvectors [N, C, r] of diag(p) - p p^T, by bisection on its secular equation.
 
-    The eigenvalues interlace with the sorted probabilities, p_(i) >= lambda_i >= p_(i+1), and are the roots of
-    1 - sum_c p_c^2 / (p_c - lambda); the eigenvector of lambda is p_c / (p_c - lambda). O(N C r) a step.
+    The eigenvalues interlace with the sorted probabilities, p_(i) >= lambda_i >= p_(i+1). They are the roots of
+    1 - sum_c p_c^2 / (p_c - lambda), and the eigenvector of lambda has the entries p_c / (p_c - lambda). A step of the
+    bisection takes O(N C r) operations.
     """
-    # Equal probabilities have no root between them; a relative shift far below any sampling error tells them apart.
+    # Equal probabilities have no root between them. A relative shift far below any sampling error separates them.
     jitter = 1 + 1e-9 * torch.linspace(-1, 1, p.shape[1], dtype=p.dtype)
     p = p.clamp_min(torch.finfo(p.dtype).tiny) * jitter
     top = p.topk(r + 1, dim=1).values

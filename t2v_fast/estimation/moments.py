@@ -1,4 +1,4 @@
-"""Weighted means over examples, batch after batch, and what is known of their errors; float64 on the CPU."""
+"""Weighted means over examples and their errors, accumulated batch by batch in float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from torch import Tensor
 
 
 class Units:
-    """Units of which means are taken, such as the examples of a batch: their ``weights`` [U], and the probabilities
-    ``inclusion`` [U] with which they came to be here."""
+    """The units that a mean is over, such as the examples of a batch.
+
+    Args:
+        weights: One weight for each unit, [U].
+        inclusion: The probability with which each unit was included, [U]; by default one. The sums are divided by it.
+    """
 
     def __init__(self, weights: Tensor, inclusion: Tensor | None = None) -> None:
         a = weights.to("cpu", torch.float64)
@@ -23,7 +27,18 @@ class Units:
 
 
 class Moments:
-    """Weighted mean of independent units and its standard error, by the delta method for a ratio of sums."""
+    """A weighted mean over independent units and its standard error, by the delta method for a ratio of sums.
+
+    For values q_u with weights a_u, the mean is m = sum_u a_u q_u / sum_u a_u. Its variance is estimated by
+    U / (U - 1) * sum_u a_u^2 (q_u - m)^2 / (sum_u a_u)^2.
+
+    Example:
+        >>> moments = Moments()
+        >>> moments.add(torch.tensor([1.0, 3.0]), Units(torch.ones(2)))
+        >>> moments.add(torch.tensor([5.0]), Units(torch.ones(1)))
+        >>> float(moments.mean()), round(float(moments.standard_error()), 3)
+        (3.0, 1.155)
+    """
 
     def __init__(self) -> None:
         self.units = 0
@@ -33,7 +48,7 @@ class Moments:
         self.second: Tensor | float = 0.0  # sum_u a^2 q^2
 
     def add(self, values: Tensor, units: Units) -> None:
-        """values [U, ...] of U more units."""
+        """Add the values [U, ...] of U more units."""
         q = values.to("cpu", torch.float64)
         flat, shape = q.reshape(len(q), math.prod(q.shape[1:])), q.shape[1:]
         self.units += units.count
@@ -45,9 +60,11 @@ class Moments:
         self.second = self.second + (units.factors[1] @ flat.square()).view(shape)
 
     def mean(self) -> Tensor:
+        """Return the weighted mean of the values."""
         return self.first / self.weight
 
     def standard_error(self) -> Tensor:
+        """Return the standard error of the mean, or NaN for fewer than two units."""
         mean = self.mean()
         if self.units < 2:
             return torch.full_like(mean, float("nan"))
@@ -56,12 +73,13 @@ class Moments:
 
 
 class NamedMoments:
-    """Moments of several quantities of the same units by name, of those that every batch had.
+    """The moments of several quantities of the same units, by name.
 
-    Small ones lie next to each other in one: dozens of operations on each of them take longer to call than to run.
+    A quantity that some batch lacks is left out of the results. Small quantities are stored side by side in one tensor,
+    because calling dozens of small operations takes longer than running one on all of them.
     """
 
-    TOGETHER = 2**16  # numbers of a unit
+    TOGETHER = 2**16  # the most numbers of a unit that are stored side by side
 
     def __init__(self) -> None:
         self.parts: list[Moments] = []
@@ -72,16 +90,17 @@ class NamedMoments:
 
     @property
     def weight(self) -> float:
+        """The sum of the units' weights."""
         return self.parts[0].weight if self.parts else 0.0
 
     def set_weights(self, weights: Tensor) -> None:
-        """Means are to be over units of these weights in all, whatever was added."""
+        """Divide by the sum of these weights, of all units of the data set, and not by the weights added."""
         a = weights.double()
         for part in self.parts:
             part.weight, part.weight2 = float(a.sum()), float(a.square().sum())
 
     def add(self, values: Mapping[str, Tensor], units: Units) -> None:
-        """values [U, ...] of U more units."""
+        """Add the values [U, ...] of U more units."""
         if not self.parts:
             self._arrange(values)
         self._missed |= self._shapes.keys() - values.keys()
@@ -95,14 +114,17 @@ class NamedMoments:
             part.add(rows[0] if len(rows) == 1 else torch.cat(rows, 1), units)
 
     def mean(self) -> dict[str, Tensor]:
+        """Return the weighted mean of each quantity."""
         return self._apart([part.mean() for part in self.parts])
 
     def standard_error(self) -> dict[str, Tensor]:
+        """Return the standard error of each quantity's mean."""
         return self._apart([part.standard_error() for part in self.parts])
 
     def _arrange(self, values: Mapping[str, Tensor]) -> None:
-        room: dict[torch.device, int] = {}  # left in the part of the device that was begun last, and which that is
-        at: dict[torch.device, int] = {}
+        """Assign each quantity to a part, which holds quantities of one device."""
+        room: dict[torch.device, int] = {}  # the room left in each device's newest part
+        at: dict[torch.device, int] = {}  # the index of that part
         for name, q in values.items():
             self._shapes[name] = q.shape[1:]
             size = self._shapes[name].numel()
@@ -118,6 +140,7 @@ class NamedMoments:
         return [self._shapes[name].numel() for name in names]
 
     def _apart(self, found: list[Tensor]) -> dict[str, Tensor]:
+        """Split the results of the parts into those of the quantities."""
         apart: dict[str, Tensor] = {}
         for t, names in zip(found, self._names, strict=True):
             pieces = t.split(self._sizes(names))
@@ -126,11 +149,13 @@ class NamedMoments:
 
 
 class DrawnExamples:
-    """The variance that comes of visiting drawn examples in place of all: Hajek's (1964) for samples of fixed size.
+    """The variance of a sum that is estimated from drawn examples, by Hajek's (1964) estimator for a fixed sample size.
 
-    sum_s (1 - p_n) (r_n - mean)^2 over the visited examples, r_n = a_n q_n / p_n, p_n their inclusion probabilities,
-    with the mean weighted by 1 - p_n. Systematic samples in random order vary like it or less. To that comes of the
-    examples' own draws what the spread of r_n does not show: p_n of it.
+    Example n has the weight a_n, the values q_n and the inclusion probability p_n; let r_n = a_n q_n / p_n. The
+    variance between examples is estimated by K / (K - 1) * sum_n (1 - p_n) (r_n - m)^2, over the K visited examples
+    with p_n < 1, where m is the mean of r_n weighted by 1 - p_n. Systematic samples in random order have this variance
+    or less. The variance of each example's own random draws is added with the weight p_n; the spread of r_n covers the
+    rest.
     """
 
     def __init__(self) -> None:
@@ -141,7 +166,7 @@ class DrawnExamples:
         self.draws: Tensor | float = 0.0
 
     def add(self, values: Tensor, variances: Tensor, a: Tensor, inclusion: Tensor) -> None:
-        """Per-example values [n, ...], the variances of their draws, weights and probabilities [n]."""
+        """Add values [n, ...] and the variances of their random draws, with weights and inclusion probabilities [n]."""
         r, left = a / inclusion, 1 - inclusion
         q = values.to("cpu", torch.float64)
         self.draws = self.draws + torch.tensordot(r.square() * inclusion, variances.to("cpu", torch.float64), 1)
@@ -154,7 +179,8 @@ class DrawnExamples:
             self.second = self.second + torch.tensordot(left * r.square(), q.square(), 1)
 
     def variance(self) -> Tensor:
-        if self.units < 2:  # no spread to be seen: that around zero
+        """Return the variance of the weighted sum of the values."""
+        if self.units < 2:  # too few for a spread around their mean: take the spread around zero
             return self.draws + self.second
         spread = self.second - (self.first * self.first) / self.weight
         return self.draws + spread.clamp_min(0) * self.units / (self.units - 1)

@@ -1,8 +1,11 @@
-"""Where the time of a Fisher goes: per layer, against the network alone and against the machine.
+"""Measure where the time of a Fisher goes: layer by layer, against the network alone and against the machine.
 
->>> report = profile(model, images)
->>> print(report)  # a table
->>> report.save_json("profile.json"), report.save_trace("trace.json"), report.save_roofline("roofline.png")
+::
+
+    report = profile(model, images)
+    print(report)  # a table
+    report.save_json("profile.json")
+    report.save_trace("trace.json")
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from ..files import write_atomically
 from ..gradients.factors import Factors
 from ..gradients.graph import Use, backpropagate
 from ..gradients.recorder import FisherRecorder, ParameterFilter
-from ..gradients.rules import taps_of
+from ..gradients.refusals import taps_of
 from ..ops import planner
 from .cotangents import check_estimator, cotangents
 from .likelihoods import Likelihood
@@ -39,20 +42,20 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """One parameter's part of the Fisher of a batch."""
+    """The cost of one parameter in the Fisher of a batch."""
 
     parameter: str
-    node: str  # of the autograd graph
-    path: str  # explicit, gram, winograd; pass for one pass over norm or bias operands
-    flops: float  # of the batch, on the path taken
-    bytes: float  # that have to be moved at least
+    node: str  # the name of the autograd node
+    path: str  # explicit, gram or winograd; "pass" for norms and biases, whose operands are read once
+    flops: float  # for the batch, on the path taken
+    bytes: float  # the least that have to be moved
     seconds: float  # median over the rounds
-    predicted: float | None  # by the planner, on all threads; None where it has nothing to choose
+    predicted: float | None  # seconds by the planner, on all threads; None where there is no choice
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured rates of all threads: of a large matrix product, and of copying more than the caches hold."""
+    """Measured rates of all threads: of a large matrix product, and of a copy larger than the caches."""
 
     flops_per_second: float
     bytes_per_second: float
@@ -60,7 +63,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Profile:
-    """What :func:`profile` measured. Seconds are medians, of one batch; memory is in bytes beyond what was there."""
+    """The result of :func:`profile`. Times are medians in seconds for one batch.
+
+    Memory is in bytes, above what was in use before.
+    """
 
     examples: int
     cotangents: int
@@ -69,19 +75,21 @@ class Profile:
     estimator: str
     layers: tuple[LayerProfile, ...]
     forward: float
-    backward: float  # with the Fisher's ops in it
+    backward: float  # all backward passes, with the Fisher's ops
     fisher: float  # forward, cotangents and all backward passes
-    floor: float  # forward and as many backward passes, without any weight gradient
+    floor: float  # forward and as many backward passes, without weight gradients
     step: float  # forward and one full backward pass
-    peak_memory: dict[str, int | None]  # of "fisher" and "step"; None where the system does not tell
+    peak_memory: dict[str, int | None]  # for "fisher" and "step"; None where it cannot be measured
     machine: Machine
-    events: tuple[tuple[str, str, float, float], ...] = field(repr=False)  # of one batch: name, kind, start, end
+    events: tuple[tuple[str, str, float, float], ...] = field(repr=False)  # of one batch: (name, kind, start, end)
 
     @property
     def images_per_second(self) -> float:
+        """The examples of the batch divided by the time of its Fisher."""
         return self.examples / self.fisher
 
     def totals(self) -> dict[str, float | None]:
+        """Return the rate, and the ratios of times and of peak memory. None where memory cannot be measured."""
         memory, step = self.peak_memory["fisher"], self.peak_memory["step"]
         return {
             "images_per_second": self.images_per_second,
@@ -91,12 +99,12 @@ class Profile:
         }
 
     def _share(self, layer: LayerProfile) -> float:
-        """Of the rate that the machine's peaks allow at this layer's flops a byte."""
+        """Return the layer's rate relative to what the machine allows at its number of flops a byte."""
         attainable = max(layer.flops / self.machine.flops_per_second, layer.bytes / self.machine.bytes_per_second)
         return attainable / layer.seconds
 
     def table(self, slowest: int | None = None) -> Table:
-        """The layers in the order of the backward pass, or the ``slowest``."""
+        """Return a table of the layers in the order of the backward pass, or of the ``slowest`` ones, slowest first."""
         layers = self.layers
         if slowest is not None:
             layers = sorted(layers, key=lambda layer: -layer.seconds)[:slowest]
@@ -117,7 +125,7 @@ class Profile:
         return table
 
     def summary(self) -> str:
-        """The totals in a few lines."""
+        """Return the totals in a few lines of text."""
         ops_seconds = sum(layer.seconds for layer in self.layers)
         lines = [
             f"{self.images_per_second:.1f} images/s: {self.examples} images, {self.dtype}, {self.threads} threads, "
@@ -139,13 +147,13 @@ class Profile:
         return text.getvalue() + self.summary()
 
     def save_json(self, path: str | os.PathLike) -> None:
-        """All that was measured, and the totals."""
+        """Write all measurements and the totals as JSON."""
         content = asdict(self)
         del content["events"]
         write_atomically(path, json.dumps({**content, "totals": self.totals()}, indent=1).encode())
 
     def save_trace(self, path: str | os.PathLike) -> None:
-        """One batch in Chrome's trace format, for chrome://tracing or ui.perfetto.dev."""
+        """Write one batch in Chrome's trace format, for chrome://tracing or ui.perfetto.dev."""
         first = min(start for _, _, start, _ in self.events)
         events = [
             {
@@ -161,12 +169,6 @@ class Profile:
         ]
         write_atomically(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode())
 
-    def save_roofline(self, path: str | os.PathLike) -> None:
-        """Every layer's rate over its flops a byte, under the machine's two measured limits (PNG)."""
-        from ..analysis import plot
-
-        plot.roofline(self, path)
-
 
 def profile(
     model: nn.Module,
@@ -180,100 +182,145 @@ def profile(
     forward: Callable[[nn.Module, Any], Tensor] = lambda model, x: model(x),
     rounds: int = 5,
 ) -> Profile:
-    """Measure the Fisher of one batch, layer by layer, in interleaved rounds with the network alone.
+    """Measure the Fisher of one batch, layer by layer, and the network alone, in alternating rounds.
 
-    ``inputs`` [N, ...]; the rest as for :func:`t2v_fast.fisher`. ``rounds`` are measured after one that is not.
-    Raises what :func:`t2v_fast.fisher` raises, and ValueError for less than one round.
+    Args:
+        model: The network.
+        inputs: One batch, [N, ...].
+        estimator: As for :func:`t2v_fast.fisher`, except ``"batch_mean"``.
+        samples: As for :func:`t2v_fast.fisher`.
+        likelihood: As for :func:`t2v_fast.fisher`.
+        labels: The labels of the batch, for ``estimator="empirical"``.
+        parameters: As for :func:`t2v_fast.fisher`.
+        forward: As for :func:`t2v_fast.fisher`.
+        rounds: The number of measured rounds. One more round comes first and is not measured.
+
+    Returns:
+        The measurements.
+
+    Raises:
+        UnsupportedError: A parameter has no exact per-example gradient.
+        ValueError: ``rounds`` is below one, or another argument is not valid.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> report = profile(model, torch.randn(2, 4), rounds=1)  # doctest: +SKIP
+        >>> print(report.summary())  # doctest: +SKIP
     """
     check_estimator(estimator, samples)
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, expected at least 1")
     recorder = FisherRecorder(model, parameters)
-    observed: list[tuple[str, float, float]] = []
-    seconds: dict[str, list[float]] = {name: [] for name in ("forward", "backward", "fisher", "floor", "step")}
-    layer_seconds: list[dict[str, float]] = []
-    work: dict[str, tuple[str, str, planner.Work, float | None]] = {}
-    events: list[tuple[str, str, float, float]] = []
-    memory: dict[str, int | None] = {}
-    count = 0
-
-    # The factors are let go of at once: to keep them would keep every layer's cotangent, and count as peak memory.
-    def observe(use: Use, factors: Factors, cotangents_: int, start: float, end: float) -> None:
-        if use.parameter not in work:
-            predicted = factors.predict(cotangents_)
-            predicted = None if predicted is None else predicted * inputs.shape[0]
-            work[use.parameter] = (use.node.name(), *factors.work(cotangents_), predicted)
-        observed.append((use.parameter, start, end))
-
-    recorder.observer = observe
-
-    def fisher() -> None:
-        nonlocal count
-        start = time.perf_counter()
-        logits = forward(model, inputs)
-        middle = time.perf_counter()
-        u = cotangents(logits, estimator, samples, likelihood, labels)
-        count = u.numel() // logits.numel()
-        between = time.perf_counter()
-        recorder.backward(logits, u)
-        end = time.perf_counter()
-        events[:] = [("forward", "network", start, middle), ("backward", "network", between, end)]
-        seconds["forward"].append(middle - start)
-        seconds["backward"].append(end - between)
-        seconds["fisher"].append(end - start)
-
-    def floor() -> None:
-        start = time.perf_counter()
-        logits = forward(model, inputs)
-        taps = taps_of(logits, recorder.parameters)
-        for k in range(count):
-            backpropagate(logits, torch.ones_like(logits), taps, lambda node, g: None, retain_graph=k + 1 < count)
-        seconds["floor"].append(time.perf_counter() - start)
-
-    def step() -> None:
-        start = time.perf_counter()
-        wanted = list(recorder.parameters.values())
-        torch.autograd.grad(forward(model, inputs).sum(), wanted, allow_unused=True)
-        seconds["step"].append(time.perf_counter() - start)
-
+    measured = _Rounds(
+        recorder, inputs, forward, lambda logits: cotangents(logits, estimator, samples, likelihood, labels)
+    )
     with torch.enable_grad(), recorder:
-        for round_ in range(rounds + 1):
-            observed.clear()
-            for run in (fisher, floor, step):
-                if round_ == 0 and run is not floor:
-                    memory[run.__name__] = _peak_memory(run, inputs.device)
-                else:
-                    run()
-                if run is fisher:
-                    spent: dict[str, float] = {}
-                    for name, start, end in observed:
-                        spent[name] = spent.get(name, 0.0) + end - start
-                        events.append((f"{name} ({work[name][1]})", "fisher", start, end))
-                    layer_seconds.append(spent)
-    for measured in seconds.values():
-        del measured[0]
-    layers = []
-    for name, (node, path, todo, predicted) in work.items():
-        spent = statistics.median(each.get(name, 0.0) for each in layer_seconds[1:])
-        n = inputs.shape[0]
-        layers.append(LayerProfile(name, node, path, n * todo.flops, n * todo.bytes, spent, predicted))
+        for index in range(rounds + 1):
+            measured.run(first=index == 0)
     return Profile(
         examples=inputs.shape[0],
-        cotangents=count,
+        cotangents=measured.cotangents,
         dtype=str(next(iter(recorder.parameters.values())).dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         estimator=estimator,
-        layers=tuple(layers),
-        **{name: statistics.median(measured) for name, measured in seconds.items()},
-        peak_memory=memory,
+        layers=measured.layers(),
+        **{name: statistics.median(seconds[1:]) for name, seconds in measured.seconds.items()},
+        peak_memory=measured.memory,
         machine=measure_machine(),
-        events=tuple(events),
+        events=tuple(measured.events),
     )
+
+
+class _Rounds:
+    """The measurements of :func:`profile`. Each round runs the Fisher, the floor and a training step of one batch."""
+
+    def __init__(
+        self,
+        recorder: FisherRecorder,
+        inputs: Tensor,
+        forward: Callable[[nn.Module, Any], Tensor],
+        directions: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.recorder, self.inputs, self.directions = recorder, inputs, directions
+        self.logits = lambda: forward(recorder.model, inputs)
+        self.cotangents = 0
+        self.seconds: dict[str, list[float]] = {k: [] for k in ("forward", "backward", "fisher", "floor", "step")}
+        self.memory: dict[str, int | None] = {}
+        self.events: list[tuple[str, str, float, float]] = []  # of the last round
+        self._work: dict[str, tuple[str, str, planner.Work, float | None]] = {}
+        self._layer_seconds: list[dict[str, float]] = []
+        self._observed: list[tuple[str, float, float]] = []  # in this round
+        recorder.observer = self._observe
+
+    def run(self, first: bool) -> None:
+        """Run one round. The first one measures memory, and its times are not used."""
+        self._observed.clear()
+        if first:
+            self.memory["fisher"] = _peak_memory(self._fisher, self.inputs.device)
+        else:
+            self._fisher()
+        spent: dict[str, float] = {}
+        for name, start, end in self._observed:
+            spent[name] = spent.get(name, 0.0) + end - start
+            self.events.append((f"{name} ({self._work[name][1]})", "fisher", start, end))
+        self._layer_seconds.append(spent)
+        self._floor()
+        if first:
+            self.memory["step"] = _peak_memory(self._step, self.inputs.device)
+        else:
+            self._step()
+
+    def layers(self) -> tuple[LayerProfile, ...]:
+        """Return each parameter's cost, with median times."""
+        n, layers = self.inputs.shape[0], []
+        for name, (node, path, todo, predicted) in self._work.items():
+            spent = statistics.median(each.get(name, 0.0) for each in self._layer_seconds[1:])
+            layers.append(LayerProfile(name, node, path, n * todo.flops, n * todo.bytes, spent, predicted))
+        return tuple(layers)
+
+    def _observe(self, use: Use, factors: Factors, cotangents_: int, start: float, end: float) -> None:
+        # The factors are not kept: they hold every layer's cotangent, which would count as peak memory.
+        if use.parameter not in self._work:
+            predicted = factors.predict(cotangents_)
+            predicted = None if predicted is None else predicted * self.inputs.shape[0]
+            self._work[use.parameter] = (use.node.name(), *factors.work(cotangents_), predicted)
+        self._observed.append((use.parameter, start, end))
+
+    def _fisher(self) -> None:
+        """Run one forward pass and the backward passes of the Fisher."""
+        start = time.perf_counter()
+        logits = self.logits()
+        middle = time.perf_counter()
+        u = self.directions(logits)
+        self.cotangents = u.numel() // logits.numel()
+        between = time.perf_counter()
+        self.recorder.backward(logits, u)
+        end = time.perf_counter()
+        self.events = [("forward", "network", start, middle), ("backward", "network", between, end)]
+        self.seconds["forward"].append(middle - start)
+        self.seconds["backward"].append(end - between)
+        self.seconds["fisher"].append(end - start)
+
+    def _floor(self) -> None:
+        """Run one forward pass and as many backward passes as the Fisher has, without weight gradients."""
+        start, count = time.perf_counter(), self.cotangents
+        logits = self.logits()
+        taps = taps_of(logits, self.recorder.parameters)
+        for k in range(count):
+            backpropagate(logits, torch.ones_like(logits), taps, lambda node, g: None, retain_graph=k + 1 < count)
+        self.seconds["floor"].append(time.perf_counter() - start)
+
+    def _step(self) -> None:
+        """Run one forward pass and one full backward pass, as a training step does."""
+        start = time.perf_counter()
+        wanted = list(self.recorder.parameters.values())
+        torch.autograd.grad(self.logits().sum(), wanted, allow_unused=True)
+        self.seconds["step"].append(time.perf_counter() - start)
 
 
 @functools.cache
 def measure_machine() -> Machine:
-    """Peak rates in float32, of all of torch's threads: the best of a few runs."""
+    """Measure the peak rates in float32 of all of torch's threads: the best of a few runs."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     product = planner.fastest(lambda: a @ b, 10)
     big = torch.empty(32 * MIB)
@@ -283,13 +330,13 @@ def measure_machine() -> Machine:
 
 
 def _peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
-    """The most memory that ``run`` had in use beyond what was there before, in bytes; None where nobody can tell."""
+    """Return the peak memory of ``run`` above what was in use before, in bytes, or None where it is unknown."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    try:  # Linux: give freed memory back, so that using it again counts, and start the high-water mark anew
+    try:  # Linux: return freed memory to the system, so that its reuse counts, and reset the high-water mark
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
@@ -301,6 +348,7 @@ def _peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def _status(key: str) -> int:
+    """Return an entry of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024

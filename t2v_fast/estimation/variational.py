@@ -1,12 +1,12 @@
-"""The robust Fisher: how much noise each filter of a network bears (Achille et al., 2019, section 3.2).
+"""The robust Fisher: how much noise each filter of a network tolerates (Achille et al., 2019, section 3.2).
 
-Weights become Gaussian, w ~ N(w0, Lambda) with one variance a filter, and the variances minimise
+The weights become Gaussian, w ~ N(w0, Lambda), with one variance for each filter. The variances minimise::
 
-    E_w[loss] + beta 2 KL(N(w0, Lambda) || N(0, lambda^2 I)),
+    E_w[loss] + beta 2 KL(N(w0, Lambda) || N(0, lambda^2 I))
 
-with one prior variance lambda^2 a layer, learned along. A small variance marks a filter that the task needs; 1 /
-variance takes the place of the Fisher. Where the loss is quadratic in the noise, 1 / variance = F / (2 beta) + 1 /
-lambda^2 with F the filter's mean diagonal Fisher: :func:`fixed_point`.
+Each layer has a prior variance lambda^2, which is learned too. A small variance marks a filter that the task needs, and
+1 / variance takes the place of the Fisher. Where the loss is quadratic in the noise, and F is the filter's mean
+diagonal Fisher, 1 / variance = F / (2 beta) + 1 / lambda^2: see :func:`fixed_point`.
 """
 
 from __future__ import annotations
@@ -24,19 +24,22 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-# Functions whose second argument is a weight of filters along its first axis, with their axis of channels.
+# Functions whose second argument is a weight with filters along its first axis, and the axis of their channels.
 _LAYERS: dict[Callable, int | None] = {F.linear: None, F.conv1d: 1, F.conv2d: 1, F.conv3d: 1}
-# Added to squared inputs, so that a filter without input has noise, too; as in the public code.
+# Added to squared inputs, as in Task2Vec's public code, so that a filter without input has noise too.
 _FLOOR = 1e-2
 LOSSES = {"softmax": F.cross_entropy, "sigmoid": F.binary_cross_entropy_with_logits}
 
 
 @dataclass(frozen=True)
 class RobustFisher:
-    """What :func:`variational_fisher` learned, by parameter name: ``log_variance`` [O] and ``log_prior`` [],
+    """The result of :func:`variational_fisher`.
 
-    the logarithms of each filter's variance and of each layer's lambda^2; ``losses``: the mean loss of each epoch,
-    without the divergence; ``num_examples`` seen in an epoch.
+    Args:
+        log_variance: By parameter name, the logarithm of each filter's variance, [O].
+        log_prior: By parameter name, the logarithm of the layer's prior variance lambda^2, a scalar.
+        losses: The mean loss of each epoch, without the KL divergence.
+        num_examples: The number of examples of an epoch.
     """
 
     log_variance: dict[str, Tensor]
@@ -46,21 +49,27 @@ class RobustFisher:
 
     @property
     def precision(self) -> dict[str, Tensor]:
-        """1 / variance of each filter, [O]: the entries of the embedding."""
+        """1 / variance of each filter by parameter name, [O]: the entries of the embedding."""
         return {name: (-v).exp() for name, v in self.log_variance.items()}
 
     @property
     def scale(self) -> dict[str, Tensor]:
-        """1 / lambda^2 of each filter's layer, [O]: what the precision is where the task needs nothing."""
+        """1 / lambda^2 of each filter's layer, [O]: the precision of a filter that the task does not need."""
         return {name: (-self.log_prior[name]).exp().expand_as(v) for name, v in self.log_variance.items()}
 
 
 class WeightNoise(TorchFunctionMode):
-    """While active, linear layers and convolutions with these weights answer as if the weights were noisy.
+    """A context in which linear layers and convolutions with given weights compute as if the weights were noisy.
 
-    By the local reparametrisation trick (Kingma et al., 2015): noise is added to the outputs, whose variance is that of
-    the filter times the sum of the squared inputs that it sees, which all filters of a group share. ``weights``: at
-    least two axes, filters along the first. ``generator`` draws the noise; torch's own where it is None.
+    By the local reparametrisation trick (Kingma et al., 2015), the noise is added to the outputs. Its variance is the
+    filter's variance times the sum of the squared inputs that the filter sees, which all filters of a group share.
+
+    Args:
+        weights: The weights by name, each with at least two axes, and filters along the first.
+        generator: Draws the noise; by default torch's own generator.
+
+    Raises:
+        ValueError: A weight has fewer than two axes.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], generator: torch.Generator | None = None) -> None:
@@ -71,7 +80,8 @@ class WeightNoise(TorchFunctionMode):
         self.weights, self.generator = dict(weights), generator
         self._names = {id(w): name for name, w in weights.items()}
         self.met: set[str] = set()
-        # First guesses, as in the public code: a twentieth of the weights' variance in the filter; their mean square.
+        # Initial values, as in the public code: a twentieth of the variance of the filter's weights, and the weights'
+        # mean square.
         self.log_variance = {
             name: (0.05 * w.detach().flatten(1).var(1).nan_to_num() + 1e-8).log().requires_grad_()
             for name, w in weights.items()
@@ -81,10 +91,11 @@ class WeightNoise(TorchFunctionMode):
         }
 
     def parameters(self) -> list[Tensor]:
+        """Return the logarithms of all variances and prior variances."""
         return [*self.log_variance.values(), *self.log_prior.values()]
 
     def divergence(self) -> Tensor:
-        """Twice the KL divergence from the prior, of all weights together."""
+        """Return twice the KL divergence from the prior, summed over all weights."""
         total = torch.zeros(())
         for name, w in self.weights.items():
             variance, prior = self.log_variance[name], self.log_prior[name]
@@ -98,7 +109,7 @@ class WeightNoise(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func is F.multi_head_attention_forward:
-            # It would hand itself over to this mode again: inside of it, only what it calls shall.
+            # It would dispatch to this mode again. Only the functions that it calls should.
             with mock.patch.object(F, "has_torch_function", return_value=False), self:
                 return func(*args, **kwargs)
         output = func(*args, **kwargs)
@@ -125,7 +136,7 @@ class WeightNoise(TorchFunctionMode):
 
 @contextmanager
 def _only(model: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Gradients for these parameters alone."""
+    """Require gradients of these parameters alone, and restore what the others required at the end."""
     required, wanted = [(p, p.requires_grad) for p in model.parameters()], {id(p) for p in trained}
     try:
         for p, _ in required:
@@ -150,12 +161,31 @@ def variational_fisher(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> RobustFisher:
-    """Learn the variances by Adam, with the public code's settings where none are given.
+    """Learn the variances and the prior variances by Adam. The defaults are the settings of Task2Vec's public code.
 
-    ``batches(epoch)`` yields (inputs, targets): codes, or 0-1 vectors for ``likelihood="sigmoid"``. ``parameters``: the
-    names of the weights to make noisy, by default all of at least two axes but those of ``head``, whose parameters are
-    trained along. The model runs in the mode that it is in, its own weights unchanged. Raises ValueError for a weight
-    that no linear layer or convolution uses, naming it, and for a loss that is not finite.
+    The model runs in its current mode, and its own weights do not change.
+
+    Args:
+        model: The network.
+        batches: ``batches(epoch)`` yields (inputs, targets). Targets are class indices [N], or 0-1 vectors [N, C] for
+            ``"sigmoid"``.
+        parameters: The names of the weights that become noisy. By default these are all parameters of at least two
+            axes, except those of ``head``.
+        head: Parameters that are trained at the same time.
+        likelihood: ``"softmax"`` or ``"sigmoid"``.
+        epochs: The number of passes over the data, at least 1.
+        beta: The factor of the KL divergence, above 0.
+        learning_rate: The learning rate of the variances.
+        head_learning_rate: The learning rate of ``head``.
+        generator: Draws the noise; by default torch's own generator.
+        progress: Show a progress bar.
+
+    Returns:
+        The learned variances.
+
+    Raises:
+        ValueError: An argument is not valid, no linear layer or convolution uses one of the weights, an epoch has no
+            example, or the loss is not finite.
     """
     if likelihood not in LOSSES:
         raise ValueError(f"likelihood is {likelihood!r}, expected one of {', '.join(LOSSES)}")
@@ -202,18 +232,31 @@ def variational_fisher(
 
 
 def _not_met(noise: WeightNoise) -> list[str]:
-    """The weights that no layer has used so far."""
+    """Return the weights that no layer has used so far."""
     return [name for name in noise.weights if name not in noise.met]
 
 
 def fixed_point(
     diagonal: Mapping[str, Tensor], weights: Mapping[str, Tensor], beta: float = 1e-7, rounds: int = 10_000
 ) -> RobustFisher:
-    """What the variances converge to where the loss is quadratic in the noise, from one Fisher.
+    """Compute the variances from a Fisher, as they are where the loss is quadratic in the noise.
 
-    ``diagonal``: {name: [O]}, the Fisher of each filter's weights on average, as ``fisher(..., granularity="filter")``
-    gives it; ``weights`` those of these names. 1 / variance = F / (2 beta) + 1 / lambda^2, and lambda^2 is the mean of
-    w^2 + variance.
+    The equations are 1 / variance = F / (2 beta) + 1 / lambda^2, and lambda^2 = mean of w^2 + variance.
+
+    Args:
+        diagonal: The mean Fisher of each filter's weights, [O], by parameter name, as
+            ``fisher(..., granularity="filter")`` returns it. Parameters with one axis are left out.
+        weights: The weights, by the same names.
+        beta: The factor of the KL divergence.
+        rounds: The most iterations of the two equations.
+
+    Returns:
+        The variances, without losses.
+
+    Example:
+        >>> found = fixed_point({"w": torch.tensor([0.0, 2.0])}, {"w": torch.ones(2, 3)}, beta=1.0)
+        >>> (found.precision["w"] - found.scale["w"]).numpy().round(6).tolist()  # F / (2 beta)
+        [0.0, 1.0]
     """
     log_variance, log_prior = {}, {}
     for name, f in diagonal.items():

@@ -1,4 +1,9 @@
-"""The factors of a parameter's per-example gradients, ready for the primitives of :mod:`t2v_fast.ops`."""
+"""Factors of per-example gradients, in the form that :mod:`t2v_fast.ops` takes.
+
+The per-example gradient of a weight is a sum over positions of products, for instance G_n = sum_s g x^T for a linear
+layer with input x [N, S, I] and cotangent g [N, S, O]. The *factors* of G_n are these tensors. Each class below stands
+for one form of product, and computes the squares of G_n from the factors, in most forms without forming G_n itself.
+"""
 
 from __future__ import annotations
 
@@ -14,60 +19,60 @@ from torch.autograd.graph import Node
 from .. import ops
 from ..ops import planner, reference
 from .owners import Owner, Shape
-from .ownership import call, dense
+from .ownership import call_node, dense
 
-CHUNK = 2**24  # entries of per-example gradients that may be held at once, where they have to be
+MAX_GRADIENT_ENTRIES = 2**24  # entries of per-example gradients held at once, in the forms that hold them
 
 
 @dataclass
 class Reuse:
-    """What is computed once at one node, for several cotangents of a batch or for several parameters."""
+    """Values that are computed once at a node, for several cotangents of a batch or for several parameters."""
 
-    cotangents: int = 1  # how many there will be
-    parameters: int = 1  # how many wanted ones enter the node
-    gram: Tensor | None = None  # of the layer's input, for all cotangents
-    bias: Tensor | None = None  # sums of a norm's bias, found with those of its weight, for this cotangent
+    cotangents: int = 1  # the number of cotangents of the batch
+    parameters: int = 1  # the number of wanted parameters that enter the node
+    gram: Tensor | None = None  # Gram matrices of the layer's input, for all cotangents
+    bias: Tensor | None = None  # filter sums of a norm's bias, computed with those of its weight, for this cotangent
 
 
 class Factors(ABC):
-    """The two factors of a parameter's per-example gradients, ready for a primitive."""
+    """The factors of a parameter's per-example gradients G_n, for N examples."""
 
     @abstractmethod
     def filter_sums(self, reuse: Reuse) -> Tensor:
-        """Sums of squares over the filters, or over equal parts of each: q [N, multiple of filters]."""
+        """Sums of squares over each filter, or over equal parts of each: q [N, multiple of the number of filters]."""
 
     @abstractmethod
     def accumulate_(self, out: Tensor, weight: Tensor) -> None:
-        """out += sum_n weight[n] G_n^2, out contiguous and of as many entries as the parameter, weight [N]."""
+        """out += sum_n weight[n] G_n^2, where ``out`` is contiguous and has as many entries as the parameter."""
 
     @abstractmethod
     def gradients(self, start: int, stop: int) -> Tensor:
-        """The gradients of these examples themselves, [stop - start, entries of the parameter]."""
+        """The gradients G_n of examples ``start`` to ``stop``, [stop - start, entries of the parameter]."""
 
     @abstractmethod
     def work(self, cotangents: int) -> tuple[str, planner.Work]:
-        """The path that ``filter_sums`` takes, and its work for one example and all its cotangents."""
+        """The path that :meth:`filter_sums` takes, and its work for one example and all its cotangents."""
 
     def predict(self, cotangents: int) -> float | None:
-        """Seconds that the planner expects for one example and all its cotangents; None where it does not choose."""
+        """Seconds that the planner predicts for one example and all its cotangents; None where it predicts nothing."""
         return None
 
     def exchanged(self) -> Factors | None:
-        """The same with the filters along the second axis; None where only :meth:`gradients` can tell."""
+        """Factors of the transposed gradients, with the filters along the second axis; None where no form fits."""
         return None
 
 
 class _Layer(Factors):
-    """A convolution of x [N, C, H, W] with cotangent g [N, O, Ho, Wo], or a linear layer seen as one.
+    """A convolution of x [N, C, H, W] with cotangent g [N, O, Ho, Wo], or a linear layer treated as one.
 
-    ``of_input``: whether x is the layer's input, whose Gram matrix serves all cotangents. It may be the cotangent, and
-    g the input.
+    ``of_input`` is true if x is the layer's input, whose Gram matrix serves all cotangents. Otherwise x is the
+    cotangent and g is the input.
     """
 
     @property
     @abstractmethod
     def conv(self) -> planner.Conv:
-        """The geometry, for the planner."""
+        """The geometry that the planner sees."""
 
     @abstractmethod
     def images(self, t: Tensor) -> Tensor:
@@ -75,14 +80,15 @@ class _Layer(Factors):
 
     @abstractmethod
     def sums(self, path: str) -> Tensor:
-        """Sum of squares over each filter, q [N, filters], by one path."""
+        """Sums of squares over each filter, q [N, filters], by one path."""
 
     def path(self, cotangents: int) -> str:
+        """The path that the planner chooses for a number of cotangents."""
         return planner.choose(self.conv, self.x, cotangents)
 
     def filter_sums(self, reuse: Reuse) -> Tensor:
         path = self.path(reuse.cotangents)
-        # A Gram matrix is kept for the next cotangent only where that takes no more memory than the layer itself.
+        # Keep the Gram matrices for the next cotangent only if they take no more memory than the layer itself.
         if (
             path == "gram"
             and self.of_input
@@ -104,7 +110,7 @@ class _Layer(Factors):
 
 @dataclass(frozen=True)
 class Outer(_Layer):
-    """G_n = sum_s g x^T; the parameter is [O, I]."""
+    """G_n = sum_s g x^T of a linear layer; the parameter is [O, I]."""
 
     x: Tensor  # [N, S, I]
     g: Tensor  # [N, S, O]
@@ -115,7 +121,7 @@ class Outer(_Layer):
         return planner.Conv(self.x.shape[2], (1, self.x.shape[1]), self.g.shape[2])
 
     def path(self, cotangents: int) -> str:
-        # Of one token the gradient has rank one: what sq_outer makes of it is cheaper than any path of a convolution.
+        # With one token the gradient has rank one, which sq_outer squares faster than any path of a convolution.
         return "explicit" if self.x.shape[1] == 1 else super().path(cotangents)
 
     def images(self, t: Tensor) -> Tensor:
@@ -137,7 +143,7 @@ class Outer(_Layer):
 
 @dataclass(frozen=True)
 class Convolution(_Layer):
-    """G_n of a convolution; the parameter is [O, C / groups, *kernel]."""
+    """G_n of a 2-d convolution; the parameter is [O, C / groups, *kernel]."""
 
     x: Tensor  # [N, C, H, W]
     g: Tensor  # [N, O, Ho, Wo]
@@ -167,13 +173,13 @@ class Convolution(_Layer):
 
 @dataclass(frozen=True)
 class Product(Factors):
-    """G_n = sum_s g (x - shift) scale, or sum_s g for a bias; C is all entries of the parameter, in its order."""
+    """G_n = sum_s g (x - shift) scale, or sum_s g for a bias; C counts all entries of the parameter, in their order."""
 
     g: Tensor  # [N, S, C]
     x: Tensor | None = None  # [N, S, C]
     shift: Tensor | None = None
     scale: Tensor | None = None
-    norm: bool = False  # whether it is the weight of a norm, or its bias, which comes after the weight
+    norm: bool = False  # whether the parameter is the weight of a norm, or its bias, which is visited after the weight
 
     def filter_sums(self, reuse: Reuse) -> Tensor:
         if self.norm and self.x is None and reuse.bias is not None:
@@ -191,7 +197,7 @@ class Product(Factors):
         return self.terms(start, stop).sum(1)
 
     def terms(self, start: int, stop: int) -> Tensor:
-        """What is summed over the positions: [stop - start, S, C]."""
+        """The terms of the sum over positions, [stop - start, S, C]."""
         g = reference.widen(self.g[start:stop])
         if self.x is None:
             return g
@@ -209,15 +215,16 @@ class Product(Factors):
 
 @dataclass(frozen=True)
 class Stacked(Factors):
-    """A convolution over volumes as 2-d ones, a slice of the kernel each; the parameter is [O, C / groups, *kernel].
+    """G_n of a 3-d convolution as 2-d ones, one per slice of the kernel; the parameter is [O, C / groups, *kernel].
 
-    A slice is None where it meets nothing but padding; one at least is not.
+    A slice that sees nothing but padding is None. At least one slice is not None.
     """
 
     slices: Sequence[Convolution | None]
 
     @property
     def seen(self) -> list[Convolution]:
+        """The slices that see more than padding."""
         return [part for part in self.slices if part is not None]
 
     def filter_sums(self, reuse: Reuse) -> Tensor:
@@ -251,7 +258,7 @@ class Stacked(Factors):
 
 @dataclass(frozen=True)
 class Scatter(Factors):
-    """G_n = the rows of g, added up by index: a table [rows, D] that is looked up. Negative indices are left out."""
+    """G_n = rows of g, summed by index: the parameter is a table [rows, D]. Negative indices are left out."""
 
     index: Tensor  # [N, S]
     g: Tensor  # [N, S, D]
@@ -274,21 +281,22 @@ class Scatter(Factors):
 
 @dataclass(frozen=True)
 class Summed(Factors):
-    """The sum over several uses, or what flows on from a use to a parameter behind it: gradients, formed and squared.
+    """G_n = the sum over several uses of a parameter, or the gradient that a use passes on to a parameter behind it.
 
-    Each part comes with the map from its gradients, [k, numbers], to those of the parameter, [k, numel].
+    Each part is a use's factors, with the map from the use's gradients [k, entries of the input] to those of the
+    parameter [k, entries]. G_n is formed and then squared, for a chunk of examples at a time.
     """
 
     parts: Sequence[tuple[Factors, Callable[[Tensor], Tensor]]]
     shape: tuple[int, ...]  # of the parameter
     examples: int
-    axis: int = 0  # of the filters
+    axis: int = 0  # the axis of the filters
 
     def gradients(self, start: int, stop: int) -> Tensor:
         return sum(onward(part.gradients(start, stop)) for part, onward in self.parts)
 
     def _chunks(self) -> Sequence[tuple[int, int]]:
-        step = max(1, CHUNK // max(1, math.prod(self.shape)))
+        step = max(1, MAX_GRADIENT_ENTRIES // max(1, math.prod(self.shape)))
         return [(start, min(start + step, self.examples)) for start in range(0, self.examples, step)]
 
     def filter_sums(self, reuse: Reuse) -> Tensor:
@@ -307,19 +315,19 @@ class Summed(Factors):
 
 @dataclass(frozen=True)
 class Called(Factors):
-    """Gradients that the autograd node forms itself, called with the cotangents of one example after the other.
+    """G_n as the autograd node computes it, called with the cotangents of one example after the other.
 
-    To be asked for after the backward pass, which must have kept the graph: during one, a node forms only those
+    Compute it after the backward pass, with a graph that the pass has kept. During a pass, a node computes only the
     gradients that the pass asks for.
     """
 
     node: Node
     slot: int
-    shape: Shape  # of that input
-    cotangents: Sequence[Tensor | None]  # of each output
+    shape: Shape  # of the input
+    cotangents: Sequence[Tensor | None]  # of each output of the node
     owners: Sequence[Owner | None]
     examples: int
-    exchange: bool = False  # whether the parameter is that input, a matrix, with its axes exchanged
+    exchange: bool = False  # whether the input is the parameter, a matrix, transposed
 
     def gradients(self, start: int, stop: int) -> Tensor:
         template = next(g for g in self.cotangents if g is not None)
@@ -338,33 +346,34 @@ class Called(Factors):
                 mask = owner.field(g.dim(), self.examples) == example
                 own.append(torch.where(mask.to(g.device), g, 0) if bool(mask.any()) else None)
             if any(g is not None for g in own):
-                found = call(self.node, own)[self.slot]
+                found = call_node(self.node, own)[self.slot]
                 if found is not None:
                     found = dense(found)
                     row.copy_((found.mT if self.exchange else found).reshape(-1))
         return rows
 
-    def _alone(self) -> Summed:
+    def _formed(self) -> Summed:
+        """The same gradients as the only part of a sum."""
         return Summed([(self, lambda t: t)], self.shape, self.examples)
 
     def filter_sums(self, reuse: Reuse) -> Tensor:
-        return self._alone().filter_sums(reuse)
+        return self._formed().filter_sums(reuse)
 
     def accumulate_(self, out: Tensor, weight: Tensor) -> None:
-        self._alone().accumulate_(out, weight)
+        self._formed().accumulate_(out, weight)
 
     def work(self, cotangents: int) -> tuple[str, planner.Work]:
         return "node by example", planner.Work((), (), 0, 0)
 
 
 def concatenated(factors: Sequence[Factors]) -> Factors | None:
-    """One layer with the positions of several, whose gradients add up; None where they are not of one kind."""
+    """Join the factors of several uses into those of one use with all positions; None where their forms differ."""
     first = factors[0]
     if len(factors) == 1:
         return first
     kinds = {type(f) for f in factors}
     if len(kinds) > 1 or len({f.g.shape[2:] for f in factors if isinstance(f, (Outer, Scatter))}) > 1:
-        return None  # in some layer the parameter is a view of another shape
+        return None  # one of the layers sees the parameter in another shape
     if all(isinstance(f, Outer) and f.of_input == first.of_input and f.x.shape[2] == first.x.shape[2] for f in factors):
         return Outer(torch.cat([f.x for f in factors], 1), torch.cat([f.g for f in factors], 1), first.of_input)
     if all(isinstance(f, Scatter) and f.rows == first.rows for f in factors):

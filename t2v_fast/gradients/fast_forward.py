@@ -1,4 +1,4 @@
-"""How a network runs faster on a CPU, with the same results: other layers, another memory format, kept memory."""
+"""Run a network faster on a CPU, with the same results: with faster layers, channels-last images and kept memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .ownership import nodes_of
 
 log = logging.getLogger(__name__)
 
-# Nodes whose backward pass torch 2.13 crashes in for channels-last images, where the input needs no gradient.
+# Nodes in whose backward pass torch 2.13 crashes for channels-last images if the input needs no gradient.
 _TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 CRASHING = frozenset({"NativeGroupNormBackward0"}) if _TORCH < (2, 14) else frozenset()
 
@@ -30,11 +30,18 @@ _contexts = 0
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """What is freed stays with the process until the last of these contexts ends; then it goes back to the system.
+    """Keep freed memory in the process until the last of these contexts ends, and give it back to the system then.
 
-    glibc gives large blocks back when they are freed and asks for them again for the next batch, and the system clears
-    every page anew; kept, a batch's blocks are the next one's. Nothing happens without the compiled extension, with
-    other allocators, and where the environment sets glibc's up (MALLOC_..., GLIBC_TUNABLES).
+    Otherwise glibc gives large blocks back when they are freed and requests them again for the next batch, and the
+    system clears every page again. Within the context, a batch reuses the blocks of the batch before.
+
+    The context has no effect without the compiled extension, with allocators other than glibc's, and where the
+    environment configures glibc's allocator (MALLOC_..., GLIBC_TUNABLES).
+
+    Example:
+        >>> with kept_memory():
+        ...     for _ in range(2):
+        ...         batch = torch.zeros(8, 3, 32, 32)
     """
     global _contexts
     with _lock:
@@ -57,11 +64,27 @@ def _keep(keep: bool) -> None:
 
 
 class FastNetwork:
-    """A forward function with :class:`FastLayers`, and channels-last images [N, C, H, W] unless the network refuses.
+    """A forward function that uses :class:`~t2v_fast.gradients.fast_layers.FastLayers` and channels-last images.
 
-    ``with FastNetwork(model, forward) as run: run(model, inputs)``. Within the context the weights of convolutions are
-    channels-last copies, which would otherwise be made for every batch; the model has its own back at the end. Norms
-    and poolings gain most: see docs/performance.md.
+    Within the context, channels-last copies replace the weights of convolutions, so that torch does not copy them for
+    every batch. The model gets its own weights back at the end. If the network refuses channels-last images, or torch
+    crashes on them, the images and the weights are left in their format. Norms and poolings gain most: see
+    docs/performance.md.
+
+    Args:
+        model: The network.
+        forward: Called as ``forward(model, inputs)`` to run the network.
+        channels_last: Whether to try channels-last images [N, C, H, W].
+
+    Attributes:
+        works: Whether the network takes channels-last images; None until it has been tried.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+        >>> with FastNetwork(model, lambda model, inputs: model(inputs)) as run:
+        ...     logits = run(model, torch.randn(2, 3, 5, 5))
+        >>> tuple(logits.shape), run.works
+        ((2, 36), True)
     """
 
     def __init__(
@@ -70,14 +93,14 @@ class FastNetwork:
         self.model, self.forward = model, forward
         self.works: bool | None = None if channels_last else False
         self._layers = FastLayers(self._put_back)
-        # By the weight's id: the weight, its own data, the copy, and the weight's version at that time.
+        # By the weight's id: the weight, its own data, the channels-last copy, and the weight's version then.
         self._own: dict[int, tuple[nn.Parameter, Tensor, Tensor, int]] = {}
 
     def __enter__(self) -> FastNetwork:
         for module in self.model.modules() if self.works is None else ():
             if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 continue
-            # A weight that is computed from others is no parameter of its module.
+            # A weight that is computed from other tensors is not a parameter of its module.
             weight = module._parameters.get("weight")
             if weight is not None and weight.is_contiguous():
                 if id(weight) in self._own:
@@ -91,29 +114,31 @@ class FastNetwork:
         self._restore()
 
     def _restore(self) -> None:
+        """Give all weights their own memory back."""
         for key in list(self._own):
             self._give_back(key)
 
     def _put_back(self, weight: Tensor) -> None:
-        """The weight of a layer that has a matrix instead needs no copy."""
+        """Give a weight its own memory back, because a matrix replaces the weight."""
         if id(weight) in self._own:
             self._give_back(id(weight))
 
     def _give_back(self, key: int) -> None:
-        """The weight's own memory, with what the network has written to the copy since."""
+        """Give a weight its own memory back, with what the network has written to the copy."""
         weight, own, copy, version = self._own.pop(key)
-        if weight.data.data_ptr() != copy.data_ptr():  # the network has given it other memory
+        if weight.data.data_ptr() != copy.data_ptr():  # the network has given the weight other memory
             return
         if key in self._layers.written or weight._version != version:
             own.copy_(copy)
         weight.data = own
 
     def _run(self, model: nn.Module, inputs: Any) -> Tensor:
+        """Run the network with fast layers; run it again if it wrote over the output of an in-place layer."""
         with self._layers:
             output = self.forward(model, inputs)
         if not self._layers.overwritten():
             return output
-        with self._layers:  # which leave it to torch now
+        with self._layers:  # the in-place layer is now torch's own
             return self.forward(model, inputs)
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
@@ -124,27 +149,30 @@ class FastNetwork:
         except RuntimeError as error:
             if self.works:
                 raise
-            return self._as_they_come(model, inputs, error)
+            return self._run_unchanged(model, inputs, error)
         if self.works is None and (found := _crashing(output)):
-            return self._as_they_come(model, inputs, f"torch {torch.__version__} crashes in {', '.join(found)}")
+            return self._run_unchanged(model, inputs, f"torch {torch.__version__} crashes in {', '.join(found)}")
         self.works = True
         return output
 
-    def _as_they_come(self, model: nn.Module, inputs: Any, why: object) -> Tensor:
+    def _run_unchanged(self, model: nn.Module, inputs: Any, why: object) -> Tensor:
+        """Run the network on inputs and weights in their own memory format, now and from now on."""
         self._restore()
-        output = self._run(model, inputs)  # raises the same, where the memory format is not the cause
+        output = self._run(model, inputs)  # raises the same error if the memory format is not the cause
         log.info("the network does not take channels-last images: %s", why)
         self.works = False
         return output
 
 
 def _crashing(output: Any) -> set[str]:
+    """The nodes in the graph of an output that torch crashes in."""
     if not CRASHING or not isinstance(output, Tensor):
         return set()
     return {node.name() for node in nodes_of(output)} & CRASHING
 
 
 def _images_channels_last(t: Any) -> Any:
+    """Images [N, C, H, W] in channels-last format; anything else unchanged."""
     images = isinstance(t, Tensor) and t.dim() == 4 and t.is_floating_point()
     return t.contiguous(memory_format=torch.channels_last) if images else t
 
@@ -156,7 +184,26 @@ def fast_forward(
     device: str | torch.device,
     channels_last: bool = True,
 ) -> Iterator[Callable[[nn.Module, Any], Tensor]]:
-    """The forward function, as fast as the device runs it for batch after batch."""
+    """Make a forward function as fast as the device allows, for a loop over batches.
+
+    On a CPU the function is a :class:`FastNetwork`, within :func:`kept_memory`. On other devices it is ``forward``.
+
+    Args:
+        model: The network.
+        forward: Called as ``forward(model, inputs)`` to run the network.
+        device: The device of the network.
+        channels_last: Whether to try channels-last images on a CPU.
+
+    Returns:
+        A context whose value is the function to call in place of ``forward``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2))
+        >>> with fast_forward(model, lambda model, images: model(images), "cpu") as forward:
+        ...     logits = [forward(model, torch.randn(2, 3, 5, 5)) for _ in range(3)]
+        >>> tuple(logits[0].shape)
+        (2, 2)
+    """
     if torch.device(device).type != "cpu":
         yield forward
         return

@@ -1,25 +1,25 @@
-"""Layers that a CPU computes faster than torch has them, with the same results up to rounding.
+"""CPU implementations of layers that are faster than torch's own, with the same results up to rounding.
 
 Linear layers
-    torch leaves them, in float32, to the BLAS it was built with, and MKL, the usual one, runs at half speed on
-    processors that are not Intel's. oneDNN, which has torch's convolutions, runs at full speed on all.
+    torch computes float32 products with the BLAS library that it was built with. The usual one, MKL, runs at half speed
+    on processors that Intel did not make. oneDNN, which torch uses for convolutions, runs at full speed on all.
 Convolutions over images smaller than their kernel
-    multiply zeros of the padding for the most part. As a matrix, from all entries of an image to all of its output,
-    they multiply none.
+    A direct convolution mostly multiplies zeros of the padding. A matrix that maps all entries of an image to all
+    entries of its output multiplies no padding.
 3x3 convolutions of channels-last images
-    take a quarter of the multiplications by Winograd's F(4x4, 3x3), which oneDNN does not have. Rounding is up to three
-    times as coarse as in a direct convolution, some 3e-6 of the largest value. bfloat16 is multiplied in fixed point
-    where the processor has dot products of 16-bit integers, which adds about as much as rounding to bfloat16 does, and
-    in float32 elsewhere.
+    Winograd's F(4x4, 3x3), which oneDNN lacks, takes a quarter of the multiplications. The rounding error is up to
+    three times that of a direct convolution, some 3e-6 of the largest value. bfloat16 is multiplied in fixed point
+    where the processor has dot products of 16-bit integers, and in float32 elsewhere. Fixed point adds about as much
+    error as rounding to bfloat16.
 Depthwise convolutions with strides in bfloat16
-    have an input gradient in oneDNN that takes fifty times as long as in float32, which it goes through instead.
+    oneDNN takes fifty times as long for the input gradient as in float32, so the gradient is computed in float32.
 Batch norms in evaluation mode
-    are linear: the gradient of one is the batch norm without its shift, where torch reads the input again and sums the
-    gradients of the parameters.
+    The layer is linear, so its input gradient is the batch norm without the shift. torch reads the input again, and
+    sums the gradients of the parameters.
 In-place ReLU6
-    tells from its output where it was cut off. torch copies the input first.
+    The output tells where the input was clamped. torch copies the input first.
 
-docs/performance.md has what each of them gains.
+docs/performance.md lists what each implementation gains.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from .. import ops
 from ..ops.geometry import conv_output_size, per_axis
 from .graph import views_of
 
-LEAST = 2**22  # multiplications below which a product is not worth the call
-FEW = 4  # pixels of an image, at most, for a 1x1 convolution as a product
-MATRIX = 2  # entries of a convolution's matrix, at most, over those of its weight
-WINOGRAD = 0.75  # multiplications of Winograd's convolution, at most, over those of a direct one
+MIN_MULTIPLICATIONS = 2**22  # a smaller product is not worth the call of oneDNN
+MAX_POINTWISE_PIXELS = 4  # 1x1 convolutions over images of more pixels are left to torch
+MAX_MATRIX_GROWTH = 2  # the largest ratio of the entries of a convolution's matrix to those of its weight
+MAX_WINOGRAD_COST = 0.75  # the largest ratio of Winograd's multiplications to those of a direct convolution
 
 Pair = tuple[int, int]
 
 
 class OneDnnLinear(torch.autograd.Function):
-    """A linear layer by oneDNN: x [..., I], weight [O, I], bias [O] or None."""
+    """A linear layer computed by oneDNN: x [..., I], weight [O, I], bias [O] or None."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -71,8 +71,8 @@ class OneDnnLinear(torch.autograd.Function):
 class MatrixConvolution(torch.autograd.Function):
     """A convolution of x [N, C, H, W] as a product with a matrix [pixels O, pixels C]; bias [O] or None.
 
-    The matrix is that of a pixel, which is the weight of a 1x1 convolution, or that of a whole image
-    (:func:`convolution_matrix`). ``geometry``: stride, padding and dilation.
+    The matrix maps one pixel (the weight of a 1x1 convolution) or a whole image (:func:`convolution_matrix`).
+    ``geometry`` is stride, padding and dilation.
     """
 
     @staticmethod
@@ -85,7 +85,7 @@ class MatrixConvolution(torch.autograd.Function):
             bias = bias.repeat(len(matrix) // len(bias))
         y = _product(_pixels(x, matrix.shape[1]), matrix, bias)
         size = conv_output_size(x.shape[2:], weight.shape[2:], *geometry)
-        # Detached, it is no view to autograd, which lets none of a function's outputs be modified in place.
+        # Detach the output: autograd forbids in-place changes of a view that a function returns.
         return _images(y, len(x), size).detach()
 
     @staticmethod
@@ -101,7 +101,7 @@ class MatrixConvolution(torch.autograd.Function):
 
 
 class WinogradConvolution(torch.autograd.Function):
-    """A 3x3 convolution of stride 1 by :func:`ops.winograd_conv`; ``geometry``: stride, padding and dilation."""
+    """A 3x3 convolution of stride 1 by ``ops.winograd_conv``; ``geometry`` is stride, padding and dilation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair]) -> Tensor:
@@ -121,7 +121,7 @@ class WinogradConvolution(torch.autograd.Function):
 
 
 class StridedDepthwise(torch.autograd.Function):
-    """A depthwise convolution in bfloat16; ``geometry``: stride, padding and dilation."""
+    """A depthwise convolution in bfloat16; ``geometry`` is stride, padding and dilation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair]) -> Tensor:
@@ -136,7 +136,7 @@ class StridedDepthwise(torch.autograd.Function):
         of_x = None
         if _wanted(ctx, 0):
             stride, padding, dilation = ctx.geometry
-            # Pixels beyond those that the last position reads.
+            # Pixels of the padded input that no output position reads.
             last = conv_output_size(x.shape[2:], weight.shape[2:], (1, 1), padding, dilation)
             beyond = [(size - 1) % by for size, by in zip(last, stride, strict=True)]
             wide = g.float(), weight.float(), None, stride, padding, beyond, ctx.groups, dilation
@@ -145,7 +145,7 @@ class StridedDepthwise(torch.autograd.Function):
 
 
 class InPlaceHardtanh(torch.autograd.Function):
-    """x cut off at two values, in place."""
+    """x clamped to an interval, in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, least: float, most: float) -> Tensor:
@@ -194,7 +194,7 @@ NODES = frozenset(f"{function.__name__}Backward" for function in FUNCTIONS)
 
 
 def convolution_matrix(weight: Tensor, image: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """A convolution with ``weight`` [O, C, *kernel] over images of a size, as a matrix [Ho Wo O, H W C]."""
+    """The matrix [Ho Wo O, H W C] of a convolution with ``weight`` [O, C, *kernel] over images of size ``image``."""
     kernel = tuple(weight.shape[2:])
     size = conv_output_size(image, kernel, stride, padding, dilation)
     matrix = weight.new_zeros(*size, len(weight), *image, weight.shape[1])
@@ -214,25 +214,26 @@ def convolution_matrix(weight: Tensor, image: Pair, stride: Pair, padding: Pair,
 
 
 def _in_batches(g: Tensor) -> bool:
-    """Whether gradients are computed in batches (vmap), of which only torch's own operators know."""
+    """Whether gradients are computed in batches (vmap), which only torch's own operators support."""
     return torch._C._dispatch_keys(g).has(DispatchKey.FuncTorchBatched)
 
 
 def _winograd_gradient(g: Tensor, weight: Tensor, padding: Pair) -> Tensor:
+    """The input gradient of a 3x3 convolution of stride 1."""
     if _in_batches(g):
         return F.conv_transpose2d(g, weight, padding=padding)
     return ops.winograd_conv(g, weight, None, padding, transposed=True)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # Other dtypes torch leaves to oneDNN already, where that has them.
+    """A linear layer, by oneDNN in float32. For other types torch uses oneDNN itself where oneDNN supports them."""
     if x.dtype != torch.float32 or not torch._C._dispatch_keys(x).has(DispatchKey.CPU) or _in_batches(x):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _parameter_gradients(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Of the weight and the bias of a convolution, the second and third input of its function."""
+    """The gradients of weight and bias, the second and third input of a convolution's function."""
     of_weight = None
     if _wanted(ctx, 1):
         geometry = *ctx.geometry, False, [0, 0], ctx.groups
@@ -248,7 +249,7 @@ def _has_bfloat16_tiles() -> bool:
 
 
 def _winograd_cost(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair]) -> float:
-    """Multiplications of Winograd's convolution over those of a direct one; infinite where it cannot be had."""
+    """The ratio of Winograd's multiplications to those of a direct convolution; infinite where it does not apply."""
     stride, padding, dilation = geometry
     if (
         x.dtype not in (torch.float32, torch.bfloat16)
@@ -257,65 +258,77 @@ def _winograd_cost(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tup
         or (bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype))
         or not ops.winograd_fits((3, 3), stride, dilation, 1)
         or max(padding) > 2
-        # Whoever has images in another memory format may rely on it.
+        # A network whose images are in another memory format may rely on that format.
         or x.is_contiguous()
         or not x.is_contiguous(memory_format=torch.channels_last)
         or not ops.uses_cpu_extension(x)
     ):
         return math.inf
     high, wide = conv_output_size(x.shape[2:], (3, 3), stride, padding, dilation)
-    if min(high, wide) < 1 or x.numel() * len(weight) < LEAST:
+    if min(high, wide) < 1 or x.numel() * len(weight) < MIN_MULTIPLICATIONS:
         return math.inf
     tiles = len(x) * -(-high // 4) * -(-wide // 4)
-    # The transforms of the kernels, which leave the caches where they are many, count as those of so many tiles.
+    # The cost of transforming the kernels, as a number of tiles. Many kernels leave the caches, and so cost more each.
     kernels = 8 + weight.shape[0] * weight.shape[1] / 2**13
     return 36 * (tiles + kernels) / (9 * len(x) * high * wide)
 
 
 def _pixels(images: Tensor, width: int) -> Tensor:
-    """[N, C, H, W] to rows of one or more pixels [R, width], a view of channels-last ones."""
+    """[N, C, H, W] to rows of one or more pixels [R, width]; a view if the images are channels-last."""
     return images.permute(0, 2, 3, 1).reshape(-1, width)
 
 
 def _images(rows: Tensor, n: int, size: Sequence[int]) -> Tensor:
+    """Rows of pixels to images [N, O, *size]."""
     return rows.view(n, *size, -1).permute(0, 3, 1, 2)
 
 
 def _wanted(ctx: Any, slot: int) -> bool:
-    """Whether the backward pass under way asks for that input's gradient; ``needs_input_grad`` says if any could."""
+    """Whether this backward pass asks for an input's gradient; ``needs_input_grad`` tells if any pass could."""
     if not ctx.needs_input_grad[slot]:
         return False
     try:
         return torch._C._will_engine_execute_node(ctx.next_functions[slot][0])
-    except (RuntimeError, AttributeError):  # a leaf that is asked for, or all are; or not told by this torch
+    except (RuntimeError, AttributeError):  # the input is a leaf, all gradients are asked for, or torch does not tell
         return True
 
 
 def _usable(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether the fast layers may compute with this input and weight."""
     return (
         x.device.type == "cpu"
         and (weight is None or (weight.device.type == "cpu" and weight.dtype == x.dtype))
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
         and not torch.compiler.is_compiling()
-        # A parameter, itself or through views, is left to the layers whose rules know it as their input.
+        # Leave an input that is a parameter (or its view) to torch's layers, whose rules handle parameters as inputs.
         and not (x.requires_grad and (x.grad_fn is None or views_of(x.grad_fn) is not None))
     )
 
 
 class FastLayers(TorchFunctionMode):
-    """Within this context layers on a CPU compute as this module has it.
+    """A context in which layers on a CPU use the implementations of this module.
 
-    Matrices of convolutions are kept; ``replaced`` is called with the weight of which one is made.
+    The matrices of convolutions are kept from call to call. ``replaced`` is called with each weight that a matrix
+    replaces.
+
+    Example:
+        >>> layer = torch.nn.Linear(2048, 2048)
+        >>> x = torch.randn(2, 2048)
+        >>> with FastLayers():
+        ...     y = layer(x)
+        >>> bool(torch.allclose(y, layer(x), atol=1e-5))
+        True
     """
 
     def __init__(self, replaced: Callable[[Tensor], None] = lambda weight: None) -> None:
         super().__init__()
         self._replaced = replaced
-        # By the weight's id and the rest of what it depends on: the weight's version, the weight, its matrix.
+        # By the weight's id, the image size and the geometry: the weight's version, the weight, and the matrix.
         self._matrices: dict[tuple, tuple[int, Tensor, Tensor]] = {}
-        self._in_place: list[tuple[Tensor, int]] = []  # outputs of the last forward pass, and their versions
-        self.written: set[int] = set()  # ids of parameters whose ``data`` the network takes, past their versions
+        self._in_place: list[tuple[Tensor, int]] = []  # in-place outputs of the last forward pass, with their versions
+        # Ids of parameters that the network may write through ``data``, which does not change their versions.
+        self.written: set[int] = set()
         self._faster: dict[Callable, Callable] = {
             F.hardtanh: self._hardtanh,
             F.batch_norm: self._batch_norm,
@@ -332,7 +345,7 @@ class FastLayers(TorchFunctionMode):
     def overwritten(self) -> bool:
         """Whether the network wrote over an output of :class:`InPlaceHardtanh`, which the backward pass would read.
 
-        From then on these are torch's own, and the forward pass must be run again.
+        If so, the context uses torch's own layer from now on, and the forward pass must be run again.
         """
         changed = any(t._version != version for t, version in self._in_place)
         self._in_place.clear()
@@ -360,13 +373,13 @@ class FastLayers(TorchFunctionMode):
                 del self._matrices[key]
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        x = input  # a keyword of torch's
+        x = input  # torch names this argument ``input``
         if (
             x.dtype == torch.float32
             and x.dim() > 1
             and weight.dim() == 2
             and x.shape[-1] == weight.shape[1]
-            and x.numel() * len(weight) >= LEAST
+            and x.numel() * len(weight) >= MIN_MULTIPLICATIONS
             and _usable(x, weight)
             and torch._C._get_mkldnn_enabled()
         ):
@@ -391,26 +404,30 @@ class FastLayers(TorchFunctionMode):
             matrix = self._matrix(x, weight, geometry)
             if matrix is not None:
                 return MatrixConvolution.apply(x, weight, bias, matrix, geometry)
-            if _winograd_cost(x, weight, bias, geometry) <= WINOGRAD:
+            if _winograd_cost(x, weight, bias, geometry) <= MAX_WINOGRAD_COST:
                 return WinogradConvolution.apply(x, weight, bias, geometry)
         elif groups == x.shape[1] and x.dtype == torch.bfloat16 and max(geometry[0]) > 1:
             return StridedDepthwise.apply(x, weight, bias, geometry)
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     def _matrix(self, x: Tensor, weight: Tensor, geometry: tuple[Pair, Pair, Pair]) -> Tensor | None:
-        """As what a convolution computes over images of this size, if that is faster."""
+        """The matrix of a convolution over images of this size, if a product with it is faster; otherwise None."""
         if x.shape[1] != weight.shape[1] or not x.numel() or not torch._C._get_mkldnn_enabled():
             return None
         kernel, image = tuple(weight.shape[2:]), tuple(x.shape[2:])
         taps, pixels = kernel[0] * kernel[1], image[0] * image[1]
         if kernel == (1, 1) and geometry == ((1, 1), (0, 0), (1, 1)):
-            return weight.detach().flatten(1) if pixels <= FEW and x.numel() * len(weight) >= LEAST else None
+            return (
+                weight.detach().flatten(1)
+                if pixels <= MAX_POINTWISE_PIXELS and x.numel() * len(weight) >= MIN_MULTIPLICATIONS
+                else None
+            )
         if pixels >= taps:
             return None
         size = conv_output_size(image, kernel, *geometry)
-        if min(size) < 1 or pixels * size[0] * size[1] > MATRIX * taps:
+        if min(size) < 1 or pixels * size[0] * size[1] > MAX_MATRIX_GROWTH * taps:
             return None
-        # Made anew for every batch, or not known to change.
+        # The weight is computed anew for every batch, or may change without a new version.
         if weight.grad_fn is not None or weight.is_inference() or id(weight) in self.written:
             return None
         key = id(weight), image, geometry
@@ -436,7 +453,7 @@ class FastLayers(TorchFunctionMode):
             not training
             and running_mean is not None
             and running_var is not None
-            # Its own may be of float32, where the input is of less.
+            # The layer's own tensors may be float32 where the input is less precise.
             and ({t.dtype for t in own} in ({input.dtype}, {torch.float32}))
             and torch.finfo(own[0].dtype).eps <= torch.finfo(input.dtype).eps
             and all(t.device.type == "cpu" for t in own)

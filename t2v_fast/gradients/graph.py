@@ -1,9 +1,12 @@
-"""Walk the autograd graph of a forward pass: where each parameter is used, and what the graph hides.
+"""Find where parameters are used in the autograd graph of a forward pass, and run backward passes through the graph.
 
-The probe runs unchanged; its graph, not its modules, says what was computed. :mod:`t2v_fast.gradients.ownership` tells
-two parts of it apart: nodes whose output examples own, from the network's output downwards, and nodes whose output all
-examples share, such as the standardisation of a weight. A *tap* is a node of the first part that a wanted parameter
-enters, itself or by way of the second part.
+The network runs unchanged: its autograd graph, not its modules, tells what was computed.
+:mod:`t2v_fast.gradients.ownership` divides the graph into two parts. Examples own the outputs of the nodes in the first
+part, which starts at the network's output. All examples share the outputs of the nodes in the second part, such as the
+nodes that standardise a weight.
+
+A *tap* is a node of the first part that a wanted parameter enters, either directly or through nodes of the second
+part. Per-example gradients are computed at the taps, from the cotangents that reach them.
 """
 
 from __future__ import annotations
@@ -13,107 +16,86 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.checkpoint import CheckpointError
 
 from .owners import OWNERS, Interacting, Owned, Owner, RowLayout, Shape, Shared, Unknown
 from .ownership import LEAF, Ownership
-from .transfers import ELEMENTWISE, base, input_shape
-
-# Nodes of one input that leave its entries as they are, in order.
-VIEWS = frozenset(
-    f"{name}Backward{version}"
-    for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Clone", "ToCopy", "Alias")
-    for version in range(3)
-)
-# ... and those that exchange two axes, or all.
-TRANSPOSES = frozenset({"TBackward0", "TransposeBackward0", "PermuteBackward0"})
-# Other nodes that only pick entries, repeat them or put them together.
-SELECTIONS = frozenset(
-    f"{name}Backward{version}"
-    for name in (
-        *("Slice", "Select", "Split", "SplitWithSizes", "UnsafeSplit", "Unbind", "Narrow", "Diagonal", "AsStrided"),
-        *("Index", "IndexSelect", "Gather", "Embedding", "Expand", "Repeat", "RepeatInterleave", "Cat", "Stack"),
-        *("Flip", "Roll", "ConstantPadNd"),
-    )
-    for version in range(3)
-)
-# Layers with a weight, and the first of their inputs that may be one.
-_WEIGHTED = {
-    **dict.fromkeys(("Convolution", "MatrixConvolution", "WinogradConvolution", "StridedDepthwise", "OneDnnLinear"), 1),
-    "Mm": 0,
-    "Bmm": 0,
-    "Addmm": 1,
-    "Baddbmm": 1,
-}
-_MOVING = VIEWS | TRANSPOSES
-_REARRANGING = _MOVING | SELECTIONS
-# Nodes behind which parameters are used that the graph does not show, and what to do about them.
-HIDING = {
-    "CompiledFunctionBackward": "torch.compile hides the layers: pass the module that was compiled (its _orig_mod)",
-    "CheckpointFunctionBackward": "activation checkpointing hides the layers: switch it off",
-    "RegisterPostBackwardFunctionBackward": "FSDP2 (fully_shard) gathers the parameters outside of the graph: pass the "
-    "network before it is sharded",
-}
+from .transfers import ELEMENTWISE, input_shape, kind_of
 
 
 class UnsupportedError(RuntimeError):
-    """No exact per-example gradient can be had; the message names the parameter and the autograd node."""
+    """Raised where no exact per-example gradient exists; the message names the parameter and the autograd node.
+
+    Example:
+        A dropout in training mode leaves no example a gradient of its own:
+
+        >>> import torch
+        >>> import t2v_fast
+        >>> network = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Dropout(0.5)).train()
+        >>> try:
+        ...     with t2v_fast.FisherRecorder(network) as recorder:
+        ...         recorder.backward(network(torch.ones(2, 4)), torch.ones(2, 3))
+        ... except t2v_fast.UnsupportedError as error:
+        ...     print(error)
+        the layer '1' (Dropout, p=0.5) is in training mode and draws random numbers: call eval() on the network
+    """
 
 
 @dataclass(eq=False)
 class Use:
-    """One use of wanted parameters: input ``slot`` of ``node``.
+    """One input of a tap that wanted parameters enter.
 
-    Mostly that input is one parameter, itself or through the views and transposes named in ``chain``; else it is
-    computed from ``parameters`` by the nodes ``between``. ``owners``: which entries of each of the node's outputs
-    belong to which example. ``shared``: whether all examples use all of the input, as they use weights.
+    Usually the input is one parameter, either itself or seen through the views and transposes named in ``chain``.
+    Otherwise the nodes ``between`` compute the input from ``parameters``.
     """
 
     parameters: tuple[str, ...]
     node: Node
-    slot: int
-    shape: Shape  # of that input, as the node sees it
-    owners: tuple[Owner | None, ...]
-    shared: bool = True
+    slot: int  # the number of the input
+    shape: Shape  # of the input, as the node sees it
+    owners: tuple[Owner | None, ...]  # of each output of the node
+    shared: bool = True  # whether all examples use all of the input, as they use a weight
     chain: tuple[str, ...] = ()
     between: frozenset[str] = frozenset()
 
     @property
     def parameter(self) -> str:
+        """The first of the parameters; usually the only one."""
         return self.parameters[0]
 
     @property
     def source(self) -> GradientEdge:
-        """Where gradients of that input flow to."""
+        """The edge along which gradients of the input leave the node."""
         return GradientEdge(*self.node.next_functions[self.slot])
 
     @cached_property
     def direct(self) -> bool:
-        """Whether the gradient in the parameter's own shape follows from the node's by a view, or one transpose.
+        """Whether a view, or one transpose, turns the gradient of the input into the gradient of the parameter.
 
-        Only the rule of matrix products knows of a transpose.
+        Only the rule of matrix products handles a transpose.
         """
         if self.between:
             return False
         exchanged = sum(name in TRANSPOSES for name in self.chain)
         factor = self.node.name() == "MmBackward0" or (self.node.name() == "AddmmBackward0" and self.slot > 0)
-        return not exchanged or (factor and all(name in _PLAIN for name in self.chain))
+        return not exchanged or (factor and all(name in _MATRIX_TRANSPOSES for name in self.chain))
 
     @property
     def transposed(self) -> bool:
-        """Whether the node sees a parameter, which is a matrix, with its two axes exchanged."""
+        """Whether the parameter is a matrix that the node sees transposed."""
         return self.direct and sum(name in TRANSPOSES for name in self.chain) % 2 == 1
 
     @property
     def is_weight(self) -> bool:
-        """Whether it is the weight of a convolution or of a matrix product."""
-        return base(self.node.name()) in _WEIGHTED and self.slot >= _WEIGHTED[base(self.node.name())]
+        """Whether the input is the weight of a convolution or of a matrix product."""
+        kind = kind_of(self.node.name())
+        return kind in _FIRST_WEIGHT and self.slot >= _FIRST_WEIGHT[kind]
 
     @property
     def rearranged(self) -> bool:
-        """Whether nothing is computed on the way: entries are only picked and moved."""
+        """Whether the nodes in between only pick and move entries, and compute nothing."""
         return self.between <= _REARRANGING
 
     def __str__(self) -> str:
@@ -121,28 +103,24 @@ class Use:
         return f"{names} (input {self.slot} of {self.node.name()})"
 
 
-_PLAIN = frozenset({"TBackward0", "TransposeBackward0", "ToCopyBackward0"})  # of a matrix
-
-
 @dataclass(frozen=True)
 class Taps:
-    """All uses of the wanted parameters in one graph, and where its backward pass may stop."""
+    """All uses of the wanted parameters in one graph."""
 
-    uses: Mapping[Node, Sequence[Use]]  # in backward order
+    uses: Mapping[Node, Sequence[Use]]  # in the order of the backward pass
     unused: frozenset[str]  # wanted parameters that the output does not depend on
-    order: Sequence[Node]  # the whole graph, each node before those that its gradients flow to
+    order: Sequence[Node]  # the whole graph, each node before the nodes that its gradients flow to
     ownership: Ownership
-    # Wanted parameters below a tensor whose owners are not known, or where examples interact, and why.
-    unknown: Mapping[str, str]
-    interacting: Mapping[str, str]
+    unknown: Mapping[str, str]  # wanted parameters below a tensor with unknown owners: why they are unknown
+    interacting: Mapping[str, str]  # wanted parameters below a tensor where examples interact: how they interact
 
     def __iter__(self) -> Iterator[Use]:
         return (use for uses in self.uses.values() for use in uses)
 
     @cached_property
     def last(self) -> list[Node]:
-        """Tapped nodes below which no other lies: they are never run themselves."""
-        below: set[Node] = set()  # nodes from which a tapped node can be reached
+        """The taps below which there is no other tap. A backward pass stops here and never runs these nodes."""
+        below: set[Node] = set()  # nodes from which a tap can be reached
         last = []
         for node in reversed(self.order):
             if any(child in below or child in self.uses for child, _ in node.next_functions):
@@ -152,21 +130,11 @@ class Taps:
         return last
 
     def of(self, parameters: Set[str]) -> Taps:
-        """The uses of some of the parameters."""
+        """Restrict the uses to those of some parameters."""
         if all(parameters.issuperset(use.parameters) for use in self):
             return self
         uses = {node: [use for use in found if parameters & {*use.parameters}] for node, found in self.uses.items()}
         return replace(self, uses={node: found for node, found in uses.items() if found})
-
-
-def views_of(node: Node | None) -> tuple[Tensor, tuple[str, ...]] | None:
-    """The parameter behind ``node``, if nothing but views and transposes lies between, and their names."""
-    chain: list[str] = []
-    while node is not None and ((name := node.name()) in VIEWS or name in TRANSPOSES):
-        chain.append(name)
-        node = node.next_functions[0][0]
-    variable = getattr(node, "variable", None)  # only AccumulateGrad has one
-    return None if variable is None else (variable, tuple(chain))
 
 
 def find_taps(
@@ -175,11 +143,13 @@ def find_taps(
     met: Callable[[Node, str], None] = lambda node, name: None,
     tell_apart: bool = False,
 ) -> Taps:
-    """Every use of ``parameters`` (name -> tensor, requiring gradients) in the graph of ``output``.
+    """Find every use of ``parameters`` (name -> tensor that requires gradients) in the graph of ``output``.
 
-    ``met(node, name)`` is called for each node, before its inputs are looked at. ``tell_apart``: where one example
-    reads a part of another's activations, find out entry by entry who owns them, instead of taking it that they
-    interact. That part may hold nothing of the other example, such as a class token, or be how they interact.
+    ``met(node, name)`` is called for each node before the node's inputs are looked at.
+
+    ``tell_apart`` decides what happens where one example reads a part of another example's activations. Without
+    ``tell_apart`` the examples are taken to interact. With it, the owners are found entry by entry, because the part
+    that is read may hold nothing of the other example (a class token, for instance).
     """
     names = {id(p): name for name, p in parameters.items()}
     ownership = Ownership(output, met)
@@ -190,7 +160,7 @@ def find_taps(
     unknown: dict[str, str] = {}
     interacting: dict[str, str] = {}
     below: dict[Node, tuple[tuple[str, ...], frozenset[str]]] = {}
-    views = _views(ownership)
+    views = _parameter_views(ownership)
     for node, owners in ownership.owners.items():
         is_complex = node._input_metadata[0].dtype.is_complex
         for slot, edge in enumerate(node.next_functions):
@@ -201,14 +171,14 @@ def find_taps(
             found = views.get(child)
             if found is not None:
                 name = names.get(id(found[0]))
-                if name is None or node in views:  # what uses that view has the parameter
+                if name is None or node in views:  # the node that uses the view is the tap
                     continue
                 wanted, chain, between = (name,), found[1], frozenset()
             elif state is None or isinstance(state, OWNERS):
                 continue
             else:
                 if child not in below:
-                    below[child] = _leaves(child, names)
+                    below[child] = _parameters_below(child, names)
                 (wanted, between), chain = below[child], ()
             if wanted and (is_complex or child._input_metadata[edge[1]].dtype.is_complex):
                 why = f"it enters {node.name()} with complex numbers, whose gradients are not squared by example here"
@@ -217,7 +187,7 @@ def find_taps(
                 unknown.update(dict.fromkeys(wanted, state.reason))
             elif isinstance(state, Interacting) and found is None:
                 interacting.update(dict.fromkeys(wanted, state.reason))
-            elif isinstance(state, Owned) and isinstance(state.rows, RowLayout) and base(node.name()) in ELEMENTWISE:
+            elif isinstance(state, Owned) and isinstance(state.rows, RowLayout) and kind_of(node.name()) in ELEMENTWISE:
                 interacting[wanted[0]] = (
                     f"along its axis {state.axis} it has entries of its own for each of the {ownership.n} examples of "
                     "this batch, which cannot be shared out to those of another"
@@ -231,8 +201,8 @@ def find_taps(
     return Taps(uses, unused, ownership.order, ownership, unknown, interacting)
 
 
-def _views(ownership: Ownership) -> dict[Node, tuple[Tensor, tuple[str, ...]]]:
-    """The nodes between which and a parameter there are but views and transposes: the parameter, and their names."""
+def _parameter_views(ownership: Ownership) -> dict[Node, tuple[Tensor, tuple[str, ...]]]:
+    """The nodes whose output is a parameter seen through views and transposes: the parameter and the nodes' names."""
     found: dict[Node, tuple[Tensor, tuple[str, ...]]] = {}
     for node, name in zip(reversed(ownership.order), reversed(ownership.names), strict=True):
         if name == LEAF:
@@ -242,13 +212,13 @@ def _views(ownership: Ownership) -> dict[Node, tuple[Tensor, tuple[str, ...]]]:
             if child in found:
                 variable, chain = found[child]
                 if name == "TransposeBackward0" and (node._saved_dim0 - node._saved_dim1) % max(1, variable.dim()) == 0:
-                    name = "AliasBackward0"  # of an axis with itself
+                    name = "AliasBackward0"  # the transpose exchanges an axis with itself
                 found[node] = variable, (name, *chain)
     return found
 
 
-def _leaves(root: Node, names: Mapping[int, str]) -> tuple[tuple[str, ...], frozenset[str]]:
-    """The wanted parameters below ``root``, and the names of all nodes from it to them, without theirs."""
+def _parameters_below(root: Node, names: Mapping[int, str]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The wanted parameters below ``root``, and the names of ``root`` and of all nodes below it except the leaves."""
     wanted: dict[str, None] = {}
     nodes: set[Node] = set()
     stack = [root]
@@ -263,6 +233,16 @@ def _leaves(root: Node, names: Mapping[int, str]) -> tuple[tuple[str, ...], froz
     return tuple(wanted), frozenset(node.name() for node in nodes)
 
 
+def views_of(node: Node | None) -> tuple[Tensor, tuple[str, ...]] | None:
+    """The parameter that ``node`` shows through views and transposes alone, and their names; None if there is none."""
+    chain: list[str] = []
+    while node is not None and ((name := node.name()) in VIEWS or name in TRANSPOSES):
+        chain.append(name)
+        node = node.next_functions[0][0]
+    variable = getattr(node, "variable", None)  # only AccumulateGrad has one
+    return None if variable is None else (variable, tuple(chain))
+
+
 def backpropagate(
     output: Tensor,
     cotangent: Tensor,
@@ -270,10 +250,10 @@ def backpropagate(
     visit: Callable[[Node, tuple[Tensor | None, ...]], None],
     retain_graph: bool,
 ) -> None:
-    """One backward pass of ``cotangent`` from ``output`` that calls ``visit(node, cotangents)`` at each tapped node.
+    """Run one backward pass of ``cotangent`` from ``output``, and call ``visit(node, cotangents)`` at each tap.
 
-    The cotangents are those of the node's outputs, one at least. No weight gradient is computed, and nothing below the
-    last taps.
+    ``cotangents`` has one entry for each output of the node, and at least one entry is not None. The pass computes no
+    weight gradient, and stops at the last taps.
     """
 
     def hook(node: Node) -> Callable[[tuple[Tensor | None, ...]], None]:
@@ -310,11 +290,12 @@ def backpropagate(
             handle.remove()
 
 
-def mend_batch_norms(nodes: Iterable[Node]) -> None:
-    """Make the gradients right that torch computes for batch norms of a single image on a CPU.
+def fix_batch_norm_gradients(nodes: Iterable[Node]) -> None:
+    """Correct the gradients that torch computes for batch norms of a single image on a CPU.
 
-    Its kernel mistakes a cotangent [1, C, H, W] for one in the memory format of the layer's input where they differ,
-    and gives wrong gradients for the input, the weight and the bias (torch 2.13 and 2.14, in either mode).
+    torch's kernel takes a cotangent [1, C, H, W] to be in the memory format of the layer's input. Where the formats
+    differ, the gradients of the input, the weight and the bias are wrong (torch 2.13 and 2.14, in training and in
+    evaluation mode). A hook on each such node brings the cotangent into the input's format.
     """
     for node in nodes:
         if node.name() != "NativeBatchNormBackward0":
@@ -326,6 +307,7 @@ def mend_batch_norms(nodes: Iterable[Node]) -> None:
 
 
 def _in_format_of(x: Tensor, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients, the first of them in the memory format of ``x``."""
     if gradients[0] is None:
         return gradients
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
@@ -333,19 +315,35 @@ def _in_format_of(x: Tensor, gradients: tuple[Tensor | None, ...]) -> tuple[Tens
     return gradients[0].contiguous(memory_format=wanted), *gradients[1:]
 
 
-def random_layer(model: nn.Module) -> str | None:
-    """The name and kind of a layer in training mode that draws random numbers, if there is one."""
-    for name, module in model.named_modules():
-        if not module.training:
-            continue
-        kind = type(module).__name__
-        if isinstance(module, nn.RReLU):
-            return f"{name!r} ({kind})"
-        drops = "drop" in kind.lower() or isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
-        if isinstance(module, nn.RNNBase) and module.num_layers == 1:
-            continue
-        for attribute in ("p", "drop_prob", "dropout") if drops else ():
-            value = getattr(module, attribute, None)
-            if isinstance(value, (int, float)) and value > 0:
-                return f"{name!r} ({kind}, {attribute}={value})"
-    return None
+# ---- names of autograd nodes
+
+# Nodes with one input that leave its entries unchanged and in the same order.
+VIEWS = frozenset(
+    f"{name}Backward{version}"
+    for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Clone", "ToCopy", "Alias")
+    for version in range(3)
+)
+# Nodes that exchange axes.
+TRANSPOSES = frozenset({"TBackward0", "TransposeBackward0", "PermuteBackward0"})
+# Other nodes that only pick entries, repeat them or join them.
+SELECTIONS = frozenset(
+    f"{name}Backward{version}"
+    for name in (
+        *("Slice", "Select", "Split", "SplitWithSizes", "UnsafeSplit", "Unbind", "Narrow", "Diagonal", "AsStrided"),
+        *("Index", "IndexSelect", "Gather", "Embedding", "Expand", "Repeat", "RepeatInterleave", "Cat", "Stack"),
+        *("Flip", "Roll", "ConstantPadNd"),
+    )
+    for version in range(3)
+)
+_MOVING = VIEWS | TRANSPOSES
+_REARRANGING = _MOVING | SELECTIONS
+# Nodes through which a matrix product may see a weight that is a transposed matrix.
+_MATRIX_TRANSPOSES = frozenset({"TBackward0", "TransposeBackward0", "ToCopyBackward0"})
+# Layers with a weight, and the number of the first input that may be the weight.
+_FIRST_WEIGHT = {
+    **dict.fromkeys(("Convolution", "MatrixConvolution", "WinogradConvolution", "StridedDepthwise", "OneDnnLinear"), 1),
+    "Mm": 0,
+    "Bmm": 0,
+    "Addmm": 1,
+    "Baddbmm": 1,
+}

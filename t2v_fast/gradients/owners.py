@@ -1,4 +1,10 @@
-"""Who owns the entries of a tensor: the answers, and how two of them go together."""
+"""Which example owns which entries of a tensor: the possible answers, and how to merge two of them.
+
+Example n *owns* an entry of a tensor if a cotangent of row n of the network's output can reach the entry in a backward
+pass, and a cotangent of no other row can. An *owner* (:class:`Owned`, :class:`Scattered` or :class:`Sole`) describes
+who owns each entry of a tensor. A tensor whose entries have no single owner is :class:`Shared` or :class:`Unknown`, or
+examples are :class:`Interacting` in it. A *state* is any of these answers.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +19,17 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Positions of an axis in a regular order: position (a, n, b) of [outer, N, inner] belongs to example n."""
+    """Positions along an axis in a regular order: example n owns the positions (a, n, b) of [outer, N, inner]."""
 
     outer: int = 1
     inner: int = 1
 
     def owners(self, n: int) -> Tensor:
-        """The owner of each position, [outer * N * inner]."""
+        """The example that owns each position, [outer * N * inner]."""
         return torch.arange(n).repeat_interleave(self.inner).repeat(self.outer)
 
     def split(self, t: Tensor, n: int, fill: float = 0) -> Tensor:
-        """[outer * N * inner, ...] -> [N, outer * inner, ...], a view where strides allow."""
+        """Arrange [outer * N * inner, ...] as [N, outer * inner, ...], in a view where the strides allow one."""
         if self.outer == self.inner == 1:
             return t.unsqueeze(1)
         t = t.unflatten(0, (self.outer, n, self.inner))  # [A, N, B, ...]
@@ -32,15 +38,16 @@ class RowLayout:
 
 @dataclass(frozen=True, eq=False)
 class ListedRows:
-    """Positions of an axis in any order, with the owner of each; -1 where no example owns it."""
+    """Positions along an axis in any order: each position has its own owner or none."""
 
-    listed: Tensor  # [S], on the CPU
+    listed: Tensor  # [S], on the CPU: the example that owns each position, or -1 for none
 
     def owners(self, n: int) -> Tensor:
+        """The example that owns each position, or -1 for none, [S]."""
         return self.listed
 
     def split(self, t: Tensor, n: int, fill: float = 0) -> Tensor:
-        """[S, ...] -> [N, most positions of an example, ...]: those who have fewer get ``fill`` behind them."""
+        """Arrange [S, ...] as [N, most positions of an example, ...]; examples with fewer positions end in ``fill``."""
         order = self.listed.argsort(stable=True)
         owners = self.listed[order]
         counts = torch.bincount(owners[owners >= 0], minlength=n)
@@ -53,58 +60,60 @@ class ListedRows:
 
 
 Rows = RowLayout | ListedRows
-EACH = RowLayout()  # position n belongs to example n
+EACH = RowLayout()  # example n owns position n
 
 
 @dataclass(frozen=True)
 class Owned:
-    """The entries at one position of ``axis`` belong to one example, by ``rows``."""
+    """One example owns all entries at one position along ``axis``; ``rows`` tells which."""
 
     axis: int
     rows: Rows
 
     def field(self, dims: int, n: int) -> Tensor:
-        """The owner of each entry of a tensor of ``dims`` axes, -1 for none, of a shape that broadcasts to it."""
+        """The example that owns each entry (-1 for none), in a shape that broadcasts to a tensor with ``dims`` axes."""
         return along(self.rows.owners(n), self.axis, dims)
 
 
 @dataclass(frozen=True, eq=False)
 class Scattered:
-    """Each entry has an owner of its own: ``each`` broadcasts to the tensor and holds -1 where no example owns it."""
+    """Each entry has an owner of its own."""
 
-    each: Tensor
+    each: Tensor  # broadcasts to the tensor: the example that owns each entry, or -1 for none
 
     def field(self, dims: int, n: int) -> Tensor:
+        """As :meth:`Owned.field`."""
         return self.each
 
 
 @dataclass(frozen=True)
 class Sole:
-    """All entries belong to one example."""
+    """One example owns all entries."""
 
     example: int
 
     def field(self, dims: int, n: int) -> Tensor:
+        """As :meth:`Owned.field`."""
         return torch.tensor(self.example)
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Every example may own every entry: a parameter, or something that is computed once for all examples."""
+    """All examples use all entries: the tensor is a parameter, or is computed once for all examples."""
 
-    by_loops: bool = False  # seen by several examples' own nodes, each of which owns it alone
+    by_loops: bool = False  # several nodes use the tensor, and each of these nodes belongs to one example
 
 
 @dataclass(frozen=True)
 class Unknown:
-    """Nothing is known, because of the node that is named."""
+    """Nothing is known about the owners; ``reason`` names the node that hides them."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Interacting:
-    """Different examples own the same entries."""
+    """Cotangents of several examples reach the same entries, although not all examples use all of the tensor."""
 
     reason: str
 
@@ -116,12 +125,12 @@ SHARED, BY_LOOPS = Shared(), Shared(by_loops=True)
 
 
 def along(values: Tensor, axis: int, dims: int) -> Tensor:
-    """Values along an axis, of a shape that broadcasts to a tensor of ``dims`` axes."""
+    """Values along an axis, in a shape that broadcasts to a tensor with ``dims`` axes."""
     return values.view(*(len(values) if a == axis else 1 for a in range(dims)))
 
 
-def owned(axis: int, owners: Tensor, n: int) -> Owned | Sole | None:
-    """The simplest form of a list of owners along an axis; None where nobody owns anything."""
+def owner_along(axis: int, owners: Tensor, n: int) -> Owned | Sole | None:
+    """The simplest owner that says the same as a list of owners along an axis; None where nobody owns anything."""
     if not len(owners) or int(owners.amax()) < 0:
         return None
     complete = int(owners.amin()) >= 0
@@ -137,9 +146,10 @@ def owned(axis: int, owners: Tensor, n: int) -> Owned | Sole | None:
 
 
 def owners_of_field(field: Tensor, n: int, exact: bool = False) -> Owner | None:
-    """The simplest form of the owner of each entry (-1: none), of one axis if that tells it.
+    """The simplest owner that says the same as a field of owners (-1 for none).
 
-    ``exact``: entries without an owner are not given those of others at the same position of an axis.
+    Entries without an owner may be given the owner of other entries at the same position along an axis, unless
+    ``exact`` is set.
     """
     if not field.numel() or int(field.amax()) < 0:
         return None
@@ -153,33 +163,33 @@ def owners_of_field(field: Tensor, n: int, exact: bool = False) -> Owner | None:
     if len(wide) > 1:
         if exact:
             return Scattered(field)
-        # Where one axis alone tells the owners of all entries that have one, the others may have the same.
+        # If one axis alone tells the owners of all owned entries, the entries without an owner may follow it too.
         least, found = field.masked_fill(field < 0, n), []
         for axis in wide:
             rest = [a for a in range(field.dim()) if a != axis]
             most = field.amax(rest)
             if bool(((least.amin(rest) == most) | (most < 0)).all()):
-                found.append(owned(axis, most, n))
+                found.append(owner_along(axis, most, n))
         return found[0] if len(found) == 1 else Scattered(field)
-    return owned(wide[0] if wide else 0, field.reshape(-1), n)
+    return owner_along(wide[0] if wide else 0, field.reshape(-1), n)
 
 
 def list_along(state: Owner, axis: int, size: int, n: int) -> Tensor | None:
-    """Owners along an axis of that size, if they lie along it."""
+    """The owners along an axis of this size; None where they do not lie along the axis."""
     if isinstance(state, Sole):
         return torch.full((size,), state.example)
     return state.rows.owners(n) if isinstance(state, Owned) and state.axis == axis else None
 
 
 def is_complete(state: Owner) -> bool:
-    """Whether each entry has an owner."""
+    """Whether every entry has an owner."""
     if isinstance(state, Sole) or (isinstance(state, Owned) and isinstance(state.rows, RowLayout)):
         return True
     return int((state.rows.listed if isinstance(state, Owned) else state.each).amin()) >= 0
 
 
 def merge(a: State | None, b: State | None, shape: Callable[[], Shape], n: int) -> State | None:
-    """The state of a tensor that has two uses."""
+    """The state of a tensor with two uses, from the states ``a`` and ``b`` that the uses give it."""
     if a is b or b is None:
         return a
     if a is None:
@@ -204,7 +214,7 @@ def merge(a: State | None, b: State | None, shape: Callable[[], Shape], n: int) 
             "examples interact: entries of a tensor belong to one of them in one use, to another in the next "
             "(unsupported='exact' tells them apart, if no example's output depends on another)"
         )
-    # Axes of size one in the field stand for whole axes.
+    # An axis of size one in the field stands for the whole axis.
     return owners_of_field(torch.maximum(first, second), n)
 
 

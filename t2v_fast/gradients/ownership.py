@@ -1,25 +1,26 @@
-"""Which entries of every activation belong to which example: an interpretation of the autograd graph of one batch.
+"""Find which example owns which entries of every activation, from the autograd graph of one batch.
 
-A cotangent of one example's output, sent backwards, reaches some entries of each activation: those the example *owns*.
-A per-example gradient is a sum over them, so the rules have to know the owners. Entry values cannot tell: a padded
-token or a shut gate hides an owner in one batch and shows it in the next. The graph can. This module starts from what
-is given, that example n owns row n of the output, and takes the owners from each node's output to its inputs:
+A per-example gradient is a sum over the entries that the example owns (:mod:`t2v_fast.gradients.owners`), so the rules
+must know the owners. The values of the entries do not tell: a padded token or a closed gate hides an owner in one batch
+and shows the owner in the next. The graph tells. This module starts from the fact that example n owns row n of the
+output, and carries the owners from the output of each node to its inputs:
 
-- A *transfer* knows how one kind of node moves entries. A transpose exchanges two axes, a view regroups them in
-  row-major order, an index node keeps the positions that it read (in its saved tensors), an elementwise node or a
-  convolution keeps the axis of the examples. A transfer reads shapes and saved positions, never values.
-- A node without a transfer is asked itself: it is called with random cotangents of some examples only
-  (:func:`ask`). What its derivative in this batch does not reach has no owner, and what two examples reach is shared.
-- Where a tensor has several uses, the owners of all of them must agree.
+- A *transfer* (:mod:`t2v_fast.gradients.transfers`) knows how one kind of node moves entries. A transpose exchanges
+  two axes, and a view regroups them in row-major order. An index node keeps the positions that it reads in its saved
+  tensors. An elementwise node or a convolution keeps the axis of the examples.
+- A node without a transfer is called with random cotangents of some examples at a time (:func:`probe_node`). Entries
+  that its derivative does not reach in this batch have no owner. An input with an entry that two examples reach is
+  shared.
+- Where a tensor has several uses, their owners must agree.
 
-The argument holds for each batch on its own, since each batch is interpreted anew: a gradient flows through the very
-nodes that were interpreted, so an entry can hold a cotangent of example n only if it is owned by n. Owners may
-therefore differ from batch to batch (packed sequences, mixtures of experts). The interpretation costs some
-microseconds a node.
+Each batch is interpreted on its own, which takes some microseconds per node. Gradients flow through the same nodes that
+were interpreted, so an entry can hold a cotangent of example n only if n owns the entry. Owners may therefore differ
+from batch to batch (packed sequences, mixtures of experts).
 
-An input that is not owned entry by entry is *shared*: all examples use all of it, as they use weights. What a shared
-tensor is computed from is shared too. A tensor that some node shares and another owns by example is how examples
-*interact*, and parameters below it have no per-example gradient.
+An input without owners is *shared*: all examples use all of it, as they use a weight. The tensors that a shared tensor
+is computed from are shared too. Examples *interact* in a tensor whose uses disagree: one use shares the tensor and
+examples own it in another, or two uses have different owners. Parameters below such a tensor have no per-example
+gradient.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ from .owners import (
     merge,
     owners_of_field,
 )
-from .transfers import MIXING, SELECTING, TRANSFERS, acted, base, input_shape
+from .transfers import MIXING, SELECTING, TRANSFERS, input_shape, interacting_inputs, kind_of
 
 
 def nodes_of(output: Tensor) -> list[Node]:
-    """All nodes of the graph below an output, each before those that its gradients flow to."""
+    """All nodes of the graph below an output, each before the nodes that its gradients flow to."""
     order: list[Node] = []
     seen: set[Node] = set()
     stack: list[tuple[Node, bool]] = [] if output.grad_fn is None else [(output.grad_fn, False)]
@@ -67,31 +68,30 @@ def nodes_of(output: Tensor) -> list[Node]:
 
 
 class Ownership:
-    """The owners of all activations in the graph below an output [N, ...]; row n of the output belongs to example n.
+    """The owners of all activations in the graph below an output [N, ...], whose row n belongs to example n.
 
-    ``order`` has all nodes, each before those that its gradients flow to, and ``states`` the state of each output of a
-    node. An output without axes, or of one example, belongs to example 0, and so does all that lies below.
-    ``met(node, name)`` is called for each node, before its inputs are looked at.
+    If the output has no axes, or N is one, example 0 owns everything. ``met(node, name)`` is called for each node
+    before the node's inputs are looked at.
 
-    Where a node reads a part of a tensor, the rest along other axes is taken to belong to the same examples, as it does
-    in nearly all networks. ``exact``: nothing is taken to belong to one that does not reach it, which takes longer, and
-    is worth it where otherwise there is a ``conflict``.
+    Where a node reads a part of a tensor, the entries beside that part along other axes are taken to have the same
+    owners, which holds in nearly all networks. With ``exact``, an example owns only the entries that it reaches. This
+    takes longer, and is worth it where there is a ``conflict`` otherwise.
     """
 
     def __init__(
         self, output: Tensor, met: Callable[[Node, str], None] = lambda node, name: None, exact: bool = False
     ) -> None:
         self.exact = exact
-        self.conflict = False  # whether two uses of a tensor disagree
+        self.conflict = False  # whether two uses of a tensor disagree about its owners
         self.n = output.shape[0] if output.dim() else 1
-        self.order = nodes_of(output)
+        self.order = nodes_of(output)  # each node before the nodes that its gradients flow to
         self.names = [node.name() for node in self.order]
-        self.states: dict[tuple[Node, int], State] = {}  # of each node's outputs that something flows to
-        self.owners: dict[Node, tuple[State | None, ...]] = {}  # of all outputs, where examples own one
-        self.interacting: str | None = None  # how examples interact in a tensor without gradients
-        self._several: set[Node] = set()  # nodes of which an output beyond the first is used
-        self._data: dict[tuple, State] = {}  # the states of tensors without gradients that nodes have saved
-        self._storages: dict[int, object] = {}  # whether their memory is for all examples
+        self.states: dict[tuple[Node, int], State] = {}  # of the outputs that cotangents reach, by node and number
+        self.owners: dict[Node, tuple[State | None, ...]] = {}  # of all outputs of the nodes with an owned output
+        self.interacting: str | None = None  # how examples interact in a tensor that needs no gradient
+        self._several: set[Node] = set()  # nodes with a used output beyond the first
+        self._data: dict[tuple, State] = {}  # the states of saved tensors that need no gradient
+        self._storages: dict[int, object] = {}  # whether the memory of such a tensor is shared or owned
         if output.grad_fn is None:
             return
         self.states[output.grad_fn, output.output_nr] = Sole(0) if self.n == 1 else Owned(0, EACH)
@@ -103,12 +103,13 @@ class Ownership:
                 self._visit(node, name)
 
     def _outputs(self, node: Node) -> dict[int, State]:
-        """The states of those outputs of a node that something flows to."""
+        """The states of the outputs of a node that cotangents reach, by number."""
         states = self.states
         numbers = range(len(node._input_metadata)) if node in self._several else (0,)
         return {number: states[node, number] for number in numbers if (node, number) in states}
 
     def _visit(self, node: Node, name: str) -> None:
+        """Carry the states of a node's outputs to its inputs."""
         outputs = self._outputs(node)
         if not outputs:
             return
@@ -139,19 +140,19 @@ class Ownership:
                     states[edge] = merged
 
     def _visit_data(self, node: Node, name: str, slot: int, state: State) -> None:
-        """An input without gradients, such as the images: where a node saves it, two uses of it must agree."""
-        saved = _SAVED_DATA.get((base(name), slot))
+        """Record the state of an input that needs no gradient, such as the images; several uses of it must agree."""
+        saved = _SAVED_DATA.get((kind_of(name), slot))
         if saved is None:
             return
         try:
             t = getattr(node, saved) if saved != "saved_tensors" else node.saved_tensors[0]
-        except RuntimeError:  # as where activation checkpointing keeps it
+        except RuntimeError:  # for example where activation checkpointing holds the tensor
             return
-        if t is None or not t.numel():  # where no gradient needs it
+        if t is None or not t.numel():  # not saved, because no gradient needs it
             return
-        if isinstance(state, Owned) and t.stride(state.axis) == 0:  # one for all examples after all
+        if isinstance(state, Owned) and t.stride(state.axis) == 0:  # expanded: all examples read the same memory
             return
-        # Slices of one tensor, too, are either for all examples or for some.
+        # Slices of one tensor must agree too: either all examples use the tensor, or they own its entries.
         kind = SHARED if isinstance(state, Shared) else EACH
         if self._storages.setdefault(t.untyped_storage().data_ptr(), kind) != kind:
             self.interacting = USED_BOTH_WAYS
@@ -163,7 +164,7 @@ class Ownership:
             self._data[key] = merged
 
     def _inputs(self, node: Node, name: str, outputs: dict[int, State]) -> Sequence[State | None] | State:
-        """The states of all inputs, in a list, or one for all."""
+        """The states of all inputs in a list, or one state for all of them."""
         first = next(iter(outputs.values()))
         if len(outputs) == 1 and not isinstance(first, OWNERS):
             return SHARED if isinstance(first, Shared) else first
@@ -176,7 +177,7 @@ class Ownership:
                     return SHARED if kind is Shared else bad[0]
         if self.n == 1:
             return first
-        kind = base(name)
+        kind = kind_of(name)
         if kind not in SELECTING and isinstance(first, Sole) and all(state == first for state in outputs.values()):
             return first
         try:
@@ -187,19 +188,19 @@ class Ownership:
                 found = TRANSFERS[kind](node, first, self.n)
             if found is not None:
                 return found
-        except (AttributeError, RuntimeError, IndexError):  # another torch may save other things
+        except (AttributeError, RuntimeError, IndexError):  # other versions of torch may save other fields
             pass
         try:
-            found = ask(node, outputs, self.n, self.exact)
+            found = probe_node(node, outputs, self.n, self.exact)
         except (AttributeError, RuntimeError, TypeError) as error:
             return Unknown(f"the autograd node {name} does not tell which inputs belong to which example ({error})")
         if kind in MIXING and found[0] == SHARED:
-            return acted(node)
+            return interacting_inputs(node)
         return found
 
 
 LEAF = "torch::autograd::AccumulateGrad"
-# Where layers save their input, by the layer and the slot of the input.
+# The field in which a layer saves its input, by kind of node and number of the input.
 _SAVED_DATA = {
     ("Addmm", 1): "_saved_mat1",
     ("Mm", 0): "_saved_self",
@@ -214,8 +215,8 @@ _SAVED_DATA = {
 }
 
 
-def call(node: Node, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients of a node's inputs, by the node itself."""
+def call_node(node: Node, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Call a node with cotangents of its outputs, and return the gradients of its inputs."""
     edges = node.next_functions
     with torch.no_grad():
         if isinstance(node, torch.autograd.function.BackwardCFunction):
@@ -228,13 +229,13 @@ def call(node: Node, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None
             if child is None or g is None:
                 continue
             shape = child._input_metadata[number].shape
-            if g.shape != shape:  # nodes leave the sums over what was broadcast to the engine
+            if g.shape != shape:  # a node leaves it to the engine to sum over broadcast axes
                 gradients[slot] = g.sum_to_size(shape)
     return tuple(gradients)
 
 
 def _call_function(node: Node, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The same of a function written in Python, whose gradients are of all its arguments, tensors or not."""
+    """Call a function written in Python, which returns gradients of all its arguments, tensors or not."""
     filled = [
         torch.zeros(tuple(of.shape), dtype=of.dtype, device=of.device) if g is None else g
         for g, of in zip(cotangents, node._input_metadata, strict=True)
@@ -245,16 +246,17 @@ def _call_function(node: Node, cotangents: Sequence[Tensor | None]) -> list[Tens
     return [None if child is None else next(asked, None) for child, _ in node.next_functions]
 
 
-def ask(node: Node, outputs: Mapping[int, Owner], n: int, exact: bool = False) -> list[State | None]:
-    """The states of a node's inputs by what its own derivative reaches, from outputs of some examples at a time.
+def probe_node(node: Node, outputs: Mapping[int, Owner], n: int, exact: bool = False) -> list[State | None]:
+    """Find the states of a node's inputs from the entries that cotangents of some examples at a time reach.
 
-    The examples are told apart by the binary digits of their numbers: two calls a digit. Cotangents are random, so
-    that a reached entry is missed only if its derivative is zero, in which case no gradient comes there either.
+    The binary digits of the examples' numbers tell the examples apart, with two calls of the node per digit. The
+    cotangents are random, so a reached entry is missed only where the derivative is zero. No gradient reaches such an
+    entry in the backward pass either.
     """
     metadata = node._input_metadata
     generator = torch.Generator().manual_seed(n)
     slots = len(node.next_functions)
-    reached: list[list[Tensor | None]] = []  # by digit and value, by slot
+    reached: list[list[Tensor | None]] = []  # one list for each digit and value, with one tensor for each input
     digits = max(1, math.ceil(math.log2(n)))
     fields = {number: owner.field(len(metadata[number].shape), n) for number, owner in outputs.items()}
     for digit in range(digits):
@@ -270,7 +272,7 @@ def ask(node: Node, outputs: Mapping[int, Owner], n: int, exact: bool = False) -
                 if of.dtype.is_complex:
                     random = torch.complex(random, torch.rand(shape, generator=generator))
                 cotangents.append((random * mask).to(of.device, of.dtype))
-            gradients = call(node, cotangents)
+            gradients = call_node(node, cotangents)
             lit = [None if g is None else dense(g) != 0 for g in (*gradients, *[None] * slots)[:slots]]
             reached.append([None if t is None else t.cpu() for t in lit])
     states: list[State | None] = []
@@ -278,7 +280,7 @@ def ask(node: Node, outputs: Mapping[int, Owner], n: int, exact: bool = False) -
         if node.next_functions[slot][0] is None:
             states.append(None)
             continue
-        field, told = None, None  # the owner of each entry, and how many digits of its number are known
+        field, told = None, None  # the owner of each entry, and the number of its digits that are known
         for digit in range(digits):
             zero, one = (reached[2 * digit + value][slot] for value in (0, 1))
             if zero is None and one is None:
@@ -291,12 +293,12 @@ def ask(node: Node, outputs: Mapping[int, Owner], n: int, exact: bool = False) -
         if field is None:
             states.append(None)
         elif bool(((told != 0) & (told != digits)).any()):
-            states.append(SHARED)  # some entry is reached from two examples
+            states.append(SHARED)  # two examples reach the same entry
         else:
             states.append(owners_of_field(field.masked_fill(told == 0, -1), n, exact))
     return states
 
 
 def dense(t: Tensor) -> Tensor:
-    """A gradient that may be sparse, as those of embeddings."""
+    """A gradient as a dense tensor; gradients of embeddings may be sparse."""
     return t.to_dense() if t.layout != torch.strided else t

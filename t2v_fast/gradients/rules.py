@@ -1,9 +1,13 @@
-"""From an autograd node to op calls: the only file to edit for a new layer.
+"""Rules: from the cotangent at an autograd node to the factors of per-example gradients.
 
-A rule belongs to one kind of node. It says which factors the per-example gradients of a parameter have that enters such
-a node. Where a node has no rule, or the parameter enters it in a way that the rule does not know, the node itself forms
-the gradients, an example at a time (:class:`~t2v_fast.gradients.factors.Called`), which is as exact and takes longer.
-Which entries of the node's output belong to which example is known beforehand (:mod:`t2v_fast.gradients.ownership`).
+A *rule* belongs to one kind of autograd node. Where a parameter enters such a node, the rule returns the *factors* of
+the parameter's per-example gradients (:mod:`t2v_fast.gradients.factors`), arranged by example. The rule is told which
+entries of the node's output each example owns (:mod:`t2v_fast.gradients.owners`).
+
+Where a node has no rule, or its rule does not handle a use, the node itself computes the gradients of one example after
+the other (:class:`~t2v_fast.gradients.factors.Called`). The result is as exact, and takes longer.
+
+This is the only file to edit for a new layer.
 """
 
 from __future__ import annotations
@@ -19,19 +23,14 @@ from torch.autograd.graph import Node
 from ..ops.geometry import per_axis
 from .factors import Called, Convolution, Factors, Outer, Product, Scatter, Stacked
 from .fast_layers import NODES
-from .graph import HIDING, Taps, UnsupportedError, Use, find_taps
+from .graph import Use
 from .owners import ListedRows, Owned, Owner, RowLayout, Shape, Sole
 from .transfers import output_shape
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How one kind of node yields the factors of the parameters that enter it.
-
-    ``factors(use, g, owner, n)`` gets the cotangent of the node's output and the owners of its entries, n examples.
-    ``knows(use)``: whether it can tell the factors of this use, in which all examples share the parameter.
-    ``check(use)``: why no exact answer exists by any way, to follow "the parameter ... ", or None.
-    """
+    """The arguments of :func:`register_rule` for one kind of autograd node."""
 
     factors: Callable[[Use, Tensor, Owner, int], Factors]
     knows: Callable[[Use], bool]
@@ -46,7 +45,53 @@ def register_rule(
     knows: Callable[[Use], bool] = lambda use: True,
     check: Callable[[Use], str | None] = lambda use: None,
 ) -> Callable:
-    """Make the decorated function the rule of the autograd nodes of these names; a name can be taken only once."""
+    """Make the decorated function the rule of some autograd nodes.
+
+    The function is called as ``factors(use, g, owner, n)``: the :class:`~t2v_fast.gradients.graph.Use` of a parameter,
+    the cotangent of the node's first output, the owner of the output's entries, and the number of examples. It returns
+    the :class:`~t2v_fast.gradients.factors.Factors` of the parameter's per-example gradients.
+
+    Args:
+        *nodes: Names of autograd nodes, as ``tensor.grad_fn.name()`` shows them.
+        knows: Whether the rule handles a use in which all examples share the parameter. The node itself computes the
+            gradients of the uses that the rule does not handle.
+        check: Why a use has no exact answer by any method, as the end of a sentence that begins with "the parameter
+            ...", or None. The recorder raises UnsupportedError with this sentence.
+
+    Returns:
+        The decorator, which returns the function unchanged.
+
+    Raises:
+        ValueError: One of the nodes already has a rule.
+
+    Example:
+        A rule for a layer of one's own, which multiplies channels by a weight:
+
+        >>> import torch
+        >>> from t2v_fast import FisherRecorder
+        >>> from t2v_fast.gradients.factors import Product
+        >>> from t2v_fast.gradients.rules import register_rule, tokens_by_example
+        >>> class Scale(torch.autograd.Function):
+        ...     @staticmethod
+        ...     def forward(ctx, x, weight):  # [N, S, C], [C]
+        ...         ctx.save_for_backward(x, weight)
+        ...         return x * weight
+        ...
+        ...     @staticmethod
+        ...     def backward(ctx, g):
+        ...         x, weight = ctx.saved_tensors
+        ...         return g * weight, (g * x).sum((0, 1))
+        >>> @register_rule("ScaleBackward", knows=lambda use: use.slot == 1)
+        ... def scale(use, g, owner, n):  # G_n = sum_s g x
+        ...     x, _ = use.node.saved_tensors
+        ...     return Product(tokens_by_example(g, owner, n), tokens_by_example(x, owner, n))
+        >>> model = torch.nn.ParameterDict({"weight": torch.ones(3)})
+        >>> with FisherRecorder(model) as recorder:
+        ...     output = Scale.apply(torch.ones(2, 5, 3), model["weight"]).sum(1)  # [N, C]
+        ...     recorder.backward(output, torch.ones(2, 3))
+        {'weight': tensor([[25., 25., 25.],
+                [25., 25., 25.]])}
+    """
 
     def decorate(factors: Callable) -> Callable:
         for name in nodes:
@@ -58,62 +103,6 @@ def register_rule(
     return decorate
 
 
-def taps_of(output: Tensor, parameters: dict[str, Tensor], tell_apart: bool = False) -> Taps:
-    """Every use of ``parameters`` in the graph of ``output`` [N, ...]; ``tell_apart`` as in :func:`find_taps`.
-
-    Raises UnsupportedError where layers are hidden in a node of the graph, or examples interact.
-    """
-    custom: list[str] = []
-
-    def met(node: Node, name: str) -> None:
-        if why := HIDING.get(name):
-            raise UnsupportedError(f"the autograd node {name} is in the way: {why}")
-        if isinstance(node, torch.autograd.function.BackwardCFunction) and name not in NODES:
-            custom.append(name)
-
-    taps = find_taps(output, parameters, met, tell_apart)
-    if taps.unused and custom:
-        raise UnsupportedError(
-            f"the parameter {min(taps.unused)!r} is nowhere in the autograd graph, and the custom function "
-            f"{custom[0]}, which is, may hide it: leave the parameter out with parameters=..., or the function"
-        )
-    if (why := taps.ownership.interacting) is not None:
-        raise UnsupportedError(
-            f"the parameter {min(parameters)!r} and others have no per-example gradients: in what is computed from the "
-            f"network's input, {why}. Change the layer that mixes examples"
-        )
-    sharded = [name for name in sorted(taps.unused) if _is_sharded(parameters[name])]
-    if sharded:
-        raise UnsupportedError(
-            f"the parameter {sharded[0]!r} is a DTensor that the output does not depend on, as where FSDP2 "
-            "(fully_shard) gathers parameters outside of the graph: pass the network before it is sharded"
-        )
-    if parameters and taps.unused == parameters.keys():
-        raise UnsupportedError(
-            f"the output depends on none of the wanted parameters ({min(parameters)!r}, ...): run the forward pass "
-            "inside the recorder's context, with the same network, and without detaching"
-        )
-    for name, why in taps.interacting.items():
-        raise UnsupportedError(
-            f"the parameter {name!r} has no per-example gradient: {why}. Leave it out with parameters=..., or change "
-            "the layer"
-        )
-    return taps
-
-
-def _is_sharded(parameter: Tensor) -> bool:
-    return type(parameter).__module__.startswith("torch.distributed.tensor")
-
-
-def has_rule(use: Use) -> bool:
-    """Whether a rule tells the factors of this use; else the node itself forms its gradients."""
-    rule = RULES.get(use.node.name())
-    owner = use.owners[0]
-    if rule is None or not (isinstance(owner, Sole) or (isinstance(owner, Owned) and use.shared)):
-        return False
-    return rule.knows(use)
-
-
 def factors_of(use: Use, cotangents: Sequence[Tensor | None], n: int) -> Factors:
     """The factors of a parameter's per-example gradients at a tap, from the cotangents of the node's outputs."""
     if has_rule(use) and cotangents[0] is not None:
@@ -122,86 +111,51 @@ def factors_of(use: Use, cotangents: Sequence[Tensor | None], n: int) -> Factors
     return Called(use.node, use.slot, use.shape, cotangents, owners, n, use.transposed)
 
 
-def problem(use: Use) -> str | None:
-    """Why a use has no exact answer by any way, to follow "the parameter ... "; None where it has one."""
+def has_rule(use: Use) -> bool:
+    """Whether a rule handles this use; otherwise the node itself computes the gradients."""
+    rule = RULES.get(use.node.name())
+    owner = use.owners[0]
+    if rule is None or not (isinstance(owner, Sole) or (isinstance(owner, Owned) and use.shared)):
+        return False
+    return rule.knows(use)
+
+
+def unsupported_reason(use: Use) -> str | None:
+    """Why a use has no exact answer by any method, to follow "the parameter ... "; None where there is an answer."""
     rule = RULES.get(use.node.name())
     return None if rule is None else rule.check(use)
 
 
-def _split(t: Tensor, owner: Owner, n: int, axis: int, fill: float = 0) -> Tensor:
-    """[N, S, the other axes of t], where the entries along the axis of the examples are shared out to them.
-
-    ``axis`` is the one whose entries are summed where all of t is of one example.
-    """
-    if isinstance(owner, Owned):
-        rows, axis = owner.rows, owner.axis
-    elif n == 1:
-        rows = RowLayout(1, t.shape[axis])
-    else:
-        rows = ListedRows(torch.full((t.shape[axis],), owner.example))
-    return rows.split(t if axis == 0 else t.movedim(axis, 0), n, fill)
-
-
-def _tokens(t: Tensor, owner: Owner, n: int, trailing: int = 1, fill: float = 0) -> Tensor:
-    """[N, S, ...] with the last axes of t; all others are summed over."""
-    t = _split(t, owner, n, 0, fill)
-    return t if t.dim() == 2 + trailing else t.flatten(1, -1 - trailing)
-
-
-def _own_axes(shape: Shape, whole: Sequence[int]) -> Shape:
-    """``shape`` with leading ones, to as many axes as ``whole``."""
-    return (1,) * (len(whole) - len(shape)) + tuple(shape)
-
-
-def _broadcast(t: Tensor, own: Shape, owner: Owner, n: int) -> Tensor:
-    """t [...] as [N, S, C], for an input of shape ``own`` (of as many axes) that is broadcast to it.
-
-    What the input is broadcast over becomes S, its own axes become C.
-    """
-    if isinstance(owner, Owned):
-        own = (*own[: owner.axis], *own[owner.axis + 1 :])
-    else:
-        t = t.unsqueeze(0)
-    t = _split(t, owner, n, 0)  # [N, S, the other axes]
-    if t.dim() == 3 and own[0] != 1:
-        return t
-    summed = [axis + 2 for axis, size in enumerate(own) if size == 1]
-    kept = [axis + 2 for axis, size in enumerate(own) if size != 1]
-    sizes = (math.prod(t.shape[axis] for axis in axes) for axes in ((1, *summed), kept))
-    return t.permute(0, 1, *summed, *kept).reshape(n, *sizes)
-
-
-def _channels(t: Tensor, owner: Owner, n: int) -> Tensor:
-    """[R, C] or [R, C, *spatial] -> [N, S, C]."""
-    if t.dim() == 2:
-        return _split(t, owner, n, 0)
-    return _tokens(t.flatten(2).transpose(1, 2), owner, n)
+# ---- conditions on a use, for ``knows``
 
 
 def _of_rows(use: Use) -> bool:
-    """Whether the parameter is no layer's input, and examples are told apart by rows, not by channels or pixels."""
+    """Whether the parameter is not the layer's input, and examples own rows, not channels or pixels."""
     owner = use.owners[0]
     return use.slot > 0 and (not isinstance(owner, Owned) or owner.axis == 0)
 
 
 def _before_axis(use: Use, axis: int) -> bool:
-    """Whether examples lie along an axis before that one, which may be counted from the end."""
+    """Whether the examples lie along an axis before ``axis``, which may be counted from the end."""
     owner = use.owners[0]
     return not isinstance(owner, Owned) or owner.axis < axis % len(output_shape(use.node))
+
+
+# ---- convolutions
 
 
 @register_rule("ConvolutionBackward0", knows=lambda use: _of_rows(use) and 3 <= len(output_shape(use.node)) <= 5)
 def _convolution(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     node = use.node
     if use.slot == 2:
-        return Product(_channels(g, owner, n))
+        return Product(_channels_by_example(g, owner, n))
     kernel = use.shape[2:]
     geometry = [per_axis(getattr(node, f"_saved_{key}"), len(kernel)) for key in ("stride", "padding", "dilation")]
     x, of_input = node._saved_input, not node._saved_transposed
-    if not of_input:  # the transpose of a convolution that goes from its output to its input
+    if not of_input:  # a transposed convolution is a convolution from its output to its input
         x, g = g, x
-    x, g = (_split(t, owner, n, 0) for t in (x, g))  # [N, F, C, *size], F images an example
-    if len(kernel) == 1:  # as a 2-d convolution over images of height 1
+    x, g = (by_example(t, owner, n, 0) for t in (x, g))  # [N, F, C, *size], F images per example
+    if len(kernel) == 1:  # a 2-d convolution over images of height 1
         x, g, kernel = x.unsqueeze(3), g.unsqueeze(3), (1, *kernel)
         geometry = [(neutral, *given) for neutral, given in zip((1, 0, 1), geometry, strict=True)]
     stride, padding, dilation = geometry
@@ -211,7 +165,7 @@ def _convolution(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     for k in range(kernel[0]):
         frames = torch.arange(g.shape[3]) * stride[0] - padding[0] + k * dilation[0]
         inside = (frames >= 0) & (frames < x.shape[3])
-        if not inside.any():  # this slice of the kernel sees padding only
+        if not inside.any():  # this slice of the kernel sees nothing but padding
             slices.append(None)
             continue
         seen = (  # [N, F, C, D, H, W] -> [N, F D', C, H, W]
@@ -225,19 +179,19 @@ def _convolution(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
 @register_rule("MatrixConvolutionBackward", "StridedDepthwiseBackward", "WinogradConvolutionBackward", knows=_of_rows)
 def _fast_convolution(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     if use.slot == 2:
-        return Product(_channels(g, owner, n))
-    x, g = (_split(t, owner, n, 0) for t in (use.node.saved_tensors[0], g))
+        return Product(_channels_by_example(g, owner, n))
+    x, g = (by_example(t, owner, n, 0) for t in (use.node.saved_tensors[0], g))
     return _over_images(x, g, use.shape[2:], *use.node.geometry, use.node.groups, True)
 
 
 def _over_images(
     x: Tensor, g: Tensor, kernel: Shape, stride: Shape, padding: Shape, dilation: Shape, groups: int, of_input: bool
 ) -> Convolution:
-    """A 2-d convolution of x [N, F, C, H, W] with cotangent g [N, F, O, Ho, Wo], F images an example."""
+    """The factors of a 2-d convolution of x [N, F, C, H, W] with cotangent g [N, F, O, Ho, Wo], F images each."""
     n, f, channels, height, width = x.shape
-    if f != 1:  # one tall image, with rows between in which the kernel meets nothing of two images at once
+    if f != 1:  # stack the images into a tall one, with zeros between so that the kernel never sees two images at once
         rows = g.shape[3]
-        read = (rows - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1  # of a padded image
+        read = (rows - 1) * stride[0] + dilation[0] * (kernel[0] - 1) + 1  # rows of a padded image that are read
         period = -(-max(read, height + padding[0]) // stride[0]) * stride[0]
         tall = x.new_zeros(n, channels, f * period + dilation[0] * (kernel[0] - 1), width)
         images = tall[:, :, : f * period].unflatten(2, (f, period))
@@ -246,9 +200,12 @@ def _over_images(
         cotangent[:, :, :, :rows] = g.transpose(1, 2)
         x, g, padding = tall[:, None], cotangent.flatten(2, 3)[:, None], (0, padding[1])
     x, g = x[:, 0], g[:, 0]
-    if kernel == (1, 1) and padding == (0, 0):  # a stride only leaves pixels out
+    if kernel == (1, 1) and padding == (0, 0):  # here a stride only leaves out pixels
         x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
     return Convolution(x, g, (kernel, stride, padding, dilation, groups), of_input)
+
+
+# ---- norms
 
 
 def _check_batch_norm(use: Use) -> str | None:
@@ -269,13 +226,13 @@ def _check_batch_norm(use: Use) -> str | None:
 def _batch_norm(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     node = use.node
     if use.slot == 2:
-        return Product(_channels(g, owner, n), norm=use.direct)
+        return Product(_channels_by_example(g, owner, n), norm=use.direct)
     if node.name() in NODES:
         (x, _, mean, variance), eps = node.saved_tensors, node.eps
     else:
         x, mean, variance = node._saved_input, node._saved_running_mean, node._saved_running_var
         eps = node._saved_epsilon if hasattr(node, "_saved_epsilon") else node._saved_eps
-    g, x = _channels(g, owner, n), _channels(x, owner, n)
+    g, x = _channels_by_example(g, owner, n), _channels_by_example(x, owner, n)
     return Product(g, x, mean, (variance + eps).rsqrt(), norm=use.direct)
 
 
@@ -283,7 +240,7 @@ def _batch_norm(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
 def _group_norm(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     node = use.node
     if use.slot == 2:
-        return Product(_channels(g, owner, n), norm=use.direct)
+        return Product(_channels_by_example(g, owner, n), norm=use.direct)
     x = node._saved_input
     rows, channels = x.shape[:2]
     positions = x[0, 0].numel() if rows else 1
@@ -292,9 +249,9 @@ def _group_norm(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
         t = t.reshape(rows, -1).repeat_interleave(channels // node._saved_group, -1)[:, None]
         if isinstance(owner, Owned) and owner.rows == RowLayout():
             return t
-        return _tokens(t.expand(-1, positions, -1), owner, n)
+        return tokens_by_example(t.expand(-1, positions, -1), owner, n)
 
-    g, x = _channels(g, owner, n), _channels(x, owner, n)
+    g, x = _channels_by_example(g, owner, n), _channels_by_example(x, owner, n)
     return Product(g, x, each(node._saved_result1), each(node._saved_result2), norm=use.direct)
 
 
@@ -304,7 +261,7 @@ def _layer_norm(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     leading = g.dim() - len(use.shape)
 
     def tokens(t: Tensor, axes: int = len(use.shape)) -> Tensor:
-        return _tokens(t.flatten(-axes) if axes > 1 else t, owner, n)
+        return tokens_by_example(t.flatten(-axes) if axes > 1 else t, owner, n)
 
     if use.slot == 2:
         return Product(tokens(g), norm=use.direct)
@@ -312,14 +269,17 @@ def _layer_norm(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     return Product(tokens(g), tokens(node._saved_input), mean, scale, norm=use.direct)
 
 
-def _right(node: Node) -> int:
-    """The input of a matrix product that is its right factor."""
+# ---- matrix products
+
+
+def _right_factor(node: Node) -> int:
+    """The number of the input that is the right factor of a matrix product."""
     return 2 if node.name() == "AddmmBackward0" else 1
 
 
 def _examples_axis(use: Use) -> int:
-    """Where the examples lie in [(B,) M, K] times [(B,) K, P], counted from the end, if a factor is a parameter."""
-    return -2 if use.slot == _right(use.node) else -1
+    """The axis of the examples in a product [(B,) M, K] [(B,) K, P] with a parameter, counted from the end."""
+    return -2 if use.slot == _right_factor(use.node) else -1
 
 
 def _knows_product(use: Use) -> bool:
@@ -337,23 +297,23 @@ def _linear(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     node = use.node
     added = node.name() == "AddmmBackward0"
     if added and use.slot == 0:
-        return Product(_broadcast(g, _own_axes(use.shape, g.shape), owner, n))
-    right, axis = use.slot == _right(node), _examples_axis(use)
+        return Product(_broadcast_by_example(g, _with_leading_ones(use.shape, g.shape), owner, n))
+    right, axis = use.slot == _right_factor(node), _examples_axis(use)
     if right:
-        x, g = (_split(t, owner, n, axis) for t in (node._saved_mat1 if added else node._saved_self, g))
+        x, g = (by_example(t, owner, n, axis) for t in (node._saved_mat1 if added else node._saved_self, g))
         return _matrix(g, x, of_input=False, exchange=use.transposed)
-    x, g = (_split(t, owner, n, axis) for t in (node._saved_mat2, g))
+    x, g = (by_example(t, owner, n, axis) for t in (node._saved_mat2, g))
     return _matrix(x, g, of_input=True, exchange=use.transposed)
 
 
 @register_rule("OneDnnLinearBackward", knows=lambda use: use.slot > 0 and _before_axis(use, -1))
 def _onednn_linear(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
-    g = _tokens(g, owner, n)
-    return Product(g) if use.slot == 2 else Outer(_tokens(use.node.saved_tensors[0], owner, n), g)
+    g = tokens_by_example(g, owner, n)
+    return Product(g) if use.slot == 2 else Outer(tokens_by_example(use.node.saved_tensors[0], owner, n), g)
 
 
 def _matrix(x: Tensor, g: Tensor, of_input: bool, exchange: bool) -> Factors:
-    """G_n = sum_s g x^T for x [N, S, (B,) I] and g [N, S, (B,) O], or its transpose."""
+    """The factors of G_n = sum_s g x^T for x [N, S, (B,) I] and g [N, S, (B,) O], or of its transpose."""
     if x.dim() == 4 and x.shape[2] == 1:
         x, g = x[:, :, 0], g[:, :, 0]
     if x.dim() == 3:
@@ -362,6 +322,9 @@ def _matrix(x: Tensor, g: Tensor, of_input: bool, exchange: bool) -> Factors:
     groups = x.shape[2]
     x, g = (t.flatten(2).transpose(1, 2).unsqueeze(2) for t in (x, g))  # [N, B I, 1, S]
     return Convolution(x, g, ((1, 1), (1, 1), (0, 0), (1, 1), groups), of_input)
+
+
+# ---- tables that are looked up
 
 
 def _check_embedding(use: Use) -> str | None:
@@ -374,7 +337,7 @@ def _check_embedding(use: Use) -> str | None:
 def _embedding(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     index = use.node._saved_indices.unsqueeze(-1)
     index = index.masked_fill(index == use.node._saved_padding_idx, -1)
-    return Scatter(_tokens(index, owner, n, fill=-1)[:, :, 0], _tokens(g, owner, n), use.shape[0])
+    return Scatter(tokens_by_example(index, owner, n, fill=-1)[:, :, 0], tokens_by_example(g, owner, n), use.shape[0])
 
 
 @register_rule("EmbeddingBagBackward0", knows=lambda use: False, check=_check_embedding)
@@ -383,7 +346,7 @@ def _embedding_bag(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
 
 
 def _knows_index(use: Use) -> bool:
-    """Rows of a parameter that are looked up by numbers."""
+    """Whether rows of the parameter are looked up by integers along its first axis."""
     indices = use.node._saved_indices
     one = len(indices) == 1 and indices[0] is not None and indices[0].dtype not in (torch.bool, torch.uint8)
     return one and indices[0].dim() > 0 and _before_axis(use, indices[0].dim())
@@ -394,15 +357,23 @@ def _index(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     index = use.node._saved_indices[0]
     g = g.reshape(*index.shape, math.prod(use.shape[1:]))
     index = (index % use.shape[0]).unsqueeze(-1)
-    return Scatter(_tokens(index, owner, n, fill=-1)[:, :, 0], _tokens(g, owner, n), use.shape[0])
+    return Scatter(tokens_by_example(index, owner, n, fill=-1)[:, :, 0], tokens_by_example(g, owner, n), use.shape[0])
+
+
+# ---- elementwise nodes
 
 
 def _scaled(use: Use, g: Tensor, owner: Owner, n: int, x: Tensor | None = None) -> Product:
-    """The factors of an input of an elementwise node, x its derivative, of the output's shape (or a number, one)."""
-    own = _own_axes(use.shape, g.shape)
+    """The factors of an input of an elementwise node.
+
+    ``x`` is the derivative of the output with respect to the input, and broadcasts to the output; None stands for one.
+    """
+    own = _with_leading_ones(use.shape, g.shape)
     if x is None:
-        return Product(_broadcast(g, own, owner, n))
-    return Product(_broadcast(g, own, owner, n), _broadcast(x.expand(g.shape), own, owner, n).to(g.dtype))
+        return Product(_broadcast_by_example(g, own, owner, n))
+    return Product(
+        _broadcast_by_example(g, own, owner, n), _broadcast_by_example(x.expand(g.shape), own, owner, n).to(g.dtype)
+    )
 
 
 def _other_factor(use: Use) -> Tensor | None:
@@ -430,7 +401,7 @@ def _add(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
 
 @register_rule("AddcmulBackward0")
 def _add_product(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
-    """self + value * tensor1 * tensor2."""
+    """The node computes self + value * tensor1 * tensor2."""
     node = use.node
     if use.slot == 0:
         return _scaled(use, g, owner, n)
@@ -453,22 +424,76 @@ def _knows_repeat(use: Use) -> bool:
     owner, whole = use.owners[0], output_shape(use.node)
     if not isinstance(owner, Owned):
         return True
-    mine = _own_axes(use.shape, whole)[owner.axis]
+    mine = _with_leading_ones(use.shape, whole)[owner.axis]
     return isinstance(owner.rows, RowLayout) and owner.rows.inner % mine == 0
 
 
 @register_rule("RepeatBackward0", knows=_knows_repeat)
 def _repeat(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
-    own = _own_axes(use.shape, g.shape)
-    # An axis of its own for each repeat.
+    own = _with_leading_ones(use.shape, g.shape)
+    # Divide each axis in two: repeats, and entries of the parameter.
     sizes = [(whole // mine, mine) for mine, whole in zip(own, g.shape, strict=True)]
     if isinstance(owner, Owned):
         rows, mine = owner.rows, own[owner.axis]
         owner = Owned(2 * owner.axis, RowLayout(rows.outer, rows.inner // mine))
     g = g.reshape([size for pair in sizes for size in pair])
-    return Product(_broadcast(g, tuple(size for mine in own for size in (1, mine)), owner, n))
+    return Product(_broadcast_by_example(g, tuple(size for mine in own for size in (1, mine)), owner, n))
 
 
 @register_rule("PreluKernelBackward0", knows=lambda use: use.slot == 1)
 def _prelu(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     return _scaled(use, g, owner, n, use.node._saved_self.clamp(max=0))
+
+
+# ---- activations and cotangents arranged by example
+
+
+def by_example(t: Tensor, owner: Owner, n: int, axis: int, fill: float = 0) -> Tensor:
+    """Arrange ``t`` as [N, S, other axes of t], where S are the positions of each example along its owner's axis.
+
+    ``axis`` is the axis to be summed over where one example owns all of ``t``. ``fill`` is put where an example has
+    fewer positions than others.
+    """
+    if isinstance(owner, Owned):
+        rows, axis = owner.rows, owner.axis
+    elif n == 1:
+        rows = RowLayout(1, t.shape[axis])
+    else:
+        rows = ListedRows(torch.full((t.shape[axis],), owner.example))
+    return rows.split(t if axis == 0 else t.movedim(axis, 0), n, fill)
+
+
+def tokens_by_example(t: Tensor, owner: Owner, n: int, trailing: int = 1, fill: float = 0) -> Tensor:
+    """Arrange ``t`` as [N, S, ...] with the last ``trailing`` axes of ``t``; all other axes become S."""
+    t = by_example(t, owner, n, 0, fill)
+    return t if t.dim() == 2 + trailing else t.flatten(1, -1 - trailing)
+
+
+def _channels_by_example(t: Tensor, owner: Owner, n: int) -> Tensor:
+    """[R, C] or [R, C, *spatial] -> [N, S, C]."""
+    if t.dim() == 2:
+        return by_example(t, owner, n, 0)
+    return tokens_by_example(t.flatten(2).transpose(1, 2), owner, n)
+
+
+def _broadcast_by_example(t: Tensor, own: Shape, owner: Owner, n: int) -> Tensor:
+    """Arrange ``t`` as [N, S, C] for an input of shape ``own`` (with as many axes as ``t``) that is broadcast to ``t``.
+
+    The axes that the input is broadcast over become S, and the input's own axes become C.
+    """
+    if isinstance(owner, Owned):
+        own = (*own[: owner.axis], *own[owner.axis + 1 :])
+    else:
+        t = t.unsqueeze(0)
+    t = by_example(t, owner, n, 0)  # [N, S, the other axes]
+    if t.dim() == 3 and own[0] != 1:
+        return t
+    summed = [axis + 2 for axis, size in enumerate(own) if size == 1]
+    kept = [axis + 2 for axis, size in enumerate(own) if size != 1]
+    sizes = (math.prod(t.shape[axis] for axis in axes) for axes in ((1, *summed), kept))
+    return t.permute(0, 1, *summed, *kept).reshape(n, *sizes)
+
+
+def _with_leading_ones(shape: Shape, whole: Sequence[int]) -> Shape:
+    """``shape`` with leading ones, so that it has as many axes as ``whole``."""
+    return (1,) * (len(whole) - len(shape)) + tuple(shape)

@@ -1,16 +1,17 @@
-"""What is verified of a network while its batches go by: that examples do not interact, and that nothing is random.
+"""Verify during a computation that the examples of a batch do not interact, and that the network is not random.
 
-The rules and the owners of activations follow from the graph, but the graph does not show everything: a statistic of
-the batch that is detached, a random mask, a depth chosen from the data. So the network itself is watched.
+The rules and the owners of activations follow from the autograd graph, and the graph does not show everything. A
+detached statistic of the batch, a random mask and a depth chosen from the data stay hidden. So the network itself is
+watched:
 
-- *Every batch*: no random number is drawn in its forward pass. Comparing the states of torch's, Python's and NumPy's
-  generators costs some microseconds, and finds a dropout of any probability.
-- *The first batch of two examples or more*: its logits are those of its two halves, run apart, and of two examples run
-  alone. These two, as a batch of their own, must have squared gradients equal to those of plain autograd.
-- *Later batches*: the second one's logits are those of its halves too. In the 4th, 8th, 16th and so on one example, run
-  alone, has the batch's logits.
+- *Every batch*: the forward pass must draw no random number. Comparing the states of torch's, Python's and NumPy's
+  generators takes some microseconds, and finds a dropout of any probability.
+- *The first batch of two or more examples*: two halves of the batch and two single examples, run apart, must have the
+  logits of the batch. The two examples, as a batch of their own, must have the squared gradients of plain autograd.
+- *Later batches*: the halves of the second batch must have its logits. In the 4th, 8th, 16th batch and so on, one
+  example run alone must have the logits of the batch.
 
-An interaction that the graph does not show, and that few batches have, may fall between these and stay unseen.
+An interaction that the graph does not show, and that occurs in few batches, may escape these checks.
 """
 
 from __future__ import annotations
@@ -27,40 +28,83 @@ from torch.utils._pytree import tree_map
 from .ownership import nodes_of
 from .recorder import FisherRecorder
 
-# What two examples may differ by from plain autograd in the self-check, relative to the norm of a parameter's values.
-# A wrong rule is wrong by order one; rounding (and the odd ReLU that flips) stays far below these.
+# How far the squares of two examples may differ from plain autograd, relative to the norm of a parameter's squares. The
+# error of a wrong rule is of order one. Rounding, and a rare ReLU that flips, stay far below these tolerances.
 SELF_CHECK_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
 
 
 class SelfCheckError(RuntimeError):
-    """The fused computation disagreed with plain per-example autograd; the message names the parameter."""
+    """Raised where the self-check finds a wrong result, examples that interact, or a random network.
+
+    If the squared gradients differ from plain autograd, the message names the parameter.
+
+    Example:
+        A mean over the batch couples the examples. The autograd graph does not show this mean, because the inputs need
+        no gradient:
+
+        >>> import t2v_fast
+        >>> class Centred(nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(x - x.mean(0))
+        >>> network = Centred(4, 3)
+        >>> try:
+        ...     t2v_fast.fisher(network, [torch.eye(4)])
+        ... except t2v_fast.SelfCheckError as error:
+        ...     print("examples interact" in str(error))
+        True
+    """
 
 
 class SelfCheck:
-    """Watches a network's forward passes: ``logits = check.forward(inputs)``, then ``check.batch(inputs, logits)``.
+    """Watch a network's forward passes: call :meth:`forward` for the logits of each batch, then :meth:`batch`.
 
-    Both raise SelfCheckError. ``forward(model, inputs)`` runs the network of the recorder.
+    Args:
+        recorder: The recorder of the network. Its ``verified`` attribute is set.
+        forward: Called as ``forward(model, inputs)`` to run the network.
+
+    Example:
+        >>> network = nn.Linear(4, 3)
+        >>> check = SelfCheck(FisherRecorder(network), lambda model, inputs: model(inputs))
+        >>> with check.recorder:
+        ...     inputs = torch.randn(6, 4)
+        ...     logits = check.forward(inputs)
+        ...     check.batch(inputs, logits)  # raises no SelfCheckError
     """
 
     def __init__(self, recorder: FisherRecorder, forward: Callable[[nn.Module, Any], Tensor]) -> None:
         self.recorder = recorder
         recorder.verified = True
         self._forward = forward
-        self._batches = 0  # of two examples or more
-        self._single = False  # whether a batch of one was checked
+        self._batches = 0  # the number of batches with two or more examples
+        self._single = False  # whether a batch of one example was checked
         self._drew = False  # whether the last forward pass drew random numbers
 
     def forward(self, inputs: Any) -> Tensor:
-        """The network's output, and a note of whether it drew random numbers."""
+        """Run the network, and note whether it draws random numbers.
+
+        Args:
+            inputs: The inputs of a batch.
+
+        Returns:
+            The network's output.
+        """
         before = _random_state()
         output = self._forward(self.recorder.model, inputs)
         self._drew = before != _random_state()
         return output
 
     def batch(self, inputs: Any, logits: Tensor) -> None:
-        """Check one batch, by what has been checked before."""
+        """Check one batch; how thoroughly depends on how many batches came before.
+
+        Args:
+            inputs: The inputs of the batch.
+            logits: The output that :meth:`forward` gave for them.
+
+        Raises:
+            SelfCheckError: Examples interact, the network is random, or squared gradients are wrong.
+        """
         n = logits.shape[0]
-        if not bool(logits.isfinite().all()):  # which is an error of its own
+        if not bool(logits.isfinite().all()):  # the caller reports logits that are not finite
             return
         if n > 1:
             self._batches += 1
@@ -71,7 +115,7 @@ class SelfCheck:
             return
         self.recorder.check(logits)
         if drew:
-            # What is made at first use may draw once.
+            # A network may draw random numbers once, for buffers that it creates at first use.
             with torch.no_grad():
                 self._run(inputs, [n - 1], n)
             if self._drew:
@@ -89,6 +133,7 @@ class SelfCheck:
             self._alone(inputs, logits, self._batches * 7919 % n)
 
     def _first(self, inputs: Any, logits: Tensor) -> None:
+        """Check the first batch of two or more examples."""
         n = logits.shape[0]
         examples = [n // 2, n - 1] if n > 2 else [0, 1]
         self._gradients(inputs, examples, n)
@@ -98,8 +143,9 @@ class SelfCheck:
             self._halves(inputs, logits)
 
     def _halves(self, inputs: Any, logits: Tensor) -> None:
+        """Compare the logits of the two halves of a batch, run apart, with those of the batch."""
         n = logits.shape[0]
-        # In half precision the worst of many examples may differ by more than rounding does on the average.
+        # In half precision, the worst of many examples may differ by more than the typical rounding error.
         if SELF_CHECK_TOLERANCE[_coarsest(self.recorder, logits)] < 0.1:
             for half in (range(n // 2), range(n // 2, n)):
                 self._compare(inputs, logits, list(half), "with half of its batch" if n > 2 else "alone")
@@ -108,6 +154,7 @@ class SelfCheck:
         self._compare(inputs, logits, [example], "alone")
 
     def _compare(self, inputs: Any, logits: Tensor, examples: list[int], how: str) -> None:
+        """Compare the logits of some examples, run as a batch of their own, with those of the whole batch."""
         with torch.no_grad():
             found, rows = self._run(inputs, examples, logits.shape[0])
         found = found[rows]
@@ -129,15 +176,15 @@ class SelfCheck:
             )
 
     def _run(self, inputs: Any, examples: list[int], n: int) -> tuple[Tensor, list[int]]:
-        """The output for some of n examples as a batch of their own, and the rows in which they are."""
+        """Run some of n examples as a batch of their own; return the output, and the rows of the examples in it."""
         try:
             return self.forward(_part(inputs, examples, n)), list(range(len(examples)))
-        except Exception:  # as of a network that pairs examples: the others give way to copies of the first of these
+        except Exception:  # the network may need n examples: fill the batch with copies of the first of these
             filled = [e if e in examples else examples[0] for e in range(n)]
             return self.forward(_part(inputs, filled, n)), examples
 
     def _gradients(self, inputs: Any, examples: list[int], n: int) -> None:
-        """The squared gradients of some examples, as a batch of their own, against plain autograd of each."""
+        """Compare squared gradients of some examples, as a batch of their own, with plain autograd of each example."""
         recorder = self.recorder
         logits, rows = self._run(inputs, examples, n)
         cotangent = torch.zeros_like(logits)
@@ -150,13 +197,13 @@ class SelfCheck:
         got = {name: q[None] if summed else q[rows] for name, q in got.items()}
         want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
         for k, e in enumerate(rows):
-            # The gradient of one example's term, through the batch's own activations: run alone, rounding can push a
-            # pre-activation over a kink, which in a narrow layer shows as percents.
+            # Differentiate one example's term through the activations of this batch. In a run of the example alone,
+            # rounding can push a pre-activation over a kink, which changes a narrow layer's gradient by percents.
             for name, g in recorder.plain_gradients(logits, cotangent, e, want).items():
                 want[name][0 if summed else k] += recorder.reduce(name, g.double())
         dtype = _coarsest(recorder, logits)
         tolerance = SELF_CHECK_TOLERANCE[dtype]
-        # A parameter whose true gradient vanishes (a bias that a softmax ignores) holds rounding of larger ones only.
+        # Where the true gradient is zero (a bias that a softmax ignores), only rounding errors of larger ones remain.
         floor = (1e3 * torch.finfo(dtype).eps) ** 2 * max(float(w.max()) for w in want.values() if w.numel())
         for name, wanted in want.items():
             for q, w in zip(got[name].double(), wanted, strict=True):
@@ -176,9 +223,10 @@ _RANDOM = (
 
 
 def _spread(logits: Tensor, robust: bool) -> float:
-    """How far apart the logits of an example lie, whatever is added to all of them; more than they round.
+    """How far the logits of an example spread around their median; at least a multiple of their rounding error.
 
-    ``robust``: typically, so that a masked class does not count; else at most, as half precision needs it.
+    ``robust`` takes the median spread, so that a masked class does not count. Otherwise the largest spread is taken,
+    which half precision needs.
     """
     z = logits.double().reshape(-1, logits.shape[-1])
     centre = z.median(1, keepdim=True).values if z.shape[1] > 1 else z.median()
@@ -188,7 +236,7 @@ def _spread(logits: Tensor, robust: bool) -> float:
 
 
 def _part(inputs: Any, examples: list[int], n: int) -> Any:
-    """Some examples of a batch; what has no axis of examples goes along as it is."""
+    """Some examples of a batch; inputs without an axis of n examples are passed on unchanged."""
     return tree_map(
         lambda t: t[examples] if isinstance(t, Tensor) and t.dim() and t.shape[0] == n else t,
         inputs,
@@ -196,14 +244,14 @@ def _part(inputs: Any, examples: list[int], n: int) -> Any:
 
 
 def _coarsest(recorder: FisherRecorder, logits: Tensor) -> torch.dtype:
-    """The least precise of the floating-point types that the network computes in."""
+    """The least precise floating-point type among parameters and activations."""
     found = {p.dtype for p in recorder.parameters.values()}
     found |= {of.dtype for node in nodes_of(logits) for of in node._input_metadata}
     return max((d for d in found if d in SELF_CHECK_TOLERANCE), key=lambda d: torch.finfo(d).eps)
 
 
 def _random_state() -> tuple:
-    """What changes when a random number is drawn from a generator that networks draw from."""
+    """The states of the generators that a network may draw random numbers from: torch's, Python's and NumPy's."""
     states: list[object] = [torch.get_rng_state().numpy().tobytes(), random.getstate()]
     if (numpy_random := sys.modules.get("numpy.random")) is not None:
         _, keys, *rest = numpy_random.get_state()

@@ -1,8 +1,11 @@
-"""From the owners of a node's output to those of its inputs: the file to edit where a node is asked too often.
+"""Transfers: from the owners of a node's output to the owners of its inputs.
 
-A transfer belongs to one kind of autograd node, as a rule does (:mod:`t2v_fast.gradients.rules`). It reads shapes and
-saved positions, never values. Nodes without one are asked themselves (:func:`t2v_fast.gradients.ownership.ask`). The
-file is long because it is a table: no transfer knows of another.
+A *transfer* belongs to one kind of autograd node, as a rule does (:mod:`t2v_fast.gradients.rules`). It reads shapes and
+saved positions, never values of entries. A node without a transfer is called to find the owners
+(:func:`t2v_fast.gradients.ownership.probe_node`), which takes longer: add a transfer here for a node that is called
+often.
+
+This file is long because it is a table, whose transfers are independent of each other.
 """
 
 from __future__ import annotations
@@ -29,38 +32,40 @@ from .owners import (
     along,
     is_complete,
     list_along,
-    owned,
+    owner_along,
     owners_of_field,
 )
 
-# A transfer: node, the owner of its output, the number of examples -> the state of each input, None where nothing
-# reaches it. None in place of the list: ask the node.
+# A transfer takes the node, the owner of its output and the number of examples. It returns the state of each input, or
+# None for an input that no cotangent reaches. It returns None instead of a list where the node must be called.
 Transfer = Callable[[Node, Owned, int], "Sequence[State | None] | None"]
 TRANSFERS: dict[str, Transfer] = {}
-# Layers whose first input is an activation, entries of which they mix along some axes.
+# Layers that mix the entries of their first input, an activation, along some axes.
 MIXING: set[str] = {"Convolution", "MatrixConvolution", "StridedDepthwise", "WinogradConvolution"}
-# Those that read only some positions, so that an output of one example does not mean that its whole input is.
+# Transfers of nodes that read only some positions. One example may own the output, and not the whole input.
 SELECTING: dict[str, Callable[[Node, Mapping[int, Owner], int], Sequence[State | None] | None]] = {}
 
 
 @functools.cache
-def base(name: str) -> str:
-    """A node's name without its ending and overload: AddBackward0 -> Add."""
+def kind_of(name: str) -> str:
+    """The kind of a node: its name without "Backward" and the number of the overload (AddBackward0 -> Add)."""
     return name.rstrip("0123456789").removesuffix("Backward")
 
 
 def output_shape(node: Node, number: int = 0) -> Shape:
+    """The shape of one output of a node."""
     return tuple(node._input_metadata[number].shape)
 
 
 def input_shape(node: Node, slot: int) -> Shape:
-    """The shape of what entered a node at a slot; its gradient must be tracked."""
+    """The shape of a node's input ``slot``, which must require a gradient."""
     child, number = node.next_functions[slot]
     return tuple(child._input_metadata[number].shape)
 
 
-def transfer(*names: str, table: dict[str, Callable] = TRANSFERS) -> Callable[[Callable], Callable]:
-    """Make a function the transfer of the autograd nodes of these names, without ``Backward`` and number."""
+def transfer(*names: str, table: dict[str, Callable] | None = None) -> Callable[[Callable], Callable]:
+    """Make the decorated function the transfer of some kinds of autograd nodes (:func:`kind_of`), in ``TRANSFERS``."""
+    table = TRANSFERS if table is None else table
 
     def register(function: Callable) -> Callable:
         for name in names:
@@ -73,21 +78,23 @@ def transfer(*names: str, table: dict[str, Callable] = TRANSFERS) -> Callable[[C
 
 
 def selecting(*names: str) -> Callable[[Callable], Callable]:
-    """As :func:`transfer`, of nodes that read some positions of an axis, from the owners of all of their outputs."""
+    """As :func:`transfer`, for nodes that read some positions; the function gets the owners of outputs by number."""
     return transfer(*names, table=SELECTING)
 
 
 def _signed(value: int) -> int:
-    """torch shows negative numbers of some saved fields without their sign."""
+    """A saved integer with its sign; torch shows some negative numbers as unsigned ones."""
     return value - 2**64 if value >= 2**63 else value
 
 
 def _axis(value: int, dims: int) -> int:
+    """An axis counted from 0, from a saved one."""
     value = _signed(value)
     return value + dims if value < 0 else value
 
 
 def _axes(values: Iterable[int] | int | None, dims: int) -> list[int]:
+    """Axes counted from 0, from saved ones; none saved means all axes."""
     if values is None:
         return list(range(dims))
     values = [values] if isinstance(values, int) else list(values)
@@ -104,7 +111,7 @@ def _axes(values: Iterable[int] | int | None, dims: int) -> list[int]:
     *("Sinc", "Frac", "Sign", "Trunc"),
 )
 def _pointwise(node: Node, own: Owned, n: int) -> list[State]:
-    """One input of the output's shape, or several that broadcast to it."""
+    """The node has one input in the output's shape, or several that broadcast to it."""
     if len(node.next_functions) == 1:
         return [own]
     return _broadcast(node, own, n)
@@ -127,26 +134,26 @@ ELEMENTWISE = frozenset(name for name, function in TRANSFERS.items() if function
 
 
 def _aligned(child: Node, number: int, own: Owned, whole: Shape) -> State:
-    """The state of an operand that is broadcast to the output, axes aligned from the right."""
+    """The state of an operand that is broadcast to the output, with axes aligned from the right."""
     shape = child._input_metadata[number].shape
     if len(shape) == len(whole) and shape[own.axis] != 1:
         return own
     axis = own.axis - len(whole) + len(shape)
     if axis < 0 or shape[axis] == 1:
-        return SHARED  # several examples lie along the axis, so it is longer than 1
+        return SHARED  # the operand is broadcast along the axis of the examples
     return own if axis == own.axis else Owned(axis, own.rows)
 
 
 def keeps(*names: str, acts: Callable[[Node, int], Iterable[int]], mixes: bool = False) -> None:
-    """Nodes that keep the axis of the examples, unless it is among those that they act along: acts(node, dims).
+    """Register nodes that keep the axis of the examples, unless it is one of the axes ``acts(node, dims)``.
 
-    ``mixes``: along such an axis, any two entries act on each other.
+    ``mixes``: along these axes, entries of one example change the outputs of another.
     """
 
     def function(node: Node, own: Owned, n: int) -> list[State | None] | None:
         dims = len(node._input_metadata[0].shape)
         if own.axis in acts(node, dims):
-            return acted(node) if mixes and is_complete(own) else None
+            return interacting_inputs(node) if mixes and is_complete(own) else None
         states: list[State | None] = [own]
         states += [SHARED] * (len(node.next_functions) - 1)
         return states
@@ -155,17 +162,13 @@ def keeps(*names: str, acts: Callable[[Node, int], Iterable[int]], mixes: bool =
     MIXING.update(names)
 
 
-def acted(node: Node) -> list[State]:
-    """For a layer that mixes the entries of several examples."""
+def interacting_inputs(node: Node) -> list[State]:
+    """The states of the inputs of a layer that mixes entries of several examples."""
     why = f"examples interact: {node.name()} acts along an axis along which they lie"
     return [Interacting(why), *[SHARED] * (len(node.next_functions) - 1)]
 
 
-def _first(count: int) -> Callable[[Node, int], Iterable[int]]:
-    return lambda node, dims: range(count, dims)
-
-
-# Softmax and the like act along one axis; poolings, paddings and resizings along the last axes, of images [N, C, ...].
+# Softmax and similar nodes act along one axis; poolings, paddings and resizings of images along the last axes.
 keeps(
     *("Softmax", "LogSoftmax", "SafeSoftmax", "Cumsum", "Cumprod", "Logcumsumexp", "Sort", "Topk", "Glu"),
     acts=lambda node, dims: [_axis(node._saved_dim, dims)],
@@ -190,25 +193,25 @@ keeps(
     *("NativeLayerNorm", "FusedRmsNorm"),
     acts=lambda node, dims: range(dims - len(node._saved_normalized_shape), dims),
 )
-keeps("NativeGroupNorm", acts=_first(1))
+keeps("NativeGroupNorm", acts=lambda node, dims: range(1, dims))
 keeps("OneDnnLinear", acts=lambda node, dims: [dims - 1])
 
 
 @transfer("Flip")
 def _flip(node: Node, own: Owned, n: int) -> list[State | None]:
     flipped = own.axis in _axes(node._saved_dims, len(output_shape(node)))
-    return [owned(own.axis, own.rows.owners(n).flip(0), n) if flipped else own]
+    return [owner_along(own.axis, own.rows.owners(n).flip(0), n) if flipped else own]
 
 
 @transfer("Roll")
 def _roll(node: Node, own: Owned, n: int) -> list[State | None] | None:
     dims, shifts = node._saved_dims, node._saved_shifts
     if len(dims) != len(shifts):
-        return None  # of all entries in a row
+        return None  # the flattened tensor is rolled
     by = sum(
         _signed(shift) for a, shift in zip(_axes(dims, len(output_shape(node))), shifts, strict=True) if a == own.axis
     )
-    return [owned(own.axis, own.rows.owners(n).roll(-by), n) if by else own]
+    return [owner_along(own.axis, own.rows.owners(n).roll(-by), n) if by else own]
 
 
 @transfer("Embedding")
@@ -218,11 +221,11 @@ def _embedding(node: Node, own: Owned, n: int) -> list[State] | None:
 
 @transfer("Convolution", "MatrixConvolution", "StridedDepthwise", "WinogradConvolution")
 def _convolution(node: Node, own: Owned, n: int) -> list[State] | None:
-    """Examples are images, or groups of channels where each example has weights of its own."""
+    """The examples are images, or groups of channels if each example has weights of its own."""
     if own.axis == 0:
         return [own] + [SHARED] * (len(node.next_functions) - 1)
     rows = own.rows
-    if own.axis == 1 and isinstance(rows, RowLayout) and rows.outer == 1 and base(node.name()) == "Convolution":
+    if own.axis == 1 and isinstance(rows, RowLayout) and rows.outer == 1 and kind_of(node.name()) == "Convolution":
         channels = node._saved_input.shape[1]
         filters = output_shape(node)[1]
         if node._saved_groups % n == 0 and channels % n == 0 and filters == rows.inner * n:
@@ -234,7 +237,7 @@ def _convolution(node: Node, own: Owned, n: int) -> list[State] | None:
 
 @transfer("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "BatchNorm")
 def _batch_norm(node: Node, own: Owned, n: int) -> list[State]:
-    """Channels lie along axis 1, and in training mode all other axes belong together."""
+    """Channels lie along axis 1; in training mode the layer mixes the entries of a channel."""
     rest = len(node.next_functions) - 3
     if own.axis == 1:
         return [own, Owned(0, own.rows), Owned(0, own.rows), *[None] * rest]
@@ -256,9 +259,9 @@ def _view(node: Node, own: Owned, n: int) -> list[State | None] | None:
 
 
 def reshaped(own: Owned, whole: Shape, shape: Shape, n: int) -> State | None:
-    """The owners of a tensor of ``shape``, whose entries in their order, as ``whole``, have those of ``own``."""
+    """The owners of a tensor of ``shape``, from the owners ``own`` of its view in shape ``whole``."""
     axis = own.axis
-    # The smallest ranges of axes around it, of both, that have the same number of entries before and in them.
+    # The smallest ranges of axes in both shapes that contain the axis, with as many entries before them and in them.
     first, last, start, stop = _range_around(axis, whole, shape)
     before, after = math.prod(whole[first:axis]), math.prod(whole[axis + 1 : last])
     rows = own.rows
@@ -275,6 +278,7 @@ def reshaped(own: Owned, whole: Shape, shape: Shape, n: int) -> State | None:
 
 
 def _range_around(axis: int, whole: Shape, shape: Shape) -> tuple[int, int, int, int]:
+    """The bounds of the range of axes of ``whole`` that contains ``axis``, and of the matching range of ``shape``."""
     i = j = first = start = 0
     while True:
         left, right = whole[i] if i < len(whole) else 1, shape[j] if j < len(shape) else 1
@@ -312,9 +316,9 @@ def _permute(node: Node, own: Owned, n: int) -> list[State]:
     *("Median", "Nansum", "Argmax", "Aminmax"),
 )
 def _reduction(node: Node, own: Owned, n: int) -> list[State] | None:
-    """Over some axes, which are no longer there, or of size one."""
+    """The reduced axes are removed, or keep size one."""
     if not hasattr(node, "_saved_dim"):
-        return None  # of two tensors, or over all axes
+        return None  # the node takes two tensors, or reduces all axes
     dims = len(input_shape(node, 0))
     reduced = set(_axes(node._saved_dim, dims))
     if node._saved_keepdim:
@@ -325,7 +329,7 @@ def _reduction(node: Node, own: Owned, n: int) -> list[State] | None:
 
 @transfer("Mm", "Bmm", "Addmm", "Baddbmm")
 def _product(node: Node, own: Owned, n: int) -> list[State | None]:
-    """[(B,) M, K] times [(B,) K, P], plus something that is broadcast."""
+    """A product [(B,) M, K] [(B,) K, P], plus a tensor that is broadcast where the node adds one."""
     dims = len(output_shape(node))
     if own.axis == dims - 2:
         factors: list[State | None] = [own, SHARED]
@@ -349,7 +353,7 @@ def _matrix_vector(node: Node, own: Owned, n: int) -> list[State]:
     *("ScaledDotProductCudnnAttention", "ScaledDotProductFusedAttentionOverrideable"),
 )
 def _attention(node: Node, own: Owned, n: int) -> list[State | None] | None:
-    """Queries, keys and values [N, H, T, E] and a mask that is broadcast; heads and tokens of an example interact."""
+    """Queries, keys and values are [N, H, T, E], and a mask is broadcast. Heads and tokens of an example interact."""
     if own.axis != 0:
         return None
     return _broadcast(node, own, n)
@@ -373,14 +377,14 @@ def _repeat(node: Node, own: Owned, n: int) -> list[State] | None:
 
 @transfer("Unfold")
 def _unfold(node: Node, own: Owned, n: int) -> list[State] | None:
-    """Windows along one axis, whose entries come last."""
+    """Windows are taken along one axis; the entries of a window lie along a new last axis."""
     dims = len(output_shape(node)) - 1
     return [own] if own.axis not in (_axis(node._saved_dimension, dims), dims) else None
 
 
 @transfer("Scatter", "ScatterAdd", "IndexAdd", "IndexCopy")
 def _scatter(node: Node, own: Owned, n: int) -> list[State | None] | None:
-    """Into a tensor, along one axis, from another."""
+    """The node writes one tensor into another along one axis."""
     dims = len(output_shape(node))
     axis = _axis(node._saved_dim, dims)
     if len(node.next_functions) != 2:
@@ -389,18 +393,18 @@ def _scatter(node: Node, own: Owned, n: int) -> list[State | None] | None:
         child, _ = node.next_functions[1]
         same = child is None or input_shape(node, 1)[own.axis] == output_shape(node)[own.axis]
         return [own, own] if same else None
-    if base(node.name()) in ("Scatter", "ScatterAdd"):
+    if kind_of(node.name()) in ("Scatter", "ScatterAdd"):
         return None
-    return [own, owned(axis, own.rows.owners(n)[node._saved_index.cpu().reshape(-1)], n)]
+    return [own, owner_along(axis, own.rows.owners(n)[node._saved_index.cpu().reshape(-1)], n)]
 
 
 def _is_axis(state: Owner) -> bool:
-    """Whether an axis tells the owner of each entry, so that more along other axes belongs to the same ones."""
+    """Whether positions along one axis tell the owner of every entry, also of entries that are not read."""
     return isinstance(state, Owned) and is_complete(state)
 
 
 def _of_parts(parts: Sequence[tuple[Owner, Tensor]], axis: int, size: int, n: int) -> Sequence[State | None] | None:
-    """The owners of a tensor whose parts along an axis have owners: (owner, positions along the axis)."""
+    """The owners of a tensor from the owners of parts of it, given as (owner, positions of the part along the axis)."""
     if all(_is_axis(state) and state.axis != axis and state == parts[0][0] for state, _ in parts):
         return [parts[0][0]]
     owners = torch.full((size,), -1)
@@ -409,7 +413,7 @@ def _of_parts(parts: Sequence[tuple[Owner, Tensor]], axis: int, size: int, n: in
         if found is None:
             return None
         owners[positions] = found
-    return [owned(axis, owners, n)]
+    return [owner_along(axis, owners, n)]
 
 
 @selecting("Slice")
@@ -437,7 +441,7 @@ def _unbind(node: Node, outputs: Mapping[int, Owner], n: int) -> Sequence[State 
 def _picked(
     outputs: Mapping[int, Owner], places: Mapping[int, int], axis: int, shape: Shape, n: int
 ) -> Sequence[State | None] | None:
-    """One position of an axis an output."""
+    """Each output is one position along an axis; ``places`` gives the positions by output number."""
     states = list(outputs.values())
     if all(_is_axis(state) and state == states[0] for state in states):
         own = states[0]
@@ -447,7 +451,7 @@ def _picked(
     owners = torch.full((shape[axis],), -1)
     for number, state in outputs.items():
         owners[places[number]] = state.example
-    return [owned(axis, owners, n)]
+    return [owner_along(axis, owners, n)]
 
 
 @selecting("Split", "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes")
@@ -474,7 +478,7 @@ def _index(node: Node, outputs: Mapping[int, Owner], n: int) -> list[State | Non
     at = [k for k, index in enumerate(indices) if index is not None]
     positions = torch.broadcast_tensors(*(indices[k] for k in at))
     dims = positions[0].dim()
-    # Axes that are indexed side by side are replaced in their place, others come first.
+    # Adjacent indexed axes are replaced in place; otherwise the new axes come first.
     place = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
     if isinstance(own, Scattered):
         return None
@@ -496,9 +500,9 @@ def _index(node: Node, outputs: Mapping[int, Owner], n: int) -> list[State | Non
         listed = torch.full((shape[axis],), -1)
         listed[where[mine]] = owners[mine]
         if torch.equal(listed[where[mine]], owners[mine]):
-            return [owned(axis, listed, n)]
+            return [owner_along(axis, listed, n)]
     if len(at) == 1:
-        return [SHARED]  # some position is read by two examples
+        return [SHARED]  # two examples read the same position
     return None
 
 
@@ -513,7 +517,7 @@ def _index_select(node: Node, outputs: Mapping[int, Owner], n: int) -> list[Stat
     mine = owners >= 0
     listed = torch.full((shape[axis],), -1)
     listed[where[mine]] = owners[mine]
-    return [owned(axis, listed, n) if torch.equal(listed[where[mine]], owners[mine]) else SHARED]
+    return [owner_along(axis, listed, n) if torch.equal(listed[where[mine]], owners[mine]) else SHARED]
 
 
 @selecting("Gather")
@@ -537,7 +541,7 @@ def _cat(node: Node, own: Owned, n: int) -> list[State | None] | None:
         sizes[sizes.index(None)] = whole[axis] - sum(size for size in sizes if size is not None)
     if None in sizes:
         return None
-    return [owned(axis, part, n) for part in own.rows.owners(n).split(sizes)]
+    return [owner_along(axis, part, n) for part in own.rows.owners(n).split(sizes)]
 
 
 @transfer("Stack")
@@ -551,7 +555,7 @@ def _stack(node: Node, own: Owned, n: int) -> list[State | None]:
 
 @transfer("IndexPut")
 def _index_put(node: Node, own: Owned, n: int) -> list[State | None] | None:
-    """Values that are written, or added, at positions along the first axes."""
+    """Values are written or added at positions along the first axes."""
     child, _ = node.next_functions[1]
     indices = node._saved_indices
     if len(indices) != 1 or own.axis != 0 or indices[0] is None or child is None:
@@ -562,16 +566,16 @@ def _index_put(node: Node, own: Owned, n: int) -> list[State | None] | None:
     values = input_shape(node, 1)
     if index.dim() != 1 or values[:1] != (len(index),) or len(values) != len(output_shape(node)) - taken + 1:
         return None
-    return [own, owned(0, own.rows.owners(n)[index], n)]
+    return [own, owner_along(0, own.rows.owners(n)[index], n)]
 
 
 @selecting("AsStrided")
 def _as_strided(node: Node, outputs: Mapping[int, Owner], n: int) -> list[State | None] | None:
-    """Entries are moved as they are, so that a cotangent of their owners' numbers comes out as the input's owners."""
+    """The node only moves entries, so it turns a cotangent of owners' numbers into the owners of the input."""
     of = node._input_metadata[0]
     field = (outputs[0].field(len(of.shape), n) + 1.0).expand(tuple(of.shape)).to(of.device, torch.float64)
-    owners = node(field)  # from one on; entries that nobody reads get zero
-    # Of as many entries each is reached, and so once: nothing overlaps.
+    owners = node(field)  # numbers start from one; entries that nobody reads get zero
+    # All entries are reached and there are as many as in the output, so each is reached once: nothing overlaps.
     if is_complete(outputs[0]) and owners.shape == field.shape and torch.equal(owners, field):
         return [outputs[0]]
     if bool((node(torch.ones_like(field)) > 1).any()):
@@ -580,5 +584,5 @@ def _as_strided(node: Node, outputs: Mapping[int, Owner], n: int) -> list[State 
 
 
 @selecting("MaskedSelect", "Diagonal", "Take", "torch::autograd::CopySlices")
-def _ask(node: Node, outputs: Mapping[int, Owner], n: int) -> None:
-    """What they read is known to the node alone."""
+def _must_be_called(node: Node, outputs: Mapping[int, Owner], n: int) -> None:
+    """Only the node itself knows which entries it reads: it must be called."""

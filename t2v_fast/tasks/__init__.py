@@ -1,1 +1,1 @@
-"""From images to an embedding: data, probes, heads, the pipeline, one process or several."""
+"""From images to an embedding: data, probes, heads and the pipeline, in one process or several."""

@@ -1,4 +1,4 @@
-"""Any labelled data set as batches of prepared images, the same in every pass."""
+"""Any labelled data set as batches of prepared images, the same batches in every pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .cache import ImageCache
 from .probe import rgb
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-TASK_TYPES = {"multiclass": "softmax", "multilabel": "sigmoid"}  # and the likelihood of their labels
+TASK_TYPES = {"multiclass": "softmax", "multilabel": "sigmoid"}  # with the likelihood of their labels
 
 
 class DataError(ValueError):
@@ -25,16 +25,35 @@ class DataError(ValueError):
 
 
 def check_task_type(task_type: str) -> None:
-    """Raise ValueError for a task type that is none of :data:`TASK_TYPES`."""
+    """Raise ValueError unless ``task_type`` is one of :data:`TASK_TYPES`."""
     if task_type not in TASK_TYPES:
         raise ValueError(f"unknown task_type {task_type!r}: expected one of {', '.join(TASK_TYPES)}")
 
 
 class TaskData:
-    """A labelled data set that can be visited twice in the same order.
+    """A labelled data set that can be visited several times in the same order.
 
-    Make one with :meth:`of`. ``classes`` are names where the data has them (a folder's sub-folders); ``skipped`` lists
-    the unreadable files that ``skip_unreadable`` left out, and is complete after a pass.
+    :meth:`of` makes one from any usual form of data. The attribute ``skipped`` lists the unreadable files that were
+    left out; it is complete after a pass.
+
+    Args:
+        source: a map-style data set of (image, label), or an iterable that can be iterated again.
+        name: the task's name, for messages.
+        task_type: ``"multiclass"`` or ``"multilabel"``.
+        classes: the names of the classes, where the data has names (the sub-folders of a folder).
+        describe: what to call an image in messages, by its number. A worker process must be able to unpickle it.
+        skip_unreadable: leave out image files that cannot be read.
+
+    Raises:
+        ValueError: for an unknown task type.
+
+    Example:
+        >>> import numpy as np
+        >>> data = TaskData.of((np.zeros((4, 8, 8, 3), np.uint8), np.array([7, 7, 2, 2])), name="example")
+        >>> data.is_map_style, len(data.source)
+        (True, 4)
+        >>> data.encode_labels(data.check_labels([7, 7, 2, 2]))
+        (tensor([0, 0, 1, 1]), [7, 2])
     """
 
     def __init__(
@@ -43,24 +62,33 @@ class TaskData:
         name: str | None,
         task_type: str,
         classes: list[str] | None = None,
-        describe: Callable[[int], str] = "image {}".format,  # not a lambda: it travels to workers
+        describe: Callable[[int], str] = "image {}".format,  # not a lambda, which cannot be pickled
         skip_unreadable: bool = False,
     ) -> None:
         check_task_type(task_type)
         self.source, self.name, self.task_type, self.classes = source, name, task_type, classes
         self.describe, self.skip_unreadable = describe, skip_unreadable
         self.skipped: list[str] = []
-        self._labels: Tensor | None = None  # of the first complete pass
-        self._places: Tensor | None = None  # of its examples in the source
-        self.cache: ImageCache | None = None  # of decoded images, while the task is embedded
+        self._labels: Tensor | None = None  # of all images, after the first complete pass
+        self._places: Tensor | None = None  # where the images of that pass are in the source
+        self.cache: ImageCache | None = None  # of decoded images, while the task is being embedded
 
     @classmethod
     def of(
         cls, data: Any, *, name: str | None = None, task_type: str = "multiclass", skip_unreadable: bool = False
     ) -> TaskData:
-        """``data``: (images, labels), images an array or tensor with first axis N; a folder with one sub-folder of
-        images a class; a map-style torch data set of (image, label, ...); or an iterable of such that can be iterated
-        again.
+        """Make a task of any usual form of data.
+
+        Args:
+            data: (images, labels), where images are an array or a tensor with first axis N; a folder with one
+                sub-folder of images for each class; a map-style torch data set of (image, label, ...); or an iterable
+                of such items that can be iterated again. A :class:`TaskData` is returned as it is.
+            name: the task's name, by default the folder's.
+            task_type: ``"multiclass"`` (one label for each image) or ``"multilabel"`` (a 0-1 vector for each image).
+            skip_unreadable: leave out image files that cannot be read.
+
+        Raises:
+            DataError: for data of another form, a folder without images, or arrays of different lengths.
         """
         if isinstance(data, TaskData):
             return data
@@ -91,7 +119,7 @@ class TaskData:
 
     @property
     def is_map_style(self) -> bool:
-        """Whether images can be had by number; otherwise in their order alone."""
+        """Whether images can be read by number. An iterable can only be read in order."""
         return isinstance(self.source, Sized) and hasattr(self.source, "__getitem__")
 
     def batches(
@@ -102,12 +130,19 @@ class TaskData:
         cache: ImageCache | None = None,
         examples: Sequence[Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images [B, C, H, W] as ``prepare`` makes them, finite, and labels [B] int64, or [B, L] for multi-label.
+        """Yield prepared images [B, C, H, W] and labels [B] int64, or [B, L] for multi-label.
 
-        Decoded files of a map-style source go into ``cache``, and come from there in the next pass. ``examples``: only
-        these of a first pass over a map-style source, by their numbers in it, [b] for each batch, in any order.
+        Args:
+            prepare: makes a tensor [C, H, W] of an image, such as :class:`t2v_fast.Preprocessing`.
+            batch_size: images in a batch.
+            num_workers: processes that load images of a map-style source.
+            cache: keeps the decoded files of a map-style source for the next pass.
+            examples: visit only these images, [b] for each batch, in any order. They are numbered as the first pass
+                over a map-style source yielded them.
 
-        Raises DataError, naming the image, for anything unusable, and when a second pass gives other labels.
+        Raises:
+            DataError: for an image or label that cannot be used, which the message names; and if a later pass gives
+                other labels than the first.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
@@ -116,8 +151,8 @@ class TaskData:
             dataset: Dataset = _Mapped(self.source, read, cache)
         else:
             dataset = _Iterated(self.source, read)
-            num_workers = 0  # each worker would yield the whole of it
-        # A generator of its own: a loader would otherwise draw from torch's global one.
+            num_workers = 0  # each worker would yield all images
+        # With a generator, because the loader would otherwise draw from torch's global one.
         known, sizes = self._labels, {"batch_size": batch_size}
         if examples is not None:
             known, sizes = (
@@ -181,15 +216,21 @@ class TaskData:
         )
 
     def check_labels(self, labels: Iterable) -> Tensor:
-        """Labels that were given apart from the images, [N] or [N, L]; DataError as in a pass over the data."""
+        """Check labels that come apart from the images, and return [N] or [N, L]; DataError for unusable labels."""
         read = _Reader(self, lambda image: image)
         return torch.stack([read.label(label, self.describe(k)) for k, label in enumerate(labels)])
 
     def encode_labels(self, labels: Tensor) -> tuple[Tensor, list]:
-        """Labels as codes 0 to C-1 in the order in which they first occur, and the classes they stand for.
+        """Turn labels into codes 0 to C-1, in the order in which the labels first occur.
 
-        So the codes do not depend on what the classes are called, and neither does anything computed from them.
-        Multi-label targets [N, L] are passed through; every label must occur and be missing somewhere.
+        The codes do not depend on the names of the classes, and neither does anything that is computed from the codes.
+        Multi-label targets [N, L] are returned as they are.
+
+        Returns:
+            The codes [N], and the class of each code.
+
+        Raises:
+            DataError: for a task with one class only, or a label that all or no images have.
         """
         if self.task_type == "multilabel":
             for label in range(labels.shape[1]):
@@ -207,7 +248,11 @@ class TaskData:
 
 
 def balanced_weights(codes: Tensor, num_classes: int) -> Tensor:
-    """Weights [N], float64, of sum 1 that give each class the same total: what a balanced sampler does on average."""
+    """Weights [N] that give each class the same total, as a balanced sampler does on average; float64, of sum 1.
+
+    >>> balanced_weights(torch.tensor([0, 0, 1]), 2)
+    tensor([0.2500, 0.2500, 0.5000], dtype=torch.float64)
+    """
     counts = torch.bincount(codes, minlength=num_classes).double()
     return 1 / (counts[codes] * num_classes)
 
@@ -216,13 +261,13 @@ def _task(name: str | None) -> str:
     return f"task {name!r}" if name else "the task"
 
 
-Item = tuple[Tensor, Tensor, str]  # image [C, H, W], label [] or [L], and what to call it
+Item = tuple[Tensor, Tensor, str]  # image [C, H, W], label [] or [L], and its description for messages
 
 
 class _Reader:
-    """Reads, checks and prepares one item; a string instead of an item is the name of a file that was skipped.
+    """Read, check and prepare one item. A string instead of an item is the name of a file that was skipped.
 
-    Errors are returned, not raised: a worker would bury them in a traceback.
+    Errors are returned, not raised, because a worker process would wrap them in a traceback.
     """
 
     def __init__(self, data: TaskData, prepare: Callable[[Any], Tensor]) -> None:
@@ -285,7 +330,7 @@ class _Mapped(Dataset):
             return raw[0]
 
         item = self.read(get, index)
-        if isinstance(item, tuple) and isinstance(raw[0][0], Image.Image):  # others cost nothing to read again
+        if isinstance(item, tuple) and isinstance(raw[0][0], Image.Image):  # other forms cost nothing to read again
             self.cache.put(index, rgb(raw[0][0]), item[0], item[1])
         return item
 
@@ -300,7 +345,7 @@ class _Iterated(IterableDataset):
 
 
 class WithIndex(Dataset):
-    """The images of a map-style data set, each labelled with its own index."""
+    """The images of a map-style data set, each labelled with its own number."""
 
     def __init__(self, source: Any) -> None:
         self.source = source
@@ -332,7 +377,7 @@ class _Arrays:
 
 
 def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
-    """A decoded image; OSError for whatever is none."""
+    """Decode an image; OSError for a file that is no image."""
     try:
         with Image.open(file) as image:
             image.load()  # a truncated file fails here
@@ -344,7 +389,7 @@ def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
 
 
 class _Folder:
-    """Images below one sub-folder a class, classes and files in sorted order."""
+    """The images below one sub-folder for each class, with classes and files in sorted order."""
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():

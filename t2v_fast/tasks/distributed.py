@@ -1,4 +1,4 @@
-"""Beyond one machine, on existing engines: Ray for many tasks, torch.distributed for one large task."""
+"""Embed one large task by several processes, with torch.distributed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import torch.distributed as dist
 from torch.utils.data import Subset
 
 from ..embedding import Embedding
-from ..estimation.allocation import everyone
 from ..estimation.estimator import BATCH_MEAN
-from ..estimation.label_sets import LabelSet
 from ..estimation.moments import NamedMoments
 from .data import DataError, TaskData
-from .pipeline import Task2Vec, timed
+from .pipeline import Task2Vec
+from .task_run import TaskRun, timed
 
 Value = TypeVar("Value")
 
@@ -29,15 +28,27 @@ def embed_distributed(
     skip_unreadable: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> Embedding:
-    """Embed one task by all processes of a torch.distributed group, each of which reads its share of the images.
+    """Embed one task by all processes of a torch.distributed group. Each process reads its share of the images.
 
-    Every process calls it with the same pipeline and the same map-style data set (or folder, or arrays), after
-    ``torch.distributed.init_process_group`` (``torchrun``), gloo or nccl. Each gets the embedding, equal to that of one
-    process to rounding: random numbers belong to images, not to processes. Features and labels are gathered, the first
-    process fits the head, and of the Fisher only sums are exchanged.
+    Every process calls this function with the same pipeline and the same data, after
+    ``torch.distributed.init_process_group`` (by ``torchrun``, for instance) with gloo or nccl. Features and labels are
+    gathered, the first process fits the head, and only sums are exchanged for the Fisher. The embedding equals that of
+    one process up to rounding, because random numbers belong to images, not to processes.
 
-    Raises on every process: RuntimeError, naming the processes that failed and their errors; ValueError for the
-    estimator ``batch_mean``, which depends on the batches, for ``method="variational"`` and for a ``tolerance``.
+    Args:
+        task2vec: the pipeline.
+        data: a map-style data set, a folder, or arrays, as for :meth:`Task2Vec.embed`.
+        name: the task's name.
+        skip_unreadable: leave out image files that cannot be read.
+        group: the process group, by default the whole world.
+
+    Returns:
+        The embedding, on every process.
+
+    Raises:
+        RuntimeError: on every process, if one failed; names the processes that failed and their errors.
+        ValueError: for the estimator ``"batch_mean"``, which depends on the batches, for ``method="variational"`` and
+            for a ``tolerance``.
     """
     if task2vec.estimator == BATCH_MEAN:
         raise ValueError(f"estimator {BATCH_MEAN!r} depends on the batches of one process: embed with one")
@@ -45,7 +56,6 @@ def embed_distributed(
         raise ValueError("method='variational' and tolerance have no distributed form: embed with one process")
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     seconds: dict[str, float] = {}
-    task2vec._waited = 0.0
     with timed(seconds, "features"):
         part, shares = _share(task2vec, data, name, skip_unreadable, group)
     first = sum(len(labels) for _, labels, _ in shares[:rank])
@@ -53,14 +63,16 @@ def embed_distributed(
     def fit_head() -> Any:
         if rank:
             return None
-        codes, classes = part.encode_labels(torch.cat([labels for _, labels, _ in shares]))
-        task = task2vec._head_task(codes, len(classes))
-        features = torch.cat([features for features, _, _ in shares])
-        (fit,) = task2vec._fit_heads(features, {part.name or "": task}).values()
-        return fit, task, classes, task2vec._allocation(part, features, fit.linear, task.weights)
+        features, labels, _ = zip(*shares, strict=True)
+        whole = TaskRun(part.data, torch.cat(features), torch.cat(labels))
+        task2vec.encode_labels(whole)
+        task2vec.fit_heads([whole])
+        task2vec.allocate(whole)
+        return whole.classes, whole.head_task, whole.fit, whole.allocation
 
     with timed(seconds, "head"):
-        fit, task, classes, allocation = _together(fit_head, group)[0]
+        classes, head_task, fit, allocation = _together(fit_head, group)[0]
+    run = TaskRun(part.data, classes=classes, head_task=head_task, fit=fit, allocation=allocation, seconds=seconds)
     agreed = False
 
     def reduce(moments: list[NamedMoments], count: int) -> int:
@@ -71,26 +83,24 @@ def embed_distributed(
 
     with timed(seconds, "fisher"):
         try:
-            sets = [LabelSet(fit.linear, task.labels, task.weights, allocation)]
-            mine = slice(first, first + len(shares[rank][1]))
-            samples = torch.ones(len(task.labels), dtype=torch.long) if allocation is None else allocation.samples
-            (diagonal,) = task2vec._fisher_of_label_sets(part, sets, everyone(samples[mine]), first, reduce=reduce)
+            task2vec.compute_shared_fisher(part, [run], first, reduce)
         except Exception as error:
-            if not agreed:  # the others wait to hear how it went
+            if not agreed:  # the other processes wait for this one's result
                 _agree(error, group)
             raise
-    part.skipped = [path for _, _, skipped in shares for path in skipped]
-    embedding = task2vec._embedding(part, classes, fit, diagonal, seconds)
+    run.data.skipped = [path for _, _, skipped in shares for path in skipped]
+    run.waited = part.waited
+    embedding = task2vec.make_embedding(run)
     embedding.meta["processes"] = size
     return embedding
 
 
 def _share(
     task2vec: Task2Vec, data: Any, name: str | None, skip_unreadable: bool, group: dist.ProcessGroup | None
-) -> tuple[TaskData, list[tuple[torch.Tensor, torch.Tensor, list[str]]]]:
-    """This process's part of the data; features, labels and skipped files of all parts, in order."""
+) -> tuple[TaskRun, list[tuple[torch.Tensor, torch.Tensor, list[str]]]]:
+    """This process's part of the images; features, labels and skipped files of all parts, in order."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    parts: list[TaskData] = []
+    parts: list[TaskRun] = []
 
     def read() -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         whole = TaskData.of(data, name=name, task_type=task2vec.task_type, skip_unreadable=skip_unreadable)
@@ -102,9 +112,10 @@ def _share(
             raise DataError(f"task {whole.name!r} has {n} images for {size} processes: use at most as many")
         describe = functools.partial(_describe, whole.describe, start)
         source = Subset(whole.source, range(start, stop))
-        part = TaskData(source, whole.name, whole.task_type, whole.classes, describe, whole.skip_unreadable)
+        part = TaskRun(TaskData(source, whole.name, whole.task_type, whole.classes, describe, whole.skip_unreadable))
+        task2vec.compute_features(part)
         parts.append(part)
-        return *task2vec._features(part), part.skipped
+        return part.features, part.labels, part.data.skipped
 
     shares = _together(read, group)
     return parts[0], shares
@@ -115,11 +126,11 @@ def _describe(describe: Callable[[int], str], start: int, index: int) -> str:
 
 
 def _together(run: Callable[[], Value], group: dist.ProcessGroup | None) -> list[Value]:
-    """What ``run`` returned on each process; RuntimeError on all of them if it raised on one."""
+    """Call ``run`` on each process, and return the results of all. RuntimeError on all if one of them raised."""
     value, error = None, None
     try:
         value = run()
-    except Exception as raised:  # whatever it is, the others must not wait for this process for ever
+    except Exception as raised:  # of any kind, or the other processes would wait forever
         error = raised
     _agree(error, group)
     values: list[Any] = [None] * dist.get_world_size(group)
@@ -128,6 +139,7 @@ def _together(run: Callable[[], Value], group: dist.ProcessGroup | None) -> list
 
 
 def _agree(error: Exception | None, group: dist.ProcessGroup | None) -> None:
+    """Raise RuntimeError on every process if one of them has an error."""
     errors: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}", group)
     if any(errors):
@@ -136,7 +148,7 @@ def _agree(error: Exception | None, group: dist.ProcessGroup | None) -> None:
 
 
 def _add_up(moments: list[NamedMoments], count: int, device: torch.device, group: dist.ProcessGroup | None) -> int:
-    """Sum moments over the processes, in place; the number of examples of all."""
+    """Sum moments over the processes, in place; return the number of examples on all processes."""
     every = [part for named in moments for part in named.parts]
     flat = [torch.tensor([count, *(v for m in every for v in (m.units, m.weight, m.weight2))], dtype=torch.float64)]
     flat += [t.reshape(-1) for m in every for t in (m.first, m.cross, m.second)]

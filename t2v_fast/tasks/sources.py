@@ -1,6 +1,6 @@
-"""Labelled images that do not lie in one folder a class: tables, Hugging Face data sets, WebDataset shards.
+"""Labelled images in other forms than folders: tables, Hugging Face data sets and WebDataset shards.
 
-Nothing here runs code from the data or unpacks an archive to the disk.
+Nothing in this module runs code from the data or unpacks an archive to the disk.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from .data import IMAGE_SUFFIXES, DataError, TaskData, open_image
 
 
 class Table:
-    """A CSV file with a header: one column has paths of images, the others labels.
+    """A CSV file with a header. One column has the paths of images, the other columns have labels.
 
-    ``resolve`` turns a path of the table into one to open, or raises. ``labels`` are the columns that are read, all but
-    the path's by default. Raises DataError naming the file and what is wrong.
+    ``resolve`` turns a path of the table into a path to open, or raises ValueError. ``labels`` are the columns to read,
+    by default all but the paths. Raises DataError, which names the file and what is wrong.
     """
 
     def __init__(
@@ -54,10 +54,12 @@ class Table:
             self.paths = [resolve(row[place[path]]) for row in rows[1:]]
         except ValueError as error:
             raise DataError(f"{where}: {error}") from None
-        self.cells = {name: [row[place[name]] for row in rows[1:]] for name in labels}  # text, empty for unknown
+        self.cells = {
+            name: [row[place[name]] for row in rows[1:]] for name in labels
+        }  # text; empty where a label is unknown
 
     def images(self, keep: Sequence[int], labels: Sequence | np.ndarray) -> _Files:
-        """A map-style data set of the rows ``keep``."""
+        """A map-style data set of the rows ``keep``, with their labels."""
         return _Files([self.paths[k] for k in keep], labels)
 
 
@@ -76,7 +78,11 @@ class _Files:
 
 
 def encode(values: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Labels given as text, as codes [N] over the sorted distinct ones (whole numbers by size), and those."""
+    """Return codes [N] of labels that are text, and the sorted classes. Whole numbers are sorted by size.
+
+    >>> encode(["10", "9", "10"])
+    (array([1, 0, 1]), ['9', '10'])
+    """
     whole = all(v.removeprefix("-").isdecimal() and len(v) < 20 for v in values)
     classes = sorted(set(values), key=(lambda v: (int(v), v)) if whole else None)
     codes = {name: code for code, name in enumerate(classes)}
@@ -84,7 +90,7 @@ def encode(values: Sequence[str]) -> tuple[np.ndarray, list[str]]:
 
 
 def table_task(table: Table, label: str, name: str, skip_unreadable: bool) -> TaskData:
-    """One column of a table as a task; rows where its cell is empty are left out."""
+    """One column of a table as a task. Rows with an empty cell are left out."""
     cells = table.cells[label]
     keep = [k for k, cell in enumerate(cells) if cell]
     if not keep:
@@ -106,7 +112,7 @@ def multilabel_task(table: Table, labels: Sequence[str], name: str, skip_unreada
 
 
 def saved_dataset(folder: Path, image: str, label: str, name: str, skip_unreadable: bool) -> TaskData:
-    """A Hugging Face data set that ``save_to_disk`` wrote (needs the package ``datasets``)."""
+    """A Hugging Face data set that ``save_to_disk`` wrote. Needs the package ``datasets``."""
     try:
         import datasets
     except ImportError as error:
@@ -149,7 +155,7 @@ class _Saved:
 def shards_task(shards: Sequence[Path], label: str, name: str, skip_unreadable: bool) -> TaskData:
     """WebDataset shards: tar archives in which the files ``KEY.jpg`` and ``KEY.LABEL`` (text) make an example.
 
-    Archives are read where they lie: their members' names only tell what belongs together.
+    Archives are not unpacked. The names of their members only say which files belong together.
     """
     samples: dict[str, dict[str, tuple[int, int, int]]] = {}  # key: {suffix: (shard, offset, size)}
     for number, shard in enumerate(shards):
@@ -212,8 +218,10 @@ class _Members:
 
 
 def pool(table: Table, labels: Mapping[str, str]) -> tuple[_Files, dict[str, tuple[np.ndarray, list[str]]]] | None:
-    """The images of a table once, and the codes and classes of several columns ({task: column}); None if a cell of one
-    is empty, which makes the sets of images differ."""
+    """The images of a table, and codes and classes for several tasks, given as {task: column}.
+
+    None if a column has an empty cell, because then the tasks do not have the same images.
+    """
     if not all(cell for column in labels.values() for cell in table.cells[column]):
         return None
     n = len(table.paths)

@@ -1,4 +1,4 @@
-"""Run a network up to one of its modules, and from there on, so that what lies below is computed once."""
+"""Run a network up to one of its modules, and on from there, so that the first layers run only once for an image."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ from ..files import write_atomically
 
 
 class _Reached(BaseException):
-    """Leaves a forward pass at the cut; no network's handler of errors must catch it."""
+    """Leave a forward pass at the cut. A BaseException, so that no error handler in a network catches it."""
 
 
 class Cut:
-    """A module of a network on whose output alone everything behind it depends.
+    """A place in a network: a module such that everything behind it depends on the module's output alone.
 
-    ``layers``: the module's name, or a number: the cut is behind that many of the network's direct children, counted as
-    they run. ``example``: two inputs of the network, with which it is run to find the modules below the cut and to
-    check that a pass from the cut gives what a whole one does. Raises ValueError, naming the module, where it does not.
+    ``layers`` is the module's name, or a number: the cut is then behind that many of the network's direct children,
+    counted as they run. ``example`` is an input of the network with two images. It serves to find the modules below the
+    cut, and to check that a pass from the cut gives the same output as a whole pass. Raises ValueError, which names the
+    module, where the outputs differ.
     """
 
     def __init__(self, network: nn.Module, layers: int | str, example: Tensor) -> None:
-        self._own: Callable | None = None  # the network's forward, while it takes features instead of images
-        runs: list[tuple[str, Any]] = []  # every call of a module, in the order in which they ended
+        self._own: Callable | None = (
+            None  # the network's forward method, while the network takes features instead of images
+        )
+        runs: list[tuple[str, Any]] = []  # every call of a module, in the order in which the calls ended
         handles = [
             module.register_forward_hook(lambda m, i, output, key=key: runs.append((key, output)))
             for key, module in network.named_modules()
@@ -51,7 +54,7 @@ class Cut:
                 f"no cut at {self.name!r}: it is no module of the network that runs once; "
                 f"those are {', '.join(key for key in ended if ended.count(key) == 1)}"
             )
-        # What ran before it, and is not part of something else that did; how often; and what it gave.
+        # The outputs of each module that ran before the cut and is not part of another such module.
         before = runs[: ended.index(self.name)]
         outputs: dict[str, list[Any]] = {}
         for key, output in before:
@@ -79,7 +82,7 @@ class Cut:
             )
 
     def features(self, network: nn.Module, images: Tensor) -> Tensor:
-        """What the module gives [N, ...]; nothing behind it is run."""
+        """The module's output [N, ...]. Nothing behind the module is run."""
 
         def stop(module: nn.Module, inputs: Any, output: Tensor) -> None:
             raise _Reached(output)
@@ -95,12 +98,12 @@ class Cut:
         raise RuntimeError(f"the module {self.name!r} did not run, though it did when the cut was made")
 
     def resume(self, network: nn.Module, features: Tensor) -> Tensor:
-        """The network's output from what :meth:`features` gave; modules below the cut are not run."""
+        """The network's output, from the result of :meth:`features`. Modules below the cut are not run."""
         return self._resume(network, network, features)
 
     @contextmanager
     def first(self, network: nn.Module) -> Iterator[None]:
-        """For the duration, the network takes what :meth:`features` gave in place of images."""
+        """Within this context, the network takes results of :meth:`features` instead of images."""
         self._own = network.forward
         try:
             with _replaced(network, partial(self._resume, self._own, network)):
@@ -110,7 +113,7 @@ class Cut:
 
     def _resume(self, forward: Callable[[Tensor], Tensor], network: nn.Module, features: Tensor) -> Tensor:
         n = len(features)
-        # A clone, because what comes next may work in place.
+        # A clone, because the next layer may work in place.
         answers: dict[str, list[Callable[[], Tensor]]] = {self.name: [features.clone]}
         for key, shapes in self._shapes.items():
             answers[key] = [
@@ -133,7 +136,7 @@ def _child(runs: list[tuple[str, Any]], count: int) -> str:
 
 @contextmanager
 def _answering(network: nn.Module, answers: dict[str, list[Callable[[], Tensor]]]) -> Iterator[None]:
-    """For the duration, the first calls of these modules give what is here, and do not run."""
+    """Within this context, the first calls of these modules return the given answers instead of running."""
 
     def instead(own: Callable, left: Iterator[Callable[[], Tensor]]) -> Callable:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -151,7 +154,7 @@ def _answering(network: nn.Module, answers: dict[str, list[Callable[[], Tensor]]
 
 @contextmanager
 def _replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
-    own = module.__dict__.get("forward")  # mostly it is the class's
+    own = module.__dict__.get("forward")  # usually none: forward is a method of the class
     module.forward = forward
     try:
         yield
@@ -162,9 +165,10 @@ def _replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 
 class FeatureCache:
-    """Features at a cut in a folder, a file a batch, found again by the images and all that made them.
+    """Features at a cut, in a folder with one file for each batch.
 
-    ``key``: of the network's weights and the cut. A damaged file counts as missing.
+    A file is found by a digest of the images and of ``key``, which stands for the network's weights and the cut. A
+    damaged file counts as missing.
     """
 
     def __init__(self, folder: str | os.PathLike, key: str) -> None:
@@ -172,13 +176,13 @@ class FeatureCache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, images: Tensor) -> Path:
-        """Where the features of these images are, or would be."""
+        """The file for the features of these images, whether it exists or not."""
         digest = hashlib.sha256(f"{self.key} {list(images.shape)} {images.dtype};".encode())
         digest.update(images.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return self.folder / f"{digest.hexdigest()}.safetensors"
 
     def get(self, images: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """The features of a batch, computed only if they are not here yet."""
+        """The features of a batch: from its file, or computed and then kept."""
         path = self.path(images)
         try:
             return load_file(path)["features"].to(images.device)

@@ -19,7 +19,7 @@ from t2v_fast.tasks.pipeline import Task2Vec
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "load_probe", lambda name, **options: small_probe(len(name)))
+    monkeypatch.setattr(cli.options, "load_probe", lambda name, **options: small_probe(len(name)))
 
 
 @pytest.fixture

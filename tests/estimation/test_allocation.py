@@ -15,12 +15,12 @@ from t2v_fast.estimation.allocation import (
     FORWARD,
     OVERHEAD,
     Allocation,
-    Need,
+    SamplingStats,
     draw,
-    everyone,
+    full_allocation,
+    sample_until,
     seeds_of,
     share_out,
-    until,
 )
 from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.estimation.likelihoods import LIKELIHOODS, get_likelihood
@@ -88,8 +88,8 @@ def test_signs_of_seeds_are_independent() -> None:
     assert not torch.equal(*different)
 
 
-def need_of(n: int = 40, classes: int = 6, scale: float = 4) -> Need:
-    return Need.of(logits(n, classes, scale), logits(classes, 3, seed=1), 1 + torch.arange(n) % 3)
+def need_of(n: int = 40, classes: int = 6, scale: float = 4) -> SamplingStats:
+    return SamplingStats.of(logits(n, classes, scale), logits(classes, 3, seed=1), 1 + torch.arange(n) % 3)
 
 
 def test_variances_are_those_of_a_sketch() -> None:
@@ -117,7 +117,7 @@ def test_cotangents_are_shared_out_best() -> None:
         assert left == pytest.approx(best)
     assert share_out(need, 99).tolist() == [3, 3, 3]
     assert share_out(need_of(5, classes=2), 2).tolist() == [1] * 5
-    assert share_out(Need.of(torch.zeros(0, 3), torch.ones(3, 2)), 2).tolist() == []
+    assert share_out(SamplingStats.of(torch.zeros(0, 3), torch.ones(3, 2)), 2).tolist() == []
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -126,7 +126,7 @@ def test_batches_cost_the_least(ordered: bool) -> None:
         parts = allocation.samples[allocation.examples].split(sizes)
         return sum((len(p) + OVERHEAD) * (FORWARD + float(p.max())) for p in parts)
 
-    allocation = everyone(torch.tensor([1, 9, 3, 3, 1, 1, 2, 1]))
+    allocation = full_allocation(torch.tensor([1, 9, 3, 3, 1, 1, 2, 1]))
     allocation = allocation.ordered() if ordered else allocation
     got = allocation.batches(4)
     assert torch.equal(torch.cat(got), allocation.examples)
@@ -155,9 +155,9 @@ def test_a_smaller_error_costs_more_and_none_takes_everything() -> None:
     sums = [int(a.samples[a.examples].sum()) for a in (draw(need, e) for e in (0.5, 0.1, 0.03, 0.01, 0.0))]
     assert sums == sorted(sums)
     assert sums[-1] == 300 * 7
-    idle = Need.of(logits(100, 4, 1e4), torch.ones(4, 2))  # nothing to be told from zero
+    idle = SamplingStats.of(logits(100, 4, 1e4), torch.ones(4, 2))  # nothing to be told from zero
     assert len(draw(idle, 0.1).examples) >= 64
-    weighted = Need.of(logits(300, 4), logits(4, 2), (torch.arange(300) % 2).double())
+    weighted = SamplingStats.of(logits(300, 4), logits(4, 2), (torch.arange(300) % 2).double())
     assert (draw(weighted, 0.1).examples % 2 == 1).all()  # the others have no weight
 
 
@@ -179,7 +179,7 @@ def test_drawn_examples_are_unbiased_and_their_error_calibrated(classes: int, sc
     with torch.no_grad():
         network[-1].weight.mul_(scale)  # the larger, the more confident
         network[-1].bias.mul_(scale)
-        need = Need.of(network(x), network[-1].weight)
+        need = SamplingStats.of(network(x), network[-1].weight)
     want = fisher(network, [x], "exact", self_check=False, parameters=names).vector()
     alive = want > 1e-4 * want.max()
     found, covered, errors, said = [], [], [], []
@@ -202,8 +202,8 @@ def test_drawn_examples_are_unbiased_and_their_error_calibrated(classes: int, sc
 def test_order_and_batches_change_nothing() -> None:
     network, x = small_network(), images(20)
     with torch.no_grad():
-        need = Need.of(network(x), network[-1].weight)
-    plain = everyone(share_out(need, 2.5))
+        need = SamplingStats.of(network(x), network[-1].weight)
+    plain = full_allocation(share_out(need, 2.5))
     assert len(plain.samples.unique()) > 1
     w = 1.0 + torch.arange(20) % 4
     want = fisher(network, x.split(7), allocation=plain, weights=w, seed=1)
@@ -212,7 +212,7 @@ def test_order_and_batches_change_nothing() -> None:
     assert relative_error(got.standard_error_vector(), want.standard_error_vector()) < 1e-6
     assert want.samples == float(plain.samples.double().mean()) <= 2.5
     assert relative_error(drawn_fisher(network, x, plain, 2).vector(), want.vector()) > 1e-6
-    exact = drawn_fisher(network, x, everyone(torch.full((20,), 4)), 0, weights=w)
+    exact = drawn_fisher(network, x, full_allocation(torch.full((20,), 4)), 0, weights=w)
     assert relative_error(exact.vector(), fisher(network, [x], "exact", weights=w).vector()) < 1e-9
     assert exact.relative_error() == 0
     some = drawn_fisher(network, x, Allocation(plain.samples, torch.arange(5), torch.full((20,), 0.25)), 0)
@@ -228,7 +228,7 @@ def test_until_the_tolerance() -> None:
             return 100 / self.cost**1.5
 
     tried = []
-    found = until(need_of(300), 0.02, lambda a: tried.append(Found(a)) or tried[-1])
+    found = sample_until(need_of(300), 0.02, lambda a: tried.append(Found(a)) or tried[-1])
     assert found.relative_error() <= 0.02
     assert found is tried[-1]
     assert all(t.relative_error() > 0.02 for t in tried[:-1])
@@ -236,15 +236,18 @@ def test_until_the_tolerance() -> None:
 
 
 def test_errors() -> None:
-    need, some = need_of(), everyone(torch.ones(5, dtype=torch.long))
+    need, some = need_of(), full_allocation(torch.ones(5, dtype=torch.long))
     network, x = small_network(), images()
     for call, message in (
         (lambda: share_out(need, 0.5), r"samples is 0.5, expected at least one cotangent"),
         (lambda: draw(need, -1), r"error is -1, expected a relative error of at least 0"),
-        (lambda: until(need, 0.0, lambda a: None), r"tolerance is 0.0, expected a relative error above 0"),
-        (lambda: Need.of(torch.ones(3, 2), torch.ones(3, 2)), r"logits .*\[3, 2\].* weight .*\[3, 2\]"),
-        (lambda: Need.of(torch.ones(3, 2), torch.ones(2, 2), torch.ones(4)), r"weights are \[4\], .*: \[3\]"),
-        (lambda: Need.of(torch.full((3, 2), torch.nan), torch.ones(2, 2)), r"logits of example 0 are not finite"),
+        (lambda: sample_until(need, 0.0, lambda a: None), r"tolerance is 0.0, expected a relative error above 0"),
+        (lambda: SamplingStats.of(torch.ones(3, 2), torch.ones(3, 2)), r"logits .*\[3, 2\].* weight .*\[3, 2\]"),
+        (lambda: SamplingStats.of(torch.ones(3, 2), torch.ones(2, 2), torch.ones(4)), r"weights are \[4\], .*: \[3\]"),
+        (
+            lambda: SamplingStats.of(torch.full((3, 2), torch.nan), torch.ones(2, 2)),
+            r"logits of example 0 are not finite",
+        ),
         (lambda: some.batches(0), r"size is 0, expected batches of at least one example"),
         (lambda: Allocation(some.samples, some.examples, torch.ones(4)), r"inclusion is \[4\], expected .*: \[5\]"),
         (lambda: Allocation(some.samples, some.examples + 1, torch.ones(5)), r"examples go from 1 to 5"),
@@ -253,7 +256,10 @@ def test_errors() -> None:
         (lambda: fisher(network, [x], weights=torch.ones(4), allocation=some), r"weights has 4 entries, the alloc"),
         (lambda: fisher(network, [x, x], allocation=some), r"yields more than the allocation's 5 examples"),
         (lambda: fisher(network, [x[:3]], allocation=some), r"visits 5 examples but the loader gave 3"),
-        (lambda: fisher(network, [x], allocation=everyone(0 * some.samples)), r"samples is 0, expected at least one"),
+        (
+            lambda: fisher(network, [x], allocation=full_allocation(0 * some.samples)),
+            r"samples is 0, expected at least one",
+        ),
         (lambda: cotangents(torch.ones(3, 2), "exact", torch.ones(3).long()), r"samples or seeds of each example"),
         (lambda: cotangents(torch.ones(3, 2), samples=torch.ones(2).long()), r"samples are \[2\] .* int64 \[3\]"),
         (lambda: cotangents(torch.ones(3, 2), generator=torch.ones(3)), r"generator are \[3\] torch.float32"),

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from t2v_fast.estimation import cotangents as module
+from t2v_fast.estimation import likelihoods
 from t2v_fast.estimation.cotangents import ESTIMATORS, cotangents
 from t2v_fast.estimation.likelihoods import LIKELIHOODS, Gaussian
 
@@ -75,7 +75,7 @@ def test_many_classes_are_unbiased_and_nearly_as_good_as_the_dense_solver(monkey
     want = logit_fisher(z, "softmax")
     z = z.expand(20_000, -1)
     dense = second_moment(cotangents(z, "deflated", 4, generator=torch.Generator().manual_seed(5)))
-    monkeypatch.setattr(module, "DENSE_CLASSES", 5)
+    monkeypatch.setattr(likelihoods, "DENSE_CLASSES", 5)
     secular = second_moment(cotangents(z, "deflated", 4, generator=torch.Generator().manual_seed(5)))
     deviation = (secular.mean(0) - want[0]).abs() / (secular.std(0) / len(z) ** 0.5 + 1e-12)
     assert float(deviation.max()) < 4.5

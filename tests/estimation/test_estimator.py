@@ -252,7 +252,7 @@ def test_no_weight_gradient_is_computed() -> None:
         logits = network(x)
         with Watch(), t2v_fast.ops.use_backend("auto"):
             u = torch.ones_like(logits)
-            taps = t2v_fast.gradients.rules.taps_of(logits, recorder.parameters)
+            taps = t2v_fast.gradients.refusals.taps_of(logits, recorder.parameters)
             t2v_fast.gradients.graph.backpropagate(logits, u, taps, lambda node, g: None, retain_graph=True)
     assert calls == [[True, False, False]]
 
@@ -642,3 +642,9 @@ def test_sampled_tokens_converge_to_the_exact_fisher() -> None:
         assert relative_error(many.vector(), exact.vector()) < 0.05
     squared_mean = fisher(network, [tokens], "batch_mean", seed=2)
     assert squared_mean.vector().isfinite().all()
+
+
+def test_the_former_name_of_the_entries_warns() -> None:
+    found = fisher(small_network(), [images()])
+    with pytest.warns(DeprecationWarning, match=r"values_ is now FisherDiagonal\.entries"):
+        assert found.values_ is found.entries

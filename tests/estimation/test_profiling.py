@@ -12,6 +12,7 @@ from small import small_probe
 from torch import nn
 
 from t2v_fast import Profile, ops, profile
+from t2v_fast.analysis import plot
 from t2v_fast.cli import main
 from t2v_fast.ops import planner
 
@@ -84,7 +85,13 @@ def test_files(report: Profile, tmp_path: Path) -> None:
     assert len(inside) == 2 * len(report.layers)
     assert all(e["dur"] >= 0 for e in events)
     assert all(backward["ts"] <= e["ts"] <= backward["ts"] + backward["dur"] for e in inside)
-    report.save_roofline(tmp_path / "r.png")
+    plot.roofline(report, tmp_path / "r.png")
+    assert Image.open(tmp_path / "r.png").size[0] > 500
+
+
+def test_the_former_name_of_the_roofline_warns(report: Profile, tmp_path: Path) -> None:
+    with pytest.warns(DeprecationWarning, match=r"is now t2v_fast\.analysis\.plot\.roofline"):
+        report.save_roofline(tmp_path / "r.png")
     assert Image.open(tmp_path / "r.png").size[0] > 500
 
 
@@ -103,7 +110,7 @@ def test_bad_arguments(model: nn.Module) -> None:
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("t2v_fast.cli.load_probe", lambda *args, **kwargs: small_probe())
+    monkeypatch.setattr("t2v_fast.cli.options.load_probe", lambda *args, **kwargs: small_probe())
     files = {"json": tmp_path / "j.out", "trace": tmp_path / "t.out", "plot": tmp_path / "p.png"}
     options = [f"--{key}={path}" for key, path in files.items()]
     assert main(["profile", "--batch-size=4", "--rounds=1", "--slowest=3", "--estimator=empirical", *options]) == 0

@@ -1,4 +1,4 @@
-"""What was wrong, or ended in an error that said nothing, when somebody set out to break the library."""
+"""Attempts to break the library: cases that once gave a wrong result, or an error that explained nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from t2v_fast import FisherRecorder, SelfCheckError, UnsupportedError, fisher
 
 
 def agrees(network: nn.Module, x: Tensor, unsupported: str = "error") -> None:
-    """The recorder equals per-example autograd over batches of several sizes."""
+    """Check that the recorder equals per-example autograd for batches of several sizes."""
     network = network.double()
     with FisherRecorder(network, unsupported=unsupported) as recorder:
         for part in (x[:1], x, x[1:]):
@@ -27,7 +27,7 @@ def agrees(network: nn.Module, x: Tensor, unsupported: str = "error") -> None:
 
 
 class Scaled(torch.autograd.Function):
-    """A linear layer with arguments that are no tensors before, between and behind its tensors."""
+    """A linear layer with other arguments before, between and after its tensors."""
 
     @staticmethod
     def forward(ctx, scale, x, times, weight, name=None):
@@ -107,7 +107,10 @@ def test_complex_numbers_are_refused_or_exact(name: str) -> None:
 
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_weights_that_the_forward_pass_writes(channels_last: bool) -> None:
-    """As PixelCNN does, past the weight's version; the image is smaller than the kernel."""
+    """A layer masks its weight through ``data``, as PixelCNN does, so the weight's version does not change.
+
+    The image is smaller than the kernel.
+    """
 
     class Masked(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:

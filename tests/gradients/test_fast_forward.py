@@ -1,4 +1,4 @@
-"""The memory and the formats in which networks run on a CPU; that results stay the same is tested with fisher()."""
+"""The memory and the formats in which networks run on a CPU. The tests of fisher() check that results stay the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from t2v_fast import fisher, ops
 from t2v_fast.gradients import fast_forward
 from t2v_fast.gradients.fast_forward import FastNetwork, kept_memory
 
-# In a process of its own: what other tests have freed may be resident, or not.
+# This runs in a process of its own, because memory that other tests have freed may be resident or not.
 MEMORY = """
 from pathlib import Path
 import torch

@@ -1,4 +1,4 @@
-"""Faster layers: the same values and gradients as torch's, known to the rules, and left alone where they do not fit."""
+"""Fast layers have the values and gradients of torch's, have rules, and are not used where they do not apply."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from t2v_fast import FisherRecorder, fisher, ops
 from t2v_fast.gradients.fast_layers import NODES, FastLayers, convolution_matrix
 from t2v_fast.gradients.graph import backpropagate
-from t2v_fast.gradients.rules import taps_of
+from t2v_fast.gradients.refusals import taps_of
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 PAIRS = {  # kernel, image, stride, padding, dilation
@@ -32,7 +32,7 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def assert_same(function: Callable[..., Tensor], node: str, *inputs: Tensor) -> None:
-    """Values and gradients with and without fast layers, where ``node`` made the output."""
+    """Check that values and gradients with and without fast layers agree, and that ``node`` made the output."""
     torch.manual_seed(7)
     want = function(*inputs)
     with FastLayers():
@@ -84,7 +84,7 @@ def test_convolutions_by_winograd(size: tuple[int, int], padding: int, bias: boo
 
 
 def test_in_bfloat16_the_input_gradient_alone_is_coarse() -> None:
-    """Few tiles for many kernels: the forward pass is left to torch, or else by products of float32."""
+    """With few tiles for many kernels, torch computes the forward pass, or float32 products do."""
     torch.manual_seed(0)
     w = leaf(512, 512, 3, 3, dtype=torch.bfloat16)
     for n in (8, 32):
@@ -122,7 +122,7 @@ def test_strided_depthwise_convolutions(
 
 
 def test_fisher_of_a_strided_depthwise_convolution() -> None:
-    """The same network in bfloat16 and in float64, with values that bfloat16 holds."""
+    """The same network in bfloat16 and in float64, with values that bfloat16 represents exactly."""
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 12, 3, stride=2, padding=1, groups=6), nn.Flatten()
     model = nn.Sequential(*layers).bfloat16()
@@ -156,7 +156,7 @@ def test_batch_norms_in_evaluation_mode(
 
 
 def test_a_batch_norm_gets_a_cotangent_in_another_memory_format() -> None:
-    """Of one image torch itself is wrong then: float64 by hand."""
+    """torch itself is wrong for one image, so the expected gradient is written out in float64."""
     torch.manual_seed(0)
     mean, variance, w = torch.randn(5), torch.rand(5) + 0.5, torch.randn(5)
     for formats in ((torch.contiguous_format, torch.channels_last), (torch.channels_last, torch.contiguous_format)):
@@ -182,7 +182,7 @@ def test_relu6_in_place() -> None:
 
 
 def test_the_matrix_of_a_convolution() -> None:
-    """[Ho Wo O, H W C] of a 3x3 kernel over a pixel is its middle; over two in a row, what either is to the other."""
+    """Over one pixel, the matrix is the middle of a 3x3 kernel; over two pixels, their parts of each other's output."""
     w = torch.arange(2 * 5 * 9.0).view(2, 5, 3, 3)
     assert convolution_matrix(w, (1, 1), (1, 1), (1, 1), (1, 1)).equal(w[:, :, 1, 1])
     m = convolution_matrix(w, (1, 2), (1, 1), (1, 1), (1, 1)).view(2, 2, 2, 5)
@@ -215,7 +215,7 @@ def test_a_changed_weight_makes_a_new_matrix() -> None:
         with torch.no_grad():
             layer.weight += 1
     other = nn.Conv2d(3, 4, 3, padding=1).double()
-    for each in (layer, other):  # and each weight has its own
+    for each in (layer, other):  # each weight has a matrix of its own
         with fast:
             got = each(x)
         torch.testing.assert_close(got, each(x))
@@ -343,7 +343,7 @@ def test_errors_are_torchs_own() -> None:
 
 
 class Network(nn.Module):
-    """Everything that is faster, a layer that is used twice, tied weights and an unused parameter."""
+    """A network with all fast layers, a layer that is used twice, tied weights and an unused parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -396,7 +396,7 @@ def test_fisher_agrees_with_plain_autograd(granularity: str) -> None:
 
 
 class Table(nn.Module):
-    """A bias from a table behind a network that sees no example, as positions have it in Swin V2."""
+    """A bias that a small network computes from a constant table, like the position biases of Swin V2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -421,7 +421,7 @@ def test_gradients_through_a_fast_layer_in_batches() -> None:
 
 
 def test_frames_of_examples() -> None:
-    """Several images an example, as video networks have them."""
+    """Each example has several images, as in video networks."""
     torch.manual_seed(0)
     layer = nn.Conv2d(4, 6, 3, padding=1)
     model = nn.Sequential(nn.Flatten(0, 1), layer, nn.Unflatten(0, (5, 3)), nn.Flatten())

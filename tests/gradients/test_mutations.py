@@ -1,8 +1,7 @@
-"""The library broken on purpose, in one way after the other: each must be found."""
+"""Mutation tests: the library is broken on purpose, in one way after the other, and each break must be found."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,15 +19,11 @@ import t2v_fast.gradients.recorder
 import t2v_fast.gradients.self_check
 import t2v_fast.ops
 from t2v_fast import FisherRecorder
+from t2v_fast.estimation import estimator as fisher_module
 from t2v_fast.gradients.factors import Convolution, Factors, Outer, Product, Scatter
 from t2v_fast.gradients.rules import RULES
 from t2v_fast.gradients.self_check import SelfCheck
 from t2v_fast.ops import planner
-
-fisher_module = importlib.import_module(
-    "t2v_fast.estimation.estimator"
-)  # as an attribute of the package it is the function
-
 
 # ---- networks to break the library under
 
@@ -51,7 +46,7 @@ DEPTHWISE = case(
 SCALE = case(extra=layer(lambda m, x, b: x * m.w, w=lambda: parameter(WIDTH)))
 QUOTIENT = case(extra=layer(lambda m, x, b: x / m.w, w=lambda: parameter(WIDTH)))
 SEVERAL = case("twice@batch_first")
-TWO_KINDS = case("embedding/tied")  # rows of a table, and a product with it
+TWO_KINDS = case("embedding/tied")  # the table is looked up, and multiplied
 
 
 BATCH_NORMS = ("NativeBatchNormBackward0", "BatchNormBackward")  # torch's own, and fisher()'s on a CPU
@@ -61,7 +56,7 @@ BATCH_NORMS = ("NativeBatchNormBackward0", "BatchNormBackward")  # torch's own, 
 
 
 def factors_of(nodes: str | Sequence[str], slot: int | None, change: Callable[[Any], Factors]) -> Patch:
-    """The factors that a rule gives, changed."""
+    """Change the factors that a rule returns."""
 
     def patch(mp: pytest.MonkeyPatch) -> None:
         for name in [nodes] if isinstance(nodes, str) else nodes:
@@ -85,7 +80,7 @@ def rolled(f: Convolution, axis: int) -> Factors:
 
 
 class Apart(Factors):
-    """Squares of each use, added up: what the gradients of several uses must not become."""
+    """Squares the gradients of each use and adds the squares, instead of adding the gradients first."""
 
     def __init__(self, parts: Sequence[Factors]) -> None:
         self.parts = parts
@@ -137,7 +132,7 @@ def onward_doubled(real: Callable) -> Callable:
 
 
 def all_together(real: Callable) -> Callable:
-    """Plain gradients of the whole batch where those of one example are asked for."""
+    """Return the plain gradients of the whole batch in place of those of one example."""
 
     def plain_gradients(self: Any, output: Tensor, cotangent: Tensor, example: int, *rest: Any) -> Any:
         everything = torch.zeros_like(cotangent)
@@ -309,8 +304,8 @@ MUTATIONS = [
         PROPERTY,
     ),
     Mutation(
-        "batch norms of one image not mended",
-        function(t2v_fast.gradients.recorder, "mend_batch_norms", lambda real: lambda nodes: None),
+        "gradients of batch norms of one image not fixed",
+        function(t2v_fast.gradients.recorder, "fix_batch_norm_gradients", lambda real: lambda nodes: None),
         case("image/instance_norm", sizes=(1, 2)),
         PROPERTY,
     ),

@@ -1,10 +1,10 @@
-"""Whose row is whose: random networks and batches that move examples about, against plain autograd of each alone.
+"""Owners in random networks whose layers move examples about, against plain autograd of each example alone.
 
 A long run of 2,000 networks, with a summary by piece:
 
     T2V_FAST_NETWORKS=2000 python -m pytest tests/gradients/test_ownership.py -k random -s
 
-``T2V_FAST_FIRST_SEED`` starts elsewhere. A failure prints a recipe; ``examine(Recipe(...))`` runs it again.
+``T2V_FAST_FIRST_SEED`` sets the first seed. A failure prints a recipe, which ``examine(Recipe(...))`` runs again.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from ownership_pieces import LAYOUTS, PIECES, POOLINGS, TOKENWISE
 
 NETWORKS = int(os.environ.get("T2V_FAST_NETWORKS", "120"))
 FIRST_SEED = int(os.environ.get("T2V_FAST_FIRST_SEED", "0"))
-REFUSED = 0.03  # of sound networks, at most
+REFUSED = 0.03  # the largest share of sound networks that may be refused
 REFUSED_ON_REQUEST = 0.005  # with unsupported="exact"
-# Detached couplings that leave most examples as they are alone, so that halves of a batch may not show them.
+# Detached couplings that leave most examples unchanged, so that comparing halves of a batch may not show them.
 PARTIAL = {"any_example_opens", "limited_experts"}
-SHRUNK = 40  # failures that are reduced to their smallest recipes
+SHRUNK = 40  # the number of failures that are reduced to smallest recipes
 NAMES = [name for name in PIECES if "@" not in name]
 
-# torch warns of masks of several types and of its slower paths: nothing of that is tested here.
+# Ignore warnings of torch about mixed types of masks and about its slower paths.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def recipes_of(name: str) -> list[Recipe]:
-    """Two networks of one piece, between a linear layer and a read-out, for batches that differ."""
+    """Two networks that have one piece between a linear layer and a read-out, with different batches."""
     p = PIECES[name]
     exact = "exact" if p.exact_only else "error"
     if p.images:
@@ -108,9 +108,9 @@ def test_random_networks(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_random_networks_with_couplings() -> None:
-    """fisher() refuses a coupling above random pieces wherever it shows.
+    """fisher() refuses a coupling above random pieces wherever the coupling shows.
 
-    The recorder need not: where it reads single tokens of examples, their owners may agree all the same.
+    The recorder need not refuse: where it reads single tokens of examples, their owners may agree anyway.
     """
     makes = {**COUPLINGS, **{f"detached/{name}": make for name, make in DETACHED.items() if name not in PARTIAL}}
     for k, name in enumerate(list(makes) * max(1, NETWORKS // 120)):
@@ -141,7 +141,7 @@ def summary(outcomes: list[Outcome], smallest: list[Outcome]) -> str:
 
 
 def couples(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> bool:
-    """Whether the first example's logits depend on another example of the batch, or would be others alone."""
+    """Whether the first example's logits depend on other examples, or the last example alone has other logits."""
     x = batch["x"].clone().requires_grad_()
     logits = model(**{**batch, "x": x})
     (g,) = torch.autograd.grad(logits[0].sum(), x)
@@ -150,12 +150,12 @@ def couples(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> bool:
 
 
 def coupled(make: object, sizes: tuple[int, ...]) -> tuple[Recipe, torch.nn.Module]:
-    """A network with a coupling that shows in some batch."""
+    """Find a network with a coupling that shows in some batch."""
     for seed in range(20):
         recipe = Recipe(seed, ("linear@batch_first",), "mean/masked", sizes=sizes, tokens=(4,) * len(sizes))
         torch.manual_seed(seed)
         model = Network(recipe, make())
-        # One that the graph does not show is looked for in the first two batches of several examples.
+        # fisher() looks for a coupling that the graph does not show in the first two batches of several examples.
         several = [batch for batch in batches_of(recipe) if len(batch["x"]) > 1][:2]
         if any(couples(model, batch) for batch in several):
             return recipe, model
@@ -165,7 +165,7 @@ def coupled(make: object, sizes: tuple[int, ...]) -> tuple[Recipe, torch.nn.Modu
 @pytest.mark.parametrize("sizes", [(1, 3, 2), (2, 3), (4, 4, 4)], ids=str)
 @pytest.mark.parametrize("name", [*COUPLINGS, *(f"detached/{name}" for name in DETACHED)])
 def test_couplings_are_refused(name: str, sizes: tuple[int, ...]) -> None:
-    """By the recorder where the graph shows them, and by fisher() always."""
+    """The recorder refuses couplings that the graph shows; fisher() refuses all."""
     make = COUPLINGS[name] if name in COUPLINGS else DETACHED[name.removeprefix("detached/")]
     outcome = examine(*coupled(make, sizes), recorder=name in COUPLINGS)
     assert outcome.kind == "refused", f"{outcome.recipe}: {outcome.wrong + outcome.crashed}"

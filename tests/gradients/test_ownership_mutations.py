@@ -1,4 +1,4 @@
-"""Who owns what, got wrong on purpose: as ``test_mutations.py``, for :mod:`t2v_fast.gradients.ownership`."""
+"""Mutation tests, as in ``test_mutations.py``, for :mod:`t2v_fast.gradients.ownership`: wrong owners on purpose."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from t2v_fast.gradients.owners import ListedRows, Owned, RowLayout
 
 
 def node(table: dict[str, Callable], name: str, change: Callable[[list, Any], Any]) -> Patch:
-    """What the interpretation says of the inputs of one kind of node, changed."""
+    """Change the states that a transfer returns for one kind of node."""
 
     def patch(mp: pytest.MonkeyPatch) -> None:
         real = table[name]
@@ -29,7 +29,7 @@ def node(table: dict[str, Callable], name: str, change: Callable[[list, Any], An
 
 
 def kept(states: list, own: Any) -> list:
-    """The examples lie along the axis of the output in every input, in the same order."""
+    """Take every owned input to have the owner of the output."""
     return [own if isinstance(state, Owned) else state for state in states]
 
 

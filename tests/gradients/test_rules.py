@@ -1,4 +1,4 @@
-"""Layers, and ways to use a parameter, against per-example autograd in float64."""
+"""Layers, and ways to use a parameter, compared with per-example autograd in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from t2v_fast.ops import planner
 
 
 def pooled(t: Tensor) -> Tensor:
-    """[N, C, ...] or [N, T, C] to logits [N, C] that depend on every entry in its own way."""
+    """Reduce [N, C, ...] or [N, T, C] to logits [N, C], with another weight for each position."""
     w = torch.linspace(0.5, 1.5, t[0].numel() // t.shape[1], dtype=t.dtype)
     return (t.flatten(2) * w).sum(2).tanh() if t.dim() > 2 else t.tanh()
 
@@ -29,7 +29,7 @@ def layers(*modules: nn.Module) -> nn.Module:
 
 
 def agree(network: nn.Module, x: Tensor, unsupported: str = "error", tolerance: float = 1e-11) -> None:
-    """fisher() equals per-example autograd at every granularity, also where batches are of several sizes, also one."""
+    """Check that fisher() equals per-example autograd at every granularity, for batches of several sizes."""
     network = randomise_norms(network).double()
     x = x.double() if x.is_floating_point() else x
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_embeddings() -> None:
     tokens[:, 4:] = 10
 
     def forward(self, x):
-        positions = self.position(torch.arange(x.shape[1]))  # [T, D]: one for all examples
+        positions = self.position(torch.arange(x.shape[1]))  # [T, D], the same for all examples
         return self.out((self.token(x) + positions).tanh().mean(1))
 
     embedding = nn.Embedding(11, 5, padding_idx=10)
@@ -213,7 +213,7 @@ def test_repeated_cells_and_shared_convolutions() -> None:
     agree(Function(unrolled, cell=nn.GRUCell(8, 4)), torch.randn(4, 5, 8))
     agree(Function(unrolled, cell=nn.RNNCell(8, 4)), torch.randn(4, 5, 8))
 
-    def pyramid(self, x):  # one convolution at two sizes, as detectors have it
+    def pyramid(self, x):  # one convolution at two image sizes, as in detectors
         return (self.conv(x).tanh() * 2).mean((2, 3)) + self.conv(F.avg_pool2d(x, 2)).tanh().mean((2, 3))
 
     agree(Function(pyramid, conv=nn.Conv2d(3, 4, 3, padding=1)), torch.randn(4, 3, 8, 6))
@@ -227,7 +227,7 @@ def test_repeated_cells_and_shared_convolutions() -> None:
 
 
 def test_tied_embedding_and_head() -> None:
-    """As language models have it: a table that is looked up, and whose transpose gives the logits."""
+    """A table is looked up, and its transpose gives the logits, as in language models."""
     torch.manual_seed(0)
 
     def forward(self, x):
@@ -287,7 +287,7 @@ def test_transformed_parameters(name: str) -> None:
     assert all(torch.equal(left[name], everything[name]) for name in left)
 
 
-# The node itself forms the gradients of an example at a time, or what is computed from a parameter is no weight.
+# The node itself computes the gradients of one example at a time, or the tensor computed from a parameter is no weight.
 WITHOUT_RULE = {
     "exponential": lambda: Function(lambda self, x: pooled(x * self.w.exp()), w=(3, 1, 1)),
     "both_ways": lambda: Function(lambda self, x: pooled(x * self.w.exp() + self.w), w=(3, 1, 1)),
@@ -330,7 +330,7 @@ def test_to_skip_everything_is_an_error() -> None:
 
 
 def test_filter_axis() -> None:
-    """Hugging Face's Conv1D multiplies with [in, out], whose output features lie along axis 1."""
+    """Hugging Face's Conv1D has a weight [in, out], whose output features lie along axis 1."""
     torch.manual_seed(0)
     network = Function(
         lambda self, x: pooled(self.conv(torch.addmm(self.bias, x.flatten(0, 1), self.w).view(*x.shape[:2], 6))),
@@ -356,7 +356,7 @@ def test_filter_axis() -> None:
 
 
 def test_cotangents_of_a_product_from_the_right_share_no_gram_matrix() -> None:
-    """Where the layer's input plays the other part, the Gram matrix would be the first cotangent's."""
+    """Where the layer's input is ``g``, a kept Gram matrix would be that of the first cotangent."""
     torch.manual_seed(0)
     with planner.force("gram"):
         agree(Function(lambda self, x: pooled(x @ self.w), w=(64, 48)), torch.randn(2, 4, 64))
@@ -384,7 +384,7 @@ def test_frozen_networks_and_contexts_without_gradients(context: Callable) -> No
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
-    """Casts lie between the parameters and their layers; the truth is autograd through the same casts."""
+    """Casts lie between the parameters and their layers; the expected result is autograd through the same casts."""
     torch.manual_seed(0)
     network = layers(
         nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(2), nn.Linear(16, 8), nn.LayerNorm(8)
@@ -473,7 +473,7 @@ def test_the_recorder_names_what_it_skips() -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_batch_of_one_before_a_batch_norm_that_feeds_tokens(training: bool, channels_last: bool) -> None:
-    """torch's own gradient of this is wrong: the cotangent is in another memory format than the norm's input."""
+    """torch's own gradient is wrong here: the cotangent's memory format differs from that of the norm's input."""
     torch.manual_seed(0)
 
     def forward(self, x):
@@ -490,7 +490,7 @@ def test_a_batch_of_one_before_a_batch_norm_that_feeds_tokens(training: bool, ch
         return
     network, x = network.train().double(), torch.randn(1, 3, 4, 5, dtype=torch.float64)
     got = fisher(network, [x], "batch_mean")
-    # The same by a batch norm written out.
+    # Compare with a batch norm that is written out.
     norm = network.norm
     network.norm = Function(
         lambda self, x: (

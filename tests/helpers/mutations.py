@@ -1,9 +1,12 @@
 """Ways to break the library on purpose, and the check that a break is found.
 
-``SELF_CHECK``: fisher() itself must refuse, and the recorder differ from plain autograd. ``PROPERTY``: what
-``ownership_networks.py`` compares must differ, for breaks that the self-check cannot see or that break
-it. ``EITHER``: what is broken may also be refused, since no other node fits it. ``UNSEEN``: what was refused no longer
-is.
+How a break is found:
+
+- ``SELF_CHECK``: fisher() raises SelfCheckError, and the recorder differs from plain autograd.
+- ``PROPERTY``: the comparison of ``tests/helpers/ownership_networks.py`` finds a difference. These are breaks that the
+  self-check cannot see, or breaks of the self-check itself.
+- ``EITHER``: fisher() raises some error, because the wrong owners may not fit the next node either.
+- ``UNSEEN``: fisher() no longer refuses what it refused before.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ SELF_CHECK, PROPERTY, EITHER, UNSEEN = "self-check", "property", "either", "unse
 @dataclass(frozen=True)
 class Case:
     recipe: Recipe
-    extra: Callable[[], nn.Module] | None = None  # above the pieces of the recipe
+    extra: Callable[[], nn.Module] | None = None  # a layer above the pieces of the recipe
     recorder: bool = True
 
     def examined(self) -> Outcome:
@@ -45,7 +48,7 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 def function(owner: Any, name: str, change: Callable[[Callable], Callable]) -> Patch:
-    """A function or method in place of another, made from it."""
+    """Replace a function or method by one that is made from it."""
     return lambda mp: mp.setattr(owner, name, change(getattr(owner, name)))
 
 

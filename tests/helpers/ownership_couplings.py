@@ -1,4 +1,4 @@
-"""What makes examples of a batch interact, or a network random: from tokens [N, T, WIDTH] to tokens."""
+"""Layers from tokens [N, T, WIDTH] to tokens that make examples of a batch interact, or a network random."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ownership_pieces import HEADS, WIDTH, Made, linear, parameter
 from torch import nn
 from torch.nn import functional as F
 
-COUPLINGS = {}  # seen in the graph: a cotangent on one example reaches others
-DETACHED = {}  # seen in the values alone
+COUPLINGS = {}  # the graph shows the coupling: a cotangent of one example reaches others
+DETACHED = {}  # only the values show the coupling
 RANDOM = {}
 
 
@@ -74,7 +74,7 @@ for _name, _run in {
 
 
 def _training(make, table=COUPLINGS):
-    """A layer that is in training mode whatever the network is in."""
+    """A layer that stays in training mode in any mode of the network."""
 
     class Training(nn.Module):
         def __init__(self):
@@ -102,7 +102,7 @@ _layer(
 
 
 def _limited_experts(m, x, b):
-    """Experts that take a number of tokens in proportion to the batch's, those of the first examples first."""
+    """Experts whose number of tokens is limited by the size of the batch; the first examples are served first."""
     flat = x.flatten(0, 1)
     chosen, y = m.f(flat)[:, :2].argmax(-1), torch.zeros_like(flat)
     for e, expert in enumerate((m.f, torch.sin)):
@@ -137,7 +137,7 @@ _layer(DETACHED, "any_example_opens", linear, lambda m, x, b: x + m.f(x) if bool
 
 
 class DropPath(nn.Module):
-    """Whole residual branches left out, by example, as timm has it."""
+    """Leaves out whole residual branches, for each example, like timm's DropPath."""
 
     def __init__(self, p):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Random networks and batches from a recipe, and what the library makes of them next to plain autograd."""
+"""Random networks and batches from recipes, and the comparison of the library with plain autograd on them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import ownership_mixing  # noqa: F401  (registers its pieces, as the next three do)
+import ownership_mixing  # noqa: F401  (this import and the next three register pieces)
 import ownership_orders  # noqa: F401
 import ownership_ragged  # noqa: F401
 import ownership_reads  # noqa: F401
@@ -23,13 +23,13 @@ import t2v_fast
 from t2v_fast import FisherRecorder, SelfCheckError, UnsupportedError, fisher
 
 CLASSES = 3
-SIZE = (4, 2)  # of images
+SIZE = (4, 2)  # height and width of images
 HEADS = ("pooled", "pooled", "pooled", "tokens", "tied")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a network and its batches follow from. ``sizes`` are the numbers of examples, batch by batch."""
+    """Everything that determines a network and its batches; ``sizes`` has the number of examples of each batch."""
 
     seed: int
     pieces: tuple[str, ...]
@@ -54,12 +54,12 @@ class Recipe:
 
 
 def drawn(seed: int) -> Recipe:
-    """A random recipe."""
+    """Draw a random recipe."""
     rng = random.Random(seed)
     images = rng.random() < 0.25
     names = [name for name, p in PIECES.items() if images or not p.images]
     weights = [3 if PIECES[name].images else 1 for name in names]
-    # Token-wise layers in all orders of axes are many: they get a third of all draws.
+    # Tokenwise layers are many, because each comes in all orders of axes: they get a third of all draws.
     tokenwise = sum("@" in name for name in names)
     weights = [
         w * (0.5 * (len(names) - tokenwise) / tokenwise if "@" in name else 1)
@@ -92,7 +92,7 @@ def drawn(seed: int) -> Recipe:
 
 
 class Network(nn.Module):
-    """Pieces one after the other, a read-out and a head; ``couple`` is a function of the hidden tokens, to break it."""
+    """Pieces one after the other, a read-out and a head; ``couple`` is a layer on tokens that may couple examples."""
 
     def __init__(self, recipe: Recipe, couple: nn.Module | None = None) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Network(nn.Module):
         met: dict[str, int] = {}
         for name in recipe.pieces:
             met[name] = met.get(name, 0) + 1
-            rng = random.Random(f"{recipe.seed} {name} {met[name]}")  # the same when other pieces are left out
+            rng = random.Random(f"{recipe.seed} {name} {met[name]}")  # does not change when other pieces are left out
             self.body.append(PIECES[name].make(rng, recipe.tokens[0]))
             self.kinds.append((PIECES[name].images, rng.random() < 0.5))
         rng = random.Random(f"{recipe.seed} {recipe.pooling}")
@@ -145,12 +145,12 @@ class Network(nn.Module):
 class Batch:
     ids: Tensor  # [N, T]
     lengths: Tensor  # [N]
-    open: Tensor  # [N], 0 or 1: whether gates let an example through
+    open: Tensor  # [N]: 1 where gates let an example through, otherwise 0
     mask: Tensor  # [N, T], true for tokens
 
 
 def batches_of(recipe: Recipe) -> list[dict[str, Tensor]]:
-    """Inputs of a network, batch by batch, each of another composition."""
+    """The inputs of a network for each batch, with lengths, gates and padding that differ from batch to batch."""
     rng = random.Random(f"{recipe.seed} batches")
     g = torch.Generator().manual_seed(recipe.seed)
     batches = []
@@ -165,7 +165,7 @@ def batches_of(recipe: Recipe) -> list[dict[str, Tensor]]:
         open_ = torch.randint(0, 2, (n,), generator=g).double()
         if rng.random() < 0.4:
             open_.fill_(rng.choice([0.0, 1.0]))
-        if not recipe.images and rng.random() < 0.3:  # padding of zeros
+        if not recipe.images and rng.random() < 0.3:  # padding with zeros
             x = x * (torch.arange(t) < lengths[:, None])[..., None]
         batches.append({"x": x, "ids": ids, "lengths": lengths, "open": open_})
     return batches
@@ -176,7 +176,7 @@ def alone(batch: dict[str, Tensor], e: int) -> dict[str, Tensor]:
 
 
 def fisher_cotangents(logits: Tensor, estimator: str, labels: Tensor) -> Tensor:
-    """Directions whose squared gradients add up to the Fisher of one example: [K, 1, C], or [1, 1, T, C] of tokens."""
+    """Cotangents whose squared gradients add up to the Fisher of one example: [K, 1, C], or [1, 1, T, C] for tokens."""
     p = logits.detach().softmax(-1)
     if estimator == "empirical" or logits.dim() == 3:
         return (F.one_hot(labels, CLASSES) - p)[None]
@@ -185,9 +185,9 @@ def fisher_cotangents(logits: Tensor, estimator: str, labels: Tensor) -> Tensor:
 
 @dataclass
 class Truth:
-    """By plain autograd of a copy of the network, each example alone."""
+    """The expected results, by plain autograd of a copy of the network on each example alone."""
 
-    recorded: list[dict[str, Tensor]] = field(default_factory=list)  # by batch: per-example squares [N, *shape]
+    recorded: list[dict[str, Tensor]] = field(default_factory=list)  # for each batch: squares [N, *shape]
     fisher: list[dict[str, Tensor]] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
 
@@ -203,10 +203,10 @@ class _StraightGradient(torch.autograd.Function):
 
 
 def with_straight_norms(model: nn.Module) -> nn.Module:
-    """Batch and instance norms that see activations and gradients in one memory format.
+    """Make batch and instance norms see activations and gradients in one memory format.
 
-    Of one image, torch's kernel for CPUs gives wrong gradients where the two differ, and an instance norm is always
-    the batch norm of one image.
+    For a single image, torch's CPU kernel gives wrong gradients where the two formats differ. An instance norm is
+    always computed as the batch norm of one image.
     """
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._NormBase):
@@ -242,10 +242,10 @@ def truth_of(model: nn.Module, recipe: Recipe, batches: list, cotangents: list, 
 
 
 def close(got: Tensor, want: Tensor, scale: float) -> bool:
-    """Whether squared gradients agree to 1e-9, or to what rounding of gradients next to larger ones leaves.
+    """Whether squared gradients agree to 1e-9, or to the rounding error next to larger gradients.
 
-    ``scale``: the sum of all squares of the network. A gradient is rounded to some 1e-15 of the largest, so that a
-    square is off by 2e-15 times both.
+    ``scale`` is the sum of all squares of the network. The rounding error of a gradient is some 1e-15 of the largest
+    gradient, so the error of a square is 2e-15 times the product of both gradients.
     """
     if got.shape != want.shape or not bool(got.isfinite().all()):
         return False
@@ -255,15 +255,15 @@ def close(got: Tensor, want: Tensor, scale: float) -> bool:
 
 @dataclass
 class Outcome:
-    """What became of one recipe: lines of what was wrong, of refusals and of crashes, and how many batches agreed."""
+    """The outcome of one recipe: messages of wrong results, refusals and crashes, and the number of correct results."""
 
     recipe: Recipe
     wrong: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     crashed: list[str] = field(default_factory=list)
-    unsound: bool = False  # an example alone gives other logits: a fault of these tests, or a coupling
+    unsound: bool = False  # an example alone has other logits: a fault of these tests, or a coupling
     batches: int = 0
-    exact: int = 0  # batches of the recorder, and whole calls of fisher()
+    exact: int = 0  # correct batches of the recorder and correct calls of fisher()
 
     @property
     def kind(self) -> str:
@@ -279,7 +279,7 @@ class Outcome:
 
 
 def examine(recipe: Recipe, model: nn.Module | None = None, recorder: bool = True) -> Outcome:
-    """Run the recorder and fisher() over the recipe's batches, and compare with the truth."""
+    """Run the recorder and fisher() over the recipe's batches, and compare with plain autograd."""
     model = Network(recipe) if model is None else model
     batches = batches_of(recipe)
     g = torch.Generator().manual_seed(recipe.seed + 1)
@@ -371,7 +371,7 @@ def _fisher(
 
 
 def shrunk(outcome: Outcome) -> Outcome:
-    """The smallest recipe with the same kind of failure that leaving out pieces and batches leads to."""
+    """Leave out pieces and batches for as long as the same kind of failure remains, and return the smallest outcome."""
     best = outcome
     go_on = True
     while go_on:

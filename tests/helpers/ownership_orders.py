@@ -108,7 +108,7 @@ def _(rng, t):
 
 @piece("order/images_of_words")
 def _(rng, t):
-    """Examples along the width of one image, which a kernel of one pixel does not mix."""
+    """Examples lie along the width of one image; a kernel of one pixel does not mix them."""
     return Made(lambda m, x, b: m.f(x.permute(2, 1, 0)[None])[0].permute(2, 1, 0), f=nn.Conv2d(WIDTH, WIDTH, 1))
 
 

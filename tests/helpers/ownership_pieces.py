@@ -1,7 +1,7 @@
-"""Pieces of sequence networks, each from tokens [N, T, WIDTH] to tokens of the same shape, and read-outs of them.
+"""Pieces of sequence networks, each from tokens [N, T, WIDTH] to tokens of the same shape, and read-outs.
 
-A piece is *sound*: what it gives for an example does not depend on the others of the batch. How it moves examples about
-on the way (orders of axes, ragged tokens, routing, loops) is what the pieces differ in.
+A piece is *sound*: its output for an example does not depend on the other examples of the batch. The pieces differ in
+how they move examples about (orders of axes, ragged tokens, routing, loops).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 WIDTH = 8
 HEADS = 2
-LONGEST = 8  # tokens of an example, at most
-WORDS = 8  # of the vocabulary; the last ends a sequence
+LONGEST = 8  # the largest number of tokens of an example
+WORDS = 8  # the size of the vocabulary; the last word ends a sequence
 
 
 class Made(nn.Module):
-    """A function of tokens and the batch that they belong to, with its layers and parameters as attributes."""
+    """A function of tokens and their batch, with its layers and parameters as attributes."""
 
     def __init__(self, run: Callable[..., Tensor], **parts: Any) -> None:
         super().__init__()
@@ -36,19 +36,13 @@ class Made(nn.Module):
 
 @dataclass(frozen=True)
 class Piece:
-    """How a piece is made.
+    """How to make a piece, and its traits."""
 
-    ``exact_only``: it uses a parameter in a way that ``unsupported="error"`` may refuse. ``fixed``: all batches of its
-    network have the same number of tokens, which is the second argument of ``make``. ``images``: it is from images
-    [N, WIDTH, H, W] to such images. ``entangled``: examples meet in one node, and only masked entries keep them apart,
-    so that it may be refused in every mode.
-    """
-
-    make: Callable[[random.Random, int], nn.Module]
-    exact_only: bool = False
-    fixed: bool = False
-    images: bool = False
-    entangled: bool = False
+    make: Callable[[random.Random, int], nn.Module]  # from a generator and the number of tokens
+    exact_only: bool = False  # the piece uses a parameter in a way that unsupported="error" may refuse
+    fixed: bool = False  # all batches of the network must have the number of tokens that ``make`` got
+    images: bool = False  # the piece maps images [N, WIDTH, H, W] to such images
+    entangled: bool = False  # only a mask keeps examples apart in one node, so that every mode may refuse the piece
 
 
 PIECES: dict[str, Piece] = {}
@@ -77,11 +71,11 @@ def linear(bias: bool = True) -> nn.Linear:
 
 
 def heads(t: Tensor) -> Tensor:
-    """[..., WIDTH] -> [..., HEADS, rest]."""
+    """Divide [..., WIDTH] into [..., HEADS, rest]."""
     return t.unflatten(-1, (HEADS, -1))
 
 
-# Orders of axes. Each is a pair: from [N, T, ...] to what a layer sees, and back, given N and T.
+# Orders of axes. Each is a pair of maps: from [N, T, ...] to the tensor that a layer sees, and back, given N and T.
 LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int, int], Tensor]]] = {
     "batch_first": (lambda x: x, lambda y, n, t: y),
     "sequence_first": (lambda x: x.transpose(0, 1), lambda y, n, t: y.transpose(0, 1)),
@@ -91,7 +85,7 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int, int]
         lambda x: x.transpose(0, 1).flatten(0, 1),
         lambda y, n, t: y.unflatten(0, (t, n)).transpose(0, 1),
     ),
-    # Rows read as though the tokens came first: nothing couples as long as each row is treated alone.
+    # The rows are read as if the tokens came first. No examples are coupled as long as each row is treated alone.
     "misread": (lambda x: x.reshape(x.shape[1], x.shape[0], *x.shape[2:]), lambda y, n, t: y.reshape(n, t, -1)),
     "four_axes": (lambda x: x[:, None].expand(-1, 2, -1, -1), lambda y, n, t: y.select(1, 1)),
     "flipped": (lambda x: x.flip(0), lambda y, n, t: y.flip(0)),
@@ -139,7 +133,7 @@ def twice(m: Own, x: Tensor) -> Tensor:
     return m.f(m.f(x).tanh())
 
 
-# Layers that treat each token alone, so that they may see tokens in any order.
+# Layers that treat each token alone, and so work with tokens in any order.
 TOKENWISE: dict[str, Callable[[random.Random], nn.Module]] = {
     "linear": lambda rng: linear(rng.random() < 0.7),
     "matrix": lambda rng: Own(lambda m, x: x @ m.w, w=parameter(WIDTH, WIDTH)),
@@ -165,7 +159,7 @@ TOKENWISE: dict[str, Callable[[random.Random], nn.Module]] = {
 }
 for _name in TOKENWISE:
     for _layout in LAYOUTS:
-        # Read in the wrong order, examples need not lie along an axis: plain autograd may have to do it.
+        # Where rows are read in the wrong order, examples may not lie along an axis, and need plain autograd.
         PIECES[f"{_name}@{_layout}"] = Piece(_tokenwise(_name, _layout), exact_only=_layout == "misread")
 
 
@@ -173,12 +167,12 @@ for _name in TOKENWISE:
 
 
 def padded(b: Any) -> Tensor:
-    """[N, 1, 1, T], true where a token may be looked at."""
+    """A mask [N, 1, 1, T] that is true for tokens that may be attended to."""
     return b.mask[:, None, None, :]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """Attention of [N, H, T, E], written out."""
+    """Attention of queries, keys and values [N, H, T, E], written out."""
     scores = (q @ k.mT) / q.shape[-1] ** 0.5
     return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
 

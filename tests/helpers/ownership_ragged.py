@@ -1,4 +1,4 @@
-"""Pieces that pick, drop or route tokens and examples, each batch in its own way."""
+"""Pieces that pick, drop or route tokens and examples, differently in each batch."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def _(rng, t):
     return Made(run, p=parameter(WIDTH), f=linear())
 
 
-# ---- gates, shut for some examples or for whole batches
+# ---- gates that are closed for some examples or for whole batches
 
 
 def opened(b):
@@ -426,7 +426,7 @@ def _of_examples(m, x, b):
 
 
 def _slots(m, x, b):
-    """Tokens to slots of their expert, as many as any expert gets, so that none is dropped."""
+    """Assigns tokens to slots of their expert. All experts have as many slots as the fullest needs: none is dropped."""
     flat = x.flatten(0, 1)
     gate, chosen = m.router(flat).softmax(-1).max(-1)
     taken = F.one_hot(chosen, 3)

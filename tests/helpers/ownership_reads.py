@@ -1,4 +1,4 @@
-"""Read-outs of sequence networks, from tokens [N, T, WIDTH] to [N, features]; and pieces of image networks."""
+"""Read-outs of sequence networks, from tokens [N, T, WIDTH] to [N, features], and pieces of image networks."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def of(run, **parts):
 
 
 def partition(x):
-    """Windows of 2x2 pixels, [N * windows, 4, WIDTH]."""
+    """Divide images into windows of 2x2 pixels, [N * windows, 4, WIDTH]."""
     n, c, h, w = x.shape
     return x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, c)
 
@@ -137,7 +137,7 @@ def shifted_windows(m, x):
 
 
 def windows_outer(m, x):
-    """The windows of all examples, a window after the other."""
+    """One window after the other, each with the pixels of all examples."""
     n, c, h, w = x.shape
     y = x.view(n, c, h // 2, 2, w // 2, 2).permute(2, 4, 0, 3, 5, 1).reshape(-1, c)
     y = m.f(y).view(h // 2, w // 2, n, 2, 2, c)
@@ -180,7 +180,7 @@ def excited(m, x):
 
 
 def quadrants(m, x):
-    """Halves of an image as images of a larger batch, the halves outermost."""
+    """Halves of images as images of a larger batch: first all upper halves, then all lower halves."""
     return torch.cat(m.f(torch.cat(x.chunk(2, 2))).chunk(2), 2)
 
 
@@ -190,7 +190,7 @@ def rows_of_examples(m, x):
 
 
 def batch_to_space(m, x):
-    """All images side by side in one wide image, under a kernel of one pixel."""
+    """All images side by side in one wide image, which a kernel of one pixel reads."""
     return torch.stack(m.f(torch.cat(list(x), 2)[None])[0].split(x.shape[3], 2))
 
 

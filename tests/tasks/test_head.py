@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
 from t2v_fast.tasks import head
+from t2v_fast.tasks import head_solvers as solvers
 from t2v_fast.tasks.head import GRID, HeadTask, cross_validate, fit_head, fit_heads
 
 
@@ -153,18 +154,18 @@ def rows_are_independent() -> bool:
     """Whether BLAS computes each row of a product as it does without the others."""
     g = torch.Generator().manual_seed(0)
     rows, matrix = (torch.randn(k, 104, dtype=torch.float64, generator=g) for k in (34, 104))
-    whole = head._product(rows, matrix)
+    whole = solvers._product(rows, matrix)
     return all(
-        torch.equal(head._product(rows[i : i + k], matrix), whole[i : i + k])
+        torch.equal(solvers._product(rows[i : i + k], matrix), whole[i : i + k])
         for i in range(24)
         for k in (1, 2, 3, 5, 10)
     )
 
 
-@pytest.mark.parametrize(("n", "d", "limit"), [(37, 90, head.MAX_LOGITS), (101, 60, 1200)])  # one group, and several
+@pytest.mark.parametrize(("n", "d", "limit"), [(37, 90, solvers.MAX_LOGITS), (101, 60, 1200)])  # one group, and several
 @pytest.mark.parametrize("likelihood", ["softmax", "sigmoid"])
 def test_together_as_if_alone(likelihood: str, n: int, d: int, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "MAX_LOGITS", limit)
+    monkeypatch.setattr(solvers, "MAX_LOGITS", limit)
     x, _ = blobs(n, d)
     tasks = several_tasks(n, likelihood)
     together = fit_heads(x, tasks, likelihood=likelihood, weight_decay=1e-3)
@@ -186,7 +187,7 @@ def test_the_gradient_vanishes_at_every_optimum(likelihood: str) -> None:
     x = blobs(50, d=60)[0].double()
     mean = x.mean(0)
     tasks = [head._checked(name, task, 50, likelihood) for name, task in several_tasks(50, likelihood).items()]
-    for task, found in zip(tasks, head._newton(x, tasks, 1e-3, 100, 1e-10, likelihood == "softmax"), strict=True):
+    for task, found in zip(tasks, solvers.newton(x, tasks, 1e-3, 100, 1e-10, likelihood == "softmax"), strict=True):
         weight, bias = (p.clone().requires_grad_() for p in (found.weight, found.bias + found.weight @ mean))
         logits = (x - mean) @ weight.T + bias
         if likelihood == "softmax":

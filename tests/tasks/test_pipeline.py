@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import nn
 from t2v_fast import DataError, Embedding, FingerprintMismatch, Probe, Task2Vec, TaskData, UnsupportedError, distance
 from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.tasks.head import GRID, fit_head
+from t2v_fast.tasks.task_run import TaskRun
 
 
 @pytest.mark.parametrize("balanced", [True, False])
@@ -56,6 +56,29 @@ def test_names_of_labels_change_nothing(estimator: str) -> None:
         found = task2vec.embed((images, np.array(names)[labels]))
         np.testing.assert_array_equal(found.hessian, want.hessian)
         np.testing.assert_array_equal(found.standard_error, want.standard_error)
+
+
+def test_the_stages_one_by_one() -> None:
+    """A task can be taken through the stages by hand; several runs at a time do not disturb each other."""
+    task2vec = Task2Vec(small_probe())
+    runs = [TaskRun(TaskData.of(shapes(20, seed=seed), name="t")) for seed in range(2)]
+    for run in runs:
+        task2vec.compute_features(run)
+    for run in runs:
+        task2vec.encode_labels(run)
+        task2vec.fit_heads([run])
+        task2vec.allocate(run)
+    for run in runs:
+        task2vec.compute_fisher(run)
+    for seed, run in enumerate(runs):
+        found, want = task2vec.make_embedding(run), task2vec.embed(shapes(20, seed=seed), name="t")
+        np.testing.assert_array_equal(found.hessian, want.hessian)
+        assert found.fingerprint == want.fingerprint
+        assert found.meta["seconds_waiting_for_data"] == round(run.waited, 3)
+        assert run.waited > 0
+    run, alone = runs[0], runs[0].fisher.vector()
+    task2vec.compute_shared_fisher(TaskRun(run.data, labels=run.labels), [run])
+    torch.testing.assert_close(run.fisher.vector(), alone, rtol=1e-4, atol=1e-12)
 
 
 def test_related_tasks_are_near() -> None:
@@ -167,7 +190,7 @@ def test_errors() -> None:
 def test_batches_of_large_images_are_small() -> None:
     probe = small_probe()
     for size, images in ((32, 32), (112, 32), (128, 24), (224, 8), (448, 4)):
-        probe.preprocessing = replace(probe.preprocessing, resize=size, crop=size)
+        probe.preprocessing = probe.preprocessing.sized(size)
         assert Task2Vec(probe).batch_size == images
         assert Task2Vec(probe, batch_size=17).batch_size == 17
         assert Task2Vec(probe, estimator="batch_mean").batch_size == 32  # whose result depends on it

@@ -1,0 +1,115 @@
+"""``t2v-fast embed``: embed folders of images, or the tasks of a job file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..embedding import Embedding
+from ..tasks.settings import OPTIONS
+from .common import console
+from .options import PROBE_OPTIONS, add_probe_options, add_settings, flags_of, task2vec_of
+
+# Options that are for jobs only, and those that a job file decides.
+FOR_JOBS = ("job", "bank", "workers", "ray", "root", "allow_outside", "retry_failed")
+NOT_FOR_JOBS = (
+    *PROBE_OPTIONS,
+    *(name for name in OPTIONS if name != "progress"),
+    "weight_decay",
+    "output",
+    "overwrite",
+    "skip_unreadable",
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "embed", help="embed image folders (one sub-folder a class), or the tasks of a job file"
+    )
+    parser.add_argument("tasks", nargs="*", type=Path, metavar="FOLDER", help="a task: one sub-folder for each class")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("embeddings"),
+        help="folder for NAME.safetensors files (default: embeddings)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="embed again what is there already")
+    parser.add_argument(
+        "--skip-unreadable", action="store_true", help="leave out images that cannot be read, and say so"
+    )
+    job = parser.add_argument_group("job", "many tasks into a bank; a job file has its own probe and settings")
+    job.add_argument("--job", type=Path, help="YAML or TOML file with tasks, probe and settings; goes with --bank")
+    job.add_argument("--bank", type=Path, help="folder of the bank that a job's embeddings go to")
+    job.add_argument("--workers", type=int, help="processes that embed the tasks of a job (default: this one)")
+    job.add_argument("--ray", metavar="ADDRESS", help="embed a job's tasks on a Ray cluster ('auto', 'local', ...)")
+    job.add_argument("--root", type=Path, help="folder out of which no path of a job may lead (default: the job's)")
+    job.add_argument("--allow-outside", action="store_true", help="paths of a job may lead anywhere")
+    job.add_argument("--retry-failed", action="store_true", help="run again what failed in this bank")
+    add_probe_options(parser)
+    add_settings(parser)
+    parser.set_defaults(run=run, defaults={name: parser.get_default(name) for name in NOT_FOR_JOBS})
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Embed the folders, or run the job."""
+    if any(getattr(arguments, name) for name in FOR_JOBS):
+        return _run_job(arguments)
+    if not arguments.tasks:
+        raise ValueError("nothing to embed: give folders, or --job FILE --bank FOLDER")
+    names = [folder.resolve().name for folder in arguments.tasks]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two tasks are called {sorted(twice)[0]!r}: their embeddings would have one file name")
+    for folder in arguments.tasks:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder: expected a folder with one sub-folder of images a class")
+    task2vec = task2vec_of(arguments)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name, folder in zip(names, arguments.tasks, strict=True):
+        path = arguments.output / f"{name}.safetensors"
+        if path.exists() and not arguments.overwrite:
+            if Embedding.load(path).fingerprint != task2vec.fingerprint():
+                raise ValueError(f"{path} was made with other settings: pass --overwrite, or another --output")
+            console.print(f"{name}: already in {path}", markup=False)
+            continue
+        embedding = task2vec.embed(folder, name=name, skip_unreadable=arguments.skip_unreadable)
+        embedding.save(path)
+        skipped = embedding.meta["skipped_images"]
+        note = f", {len(skipped)} unreadable left out: {', '.join(skipped[:3])}" if skipped else ""
+        seconds = sum(embedding.meta["seconds"].values())
+        console.print(
+            f"{name}: {embedding.num_examples} images, {len(embedding.meta['classes'])} classes, {seconds:.1f} s{note} "
+            f"-> {path}",
+            markup=False,
+        )
+    return 0
+
+
+def _run_job(arguments: argparse.Namespace) -> int:
+    from ..bank.driver import run_job
+    from ..bank.job import load_job
+    from ..bank.store import Bank
+
+    if arguments.tasks or arguments.job is None or arguments.bank is None:
+        raise ValueError("a job needs --job FILE and --bank FOLDER, and takes no other folders")
+    for name, default in arguments.defaults.items():
+        if getattr(arguments, name) != default:
+            raise ValueError(f"{flags_of(name)[0]} does not go with --job: settings are in {arguments.job}")
+    job = load_job(arguments.job, root=arguments.root, allow_outside=arguments.allow_outside)
+    bank = Bank(arguments.bank)
+    if arguments.retry_failed:
+        bank.retry([task for task in bank.failed if task in set(job.tasks)])
+    summary = run_job(job, bank, workers=arguments.workers or 0, ray=arguments.ray, progress=arguments.progress)
+    lost = f", {summary.lost_workers} workers were lost" if summary.lost_workers else ""
+    console.print(
+        f"{summary.finished} of {len(job.tasks)} tasks embedded in {summary.seconds:.1f} s ({summary.images} images), "
+        f"{summary.before} were settled before{lost} -> {arguments.bank}",
+        markup=False,
+    )
+    for task, error in summary.failed.items():
+        print(f"failed: {task}: {error}", file=sys.stderr)
+    if summary.failed:
+        print(f"{len(summary.failed)} tasks failed; --retry-failed runs them again", file=sys.stderr)
+    return 1 if summary.failed else 0

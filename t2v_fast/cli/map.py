@@ -1,0 +1,37 @@
+"""``t2v-fast map``: an interactive map of stored embeddings, as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..analysis.distance import METRICS
+from .common import add_embeddings, console, families_of, load_embeddings
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser("map", help="an interactive map of stored embeddings, as one HTML page")
+    add_embeddings(parser)
+    parser.add_argument("--metric", default="cosine", choices=METRICS)
+    parser.add_argument("--output", type=Path, default=Path("map.html"), help="the HTML file (default: %(default)s)")
+    parser.add_argument("--title", default="Map of tasks")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the page."""
+    from ..analysis import page
+
+    names, embeddings = load_embeddings(arguments.embeddings)
+    page.write_map(
+        embeddings,
+        names,
+        arguments.output,
+        families=families_of(embeddings),
+        metric=arguments.metric,
+        title=arguments.title,
+    )
+    console.print(f"map -> {arguments.output}", markup=False)
+    return 0

@@ -1,0 +1,75 @@
+"""``t2v-fast select``: choose an expert for a task, and measure what such choices cost."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from ..analysis.distance import ALPHA, asymmetric_distance, pdist
+from ..files import write_csv
+from .common import add_embeddings, console, load_embeddings
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser("select", help="which expert to use for a task, and what such choices cost")
+    add_embeddings(parser)
+    parser.add_argument(
+        "--errors",
+        type=Path,
+        required=True,
+        help="CSV of test errors: a column for each expert, named as the task that it was trained on; a row for each "
+        "task; empty where an expert is not to be used",
+    )
+    parser.add_argument("--task", action="append", help="a task to choose for (default: all that have no errors yet)")
+    parser.add_argument("--alpha", type=float, default=ALPHA, help="of the asymmetric distance (default: %(default)s)")
+    parser.add_argument("--floor", type=float, default=0.0, help="the smallest error by which increases are divided")
+    parser.add_argument("--csv", type=Path, help="write the experts' distances from the tasks here")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the experts for each task, nearest first, and the cost of each way to choose."""
+    from ..analysis import selection
+
+    names, loaded = load_embeddings(arguments.embeddings)
+    known = dict(zip(names, loaded, strict=True))
+    if len(known) < len(names):
+        raise ValueError("two embeddings are of tasks of one name, so the table of errors does not say which is meant")
+    tasks, experts, errors = selection.read_errors(arguments.errors)
+    wanted = arguments.task or [name for name in names if name not in tasks]
+    for name in [*experts, *tasks, *wanted]:
+        if name not in known:
+            raise ValueError(f"no embedding of {name!r}: there are {', '.join(names)}")
+    of_experts, of_tasks = [known[name] for name in experts], [known[name] for name in tasks]
+    if wanted:
+        chosen_for = [known[name] for name in wanted]
+        distances = asymmetric_distance(of_experts, chosen_for, alpha=arguments.alpha)
+        model = selection.Model2Vec(arguments.alpha).fit(of_experts, of_tasks, errors)
+        learned = model.distances(chosen_for)
+        for k, name in enumerate(wanted):
+            table = Table("expert", "Model2Vec", "asymmetric", "symmetric", title=f"for {name}")
+            symmetric = pdist([*of_experts, known[name]])[-1, :-1]
+            for j in np.argsort(learned[:, k], kind="stable"):
+                row = (f"{d[j]:.4f}" for d in (learned[:, k], distances[:, k], symmetric))
+                table.add_row(Text(experts[j]), *row)
+            console.print(table)
+        if arguments.csv:
+            rows = [[e, *map(repr, row.tolist())] for e, row in zip(experts, learned, strict=True)]
+            write_csv(arguments.csv, [["expert", *wanted], *rows])
+            console.print(f"Model2Vec distances -> {arguments.csv}", markup=False)
+    table = Table(title="increase of the error over the best expert, on the tasks of the table")
+    header, *rows = selection.increase_rows(
+        selection.compare(of_experts, of_tasks, errors, alpha=arguments.alpha, floor=arguments.floor)
+    )
+    for column in header:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    return 0

@@ -1,0 +1,216 @@
+"""Batches: run a network over the batches of a loader, and say how each example is weighted and sampled.
+
+:func:`forward_passes` prepares a network and yields a function that turns a loader into :class:`Batch` objects. Every
+check that concerns a single batch is here. :class:`Schedule` follows the loader and gives the :class:`Draws` of each
+batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..gradients.fast_forward import fast_forward
+from ..gradients.recorder import FisherRecorder
+from ..gradients.self_check import SelfCheck
+from .allocation import seeds_of
+
+Forward = Callable[[nn.Module, Any], Tensor]
+Mask = Callable[[Any, Tensor | None], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch after its forward pass. The inputs are not kept, so that their memory is free for the next batch."""
+
+    size: int  # N, the number of examples
+    logits: Tensor  # [N, C], or [N, T, C] for tokens
+    labels: Tensor | None
+    mask: Tensor | None  # [N, T], true where a token counts; None where every token does, and for logits [N, C]
+
+    def count_tokens(self) -> Tensor:
+        """Count the tokens of each example that the mask keeps, float64 [N]."""
+        if self.mask is None:
+            return torch.full((self.size,), self.logits.shape[1], dtype=torch.float64)
+        return self.mask.cpu().bool().sum(1).double()
+
+
+@contextlib.contextmanager
+def forward_passes(
+    recorder: FisherRecorder,
+    forward: Forward,
+    device: str | torch.device,
+    mask: Mask = lambda inputs, labels: None,
+    *,
+    channels_last: bool = True,
+    self_check: bool = True,
+) -> Iterator[Callable[[Iterable[Any]], Iterator[Batch]]]:
+    """Prepare the recorder's network; yield a function that runs the network over a loader, batch after batch.
+
+    The network is as it was when the context ends. With ``self_check``, every forward pass is checked by
+    :class:`t2v_fast.gradients.self_check.SelfCheck`.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        recorder,
+        _unchanged_buffers(recorder.model),
+        fast_forward(recorder.model, forward, device, channels_last) as fast,
+    ):
+        check = SelfCheck(recorder, fast) if self_check else None
+
+        def run(loader: Iterable[Any]) -> Iterator[Batch]:
+            for index, batch in enumerate(loader):
+                inputs, labels = _split_batch(batch)
+                if labels is not None and not isinstance(labels, Tensor):
+                    labels = torch.as_tensor(labels)
+                inputs = tree_map(lambda t: _on_device(t, device), inputs)
+                n = _check_inputs(inputs, index)
+                if n == 0:
+                    continue
+                logits = _check_logits(check.forward(inputs) if check else fast(recorder.model, inputs), n)
+                valid = _check_mask(mask(inputs, labels), labels, logits) if logits.dim() == 3 else None
+                if check:
+                    check.batch(inputs, logits)
+                yield Batch(n, logits, labels, valid)
+
+        yield run
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How the examples of one batch are weighted and sampled."""
+
+    examples: Tensor | slice  # their numbers in the data set
+    weights: Tensor  # float64 [N]
+    inclusion: Tensor | None  # float64 [N], the probabilities of being visited; None where all of them are one
+    samples: int | Tensor  # cotangents of each example: one number for all, or int64 [N]
+    source: torch.Generator | Tensor  # of random numbers: one generator, or a seed for each example, int64 [N]
+
+
+class Schedule:
+    """The weights, inclusion probabilities, numbers of cotangents and random numbers of examples, batch after batch.
+
+    ``samples`` is one number for all examples, and the random numbers come from one generator in the order of the
+    loader. Or ``samples`` has one int64 entry for each example of the data set, and each example has its own seed.
+    ``weights`` and ``inclusion`` have one entry for each example of the data set. ``examples`` are the numbers of the
+    examples that the loader yields, in its order; by default 0, 1, 2 and so on.
+    """
+
+    def __init__(
+        self,
+        samples: int | Tensor,
+        seed: int,
+        weights: Tensor | None = None,
+        inclusion: Tensor | None = None,
+        examples: Tensor | None = None,
+    ) -> None:
+        self.samples, self.seed = samples, seed
+        self.weights, self.inclusion, self.examples = weights, inclusion, examples
+        self.generator = torch.Generator().manual_seed(seed)
+        self.seen = 0  # examples that batches have had so far
+
+    def take(self, n: int) -> Draws:
+        """Return the draws of the next ``n`` examples. Raise ValueError where the loader yields too many examples."""
+        begin, self.seen = self.seen, self.seen + n
+        examples: Tensor | slice = slice(begin, self.seen)
+        if self.examples is not None:
+            examples = self.examples[examples]
+            if len(examples) < n:
+                raise ValueError(f"the loader yields more than the allocation's {len(self.examples)} examples")
+        weights = torch.ones(n, dtype=torch.float64) if self.weights is None else self.weights[examples].double()
+        if len(weights) < n:
+            raise ValueError(f"weights has {len(self.weights)} entries but the loader yields more examples than that")
+        inclusion = None if self.inclusion is None else self.inclusion[examples]
+        if isinstance(self.samples, Tensor):
+            return Draws(examples, weights, inclusion, self.samples[examples], seeds_of(examples, self.seed))
+        return Draws(examples, weights, inclusion, self.samples, self.generator)
+
+    def check_finished(self) -> None:
+        """Raise ValueError unless the loader gave at least one example, and as many as expected."""
+        if self.seen == 0:
+            raise ValueError("the loader gave no example")
+        if self.examples is not None and len(self.examples) != self.seen:
+            raise ValueError(f"the allocation visits {len(self.examples)} examples but the loader gave {self.seen}")
+        if self.examples is None and self.weights is not None and len(self.weights) != self.seen:
+            raise ValueError(f"weights has {len(self.weights)} entries but the loader gave {self.seen}")
+
+    def mean_samples(self) -> int | float:
+        """Return the number of cotangents of an example, on average where the examples differ."""
+        if not isinstance(self.samples, Tensor):
+            return self.samples
+        samples = self.samples if self.examples is None else self.samples[self.examples]
+        return float(samples.double().mean())
+
+
+def _split_batch(batch: Any) -> tuple[Any, Tensor | None]:
+    """Split what a loader yields, (inputs, labels, ...), inputs alone or a mapping with "labels", into two."""
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        return batch[0], batch[1]
+    if isinstance(batch, (tuple, list)) and len(batch) == 1:
+        return batch[0], None
+    return batch, None
+
+
+def _on_device(t: Any, device: str | torch.device) -> Any:
+    """Move a tensor to the device. Autograd cannot save inference tensors, so they are copied."""
+    if not isinstance(t, Tensor):
+        return t
+    return t.to(device, copy=t.is_inference())
+
+
+def _check_inputs(inputs: Any, batch: int) -> int:
+    """Return the number of examples of a batch. Raise ValueError where floating-point inputs are not finite."""
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+    if not tensors:
+        raise TypeError(f"batch {batch} holds no tensor but {type(inputs).__name__}: expected tensors, examples first")
+    for t in tensors:
+        if t.is_floating_point() and not t.isfinite().all():
+            bad = int((~t.flatten(1).isfinite().all(1)).nonzero()[0]) if t.dim() > 1 else 0
+            raise ValueError(f"batch {batch}, example {bad}: the input has NaN or infinite values")
+    return tensors[0].shape[0]
+
+
+def _check_logits(logits: Any, n: int) -> Tensor:
+    """Raise an error unless these are the logits of n examples."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the model returned {type(logits).__name__}, expected logits [N, C]: pass forward=lambda model, x: ..."
+        )
+    if logits.dim() not in (2, 3) or logits.shape[0] != n:
+        raise ValueError(
+            f"the model gave logits {list(logits.shape)} for {n} examples, expected [{n}, C], or [{n}, T, C] for tokens"
+        )
+    return logits
+
+
+def _check_mask(mask: Tensor | None, labels: Tensor | None, logits: Tensor) -> Tensor | None:
+    """Raise ValueError unless the mask has an entry for each token of logits [N, T, C]."""
+    if mask is not None and mask.shape != logits.shape[:2]:
+        given = "" if labels is None else f", and the labels are {list(labels.shape)}"
+        raise ValueError(
+            f"the logits are {list(logits.shape)}, one row for each token, but the mask of the tokens that count is "
+            f"{list(mask.shape)}{given}: expected {list(logits.shape[:2])}. Give a label for each token, or let the "
+            "model pool its tokens (forward=...)"
+        )
+    return mask
+
+
+@contextlib.contextmanager
+def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers that a forward pass in training mode changes, such as batch norm's running statistics."""
+    before = [(b, b.clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for b, value in before:
+                b.copy_(value)

@@ -1,0 +1,83 @@
+"""Refuse what has no exact answer: hidden layers, examples that interact, layers that draw random numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from .fast_layers import NODES
+from .graph import Taps, UnsupportedError, find_taps
+
+# Nodes that hide the parameters used behind them from the graph, and what the user can do.
+HIDING = {
+    "CompiledFunctionBackward": "torch.compile hides the layers: pass the module that was compiled (its _orig_mod)",
+    "CheckpointFunctionBackward": "activation checkpointing hides the layers: switch it off",
+    "RegisterPostBackwardFunctionBackward": "FSDP2 (fully_shard) gathers the parameters outside of the graph: pass the "
+    "network before it is sharded",
+}
+
+
+def taps_of(output: Tensor, parameters: dict[str, Tensor], tell_apart: bool = False) -> Taps:
+    """Find every use of ``parameters`` in the graph of ``output`` [N, ...]; ``tell_apart`` as in :func:`find_taps`.
+
+    Raises UnsupportedError where a node of the graph hides layers, or where examples interact.
+    """
+    custom: list[str] = []
+
+    def met(node: Node, name: str) -> None:
+        if why := HIDING.get(name):
+            raise UnsupportedError(f"the autograd node {name} is in the way: {why}")
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and name not in NODES:
+            custom.append(name)
+
+    taps = find_taps(output, parameters, met, tell_apart)
+    if taps.unused and custom:
+        raise UnsupportedError(
+            f"the parameter {min(taps.unused)!r} is nowhere in the autograd graph, and the custom function "
+            f"{custom[0]}, which is, may hide it: leave the parameter out with parameters=..., or the function"
+        )
+    if (why := taps.ownership.interacting) is not None:
+        raise UnsupportedError(
+            f"the parameter {min(parameters)!r} and others have no per-example gradients: in what is computed from the "
+            f"network's input, {why}. Change the layer that mixes examples"
+        )
+    sharded = [name for name in sorted(taps.unused) if _is_sharded(parameters[name])]
+    if sharded:
+        raise UnsupportedError(
+            f"the parameter {sharded[0]!r} is a DTensor that the output does not depend on, as where FSDP2 "
+            "(fully_shard) gathers parameters outside of the graph: pass the network before it is sharded"
+        )
+    if parameters and taps.unused == parameters.keys():
+        raise UnsupportedError(
+            f"the output depends on none of the wanted parameters ({min(parameters)!r}, ...): run the forward pass "
+            "inside the recorder's context, with the same network, and without detaching"
+        )
+    for name, why in taps.interacting.items():
+        raise UnsupportedError(
+            f"the parameter {name!r} has no per-example gradient: {why}. Leave it out with parameters=..., or change "
+            "the layer"
+        )
+    return taps
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    return type(parameter).__module__.startswith("torch.distributed.tensor")
+
+
+def random_layer(model: nn.Module) -> str | None:
+    """The name and type of a layer in training mode that draws random numbers; None if there is none."""
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        kind = type(module).__name__
+        if isinstance(module, nn.RReLU):
+            return f"{name!r} ({kind})"
+        drops = "drop" in kind.lower() or isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+        if isinstance(module, nn.RNNBase) and module.num_layers == 1:
+            continue
+        for attribute in ("p", "drop_prob", "dropout") if drops else ():
+            value = getattr(module, attribute, None)
+            if isinstance(value, (int, float)) and value > 0:
+                return f"{name!r} ({kind}, {attribute}={value})"
+    return None
