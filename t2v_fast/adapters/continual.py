@@ -1,4 +1,4 @@
-"""Importances for elastic weight consolidation (Kirkpatrick et al., 2017), as continual learning asks for them."""
+"""Importances for elastic weight consolidation (Kirkpatrick et al., 2017), with the interfaces of two libraries."""
 
 from __future__ import annotations
 
@@ -27,15 +27,29 @@ def compute_importances(
     labels: str = "true",
     **options: Any,
 ) -> dict[str, Tensor]:
-    """The argument list of Avalanche's EWC plugin; returns {name: mean of squared per-example gradients}.
+    """Compute importances with the argument list of Avalanche's EWC plugin.
 
-    ``dataset`` yields (input, label, ...). ``criterion`` says what is learned: cross-entropy or binary cross-entropy
-    with logits, without class weights or label smoothing, whose likelihood would be another one. ``optimizer`` is not
-    used. ``labels``: ``"true"`` as Avalanche has it, or ``"all"``, ``"sample"``, ``"pred"`` (:func:`fim_diag`, which
-    also gets ``options``). The plugins square the mean gradient of each batch; this squares each example's, which
-    is what they compute at batch size 1.
+    The plugins square the mean gradient of each batch. This function squares the gradient of each example, which is
+    what the plugins compute at batch size 1.
 
-    Raises ValueError for another criterion.
+    Args:
+        model: The model, which is moved to ``device``.
+        criterion: The loss: cross-entropy, or binary cross-entropy with logits. Class weights and label smoothing are
+            refused, because they change the likelihood.
+        optimizer: Ignored.
+        dataset: A data set of (input, label, ...).
+        device: The device to run on.
+        batch_size: Examples in a batch.
+        num_workers: Processes that load data.
+        labels: Whose labels the gradients are of. ``"true"`` takes the data's, as Avalanche does. For ``"all"``,
+            ``"sample"`` and ``"pred"``, see :func:`~t2v_fast.adapters.fim.fim_diag`.
+        options: More arguments of :func:`~t2v_fast.adapters.fim.fim_diag`.
+
+    Returns:
+        The mean squared per-example gradient of each parameter, by name.
+
+    Raises:
+        ValueError: For another criterion.
     """
     task_type = next((kind for loss, kind in CRITERIA.items() if type(criterion) is loss), None)
     weighted = getattr(criterion, "weight", None) is not None or getattr(criterion, "pos_weight", None) is not None
@@ -50,12 +64,23 @@ def compute_importances(
 def online_ewc_fisher(
     net: nn.Module, train_loader: Iterable, device: str | torch.device, batch_size: int | None = None
 ) -> Tensor:
-    """What Mammoth's online EWC accumulates over a task, as it keeps it: one vector [P], parameter after parameter.
+    """Compute what Mammoth's online EWC accumulates over a task, in its layout.
 
-    The sum over examples of p(label) times the squared gradient of log p(label), divided by ``batch_size`` times the
-    number of batches, or by the number of examples where ``batch_size`` is None. ``train_loader`` yields (inputs,
-    labels, ...). The model runs in evaluation mode, in which examples are apart, and is left in its own. Raises
-    ValueError where there are no examples.
+    It is the sum over examples of p(label) times the squared gradient of log p(label), divided by a number of examples.
+    The model runs in evaluation mode, in which batch norm does not mix examples, and is left in its own mode.
+
+    Args:
+        net: The model, which is moved to ``device``.
+        train_loader: Batches of (inputs, labels, ...).
+        device: The device to run on.
+        batch_size: If given, the divisor is this number times the number of batches, as in Mammoth; otherwise it is
+            the number of examples.
+
+    Returns:
+        One vector with all parameters, in the order of ``net.named_parameters()``.
+
+    Raises:
+        ValueError: If there are no examples.
     """
     net.to(device)
     total: dict[str, Tensor] = {}

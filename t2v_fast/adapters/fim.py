@@ -1,4 +1,4 @@
-"""``fim_diag``: the diagonal Fisher of any model as a dictionary by parameter name."""
+"""The diagonal Fisher of any model as a dictionary by parameter name: :func:`fim_diag`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..estimation.estimator import fisher
 from ..gradients.recorder import ParameterFilter
 
 TASK_TYPES = {"classification": "softmax", "multi-label": "sigmoid", "regression": "gaussian"}
-# Whose labels the gradients are of, in the words of continual learning, and the estimator that stands for it.
+# Whose labels the gradients are of, in the words of continual learning, and the estimator that this means.
 LABELS = {"all": "exact", "sample": "monte_carlo", "pred": "empirical", "true": "empirical"}
 
 
@@ -30,16 +30,40 @@ def fim_diag(
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """The mean over examples of squared per-example gradients of the log-likelihood: {name: tensor of its shape}.
+    """Compute the mean over examples of the squared per-example gradients of the log-likelihood.
 
-    ``data_loader`` yields (input, label, ...). ``task_type``: ``"classification"``, ``"multi-label"`` or
-    ``"regression"`` (squared error / 2). ``labels``: ``"all"``, the expectation over the model's labels (the Fisher
-    itself); ``"sample"``, one drawn label an example (or ``samples``); ``"pred"``, the model's likeliest label;
-    ``"true"``, the data's (the empirical Fisher). ``estimator`` replaces the one that ``labels`` stands for, such as
-    ``"deflated"`` for many classes. ``options`` go to :func:`t2v_fast.fisher`. The model runs in evaluation mode, and
-    is left as it was. By default the parameters that require gradients, or all where none does.
+    The model runs in evaluation mode and is left in its own mode.
 
-    Raises ValueError for an unknown choice, and what :func:`t2v_fast.fisher` raises.
+    Args:
+        model: The model, from inputs to logits.
+        data_loader: Batches of (inputs, labels, ...).
+        task_type: ``"classification"``, ``"multi-label"``, or ``"regression"`` with half the squared error.
+        labels: Whose labels the gradients are of:
+
+            - ``"all"``: the expectation over the model's labels, which is the Fisher itself
+            - ``"sample"``: one label drawn from the model for each example, or ``samples`` labels
+            - ``"pred"``: the model's most likely label
+            - ``"true"``: the label in the data, which gives the empirical Fisher
+
+        parameters: The parameters, by default those that require gradients, or all if none does.
+        device: The device of the batches, by default that of the model.
+        estimator: Replaces the estimator that ``labels`` stands for; ``"deflated"`` is for many classes.
+        samples: Cotangents of a random or deflated estimator.
+        seed: The seed of random labels.
+        options: More arguments of :func:`t2v_fast.fisher`.
+
+    Returns:
+        A tensor of the parameter's shape for each parameter, by name.
+
+    Raises:
+        ValueError: For an unknown choice, and for what :func:`t2v_fast.fisher` refuses.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Linear(3, 2)
+        >>> batches = [(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))]
+        >>> {name: tuple(value.shape) for name, value in fim_diag(model, batches).items()}
+        {'weight': (2, 3), 'bias': (2,)}
     """
     for name, choice, known in (("task_type", task_type, TASK_TYPES), ("labels", labels, LABELS)):
         if choice not in known:
@@ -66,7 +90,7 @@ def fim_diag(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; every module's mode is put back."""
+    """Run the body with the model in evaluation mode, and put back the mode of every module."""
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
@@ -79,7 +103,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _predicted(
     model: nn.Module, data_loader: Iterable[Any], task_type: str, device: str | torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The inputs with the model's likeliest labels."""
+    """Yield the inputs with the model's most likely labels."""
     likeliest: Mapping[str, Callable[[Tensor], Tensor]] = {
         "classification": lambda z: z.argmax(1),
         "multi-label": lambda z: (z > 0).to(z.dtype),

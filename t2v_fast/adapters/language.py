@@ -1,12 +1,12 @@
-"""Task2Vec of text: a language model as the probe, and how diverse a collection of texts is by it.
+"""Task2Vec of text, with a language model as the probe, and the diversity of a collection of texts.
 
-The Fisher is that of the model's own predictions of next tokens, by its own head (Miranda et al., 2022, and Lee et al.,
-2023, arXiv 2306.13840, embed batches of text so, and call the mean distance between batches the diversity coefficient).
+The Fisher is that of the model's own predictions of the next token, with its own head. Miranda et al., 2022, and Lee et
+al., 2023 (arXiv 2306.13840) embed batches of text in this way, and call the mean distance between batches the diversity
+coefficient.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..analysis import distance
-from ..embedding import Embedding
+from ..embedding import Embedding, network_fingerprint
 from ..estimation.estimator import fisher
 from ..gradients.recorder import ParameterFilter, filter_axes_of
 from ..tasks.assemble import embedding_of, family_of
@@ -35,20 +35,31 @@ def embed_text(
     seed: int = 0,
     **options: Any,
 ) -> Embedding:
-    """The embedding of a collection of texts under a causal language model such as Hugging Face's GPT-2.
+    """Embed a collection of texts under a causal language model, such as Hugging Face's GPT-2.
 
-    ``batches`` yield token numbers [N, T], or mappings as a tokenizer makes them, with ``input_ids`` and, where texts
-    are padded, ``attention_mask`` [N, T]. Position t predicts token t + 1, so a position counts where both are there:
-    padding contributes nothing, and neither does a text's last token.
+    Position t predicts token t + 1, so a position counts if both tokens are there. Padding contributes nothing, and
+    neither does the last token of a text. The model runs in evaluation mode and is left in its own mode.
 
-    ``estimator`` and ``samples`` choose the cotangents, one backward pass each for all tokens of a batch
-    (``"monte_carlo"`` draws labels from the model, as the frontends do); ``level`` is ``"token"`` for the mean over
-    tokens, or ``"sequence"`` for the mean over texts of the sum of a text's tokens. ``parameters``, by default the
-    weights of all modules but embedding tables and the output head; their first axis is the filter, as in the public
-    code, unless ``filter_axis`` says otherwise. ``options`` go to :func:`t2v_fast.fisher`. The model runs in
-    evaluation mode and is left in its own.
+    Args:
+        model: A model that returns logits [N, T, C] for ``input_ids``, or an object with such ``logits``.
+        batches: Token numbers [N, T]; or mappings as tokenizers make them, with ``input_ids`` [N, T] and, for padded
+            texts, ``attention_mask`` [N, T].
+        name: The name of the collection, for ``meta["task"]``.
+        estimator: Chooses the cotangents, as in :func:`t2v_fast.fisher`. ``"monte_carlo"`` draws labels from the
+            model, as the frontends do.
+        samples: Cotangents, each of which costs one backward pass for all tokens of a batch.
+        level: ``"token"`` for the mean over tokens, or ``"sequence"`` for the mean over texts of the sum over a text's
+            tokens.
+        parameters: The parameters to embed, by default the weights of all modules but embedding tables and the output
+            head. Their first axis counts the filters, as in the public code, unless ``filter_axis`` says otherwise.
+        seed: The seed of random cotangents.
+        options: More arguments of :func:`t2v_fast.fisher`, such as ``filter_axis``.
 
-    Raises ValueError for text without a token that predicts another, and what :func:`t2v_fast.fisher` raises.
+    Returns:
+        The embedding, with an entry for each filter.
+
+    Raises:
+        ValueError: For texts in which no token is followed by another, and for what :func:`t2v_fast.fisher` refuses.
     """
     if parameters is None:
         parameters = _weights(model)
@@ -71,12 +82,13 @@ def embed_text(
         diagonal,
         {"task": name, "estimator": estimator, "samples": samples, "seed": seed},
         {
-            "probe": type(model).__name__,
-            "weights": digest_of(model.state_dict()),
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "layers": hashlib.sha256("\n".join(diagonal).encode()).hexdigest(),
-            "granularity": "filter",
-            "family": family_of(estimator),
+            **network_fingerprint(
+                type(model).__name__,
+                digest_of(model.state_dict()),
+                next(model.parameters()).dtype,
+                diagonal,
+                family_of(estimator),
+            ),
             "likelihood": "next token",
             "level": level,
             "filter_axis": {name: axis for name, axis in axes.items() if axis},
@@ -85,14 +97,32 @@ def embed_text(
 
 
 def diversity(embeddings: Sequence[Embedding], metric: str = "cosine") -> tuple[float, float]:
-    """The mean distance between pairs of embeddings of batches of one collection, and its standard error.
+    """Compute the mean distance between pairs of embeddings of one collection's batches, and its standard error.
 
-    The error is the jackknife's over batches, as the pairs of one batch are not independent. Raises ValueError for
-    fewer than two embeddings, and what :func:`t2v_fast.distance.pdist` raises.
+    The standard error is the jackknife's over batches, because the pairs that share a batch are not independent.
+
+    Args:
+        embeddings: The embeddings of at least two batches.
+        metric: A name in :data:`t2v_fast.analysis.distance.METRICS`.
+
+    Returns:
+        The mean and its standard error, which is NaN for two batches.
+
+    Raises:
+        ValueError: For fewer than two embeddings.
+        FingerprintMismatch: If the embeddings cannot be compared.
+
+    Example:
+        >>> from t2v_fast import Embedding
+        >>> def embedding(*values):
+        ...     return Embedding(np.array(values), np.ones(2), [("conv.weight", 0, 2)], 10)
+        >>> mean, error = diversity([embedding(1.0, 2.0), embedding(2.0, 1.0), embedding(1.0, 1.0)], "plain_cosine")
+        >>> round(mean, 4), round(error, 4)
+        (0.1009, 0.0991)
     """
     n = len(embeddings)
     if n < 2:
-        raise ValueError(f"a diversity is of at least 2 batches, got {n}")
+        raise ValueError(f"a diversity needs at least 2 batches, got {n}")
     distances = distance.pdist(embeddings, metric)
     total = np.triu(distances, 1).sum()
     mean = total / (n * (n - 1) / 2)
@@ -103,7 +133,7 @@ def diversity(embeddings: Sequence[Embedding], metric: str = "cosine") -> tuple[
 
 
 def _weights(model: nn.Module) -> list[str]:
-    """The weights of modules, without tables and the head; a tied head is the table itself."""
+    """Return the weights of modules, without embedding tables and the head. A tied head is the table itself."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     left_out = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or m is output for p in m.parameters()}
     return [
@@ -112,7 +142,7 @@ def _weights(model: nn.Module) -> list[str]:
 
 
 def _inputs(batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the model takes and a mask needs: tokens from which others are predicted get a label, others -100."""
+    """Return the model's inputs with labels: the next token where it is predicted, and -100 elsewhere."""
     batch = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     if "input_ids" not in batch:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Merging fine-tuned models: by their Fishers, and by arithmetic of task vectors.
+"""Merge fine-tuned models by their Fishers, or by arithmetic of task vectors.
 
 A model is given by its parameters, {name: tensor}: ``dict(model.named_parameters())`` or a state dict.
 """
@@ -19,20 +19,35 @@ def fisher_merge(
     weights: Sequence[float] | None = None,
     floor: float = 1e-6,
 ) -> dict[str, Tensor]:
-    """Each parameter's mean over models, weighted by its Fisher (Matena and Raffel, 2022, equation 4).
+    """Average models, with each parameter weighted by its Fisher (Matena and Raffel, 2022, equation 4).
 
-    ``fishers``: of each model, in the parameters' shapes (:func:`t2v_fast.adapters.fim.fim_diag`); a parameter without
-    one, such as a buffer, gets the plain mean of the models. ``weights``: of each model, default equal. ``floor``:
-    added to every Fisher, relative to the model's mean, so that entries that no task needs are averaged plainly; a
-    model's Fisher is divided by its mean first, or the least confident model would decide everything.
+    Each model's Fisher is first divided by its mean. Otherwise the least confident model would decide everything.
 
-    Raises ValueError for different numbers of models and Fishers, names or shapes.
+    Args:
+        models: The parameters of each model.
+        fishers: The Fisher of each model, in the parameters' shapes, from :func:`~t2v_fast.adapters.fim.fim_diag`. A
+            parameter without a Fisher, such as a buffer, gets the plain mean of the models.
+        weights: The weight of each model; equal by default.
+        floor: Added to every Fisher, as a fraction of the model's mean, so that entries that no task needs are averaged
+            plainly.
+
+    Returns:
+        The merged parameters. Those that are not floating-point numbers are the first model's.
+
+    Raises:
+        ValueError: If the numbers of models and Fishers differ, or names or shapes do.
+
+    Example:
+        >>> models = [{"w": torch.tensor([0.0, 0.0])}, {"w": torch.tensor([1.0, 1.0])}]
+        >>> fishers = [{"w": torch.tensor([3.0, 1.0])}, {"w": torch.tensor([1.0, 3.0])}]
+        >>> fisher_merge(models, fishers, floor=0)
+        {'w': tensor([0.2500, 0.7500])}
     """
     weights = [1.0] * len(models) if weights is None else list(weights)
     if not models or len(models) != len(fishers) or len(models) != len(weights):
         raise ValueError(f"{len(models)} models, {len(fishers)} Fishers, {len(weights)} weights: expected one of each")
     if min(weights) < 0 or not sum(weights) > 0:
-        raise ValueError(f"weights are {weights}, expected numbers of at least 0, and one above")
+        raise ValueError(f"weights are {weights}, expected numbers of at least 0, one of them above 0")
     _check_same(models)
     scales = []
     for index, found in enumerate(fishers):
@@ -62,7 +77,18 @@ def fisher_merge(
 
 
 def task_vector(pretrained: Parameters, finetuned: Parameters) -> dict[str, Tensor]:
-    """What fine-tuning added to each parameter (Ilharco et al., 2022): theta_finetuned - theta_pretrained."""
+    """Compute what fine-tuning added to each parameter (Ilharco et al., 2022).
+
+    Args:
+        pretrained: The parameters before fine-tuning.
+        finetuned: The parameters after fine-tuning.
+
+    Returns:
+        theta_finetuned - theta_pretrained, for the parameters that are floating-point numbers.
+
+    Raises:
+        ValueError: If names or shapes differ.
+    """
     _check_same([pretrained, finetuned])
     return {
         name: finetuned[name].detach() - value.detach()
@@ -74,9 +100,23 @@ def task_vector(pretrained: Parameters, finetuned: Parameters) -> dict[str, Tens
 def apply_task_vectors(
     pretrained: Parameters, vectors: Sequence[Parameters], coefficients: Sequence[float] | None = None
 ) -> dict[str, Tensor]:
-    """theta_pretrained + sum_t coefficient_t * vector_t: add tasks (1 or less each), or forget one (a negative number).
+    """Compute theta_pretrained + sum_t coefficient_t vector_t.
 
-    Raises ValueError where names or shapes differ.
+    Args:
+        pretrained: The parameters before fine-tuning.
+        vectors: Task vectors, from :func:`task_vector`.
+        coefficients: A number for each vector, by default 1: up to 1 to add a task, negative to forget one.
+
+    Returns:
+        The new parameters.
+
+    Raises:
+        ValueError: If names or shapes differ.
+
+    Example:
+        >>> before, after = {"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}
+        >>> apply_task_vectors(before, [task_vector(before, after)], [0.5])
+        {'w': tensor([2.])}
     """
     coefficients = [1.0] * len(vectors) if coefficients is None else list(coefficients)
     if len(coefficients) != len(vectors):

@@ -1,4 +1,4 @@
-"""Embeddings that the public Task2Vec code pickled, read without running anything in the files."""
+"""Read embeddings that the public Task2Vec code pickled, without running anything in the files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from ..embedding import Embedding
 
-# What a pickle of the public code's embedding needs, and nothing that does anything.
+# The names that a pickle of the public code's embedding needs. None of them has side effects.
 _ALLOWED = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
@@ -33,7 +33,7 @@ _ALLOWED = {
 
 
 class _State:
-    """Stands for the public code's Embedding; takes whatever state it had."""
+    """Takes the place of the public code's Embedding, with whatever state the pickle has."""
 
 
 class _Reader(pickle.Unpickler):
@@ -46,12 +46,20 @@ class _Reader(pickle.Unpickler):
 
 
 def read_embedding(path: str | os.PathLike) -> Embedding:
-    """The embedding in a pickle that the public code wrote.
+    """Read the embedding in a pickle that the public code wrote.
 
-    Nothing in the file is run: only arrays and plain values are taken. Its fingerprint says where it came from and how
-    long it is, so it can be compared with others of the kind but not with this library's. ``num_examples`` is 1: the
-    file does not say. :func:`t2v_fast.bank.export.public_pickle` writes one. Raises ValueError, naming the file, for
-    anything else than an embedding.
+    Nothing in the file is run: only arrays and plain values are taken.
+
+    Args:
+        path: The file. :func:`t2v_fast.bank.export.public_pickle` writes such files, too.
+
+    Returns:
+        The embedding. Its fingerprint says where it came from and how long it is, so it can be compared with others
+        from the public code, but not with embeddings that this library made. ``num_examples`` is 1, because the file
+        does not say how many there were.
+
+    Raises:
+        ValueError: For anything else than an embedding; the message names the file.
     """
     path = Path(path)
     try:
@@ -64,7 +72,7 @@ def read_embedding(path: str | os.PathLike) -> Embedding:
 
 
 def from_public(hessian: Any, scale: Any, meta: Any, task: str | None) -> Embedding:
-    """An embedding of the public code as this library has them; ``task`` names it where its meta does not."""
+    """Convert the fields of the public code's embedding; ``task`` is its name unless ``meta`` has one."""
     hessian, scale = (np.asarray(v, dtype=np.float64) for v in (hessian, scale))
     meta = dict(_plain(meta or {}))
     meta.setdefault("task", meta.get("task_name") or task)
@@ -73,7 +81,7 @@ def from_public(hessian: Any, scale: Any, meta: Any, task: str | None) -> Embedd
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and numpy's numbers as JSON has them."""
+    """Replace arrays and NumPy's numbers by lists and numbers, which JSON can hold."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -82,7 +90,11 @@ def _plain(value: Any) -> Any:
 
 
 def read_embeddings(folder: str | os.PathLike) -> Iterator[Embedding]:
-    """:func:`read_embedding` of every ``*.p`` and ``*.pkl`` of a folder, by name."""
+    """Read every ``*.p`` and ``*.pkl`` in a folder with :func:`read_embedding`, in the order of their names.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
     files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".p", ".pkl"))
     if not files:
         raise FileNotFoundError(f"{folder} has no file *.p or *.pkl")

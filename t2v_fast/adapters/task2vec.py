@@ -1,17 +1,17 @@
-"""The public Task2Vec code (aws-cv-task2vec and its forks): replaced, or given another Fisher in place.
+"""The public Task2Vec code (aws-cv-task2vec and its forks): a replacement for it, and a faster Fisher inside it.
 
-``accelerate(task2vec)`` gives a loaded module's class ``Task2Vec`` another ``montecarlo_fisher``; everything else of
-that code runs as before. Its own squares the mean gradient of batches of drawn labels with batch norm in training
-mode; this one is the Fisher: squares of each example's gradient, evaluation mode, every image once.
+The public code squares the mean gradient of batches, with drawn labels and batch norm in training mode. This library
+computes the Fisher itself: it squares the gradient of each example, in evaluation mode, with every image once.
 
-:class:`Task2Vec`, :class:`ProbeNetwork` and :class:`Embedding` take the place of the module's own, with its argument
-lists: ``mode="exact"`` as above, and ``mode="compat"`` for that code's numbers from the same seed.
+- :func:`accelerate` replaces the method ``montecarlo_fisher`` of a loaded module. Everything else of the public code
+  runs as before.
+- :class:`Task2Vec`, :class:`ProbeNetwork` and :class:`Embedding` replace the public code's classes and have the same
+  arguments. ``mode="exact"`` computes the Fisher, and ``mode="compat"`` the public code's numbers from the same seed.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from types import ModuleType
 from typing import Any
@@ -30,6 +30,7 @@ from ..tasks.data import balanced_weights
 from ..tasks.head import fit_head
 from .fim import evaluating
 from .pickles import from_public, read_embedding, read_embeddings
+from .probe_network import FromLayer, ProbeNetwork
 
 __all__ = [
     "Embedding",
@@ -42,18 +43,7 @@ __all__ = [
 ]
 
 _ORIGINAL = "_t2v_fast_original"
-BATCH = 64  # of the public code, unless its loader_opts have another
-
-
-class _From(nn.Module):
-    """A probe network entered at a layer."""
-
-    def __init__(self, probe: nn.Module, start: int) -> None:
-        super().__init__()
-        self.probe, self.start = probe, start
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.probe(x, start_from=self.start) if self.start else self.probe(x)
+BATCH = 64  # the public code's batch size, unless loader_opts has another
 
 
 def accelerate(
@@ -65,16 +55,24 @@ def accelerate(
     batch_scale: bool = False,
     **options: Any,
 ) -> None:
-    """Replace ``Task2Vec.montecarlo_fisher`` of the loaded module ``task2vec``; :func:`restore` undoes it.
+    """Replace the method ``Task2Vec.montecarlo_fisher`` of a loaded module; :func:`restore` undoes it.
 
-    The replacement sets ``grad2_acc`` (the parameter's shape) and ``grad_counter`` (the number of examples) of every
-    parameter above ``skip_layers``. ``estimator`` and ``samples`` as in :func:`t2v_fast.fisher`, to which ``options``
-    go; ``epochs`` multiplies ``samples`` of a random estimator and changes nothing else. ``balanced`` weighs examples
-    so that each class counts the same, as the public code's sampler does. ``batch_scale`` divides by the batch size:
-    the squared mean gradient of a batch is about that much smaller than the mean square.
+    The new method sets ``grad2_acc`` (of the parameter's shape) and ``grad_counter`` (the number of examples) of every
+    parameter above ``skip_layers``. The model runs in evaluation mode and is left in its own mode. The method raises
+    what :func:`t2v_fast.fisher` raises.
 
-    The model runs in evaluation mode and is left in its own. Raises TypeError for a module without the class, and when
-    called what :func:`t2v_fast.fisher` raises.
+    Args:
+        task2vec: The public code's module ``task2vec``, or that of a fork.
+        estimator: The estimator, as in :func:`t2v_fast.fisher`.
+        samples: Cotangents an image. The argument ``epochs`` of ``montecarlo_fisher`` multiplies this number, except
+            for ``"exact"`` and ``"empirical"``, and does nothing else.
+        balanced: Weight the examples so that each class counts the same, as the public code's sampler does.
+        batch_scale: Divide by the batch size, because the squared mean gradient of a batch is about that much smaller
+            than the mean square.
+        options: More arguments of :func:`t2v_fast.fisher`.
+
+    Raises:
+        TypeError: For a module without such a class.
     """
     owner = getattr(task2vec, "Task2Vec", None)
     if not isinstance(owner, type) or not callable(getattr(owner, "montecarlo_fisher", None)):
@@ -90,7 +88,7 @@ def accelerate(
 
 
 def restore(task2vec: ModuleType) -> None:
-    """Undo :func:`accelerate`. Does nothing to a module that was not accelerated."""
+    """Undo :func:`accelerate`. A module that was not accelerated stays as it is."""
     owner = getattr(task2vec, "Task2Vec", None)
     if hasattr(owner, _ORIGINAL):
         owner.montecarlo_fisher = getattr(owner, _ORIGINAL)
@@ -116,7 +114,7 @@ def _fisher_of(
     if balanced and not task2vec.bernoulli:
         _, codes = torch.unique(torch.as_tensor(_labels(dataset)), return_inverse=True)
         weights = balanced_weights(codes, int(codes.max()) + 1)
-    entered = _From(model, start)
+    entered = FromLayer(model, start)
     inside = [model] if not start else [m for m in model.layers[start:] if isinstance(m, nn.Module)]
     wanted = [p for m in inside for p in m.parameters()]
     names = {name for name, p in entered.named_parameters() if any(p is w for w in wanted)}
@@ -136,14 +134,14 @@ def _fisher_of(
     for name, p in entered.named_parameters():
         p.grad_counter = 0
         if hasattr(p, "grad2_acc"):
-            del p.grad2_acc  # of another task
+            del p.grad2_acc  # from an earlier task
         if name in found:
             p.grad2_acc = (found[name] / batch if batch_scale else found[name]).to(p)
             p.grad_counter = found.num_examples
 
 
 def _some(dataset: Dataset, count: int | None) -> Dataset:
-    """That many examples, drawn by a seed of their own, or all."""
+    """Return ``count`` examples drawn with a fixed seed, or all examples."""
     if count is None or count >= len(dataset):
         return dataset
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
@@ -151,7 +149,7 @@ def _some(dataset: Dataset, count: int | None) -> Dataset:
 
 
 def _labels(dataset: Any) -> Any:
-    """The labels, without loading an image where the data set keeps them apart, as the public code looks for them."""
+    """Return the labels, without loading images if the public code knows where the data set keeps its labels."""
     if isinstance(dataset, Subset):
         whole = _labels(dataset.dataset)
         return [whole[i] for i in dataset.indices]
@@ -164,92 +162,51 @@ def _labels(dataset: Any) -> Any:
 
 
 class Embedding:
-    """What the public code calls an embedding: ``hessian`` and ``scale`` [D], and ``meta``, which may be None."""
+    """The embedding of the public code.
+
+    Args:
+        hessian: The Fisher values [D].
+        scale: The scales [D].
+        meta: Facts about the task, which may be None.
+    """
 
     def __init__(self, hessian: Any, scale: Any, meta: Mapping[str, Any] | None = None) -> None:
         self.hessian, self.scale, self.meta = np.array(hessian), np.array(scale), meta
 
     def convert(self, task: str | None = None) -> library.Embedding:
-        """As this library's distances, selection and banks take it; ``task`` is its name there."""
+        """Convert to the embedding that this library's distances, selection and banks take, under the name ``task``."""
         return from_public(self.hessian, self.scale, self.meta, task)
-
-
-class ProbeNetwork(nn.Module, ABC):
-    """A network that can be entered at one of its ``layers``, the last of which is the linear ``classifier``.
-
-    ``layers`` holds modules and functions, in the order in which :meth:`forward` applies them.
-    """
-
-    layers: Sequence[Callable[[Tensor], Tensor]]
-
-    @property
-    @abstractmethod
-    def classifier(self) -> nn.Linear: ...
-
-    def forward(self, x: Tensor, start_from: int = 0) -> Tensor:
-        for layer in self.layers[start_from:]:
-            x = layer(x)
-        return x
-
-    @staticmethod
-    def of(model: nn.Module, num_classes: int | None = None, image_size: int = 64) -> ProbeNetwork:
-        """A probe of a network that applies its children in order and ends in a linear layer, such as a ResNet.
-
-        Features are flattened before that layer, which is replaced by one of ``num_classes`` outputs if given. The
-        modules are the model's own. Raises ValueError for a network that does anything else, found by running it.
-        """
-        return _Children(model, num_classes, image_size)
-
-
-class _Children(ProbeNetwork):
-    def __init__(self, model: nn.Module, num_classes: int | None, image_size: int) -> None:
-        super().__init__()
-        names = [name for name, _ in model.named_children()]
-        head = getattr(model, names[-1]) if names else None
-        if not isinstance(head, nn.Linear):
-            raise ValueError(f"{type(model).__name__} does not end in a linear layer but in {type(head).__name__}")
-        for name in names[:-1]:
-            self.add_module(name, getattr(model, name))
-        self.fc = head
-        self.layers = [*(getattr(self, name) for name in names[:-1]), _flatten, head]
-        with evaluating(model), torch.no_grad():
-            self.train(False)
-            x = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-            x = x.to(next(model.parameters()))
-            try:
-                same = torch.allclose(self(x), model(x), rtol=1e-4, atol=1e-6)
-            except RuntimeError:
-                same = False
-        self.train(model.training)
-        if not same:
-            raise ValueError(
-                f"{type(model).__name__} is not its children one after the other: derive from ProbeNetwork and "
-                "list its layers"
-            )
-        if num_classes is not None and num_classes != head.out_features:
-            self.layers[-1] = self.fc = nn.Linear(head.in_features, num_classes).to(head.weight)
-
-    @property
-    def classifier(self) -> nn.Linear:
-        return self.fc
-
-
-def _flatten(x: Tensor) -> Tensor:
-    return x.flatten(1)
 
 
 MODES = ("exact", "compat")
 
 
 class Task2Vec:
-    """The public code's class, argument for argument.
+    """The public code's class, with its arguments.
 
-    ``mode="exact"``: the Fisher of each example in evaluation mode, each image once and each class with the same
-    weight; the head is fitted to convergence, or as ``classifier_opts`` says where it says anything; ``batch_scale``
-    and ``options`` (``estimator``, ``samples``, ...) as in :func:`accelerate`. ``mode="compat"``: that code's numbers
-    from the same seed, to rounding: squares of the mean gradient of balanced batches that are drawn with replacement,
-    batch norm in training mode, its rule for ``max_samples``. ``loader_opts``: ``batch_size`` (64), ``num_workers``
-    (0), ``num_samples`` (10,000), ``drop_last`` (True), the last two for draws.
+    ``mode="exact"`` computes the Fisher of each example in evaluation mode, with each image once and the same weight
+    for each class, and fits the classifier to convergence. ``mode="compat"`` gives the public code's numbers from the
+    same seed, to rounding: squares of the mean gradient of balanced batches that are drawn with replacement, batch norm
+    in training mode, and its rule for ``max_samples``.
+
+    Args:
+        model: The probe.
+        skip_layers: The layer of the probe at which the Fisher begins.
+        max_samples: How many examples to use, by default all.
+        classifier_opts: How to fit the classifier: ``optimizer``, ``learning_rate``, ``weight_decay`` and ``epochs``,
+            as in the public code. With ``mode="exact"``, giving any of them replaces the fit to convergence.
+        method: ``"montecarlo"`` or ``"variational"``.
+        method_opts: Arguments of :meth:`montecarlo_fisher` or :meth:`variational_fisher`.
+        loader_opts: ``batch_size`` (64), ``num_workers`` (0), and for draws ``num_samples`` (10,000) and ``drop_last``
+            (True).
+        bernoulli: Whether the labels are independent zeros and ones.
+        mode: ``"exact"`` or ``"compat"``.
+        batch_scale: As in :func:`accelerate`; for ``mode="exact"``.
+        options: ``estimator``, ``samples``, ``balanced`` and other arguments of :func:`accelerate`; for
+            ``mode="exact"``.
+
+    Raises:
+        ValueError: For an unknown mode or method, and for options that do not fit.
     """
 
     def __init__(
@@ -285,7 +242,7 @@ class Task2Vec:
         self.loss_fn = nn.BCEWithLogitsLoss() if bernoulli else nn.CrossEntropyLoss()
 
     def embed(self, dataset: Dataset) -> Embedding:
-        """Fit the classifier on the data set of (image, label), compute the Fisher, and read the embedding from it."""
+        """Fit the classifier to a data set of (image, label), compute the Fisher, and return the embedding."""
         if self.mode == "exact":
             dataset = _some(dataset, self.max_samples)
         inputs, features, targets = self._cache_features(dataset)
@@ -296,12 +253,12 @@ class Task2Vec:
         return self.extract_embedding(self.model)
 
     def compute_fisher(self, dataset: Dataset) -> None:
-        """By ``method`` with ``method_opts``; of a data set of what enters layer ``skip_layers``."""
+        """Run ``method`` with ``method_opts`` on a data set of what enters layer ``skip_layers``."""
         run = {"variational": self.variational_fisher, "montecarlo": self.montecarlo_fisher}[self.method]
         run(dataset, **self.method_opts)
 
     def montecarlo_fisher(self, dataset: Dataset, epochs: int = 1) -> None:
-        """Sets ``grad2_acc`` and ``grad_counter`` of the parameters above ``skip_layers``."""
+        """Set ``grad2_acc`` and ``grad_counter`` of the parameters above ``skip_layers``."""
         self._forget()
         if self.mode == "exact":
             options = {"estimator": "deflated", "samples": 2, "balanced": True, **self.options}
@@ -333,7 +290,10 @@ class Task2Vec:
         self.model.zero_grad()
 
     def variational_fisher(self, dataset: Dataset, epochs: int = 1, beta: float = 1e-7) -> None:
-        """Set ``logvar0`` and ``loglambda2`` of the layers above ``skip_layers``, as in :mod:`.variational`."""
+        """Set ``logvar0`` and ``loglambda2`` of the layers above ``skip_layers``.
+
+        :mod:`t2v_fast.estimation.variational` describes the method and its ``beta``.
+        """
         self._forget()
         model, compat = self.model, self.mode == "compat"
         inside = {
@@ -355,7 +315,7 @@ class Task2Vec:
         model.train(compat)
         try:
             found = variational_fisher(
-                _From(model, self.skip_layers),
+                FromLayer(model, self.skip_layers),
                 batches,
                 list(noisy),
                 head=model.classifier.parameters(),
@@ -372,7 +332,13 @@ class Task2Vec:
             m.loglambda2 = found.log_prior[name]
 
     def extract_embedding(self, model: nn.Module) -> Embedding:
-        """What the last Fisher left: an entry for each filter of each module but the classifier, no biases."""
+        """Read the embedding that the last Fisher left in ``model``.
+
+        It has an entry for each filter of each module but the classifier, and none for biases.
+
+        Raises:
+            ValueError: If no Fisher was computed.
+        """
         hessian, scale = [], []
         for m in model.modules():
             if m is model.classifier:
@@ -389,7 +355,7 @@ class Task2Vec:
         return Embedding(*(torch.cat(parts).detach().cpu().numpy() for parts in (hessian, scale)))
 
     def _forget(self) -> None:
-        """What an earlier Fisher left."""
+        """Delete what an earlier Fisher left."""
         for m in self.model.modules():
             for name in ("logvar0", "loglambda2"):
                 if hasattr(m, name):
@@ -399,7 +365,10 @@ class Task2Vec:
                 del p.grad2_acc
 
     def _cache_features(self, dataset: Dataset) -> tuple[Tensor | None, Tensor, Tensor]:
-        """What enters layer ``skip_layers``, unless that is the first, what enters the classifier, and the labels."""
+        """Return what enters layer ``skip_layers``, what enters the classifier, and the labels.
+
+        The first of these is None if ``skip_layers`` is 0.
+        """
         size = self.loader_opts.get("batch_size", BATCH)
         loader = DataLoader(dataset, size, num_workers=self.loader_opts.get("num_workers", 0))
         batches = len(loader)
@@ -468,7 +437,10 @@ class Task2Vec:
                 steps.step()
 
     def _draw(self, dataset: Dataset, generator: torch.Generator | None = None) -> DataLoader:
-        """Batches drawn with replacement, each class as often as the others, by torch's own generator if None."""
+        """Return batches drawn with replacement, each class as often as the others.
+
+        Without a generator, the draws come from torch's global one.
+        """
         options = {"batch_size": BATCH, "num_workers": 0, "num_samples": 10_000, "drop_last": True, **self.loader_opts}
         if isinstance(dataset, TensorDataset):
             options["num_workers"] = 0

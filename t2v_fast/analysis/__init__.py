@@ -1,1 +1,1 @@
-"""What embeddings say: distances, selection of feature extractors, pictures, the map."""
+"""Analyses of embeddings: distances, the choice of feature extractors, pictures and the map."""

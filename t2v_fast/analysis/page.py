@@ -1,4 +1,4 @@
-"""A map of tasks as one HTML page that needs no network: hovering shows a task, its neighbours and its layers."""
+"""A map of tasks as one HTML page that needs no network; hovering over a task shows its neighbours and layers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 from ..embedding import Embedding
 from ..files import write_atomically
 from .distance import pdist
-from .plot import FAMILY_COLOURS, coordinates, layer_means
+from .plot import coordinates, family_style, layer_means
 
-NEIGHBOURS = 5
-SYMBOLS = ("circle", "square", "triangle-up", "diamond")  # families beyond the colours differ by their mark
+NEIGHBOURS = 5  # nearest tasks that are shown
+SYMBOLS = ("circle", "square", "triangle-up", "diamond")  # Plotly's names of t2v_fast.analysis.plot.MARKERS
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -93,11 +93,24 @@ def write_map(
     metric: str = "cosine",
     title: str = "Map of tasks",
 ) -> None:
-    """Write the map of ``embeddings`` [T], at least two, to an HTML file of some 5 MB that holds all that it shows.
+    """Write a map of tasks to an HTML file of about 5 MB, which loads nothing from the network.
 
-    Places follow the distances of ``metric`` (:func:`t2v_fast.analysis.plot.coordinates`); hovering over a task shows
-    its nearest tasks and each layer's mean Fisher value. ``families`` [T] colour the tasks. Raises ValueError for fewer
-    than two tasks or infinite distances, ImportError without plotly.
+    The places of the tasks are their :func:`~t2v_fast.analysis.plot.coordinates`. Hovering over a task shows its
+    nearest tasks and the mean Fisher value of each layer.
+
+    Args:
+        embeddings: T comparable embeddings, at least two.
+        names: The names [T] of the tasks.
+        path: The file to write.
+        families: The family [T] of each task, which sets its colour and marker.
+        metric: A name in :data:`t2v_fast.analysis.distance.METRICS`. An asymmetric distance is averaged with its
+            mirror image.
+        title: The title of the page.
+
+    Raises:
+        ValueError: For fewer than two tasks, and for infinite distances.
+        FingerprintMismatch: If the embeddings cannot be compared.
+        ImportError: Without plotly.
     """
     from plotly.offline import get_plotlyjs
 
@@ -123,17 +136,18 @@ def write_map(
                 "layers": [v or None for v in layers[k].tolist()],  # a logarithmic axis has no zero
             }
         )
+    styles = [family_style(k) for k in range(len(kinds))]
     data = {
         "tasks": tasks,
         "families": kinds,
-        "colours": [FAMILY_COLOURS[k % len(FAMILY_COLOURS)] for k in range(len(kinds))],
-        "symbols": [SYMBOLS[k // len(FAMILY_COLOURS) % len(SYMBOLS)] for k in range(len(kinds))],
+        "colours": [colour for colour, _ in styles],
+        "symbols": [SYMBOLS[marker] for _, marker in styles],
         "layers": embeddings[0].layer_names,
         "range": [float(np.log10(positive.min())) - 0.2, float(np.log10(positive.max())) + 0.2]
         if positive.size
         else [],
     }
-    # Within a script element nothing but "<" can end it or open a comment.
+    # Only "<" can end a script element or open a comment in it.
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     page = _PAGE.format(title=html.escape(title), plotly=get_plotlyjs(), data=text)
     write_atomically(path, page.encode())

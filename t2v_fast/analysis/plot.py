@@ -1,4 +1,8 @@
-"""Pictures, PNG or SVG by the file's name: distances between tasks, their layers, the roofline of a profile."""
+"""Pictures of tasks: distances between them, their layers and images, and the roofline of a profile.
+
+The suffix of a file's name, ``.png`` or ``.svg``, chooses the format. A file is replaced only once its picture is
+complete. Letters for shapes: T (tasks), L (layers).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,15 +21,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..embedding import Embedding
-    from ..estimation.profiling import Profile
 
 DPI = 150
 FORMATS = ("png", "svg")
-# Okabe and Ito's colours, which most colour-blind people can tell apart, dark enough for text on white; then Tol's.
+# Okabe and Ito's colours, which most colour-blind people can tell apart, where needed darkened for text on white; then
+# Tol's.
 FAMILY_COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#AA4499", "#8A6D00", "#56B4E9", "#444444"),
     *("#882255", "#117733", "#332288", "#999933", "#CC6677", "#44AA99", "#BB8800"),
 )
+MARKERS = "os^D"  # of families, one after the other each time that the colours are used up
+
+
+def family_style(k: int) -> tuple[str, int]:
+    """Return the colour of family number ``k``, and the place of its marker in :data:`MARKERS`."""
+    return FAMILY_COLOURS[k % len(FAMILY_COLOURS)], k // len(FAMILY_COLOURS) % len(MARKERS)
 
 
 def heatmap(
@@ -37,10 +47,29 @@ def heatmap(
     title: str | None = None,
     label: str = "cosine distance",
 ) -> None:
-    """Draw distances [T, T] as a heat map with rows and columns in the order of an average-linkage clustering.
+    """Draw distances as a heat map, with rows and columns in the order of an average-linkage clustering.
 
-    ``families`` [T] colour the names. The file at ``path`` is replaced only once the picture is complete.
-    Raises ValueError for distances that are no symmetric matrix of finite numbers.
+    Args:
+        distances: A symmetric matrix [T, T].
+        names: The names [T] of the tasks.
+        path: The file to write, ``.png`` or ``.svg``.
+        families: The family [T] of each task, which colours its name.
+        title: The title of the picture.
+        label: The label of the colour scale.
+
+    Raises:
+        ValueError: For distances that are not a symmetric matrix of finite numbers with at least two tasks, and for
+            another suffix of the file's name.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> distances = np.array([[0.0, 0.1, 0.7], [0.1, 0.0, 0.6], [0.7, 0.6, 0.0]])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     heatmap(distances, ["cats", "dogs", "cars"], Path(folder) / "map.svg")
+        ...     [file.name for file in Path(folder).iterdir()]
+        ['map.svg']
     """
     from matplotlib.figure import Figure
     from scipy.cluster.hierarchy import dendrogram
@@ -48,7 +77,7 @@ def heatmap(
     t = len(names)
     distances = _check_distances(distances, t)
     tree = _tree(distances)
-    # Everything is placed in inches: automatic layouts keep neither the tree's leaves on the map's rows nor long names.
+    # Everything is placed in inches, because automatic layouts move the tree's leaves off the map's rows and cut names.
     side = t * max(0.28, min(0.42, 9 / t))
     names_width = 0.2 + 0.075 * max(map(len, names))
     left, bottom = 1.3, 0.2 + 0.9 * names_width
@@ -60,7 +89,7 @@ def heatmap(
     order = dendrogram(
         tree, ax=branches, orientation="left", no_labels=True, color_threshold=0, above_threshold_color="#777777"
     )["leaves"]
-    branches.set_ylim(10 * t, 0)  # leaves are 10 apart; the first on top, as the first row of the map
+    branches.set_ylim(10 * t, 0)  # leaves are 10 apart, and the first is on top like the map's first row
     branches.set_axis_off()
     image = axes.imshow(distances[np.ix_(order, order)], cmap="viridis", aspect="auto")
     axes.set_xticks(range(t), [names[k] for k in order], rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
@@ -91,7 +120,7 @@ def _check_distances(distances: np.ndarray, t: int) -> np.ndarray:
 
 
 def _tree(distances: np.ndarray) -> np.ndarray:
-    """Average linkage [T - 1, 4] of a square matrix, neighbours in the best order."""
+    """Return the average linkage [T - 1, 4] of a square matrix, with similar leaves next to each other."""
     from scipy.cluster.hierarchy import linkage, optimal_leaf_ordering
     from scipy.spatial.distance import squareform
 
@@ -107,7 +136,18 @@ def dendrogram(
     families: Sequence[str] | None = None,
     label: str = "cosine distance",
 ) -> None:
-    """Draw the average-linkage tree of distances [T, T]. Arguments and errors as :func:`heatmap`."""
+    """Draw the tree of an average-linkage clustering.
+
+    Args:
+        distances: A symmetric matrix [T, T].
+        names: The names [T] of the tasks.
+        path: The file to write, ``.png`` or ``.svg``.
+        families: The family [T] of each task, which colours its name.
+        label: The label of the axis of distances.
+
+    Raises:
+        ValueError: As :func:`heatmap`.
+    """
     from matplotlib.figure import Figure
     from scipy.cluster import hierarchy
 
@@ -127,9 +167,25 @@ def dendrogram(
 
 
 def coordinates(distances: np.ndarray) -> np.ndarray:
-    """Places [T, 2] whose distances approach a symmetric matrix [T, T]: classical multidimensional scaling.
+    """Place tasks in the plane so that their distances approach a matrix: classical multidimensional scaling.
 
-    Torgerson, 1952: the two leading eigenvectors of the doubly centred squares. Signs make the largest entry positive.
+    The places are the two leading eigenvectors of the doubly centred squared distances (Torgerson, 1952). The signs
+    make the largest entry of each positive.
+
+    Args:
+        distances: A symmetric matrix [T, T].
+
+    Returns:
+        The places [T, 2].
+
+    Raises:
+        ValueError: As :func:`heatmap`.
+
+    Example:
+        >>> import numpy as np
+        >>> coordinates(np.array([[0.0, 3.0], [3.0, 0.0]])).round(2) + 0.0
+        array([[ 1.5,  0. ],
+               [-1.5,  0. ]])
     """
     distances = _check_distances(distances, len(distances))
     squares = np.square(distances)
@@ -146,37 +202,54 @@ def task_map(
     *,
     families: Sequence[str] | None = None,
 ) -> None:
-    """Draw tasks in the plane (:func:`coordinates`). Arguments and errors as :func:`heatmap`."""
+    """Draw tasks as points in the plane, at their :func:`coordinates`.
+
+    Args:
+        distances: A symmetric matrix [T, T].
+        names: The names [T] of the tasks.
+        path: The file to write, ``.png`` or ``.svg``.
+        families: The family [T] of each task, which sets its colour and marker.
+
+    Raises:
+        ValueError: As :func:`heatmap`.
+    """
     from matplotlib.figure import Figure
 
     places = coordinates(_check_distances(distances, len(names)))
     kinds = sorted(set(families)) if families is not None else []
-    colours = _colours(kinds)
     figure = Figure(figsize=(9, 7), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     for k, (x, y) in enumerate(places):
-        colour = colours[families[k]] if families is not None else FAMILY_COLOURS[0]
-        marker = _marker(kinds, families[k]) if families is not None else "o"
-        axes.plot(x, y, marker, color=colour, markersize=5)
+        colour, marker = family_style(kinds.index(families[k]) if families is not None else 0)
+        axes.plot(x, y, MARKERS[marker], color=colour, markersize=5)
         axes.annotate(names[k], (x, y), (3, 3), textcoords="offset points", fontsize=7, color=colour)
     axes.set(xticks=[], yticks=[])
     axes.set_aspect("equal", "datalim")
     if len(kinds) > 1:
-        handles = _handles(colours)
-        for handle, kind in zip(handles, kinds, strict=True):
-            handle.set_marker(_marker(kinds, kind))
+        handles = _handles(kinds)
+        for k, handle in enumerate(handles):
+            handle.set_marker(MARKERS[family_style(k)[1]])
         axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, fontsize=8)
     _write(figure, path)
 
 
 def layer_means(embeddings: Sequence[Embedding]) -> np.ndarray:
-    """The mean Fisher value of each layer, [T, L], of comparable embeddings."""
+    """Return the mean Fisher value of each layer, [T, L], for T comparable embeddings."""
     stacked = stack(embeddings)
     return np.stack([stacked[:, start:stop].mean(1) for _, start, stop in embeddings[0].layers], 1)
 
 
 def layer_profile(embeddings: Sequence[Embedding], names: Sequence[str], path: str | os.PathLike) -> None:
-    """Draw the mean Fisher value of each layer, a line a task [T], from the first layer to the last."""
+    """Draw the mean Fisher value of each layer, from the first layer to the last, with one line a task.
+
+    Args:
+        embeddings: T comparable embeddings.
+        names: The names [T] of the tasks.
+        path: The file to write, ``.png`` or ``.svg``.
+
+    Raises:
+        FingerprintMismatch: If the embeddings cannot be compared.
+    """
     from matplotlib.figure import Figure
 
     means = layer_means(embeddings)
@@ -192,29 +265,22 @@ def layer_profile(embeddings: Sequence[Embedding], names: Sequence[str], path: s
     _write(figure, path)
 
 
-def _colours(kinds: Sequence[str]) -> dict[str, str]:
-    return {kind: FAMILY_COLOURS[k % len(FAMILY_COLOURS)] for k, kind in enumerate(kinds)}
-
-
-def _marker(kinds: Sequence[str], kind: str) -> str:
-    """Families beyond the colours differ by their mark."""
-    return "os^D"[kinds.index(kind) // len(FAMILY_COLOURS) % 4]
-
-
-def _handles(colours: dict[str, str]) -> list:
+def _handles(kinds: Sequence[str]) -> list:
+    """Return the entries of a legend of families."""
     from matplotlib.lines import Line2D
 
-    return [Line2D([], [], marker="s", linestyle="", color=colour, label=kind) for kind, colour in colours.items()]
+    return [
+        Line2D([], [], marker="s", linestyle="", color=family_style(k)[0], label=kind) for k, kind in enumerate(kinds)
+    ]
 
 
 def _colour_names(axes, labels: Sequence, families: Sequence[str]) -> None:
-    """Give each label the colour of its family, and the axes a legend on top."""
+    """Draw each label in the colour of its family, and a legend above the axes."""
     kinds = sorted(set(families))
-    colours = _colours(kinds)
     for label, family in zip(labels, families, strict=True):
-        label.set_color(colours[family])
+        label.set_color(family_style(kinds.index(family))[0])
     axes.legend(
-        handles=_handles(colours),
+        handles=_handles(kinds),
         loc="lower center",
         bbox_to_anchor=(0.5, 1),
         ncols=len(kinds) if len(kinds) < 6 else 4,
@@ -230,7 +296,14 @@ def contact_sheet(
     *,
     captions: Sequence[str] | None = None,
 ) -> None:
-    """Draw a few example images of each task: ``images[task][k]`` uint8 [H, W] or [H, W, 3]; ``captions`` [T]."""
+    """Draw a few example images of each task, one row a task.
+
+    Args:
+        images: The images of each task, ``images[task][k]``, uint8 [H, W] or [H, W, 3].
+        names: The names [T] of the tasks.
+        path: The file to write, ``.png`` or ``.svg``.
+        captions: A second line [T] under each name.
+    """
     from matplotlib.figure import Figure
 
     columns = max(len(row) for row in images)
@@ -256,10 +329,26 @@ def contact_sheet(
     _write(figure, path)
 
 
-def roofline(profile: Profile, path: str | os.PathLike) -> None:
-    """Every layer of a profile as a point, its rate over its flops a byte, under the machine's two limits.
+class MeasuredProfile(Protocol):
+    """What :func:`roofline` reads of a :class:`~t2v_fast.estimation.profiling.Profile`."""
 
-    The file at ``path`` is replaced only once the picture is complete.
+    layers: Any
+    machine: Any
+    examples: int
+    threads: int
+    dtype: str
+    fisher: float
+
+
+def roofline(profile: MeasuredProfile, path: str | os.PathLike) -> None:
+    """Draw every layer of a profile as a point under the two limits of the machine (Williams et al., 2009).
+
+    A point's height is the layer's rate in flops a second, and its place along the axis is its flops a byte. Its area
+    is its share of the time.
+
+    Args:
+        profile: The result of :func:`t2v_fast.profile`.
+        path: The file to write, ``.png`` or ``.svg``.
     """
     from matplotlib.figure import Figure
 
@@ -290,8 +379,8 @@ def roofline(profile: Profile, path: str | os.PathLike) -> None:
 def _write(figure: Figure, path: str | os.PathLike) -> None:
     kind = Path(path).suffix.lower().removeprefix(".")
     if kind not in FORMATS:
-        raise ValueError(f"{path}: pictures are written as {' or '.join(FORMATS)}, by the file's name")
+        raise ValueError(f"{path}: a picture's suffix must be {' or '.join(FORMATS)}")
     buffer = io.BytesIO()
-    # Without a date the same picture is the same file.
+    # Without a date, the same picture gives the same file.
     figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
     write_atomically(path, buffer.getvalue())

@@ -1,7 +1,8 @@
 """Choose a pretrained feature extractor (an expert) for a task without training on all of them.
 
-An expert is known by the embedding of the task that it was trained on; a table of test errors [tasks, experts] says how
-well each did on tasks that were tried. Sections 4 and 5 of Achille et al., 2019 (arXiv 1902.03545).
+An expert is represented by the embedding of the task that it was trained on. A table of test errors [tasks, experts]
+says how well each expert did on earlier tasks. The methods are those of sections 4 and 5 of Achille et al., 2019 (arXiv
+1902.03545). Letters for shapes: T (tasks), E (experts), D (entries of a vector), N (images).
 """
 
 from __future__ import annotations
@@ -14,12 +15,28 @@ import numpy as np
 
 from .distance import ALPHA, Vectors, as_vectors, asymmetric_distance, cdist, check_same, trivial_embedding
 
-# Model2Vec's defaults. The penalty allows logarithms of some tenths; it was not tuned on any task's errors.
+# Model2Vec's defaults. The penalty allows changes of some tenths in log m; it was not tuned on the errors of any task.
 PENALTY, STEPS, RATE, ENTRIES = 1.0, 30, 0.02, 4096
 
 
 def nearest_expert(distances: np.ndarray, available: np.ndarray | None = None) -> np.ndarray:
-    """For each task the index [T] of the nearest expert by ``distances`` [E, T], of those ``available`` [T, E]."""
+    """Return the index of the nearest available expert for each task.
+
+    Args:
+        distances: The distances [E, T] from experts to tasks.
+        available: Which experts [T, E] may be chosen for a task, by default all.
+
+    Returns:
+        The indices [T].
+
+    Raises:
+        ValueError: For wrong shapes, NaN, and a task without an available expert.
+
+    Example:
+        >>> import numpy as np
+        >>> nearest_expert(np.array([[0.1, 0.5], [0.3, 0.2]]))
+        array([0, 1])
+    """
     distances = np.asarray(distances, dtype=np.float64).T
     if available is None:
         available = np.ones(distances.shape, bool)
@@ -34,9 +51,15 @@ def nearest_expert(distances: np.ndarray, available: np.ndarray | None = None) -
 
 
 def best_on_average(errors: np.ndarray) -> np.ndarray:
-    """For each task the expert [T] with the lowest mean error on the other tasks, each task's mean taken off.
+    """Return the expert with the lowest mean error on the other tasks, for each task.
 
-    ``errors`` [T, E], NaN where an expert is not to be used for a task.
+    Each task's mean error is subtracted first, so that hard tasks count no more than easy ones.
+
+    Args:
+        errors: The errors [T, E], NaN where an expert may not be used for a task.
+
+    Returns:
+        The indices [T] of the experts.
     """
     errors = check_errors(errors)
     centred = errors - np.nanmean(errors, axis=1, keepdims=True)
@@ -48,38 +71,57 @@ def best_on_average(errors: np.ndarray) -> np.ndarray:
 
 
 def relative_error_increase(errors: np.ndarray, chosen: np.ndarray, *, floor: float = 0.0) -> np.ndarray:
-    """(error of the chosen expert - error of the best one) / error of the best one, for each task [T].
+    """Compute how much worse the chosen experts are than the best ones, relative to the best ones.
 
-    The measure of table 1 of Achille et al., 2019. ``errors`` [T, E] with NaN where an expert is not to be used,
-    ``chosen`` [T]. Of the best expert's error at least ``floor`` is taken to divide by, such as one test image's share;
-    without one, ValueError where the best expert makes no error.
+    This is the measure of table 1 of Achille et al., 2019: (error of the chosen expert - error of the best expert) /
+    error of the best expert.
+
+    Args:
+        errors: The errors [T, E], NaN where an expert may not be used for a task.
+        chosen: The index [T] of the expert that was chosen for each task.
+        floor: The smallest denominator, such as 1 / the number of test images.
+
+    Returns:
+        The relative increase [T].
+
+    Raises:
+        ValueError: If a chosen expert has no error, or the best expert's error is zero and ``floor`` is zero too.
+
+    Example:
+        >>> import numpy as np
+        >>> relative_error_increase(np.array([[0.1, 0.2], [0.4, 0.3]]), np.array([1, 1]))
+        array([1., 0.])
     """
     errors = check_errors(errors)
     mine = errors[np.arange(len(errors)), chosen]
     if np.isnan(mine).any():
         task = int(np.flatnonzero(np.isnan(mine))[0])
         raise ValueError(f"task {task}: expert {int(np.asarray(chosen)[task])} was chosen, but has no error there")
-    return (mine - np.nanmin(errors, axis=1)) / _least(errors, floor)
+    return (mine - np.nanmin(errors, axis=1)) / _best_errors(errors, floor)
 
 
 def chance_increase(errors: np.ndarray, *, floor: float = 0.0) -> np.ndarray:
-    """The expectation of :func:`relative_error_increase` for an expert drawn at random, [T]."""
+    """Return the expected :func:`relative_error_increase` [T] of experts that are drawn at random."""
     errors = check_errors(errors)
-    return (np.nanmean(errors, axis=1) - np.nanmin(errors, axis=1)) / _least(errors, floor)
+    return (np.nanmean(errors, axis=1) - np.nanmin(errors, axis=1)) / _best_errors(errors, floor)
 
 
-def _least(errors: np.ndarray, floor: float) -> np.ndarray:
-    least = np.maximum(np.nanmin(errors, axis=1), floor)
-    if (least <= 0).any():
+def _best_errors(errors: np.ndarray, floor: float) -> np.ndarray:
+    best = np.maximum(np.nanmin(errors, axis=1), floor)
+    if (best <= 0).any():
         raise ValueError(
-            f"task {int(np.flatnonzero(least <= 0)[0])}: its best expert makes no error, so an increase has no ratio; "
+            f"task {int(np.flatnonzero(best <= 0)[0])}: its best expert makes no error, so an increase has no ratio; "
             "pass a floor such as 1 / the number of its test images"
         )
-    return least
+    return best
 
 
 def check_errors(errors: np.ndarray) -> np.ndarray:
-    """float64 [T, E]; ValueError unless every task has an error, and all errors are from 0 to 1 or NaN."""
+    """Return errors as float64 [T, E].
+
+    Raises:
+        ValueError: Unless every task has an error, and all errors are from 0 to 1 or NaN.
+    """
     errors = np.asarray(errors, dtype=np.float64)
     if errors.ndim != 2 or not errors.size:
         raise ValueError(f"errors have shape {list(errors.shape)}, expected [tasks, experts]")
@@ -93,15 +135,38 @@ def check_errors(errors: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Model2Vec:
-    """Experts as vectors m_j = F_j + b_j, placed so that the best expert of a task is the nearest to it.
+    """Learn where models belong among tasks: m_j = F_j + b_j, from errors of the experts on earlier tasks.
 
-    Section 5 of Achille et al., 2019: F_j [D] is the embedding of the task that expert j was trained on, and b_j is
-    learned from tasks of which the best expert is known, by the cross entropy of a softmax over -d_asym(m_j -> t). The
-    paper leaves open how b_j is kept small and m_j positive: here m_j = F_j exp(s_j), and the loss has
-    penalty / 2 sum_j mean(s_j^2) besides. Of ``steps`` steps of Adam from s_j = 0, where this is the asymmetric
-    distance, with a rate that falls from ``rate`` to zero, the one of the lowest loss is kept. The temperature of the
-    softmax is the likeliest one at every step. Distances are taken over ``entries`` of the vectors' entries, evenly
-    spaced, or all if there are fewer: time grows with experts times tasks times entries.
+    F_j [D] is the embedding of the task that expert j was trained on (section 5 of Achille et al., 2019). The offset
+    b_j is learned from tasks whose best expert is known, by the cross entropy of a softmax over -d_asym(m_j -> t). The
+    softmax always has its most likely temperature.
+
+    The paper leaves open how b_j is kept small and m_j positive. Here m_j = F_j exp(s_j), and the loss also has the
+    term penalty / 2 sum_j mean(s_j^2). Adam starts from s_j = 0, which gives the asymmetric distance itself, and the
+    step with the lowest loss is kept.
+
+    After :meth:`fit`, ``vectors`` [E, entries] holds m_j, ``trivial`` [entries] holds t0, ``indices`` the entries in
+    use, ``loss`` the loss of each step, and ``temperature`` the last temperature.
+
+    Args:
+        alpha: The weight of the complexity in the asymmetric distance.
+        penalty: The weight of the penalty.
+        steps: How many steps of Adam.
+        rate: The rate of the first step. It falls linearly to zero.
+        entries: How many entries of the vectors to use, evenly spaced; all if there are fewer. Time grows with experts
+            times tasks times entries.
+
+    Example:
+        Tasks that resemble expert 0 turn out to be solved better by expert 1, so Model2Vec moves expert 1 nearer:
+
+        >>> import numpy as np
+        >>> experts = np.array([[4.0, 2.0, 1.0, 1.0], [1.0, 1.0, 2.0, 4.0]])
+        >>> tasks = np.array([[3.0, 2.0, 1.0, 1.5], [4.0, 2.5, 1.0, 1.2]])
+        >>> errors = np.array([[0.30, 0.10], [0.25, 0.10]])
+        >>> before = asymmetric_distance(experts, tasks)
+        >>> after = Model2Vec().fit(experts, tasks, errors).distances(tasks)
+        >>> bool((after[1] - after[0] < before[1] - before[0]).all())
+        True
     """
 
     alpha: float = ALPHA
@@ -113,10 +178,21 @@ class Model2Vec:
     def fit(
         self, experts: Vectors, tasks: Vectors, errors: np.ndarray, *, trivial: np.ndarray | None = None
     ) -> Model2Vec:
-        """Learn from ``errors`` [T, E] (NaN where an expert is not to be used) of ``tasks``, embedded as ``experts``.
+        """Learn from the errors of the experts on tasks.
 
-        ``trivial`` [D]: t0, by default :func:`trivial_embedding` of the experts. Raises ValueError and
-        FingerprintMismatch for what cannot be compared.
+        Args:
+            experts: The embeddings of the E tasks that the experts were trained on, or an array [E, D].
+            tasks: T tasks, embedded in the same way.
+            errors: The errors [T, E], NaN where an expert may not be used for a task.
+            trivial: The trivial task t0 [D], by default
+                :func:`~t2v_fast.analysis.distance.trivial_embedding` of the experts.
+
+        Returns:
+            This object.
+
+        Raises:
+            FingerprintMismatch: If the embeddings cannot be compared.
+            ValueError: For wrong shapes and values.
         """
         check_same(experts, tasks)
         f, t = as_vectors(experts, "experts"), as_vectors(tasks, "tasks")
@@ -126,14 +202,15 @@ class Model2Vec:
         prior = trivial_embedding(experts) if trivial is None else np.asarray(trivial, dtype=np.float64)
         self.indices = np.linspace(0, f.shape[1] - 1, min(self.entries, f.shape[1])).round().astype(int)
         f, t, prior = f[:, self.indices], t[:, self.indices], prior[self.indices]
-        # The distance does not change if an entry of all vectors is divided by one number: single precision suffices.
+        # Dividing an entry of all vectors by one number leaves the distances as they are. After that, single precision
+        # is enough.
         unit = np.concatenate([f, t]).mean(0)
         used = unit > 0
         self.vectors = f.copy()  # m_j [E, len(indices)]
-        # A filter that is nearly dead is far below the prior, however far.
+        # Where a filter is nearly dead in all tasks, prior / unit may overflow; its exact size no longer matters then.
         f, t, t0 = (np.minimum(x[..., used] / unit[used], 1e30).astype(np.float32) for x in (f, t, prior))
-        least = np.float32(1e-30)  # a filter that is dead for an expert or task, beside others of about one
-        log_f, log_t = np.log(np.maximum(f, least)), np.log(np.maximum(t, least))
+        smallest = np.float32(1e-30)  # for a filter that is dead for an expert or task; the usual value is about one
+        log_f, log_t = np.log(np.maximum(f, smallest)), np.log(np.maximum(t, smallest))
         best = np.nanargmin(errors, axis=1)
         missing = np.isnan(errors)
         s = np.zeros_like(log_f)
@@ -153,7 +230,7 @@ class Model2Vec:
                 break
             p[np.arange(len(p)), best] -= 1
             gradient = slope(-p / (self.temperature * len(p))) + self.penalty * s / s.shape[1]
-            # Adam; every entry has the scale of a logarithm, so no step sizes need tuning.
+            # Adam. All entries are logarithms and so have the same scale.
             first, second = 0.9 * first + 0.1 * gradient, 0.99 * second + 0.01 * np.square(gradient)
             at = step + 1
             s -= (
@@ -162,24 +239,25 @@ class Model2Vec:
                 * (first / (1 - 0.9**at))
                 / (np.sqrt(second / (1 - 0.99**at)) + 1e-12)
             )
-        self.vectors[:, used] = np.exp(np.log(np.maximum(f, least)) + kept).astype(np.float64) * unit[used]
+        self.vectors[:, used] = np.exp(np.log(np.maximum(f, smallest)) + kept).astype(np.float64) * unit[used]
         self.trivial = prior
         return self
 
     def distances(self, tasks: Vectors) -> np.ndarray:
-        """d_asym(m_j -> t) [E, T]."""
+        """Return the distances d_asym(m_j -> t) [E, T] from the learned experts to T tasks."""
         t = as_vectors(tasks, "tasks")[:, self.indices]
         return asymmetric_distance(self.vectors, t, alpha=self.alpha, trivial=self.trivial)
 
 
 def _model_distances(log_m: np.ndarray, log_t: np.ndarray, t0: np.ndarray, alpha: float):
-    """d_asym(m_j -> t_i) [T, E] with the cosine metric, and what turns its gradient [T, E] into that of log m [E, D].
+    """Return d_asym(m_j -> t_i) [T, E] of the cosine metric, and a function for its gradient.
 
-    With u = m / (m + t) the other vector is 1 - u, so the distance is a function of sum u and sum u^2.
+    The function turns a gradient by the distances [T, E] into the gradient by log m [E, D]. With u = m / (m + t), the
+    other vector is 1 - u, so a distance depends on sum u and sum u^2 only.
     """
 
     def cosine(s1: np.ndarray, s2: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The distance, and its derivatives by sum u and sum u^2."""
+        """Return the distance and its derivatives by sum u and sum u^2."""
         a, b, c = s1 - s2, s2, d - 2 * s1 + s2
         root = np.sqrt(b * c)
         cos = a / root
@@ -212,7 +290,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _temperature(distances: np.ndarray, best: np.ndarray) -> float:
-    """Of a grid the temperature that makes the best experts likeliest."""
+    """Return the temperature of a grid that makes the best experts most likely."""
     finite = np.where(np.isinf(distances), np.nan, distances)
     spread = max(float(np.nanmean(np.nanstd(finite, axis=1))), 1e-6)
     grid = spread * np.geomspace(0.05, 20, 60)
@@ -224,7 +302,17 @@ def _temperature(distances: np.ndarray, best: np.ndarray) -> float:
 
 
 def leave_one_out(experts: Vectors, tasks: Vectors, errors: np.ndarray, model: Model2Vec | None = None) -> np.ndarray:
-    """Model2Vec's choice [T] for each task, learned from the other tasks."""
+    """Return Model2Vec's choice for each task after learning from the other tasks.
+
+    Args:
+        experts: The embeddings of the E tasks that the experts were trained on, or an array [E, D].
+        tasks: T tasks, embedded in the same way.
+        errors: The errors [T, E], NaN where an expert may not be used for a task.
+        model: The settings to learn with, by default those of ``Model2Vec()``.
+
+    Returns:
+        The indices [T] of the experts.
+    """
     check_same(experts, tasks)
     f, t, errors = as_vectors(experts, "experts"), as_vectors(tasks, "tasks"), check_errors(errors)
     model, prior = model or Model2Vec(), trivial_embedding(experts)
@@ -233,7 +321,7 @@ def leave_one_out(experts: Vectors, tasks: Vectors, errors: np.ndarray, model: M
         rest = np.arange(len(t)) != k
         if rest.any():
             distances = model.fit(f, t[rest], errors[rest], trivial=prior).distances(t[k : k + 1])
-        else:  # nothing to learn from
+        else:  # there is no other task to learn from
             distances = asymmetric_distance(f, t, alpha=model.alpha, trivial=prior)
         chosen[k] = nearest_expert(distances, ~np.isnan(errors[k : k + 1]))[0]
     return chosen
@@ -248,11 +336,20 @@ def compare(
     model: Model2Vec | None = None,
     floor: float = 0.0,
 ) -> dict[str, np.ndarray]:
-    """The relative error increase [T] of each way to choose, as in table 1 of Achille et al., 2019.
+    """Compare ways to choose an expert, as table 1 of Achille et al., 2019, does.
 
-    ``experts`` [E]: embeddings of the tasks that the experts were trained on; ``tasks`` [T], ``errors`` [T, E] with NaN
-    where an expert is not to be used, ``floor`` as :func:`relative_error_increase`. Best on average and Model2Vec learn
-    from the other tasks' errors only.
+    "Best on average" and Model2Vec learn from the errors of the other tasks only.
+
+    Args:
+        experts: The embeddings of the E tasks that the experts were trained on, or an array [E, D].
+        tasks: T tasks, embedded in the same way.
+        errors: The errors [T, E], NaN where an expert may not be used for a task.
+        alpha: The weight of the complexity in the asymmetric distance.
+        model: The settings of Model2Vec, by default ``Model2Vec(alpha)``.
+        floor: The smallest denominator of :func:`relative_error_increase`.
+
+    Returns:
+        The relative error increase [T] of each way, by its name.
     """
     errors = check_errors(errors)
     available = ~np.isnan(errors)
@@ -269,7 +366,17 @@ def compare(
 def bootstrap_interval(
     values: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of ``values`` [T], which are drawn again with replacement."""
+    """Return the bootstrap's percentile interval of a mean.
+
+    Args:
+        values: The values [T], which are drawn again with replacement.
+        level: The probability that the interval covers.
+        resamples: How many means to draw.
+        seed: The seed of the draws.
+
+    Returns:
+        The lower and upper ends.
+    """
     values = np.asarray(values, dtype=np.float64)
     draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     low, high = np.quantile(values[draws].mean(1), [(1 - level) / 2, (1 + level) / 2])
@@ -277,7 +384,10 @@ def bootstrap_interval(
 
 
 def increase_rows(increases: dict[str, np.ndarray]) -> list[list[str]]:
-    """Rows of text for :func:`compare`'s result: way, mean increase in percent, its 95 percent interval, median."""
+    """Return the result of :func:`compare` as rows of text.
+
+    The columns are the way to choose, its mean increase in percent, the mean's 95 percent interval, and the median.
+    """
     rows = [["chosen by", "mean increase", "95 % interval", "median"]]
     for name, values in increases.items():
         low, high = (f"{100 * x:.1f}" for x in bootstrap_interval(values))
@@ -286,9 +396,16 @@ def increase_rows(increases: dict[str, np.ndarray]) -> list[list[str]]:
 
 
 def read_errors(path: str | os.PathLike) -> tuple[list[str], list[str], np.ndarray]:
-    """Tasks, experts and errors [T, E] of a CSV table: experts on top, a task at the start of each row.
+    """Read a CSV table of errors, with experts on top and a task at the start of each row.
 
-    An empty field is an expert that is not to be used for the task. Raises ValueError, naming file and row.
+    Args:
+        path: The file. An empty field means that the expert may not be used for the task.
+
+    Returns:
+        The names of the tasks, the names of the experts, and the errors [T, E].
+
+    Raises:
+        ValueError: For anything else; the message names the file and the row.
     """
     with open(path, newline="") as file:
         rows = [row for row in csv.reader(file) if row]
@@ -307,71 +424,3 @@ def read_errors(path: str | os.PathLike) -> tuple[list[str], list[str], np.ndarr
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{path}: two {kind} are called {sorted(twice)[0]!r}")
     return tasks, experts, check_errors(np.array(errors))
-
-
-def leep(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Log Expected Empirical Prediction (Nguyen et al., 2020, arXiv 2002.12462, section 3); higher is better.
-
-    ``probabilities`` [N, Z]: what an expert says of the task's images, over its own Z classes, rows of sum one.
-    ``labels`` [N]: the images' labels in the task. The mean log likelihood of the labels if an image's expert class z
-    is drawn from its row and its label then from the empirical P(y | z); at most 0.
-    """
-    theta, codes, classes = _examples(probabilities, labels, "probabilities")
-    if (theta < 0).any() or not np.allclose(theta.sum(1), 1, atol=1e-5):
-        raise ValueError("probabilities: every row must be of numbers of at least 0 and sum to one")
-    joint = np.eye(classes)[codes].T @ theta / len(theta)  # [C, Z]
-    marginal = joint.sum(0)
-    conditional = np.divide(joint, marginal, out=np.zeros_like(joint), where=marginal > 0)
-    return float(np.log((conditional[codes] * theta).sum(1)).mean())
-
-
-def logme(features: np.ndarray, labels: np.ndarray, *, iterations: int = 100, tolerance: float = 1e-6) -> float:
-    """LogME: log maximum evidence an example (You et al., 2021, arXiv 2102.11005, algorithm 1); higher is better.
-
-    ``features`` [N, D] of an expert on the task's images, ``labels`` [N]. For each class a Bayesian linear regression
-    of its 0-1 indicator on the features, weights ~ N(0, 1/alpha), noise ~ N(0, 1/beta), alpha and beta maximising the
-    evidence by MacKay's fixed point, until neither moves by more than ``tolerance`` of itself; the mean over classes.
-    """
-    f, codes, classes = _examples(features, labels, "features")
-    n, d = f.shape
-    u, s, _ = np.linalg.svd(f, full_matrices=False)
-    sigma = np.square(s)
-    targets = np.eye(classes)[codes]  # [N, C]
-    projected = np.square(u.T @ targets)  # [min(N, D), C]
-    # The part of a target outside the features' span, which no weights explain.
-    outside = np.maximum(np.square(targets).sum(0) - projected.sum(0), 0)
-    evidence = []
-    for z2, rest in zip(projected.T, outside, strict=True):
-        alpha = beta = 1.0
-        for _ in range(iterations):
-            t = alpha / beta
-            m2 = (sigma * z2 / np.square(t + sigma)).sum()
-            residual = (z2 / np.square(1 + sigma / t)).sum() + rest
-            gamma = (sigma / (t + sigma)).sum()
-            before = alpha, beta
-            # Targets that the features explain exactly, or not at all, have their optimum at infinity.
-            alpha = float(np.clip(gamma / max(m2, 1e-300), 1e-10, 1e10))
-            beta = float(np.clip((n - gamma) / max(residual, 1e-300), 1e-10, 1e10))
-            if abs(alpha - before[0]) <= tolerance * alpha and abs(beta - before[1]) <= tolerance * beta:
-                break
-        t = alpha / beta
-        m2 = (sigma * z2 / np.square(t + sigma)).sum()
-        residual = (z2 / np.square(1 + sigma / t)).sum() + rest
-        log_determinant = np.log(alpha + beta * sigma).sum() + (d - len(sigma)) * np.log(alpha)
-        evidence.append(
-            (n * np.log(beta / (2 * np.pi)) + d * np.log(alpha) - log_determinant - beta * residual - alpha * m2) / 2
-        )
-    return float(np.mean(evidence) / n)
-
-
-def _examples(values: np.ndarray, labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """float64 [N, D], the labels as codes 0 to C-1, and C."""
-    values, labels = np.asarray(values, dtype=np.float64), np.asarray(labels)
-    if values.ndim != 2 or not values.size or labels.shape != (len(values),):
-        raise ValueError(f"{name} are {list(values.shape)} and labels {list(labels.shape)}, expected [N, D] and [N]")
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name} must be finite")
-    kinds, codes = np.unique(labels, return_inverse=True)
-    if len(kinds) < 2:
-        raise ValueError(f"labels are all {kinds[0]}: expected at least two classes")
-    return values, codes, len(kinds)

@@ -1,5 +1,6 @@
-"""Keeping and mass-producing embeddings: the bank, its index and exports, job files, and the driver of workers."""
+"""Banks of embeddings: the bank, its index and exports, job files, and the driver of workers."""
 
-from .store import FIELDS, FORMAT, LONGEST_NAME, VERSION, Bank, BankError, check_name
+from .manifest import FIELDS, FORMAT, LONGEST_NAME, VERSION, BankError, check_name
+from .store import Bank
 
 __all__ = ["FIELDS", "FORMAT", "LONGEST_NAME", "VERSION", "Bank", "BankError", "check_name"]

@@ -1,7 +1,7 @@
-"""Run a job: many tasks into a bank, by worker processes or Ray actors that may die at any moment.
+"""Run a job: embed many tasks into a bank, with workers that may die at any moment.
 
-One driver claims tasks in the bank, hands them to workers, and stores what they return: a worker that dies costs the
-task in its hand, a driver that dies what its workers had in theirs. Several drivers may share a bank.
+A driver claims tasks in the bank, assigns them to workers, and stores what they return. If a worker dies, only its
+current work is lost; if a driver dies, only the current work of its workers. Several drivers may share a bank.
 """
 
 from __future__ import annotations
@@ -18,21 +18,30 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..embedding import FingerprintMismatch, differences
-from .engines import Engine, Factory, Here, Processes, Result, WorkerDied
+from .engines import Engine, Factory, InProcess, Processes, Result, WorkerDied
 from .job import Job, WorkItem
 from .store import Bank
 
-DEATHS = 3  # of workers at one task, after which it counts as failed
-POLL = 0.5  # seconds between looks at tasks that are in another driver's hands
+DEATHS = 3  # workers that die at one task before it counts as failed
+POLL = 0.5  # seconds between looks at tasks that another driver has claimed
 
 
 @dataclass
 class Summary:
-    """What a run did: embedded tasks, failures of the bank's tasks with their errors, lost workers."""
+    """What a run of a job did.
+
+    Args:
+        finished: Tasks that were embedded.
+        images: Images that were embedded. Tasks over the same images count them once.
+        before: Tasks that were finished or had failed before the run.
+        failed: All tasks of the job that have failed, with their errors.
+        lost_workers: Workers that died.
+        seconds: Duration of the run.
+    """
 
     finished: int = 0
     images: int = 0
-    before: int = 0  # tasks that were finished or had failed when it began
+    before: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     lost_workers: int = 0
     seconds: float = 0.0
@@ -48,15 +57,29 @@ def run_job(
     factory: Factory | None = None,
     on_start: Callable[[Engine], None] | None = None,
 ) -> Summary:
-    """Embed all tasks of ``job`` that ``bank`` does not have and that did not fail before.
+    """Embed all tasks of a job that a bank does not have and that have not failed before.
 
-    ``workers``: processes on this machine that share its threads, or with ``ray`` (an address, ``"auto"`` or
-    ``"local"``) Ray actors; 0 works in this process. ``factory`` makes the pipeline, by default ``job.task2vec``; it
-    travels to the workers. ``on_start`` is called with the engine when the first workers are started.
+    A task that raises an error is recorded as failed. A worker that dies is replaced, and another worker takes its
+    task; after three deaths the task counts as failed.
 
-    A task that raises is recorded as failed. A worker that dies is replaced, and its task given to another; after
-    three deaths the task counts as failed. Raises FingerprintMismatch where the bank holds embeddings of other
-    settings, OSError where the bank cannot be written, RuntimeError for a pipeline that cannot be made.
+    Args:
+        job: The job, from :func:`~t2v_fast.bank.job.load_job`.
+        bank: The bank that takes the embeddings.
+        workers: Worker processes, which share this machine's threads; 0 works in this process. With ``ray``, the number
+            of Ray actors; 0 takes as many as the cluster has room for.
+        ray: The address of a Ray cluster, ``"auto"`` or ``"local"``; see
+            :class:`~t2v_fast.bank.ray_engine.RayActors`.
+        progress: Show a bar on the error stream.
+        factory: Makes the pipeline of a worker, by default ``job.task2vec``. It travels to the workers.
+        on_start: Called with the engine when the first workers are started.
+
+    Returns:
+        The :class:`Summary` of the run.
+
+    Raises:
+        FingerprintMismatch: If the bank holds embeddings of other settings.
+        OSError: If the bank cannot be written.
+        RuntimeError: If the pipeline cannot be made, or workers die before they are ready.
     """
     if workers < 0:
         raise ValueError(f"workers is {workers}, expected at least 0")
@@ -70,7 +93,7 @@ def run_job(
     elif workers:
         engine = Processes(factory, max(1, torch.get_num_threads() // workers))
     else:
-        engine = Here(factory)
+        engine = InProcess(factory)
     driver = _Driver(job, bank, engine, max(workers, 1), _Display(len(job.tasks), progress))
     try:
         with driver.display:
@@ -80,63 +103,63 @@ def run_job(
 
 
 class _Driver:
-    """The state of one run."""
+    """The state of one run of a job."""
 
     def __init__(self, job: Job, bank: Bank, engine: Engine, workers: int, display: _Display) -> None:
         self.bank, self.engine, self.workers, self.display = bank, engine, workers, display
         self.names = job.tasks
         self.queue = deque(work for work in job.work if not all(map(bank.settled, work.tasks)))
-        self.elsewhere: deque[WorkItem] = deque()  # tasks that another driver has in hand
-        self.hands: dict[int, WorkItem | None] = {}  # of each worker; None: idle, or not ready yet
+        self.claimed_elsewhere: deque[WorkItem] = deque()  # tasks that another driver has claimed
+        self.assigned: dict[int, WorkItem | None] = {}  # by worker; None: idle, or not ready yet
         self.idle: list[int] = []
         self.deaths: dict[str, int] = {}
         self.starts_failed = 0
-        self.checked = False  # that the bank holds embeddings of the same settings
+        self.checked = False  # whether the bank was found to have the same settings
         self.summary = Summary(before=sum(map(bank.settled, self.names)))
 
     def run(self, on_start: Callable[[Engine], None] | None) -> Summary:
         start = time.monotonic()
         self.display.begin(self.summary.before)
         for _ in range(min(self.workers, max(1, len(self.queue)))):
-            self.hands[self.engine.start()] = None
+            self.assigned[self.engine.start()] = None
         if on_start is not None:
             on_start(self.engine)
         while True:
-            self._hand_out()
-            if self.checked and not self.queue and not any(self.hands.values()):
-                if not self.elsewhere:
+            self._assign_work()
+            if self.checked and not self.queue and not any(self.assigned.values()):
+                if not self.claimed_elsewhere:
                     break
-                self.queue, self.elsewhere = self.elsewhere, deque()
+                self.queue, self.claimed_elsewhere = self.claimed_elsewhere, deque()
                 time.sleep(POLL)
                 continue
             events = self.engine.events(POLL)
-            # All that came at once is stored at once, and waits for the disk once.
+            # Results that came together are stored together, and so wait for the disk only once.
             results = [(worker, event) for worker, event in events if isinstance(event, Result)]
-            self._store([(self.hands[worker], result) for worker, result in results])
+            self._store([(self.assigned[worker], result) for worker, result in results])
             for worker, _ in results:
-                self.hands[worker] = None  # in hand until it is stored: close() gives claims back
+                self.assigned[worker] = None  # only now, because close() releases the claims of assigned work
                 self.idle.append(worker)
             for worker, event in events:
                 if not isinstance(event, Result):
-                    self._happened(worker, event)
+                    self._handle(worker, event)
         failed = self.bank.failed
         self.summary.failed = {name: failed[name] for name in self.names if name in failed}
         self.summary.seconds = time.monotonic() - start
         return self.summary
 
-    def _hand_out(self) -> None:
+    def _assign_work(self) -> None:
         while self.idle and self.queue:
             work = self.queue.popleft()
             mine = {task: label for task, label in work.tasks.items() if self.bank.claim(task)}
             rest = {t: v for t, v in work.tasks.items() if t not in mine and not self.bank.settled(t)}
             if rest:
-                self.elsewhere.append(replace(work, tasks=rest))
+                self.claimed_elsewhere.append(replace(work, tasks=rest))
             if mine:
                 worker = self.idle.pop()
-                self.hands[worker] = replace(work, tasks=mine)
-                self.engine.submit(worker, self.hands[worker])
+                self.assigned[worker] = replace(work, tasks=mine)
+                self.engine.submit(worker, self.assigned[worker])
 
-    def _happened(self, worker: int, event: Any) -> None:
+    def _handle(self, worker: int, event: Any) -> None:
         if isinstance(event, dict):
             known = self.bank.fingerprint
             if known is not None and (different := differences(known, event)):
@@ -148,7 +171,7 @@ class _Driver:
             self.idle.append(worker)
             self.starts_failed = 0
         elif isinstance(event, WorkerDied):
-            self._lost(worker, str(event))
+            self._replace_worker(worker, str(event))
         else:
             raise RuntimeError(f"the pipeline cannot be made: {event}")
 
@@ -163,12 +186,13 @@ class _Driver:
             for task in work.tasks:
                 self.bank.release(task)
             self.summary.finished += len(result.embeddings)
-            images = max((e.num_examples for e in result.embeddings), default=0)  # of one pool, however many tasks
+            # The tasks of one piece of work share their images.
+            images = max((e.num_examples for e in result.embeddings), default=0)
             self.summary.images += images
             self.display.advance(len(work.tasks), images)
 
-    def _lost(self, worker: int, cause: str) -> None:
-        work = self.hands.pop(worker)
+    def _replace_worker(self, worker: int, cause: str) -> None:
+        work = self.assigned.pop(worker)
         if worker in self.idle:
             self.idle.remove(worker)
         self.summary.lost_workers += 1
@@ -189,20 +213,20 @@ class _Driver:
                 else:
                     again[task] = label
                     self.bank.release(task)
-            # Of tasks that share images one may be at fault.
+            # One of the tasks that share images may be to blame, so each is tried alone.
             for task, label in again.items():
                 self.queue.appendleft(replace(work, tasks={task: label}))
-        self.hands[self.engine.start()] = None
+        self.assigned[self.engine.start()] = None
 
     def close(self) -> None:
         self.engine.close()
-        for work in self.hands.values():
+        for work in self.assigned.values():
             for task in work.tasks if work else ():
                 self.bank.release(task)
 
 
 class _Display:
-    """Tasks done, images a second and the time left, live on a terminal."""
+    """The tasks done, images a second and time left, live on a terminal."""
 
     def __init__(self, tasks: int, enabled: bool) -> None:
         self.tasks, self.enabled, self.images, self.start = tasks, enabled, 0, 0.0
@@ -229,7 +253,7 @@ class _Display:
         self.progress.update(self.task, advance=tasks, rate=rate)
 
     def note(self, text: str) -> None:
-        """A line above the bar; without one it goes to the error stream as well."""
+        """Print a line above the bar, or to the error stream if there is no bar."""
         if self.enabled:
             self.console.print(text, markup=False)
         else:

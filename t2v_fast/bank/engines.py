@@ -1,4 +1,4 @@
-"""Where workers live: in processes of this machine, or in this process. A worker embeds one work at a time."""
+"""Engines, which run the workers of a job: in processes of this machine, or in this process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Factory = Callable[[], Task2Vec]
 
 @dataclass
 class Result:
-    """What became of a :class:`WorkItem`: embeddings, errors of tasks, and what was worth a warning."""
+    """The outcome of one piece of work: embeddings, the errors of tasks that failed, and the texts of warnings."""
 
     embeddings: list[Embedding] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Result:
 
 
 def perform(task2vec: Task2Vec, work: WorkItem) -> Result:
-    """Embed the tasks of one work; what goes wrong is in the result, under the task's name."""
+    """Embed the tasks of one piece of work. The result holds the errors of tasks that fail."""
     result = Result()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -43,14 +43,14 @@ def perform(task2vec: Task2Vec, work: WorkItem) -> Result:
             for task in work.tasks:
                 try:
                     result.embeddings.append(task2vec.embed(work.data(task)))
-                except Exception as error:  # a task may fail in any way, the others go on
+                except Exception as error:  # whatever goes wrong with one task, the others go on
                     result.errors[task] = f"{type(error).__name__}: {error}"
     result.notes = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     return result
 
 
 def _perform_shared(task2vec: Task2Vec, work: WorkItem, result: Result) -> bool:
-    """Embed tasks over the same images in one pass; False where that is not possible, or one of them fails."""
+    """Try to embed tasks over the same images in one pass. Return False if that is impossible or a task fails."""
     if len(work.tasks) < 2:
         return False
     try:
@@ -64,44 +64,50 @@ def _perform_shared(task2vec: Task2Vec, work: WorkItem, result: Result) -> bool:
             classes={task: classes for task, (_, classes) in labels.items()},
             skip_unreadable=work.skip_unreadable,
         )
-    except Exception:  # alone, each task fails or succeeds for itself
+    except Exception:  # the tasks are tried again one by one, to find those that fail
         return False
     result.embeddings = list(found.values())
     return True
 
 
 class Engine(ABC):
-    """Where workers live. A worker is a number; it makes its pipeline once and does one work at a time."""
+    """Something that runs workers.
+
+    A worker is known by a number. It makes its pipeline once and then does one piece of work at a time.
+    """
 
     @abstractmethod
     def start(self) -> int:
-        """Begin a worker."""
+        """Start a worker and return its number."""
 
     @abstractmethod
     def submit(self, worker: int, work: WorkItem) -> None:
-        """Give an idle worker work."""
+        """Give work to an idle worker."""
 
     @abstractmethod
     def events(self, timeout: float) -> list[tuple[int, Any]]:
-        """What happened within ``timeout`` seconds: (worker, fingerprint when it is ready, a :class:`Result`, or an
-        exception: a :class:`WorkerDied`, or what its factory raised)."""
+        """Wait up to ``timeout`` seconds for workers, and return pairs (worker, event).
+
+        An event is a fingerprint (a dictionary) when the worker is ready, a :class:`Result` when its work is done, a
+        :class:`WorkerDied`, or another exception if the worker's factory raised one.
+        """
 
     @abstractmethod
     def close(self) -> None:
-        """End all workers."""
+        """Stop all workers."""
 
 
 class WorkerDied(RuntimeError):
-    """A worker is gone."""
+    """A worker ended without being told to."""
 
 
 class Processes(Engine):
-    """Worker processes on this machine, each with ``threads`` threads."""
+    """Run workers in processes of this machine, each with ``threads`` threads."""
 
     def __init__(self, factory: Factory, threads: int) -> None:
         self.factory, self.threads = factory, threads
         self._workers: dict[int, tuple[multiprocessing.Process, Connection]] = {}
-        # A fork would inherit locks and threads of torch.
+        # A forked process would inherit torch's locks, but not the threads that hold them.
         self._context = multiprocessing.get_context("spawn")
         self._started = 0
 
@@ -115,7 +121,7 @@ class Processes(Engine):
         return self._started
 
     def submit(self, worker: int, work: WorkItem) -> None:
-        with contextlib.suppress(OSError):  # it just died, as events() will say
+        with contextlib.suppress(OSError):  # the worker just died, which events() will report
             self._workers[worker][1].send(work)
 
     def events(self, timeout: float) -> list[tuple[int, Any]]:
@@ -125,7 +131,7 @@ class Processes(Engine):
             worker = connections[connection]
             try:
                 found.append((worker, connection.recv()))
-            except Exception:  # an end, or half a message
+            except Exception:  # the end of the stream, or half a message
                 process, _ = self._workers.pop(worker)
                 connection.close()
                 process.join(10)
@@ -136,7 +142,7 @@ class Processes(Engine):
         return found
 
     def pids(self) -> list[int]:
-        """The processes that are alive."""
+        """Return the process numbers of the workers."""
         return [process.pid for process, _ in self._workers.values()]
 
     def close(self) -> None:
@@ -159,8 +165,8 @@ def _cause(status: int | None) -> str:
 
 
 def _work(connection: Connection, factory: Factory, threads: int) -> None:
-    """A worker process: the pipeline is made once, then tasks come one at a time."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
+    """Run a worker process: make the pipeline once, then do one piece of work after the other."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the driver, which then stops its workers
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
     torch.set_num_threads(threads)
     try:
@@ -175,13 +181,13 @@ def _work(connection: Connection, factory: Factory, threads: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent does, be it in the middle of a task."""
+    """End this process when its parent ends, even in the middle of a task."""
     wait([parent])
     os._exit(1)
 
 
-class Here(Engine):
-    """The work is done in this process, when events are asked for."""
+class InProcess(Engine):
+    """Do the work in this process, when :meth:`events` is called."""
 
     def __init__(self, factory: Factory) -> None:
         self.task2vec = factory()

@@ -1,4 +1,4 @@
-"""A bank in other forms: NumPy arrays, Parquet, the public code's pickles. Written a few tasks at a time."""
+"""Export a bank as NumPy arrays, Parquet, or the public code's pickles, a few tasks at a time."""
 
 from __future__ import annotations
 
@@ -14,21 +14,51 @@ from urllib.parse import quote
 import numpy as np
 
 from ..embedding import Embedding
-from .store import FIELDS, Bank, BankError
+from .manifest import FIELDS, BankError
+from .store import Bank
 
 CHUNK = 256  # tasks in memory at once
 
 
 def export(bank: Bank, path: str | os.PathLike, form: str) -> int:
-    """Write all finished tasks of ``bank`` to ``path``, which must not exist yet; returns how many there are.
+    """Write all finished tasks of a bank in another form.
 
-    - ``"numpy"``: a folder of ``hessian.npy``, ``scale.npy`` and ``standard_error.npy`` (NaN where a task has none),
-      float64 [T, D], and ``tasks.json`` with the names, numbers of examples, ``meta`` and fingerprint.
-    - ``"parquet"``: a file with the same as columns, a row a task (needs pyarrow).
-    - ``"pickle"``: a folder with one ``NAME.p`` a task, as Task2Vec's public code writes its ``Embedding``; characters
-      of the name that no file should have are written %XX.
+    Every embedding is checked on the way. An error leaves nothing at ``path``.
 
-    Every embedding is checked on the way; an error leaves nothing at ``path``.
+    Args:
+        bank: The bank to export.
+        path: The file or folder to write, which must not exist yet.
+        form: One of three forms.
+
+            - ``"numpy"``: a folder with ``hessian.npy``, ``scale.npy`` and ``standard_error.npy``, float64 [T, D],
+              where NaN stands for a standard error that a task does not have; and ``tasks.json`` with the
+              fingerprint, layers, names, numbers of examples and ``meta``.
+            - ``"parquet"``: a file with the same content, one row a task. Needs pyarrow.
+            - ``"pickle"``: a folder with one file ``NAME.p`` a task, as Task2Vec's public code writes its
+              ``Embedding``. Characters of the name that do not belong in a file name are written %XX.
+
+    Returns:
+        The number of tasks.
+
+    Raises:
+        ValueError: For an unknown form.
+        FileExistsError: If there is something at ``path``.
+        BankError: If the bank has no finished task, or a damaged one.
+        ImportError: For ``"parquet"`` without pyarrow.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from t2v_fast import Bank, Embedding
+        >>> cats = Embedding(np.ones(2), np.ones(2), [("conv.weight", 0, 2)], 10, meta={"task": "cats"})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bank = Bank(Path(folder) / "bank")
+        ...     bank.add(cats)
+        ...     export(bank, Path(folder) / "arrays", "numpy")
+        ...     sorted(file.name for file in (Path(folder) / "arrays").iterdir())
+        1
+        ['hessian.npy', 'scale.npy', 'standard_error.npy', 'tasks.json']
     """
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}: expected one of {', '.join(FORMS)}")
@@ -99,13 +129,17 @@ def _pickle(bank: Bank, tasks: list[str], path: Path) -> None:
 
 
 def public_pickle(embedding: Embedding) -> bytes:
-    """What Task2Vec's public code gets from ``pickle.load``: its ``task2vec.Embedding`` with hessian, scale and meta.
+    """Return a pickle that Task2Vec's public code loads as its ``task2vec.Embedding``.
 
-    Its class is not at hand here and need not be: the pickle names it, and asks for an empty object with this state.
+    The class need not be importable here: the pickle only names it, and asks for an empty object with this state.
+
+    Args:
+        embedding: The embedding, whose ``hessian``, ``scale`` and ``meta`` are written. ``meta["task_name"]`` is the
+            name of the task.
     """
     meta = {**embedding.meta, "task_name": embedding.meta.get("task")}
     state = pickle.dumps({"hessian": embedding.hessian, "scale": embedding.scale, "meta": meta}, protocol=2)
-    body = state[2:-1]  # without the mark of the protocol and the stop
+    body = state[2:-1]  # without the protocol's header and the stop
     return b"\x80\x02ctask2vec\nEmbedding\n)\x81" + body + b"b."
 
 

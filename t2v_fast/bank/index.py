@@ -1,8 +1,7 @@
-"""Nearest tasks among very many: candidates from a small projection, then the metric itself."""
+"""Find the nearest of very many tasks: candidates from a small projection, then the metric itself."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import zipfile
@@ -12,26 +11,38 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..analysis.distance import TINY, cdist
+from ..analysis.distance import cdist
+from ..analysis.metrics import TINY
 from ..files import write_atomically
+from .manifest import digest
 
 DIMENSIONS = 64  # of the projection
-SAMPLE = 2000  # rows from which the projection is made
+SAMPLE = 2000  # rows to which the projection is fitted, at most
 CHUNK = 1024  # rows that are read at once
 CANDIDATES = 64  # rows whose distance is computed, at least
 
 
 class Index:
-    """A projection of Fisher vectors in which a plain Euclidean scan finds candidates for a metric of
-    :mod:`t2v_fast.distance`.
+    """A projection of Fisher vectors in which a Euclidean scan finds candidates for a metric.
 
-    With ``"cosine"`` two tasks that are near are at a distance of about twice the variance of
-    d = (h0 - h1) / (h0 + h1), which neither is Euclidean nor has an index of its own. To second order it is the squared
-    Euclidean distance of the tasks' own d against a common reference (the median task, at each task's scale), which is
-    what is projected on its leading principal axes. For ``"plain_cosine"`` those of the unit vectors are taken.
+    The distance ``"cosine"`` of two nearby tasks is about twice the variance of d = (h0 - h1) / (h0 + h1). That
+    distance is not Euclidean and has no index of its own. To second order it equals the squared Euclidean distance
+    between the two tasks' own d against a common reference, the median task, with each task divided by its mean. The
+    index projects these d on their leading principal axes. For ``"plain_cosine"`` it projects the unit vectors.
 
-    The order among candidates is that of the metric; a neighbour is missed only if it is not among them. Arrays may be
-    memory maps: they are read ``CHUNK`` rows at a time.
+    The metric itself ranks the candidates, so the index misses a neighbour only if it is not a candidate.
+
+    Args:
+        vectors: The Fisher vectors [T, D]. A memory map is read ``CHUNK`` rows at a time.
+        metric: A name in :data:`t2v_fast.analysis.distance.METRICS`.
+        seed: Seed of the rows that are sampled and of the randomised principal axes.
+
+    Example:
+        >>> import numpy as np
+        >>> vectors = np.random.default_rng(0).random((300, 20))
+        >>> rows, distances = Index(vectors, "cosine").query(vectors, vectors[7], 3)
+        >>> int(rows[0]), float(distances[0])
+        (7, 0.0)
     """
 
     def __init__(self, vectors: np.ndarray, metric: str, *, seed: int = 0) -> None:
@@ -39,7 +50,7 @@ class Index:
         rows = np.sort(rng.choice(len(vectors), min(len(vectors), SAMPLE), replace=False))
         sample = np.asarray(vectors[rows], dtype=np.float64)
         self.metric = metric
-        self.reference = np.median(_positive_scale(sample), axis=0).astype(np.float32)
+        self.reference = np.median(_divided_by_mean(sample), axis=0).astype(np.float32)
         features = torch.from_numpy(self._features(sample))
         self.center = features.mean(0).numpy()
         with torch.random.fork_rng(devices=[]):  # torch.pca_lowrank draws from the global generator
@@ -50,10 +61,11 @@ class Index:
         self.extend(vectors)
 
     def __len__(self) -> int:
+        """Return the number of tasks in the index."""
         return len(self.points)
 
     def extend(self, vectors: np.ndarray) -> None:
-        """Take up the rows of ``vectors`` [T, D] that follow those that are known; the axes stay."""
+        """Add the rows of ``vectors`` [T, D] that follow those in the index. The axes stay."""
         new = [
             self._project(np.asarray(vectors[start : start + CHUNK], dtype=np.float64))
             for start in range(len(self), len(vectors), CHUNK)
@@ -64,7 +76,17 @@ class Index:
     def query(
         self, vectors: np.ndarray, vector: np.ndarray, k: int, candidates: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and distances of the ``k`` tasks of ``vectors`` [T, D] nearest to ``vector`` [D], nearest first."""
+        """Find the ``k`` tasks nearest to one vector.
+
+        Args:
+            vectors: The vectors [T, D] that are in the index.
+            vector: The vector [D] whose neighbours are wanted.
+            k: How many neighbours to return.
+            candidates: How many tasks to measure. By default 4 ``k``, at least 64.
+
+        Returns:
+            The rows of the neighbours in ``vectors`` and their distances, nearest first.
+        """
         count = min(len(self), max(k, candidates or max(CANDIDATES, 4 * k)))
         if count < len(self):
             point = self._project(vector[None])[0]
@@ -79,8 +101,8 @@ class Index:
         return (self._features(rows) - self.center) @ self.axes
 
     def _features(self, rows: np.ndarray) -> np.ndarray:
-        """float32 [T, D], whose Euclidean distances order tasks about as the metric does."""
-        rows = _positive_scale(rows)
+        """Return float32 [T, D] whose Euclidean distances order tasks about as the metric does."""
+        rows = _divided_by_mean(rows)
         if self.metric == "plain_cosine":
             return (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), TINY)).astype(np.float32)
         m = self.reference.astype(np.float64)
@@ -88,26 +110,36 @@ class Index:
         return (d - d.mean(1, keepdims=True)).astype(np.float32)
 
     def save(self, path: str | os.PathLike, tasks: Sequence[str]) -> None:
-        """Write to ``path``, with a digest of the tasks' names."""
+        """Write the index to ``path``, with a digest of the names of its tasks."""
         file = io.BytesIO()
-        names = np.array([_names(tasks), self.metric])
+        names = np.array([_names_digest(tasks), self.metric])
         np.savez(file, names=names, reference=self.reference, center=self.center, axes=self.axes, points=self.points)
         write_atomically(path, file.getvalue())
 
     @classmethod
     def load(cls, path: str | os.PathLike, tasks: Sequence[str], metric: str, length: int) -> Index | None:
-        """What :meth:`save` wrote for the first of these tasks; None if it is missing, damaged or of other tasks."""
+        """Read an index that :meth:`save` wrote.
+
+        Args:
+            path: The file.
+            tasks: The names of all tasks now. The index must be of the first of them.
+            metric: The metric that the index must be for.
+            length: The length D of the vectors.
+
+        Returns:
+            The index, or None if the file is missing or damaged, or belongs to other tasks or another metric.
+        """
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             index = cls.__new__(cls)
-            digest, index.metric = arrays.pop("names").tolist()
+            names, index.metric = arrays.pop("names").tolist()
             index.reference, index.center, index.axes, index.points = (
                 arrays[name] for name in ("reference", "center", "axes", "points")
             )
             p = index.axes.shape[1]
             shapes = [index.reference.shape, index.center.shape, index.axes.shape, index.points.shape[1:]]
-            known = len(index.points) <= len(tasks) and digest == _names(tasks[: len(index.points)])
+            known = len(index.points) <= len(tasks) and names == _names_digest(tasks[: len(index.points)])
             kinds = {a.dtype for a in (index.reference, index.center, index.axes, index.points)}
         except (OSError, ValueError, KeyError, IndexError, EOFError, AttributeError, zipfile.BadZipFile):
             return None
@@ -119,10 +151,25 @@ class Index:
         return index
 
 
+def stored_index(folder: Path, tasks: Sequence[str], vectors: np.ndarray, metric: str) -> Index:
+    """Return the index that a bank keeps for a metric; it is made, or extended to all tasks, where that is needed."""
+    path = index_path(folder, metric)
+    index = Index.load(path, tasks, metric, vectors.shape[1]) or Index(vectors, metric)
+    if len(index) < len(tasks) or not path.exists():
+        # Axes that were fitted to less than a tenth of the tasks may miss how the other tasks differ.
+        index = Index(vectors, metric) if len(tasks) > 10 * len(index) else index
+        index.extend(vectors)
+        index.save(path, tasks)
+    return index
+
+
 def scan(
     vectors: np.ndarray, vector: np.ndarray, k: int, metric: str = "cosine", chunk: int = CHUNK
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As :meth:`Index.query`, by the distance to every row: exact, and as slow as reading everything."""
+    """Find the ``k`` tasks nearest to one vector by measuring all of ``vectors``, ``chunk`` rows at a time.
+
+    Arguments and results are those of :meth:`Index.query`.
+    """
     distances = np.concatenate(
         [cdist(vector[None], vectors[start : start + chunk], metric)[0] for start in range(0, len(vectors), chunk)]
     )
@@ -131,14 +178,14 @@ def scan(
 
 
 def index_path(folder: Path, metric: str) -> Path:
-    """Where a bank keeps the index of a metric."""
+    """Return the file in which a bank keeps the index of a metric."""
     return folder / f"index-{metric}.npz"
 
 
-def _positive_scale(rows: np.ndarray) -> np.ndarray:
-    """Each row over the mean of its entries; rows of zeros stay."""
+def _divided_by_mean(rows: np.ndarray) -> np.ndarray:
+    """Divide each row by the mean of its entries; rows of zeros stay."""
     return rows / np.maximum(rows.mean(1, keepdims=True), TINY)
 
 
-def _names(tasks: Sequence[str]) -> str:
-    return hashlib.blake2b("\n".join(tasks).encode(), digest_size=16).hexdigest()
+def _names_digest(tasks: Sequence[str]) -> str:
+    return digest("\n".join(tasks).encode())

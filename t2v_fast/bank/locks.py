@@ -1,4 +1,4 @@
-"""Locks on bytes of a file, shared by processes and threads: who writes, and who has claimed which task."""
+"""Locks on bytes of a file, for processes and threads: one for the writer, one for each claimed task."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import ClassVar
 
 try:
     import fcntl
-except ImportError:  # no POSIX system: a bank says so when it is opened, all else works
+except ImportError:  # not a POSIX system: opening a bank raises an error, and everything else works
     fcntl = None
 AVAILABLE = fcntl is not None
 
@@ -18,10 +18,10 @@ AVAILABLE = fcntl is not None
 class Locks:
     """Exclusive locks on single bytes of a file, for processes and threads.
 
-    POSIX record locks, because the kernel releases them when their process dies and no child inherits them: a loader's
-    worker that outlives its parent must not hold the parent's claims. They have two traps: they know no threads, and
-    closing *any* descriptor of the file drops all of a process's locks on it. So a process has one object a file, for
-    good.
+    These are POSIX record locks. The kernel releases them when their process dies, and no child process inherits them:
+    a data loader's worker that outlives its parent must not keep the parent's claims. They have two traps. They do not
+    distinguish threads, and closing *any* descriptor of the file drops all of a process's locks on it. So a process has
+    one object for each file and never closes it.
     """
 
     _all: ClassVar[dict[tuple[int, int, int], Locks]] = {}
@@ -29,10 +29,11 @@ class Locks:
 
     @classmethod
     def of(cls, path: Path) -> Locks:
+        """Return this process's one object for a file, which is made if it is missing."""
         path.touch()
         status = path.stat()
         with cls._making:
-            key = (os.getpid(), status.st_dev, status.st_ino)  # locks are not inherited, so a fork starts anew
+            key = (os.getpid(), status.st_dev, status.st_ino)  # a forked process starts anew: it inherits no locks
             if key not in cls._all:
                 cls._all[key] = cls(path)
             return cls._all[key]
@@ -43,6 +44,7 @@ class Locks:
         self._changed = threading.Condition()
 
     def acquire(self, offset: int, wait: bool = True) -> bool:
+        """Lock a byte. Without ``wait``, return False if it is locked already."""
         with self._changed:
             while offset in self._held:
                 if not wait:
@@ -53,12 +55,13 @@ class Locks:
             fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, offset)
         except BaseException as error:
             self._drop(offset)
-            if isinstance(error, (BlockingIOError, PermissionError)):  # POSIX allows either
+            if isinstance(error, (BlockingIOError, PermissionError)):  # POSIX allows either error for a locked byte
                 return False
             raise
         return True
 
     def release(self, offset: int) -> None:
+        """Unlock a byte, if this process has locked it."""
         if offset in self._held:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, offset)
             self._drop(offset)
@@ -70,5 +73,8 @@ class Locks:
 
 
 def task_offset(task: str) -> int:
-    """The byte that stands for a task; byte 0 is the writer's. Two tasks that share one only wait for each other."""
+    """Return the byte that stands for a task; byte 0 is the writer's.
+
+    Two tasks with the same byte cannot be claimed at the same time, which is harmless.
+    """
     return 1 + int.from_bytes(hashlib.blake2b(task.encode(), digest_size=8).digest()) % (1 << 62)

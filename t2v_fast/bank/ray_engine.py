@@ -1,4 +1,4 @@
-"""Workers that are Ray actors, on the machines of a cluster."""
+"""An engine whose workers are Ray actors, on the machines of a cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .job import WorkItem
 
 
 class _Actor:
-    """A Ray actor: it makes its pipeline once and keeps it."""
+    """A Ray actor, which makes its pipeline once and keeps it."""
 
     def prepare(self, factory: Factory, threads: int) -> dict[str, Any]:
         torch.set_num_threads(threads)
@@ -23,10 +23,20 @@ class _Actor:
 
 
 class RayActors(Engine):
-    """Workers are Ray actors, each with ``threads`` CPUs, on a machine where Ray finds room.
+    """Run workers as Ray actors, on machines where Ray finds room.
 
-    ``address``: that of a cluster, ``"auto"`` for the one around, ``"local"`` for a new one on this machine. The
-    package and the job's files must be on every machine under the same paths.
+    The package and the job's files must be on every machine, under the same paths.
+
+    Args:
+        factory: Makes the pipeline of a worker. It travels to the workers.
+        address: The address of a cluster, ``"auto"`` for the cluster that this machine belongs to, or ``"local"`` for a
+            new one on this machine.
+        threads: CPUs of a worker.
+        gpus: GPUs of a worker.
+
+    Raises:
+        ImportError: Without Ray.
+        RuntimeError: If there is no cluster at the address.
     """
 
     def __init__(self, factory: Factory, address: str, threads: int = 1, gpus: float = 0) -> None:
@@ -47,7 +57,7 @@ class RayActors(Engine):
         self._started = 0
 
     def cpus(self) -> int:
-        """Actors that the cluster has room for."""
+        """Return how many workers the cluster has room for."""
         return max(1, int(self._ray.cluster_resources().get("CPU", 1)) // self._threads)
 
     def start(self) -> int:
@@ -63,7 +73,7 @@ class RayActors(Engine):
         if not self._pending:
             return []
         ready, rest = self._ray.wait(list(self._pending), num_returns=1, timeout=timeout)
-        if ready and rest:  # and whatever else is there
+        if ready and rest:  # and everything else that is ready
             ready += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         found = []
         for reference in ready:

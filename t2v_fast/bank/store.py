@@ -1,23 +1,21 @@
-"""Bank: a folder of task embeddings that many processes add to, with one manifest.
+"""Bank: a folder of task embeddings that many processes can add to.
 
-====================  ==============================================================================================
-``bank.json``         what all embeddings share: fingerprint, layers, length D; written once
-``manifest.jsonl``    what happened to each task, one line an event, only ever appended to; each line has a checksum
-``hessian.f64``       row r, float64 [D], at byte 8 D r, read as one memory map; ``standard_error.f64`` and
-                      ``scale.f64`` likewise, where a task has them (a constant scale stands in the manifest)
-``locks``             an empty file of which bytes are locked; the kernel releases a dead process's locks
-====================  ==============================================================================================
+======================  ============================================================================================
+``bank.json``           the header, which all embeddings share: fingerprint, layers and length D; written once
+``manifest.jsonl``      one line for each event of a task, with a checksum; lines are only ever appended
+``hessian.f64``         the Fisher vectors: row r is float64 [D] and starts at byte 8 D r
+``standard_error.f64``  the standard errors in the same rows, for tasks that have them
+``scale.f64``           the scales in the same rows; a constant scale is in the manifest instead
+``locks``               an empty file whose bytes are locked; the kernel releases the locks of a process that dies
+======================  ============================================================================================
 
-A row counts only once the manifest names it, and is on the disk before that. So a process may die at any moment: what
-it leaves half-written is overwritten by the next, what was added stays.
+A row counts only once the manifest names it, and it is on the disk before that. So a process may die at any moment:
+the next writer overwrites what it left half-written, and everything that was added stays.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -31,22 +29,26 @@ from ..analysis.distance import METRICS
 from ..embedding import Embedding, FingerprintMismatch, differences_from
 from ..files import write_atomically
 from . import locks
-from .index import Index, index_path, scan
+from .index import Index, index_path, scan, stored_index
 from .locks import Locks, task_offset
+from .manifest import (
+    BankError,
+    append_records,
+    check_name,
+    drop_damaged_lines,
+    parse_record,
+    printable,
+    read_header,
+    write_header,
+)
+from .rows import map_rows, read_row, write_rows
 
-FORMAT = "t2v-fast bank"
-VERSION = 1
-FIELDS = ("hessian", "scale", "standard_error")
-LONGEST_NAME = 1000  # characters of a task's name
-
-
-class BankError(ValueError):
-    """A bank that is damaged or used wrongly; the message names the file, and the task where there is one."""
+WRITER = 0  # byte of the lock file that the one process that is writing locks
 
 
 @dataclass(frozen=True)
 class _Done:
-    """Where a finished task lies: its row, and its line in the manifest."""
+    """Where a finished task is: its row, and the place of its line in the manifest."""
 
     row: int
     start: int
@@ -54,13 +56,34 @@ class _Done:
 
 
 class Bank:
-    """The bank in ``folder``, which is made if it is missing.
+    """A folder of task embeddings, each under the name of its task.
 
-    All embeddings of a bank have one fingerprint, that of the first. Tasks go by name. Every method sees what other
-    processes did until it was called; :meth:`vectors` and :attr:`tasks` of one moment fit each other if nothing was
-    added in between: take :meth:`snapshot` where others may be adding.
+    All embeddings of a bank share one fingerprint, which the first one sets. Several threads and processes may use a
+    bank at the same time, and each call sees what the others have added so far. While others may be adding, take
+    :meth:`snapshot` instead of :attr:`tasks` and :meth:`vectors`, which may see different moments.
 
-    Raises BankError, naming the file and line, for a damaged bank; :meth:`repair` keeps what is whole.
+    Args:
+        folder: The folder of the bank.
+        create: Make the folder if it is missing. With False, a folder without a bank is an error.
+
+    Raises:
+        BankError: For a damaged bank, naming the file and line; :meth:`repair` keeps what is whole. Also for a folder
+            without a bank if ``create`` is False, and on systems without POSIX file locks.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from t2v_fast import Bank, Embedding
+        >>> def embedding(task, values):
+        ...     return Embedding(np.array(values), np.ones(3), [("conv.weight", 0, 3)], 10, meta={"task": task})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bank = Bank(folder)
+        ...     bank.add(embedding("cats", [1.0, 2.0, 3.0]), embedding("dogs", [1.0, 2.0, 4.0]))
+        ...     bank.add(embedding("cars", [9.0, 0.5, 1.0]))
+        ...     print(bank.tasks, bank.vectors().shape)
+        ...     print(bank["dogs"].hessian, [task for task, distance in bank.nearest("cats", 2)])
+        ['cats', 'dogs', 'cars'] (3, 3)
+        [1. 2. 4.] ['dogs', 'cars']
     """
 
     def __init__(self, folder: str | os.PathLike, *, create: bool = True) -> None:
@@ -75,16 +98,258 @@ class Bank:
             raise BankError(f"{self.folder} is no folder")
         self._locks = Locks.of(self.folder / "locks")
         self._thread = threading.RLock()
-        self._shared: dict[str, Any] | None = None
+        self._header: dict[str, Any] | None = None
         self._forget()
         self.refresh()
 
-    # What is there
+    def __repr__(self) -> str:
+        return f"Bank({str(self.folder)!r}, {len(self)} tasks, {len(self._failed)} failed)"
+
+    # Adding and reading
+
+    def add(self, *embeddings: Embedding) -> None:
+        """Store embeddings under the names in their ``meta["task"]``, all of them or none.
+
+        The embeddings are on the disk when this method returns. Adding many at once waits for the disk only once.
+
+        Args:
+            embeddings: The embeddings to store, under names that the bank does not have yet.
+
+        Raises:
+            FingerprintMismatch: If an embedding cannot be compared with those of the bank.
+            BankError: If a task is there already, or its name cannot be one.
+            OSError: If the disk is full. The message names the task.
+        """
+        if not embeddings:
+            return
+        names = [str(e.meta.get("task") or "") for e in embeddings]
+        for name in names:
+            check_name(name)
+        with self._writing():
+            for k, name in enumerate(names):
+                if name in self._done or name in names[:k]:
+                    raise BankError(f"bank {self.folder}: task {name!r} is there already")
+            if self._header is None:
+                write_header(self.folder, embeddings[0])
+                self._load_header()
+            self._check_comparable(embeddings)
+            try:
+                self._append(write_rows(self.folder, names, embeddings, self._rows, self._length))
+            except OSError as error:
+                some = names[0] if len(names) == 1 else f"{names[0]!r} to {names[-1]!r}"
+                raise OSError(
+                    error.errno, f"bank {self.folder}: task {some!r} was not stored: {error.strerror}"
+                ) from error
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the finished tasks, in the order of :meth:`vectors`."""
+        self.refresh()
+        return self._order()
+
+    def __len__(self) -> int:
+        """Return the number of finished tasks."""
+        self.refresh()
+        return len(self._done)
+
+    def __contains__(self, task: object) -> bool:
+        """Return whether a task is finished."""
+        self.refresh()
+        return task in self._done
+
+    def __getitem__(self, task: str) -> Embedding:
+        """Read one embedding and compare it with its checksums.
+
+        Raises:
+            KeyError: If the bank does not have the task. The message holds the error of a task that failed.
+            BankError: If the embedding is damaged.
+        """
+        self.refresh()
+        if task not in self._done:
+            state = f"failed: {self._failed[task]}" if task in self._failed else "is not in it"
+            raise KeyError(f"bank {self.folder}: task {task!r} {state}")
+        done = self._done[task]
+        with open(self._manifest, "rb") as file:
+            file.seek(done.start)
+            line = file.read(done.length)
+        try:
+            record = parse_record(line)
+            if record["task"] != task or record["row"] != done.row:
+                raise ValueError("its line was changed")
+            arrays = {
+                field: read_row(self.folder, field, done.row, self._length, checksum)
+                for field, checksum in record["sums"].items()
+            }
+            if "scale" not in arrays:
+                arrays["scale"] = np.full(self._length, record["scale"])
+            return Embedding(
+                **arrays,
+                layers=self.layers,
+                num_examples=record["examples"],
+                meta=record["meta"],
+                fingerprint=self._header["fingerprint"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BankError(
+                f"bank {self.folder}: task {task!r} is damaged: {error}; `t2v-fast bank repair` takes it out"
+            ) from None
+
+    def __iter__(self) -> Iterator[Embedding]:
+        """Iterate over the embeddings in the order of :attr:`tasks`; each is read and checked when it is reached."""
+        return (self[task] for task in self.tasks)
+
+    @property
+    def fingerprint(self) -> dict[str, Any] | None:
+        """The fingerprint of all embeddings (:class:`~t2v_fast.embedding.Embedding`), or None for an empty bank."""
+        self._load_header()
+        return None if self._header is None else self._header["fingerprint"]
+
+    @property
+    def layers(self) -> tuple[tuple[str, int, int], ...]:
+        """The slices (parameter, start, stop) of the vectors; no slices for an empty bank."""
+        self._load_header()
+        return () if self._header is None else tuple(tuple(layer) for layer in self._header["layers"])
+
+    def vectors(self) -> np.ndarray:
+        """Return the Fisher vectors [T, D] of all finished tasks, one row for each of :attr:`tasks`.
+
+        The array is a read-only memory map, so only the rows in use are read. Rows are not compared with their
+        checksums; :meth:`verify` does that. If :meth:`repair` took tasks out of the bank, the array is a copy.
+        """
+        return self.snapshot()[1]
+
+    def snapshot(self) -> tuple[list[str], np.ndarray]:
+        """Return :attr:`tasks` and :meth:`vectors` of the same moment."""
+        with self._thread:
+            self.refresh()
+            moment = (self._inode, self._read)
+            if self._snapshot is None or self._snapshot[0] != moment:
+                order = self._order()
+                rows = [self._done[task].row for task in order]
+                count = rows[-1] + 1 if rows else 0
+                length = self._length if self._header else 0
+                array = map_rows(self.folder, "hessian", count, length) if rows else np.empty((0, length))
+                self._snapshot = moment, order, array if len(rows) == count else array[rows]
+            return self._snapshot[1], self._snapshot[2]
+
+    def nearest(
+        self,
+        query: Embedding | str,
+        k: int = 10,
+        metric: str = "cosine",
+        *,
+        candidates: int | None = None,
+        exact: bool = False,
+    ) -> list[tuple[str, float]]:
+        """Find the tasks nearest to an embedding, or to a task of the bank.
+
+        An index picks candidates, and the metric itself ranks them (:class:`~t2v_fast.bank.index.Index`). The index is
+        kept in the folder and grows with the bank.
+
+        Args:
+            query: An embedding, or the name of a task of the bank. A named task is not among its own neighbours.
+            k: How many neighbours to return.
+            metric: A name in :data:`t2v_fast.analysis.distance.METRICS`.
+            candidates: How many tasks to measure. By default 4 ``k``, at least 64.
+            exact: Measure all tasks instead of the candidates.
+
+        Returns:
+            Up to ``k`` pairs (task, distance), nearest first. The distances are those of
+            :func:`t2v_fast.analysis.distance.cdist`.
+
+        Raises:
+            FingerprintMismatch: If the embedding cannot be compared with those of the bank.
+            KeyError: If the bank does not have the named task.
+        """
+        embedding = self[query] if isinstance(query, str) else query
+        if k < 1:
+            raise ValueError(f"k is {k}, expected at least 1")
+        tasks, vectors = self.snapshot()
+        if not tasks:
+            return []
+        self._check_comparable([embedding])
+        more = k + isinstance(query, str)
+        if exact:
+            rows, distances = scan(vectors, embedding.hessian, more, metric)
+        else:
+            rows, distances = self._index(tasks, vectors, metric).query(vectors, embedding.hessian, more, candidates)
+        found = [(tasks[row], float(d)) for row, d in zip(rows, distances, strict=True)]
+        return [(task, d) for task, d in found if task != query][:k]
+
+    # Sharing the work with other processes
+
+    def claim(self, task: str) -> bool:
+        """Try to become the one process and thread that works on a task.
+
+        A claim ends with :meth:`release`, or with the process, however the process ends. Without a claim, two
+        processes may compute the same task, but only one of them can store it.
+
+        Returns:
+            True if the caller now has the claim. False if the task is finished, has failed, or is claimed already.
+        """
+        check_name(task)
+        if not self._locks.acquire(task_offset(task), wait=False):
+            return False
+        try:
+            self.refresh()
+        except BaseException:
+            self.release(task)
+            raise
+        if self.settled(task):
+            self.release(task)
+            return False
+        return True
+
+    def release(self, task: str) -> None:
+        """End the claim on a task."""
+        self._locks.release(task_offset(task))
+
+    def fail(self, task: str, error: str) -> None:
+        """Record that a task failed, and why. It cannot be claimed again before :meth:`retry`.
+
+        Raises:
+            BankError: If the task is finished.
+        """
+        check_name(task)
+        with self._writing():
+            if task in self._done:
+                raise BankError(f"bank {self.folder}: task {task!r} is finished, so it cannot have failed")
+            self._append([{"task": task, "state": "failed", "error": printable(error)}])
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """The tasks that failed and were not retried since, with their errors."""
+        self.refresh()
+        return dict(self._failed)
+
+    def retry(self, tasks: Sequence[str] | None = None) -> list[str]:
+        """Let failed tasks be claimed again.
+
+        Args:
+            tasks: The names of failed tasks. By default all of them.
+
+        Returns:
+            The names of the tasks that can be claimed again.
+
+        Raises:
+            BankError: If one of the tasks has not failed.
+        """
+        with self._writing():
+            wanted = list(self._failed) if tasks is None else list(dict.fromkeys(tasks))
+            for task in wanted:
+                if task not in self._failed:
+                    raise BankError(f"bank {self.folder}: task {task!r} has not failed")
+            self._append([{"task": task, "state": "open"} for task in wanted])
+        return wanted
+
+    def settled(self, task: str) -> bool:
+        """Return whether a task is finished or has failed, without looking at the folder again."""
+        return task in self._done or task in self._failed
 
     def refresh(self) -> None:
-        """See what other processes have added."""
+        """Read what other processes have added. Methods that look tasks up do this first, except :meth:`settled`."""
         with self._thread:
-            self._load_shared()
+            self._load_header()
             try:
                 file = open(self._manifest, "rb")  # noqa: SIM115 (a missing file is an empty bank)
             except FileNotFoundError:
@@ -100,223 +365,21 @@ class Bank:
             for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
                 self._lines += 1
                 try:
-                    record = _parse(line)
-                    self._apply(record, self._read, len(line))
+                    self._apply(parse_record(line), self._read, len(line))
                 except ValueError as error:
                     where = f"{self._manifest}, line {self._lines}"
                     self._forget()
                     raise BankError(f"{where}: {error}; `t2v-fast bank repair` keeps what is whole") from None
                 self._read += len(line)
 
-    def __len__(self) -> int:
-        """The number of finished tasks."""
-        self.refresh()
-        return len(self._done)
-
-    def __contains__(self, task: object) -> bool:
-        self.refresh()
-        return task in self._done
-
-    def settled(self, task: str) -> bool:
-        """Whether a task is finished or has failed, as of the last look at the folder."""
-        return task in self._done or task in self._failed
-
-    def __repr__(self) -> str:
-        return f"Bank({str(self.folder)!r}, {len(self)} tasks, {len(self._failed)} failed)"
-
-    @property
-    def tasks(self) -> list[str]:
-        """The names of finished tasks, in the order of :meth:`vectors`."""
-        self.refresh()
-        return self._order()
-
-    @property
-    def failed(self) -> dict[str, str]:
-        """Tasks that failed and were not retried since, with their errors."""
-        self.refresh()
-        return dict(self._failed)
-
-    @property
-    def fingerprint(self) -> dict[str, Any] | None:
-        """What all embeddings share, see :class:`Embedding`; None for an empty bank."""
-        self._load_shared()
-        return None if self._shared is None else self._shared["fingerprint"]
-
-    @property
-    def layers(self) -> tuple[tuple[str, int, int], ...]:
-        """(parameter, start, stop) of the vectors; none for an empty bank."""
-        self._load_shared()
-        return () if self._shared is None else tuple(tuple(layer) for layer in self._shared["layers"])
-
-    def vectors(self) -> np.ndarray:
-        """The Fisher vectors [T, D] of all finished tasks: a read-only memory map, of which only what is used is read.
-
-        Rows are not checked here: see :meth:`verify`. (A bank from which :meth:`repair` took tasks is copied instead.)
-        """
-        return self.snapshot()[1]
-
-    def snapshot(self) -> tuple[list[str], np.ndarray]:
-        """:attr:`tasks` and :meth:`vectors` of one moment."""
-        with self._thread:
-            self.refresh()
-            moment = (self._inode, self._read)
-            if self._snapshot is None or self._snapshot[0] != moment:
-                order = self._order()
-                rows = [self._done[task].row for task in order]
-                count = rows[-1] + 1 if rows else 0
-                array = self._map("hessian", count) if rows else np.empty((0, self._length if self._shared else 0))
-                self._snapshot = moment, order, array if len(rows) == count else array[rows]
-            return self._snapshot[1], self._snapshot[2]
-
-    def nearest(
-        self,
-        query: Embedding | str,
-        k: int = 10,
-        metric: str = "cosine",
-        *,
-        candidates: int | None = None,
-        exact: bool = False,
-    ) -> list[tuple[str, float]]:
-        """The ``k`` tasks nearest to an embedding, or to a task of the bank (which is left out): names and distances.
-
-        Distances are those of :func:`t2v_fast.distance.cdist`. The tasks measured are the ``candidates`` (64, or 4 k)
-        first ones by an index, which is kept in the folder and grows with it (:class:`t2v_fast.bank.index.Index`);
-        ``exact`` measures all. Raises FingerprintMismatch for an embedding that was made otherwise.
-        """
-        embedding = self[query] if isinstance(query, str) else query
-        if k < 1:
-            raise ValueError(f"k is {k}, expected at least 1")
-        tasks, vectors = self.snapshot()
-        if not tasks:
-            return []
-        self._check_like([embedding])
-        more = k + isinstance(query, str)
-        if exact:
-            rows, distances = scan(vectors, embedding.hessian, more, metric)
-        else:
-            rows, distances = self._index(tasks, vectors, metric).query(vectors, embedding.hessian, more, candidates)
-        found = [(tasks[row], float(d)) for row, d in zip(rows, distances, strict=True)]
-        return [(task, d) for task, d in found if task != query][:k]
-
-    def _index(self, tasks: list[str], vectors: np.ndarray, metric: str) -> Index:
-        moment = (self._inode, self._read)
-        if metric in self._indices and self._indices[metric][0] == moment:
-            return self._indices[metric][1]
-        path = index_path(self.folder, metric)
-        index = Index.load(path, tasks, metric, self._length) or Index(vectors, metric)
-        if len(index) < len(tasks) or not path.exists():
-            # Axes that were found in a tenth of the tasks may miss what the others differ in.
-            index = Index(vectors, metric) if len(tasks) > 10 * len(index) else index
-            index.extend(vectors)
-            index.save(path, tasks)
-        self._indices[metric] = moment, index
-        return index
-
-    def __getitem__(self, task: str) -> Embedding:
-        """One embedding, checked against its checksums; KeyError for a task that is not there."""
-        self.refresh()
-        if task not in self._done:
-            state = f"failed: {self._failed[task]}" if task in self._failed else "is not in it"
-            raise KeyError(f"bank {self.folder}: task {task!r} {state}")
-        done = self._done[task]
-        with open(self._manifest, "rb") as file:
-            file.seek(done.start)
-            line = file.read(done.length)
-        try:
-            record = _parse(line)
-            if record["task"] != task or record["row"] != done.row:
-                raise ValueError("its line was changed")
-            arrays = {field: self._row(field, done.row, digest) for field, digest in record["sums"].items()}
-            if "scale" not in arrays:
-                arrays["scale"] = np.full(self._length, record["scale"])
-            return Embedding(
-                **arrays,
-                layers=self.layers,
-                num_examples=record["examples"],
-                meta=record["meta"],
-                fingerprint=self._shared["fingerprint"],
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise BankError(
-                f"bank {self.folder}: task {task!r} is damaged: {error}; `t2v-fast bank repair` takes it out"
-            ) from None
-
-    def __iter__(self) -> Iterator[Embedding]:
-        """All embeddings, one at a time, each checked."""
-        return (self[task] for task in self.tasks)
-
-    # Adding
-
-    def claim(self, task: str) -> bool:
-        """Take a task in hand, unless it is finished, failed, or in another hand: True if it is now the caller's.
-
-        A claim ends by :meth:`release`, or with the process, however that ends. Who adds a task without claiming it
-        risks to compute it twice, though never to store it twice.
-        """
-        check_name(task)
-        if not self._locks.acquire(task_offset(task), wait=False):
-            return False
-        try:
-            self.refresh()
-        except BaseException:
-            self.release(task)
-            raise
-        if task in self._done or task in self._failed:
-            self.release(task)
-            return False
-        return True
-
-    def release(self, task: str) -> None:
-        """Give a claimed task back."""
-        self._locks.release(task_offset(task))
-
-    def add(self, *embeddings: Embedding) -> None:
-        """Store embeddings under their ``meta["task"]``, all of them or none; they are on the disk when this returns.
-
-        Adding many at once costs one wait for the disk. Raises FingerprintMismatch for one that was made otherwise,
-        BankError for a task that is there already, OSError, naming the task, when the disk is full.
-        """
-        if not embeddings:
-            return
-        names = [str(e.meta.get("task") or "") for e in embeddings]
-        for name in names:
-            check_name(name)
-        with self._changing():
-            for k, name in enumerate(names):
-                if name in self._done or name in names[:k]:
-                    raise BankError(f"bank {self.folder}: task {name!r} is there already")
-            self._check_like(embeddings)
-            try:
-                records = self._write_rows(names, embeddings)
-                self._append(records)
-            except OSError as error:
-                some = names[0] if len(names) == 1 else f"{names[0]!r} to {names[-1]!r}"
-                raise OSError(
-                    error.errno, f"bank {self.folder}: task {some!r} was not stored: {error.strerror}"
-                ) from error
-
-    def fail(self, task: str, error: str) -> None:
-        """Record that a task failed, and why; it is not claimed again before :meth:`retry`."""
-        check_name(task)
-        with self._changing():
-            if task in self._done:
-                raise BankError(f"bank {self.folder}: task {task!r} is finished, so it cannot have failed")
-            self._append([{"task": task, "state": "failed", "error": _printable(error)}])
-
-    def retry(self, tasks: Sequence[str] | None = None) -> list[str]:
-        """Let failed tasks (all, or these) be claimed again; returns their names."""
-        with self._changing():
-            wanted = list(self._failed) if tasks is None else list(dict.fromkeys(tasks))
-            for task in wanted:
-                if task not in self._failed:
-                    raise BankError(f"bank {self.folder}: task {task!r} has not failed")
-            self._append([{"task": task, "state": "open"} for task in wanted])
-        return wanted
-
     # Damage
 
     def verify(self) -> dict[str, str]:
-        """Read everything and compare it with its checksums: damaged tasks and what is wrong with them."""
+        """Read all embeddings and compare them with their checksums.
+
+        Returns:
+            The damaged tasks, with what is wrong with each.
+        """
         damaged = {}
         for task in self.tasks:
             try:
@@ -327,39 +390,37 @@ class Bank:
 
     @classmethod
     def repair(cls, folder: str | os.PathLike) -> list[str]:
-        """Take damaged lines and embeddings out of a bank, so that their tasks are run again; says what it did."""
+        """Take damaged lines and embeddings out of the bank in ``folder``, so that their tasks can be run again.
+
+        Returns:
+            One sentence for each thing that was taken out.
+
+        Raises:
+            BankError: If the folder is no bank, or ``bank.json`` is damaged, of which there is only one copy.
+        """
         folder = Path(folder)
         manifest = folder / "manifest.jsonl"
         if not manifest.exists():
             raise BankError(f"{folder} is no bank: it has no manifest.jsonl")
-        report, kept, state = [], [], {}
-        locks = Locks.of(folder / "locks")
-        locks.acquire(0)
+        held = Locks.of(folder / "locks")
+        held.acquire(WRITER)
         try:
-            lines = manifest.read_bytes().splitlines(keepends=True)
-            for k, line in enumerate(lines, 1):
-                try:
-                    record = _parse(line)
-                    if record["state"] == "done" and state.get(record["task"]) == "done":
-                        kept.append(_line({"task": record["task"], "state": "open"}))
-                    kept.append(line)
-                    state[record["task"]] = record["state"]
-                except ValueError as error:
-                    report.append(f"line {k} of the manifest: {error}")
-            if b"".join(kept) != b"".join(lines):
-                write_atomically(manifest, b"".join(kept))
-                for metric in METRICS:  # rows may be written anew
+            before = manifest.read_bytes()
+            after, report = drop_damaged_lines(before)
+            if after != before:
+                write_atomically(manifest, after)
+                for metric in METRICS:  # their rows may be written again
                     index_path(folder, metric).unlink(missing_ok=True)
         finally:
-            locks.release(0)
+            held.release(WRITER)
         bank = cls(folder)
         for task, error in bank.verify().items():
-            with bank._changing():
+            with bank._writing():
                 bank._append([{"task": task, "state": "open"}])
             report.append(error)
         return report
 
-    # Inside
+    # Internals
 
     @property
     def _manifest(self) -> Path:
@@ -367,12 +428,13 @@ class Bank:
 
     @property
     def _length(self) -> int:
-        return self._shared["layers"][-1][2]
+        return self._header["layers"][-1][2]
 
     def _order(self) -> list[str]:
         return sorted(self._done, key=lambda task: self._done[task].row)
 
     def _forget(self) -> None:
+        """Drop everything that was read from the manifest."""
         self._inode: int | None = None
         self._read = self._lines = self._rows = 0
         self._done: dict[str, _Done] = {}
@@ -381,6 +443,7 @@ class Bank:
         self._indices: dict[str, tuple[tuple, Index]] = {}
 
     def _apply(self, record: dict[str, Any], start: int, length: int) -> None:
+        """Take up a record of the manifest. Raises ValueError if it contradicts earlier ones."""
         task, state = record["task"], record["state"]
         if state == "open":
             self._done.pop(task, None)
@@ -391,8 +454,8 @@ class Bank:
         if state == "failed":
             self._failed[task] = record["error"]
             return
-        self._load_shared()  # made before the first line, but perhaps after we looked last
-        if self._shared is None:
+        self._load_header()  # written before the first line, but perhaps after the last look at the folder
+        if self._header is None:
             raise ValueError("the bank has no bank.json, without which its rows cannot be read")
         if record["row"] < self._rows:
             raise ValueError(f"row {record['row']} is another task's")
@@ -401,49 +464,26 @@ class Bank:
         self._rows = record["row"] + 1
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
-        """The one writer of the moment, who has seen everything."""
+    def _writing(self) -> Iterator[None]:
+        """Hold the writer's lock, with the manifest up to date."""
         with self._thread:
-            self._locks.acquire(0)
+            self._locks.acquire(WRITER)
             try:
                 self.refresh()
                 yield
             finally:
-                self._locks.release(0)
+                self._locks.release(WRITER)
 
-    def _load_shared(self) -> None:
-        if self._shared is not None:
-            return
-        path = self.folder / "bank.json"
-        try:
-            shared = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return
-        except (ValueError, RecursionError) as error:
-            raise BankError(f"{path} is damaged: {_printable(error)}") from None
-        if not isinstance(shared, dict) or shared.get("format") != FORMAT:
-            raise BankError(f"{path} is not that of a bank of t2v-fast")
-        if shared.get("version") != VERSION:
-            raise BankError(f"{path} has version {shared.get('version')!r}, this t2v-fast reads {VERSION}: upgrade it")
-        try:
-            if shared.get("sum") != _digest(_json([shared["fingerprint"], shared["layers"]]).encode()):
-                raise ValueError("its checksum does not fit")
-            length = shared["layers"][-1][2]
-            ones = np.ones(length)
-            Embedding(ones, ones, shared["layers"], 1, fingerprint=shared["fingerprint"])  # its checks are ours
-        except (LookupError, TypeError, ValueError, OverflowError, MemoryError, RecursionError) as error:
-            raise BankError(f"{path} is damaged: {_printable(error)}") from None
-        self._shared = shared
+    def _append(self, records: Sequence[dict[str, Any]]) -> None:
+        if records:
+            append_records(self._manifest, records, self._read)
+            self.refresh()
 
-    def _check_like(self, embeddings: Sequence[Embedding]) -> None:
-        """The embeddings fit the bank, which takes the first one's fingerprint if it has none."""
-        if self._shared is None:
-            first = embeddings[0]
-            shared = {"fingerprint": first.fingerprint, "layers": [list(layer) for layer in first.layers]}
-            shared["sum"] = _digest(_json([shared["fingerprint"], shared["layers"]]).encode())
-            shared |= {"format": FORMAT, "version": VERSION}
-            write_atomically(self.folder / "bank.json", json.dumps(shared, sort_keys=True, indent=1).encode())
-            self._load_shared()
+    def _load_header(self) -> None:
+        if self._header is None:
+            self._header = read_header(self.folder)
+
+    def _check_comparable(self, embeddings: Sequence[Embedding]) -> None:
         for e in embeddings:
             if different := differences_from(self.fingerprint, self.layers, e):
                 raise FingerprintMismatch(
@@ -451,147 +491,10 @@ class Bank:
                     f"{', '.join(different)} (first the bank's)"
                 )
 
-    def _write_rows(self, names: Sequence[str], embeddings: Sequence[Embedding]) -> list[dict[str, Any]]:
-        """Write rows behind all others and wait for the disk; their records."""
-        records = []
-        with contextlib.ExitStack() as stack:
-            files: dict[str, int] = {}
-            try:
-                for k, (name, e) in enumerate(zip(names, embeddings, strict=True)):
-                    row, sums = self._rows + k, {}
-                    record = {"task": name, "state": "done", "row": row, "examples": int(e.num_examples)}
-                    for field in FIELDS:
-                        values = getattr(e, field)
-                        if field == "scale" and (values == values[0]).all():
-                            record["scale"] = float(values[0])
-                        elif values is not None:
-                            if field not in files:
-                                files[field] = os.open(self.folder / f"{field}.f64", os.O_RDWR | os.O_CREAT, 0o666)
-                                stack.callback(os.close, files[field])
-                            data = np.ascontiguousarray(values, dtype="<f8").tobytes()
-                            _write_at(files[field], data, row * 8 * self._length)
-                            sums[field] = _digest(data)
-                    records.append({**record, "sums": sums, "meta": e.meta})
-                for file in files.values():
-                    os.fsync(file)
-            except OSError:
-                for file in files.values():
-                    with contextlib.suppress(OSError):  # gives space back; what stays is overwritten
-                        os.ftruncate(file, min(os.fstat(file).st_size, self._rows * 8 * self._length))
-                raise
-        return records
-
-    def _append(self, records: Sequence[dict[str, Any]]) -> None:
-        """Append lines to the manifest, all or none, and wait for the disk."""
-        if not records:
-            return
-        data = b"".join(map(_line, records))
-        new = not self._manifest.exists()
-        file = os.open(self._manifest, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            end = self._read
-            os.ftruncate(file, end)  # of a writer that died in a line, half of it may be there
-            try:
-                _write_at(file, data, end)
-                os.fsync(file)
-            except OSError:
-                os.ftruncate(file, end)
-                raise
-        finally:
-            os.close(file)
-        if new:
-            _sync_folder(self.folder)
-        self.refresh()
-
-    def _map(self, field: str, rows: int) -> np.ndarray:
-        path = self.folder / f"{field}.f64"
-        size = path.stat().st_size if path.exists() else 0
-        if size < rows * 8 * self._length:
-            raise BankError(f"{path} has {size} bytes, expected {rows * 8 * self._length}: it was cut off")
-        return np.memmap(path, dtype="<f8", mode="r", shape=(rows, self._length))
-
-    def _row(self, field: str, row: int, digest: str) -> np.ndarray:
-        path, stride = self.folder / f"{field}.f64", 8 * self._length
-        try:
-            with open(path, "rb") as file:
-                file.seek(row * stride)
-                data = file.read(stride)
-        except FileNotFoundError:
-            data = b""
-        if _digest(data) != digest:
-            raise ValueError(f"{field} in row {row} does not fit its checksum")
-        return np.frombuffer(data, dtype="<f8")
-
-
-def check_name(task: Any) -> None:
-    """Raise BankError for what cannot be a task's name."""
-    if not isinstance(task, str) or not task or len(task) > LONGEST_NAME or not task.isprintable():
-        raise BankError(
-            f"a task's name is {str(task)[:80]!r}, expected 1 to {LONGEST_NAME} printable characters; "
-            'an embedding has it in meta["task"]'
-        )
-
-
-def _printable(error: Any) -> str:
-    return str(error).encode("utf-8", "backslashreplace").decode()[:10_000]
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    data = _json(record).encode()
-    return _digest(data).encode() + b" " + data + b"\n"
-
-
-_KEYS = {
-    "done": {"task": str, "state": str, "row": int, "examples": int, "sums": dict, "meta": dict},
-    "failed": {"task": str, "state": str, "error": str},
-    "open": {"task": str, "state": str},
-}
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    """The record of a line of the manifest; ValueError for anything else."""
-    digest, _, data = line.rstrip(b"\n").partition(b" ")
-    if digest != _digest(data).encode():
-        raise ValueError("its checksum does not fit")
-    try:
-        record = json.loads(data)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(record, dict) or not isinstance(record.get("state"), str) or record["state"] not in _KEYS:
-        raise ValueError("it is no record of a bank")
-    for key, kind in _KEYS[record["state"]].items():
-        if not isinstance(record.get(key), kind) or isinstance(record[key], bool):
-            raise ValueError(f"its {key!r} is {str(record.get(key))[:80]!r}, expected {kind.__name__}")
-    check_name(record["task"])
-    if record["state"] == "done":
-        sums, scale = record["sums"], record.get("scale")
-        if "hessian" not in sums or not set(sums) <= set(FIELDS) or not all(isinstance(s, str) for s in sums.values()):
-            raise ValueError(f"its checksums are of {sorted(sums)}, expected some of {', '.join(FIELDS)}")
-        if ("scale" in sums) == isinstance(scale, (int, float)) or (scale is not None and not math.isfinite(scale)):
-            raise ValueError(f"its 'scale' is {scale!r}, expected a number or a checksum")
-        if record["row"] < 0 or record["examples"] < 1:
-            raise ValueError(f"its row is {record['row']} with {record['examples']} examples")
-    return record
-
-
-def _write_at(file: int, data: bytes, position: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(file, view, position)
-        view, position = view[written:], position + written
-
-
-def _sync_folder(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+    def _index(self, tasks: list[str], vectors: np.ndarray, metric: str) -> Index:
+        """Return the index of a metric, brought up to date with the snapshot that was just taken."""
+        moment = (self._inode, self._read)
+        if metric in self._indices and self._indices[metric][0] == moment:
+            return self._indices[metric][1]
+        self._indices[metric] = moment, stored_index(self.folder, tasks, vectors, metric)
+        return self._indices[metric][1]

@@ -113,7 +113,7 @@ def _layers(value: Any) -> int | str:
 
 
 def _device(value: Any) -> torch.device:
-    if not isinstance(value, (str, torch.device)):
+    if isinstance(value, bool) or not isinstance(value, (str, int, torch.device)):  # a number is that of a GPU
         raise TypeError
     return torch.device(value)
 

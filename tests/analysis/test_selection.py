@@ -18,12 +18,11 @@ from t2v_fast.analysis.selection import (
     chance_increase,
     compare,
     leave_one_out,
-    leep,
-    logme,
     nearest_expert,
     read_errors,
     relative_error_increase,
 )
+from t2v_fast.analysis.transferability import leep, logme
 from t2v_fast.embedding import FingerprintMismatch
 
 

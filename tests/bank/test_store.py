@@ -22,9 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from t2v_fast import Bank, BankError, Embedding, FingerprintMismatch, cli, distance
-from t2v_fast import bank as bank_module
 from t2v_fast.bank.export import export
 from t2v_fast.bank.index import Index, scan
+from t2v_fast.bank.manifest import encode_record
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -355,7 +355,7 @@ def test_fuzzed_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObj
             {"task": JSON, "state": st.sampled_from(["done", "failed", "open"]) | JSON},
             optional=dict.fromkeys(("row", "examples", "sums", "meta", "scale", "error"), JSON),
         )
-        line = bank_module._line(data.draw(records | JSON))
+        line = encode_record(data.draw(records | JSON))
         path = folder / "manifest.jsonl"
         content = path.read_bytes() + line
     path.write_bytes(bytes(content))

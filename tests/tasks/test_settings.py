@@ -195,6 +195,7 @@ def test_values_of_other_types() -> None:
     assert type(settings.samples) is int
     assert Settings(cache_folder=Path("x")).cache_folder == Path("x")
     assert Settings(seed=-1).seed == -1
+    assert Settings(device=1).device == torch.device("cuda:1")
     for name, value in (
         ("samples", True),
         ("samples", 2.0),
@@ -207,7 +208,7 @@ def test_values_of_other_types() -> None:
         ("cache_folder", 3),
         ("skip_layers", ""),
         ("skip_layers", True),
-        ("device", 0),
+        ("device", True),
         ("dtype", torch.int8),
         ("estimator", None),
         ("seed", 10**6000),
