@@ -1,4 +1,5 @@
-// Argument checks with expected and actual, shared by every backend: the operators can be called without Python's.
+// Argument checks of every compiled backend, with expected and actual values. The operators can be called directly,
+// without the checks in Python.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -66,7 +67,7 @@ inline ConvGeometry check_conv(const char* op, const at::Tensor& x, int64_t filt
           stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], groups};
 }
 
-// The same, of which g is the output's cotangent.
+// The same for a convolution with g as the cotangent of its output.
 inline ConvGeometry check_conv(const char* op, const at::Tensor& x, const at::Tensor& g, at::IntArrayRef kernel,
                                at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                                int64_t groups) {
@@ -97,7 +98,7 @@ inline void check_outer(const char* op, const at::Tensor& x, const at::Tensor& g
   check_rows(op, x, g);
 }
 
-// The quadratic forms of gram [N, groups, P, P], whose cotangents are g.
+// The arguments of sq_gram.
 inline void check_forms(const at::Tensor& gram, const at::Tensor& g) {
   TORCH_CHECK_VALUE(gram.dim() == 4 && g.dim() == 4 && gram.size(2) == gram.size(3) &&
                         gram.size(2) == g.size(2) * g.size(3) && gram.size(1) >= 1 && g.size(1) % gram.size(1) == 0,
@@ -121,7 +122,7 @@ inline void check_prod(const char* op, const at::Tensor& g, const std::optional<
   }
 }
 
-// Without the values of the index, which are for the backend to look at.
+// The arguments of sq_scatter, except the values of the index, which the backend checks.
 inline void check_scatter(const char* op, const at::Tensor& index, const at::Tensor& g, int64_t num_rows) {
   TORCH_CHECK_VALUE(index.dim() == 2 && g.dim() == 3 && index.size(1) == g.size(1) && index.scalar_type() == at::kLong,
                     op, ": expected index [N, S] int64 and g [M, S, O], got ", index.sizes(), " ", index.scalar_type(),

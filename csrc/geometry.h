@@ -1,4 +1,4 @@
-// The geometry of a two-dimensional convolution, shared by every backend.
+// The geometry of a two-dimensional convolution, shared by every compiled backend.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ struct ConvGeometry {
   int64_t group_filters() const { return filters / groups; }
   int64_t positions() const { return out_height * out_width; }
   int64_t pixels() const { return height * width; }
-  // Whether each filter sees one input channel only.
+  // Whether each filter sees only one input channel.
   bool depthwise() const { return group_channels() == 1 && groups > 1; }
   // The part of the zero-padded input that the kernel visits.
   int64_t padded_height() const { return (out_height - 1) * stride_h + (kernel_h - 1) * dilation_h + 1; }

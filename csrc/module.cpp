@@ -1,4 +1,5 @@
-// The Python module t2v_fast._C: build information. Importing it registers the operators' kernels.
+// The Python module t2v_fast._C: information about the build, and settings. Importing it registers the operators'
+// kernels.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 #ifdef __GLIBC__
@@ -14,11 +15,11 @@ namespace py = pybind11;
 
 namespace {
 
-// Whether what is freed stays with the process, so that the next allocation finds its pages in place. Returns false
-// where the allocator has no such setting.
+// Sets whether freed memory stays with the process, so that later allocations reuse its pages. Returns false where the
+// allocator has no such setting.
 bool keep_freed_memory([[maybe_unused]] bool keep) {
 #ifdef __GLIBC__
-  constexpr int largest_threshold = 4 * 1024 * 1024 * sizeof(long);  // what glibc itself adapts to, at most
+  constexpr int largest_threshold = 4 * 1024 * 1024 * sizeof(long);  // the upper limit of glibc's own adaptation
   mallopt(M_MMAP_MAX, keep ? 0 : 65536);
   mallopt(M_MMAP_THRESHOLD, largest_threshold);
   mallopt(M_TRIM_THRESHOLD, keep ? -1 : 2 * largest_threshold);
@@ -52,6 +53,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("double_precision"), "Elements of a vector in the instruction set in use.");
   m.def("keep_freed_memory", keep_freed_memory, py::arg("keep"),
         "Whether freed memory stays with the process; returns whether this allocator can be told.");
+  m.attr("few_positions") = t2v::few_positions;
   m.def("cpu_capability", &t2v::cpu_capability, "The instruction set in use.");
   m.def(
       "set_cpu_capability",

@@ -1,1 +1,1 @@
-"""The ops in Triton, installed as t2v_fast.kernels: one file an op; :mod:`t2v_fast.kernels.backend` has them all."""
+"""The ops in Triton, installed as ``t2v_fast.kernels``: one file per op, collected in ``t2v_fast.kernels.backend``."""

@@ -1,4 +1,4 @@
-"""What every kernel's launch needs: types, precision, the device, block sizes and their tuning."""
+"""Launching kernels: types, precision, the device, block sizes and their tuning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from t2v_fast.ops.reference import accumulate_dtype
 
 log = logging.getLogger(__name__)
 
-# Environment variable: measure the candidates for block sizes once per geometry instead of taking the first.
+# Environment variable: "1" measures the candidate block sizes once per geometry, instead of taking the first one.
 TUNE = "T2V_FAST_TUNE"
 
 _DTYPES = {
@@ -41,20 +41,20 @@ def sum_type(dtype: torch.dtype) -> tl.dtype:
 def operand_type(dtype: torch.dtype) -> tl.dtype:
     """The type in which ``dtype`` values enter a matrix product."""
     if dtype == torch.bfloat16 and interpreted():
-        return tl.float32  # the interpreter keeps bfloat16 as bits, which its products take for integers
+        return tl.float32  # the interpreter keeps bfloat16 as bits and would multiply them as integers
     return _DTYPES[dtype]
 
 
 def precision() -> str:
-    """Of products of float32 values: exact, unless torch was told that TF32 will do.
+    """The precision of products of float32 values: exact, unless torch allows TF32.
 
-    ``torch.set_float32_matmul_precision("high")`` is that word. Narrower inputs are multiplied exactly in either mode.
+    ``torch.set_float32_matmul_precision("high")`` allows TF32. Narrower inputs are multiplied exactly in either mode.
     """
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def on_device_of(t: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Make the tensor's device the current one, because Triton launches on the current device."""
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
@@ -64,8 +64,16 @@ def power_of_two(n: int, least: int, most: int) -> int:
 
 
 def processors(t: Tensor) -> int:
-    """How many programs run side by side at least."""
+    """The number of processors of the tensor's device, which is a lower bound for the programs that run at once."""
     return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 1
+
+
+def row_chunks(g: Tensor, programs: int) -> int:
+    """The number of chunks of rows that give every processor work, for ``programs`` programs per chunk.
+
+    Elementwise sums go over all rows of ``g``. Where there are few tiles, programs share the rows.
+    """
+    return min(g.shape[0], max(1, 4 * processors(g) // programs))
 
 
 _tuned: dict[Hashable, tuple[int, ...]] = {}
@@ -74,7 +82,7 @@ _tuned: dict[Hashable, tuple[int, ...]] = {}
 def best(
     key: Hashable, candidates: Sequence[tuple[int, ...]], run: Callable[[tuple[int, ...]], Tensor]
 ) -> tuple[int, ...]:
-    """The candidate with which ``run`` takes least time: measured where asked for, else the first.
+    """The candidate with which ``run`` takes the least time if tuning is on, else the first candidate.
 
     ``run`` must not change its inputs. Nothing is measured while a CUDA graph is captured.
     """
@@ -96,5 +104,5 @@ def best(
 
 
 def run_best(key: Hashable, candidates: Sequence[tuple[int, ...]], run: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
-    """What ``run`` returns with the :func:`best` candidate."""
+    """Call ``run`` with the :func:`best` candidate."""
     return run(best(key, candidates, run))

@@ -1,12 +1,11 @@
-"""Linear layers over tokens: convolutions with a kernel of one pixel, of an image that is one row of tokens."""
+"""Linear layers over tokens, as 1x1 convolutions of an image that is one row of tokens."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from . import sq_conv as conv
-
-_POINTWISE = ((1, 1), (0, 0), (1, 1), 1)
+from .sq_conv import sq_conv, sq_conv_acc_
+from .sq_conv_geometry import POINTWISE
 
 
 def _image(tokens: Tensor) -> Tensor:
@@ -16,9 +15,9 @@ def _image(tokens: Tensor) -> Tensor:
 
 def sq_outer(x: Tensor, g: Tensor, path: str = "explicit") -> Tensor:
     """As :func:`t2v_fast.ops.sq_outer`."""
-    return conv.sq_conv(_image(x), _image(g), (1, 1), *_POINTWISE, path)
+    return sq_conv(_image(x), _image(g), *POINTWISE, 1, path)
 
 
 def sq_outer_acc_(out: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> None:
     """As :func:`t2v_fast.ops.sq_outer_acc_`."""
-    conv.sq_conv_acc_(out[:, :, None, None], _image(x), _image(g), weight, *_POINTWISE)
+    sq_conv_acc_(out[:, :, None, None], _image(x), _image(g), weight, *POINTWISE[1:], 1)

@@ -1,4 +1,4 @@
-"""Norm weights, biases, scales: every operand is read once, both sums of a norm in the same pass."""
+"""Norm weights, biases and scales. Every operand is read once; a norm's weight and bias share one pass."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def prod_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Squares of sum_s g (x - shift) scale and of sum_s g, those that are asked for, in this order: [forms, M, C]."""
+    """Squares of sum_s g (x - shift) scale (PRODUCT) and of sum_s g (PLAIN), in this order: [forms, M, C]."""
     tiles = tl.cdiv(channels, BLOCK_C)
     m = (tl.program_id(0) // tiles).to(tl.int64)
     n = m % examples

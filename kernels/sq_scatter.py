@@ -1,4 +1,4 @@
-"""Embedding tables. Tokens are sorted by row of the table, so that each program owns a row: no atomics, one order."""
+"""Embedding tables. Tokens are sorted by row of the table, so that one program owns a row: sums need no atomics."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def scatter_kernel(
     SUM: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """A program starts at each token, and those that begin a run of equal keys do its work.
+    """One program starts at each token, and the program at the start of a run of equal keys computes the whole run.
 
-    ``key`` is sorted, row of the table * examples + example, and ``order`` says which token it was. Elementwise, a
-    program goes through all the examples that used its row, and adds to out [V, O]; otherwise through one, and sets
-    out [M, V].
+    ``key`` is sorted; a key is row of the table * examples + example. ``order`` has the original place of each token.
+    With ELEMENTWISE, a program goes through all examples that use its row and adds to out [V, O]. Otherwise it goes
+    through one example and sets out [M, V].
     """
     begin = tl.program_id(0)
     mine = tl.load(key + begin)

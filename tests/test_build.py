@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2v_fast import _C, ops
+from t2v_fast import _C
+from t2v_fast.ops import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,7 +47,7 @@ def test_a_missing_extension_is_explained(tmp_path: Path) -> None:
 
 def test_an_extension_of_another_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "1.0.0")
-    why = ops._load_extension()
+    why = dispatch._load_extension()
     assert why is not None
     assert "built for torch" in why
     assert "install t2v-fast again" in why

@@ -1,4 +1,4 @@
-// Chooses the instruction set at run time.
+// The choice of the instruction set at run time.
 #include <atomic>
 #include <cstring>
 
@@ -34,7 +34,7 @@ bool has_avx512() {
 }
 #endif
 
-// Best first.
+// The instruction sets of this build, the best one first.
 const Capability* capabilities(int& count) {
   static const Capability all[] = {
 #ifdef T2V_X86

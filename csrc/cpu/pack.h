@@ -1,4 +1,4 @@
-// Copies of one example in the layouts that the tiles want, converted to the type of the sums.
+// Copies of one example in the layouts that the tiles read, converted to the type of the sums.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -19,7 +19,7 @@ namespace t2v {
 template <class S>
 using SumOf = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-// Values as the kernels know them.
+// The type that the kernels read values as: they have no torch types.
 template <class S>
 struct BitsOf {
   using type = S;
@@ -33,8 +33,8 @@ const typename BitsOf<S>::type* bits(const S* values) {
   return reinterpret_cast<const typename BitsOf<S>::type*>(values);
 }
 
-// Memory that a thread has used before and keeps, aligned to lines of the cache: fresh pages from the system would cost
-// more than the products that are computed in them.
+// Memory that a thread keeps and uses again, aligned to cache lines. Fresh pages from the system would cost more than
+// the products that are computed in them.
 class Memory {
  public:
   struct Block {
@@ -63,7 +63,7 @@ class Memory {
     kept.blocks.push_back(block);
     size_t total = 0;
     for (const Block& other : kept.blocks) total += other.bytes;
-    while (total > most) {  // the longest unused go first
+    while (total > most) {  // the longest unused blocks are freed first
       total -= kept.blocks.front().bytes;
       std::free(kept.blocks.front().data);
       kept.blocks.erase(kept.blocks.begin());
@@ -84,7 +84,7 @@ class Memory {
   }
 };
 
-// Uninitialised memory that lives as long as one worker's share; `slack` elements may be read beyond its end.
+// Uninitialised memory for one worker's share of the work. Up to `slack` elements may be read beyond its end.
 template <class T>
 class Scratch {
  public:
@@ -99,7 +99,7 @@ class Scratch {
   const Memory::Block block_;
 };
 
-// Consecutive filters of one group that share a register tile.
+// Consecutive filters of one group that are computed in one register tile.
 struct FilterTile {
   int64_t group, first;  // `first` counts from the first filter of the group
   int height;
@@ -130,14 +130,14 @@ struct Positions {
     return later;
   }
 
-  // The same with a single loop, where the strides allow.
+  // The same positions as a single loop, where the strides allow it.
   Positions merged() const {
     if (outer == 1 || outer_stride != inner * inner_stride) return *this;
     return {data, 1, outer * inner, 0, inner_stride, column_stride};
   }
 };
 
-// to[c * to_stride + r] = from[r * row_stride + c] for narrower inputs: blocks are widened first.
+// to[c * to_stride + r] = from[r * row_stride + c]. Values narrower than T are widened a block at a time.
 template <class T, class S>
 void transpose(T* to, int64_t to_stride, const S* from, int64_t row_stride, int64_t rows, int64_t columns) {
   if constexpr (std::is_same_v<S, T>) return kernels<T>().transpose(to, to_stride, from, row_stride, rows, columns);
@@ -184,7 +184,7 @@ void pack_positions_last(T* to, int64_t stride, const Positions<S>& strided, int
   }
 }
 
-// Columns a multiple of half a page apart fall into the same few lines of the cache.
+// Whether columns compete for the same few cache lines, as those a multiple of half a page apart do.
 template <class T>
 bool crowded(int64_t stride) {
   return stride * sizeof(T) % 2048 == 0;
@@ -194,7 +194,8 @@ int64_t spread(int64_t stride) {
   return crowded<T>(stride) ? stride + 16 : stride;
 }
 
-// The operand a of one example's products: the tensor's own memory where the positions have one stride, or a copy.
+// The operand a of one example's products: the tensor's own memory where one stride leads through the positions, else
+// a copy.
 template <class T, class S>
 struct Broadcast {
   const T* data;
@@ -224,22 +225,22 @@ struct Broadcast {
   }
 };
 
-// Whether values of dtype S are multiplied as bfloat16 pairs here.
+// Whether the instruction set in use multiplies values of dtype S as bfloat16 pairs.
 template <class S>
 bool uses_pairs() {
   if constexpr (std::is_same_v<S, at::BFloat16>) return kernels<float>().pair_square_sum != nullptr;
   return false;
 }
 
-// to[c][r] = from[r][c] for pairs, which are moved as the floats of their size.
+// to[c][r] = from[r][c] for pairs, which are moved as floats of the same size.
 inline void transpose_pairs(Pair* to, int64_t to_stride, const Pair* from, int64_t from_stride, int64_t rows,
                             int64_t columns) {
   kernels<float>().transpose(reinterpret_cast<float*>(to), to_stride, reinterpret_cast<const float*>(from), from_stride,
                              rows, columns);
 }
 
-// to[c / 2][position] = {from[position, c], from[position, c + 1]}, rows `stride` apart; an odd last column pairs with
-// 0.
+// to[c / 2][position] = {from[position, c], from[position, c + 1]}, rows `stride` apart. An odd last column is
+// paired with 0.
 inline void pack_column_pairs(Pair* to, int64_t stride, const Positions<at::BFloat16>& strided, int64_t columns) {
   const Positions<at::BFloat16> from = strided.merged();
   for (int64_t y = 0; y < from.outer; ++y, to += from.inner) {
@@ -261,11 +262,12 @@ inline void pack_column_pairs(Pair* to, int64_t stride, const Positions<at::BFlo
   }
 }
 
-// One zero-padded row of an image, [width][channels], as the pairs of pixels `step` apart. `row` has 1 x inner
-// positions, of which the first lies at `left`; buffer holds (width + step) * channels values and as many pairs.
+// One zero-padded row of an image, [width][channels], as pairs of pixels `step` apart. `row` has 1 x inner positions,
+// and the first of them is pixel `left` of the padded row. `buffer` and `pairs` hold (width + step) * channels
+// elements.
 inline void pack_pixel_pairs(Pair* to, const Positions<at::BFloat16>& row, int64_t left, int64_t width, int64_t step,
                              int64_t channels, uint16_t* buffer, Pair* pairs) {
-  // What lies beyond `width` is no position's: as zeros it cannot spoil the pair of an odd last position.
+  // No position sees the pixels beyond `width`. They are zero because an odd last position is paired with one of them.
   const int64_t wide = width + step, begin = std::min(left, width), count = std::min(row.inner, width - begin);
   const uint16_t* from = bits(row.data);
   std::fill(buffer, buffer + wide * channels, uint16_t(0));
@@ -282,7 +284,8 @@ inline void pack_pixel_pairs(Pair* to, const Positions<at::BFloat16>& row, int64
   kernels<float>().interleave(to, buffer, buffer + step * channels, width * channels);
 }
 
-// The cotangent of one example as pairs of adjacent positions of a row; where rows are odd the last pairs with 0.
+// The cotangent of one example as pairs of adjacent positions in a row. In rows of odd length the last position is
+// paired with 0.
 struct PairBroadcast {
   const Pair* data;
   int64_t stride, column;
@@ -345,7 +348,7 @@ inline void upper_gram(float* gram, int64_t ld, const Pair* rows, int64_t stride
                  rows + tile.first, positions - tile.first);
 }
 
-// Doubles what is above the diagonal and clears what is below, so that the upper half stands for the whole.
+// Doubles the entries above the diagonal and clears those below, which changes no quadratic form.
 template <class T>
 void fold_symmetric(T* gram, int64_t ld, int64_t positions) {
   for (int64_t p = 0; p < positions; ++p) {
@@ -355,18 +358,18 @@ void fold_symmetric(T* gram, int64_t ld, int64_t positions) {
   }
 }
 
-// q[i] = d_i^T gram d_i for `height` filters, gram folded, d [height][positions] with rows `ld` apart.
+// q[i] = d_i^T gram d_i for `height` filters with a folded gram; d is [height][positions] with rows `ld` apart.
 template <class T>
 void quadratic_form(T* q, const T* gram, const T* d, int64_t ld, int height, int64_t positions) {
   const Kernels<T>& k = kernels<T>();
   const int64_t step = 2 * k.width;
   for (int64_t c = 0; c < positions; c += step) {
-    const int64_t rows = std::min(c + step, positions);  // below the diagonal there are zeros
+    const int64_t rows = std::min(c + step, positions);  // entries below the diagonal are zero
     k.dot(q, d + c, ld, d, height, {1, rows, 0, positions, 1, ld}, gram + c, std::min(step, positions - c));
   }
 }
 
-// Sums of squares as quadratic forms of folded Gram matrices.
+// Evaluates sums of squares as quadratic forms of folded Gram matrices.
 template <class S>
 class QuadraticForms {
  public:
@@ -398,8 +401,8 @@ class QuadraticForms {
   const Scratch<T> d_;
 };
 
-// Work on n examples in parallel, and on shares of each example's tiles where examples are fewer than threads:
-// work(example, first tile, last tile). Which worker does a tile changes no result.
+// Calls work(example, first tile, last tile) in parallel. Where examples are fewer than threads, workers also share the
+// tiles of an example. The division of the work changes no result.
 template <class Work>
 void parallel_examples(int64_t examples, int64_t tiles, const Work& work) {
   const int64_t threads = at::get_num_threads();

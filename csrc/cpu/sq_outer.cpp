@@ -25,7 +25,7 @@ class Outer {
     return {t.const_data_ptr<S>() + row * t.stride(0), 1, t.size(1), 0, t.stride(1), t.stride(2)};
   }
 
-  // One token: the gradient has rank one, so q = g^2 |x|^2.
+  // For one token the gradient has rank one, so q = g^2 |x|^2.
   void single_sums(T* q) const {
     at::parallel_for(0, examples, 1, [&](int64_t begin, int64_t end) {
       const Scratch<T> input(inputs);

@@ -6,7 +6,7 @@
 namespace t2v {
 namespace {
 
-// What the input is shifted and scaled by, broadcast to [N, S, C] by strides of zero; null where there is none.
+// A shift or a scale of the input, broadcast to [N, S, C] by strides of zero; null if there is none.
 template <class T>
 struct Affine {
   const T* data = nullptr;
@@ -60,14 +60,14 @@ class Product {
   static constexpr int64_t few = 16;
   static constexpr int64_t chunk = 1024;  // elements converted at a time, where the dtype is narrower than the sums
 
-  // The values themselves, or their conversion in `buffer`.
+  // The values themselves, or a converted copy in `buffer`.
   static const T* widen(const S* from, int64_t count, T* buffer) {
     if constexpr (std::is_same_v<S, T>) return from;
     for (int64_t k = 0; k < count; ++k) buffer[k] = static_cast<T>(from[k]);
     return buffer;
   }
 
-  // Too few positions to fill a vector: where possible, the channels do.
+  // For too few positions to fill a vector: channels are the vectors where possible.
   void few_positions(T* sums, T* plain, const S* g, const S* x) const {
     const int64_t g_step = g_.stride(1), g_column = g_.stride(2), x_step = x ? x_->stride(1) : 0,
                   x_column = x ? x_->stride(2) : 0;
@@ -95,15 +95,15 @@ class Product {
         const T* some_g = widen(g + c * g_.stride(2) + s, count, wide_g);
         sum += x ? kernels<T>().shifted_dot(some_g, widen(x + c * x_->stride(2) + s, count, wide_x), shift, count)
                  : kernels<T>().sum(some_g, count);
-        if (plain) all += kernels<T>().sum(some_g, count);  // still in the cache
+        if (plain) all += kernels<T>().sum(some_g, count);  // these values are still in the cache
       }
       if (plain) plain[c] = all;
       sums[c] = sum * scale_.at(0, 0, c, T(1));
     }
   }
 
-  // Hands rows of channels to run(sums, plain, g, g_stride, x, x_stride, channels): as they lie, or copied and widened
-  // where no vector is full or the kernels do not know the dtype.
+  // Calls run(sums, plain, g, g_stride, x, x_stride, channels) with rows of channels: in place, or as a widened copy
+  // where channels fill no vector or the kernels lack the dtype.
   template <class Run>
   void in_rows(T* sums, T* plain, const S* g, const S* x, const Run& run) const {
     const int64_t wide = std::max<int64_t>(channels, kernels<T>().width), x_stride = x ? x_->stride(1) : 0;
@@ -144,7 +144,7 @@ class Product {
       for (int64_t c = 0; c < channels; ++c) sums[c] *= scale_.at(0, 0, c, T(1));
   }
 
-  // Shift and scale of each position: layer norm.
+  // A shift and a scale for each position, as in a layer norm.
   void normalised_channels(T* sums, T* plain, const S* g, const S* x, int64_t n) const {
     const T none = 0, one = 1;
     const T* shift = shift_.data ? shift_.data + n * shift_.strides[0] : &none;
@@ -165,7 +165,7 @@ class Product {
   const int64_t rows, positions, channels;
 };
 
-// q [M, C], or with `both` [2, M, C] of which the second is without x
+// q [M, C]; with `both`, q [2, M, C], where the second part is computed without x
 at::Tensor products(const char* op, const at::Tensor& g, const std::optional<at::Tensor>& x,
                     const std::optional<at::Tensor>& shift, const std::optional<at::Tensor>& scale, bool both) {
   check_prod(op, g, x, shift, scale);

@@ -1,4 +1,5 @@
-// Squared per-example gradients of an embedding table: positions of one index are summed before they are squared.
+// Squared per-example gradients of an embedding table. The cotangents of positions with the same index are summed
+// first.
 #include <torch/library.h>
 
 #include <numeric>
@@ -15,7 +16,7 @@ void check_lookups(const char* op, const at::Tensor& index, const at::Tensor& g,
   TORCH_CHECK_INDEX(largest < num_rows, op, ": index ", largest, " is out of range for a table of ", num_rows, " rows");
 }
 
-// Calls use(row, sums [O]) for each table row that example n looks up, sums over its positions of g[m].
+// Calls use(row, sums [O]) for each table row that example n looks up, with the sums of g[m] over the row's positions.
 template <class S, class Use>
 void scatter_gradients(const at::Tensor& index, const at::Tensor& g, int64_t n, int64_t m, const Use& use) {
   using T = SumOf<S>;
@@ -33,7 +34,7 @@ void scatter_gradients(const at::Tensor& index, const at::Tensor& g, int64_t n, 
       const S* from = cotangent + order[k] * g.stride(1);
       for (int64_t o = 0; o < width; ++o) sums[o] += static_cast<T>(from[o * g.stride(2)]);
     }
-    if (row >= 0) use(row, sums.data());  // negative: left out, as padding is
+    if (row >= 0) use(row, sums.data());  // negative indices are padding
   }
 }
 
@@ -68,7 +69,7 @@ void sq_scatter_acc_(at::Tensor& out, const at::Tensor& index, const at::Tensor&
     const int64_t width = g.size(2);
     T* to = out.mutable_data_ptr<T>();
     const T* by = w.const_data_ptr<T>();
-    // Each worker owns a share of the columns, so that no two of them meet in a row of the table.
+    // Each worker owns a share of the columns, so no two workers write to the same entry of the table.
     at::parallel_for(0, width, 64, [&](int64_t first, int64_t last) {
       const at::Tensor share = g.slice(2, first, last);
       for (int64_t m = 0; m < g.size(0); ++m)

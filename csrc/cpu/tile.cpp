@@ -1,4 +1,4 @@
-// Compiled once for each instruction set, with T2V_ISA naming it.
+// The kernels of one instruction set, which T2V_ISA names; compiled once for each.
 #include "tile_winograd.h"
 #include "vector.h"
 
@@ -14,7 +14,7 @@ void all_columns(const E* a, const Rows& rows, const E* b, int64_t columns, cons
   if (column < columns) tile<T, MR, 1>(a, rows, b, column, columns, epilogue);
 }
 
-// Turns the run-time height into the compile-time one.
+// Calls the kernel with the run-time height as a compile-time constant.
 template <class T, int MR = max_height, class E, class Epilogue>
 void outer(int height, const E* a, const Rows& rows, const E* b, int64_t columns, const Epilogue& epilogue) {
   if (height == MR) return all_columns<T, MR>(a, rows, b, columns, epilogue);
@@ -58,7 +58,7 @@ void dot(T* q, const T* d, int64_t ld, const T* a, int height, Rows rows, const 
   });
 }
 
-// Columns are the vectors: nothing is transposed, and no vector is mostly empty where positions are few.
+// Takes columns as the vectors: nothing is transposed, and vectors are full even where positions are few.
 template <class T, int NV>
 inline void some_forms(T* q, const T* gram, int64_t positions, const T* d, int64_t stride) {
   constexpr int width = Vector<T>::width;
@@ -82,7 +82,7 @@ void form(T* q, const T* gram, int64_t positions, const T* d, int64_t stride, in
   for (; c + 4 * width <= columns; c += 4 * width) some_forms<T, 4>(q + c, gram, positions, d + c, stride);
   for (; c + width <= columns; c += width) some_forms<T, 1>(q + c, gram, positions, d + c, stride);
   if (c == columns) return;
-  // The last columns as a whole vector: every column is rounded alike, wherever a worker's share ends.
+  // The last columns are computed as a whole vector, so that rounding does not depend on where a worker's share ends.
   T block[few_positions * width] = {}, sums[width] = {};
   for (int64_t p = 0; p < positions; ++p)
     for (int64_t k = c; k < columns; ++k) block[p * width + k - c] = d[p * stride + k];
@@ -118,7 +118,7 @@ void taps(T* r, int64_t ld, const T* a, Rows rows, const T* b, const int64_t* of
   for (; count > 0; --count, ++offsets, r += ld) some_taps<T, 1>(r, ld, a, rows, b, offsets, columns);
 }
 
-// Blocks of width x width in registers, by exchanging halves, quarters, and so on of pairs of rows.
+// Transposes blocks of width x width in registers by exchanging halves, quarters and so on of pairs of rows.
 template <class T, int Step>
 inline void exchange(V<T>* r) {
   constexpr int width = Vector<T>::width;
@@ -146,7 +146,7 @@ void transpose(T* to, int64_t to_stride, const T* from, int64_t from_stride, int
       for (int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
     return;
   }
-  // The last block of each axis ends where the axis does, and so may overlap the one before.
+  // The last block of each axis ends where the axis ends, so it may overlap the block before.
   for (int64_t r0 = 0; r0 < rows; r0 += width)
     for (int64_t c0 = 0; c0 < columns; c0 += width) {
       const int64_t r = r0 + width <= rows ? r0 : rows - width, c = c0 + width <= columns ? c0 : columns - width;
@@ -157,7 +157,7 @@ void transpose(T* to, int64_t to_stride, const T* from, int64_t from_stride, int
     }
 }
 
-// Four chains hide the latency of the additions.
+// Four independent sums hide the latency of the additions.
 template <class T, class Term>
 inline T reduce(int64_t n, const Term& term) {
   constexpr int width = Vector<T>::width;
@@ -192,7 +192,7 @@ T sum(const T* g, int64_t n) {
   return reduce<T>(n, term);
 }
 
-// Sums of the first `count` of NV vectors of channels from c: input(s, c) is what g is multiplied by at position s.
+// Sums of the first `count` of NV vectors of channels from c on. input(s, c) is the factor of g at position s.
 template <int NV, class T, class S, class Input>
 inline void some_norm_sums(T* sums, T* plain, const S* g, int64_t g_stride, int64_t positions, int64_t c,
                            const Input& input) {
@@ -211,7 +211,7 @@ inline void some_norm_sums(T* sums, T* plain, const S* g, int64_t g_stride, int6
   }
 }
 
-// Of all channels; the last vector ends where they do, and so may overlap the one before.
+// The sums of all channels. The last vector ends with the last channel, so it may overlap the vector before.
 template <class T, class S, class Input>
 inline void norm_sums(T* sums, T* plain, const S* g, int64_t g_stride, int64_t positions, int64_t channels,
                       const Input& input) {
@@ -250,7 +250,7 @@ constexpr WinogradSteps<S, T, T> winograd_steps() {
   return {winograd_input<T, S>, winograd_kernel<T>, winograd_outputs<S, T, T>};
 }
 
-// Fills in the kernels of bfloat16, and of its pairs where there are any.
+// Fills in the kernels for bfloat16, and for bfloat16 pairs where the instruction set has them.
 constexpr Kernels<float> with_bfloat16(Kernels<float> table) {
   table.wide_winograd_steps = winograd_steps<uint16_t, float>();
   table.wide_norm_sums = {sums_by_channel<float, uint16_t>, sums_by_position<float, uint16_t>};

@@ -1,15 +1,15 @@
-// The inner loops of the CPU backend: plain C++, compiled once for each instruction set, chosen at run time.
+// The inner loops of the CPU backend: plain C++, compiled once for each instruction set and chosen at run time.
 //
-// Nothing of torch may be included here, in tile.cpp or in its headers: inline functions compiled with AVX-512 flags
-// could otherwise be the copies that the linker keeps for the whole process.
+// This header, tile.cpp and the headers of tile.cpp must not include anything of torch. An inline function compiled
+// with AVX-512 flags could otherwise be the copy that the linker keeps for the whole process.
 #pragma once
 
 #include <cstdint>
 
 namespace t2v {
 
-// The summed positions of a product, as two nested loops. The columns of the vector operand b are contiguous; the
-// broadcast operand a may lie either way round.
+// The summed positions of a product, as two nested loops. The columns of the vector operand b are contiguous. The
+// broadcast operand a may have its positions or its columns contiguous.
 struct Rows {
   int64_t outer, inner;
   int64_t outer_stride, inner_stride;  // of b, in elements
@@ -18,7 +18,7 @@ struct Rows {
   int64_t a_skip = 0;                  // of a, after each inner loop
 };
 
-// The operands of Winograd's F(3x3, 4x4) after their transforms: 36 matrices [tiles][stride] each.
+// The transformed operands of Winograd's F(3x3, 4x4): 36 matrices [tiles][stride] each.
 template <class T>
 struct Winograd {
   int64_t tiles;
@@ -28,30 +28,30 @@ struct Winograd {
   int64_t g_stride;
 };
 
-// Where a tile of 4x4 output positions goes, and how many of its rows and columns exist.
+// The place of a tile of 4x4 output positions, and how many of its rows and columns are inside the output.
 template <class S>
 struct OutputTile {
   S* to;
   int high, wide;
 };
 
-// Positions up to which quadratic forms go column by column; above, the tiles' reuse of registers is worth a transposed
-// copy (measured).
+// Up to this number of positions, quadratic forms are evaluated column by column. Above it, the tiles' reuse of
+// registers is worth a transposed copy (measured). The planner reads this number from the extension.
 constexpr int64_t few_positions = 64;
 
-// Two bfloat16 values that are summed over one after the other: what the processor's dot products take.
+// Two bfloat16 values that are adjacent along the summed axis: the operand of the processor's dot products.
 struct Pair {
   uint16_t first, second;
 };
 
-// Two 16-bit integers, likewise. Products of them are sums of 32 bits, of so many operands at most: what is multiplied
-// is scaled so that its norm over these is no larger than the largest such integer, and then no sum overflows.
+// Two adjacent 16-bit integers. Their products are summed in 32 bits over at most `fixed_operands` operands. The values
+// are scaled so that their norm over these operands is at most the largest 16-bit integer, so no sum overflows.
 struct Fixed {
   int16_t first, second;
 };
 constexpr int64_t fixed_operands = 32;
 
-// The type of the values that an operand of a product has one or two of.
+// The type of the one or two values in an operand of a product.
 template <class E>
 struct ValueOf {
   using type = E;
@@ -61,30 +61,30 @@ struct ValueOf<Fixed> {
   using type = int16_t;
 };
 
-// Winograd's F(4x4, 3x3) of images of type S, by products of operands E with sums of type T.
+// The steps of Winograd's F(4x4, 3x3) for images of type S, with products of operands E and sums of type T.
 template <class S, class T, class E>
 struct WinogradSteps {
   using X = typename ValueOf<E>::type;
   // The 36 transformed values of 6x6 pixels for `channels` channels (rounded up to whole vectors): to[f * to_stride +
-  // c] from from[y * row + x * pixel + c]. Returns its unit, which only
-  // fixed point needs.
+  // c] from from[y * row + x * pixel + c]. Returns the unit of the fixed-point values; other types have none.
   T (*input)(X* to, int64_t to_stride, const S* from, int64_t row, int64_t pixel, int64_t channels);
-  // The same of the 3x3 taps from[k][c][o] of kernels with 2 * width outputs o: to[f * to_stride + c * 2 * width + o],
-  // a pair for two channels, of which there is an even number then. Their units to units[o].
+  // The same for the 3x3 taps from[k][c][o] of kernels with 2 * width outputs o: to[f * to_stride + c * 2 * width + o].
+  // Pairs hold two channels each, and the number of channels is even then. The units go to units[o].
   void (*kernel)(E* to, int64_t to_stride, T* units, const T* from, int64_t channels);
-  // Output tiles: the transform back of sum_c x[f][i][c] kernels[f][c][o], plus bias[o], for `height` tiles i and
-  // `columns` <= 2 * width outputs o. Frequencies f are x_stride and kernels_stride apart, tiles x_pixel, all in
-  // operands; kernels and bias have 2 * width outputs. Rows and pixels of the output are `row` and `pixel` apart.
+  // Output tiles: the inverse transform of sum_c x[f][i][c] kernels[f][c][o], plus bias[o], for `height` tiles i and
+  // `columns` <= 2 * width outputs o. Frequencies f are x_stride and kernels_stride operands apart, and tiles are
+  // x_pixel operands apart. kernels and bias have 2 * width outputs. Rows and pixels of the output are `row` and
+  // `pixel` elements apart.
   void (*outputs)(const OutputTile<S>* to, int64_t row, int64_t pixel, const E* x, int64_t x_stride, int64_t x_pixel,
                   const E* kernels, int64_t kernels_stride, int64_t operands, const T* x_units, const T* kernel_units,
                   const T* bias, int height, int64_t columns);
 };
 
-// Sums over positions s of g[s * g_stride + c] and of its products with an input x, for `channels` channels c, which
-// fill at least one vector.
+// Sums over positions s of g[s * g_stride + c] and of its products with an input x, for `channels` channels c that fill
+// at least one vector.
 template <class S, class T>
 struct NormSums {
-  // sums[c] = sum g (x - shift[c]); x null: sum g. plain[c] = sum g, where it is not null.
+  // sums[c] = sum g (x - shift[c]), or sum g if x is null. plain[c] = sum g, unless plain is null.
   void (*by_channel)(T* sums, T* plain, const S* g, int64_t g_stride, const S* x, int64_t x_stride, const T* shift,
                      int64_t positions, int64_t channels);
   // sums[c] = sum g (x - shift[s * shift_stride]) scale[s * scale_stride], plain as above
@@ -93,8 +93,8 @@ struct NormSums {
 };
 
 // A register tile G[i, c] = sum over rows of a[row, i] * b[row, c], for `height` <= max_height values of i.
-// Columns beyond `columns` may be read, up to the next multiple of `width`, but never count: whatever lies there, NaN
-// included, does not reach a result.
+// Columns beyond `columns` may be read, up to the next multiple of `width`, but no value there, NaN included, reaches a
+// result.
 template <class T>
 struct Kernels {
   const char* name;
@@ -124,15 +124,16 @@ struct Kernels {
                        int64_t columns);
 
   WinogradSteps<T, T, T> winograd_steps;
-  // The same of bfloat16 images, by products as exact as the sums, and in fixed point: for T = float, the latter null
-  // where the instruction set has no dot products for it.
+  // The same for bfloat16 images, with products in the precision of the sums and in fixed point. Only for T = float,
+  // and fixed_winograd_steps is null where the instruction set has no dot products of 16-bit integers.
   WinogradSteps<uint16_t, T, T> wide_winograd_steps;
   WinogradSteps<uint16_t, T, Fixed> fixed_winograd_steps;
 
   // r[k * ld + c] = sum over rows of a[row * a_stride + c] * b[row, offsets[k] + c]: depthwise taps
   void (*taps)(T* r, int64_t ld, const T* a, Rows rows, const T* b, const int64_t* offsets, int count, int64_t columns);
 
-  // The same of bfloat16 pairs, where rows count pairs; null where the instruction set has no dot products for them.
+  // The same for bfloat16 pairs, with rows that count pairs. Null where the instruction set has no dot products of
+  // them.
   void (*pair_square_sum)(T* q, const Pair* a, int height, Rows rows, const Pair* b, int64_t columns);
   void (*pair_square_add)(T* out, int64_t ld, T weight, const Pair* a, int height, Rows rows, const Pair* b,
                           int64_t columns);
@@ -148,10 +149,10 @@ struct Kernels {
   T (*shifted_dot)(const T* g, const T* x, T shift, int64_t n);
   T (*sum)(const T* g, int64_t n);
   NormSums<T, T> norm_sums;
-  NormSums<uint16_t, T> wide_norm_sums;  // of bfloat16, for T = float
+  NormSums<uint16_t, T> wide_norm_sums;  // for bfloat16 values, with T = float
 };
 
-// The kernels of the best instruction set that this processor has, or of the one that was forced.
+// The kernels of the best instruction set of this processor, or of the one that was forced.
 template <class T>
 const Kernels<T>& kernels();
 

@@ -1,4 +1,4 @@
-// Winograd's transforms, products and squares, for one instruction set: for tile.cpp.
+// Winograd's transforms, products and squares for one instruction set. Included by tile.cpp only.
 #pragma once
 
 #include "vector.h"
@@ -7,11 +7,11 @@ namespace t2v {
 namespace T2V_ISA {
 namespace {
 
-// Winograd's F(3x3, 4x4) (Lavin and Gray, 2016): a 3x3 gradient over 4x4 positions from 36 products instead of 144; and
-// F(4x4, 3x3): 4x4 outputs of a 3x3 kernel. The points are 0, 2/3, -2/3, 3/2, -3/2 and infinity in both, with the roles
-// of filter and output exchanged. With the usual 1 and 2 rounded operands leave twice the error.
+// Winograd's F(3x3, 4x4) (Lavin and Gray, 2016) computes a 3x3 gradient over 4x4 positions from 36 products instead of
+// 144. F(4x4, 3x3) computes 4x4 outputs of a 3x3 kernel; filter and output exchange their roles. Both use the points 0,
+// 2/3, -2/3, 3/2, -3/2 and infinity. The usual points with 1 and 2 would double the error of rounded operands.
 constexpr double near = 2. / 3, far = 3. / 2, near2 = near * near, far2 = far * far;
-static_assert(near * far == 1);  // what spares transform_input the factors of its first and last row
+static_assert(near * far == 1);  // so the first and last row of transform_input need no factors
 
 template <class T>
 inline void transform_input(const V<T>* d, int step, V<T>* to, int to_step) {  // 6 to 6
@@ -25,7 +25,7 @@ inline void transform_input(const V<T>* d, int step, V<T>* to, int to_step) {  /
   to[5 * to_step] = d1 - T(near2 + far2) * d3 + d5;
 }
 
-// A kernel of 3 values or a cotangent of 4, at the points.
+// Evaluates a kernel of 3 values or a cotangent of 4 at the points.
 template <class T, int N>
 inline void transform_points(const V<T>* d, int step, V<T>* to, int to_step) {  // N to 6
   constexpr double by_near = 1 / (2 * near2 * (near2 - far2)), by_far = 1 / (2 * far2 * (far2 - near2));
@@ -44,7 +44,7 @@ inline void transform_points(const V<T>* d, int step, V<T>* to, int to_step) {  
   to[5 * to_step] = d[(N - 1) * step];
 }
 
-// A gradient of 3 values or an output of 4, from products at the points.
+// Computes a gradient of 3 values or an output of 4 from the products at the points.
 template <class T, int N>
 inline void transform_output(const V<T>* d, int step, V<T>* to, int to_step) {  // 6 to N
   const V<T> a = d[step] + d[2 * step], b = d[step] - d[2 * step];
@@ -62,7 +62,7 @@ inline void transform_output(const V<T>* d, int step, V<T>* to, int to_step) {  
 template <class T>
 using Transform = void (*)(const V<T>*, int, V<T>*, int);
 
-// d [From][From] along both axes to out [To][To]
+// Transforms d [From][From] along both axes to out [To][To].
 template <class T, int From, int To, Transform<T> Along>
 inline void transform_square(const V<T>* d, V<T>* out) {
   V<T> half[To * From];
@@ -88,9 +88,9 @@ T winograd_input(T* to, int64_t to_stride, const S* from, int64_t row, int64_t p
   return 1;
 }
 
-// Transformed values in fixed point. A value of x at one frequency is at most the norm of a row of the transform times
-// that of what the other axis' transform made of the patch: measured there, its largest quotient by the bounds below is
-// the unit. They hold for the norms of the six rows of transform_input and of transform_points.
+// Transformed values in fixed point. After the transform along one axis, a value at one frequency of the other axis is
+// at most the norm of a column of that intermediate result times the norm of a row of the transform. The unit is chosen
+// from the intermediate result with these bounds for the norms of the six rows of transform_input and transform_points.
 constexpr float input_norms[] = {3.05f, 2.96f, 2.96f, 1.98f, 1.98f, 3.05f};
 constexpr float kernel_norms[] = {1, 0.80f, 0.80f, 0.36f, 0.36f, 1};
 constexpr float largest_fixed = 32767;
@@ -110,10 +110,10 @@ inline void store_fixed(int16_t* p, V<float> v) {
   std::memcpy(p, &values, sizeof(values));
 }
 
-// Whether squares may have left what a float can hold.
+// Whether squares may have left the range of a float.
 inline bool out_of_range(float norm2) { return !(norm2 > 1e-30f && norm2 < 1e30f); }
 
-// sums[f] += the squares of From x From values, value(y, x), transformed along one axis.
+// Adds to sums[f] the squares of the From x From values value(y, x) after the transform along one axis.
 template <int From, Transform<float> Along, class Value>
 inline void add_squares(V<float>* sums, const Value& value) {
   for (int x = 0; x < From; ++x) {
@@ -124,8 +124,8 @@ inline void add_squares(V<float>* sums, const Value& value) {
   }
 }
 
-// Of 6x6 pixels times `by`, transformed along one axis, the largest sum of squares over fixed_operands of channels,
-// each over the square of its row's norm.
+// Transforms 6x6 pixels times `by` along one axis, and returns the largest sum of squares over `fixed_operands`
+// operands of channels, divided by the square of the row's norm.
 inline float largest_norm2(const uint16_t* from, int64_t row, int64_t pixel, int64_t channels, float by) {
   constexpr int width = Vector<float>::width;
   float largest = 0;
@@ -142,7 +142,8 @@ inline float largest_norm2(const uint16_t* from, int64_t row, int64_t pixel, int
   return largest;
 }
 
-// One over the largest of 6x6 pixels; NaN if that is not finite or close to it, and zero if all are next to nothing.
+// One over the largest of 6x6 pixels: NaN if that pixel is infinite, NaN or close to overflow, and zero if all pixels
+// are negligible.
 inline float one_over_largest(const uint16_t* from, int64_t row, int64_t pixel, int64_t channels) {
   uint16_t largest = 0;
   for (int y = 0; y < 6; ++y)
@@ -179,7 +180,7 @@ float winograd_fixed_input(int16_t* to, int64_t to_stride, const uint16_t* from,
   return norm > 0 ? norm / by : norm;
 }
 
-// Each output has a unit of its own.
+// Each output channel has a unit of its own.
 void winograd_fixed_kernel(Fixed* to, int64_t to_stride, float* units, const float* from, int64_t channels) {
   constexpr int width = Vector<float>::width, block = 2 * width;
   const int64_t tap = channels * block;
@@ -238,8 +239,8 @@ void winograd_kernel(T* to, int64_t to_stride, T*, const T* from, int64_t channe
   winograd_transform<T, T, 3, transform_points<T, 3>>(to, to_stride, from, 3 * tap, tap, tap);
 }
 
-// The products of MR rows and two vectors of columns at the 36 points, to products[36][MR][2 * width]; a and b hold the
-// operands of one point after the other.
+// Multiplies MR rows and two vectors of columns at the 36 points, to products[36][MR][2 * width]. a and b hold the
+// operands point by point.
 template <class T, int MR, class E>
 inline void winograd_products(T* products, const E* a, int64_t a_plane, const Rows& rows, const E* b, int64_t b_plane,
                               int64_t column) {
@@ -261,7 +262,7 @@ inline void winograd_products(T* products, const E* a, int64_t a_plane, const Ro
                      [=](int i, int64_t at, int, V<T> sums) { store(products + i * block + at - column, sums); });
 }
 
-// One vector of a row of the products of operands E, transformed to out [N][N].
+// Transforms one vector of a row of the products to out [N][N].
 template <class T, int MR, int N, class E = T>
 inline void winograd_output(V<T>* out, const T* products, int row, int vector) {
   constexpr int width = Vector<T>::width;
@@ -284,7 +285,7 @@ void winograd_outputs(const OutputTile<S>* to, int64_t row, int64_t pixel, const
     return;
   }
   constexpr int width = Vector<T>::width, block = 2 * width;
-  // What is written comes into the cache while the products are computed.
+  // The output's cache lines are fetched while the products are computed.
   for (int i = 0; i < MR; ++i)
     for (int y = 0; y < to[i].high; ++y)
       for (int c = 0; c < to[i].wide; ++c)

@@ -1,10 +1,10 @@
-// Vectors of one instruction set and register tiles of them, in the namespace that T2V_ISA names: for tile.cpp. Vectors
-// are the compiler's own (vector_size), so that one text serves every width.
+// Vectors of one instruction set and register tiles of them, in the namespace that T2V_ISA names. Included by tile.cpp
+// only. Vectors are the compiler's own (vector_size), so the same code serves every width.
 #pragma once
 
 #include "tile.h"
 
-#ifdef __AVX512BF16__  // and with it, here, the dot products of 16-bit integers
+#ifdef __AVX512BF16__  // compiled together with the dot products of 16-bit integers
 #include <immintrin.h>
 #endif
 
@@ -46,13 +46,13 @@ inline void store(T* p, V<T> v) {
 typedef uint32_t Bits __attribute__((vector_size(T2V_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(T2V_BYTES / 2)));
 
-// The upper halves are bfloat16 values: the nearest, of two the even one.
+// Rounds to bfloat16, in the upper halves: to the nearest value, and to the even one of two equally near.
 inline Bits rounded(V<float> v) {
   const Bits bits = (Bits)v;
   return v == v ? bits + 0x7fff + ((bits >> 16) & 1) : Bits{} + 0x7fc00000;
 }
 
-// Values of another type, if need be bfloat16, as those of a vector.
+// Loads values of another type, such as bfloat16, as a vector.
 template <class T, class S>
 inline V<T> load_as(const S* p) {
   if constexpr (std::is_same_v<S, T>) {
@@ -78,7 +78,7 @@ inline void store_as(S* p, V<T> v, int64_t valid = Vector<T>::width) {
   }
 }
 
-// The sum of a vector, by halves.
+// The sum of a vector, halving it step by step.
 template <class T, int Bytes = T2V_BYTES>
 inline T whole_total(const void* v) {
   if constexpr (Bytes > 16) {
@@ -104,7 +104,7 @@ inline T total(V<T> v, int valid = Vector<T>::width) {
   return sum;
 }
 
-// How a tile takes its operands: one value, or a pair, at a time.
+// How a tile multiplies its operands: single values or pairs.
 template <class E>
 struct Operand {
   typedef V<E> Values;
@@ -140,7 +140,7 @@ struct Operand<Fixed> {
 // 32 registers of AVX-512 hold 12 x 2 sums, 2 columns and a broadcast; 16 of AVX2 hold 6 x 2.
 constexpr int max_height = T2V_BYTES == 64 ? 12 : 6;
 
-// Runs one tile of MR rows and NV vectors, and hands each row of sums to the epilogue.
+// Computes one tile of MR rows and NV vectors, and passes each row of sums to the epilogue.
 template <class T, int MR, int NV, class E, class Epilogue>
 inline void tile(const E* a, const Rows& rows, const E* b, int64_t column, int64_t columns, const Epilogue& epilogue) {
   constexpr int width = Vector<T>::width;

@@ -1,5 +1,5 @@
-// 3x3 convolutions of stride 1 and their input gradients by Winograd's F(4x4, 3x3) (Lavin and Gray, 2016): 4x4 outputs
-// from 36 products instead of 144.
+// 3x3 convolutions of stride 1 and their input gradients by Winograd's F(4x4, 3x3) (Lavin and Gray, 2016), which
+// computes 4x4 outputs from 36 products instead of 144.
 #include <torch/library.h>
 
 #include <limits>
@@ -10,15 +10,15 @@ namespace t2v {
 namespace {
 
 constexpr int64_t side = 4, patch = 6, frequencies = patch * patch;
-constexpr int64_t tiles_bytes = 512 << 10;  // of transformed input at a time, at least: half of a usual L2
-constexpr int64_t kernels_bytes = 6 << 20;  // of transformed kernels at a time, at most
+constexpr int64_t tiles_bytes = 512 << 10;  // least transformed input to hold at a time: half of a typical L2 cache
+constexpr int64_t kernels_bytes = 6 << 20;  // most transformed kernels to hold at a time
 
-// Of images S, by products of operands E.
+// The convolution of images of type S, with products of operands E.
 template <class S, class E>
 class WinogradConvolution {
   using T = SumOf<S>;
-  using X = typename ValueOf<E>::type;      // of the transformed input
-  using Stored = typename BitsOf<S>::type;  // of the images
+  using X = typename ValueOf<E>::type;      // values of the transformed input
+  using Stored = typename BitsOf<S>::type;  // values of the images
   static constexpr int64_t lanes = sizeof(E) / sizeof(X);
 
   static const WinogradSteps<Stored, T, E>& steps() {
@@ -31,8 +31,8 @@ class WinogradConvolution {
   }
 
  public:
-  // x and y [N, C, H, W] channels last. A transposed weight [C, O, 3, 3] is that of the convolution whose input
-  // gradient this is.
+  // x and y are [N, C, H, W], channels last. If `transposed`, weight [C, O, 3, 3] belongs to the convolution whose
+  // input gradient is computed.
   WinogradConvolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                       int64_t pad_h, int64_t pad_w, bool transposed, at::Tensor& y)
       : x_(bits(x.const_data_ptr<S>())),
@@ -62,13 +62,13 @@ class WinogradConvolution {
   }
 
  private:
-  // to [last - first blocks][frequencies][plane_], of which [operands][block], zero beyond the outputs and channels;
-  // units [last - first blocks][block]
+  // Fills to [last - first blocks][frequencies][plane_], where a plane starts with [operands][block] and is zero beyond
+  // the outputs and channels, and units [last - first blocks][block].
   void load_kernels(E* to, T* units, int64_t first, int64_t last) const {
     const S* from = weight_.const_data_ptr<S>();
     int64_t of_output = weight_.stride(0), of_channel = weight_.stride(1), of_row = weight_.stride(2),
             of_column = weight_.stride(3);
-    if (transposed_) {  // the same turned by half a turn, from outputs to inputs
+    if (transposed_) {  // the kernels rotated by half a turn, from outputs to inputs
       std::swap(of_output, of_channel);
       from += 2 * (of_row + of_column);
       of_row = -of_row;
@@ -88,7 +88,7 @@ class WinogradConvolution {
     }
   }
 
-  // The transformed input of tile number t, for all channels: to[f * stride + c]. Returns its unit.
+  // Transforms the input of tile number t for all channels, to to[f * stride + c], and returns the tile's unit.
   T load_tile(X* to, int64_t stride, int64_t t, Stored* border) const {
     const int64_t n = t / (high_ * wide_), top = t / wide_ % high_ * side - pad_h_, left = t % wide_ * side - pad_w_;
     const Stored* image = x_ + n * height_ * width_ * channels_;
@@ -112,8 +112,9 @@ class WinogradConvolution {
             static_cast<int>(std::min(side, out_height_ - top)), static_cast<int>(std::min(side, out_width_ - left))};
   }
 
-  // Into how many shares the blocks go, so that the threads have the least to transform: each of them transforms the
-  // kernels of its own blocks and the input of its own tiles. What another thread wrote just now is slow to read.
+  // The number of shares of the blocks that leaves the threads the least to transform. Each thread transforms the
+  // kernels of its own blocks and the input of its own tiles, because data that another thread has just written is slow
+  // to read.
   int64_t block_shares(int64_t threads) const {
     int64_t best = 1, least = std::numeric_limits<int64_t>::max();
     for (int64_t shares = 1; shares <= std::min(blocks_, threads); ++shares) {
@@ -138,7 +139,7 @@ class WinogradConvolution {
     });
   }
 
-  // Some blocks of some tiles: as many blocks at a time as find room, for part after part of the tiles.
+  // Computes some blocks of some tiles: as many blocks at a time as fit, for one part of the tiles after another.
   void compute(int64_t first_block, int64_t last_block, int64_t first_tile, int64_t last_tile) const {
     const int64_t height = kernels<T>().max_height, block_bytes = frequencies * plane_ * sizeof(E);
     const int64_t bytes = std::max<int64_t>(tiles_bytes, block_bytes), tile_bytes = frequencies * pixel_ * sizeof(X);
@@ -181,9 +182,9 @@ class WinogradConvolution {
   Stored* y_;
   const int64_t channels_, height_, width_, outputs_, out_height_, out_width_, pad_h_, pad_w_;
   const int64_t high_, wide_, tiles_, block_, blocks_;
-  const int64_t pixel_;     // channels in whole vectors
-  const int64_t operands_;  // of a kernel: its channels, or pairs of them
-  const int64_t plane_;     // from one frequency of a block of kernels to the next
+  const int64_t pixel_;     // channels, rounded up to whole vectors
+  const int64_t operands_;  // operands of a kernel: its channels, or pairs of them
+  const int64_t plane_;     // distance between the frequencies of a block of kernels
   const Scratch<T> bias_;
 };
 

@@ -20,10 +20,10 @@ namespace {
 using cuda::Launch;
 using cuda::SumOf;
 
-// The Gram matrices of so many bytes are held at once; further examples wait for their turn.
+// Most bytes of Gram matrices that are held at once. A larger batch is computed in several parts.
 constexpr int64_t kLargestWorkspace = int64_t{256} << 20;
 
-// As long as it lives, the tensor's device is the current one.
+// Makes the tensor's device the current one for its own lifetime.
 class OnDevice {
  public:
 #ifdef T2V_EMULATED
@@ -35,7 +35,7 @@ class OnDevice {
   const Launch& operator*() const { return launch_; }
 
  private:
-  // torch.set_float32_matmul_precision
+  // Set by torch.set_float32_matmul_precision.
   static bool tf32() { return at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST; }
 
 #ifndef T2V_EMULATED
@@ -58,7 +58,7 @@ at::Tensor zero_sums(at::IntArrayRef shape, const at::Tensor& like) {
 }
 at::Tensor add_parts(const at::Tensor& parts) { return parts.size(0) == 1 ? parts[0] : parts.sum(0); }
 
-// [N, C, H, W] -> dense [N, H, W, C]; no copy of channels-last tensors.
+// [N, C, H, W] -> dense [N, H, W, C]. Channels-last tensors are not copied.
 at::Tensor pixels_first(const at::Tensor& images) { return images.permute({0, 2, 3, 1}).contiguous(); }
 
 void check_size(const char* op, const ConvGeometry& s, bool gram) {
@@ -70,7 +70,7 @@ void check_size(const char* op, const ConvGeometry& s, bool gram) {
                     " positions are too many for a Gram matrix, expected at most ", largest_gram);
 }
 
-// A convolution of tensors that pixels_first has made dense.
+// A convolution of tensors from pixels_first.
 template <class T>
 cuda::Convolution<T> convolution(const ConvGeometry& s, const at::Tensor& x, const at::Tensor& g) {
   return {s, x.const_data_ptr<T>(), g.const_data_ptr<T>(), x.size(0), g.size(0)};
@@ -80,12 +80,12 @@ ConvGeometry pixelwise(const ConvGeometry& s) {
   return {s.channels, s.height, s.width, s.groups, s.height, s.width, 1, 1, 1, 1, 0, 0, 1, 1, s.groups};
 }
 
-// A linear layer over tokens: a convolution of one pixel, of an image that is one column of tokens.
+// A linear layer over tokens is a 1x1 convolution of an image with one column of tokens.
 ConvGeometry tokenwise(const at::Tensor& x, const at::Tensor& g) {
   return {x.size(2), x.size(1), 1, g.size(2), x.size(1), 1, 1, 1, 1, 1, 0, 0, 1, 1, 1};
 }
 
-// Whether the patches' Gram matrix comes cheaper from the pixels' (t2v_fast/ops/geometry.py: gram_by_pixels).
+// Whether the patches' Gram matrix is cheaper to compute from the pixels' (t2v_fast/ops/geometry.py: gram_by_pixels).
 bool gram_by_pixels(const ConvGeometry& s) {
   const double pixels = s.pixels(), positions = s.positions(), taps = s.kernel_h * s.kernel_w,
                channels = s.group_channels();
@@ -142,7 +142,7 @@ at::Tensor gram_sums(const ConvGeometry& s, const at::Tensor& x, const at::Tenso
   return q.flatten(0, 1);
 }
 
-// [M, kh kw, O]: of a depthwise convolution they are less than its input.
+// [M, kh kw, O]. The gradients of a depthwise convolution are smaller than its input.
 template <class T>
 at::Tensor depthwise(const ConvGeometry& s, const at::Tensor& x, const at::Tensor& g, const Launch& launch) {
   const int64_t parts = cuda::depthwise_parts(s, g.size(0), launch);
@@ -172,7 +172,7 @@ at::Tensor filter_sums(const ConvGeometry& s, const at::Tensor& x, const at::Ten
   return q;
 }
 
-// The same -> [O, kh, kw, C / groups], weighted
+// The same arguments -> weighted sums [O, kh, kw, C / groups]
 at::Tensor element_sums(const ConvGeometry& s, const at::Tensor& x, const at::Tensor& g, const at::Tensor& weight) {
   check_size("sq_conv_acc_", s, false);
   const OnDevice device(g);
@@ -194,7 +194,7 @@ at::Tensor element_sums(const ConvGeometry& s, const at::Tensor& x, const at::Te
 
 at::Tensor sq_conv(const at::Tensor& x, const at::Tensor& g, at::IntArrayRef kernel, at::IntArrayRef stride,
                    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, c10::string_view path) {
-  check_path("sq_conv", path, {"explicit", "gram", "winograd"});  // the last runs as the first
+  check_path("sq_conv", path, {"explicit", "gram", "winograd"});  // "winograd" runs as "explicit"
   const ConvGeometry s = check_conv("sq_conv", x, g, kernel, stride, padding, dilation, groups);
   if (g.numel() == 0 || x.numel() == 0) return zero_sums({g.size(0), g.size(1)}, g);
   return filter_sums(s, pixels_first(x), pixels_first(g), path == "gram");
@@ -228,7 +228,7 @@ at::Tensor sq_gram(const at::Tensor& gram, const at::Tensor& g) {
                                         : forms<float>(grams, cotangents, *device);
 }
 
-// Over a single token the square of an outer product is the outer product of the squares.
+// For a single token, the square of the outer product is the outer product of the squares.
 at::Tensor square_of_token(const at::Tensor& t) { return t.select(1, 0).to(sum_type(t)).square(); }
 
 at::Tensor sq_outer(const at::Tensor& x, const at::Tensor& g, c10::string_view path) {
@@ -261,7 +261,7 @@ cuda::Tokens<T> tokens(const at::Tensor& t) {
   return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// The squares of the sums over positions: [M, C] of the products with x where there is one, and then of g alone.
+// The squares of the sums over positions: [M, C] for the products with x, if there is one, and then for g alone.
 at::Tensor product_sums(const char* op, const at::Tensor& g, const std::optional<at::Tensor>& x,
                         const std::optional<at::Tensor>& shift, const std::optional<at::Tensor>& scale, bool plain) {
   check_prod(op, g, x, shift, scale);
@@ -301,12 +301,12 @@ void sq_prod_acc_(at::Tensor& out, const at::Tensor& g, const at::Tensor& weight
   out.add_(at::mul(q, weight.unsqueeze(1)).sum(0));
 }
 
-// Calls use(lookups).
+// Sorts the look-ups of a table and calls use(lookups).
 template <class Use>
 void with_lookups(const char* op, const at::Tensor& index, const at::Tensor& g, int64_t num_rows, const Use& use) {
   TORCH_CHECK_VALUE(index.numel() <= INT32_MAX && g.size(0) <= INT32_MAX, op, ": ", index.sizes(),
                     " look-ups are too many for one call");
-  // An error that the device raises, and torch reports at the next synchronisation.
+  // The device raises this error, and torch reports it at the next synchronisation.
   at::_assert_async(index.max() < num_rows,
                     std::string(op) + ": index out of range for a table of " + std::to_string(num_rows) + " rows");
   const auto [row, place] = at::sort(index.flatten(), /*stable=*/true, /*dim=*/0, /*descending=*/false);

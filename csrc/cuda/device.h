@@ -1,4 +1,4 @@
-// What the kernels are written in: CUDA, or its emulation on the host, which executes the same sources in the tests.
+// CUDA, or its emulation on the host, which runs the same sources in the tests; and helpers of every kernel.
 #pragma once
 
 #include <cstddef>
@@ -21,18 +21,18 @@ namespace t2v::cuda {
 
 #ifndef T2V_EMULATED
 
-// The block's shared memory: the same at every call of one kernel.
+// The block's shared memory. Every call in a kernel returns the same memory.
 template <size_t Bytes>
 __device__ inline unsigned char* shared_memory() {
   __shared__ __align__(128) unsigned char bytes[Bytes];
   return bytes;
 }
 
-// Starts a copy of 4, 8 or 16 bytes from global to shared memory; of zeros where `from` is null.
+// Starts a copy of 4, 8 or 16 bytes from global to shared memory, or of zeros if `from` is null.
 template <int Bytes>
 __device__ inline void copy_async(void* to, const void* from) {
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  // A size of zero reads nothing, but the address must still be one of global memory: null is taken for that.
+  // A size of zero reads nothing, but the address must still be in global memory. Null is accepted.
   if constexpr (Bytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(from), "r"(from ? 16 : 0)
                  : "memory");
@@ -42,10 +42,10 @@ __device__ inline void copy_async(void* to, const void* from) {
                  : "memory");
 }
 
-// The copies that this thread has started since the last group become a group.
+// Makes a group of the copies that this thread has started since the last group.
 __device__ inline void group_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
-// Waits until all but the last `Pending` groups of this thread's copies have arrived.
+// Waits until all but the last `Pending` groups of this thread's copies are complete.
 template <int Pending>
 __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(Pending) : "memory");
@@ -64,7 +64,7 @@ void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int t
 
 __device__ inline int thread() { return static_cast<int>(threadIdx.x); }
 
-// Division by a number known at launch, as a multiplication; for dividends from 0 to 2^31 - 1.
+// Division by a number that is known at launch, as a multiplication. Dividends are from 0 to 2^31 - 1.
 class Divisor {
  public:
   Divisor() = default;
@@ -89,23 +89,23 @@ __device__ inline T warp_sum(T value) {
   return value;
 }
 
-// V values that are read at once: 16 bytes, or one value.
+// V values that are read with one instruction: 16 bytes, or one value.
 template <class T, int V>
 struct alignas(V * sizeof(T)) Vector {
   T values[V];
 };
 
-// How many values 16 bytes hold.
+// The number of values in 16 bytes.
 template <class T>
 inline constexpr int kWide = 16 / sizeof(T);
 
-// Whether reads of 16 bytes may begin there.
+// Whether reads of 16 bytes may start at this address.
 template <class T>
 bool aligned(const T* data) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0;
 }
 
-// A block's share of the work, taken from its number an axis at a time.
+// A block's share of the work, decoded from the block's number one axis at a time.
 class Share {
  public:
   __device__ int of(int count) {

@@ -1,4 +1,5 @@
-// The launchers of the CUDA kernels: raw pointers and a stream, for any compiler. bindings.cpp makes operators of them.
+// The launchers of the CUDA kernels. They take raw pointers and a stream, so that any compiler can call them;
+// bindings.cpp makes operators of them.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -16,13 +17,13 @@ using cudaStream_t = void*;
 
 namespace t2v::cuda {
 
-// The type of sums over T, as in reference.accumulate_dtype.
+// The type of sums over T, as reference.accumulate_dtype in Python.
 template <class T>
 using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 struct Launch {
   cudaStream_t stream;
-  int processors;  // of the device: a launch is cut into some blocks for each
+  int processors;  // of the device; a launch has several blocks for each
   bool tf32;       // whether products of float values may be rounded to TF32
 };
 
@@ -35,8 +36,8 @@ struct Convolution {
   int64_t examples, rows;
 };
 
-// Where a function takes `parts`, so many blocks share one output, each with a part of the result of its own: their
-// sum, in a fixed order, is left to the caller. The functions beside it say how many keep the device busy.
+// Where a function takes `parts`, that many blocks share the work of one output, and each writes a partial result. The
+// caller adds the partial results in a fixed order. The `*_parts` functions return how many parts keep the device busy.
 int64_t filter_parts(const ConvGeometry& s, int64_t rows, const Launch& l);
 int64_t element_parts(const ConvGeometry& s, int64_t rows, const Launch& l);
 
@@ -48,16 +49,17 @@ void conv_filter_sums(SumOf<T>* sums, int64_t parts, const Convolution<T>& c, co
 template <class T>
 void conv_element_sums(SumOf<T>* sums, int64_t parts, const SumOf<T>* weight, const Convolution<T>& c, const Launch& l);
 
-// gradients [parts, M, kh kw, O], to be summed over parts, of a convolution whose groups have one input channel each
+// gradients [parts, M, kh kw, O], to be summed over parts, for a convolution with one input channel per group
 int64_t depthwise_parts(const ConvGeometry& s, int64_t rows, const Launch& l);
 template <class T>
 void depthwise_gradients(SumOf<T>* gradients, int64_t parts, const Convolution<T>& c, const Launch& l);
 
-// gram [N, groups, P, P], zeros before: the patches' Gram matrix, its strict upper half doubled, its lower half left
+// gram [N, groups, P, P], zero before the call: the patches' Gram matrix, folded. Entries above the diagonal are
+// doubled, and those below are not written.
 template <class T>
 void conv_grams(SumOf<T>* gram, const Convolution<T>& c, const Launch& l);
 
-// The same from the Gram matrix of the pixels, pixels [N, groups, H W, H W] of the same form.
+// The same from the folded Gram matrix of the pixels, pixels [N, groups, H W, H W].
 template <class T>
 void shifted_grams(T* gram, const T* pixels, const ConvGeometry& s, int64_t examples, const Launch& l);
 
@@ -67,33 +69,32 @@ template <class T>
 void quadratic_forms(T* sums, int64_t parts, const T* gram, const T* g, int64_t positions, int64_t filters,
                      int64_t groups, int64_t examples, int64_t rows, const Launch& l);
 
-// A tensor [rows, positions, channels] of any strides, those of broadcasting included; or null.
+// A tensor [rows, positions, channels] with any strides, also zero for broadcasting; or null.
 template <class T>
 struct Tokens {
   const T* data = nullptr;
   int64_t row = 0, position = 0, channel = 0;  // strides
 };
 
-// sums [parts, M, C]: sum_s g (x - shift) scale; plain [parts, M, C], unless null: sum_s g
+// sums [parts, M, C]: sum_s g (x - shift) scale. plain [parts, M, C]: sum_s g, unless plain is null.
 int64_t product_parts(int64_t positions, int64_t channels, int64_t rows, const Launch& l);
 template <class T>
 void products(SumOf<T>* sums, SumOf<T>* plain, int64_t parts, const Tokens<T>& g, const Tokens<T>& x,
               const Tokens<SumOf<T>>& shift, const Tokens<SumOf<T>>& scale, int64_t positions, int64_t channels,
               int64_t examples, int64_t rows, const Launch& l);
 
-// The look-ups of a table in the order of the rows looked up, which are negative for those left out; look-ups of one
-// row in the order of their places n S + s.
+// The look-ups of a table, sorted by row and then by place n S + s. Rows of look-ups that are left out are negative.
 struct Lookups {
   const int64_t *row, *place;
   int count, positions, examples, rows;
 };
 
-// sums [M, V], zeros before
+// sums [M, V], zero before the call
 template <class T>
 void scatter_filter_sums(SumOf<T>* sums, const Lookups& lookups, const Tokens<T>& g, int64_t table, int64_t channels,
                          const Launch& l);
 
-// out [V, O], added to
+// adds to out [V, O]
 template <class T>
 void scatter_element_sums(SumOf<T>* out, const Lookups& lookups, const Tokens<T>& g, const SumOf<T>* weight,
                           int64_t channels, const Launch& l);

@@ -1,5 +1,5 @@
-// Sums over positions, bound by memory: neighbouring threads, the lanes, have neighbouring channels, and the block's
-// walkers, each a row of lanes, share the positions.
+// Sums over positions, which are bound by memory. The threads of a block form rows of lanes. Neighbouring lanes compute
+// neighbouring channels, and the rows, called walkers, share the positions.
 #pragma once
 
 #include <algorithm>
@@ -10,21 +10,22 @@ namespace t2v::cuda {
 
 constexpr int kLaneThreads = 128;
 
-// How many lanes there are for so many vectors of channels.
+// The number of lanes for a number of vectors of channels.
 inline int lanes_for(int64_t vectors) {
   int lanes = 1;
   while (lanes < vectors && lanes < 32) lanes *= 2;
   return lanes;
 }
 
-// Blocks that share the positions of one output, so that all processors have some, and every one enough.
+// The number of blocks that share the positions of one output: enough blocks for all processors, and enough work for
+// each block.
 inline int64_t lane_parts(int64_t blocks, int64_t positions, const Launch& l) {
   constexpr int64_t each = 8, fewest_positions = 64;
   return std::clamp<int64_t>(ceil_div(each * l.processors, std::max<int64_t>(blocks, 1)), 1,
                              ceil_div(std::max<int64_t>(positions, 1), fewest_positions));
 }
 
-// Adds the walkers' sums to those of the first, in order.
+// Adds the sums of the walkers to those of the first walker, in order.
 template <int Count, class T>
 __device__ inline void add_walkers(T* sums, int lanes) {
   T* const shared = reinterpret_cast<T*>(shared_memory<sizeof(T) * kLaneThreads * Count>());

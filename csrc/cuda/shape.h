@@ -1,11 +1,11 @@
-// A convolution as the kernels see it: which pixel a tap of a window touches.
+// The geometry of a convolution on the device: which pixel a tap of a window reads.
 #pragma once
 
 #include "device.h"
 
 namespace t2v::cuda {
 
-// What the kernels know of a convolution. D = kh kw C / groups counts the columns of a gradient, in that order.
+// The geometry that kernels take as an argument. The D = kh kw C / groups columns of a gradient are in that order.
 struct Shape {
   explicit Shape(const ConvGeometry& s)
       : height(s.height),
@@ -32,7 +32,7 @@ struct Shape {
   Divisor by_out_width, by_kernel_w, by_channels;
 };
 
-// A row or column that no image has, whatever is added to it.
+// A row or column outside every image, also after an offset is added.
 constexpr int kOutside = 1 << 29;
 
 struct Position {
@@ -54,7 +54,7 @@ __device__ inline Tap tap_at(const Shape& s, int d) {
   return {y * s.dilation_h, x * s.dilation_w, s.by_channels.remainder(d, tap)};
 }
 
-// Where the tap touches the image; negative beyond its edges.
+// The pixel that the tap reads; negative outside the image.
 __device__ inline int pixel_at(const Shape& s, const Position& position, const Tap& tap) {
   const int y = position.y + tap.y, x = position.x + tap.x;
   const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(s.height) &&

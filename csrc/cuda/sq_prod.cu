@@ -1,10 +1,10 @@
-// Sums over positions of cotangents, plain or times normalised inputs: norm weights and biases.
+// Sums over positions of cotangents, and of cotangents times normalised inputs: biases and norm weights.
 #include "lanes.h"
 
 namespace t2v::cuda {
 namespace {
 
-// What x is shifted and scaled by at one place, or one for all where it is the same.
+// The shift or the scale of x at one place, or `none` if there is no such tensor.
 template <class T>
 __device__ T value_at(const Tokens<T>& t, int64_t n, int s, int c, T none) {
   return t.data ? t.data[n * t.row + s * t.position + c * t.channel] : none;
@@ -14,7 +14,7 @@ template <class T, int V>
 struct Sums {
   using Sum = SumOf<T>;
 
-  // Adds a vector of values, consecutive along `c_step` channels or along positions.
+  // Adds V values that are consecutive along channels or along positions.
   __device__ void add(const T* g, const T* x, const Sum* shift, const Sum* scale) {
     const auto from_g = *reinterpret_cast<const Vector<T, V>*>(g);
     Vector<T, V> from_x = {};
@@ -30,7 +30,7 @@ struct Sums {
   Sum product[V] = {}, plain[V] = {};
 };
 
-// Along channels where those are contiguous: lanes have V neighbouring channels each.
+// Reads along channels where channels are contiguous: each lane computes V neighbouring channels.
 template <class T, int V>
 __global__ void __launch_bounds__(kLaneThreads)
     along_channels_kernel(Tokens<T> g, Tokens<T> x, Tokens<SumOf<T>> shift, Tokens<SumOf<T>> scale, int positions,
@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(kLaneThreads)
   }
 }
 
-// Along positions where those are contiguous, and for any strides where V is 1: a warp has a channel.
+// Reads along positions where positions are contiguous, or with any strides where V is 1: each warp computes one
+// channel.
 template <class T, int V>
 __global__ void __launch_bounds__(kLaneThreads)
     along_positions_kernel(Tokens<T> g, Tokens<T> x, Tokens<SumOf<T>> shift, Tokens<SumOf<T>> scale, int positions,
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kLaneThreads)
   Share share;
   const int c = share.of((channels + warps - 1) / warps) * warps + thread() / 32, lane = thread() % 32;
   const int part = share.of(parts), m = share.rest(), n = m % examples;
-  if (c >= channels) return;  // the whole warp
+  if (c >= channels) return;  // true for the whole warp
   Sums<T, V> total;
   Sum by[V], times[V];
   const auto read = [&](int s) {
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(kLaneThreads)
   if (lane == 0 && plain) plain[to] = all;
 }
 
-// Whether vectors may be read along the axis of that stride, whose size is given.
+// Whether vectors may be read along the axis with stride `along` and the given size.
 template <class T>
 bool wide_along(const Tokens<T>& t, int64_t Tokens<T>::* along, int64_t size) {
   if (!t.data) return true;

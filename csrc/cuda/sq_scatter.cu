@@ -1,4 +1,4 @@
-// Squared per-example gradients of an embedding table: look-ups are sorted, so that those of a row lie together.
+// Squared per-example gradients of an embedding table. Look-ups are sorted, so those of one row are adjacent.
 #include "device.h"
 
 namespace t2v::cuda {
@@ -19,14 +19,14 @@ __device__ inline bool same_example(const Lookups& l, int first, int k) {
          static_cast<int>(l.place[k]) / l.positions == static_cast<int>(l.place[first]) / l.positions;
 }
 
-// A block has a table row that one example looks up, and a cotangent of it.
+// Each block computes one table row that an example looks up, for one of the example's cotangents.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     filter_kernel(Lookups l, Tokens<T> g, int64_t table, int channels, SumOf<T>* sums) {
   using Sum = SumOf<T>;
   Share share;
   const int first = share.of(l.count), cotangent = share.rest();
-  if (l.row[first] < 0 || (first > 0 && same_example(l, first - 1, first))) return;  // the whole block
+  if (l.row[first] < 0 || (first > 0 && same_example(l, first - 1, first))) return;  // true for the whole block
   Sum squares = 0;
   for (int c = thread(); c < channels; c += kThreads) {
     Sum sum = 0;
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads)
   sums[(cotangent * l.examples + n) * table + l.row[first]] = squares;
 }
 
-// A block has a table row and some channels of it; it goes through the row's look-ups in order.
+// Each block computes some channels of one table row, and goes through the row's look-ups in order.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     element_kernel(Lookups l, Tokens<T> g, const SumOf<T>* weight, int channels, SumOf<T>* out) {

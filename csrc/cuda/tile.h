@@ -1,11 +1,11 @@
 // A tile of a matrix product C[i, j] = sum_k A(k, i) B(k, j), computed by one block.
 //
-// Factors come from sources, which say where values lie; nothing is unfolded. A source has
+// Factors are read from sources, which know the addresses of values, so nothing is unfolded. A source has
 //   Value                     the type of its values
-//   vector                    how many of them are copied at once: they are contiguous, and zero together
+//   vector                    how many values are copied at once: they are contiguous, or all zero
 //   along_depth               whether they are contiguous along k, or along i (or j)
-//   outer(i), inner(k)        what there is to know of a place on either axis, worked out once for many values
-//   at(outer, inner)          where the values from there on lie; null for zeros
+//   outer(i), inner(k)        what `at` needs of a place on either axis, computed once for many values
+//   at(outer, inner)          the address of the values from there on; null for zeros
 #pragma once
 
 #include "device.h"
@@ -14,8 +14,8 @@ namespace t2v::cuda {
 
 constexpr int kThreads = 128, kStages = 3;
 
-// How the tile of one factor lies in shared memory: `extent` values of i by `depth` values of k. The pitch is longer by
-// 16 bytes, so that rows begin in different banks.
+// The tile of one factor in shared memory: `extent` values of i by `depth` values of k. The pitch is 16 bytes longer
+// than a row, so that rows start in different banks.
 template <class Source, int Extent>
 struct Factor {
   using T = typename Source::Value;
@@ -28,7 +28,7 @@ struct Factor {
     constexpr int across = (along_depth ? depth : extent) / vector, rows = along_depth ? extent : depth;
     static_assert(kThreads % across == 0);
     const int column = thread() % across * vector;
-    // A thread stays in one column, whose place is worked out once.
+    // A thread stays in one column, so the column's place is computed once.
     if constexpr (along_depth) {
       const auto inner = source.inner(k0 + column);
       for (int row = thread() / across; row < rows; row += kThreads / across)
@@ -49,12 +49,12 @@ struct Factor {
   }
 };
 
-// By fused multiply-adds: every thread has kSide x kSide elements in registers.
+// Fused multiply-adds: each thread holds side x side elements in registers.
 template <class T>
 struct Exact {
   using Value = T;
   using Sum = T;
-  static constexpr int side = sizeof(T) == 8 ? 4 : 8;  // elements of a thread along an axis
+  static constexpr int side = sizeof(T) == 8 ? 4 : 8;  // elements per thread along each axis
   static constexpr int down = 8, across = 16;          // threads along an axis
   static constexpr int rows = down * side, columns = across * side;
 
@@ -98,7 +98,7 @@ struct Exact {
     __device__ static int i() { return thread() / across; }
     __device__ static int j() { return thread() % across; }
 
-    // Which i the r-th element of a thread is, chosen so that neighbouring threads read neighbouring banks.
+    // The i of a thread's r-th element, chosen so that neighbouring threads read neighbouring banks.
     template <class F, int Threads>
     __device__ static int place(int thread, int r) {
       if constexpr (F::along_depth) return thread + Threads * r;
@@ -133,7 +133,7 @@ struct Exact {
   };
 };
 
-// On tensor cores, with float32 sums. bfloat16 and float16 products are exact; float stands for TF32.
+// Tensor cores with float32 sums. Products of bfloat16 and float16 are exact; float operands are rounded to TF32.
 template <class T>
 struct TensorCores {
   using Value = T;
@@ -143,7 +143,7 @@ struct TensorCores {
   template <class A, class B>
   class Product {
     static constexpr bool tf32 = std::is_same_v<T, float>;
-    static constexpr int depth = tf32 ? 8 : 16, down = 2, across = 4;  // fragments of a warp: 32 rows, 64 columns
+    static constexpr int depth = tf32 ? 8 : 16, down = 2, across = 4;  // fragments per warp: 32 rows, 64 columns
     using Element = std::conditional_t<tf32, nvcuda::wmma::precision::tf32,
                                        std::conditional_t<std::is_same_v<T, c10::Half>, __half, __nv_bfloat16>>;
     using Stored = std::conditional_t<tf32, float, Element>;
@@ -175,7 +175,7 @@ struct TensorCores {
       }
     }
 
-    // Fragments of one kind have their elements in one order, whichever it is.
+    // All fragments of one kind have their elements in the same order.
     __device__ void add_squares(const Product& of, float weight) {
 #pragma unroll
       for (int r = 0; r < down; ++r)
@@ -212,7 +212,8 @@ struct TensorCores {
   };
 };
 
-// What a block does to compute tiles: copies of the next steps' factors are under way while it multiplies one's.
+// Computes tiles with one block. While the block multiplies the factors of one step, those of the next steps are
+// copied.
 template <class Math, class SourceA, class SourceB>
 class Tiles {
  public:
@@ -223,11 +224,11 @@ class Tiles {
   using Product = typename Math::template Product<A, B>;
   static_assert(std::is_same_v<T, typename A::T> && std::is_same_v<T, typename B::T>);
   static constexpr int rows = Math::rows, columns = Math::columns, depth = A::depth;
-  static constexpr int pitch = columns + kWide<Sum>;  // of a stored tile
+  static constexpr int pitch = columns + kWide<Sum>;  // between the rows of a stored tile
   static constexpr size_t stored = sizeof(Sum) * rows * pitch, factors = sizeof(T) * kStages * (A::size + B::size);
   static constexpr size_t shared = stored > factors ? stored : factors;
 
-  // The tile from (i0, j0) on; k goes from k0, a multiple of the depth, to k1.
+  // Computes the tile from (i0, j0) on, with k from k0, a multiple of the depth, to k1.
   __device__ static void multiply(Product& product, const SourceA& a, const SourceB& b, int i0, int j0, int k0,
                                   int k1) {
     T* const buffers = reinterpret_cast<T*>(shared_memory<shared>());
@@ -241,21 +242,21 @@ class Tiles {
       group_copies();
     };
     product.clear();
-    __syncthreads();  // what was in the buffers is done with: the last product's factors, or a stored tile
+    __syncthreads();  // no thread reads the buffers any more: the last product's factors, or a stored tile
     for (int step = 0; step < kStages - 1; ++step) fill(step);
     for (int step = 0; step < steps; ++step) {
       wait_for_copies<kStages - 2>();
-      __syncthreads();  // this step's copies of all threads have arrived, and the last step's buffer is done with
+      __syncthreads();  // all threads' copies for this step are complete, and no thread reads the last step's buffer
       fill(step + kStages - 1);
       const T* const from = buffers + step % kStages * (A::size + B::size);
       product.multiply(from, from + A::size);
     }
   }
 
-  // The tile where every thread can read it, rows `pitch` apart.
+  // Stores the tile where every thread can read it, with rows `pitch` apart.
   __device__ static const Sum* store(const Product& product) {
     Sum* const to = reinterpret_cast<Sum*>(shared_memory<shared>());
-    __syncthreads();  // the factors, which lie there, are done with
+    __syncthreads();  // no thread reads the factors, which are in this memory, any more
     product.store(to, pitch);
     __syncthreads();
     return to;

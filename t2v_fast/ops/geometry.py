@@ -1,4 +1,4 @@
-"""The geometry of convolutions, shared by the ops, the planner and the kernels in Python."""
+"""The geometry of convolutions, shared by the ops, the planner and the Triton kernels."""
 
 from __future__ import annotations
 
@@ -20,14 +20,20 @@ def conv_output_size(
 
 
 def per_axis(given: int | Sequence[int], axes: int) -> tuple[int, ...]:
-    """One number for each of so many axes, of one for all or one each."""
+    """One number for each of ``axes`` axes: a single number is repeated."""
     given = (given,) if isinstance(given, int) else tuple(given)
     return given * axes if len(given) == 1 else given
 
 
-def gram_by_pixels(pixels: int, positions: int, channels: int, taps: int) -> bool:
-    """Whether GPUs get the patches' Gram matrix of a group cheaper from the pixels' than from the patches.
+def winograd_fits(kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
+    """Whether the ``"winograd"`` path of ``sq_conv`` can compute a convolution of this geometry."""
+    return tuple(kernel_size) == (3, 3) and {*stride, *dilation, groups} == {1}
 
-    By multiply-adds, where an entry that is gathered counts as 16: it moves 4 bytes from cache.
+
+def gram_by_pixels(pixels: int, positions: int, channels: int, taps: int) -> bool:
+    """Whether a GPU computes the Gram matrix of a group's patches faster from the pixels' Gram matrix.
+
+    The alternative is to multiply the patches directly. The two are compared by multiply-adds; a gathered entry counts
+    as 16, because it moves 4 bytes from cache.
     """
     return pixels**2 * channels + 16 * taps * positions**2 < positions**2 * channels * taps

@@ -1,6 +1,6 @@
-"""What GPUs can do, as their makers publish it: the planner's unit costs where nothing is measured.
+"""Published peak rates of GPUs, which the planner uses as unit costs: nothing is measured on a GPU.
 
-Only ratios enter a choice between paths, so a card that is not listed is taken for an A100, which is said once.
+Only ratios of the rates affect a choice between paths. A card that is not listed is treated as an A100, with a warning.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GpuWork:
-    """For one example: flops of products of the inputs, flops of products with sums, bytes that must be moved."""
+    """Work for one example: flops of products of inputs, flops of products with sums, and bytes that must be moved."""
 
     flops: float
     sum_flops: float
@@ -27,7 +27,8 @@ class GpuWork:
 class Card:
     """Peak rates without sparsity, in TFLOP/s, and the memory's bandwidth in GB/s.
 
-    ``processors``, ``registers`` a processor and ``shared`` KiB of shared memory a processor bound the occupancy.
+    The occupancy is bounded by the number of ``processors``, and by the ``registers`` and the ``shared`` KiB of shared
+    memory of each processor.
     """
 
     name: str
@@ -41,9 +42,9 @@ class Card:
     registers: int = 65536
 
     def seconds(self, work: GpuWork, rate: str) -> float:
-        """The least time for ``work`` with inputs multiplied at ``rate``: whichever of flops and bytes takes longer.
+        """The least time for ``work`` with inputs multiplied at ``rate``: the longer of the times for flops and bytes.
 
-        Sums are float32, or float64 for such inputs; they are multiplied as TF32 where float32 is.
+        Sums are float32, or float64 for float64 inputs. Products with float32 sums use TF32 where torch allows TF32.
         """
         products = work.flops / getattr(self, rate)
         sums = work.sum_flops / getattr(self, _sums_rate(rate))
@@ -66,7 +67,7 @@ CARDS = (
 
 
 def named(name: str) -> Card | None:
-    """The card whose name occurs in ``name``, the longest such name."""
+    """The card whose name occurs in ``name``. If several do, the one with the longest name."""
     found = [card for card in CARDS if card.name in name.replace("NVIDIA ", "")]
     return max(found, key=lambda card: len(card.name), default=None)
 
@@ -85,7 +86,7 @@ def _card(name: str) -> Card:
 
 
 def rate_of(dtype: torch.dtype) -> str:
-    """The rate at which kernels multiply ``dtype`` values: TF32 only where torch was told that it will do."""
+    """The name of the rate at which kernels multiply ``dtype`` values: TF32 only where torch allows TF32."""
     if dtype == torch.float64:
         return "float64"
     if dtype == torch.float32:

@@ -1,11 +1,11 @@
-"""Which path for which layer: a cost model whose unit costs are measured once on each machine.
+"""The choice of a path for each layer, by a cost model whose unit costs are measured once on each machine.
 
 Every path of ``sq_conv`` does a known amount of work (:func:`work`): multiply-adds of whole vectors, results that are
-squared or stored, elements that are moved. What a unit of each costs is fitted to a short measurement
-(:func:`calibrate`, about a second) and kept in a file; the path with the least predicted time is taken. A linear layer
-over S tokens is a 1x1 convolution of an image of S pixels.
+squared or stored, and elements that are moved. The cost of a unit of each is fitted to a short measurement
+(:func:`calibrate`, about a second) and kept in a file. :func:`choose` returns the path with the least predicted time. A
+linear layer over S tokens counts as a 1x1 convolution of an image of S pixels.
 
-The file lies in ``$T2V_FAST_CACHE``, or ``~/.cache/t2v_fast``; deleting it measures again.
+The file is in ``$T2V_FAST_CACHE``, or in ``~/.cache/t2v_fast``. Deleting the file repeats the measurement.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from .. import ops
 from ..files import write_atomically
-from . import gpu_specs
-from .geometry import conv_output_size, gram_by_pixels
+from . import dispatch, gpu_specs, primitives
+from .checks import CONV_PATHS
+from .geometry import conv_output_size, gram_by_pixels, winograd_fits
 
 log = logging.getLogger(__name__)
 
 Pair = tuple[int, int]
-LARGEST_GRAM = 1 << 20  # elements of a Gram matrix that a core's cache can still hold
+LARGEST_GRAM = 1 << 20  # most elements of a Gram matrix that fit the cache of a core
 
 
 @dataclass(frozen=True)
@@ -65,35 +65,39 @@ class Conv:
 
     @property
     def arguments(self) -> tuple[Pair, Pair, Pair, Pair, int]:
-        """What :func:`ops.sq_conv` takes after x and g."""
+        """The arguments of :func:`t2v_fast.ops.sq_conv` after ``x`` and ``g``."""
         return self.kernel_size, self.stride, self.padding, self.dilation, self.groups
 
     @property
     def gram_numel(self) -> int:
-        """Elements of the Gram matrices of one example."""
+        """Number of elements in the Gram matrices of one example."""
         return self.groups * math.prod(self.out_size) ** 2
 
     def paths(self, elementwise: bool = False) -> tuple[str, ...]:
-        """The paths that can compute this layer's sums over filters, or its squares one by one."""
+        """The paths that can compute this layer's sums over filters, or its elementwise squares."""
         if self.depthwise:
             return ("explicit",)
         paths = ["explicit"]
         if not elementwise and math.prod(self.size) ** 2 <= LARGEST_GRAM:
             paths.append("gram")
-        if ops.winograd_fits(self.kernel_size, self.stride, self.dilation, self.groups):
+        if winograd_fits(self.kernel_size, self.stride, self.dilation, self.groups):
             paths.append("winograd")
         return tuple(paths)
 
 
-FEW_POSITIONS = 64  # for which csrc/cpu evaluates quadratic forms column by column (few_positions in tile.h)
+# Up to this number of positions, the CPU kernels evaluate quadratic forms column by column, at a different unit cost.
+FEW_POSITIONS = dispatch.few_positions()
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a path does for one example: ``once``, and again for ``each`` cotangent of that example.
+    """The work of one path for one example, in units of the cost model and as flops and bytes.
 
-    The entries of ``once`` and ``each`` are counts of what has one cost on a machine; ``flops`` counts 2 for each
-    multiply-add that the path needs, ``bytes`` what it must at least read and write, in the inputs' dtype.
+    The cost model predicts a time from the counts in ``once`` (the work for an example) and ``each`` (the work for each
+    of its cotangents); the unit of each entry has one cost on a machine. Reports of throughput need ``flops`` (2 for
+    each multiply-add) and ``bytes`` (the least that the path reads and writes, in the inputs' dtype) for the whole
+    example. Both describe the same work, so they are computed together. Work that is only reported, because there is no
+    choice of a path, leaves ``once`` and ``each`` empty.
     """
 
     once: tuple[float, ...]
@@ -103,7 +107,7 @@ class Work:
 
 
 def work(conv: Conv, path: str, itemsize: int = 4, cotangents: int = 1, width: int = 16) -> Work:
-    """The work of one path; ``width`` is the number of elements in a vector."""
+    """The work of one path. ``width`` is the number of elements in a vector."""
     c, o, groups = conv.channels, conv.filters, conv.groups
     (h, w), (ho, wo), (kh, kw) = conv.size, conv.out_size, conv.kernel_size
     positions, pixels = ho * wo, h * w
@@ -143,7 +147,7 @@ def work(conv: Conv, path: str, itemsize: int = 4, cotangents: int = 1, width: i
 
 
 def gpu_work(conv: Conv, path: str, itemsize: int = 4, cotangents: int = 1) -> gpu_specs.GpuWork:
-    """The work of a path for one example as the GPU kernels do it: whole tiles, Gram tiles that stay on the chip."""
+    """The work of one path for one example in the GPU kernels: whole tiles, and Gram tiles that stay on the chip."""
     tile = 32
     c, o = conv.channels // conv.groups, conv.filters // conv.groups
     positions, pixels, taps = math.prod(conv.out_size), math.prod(conv.size), math.prod(conv.kernel_size)
@@ -157,7 +161,7 @@ def gpu_work(conv: Conv, path: str, itemsize: int = 4, cotangents: int = 1) -> g
     if path == "explicit":
         return gpu_specs.GpuWork(2.0 * cotangents * conv.groups * whole(o) * whole(c * taps) * positions, 0.0, moved)
 
-    def half(n: int) -> int:  # of a symmetric matrix, in whole tiles
+    def half(n: int) -> int:  # entries in one half of a symmetric matrix, in whole tiles
         tiles = whole(n) // tile
         return tiles * (tiles + 1) // 2 * tile**2
 
@@ -172,7 +176,7 @@ def gpu_work(conv: Conv, path: str, itemsize: int = 4, cotangents: int = 1) -> g
     return gpu_specs.GpuWork(conv.groups * direct, conv.groups * forms, moved)
 
 
-# Geometries on which the unit costs are measured: each kind of work prevails in some of them.
+# Geometries on which the unit costs are measured. Each kind of work dominates in some of them.
 _SAMPLES = {
     "explicit": (
         Conv(64, (28, 28), 64, (3, 3), padding=(1, 1)),
@@ -227,29 +231,31 @@ class Costs:
     seconds: Mapping[str, tuple[float, ...]]
 
     def predict(self, conv: Conv, path: str, cotangents: int = 1) -> float:
-        """Seconds for one example on one thread."""
+        """Predict the seconds for one example on one thread."""
         todo = work(conv, path, cotangents=cotangents, width=self.width)
         unit = self.seconds[_kernel(conv, path)]
         return sum(s * (a + cotangents * b) for s, a, b in zip(unit, todo.once, todo.each, strict=True))
 
     def best(self, conv: Conv, cotangents: int = 1, elementwise: bool = False) -> str:
+        """Return the path with the least predicted time."""
         return min(conv.paths(elementwise), key=lambda path: self.predict(conv, path, cotangents))
 
 
 def calibrate(dtype: torch.dtype = torch.float32, repeats: int = 5) -> Costs:
     """Measure the unit costs of the compiled kernels for ``dtype``, on one thread.
 
-    Examples are so many that their operands don't stay in the innermost caches, as in a network they do not. With
-    several threads a busy machine would be measured instead: they wait for whichever has lost its processor.
+    A measured batch has enough examples that their operands don't stay in the innermost caches, as in a network. One
+    thread is used because several threads wait for whichever has lost its processor, so their time would depend on the
+    load of the machine.
     """
-    width = ops.vector_width(dtype)
+    width = dispatch.vector_width(dtype)
     seconds = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         x, g = torch.randn(1, 64, 28, 28), torch.randn(1, 64, 28, 28)
-        for _ in range(20):  # a processor that was idle needs some milliseconds to reach its speed
-            ops.sq_conv(x, g, (3, 3), (1, 1), (1, 1), (1, 1), 1, "explicit")
+        for _ in range(20):  # an idle processor needs some milliseconds to reach its full clock rate
+            primitives.sq_conv(x, g, (3, 3), (1, 1), (1, 1), (1, 1), 1, "explicit")
         for kernel, samples in _SAMPLES.items():
             counts, times = [], []
             for conv in samples:
@@ -258,7 +264,9 @@ def calibrate(dtype: torch.dtype = torch.float32, repeats: int = 5) -> Costs:
                 n = max(1, min(64, (1 << 19) // elements))
                 x = _images(n, conv.channels, conv.size, dtype)
                 g = _images(n, conv.filters, conv.out_size, dtype)
-                times.append(fastest(lambda x=x, g=g, c=conv, p=path: ops.sq_conv(x, g, *c.arguments, p), repeats) / n)
+                times.append(
+                    fastest(lambda x=x, g=g, c=conv, p=path: primitives.sq_conv(x, g, *c.arguments, p), repeats) / n
+                )
                 todo = work(conv, path, width=width)
                 counts.append(np.add(todo.once, todo.each))
             seconds[kernel] = tuple(_fit(np.array(counts), np.array(times)).tolist())
@@ -268,12 +276,12 @@ def calibrate(dtype: torch.dtype = torch.float32, repeats: int = 5) -> Costs:
 
 
 def _images(n: int, channels: int, size: Pair, dtype: torch.dtype) -> Tensor:
-    """As fisher() has them on a CPU: channels-last."""
+    """Random images, channels-last like those that fisher() passes on a CPU."""
     return torch.randn(n, channels, *size).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def fastest(run: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest of some calls, after one that is not timed."""
+    """Return the seconds of the fastest of ``repeats`` calls, after one call that is not timed."""
     run()
     best = math.inf
     for _ in range(repeats):
@@ -284,12 +292,12 @@ def fastest(run: Callable[[], object], repeats: int) -> float:
 
 
 def _fit(counts: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Costs of at least zero that make the relative errors of counts @ costs small, by least squares."""
+    """Nonnegative costs that minimise the squared relative errors of ``counts @ costs`` against ``times``."""
     rows = counts / times[:, None]
     used = np.flatnonzero(rows.max(0))
     rows = rows[:, used] / (scale := rows[:, used].max(0))
     best, least = np.zeros(len(used)), math.inf
-    for size in range(1, len(used) + 1):  # few enough to try every set of costs that are not zero
+    for size in range(1, len(used) + 1):  # the sets of nonzero costs are few enough to try all of them
         for chosen in map(list, itertools.combinations(range(len(used)), size)):
             solution = np.linalg.lstsq(rows[:, chosen], np.ones(len(rows)), rcond=None)[0]
             error = np.square(rows[:, chosen] @ solution - 1).sum()
@@ -302,6 +310,7 @@ def _fit(counts: np.ndarray, times: np.ndarray) -> np.ndarray:
 
 
 def cache_folder() -> Path:
+    """Return the folder for measured costs: ``$T2V_FAST_CACHE``, or ``~/.cache/t2v_fast``."""
     return Path(os.environ.get("T2V_FAST_CACHE") or Path.home() / ".cache" / "t2v_fast")
 
 
@@ -314,20 +323,20 @@ def _processor() -> str:
 
 
 def machine(dtype: torch.dtype) -> dict[str, str | int]:
-    """What unit costs depend on."""
+    """Return everything that the unit costs depend on."""
     return {
         "processor": _processor(),
-        "instruction_set": ops.cpu_capability(),
+        "instruction_set": dispatch.cpu_capability(),
         "torch": torch.__version__,
-        "build": ops.build_id(),
-        "model": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16],  # of the costs: this module
+        "build": dispatch.build_id(),
+        "model": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16],  # the cost model is this file
         "dtype": str(dtype).removeprefix("torch."),
     }
 
 
 def costs(dtype: torch.dtype) -> Costs:
-    """The unit costs of this machine: from memory, from the file, or measured now and written."""
-    return _costs(dtype, ops.cpu_capability())
+    """Return the unit costs of this machine: from memory, from the file, or measured now and written to the file."""
+    return _costs(dtype, dispatch.cpu_capability())
 
 
 @functools.cache
@@ -358,9 +367,24 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("t2v_fast_p
 
 @contextlib.contextmanager
 def force(path: str) -> Iterator[None]:
-    """Take ``path`` for every layer that it can compute, and the explicit one for the others."""
-    if path not in ops.CONV_PATHS:
-        raise ValueError(f"unknown path {path!r}: expected one of {', '.join(ops.CONV_PATHS)}")
+    """Use ``path`` for every layer that the path can compute, and the explicit path for the others.
+
+    Args:
+        path: One of :data:`t2v_fast.ops.CONV_PATHS`.
+
+    Raises:
+        ValueError: The path is unknown.
+
+    Example:
+        >>> import torch
+        >>> from t2v_fast.ops import planner
+        >>> layer = planner.Conv(channels=8, size=(6, 6), filters=4, kernel_size=(3, 3))
+        >>> with planner.force("gram"):
+        ...     planner.choose(layer, torch.empty(1, 8, 6, 6))
+        'gram'
+    """
+    if path not in CONV_PATHS:
+        raise ValueError(f"unknown path {path!r}: expected one of {', '.join(CONV_PATHS)}")
     token = _forced.set(path)
     try:
         yield
@@ -377,36 +401,52 @@ def _best(conv: Conv, dtype: torch.dtype, capability: str, cotangents: int, elem
 def _best_on_card(
     conv: Conv, card: gpu_specs.Card, rate: str, itemsize: int, cotangents: int, elementwise: bool
 ) -> str:
-    paths = [path for path in conv.paths(elementwise) if path != "winograd"]  # GPUs run that one as explicit
+    paths = [path for path in conv.paths(elementwise) if path != "winograd"]  # GPUs run "winograd" as "explicit"
     return min(paths, key=lambda path: card.seconds(gpu_work(conv, path, itemsize, cotangents), rate))
 
 
 def choose(conv: Conv, x: Tensor, cotangents: int = 1, elementwise: bool = False) -> str:
-    """The path for a layer with input ``x`` when ``cotangents`` of each example will be asked for."""
+    """Choose the path for a layer.
+
+    Args:
+        conv: The geometry of the layer.
+        x: Input of the layer, which tells the device and the dtype.
+        cotangents: Number of cotangents of each example that the caller will pass.
+        elementwise: Whether squares of single parameters are computed instead of sums over filters.
+
+    Returns:
+        ``"explicit"``, ``"gram"`` or ``"winograd"``.
+    """
     if (forced := _forced.get()) is not None:
         return forced if forced in conv.paths(elementwise) else "explicit"
-    if x.is_cuda and ops.backend_for(x) != "reference":
+    if x.is_cuda and dispatch.backend_for(x) != "reference":
         return _best_on_card(
             conv, gpu_specs.card_of(x.device), gpu_specs.rate_of(x.dtype), x.element_size(), cotangents, elementwise
         )
-    if not ops.uses_cpu_extension(x):
-        return "explicit"  # the reference ops know one way only
-    return _best(conv, x.dtype, ops.cpu_capability(), cotangents, elementwise)
+    if not dispatch.uses_cpu_extension(x):
+        return "explicit"  # the reference ops have one path only
+    return _best(conv, x.dtype, dispatch.cpu_capability(), cotangents, elementwise)
 
 
 def predict(conv: Conv, x: Tensor, path: str, cotangents: int = 1) -> float | None:
-    """Seconds for one example, on a CPU with all threads, each with examples of its own; None on the reference ops."""
-    if x.is_cuda and ops.backend_for(x) != "reference":
+    """Predict the seconds for one example, or return None for the reference ops.
+
+    On a CPU the prediction is for all threads, each of which computes examples of its own.
+    """
+    if x.is_cuda and dispatch.backend_for(x) != "reference":
         path = "explicit" if path == "winograd" else path
         todo = gpu_work(conv, path, x.element_size(), cotangents)
         return gpu_specs.card_of(x.device).seconds(todo, gpu_specs.rate_of(x.dtype))
-    if not ops.uses_cpu_extension(x):
+    if not dispatch.uses_cpu_extension(x):
         return None
     return costs(x.dtype).predict(conv, path, cotangents) / torch.get_num_threads()
 
 
 def explanation(calls: Iterable[tuple[str, str, float | None, float]]) -> Table:
-    """A table of (parameter, path, predicted seconds or None, measured seconds), and the totals."""
+    """Return a table of calls and their totals.
+
+    A call is (parameter, path, predicted seconds or None, measured seconds). Calls without a prediction are left out.
+    """
     table = Table("parameter", "path", show_footer=True)
     calls = [call for call in calls if call[2] is not None]
     for title, column in (("predicted ms", 2), ("measured ms", 3)):

@@ -1,9 +1,9 @@
-"""The ops in plain torch: their definition, and what runs when nothing was compiled.
+"""The ops in plain torch. They define the results, and run where no compiled kernels are available.
 
-Letters: ``x`` layer input, ``g`` cotangent of the layer's output, N examples, M = K * N cotangent rows (K cotangents of
-one batch, cotangent-major, sharing ``x``: row m belongs to example m % N), S summed positions, I input and O output
-features. Per-example gradients exist one at a time and are squared and reduced at once. Shapes and meaning of every
-argument: :mod:`t2v_fast.ops`.
+Letters: ``x`` is the layer's input and ``g`` the cotangent of the layer's output. N counts examples, K cotangents of
+each example, M = K * N rows of ``g`` (row m belongs to example m % N), S summed positions, I input features and O
+output features. Per-example gradients are computed one at a time, and squared and reduced at once.
+:mod:`t2v_fast.ops` documents the arguments of every op.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from torch.nn import functional as F
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over ``dtype`` values are held: float64 for float64, float32 for everything narrower."""
+    """The dtype of sums over ``dtype`` values: float64 for float64, and float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def widen(t: Tensor) -> Tensor:
-    """In the dtype in which sums over it are held."""
+    """Convert a tensor to the dtype of sums over its values."""
     return t.to(accumulate_dtype(t.dtype))
 
 
 def _outer(x: Tensor, g: Tensor) -> Iterator[Tensor]:
+    """Yield the gradients of a linear layer, one row of ``g`` at a time: [O, I]."""
     x, g = widen(x), widen(g)
     for m in range(g.shape[0]):
         yield g[m].T @ x[m % x.shape[0]]  # [O, I]
@@ -52,9 +53,9 @@ def conv_gradients(
     dilation: Sequence[int],
     groups: int,
 ) -> Iterator[Tensor]:
-    """The gradients of a convolution, an example at a time: [O, C / groups, kh, kw]."""
+    """Yield the gradients of a convolution, one row of ``g`` at a time: [O, C / groups, kh, kw]."""
     x, g = widen(x), widen(g)
-    kernel = x.new_empty((g.shape[1], x.shape[1] // groups, *kernel_size))  # its values are never read
+    kernel = x.new_empty((g.shape[1], x.shape[1] // groups, *kernel_size))  # only the shape is used
     for m in range(g.shape[0]):
         n = m % x.shape[0]
         yield torch.ops.aten.convolution_backward(
@@ -118,7 +119,7 @@ def conv_gram(
 
 
 def _fold(k: Tensor) -> Tensor:
-    """The same quadratic form by the upper triangle alone."""
+    """The upper triangular matrix with the same quadratic form."""
     return k.triu() + k.triu(1)
 
 
@@ -160,7 +161,7 @@ def sq_prod_acc_(
 
 
 def scatter_gradients(index: Tensor, g: Tensor, num_rows: int) -> Iterator[Tensor]:
-    """The gradients of a table, an example at a time: [num_rows, O]."""
+    """Yield the gradients of a table, one row of ``g`` at a time: [num_rows, O]."""
     g = widen(g)
     for m in range(g.shape[0]):
         rows = index[m % index.shape[0]]

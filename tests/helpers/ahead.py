@@ -1,7 +1,8 @@
-"""Compiles the default configurations of the Triton kernels for GPUs that need not be there: resources as JSON.
+"""Compile the default configurations of the Triton kernels ahead of time, and print their resources as JSON.
 
-``python tests/helpers/ahead.py 80 90`` prints a list of {kernel, case, arch, registers, shared, spills}. Each launch of
-the ops is caught with its arguments, specialised as Triton would, and compiled to PTX, which ptxas reports on.
+No GPU is needed. ``python tests/helpers/ahead.py 80 90`` prints a list of {kernel, case, arch, registers, shared,
+spills}. Each launch of the ops is caught with its arguments, specialised as Triton would specialise it, and compiled to
+PTX, for which ptxas reports the resources.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def convolution(dtype: torch.dtype, path: str, elementwise: bool, c: int, o: int
 
 
 def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Calls that launch every kernel, at sizes of the networks in docs/gpu.md."""
+    """Calls that launch every kernel, with sizes from the networks in docs/gpu.md."""
     sums = accumulate_dtype(dtype)
     tokens, out = rand(2, 197, 768, dtype=dtype), rand(2, 197, 3072, dtype=dtype)
     maps, shift = rand(2, 784, 128, dtype=dtype), torch.zeros(128, dtype=sums)
@@ -74,7 +75,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 
 
 def specialise(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, dict[str, int]]:
-    """What Triton would compile for these arguments, and the launch's options."""
+    """Return what Triton would compile for these arguments, and the options of the launch."""
     options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature, constants, attributes = {}, {}, {}
@@ -91,7 +92,7 @@ def specialise(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSourc
 
 
 def resources(ptx: str, arch: int) -> dict[str, int]:
-    """Registers a thread, bytes of static shared memory and of spills, as ptxas reports them."""
+    """Return the registers per thread and the bytes of spills, as ptxas reports them."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx)
@@ -117,7 +118,7 @@ def main(archs: list[int]) -> None:
                 source, options = specialise(kernel, args, dict(kwargs))
                 key = (source.hash(), *options.items())
                 if key in seen or (precision == "high" and kwargs.get("PRECISION") != "tf32"):
-                    continue  # compiled for another case already
+                    continue  # another case compiled the same kernel
                 seen.add(key)
                 for arch in archs:
                     compiled = triton.compile(source, GPUTarget("cuda", arch, 32), options)

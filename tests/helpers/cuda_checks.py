@@ -13,7 +13,7 @@ from t2v_fast import ops
 
 
 def difference(got: Tensor, want: Tensor) -> float:
-    """Relative; infinite where a value is missing or not finite."""
+    """Relative error; infinite if a value is missing or not finite."""
     error = float((got.double() - want).norm() / want.norm())
     return error if error == error else float("inf")
 
@@ -33,7 +33,7 @@ def conv_check(case: ConvCase, path: str, dtype: torch.dtype) -> Callable[[], fl
     return run
 
 
-# Several tiles along every axis, several steps in depth, and more of them than stages.
+# Several tiles along every axis, and more steps in depth than stages.
 TILED = ConvCase("tiled", 2, 40, (9, 10), 72)
 
 

@@ -1,4 +1,4 @@
-"""The CUDA sources, compiled for the host against emulation/emulation.h: the operators of csrc/cuda, executed."""
+"""The operators of csrc/cuda on the host: the CUDA sources are compiled against emulation/emulation.h."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from t2v_fast import ops
+from t2v_fast.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADERS = ROOT / "tests" / "helpers" / "emulation"
@@ -26,7 +26,7 @@ SANITIZE = "T2V_EMULATION_SANITIZE"
 
 
 def build(sanitize: str = "") -> Path:
-    """The shared library, compiled again where a source, the compiler's flags or torch changed."""
+    """Return the shared library, which is compiled again if a source, a compiler flag or torch has changed."""
     flags = ["-std=c++20", "-fPIC", "-O1", "-DT2V_EMULATED", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     flags += ["-Werror=sign-compare", f"-I{HEADERS}", *(f"-isystem{p}" for p in cpp_extension.include_paths())]
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}")
@@ -37,7 +37,7 @@ def build(sanitize: str = "") -> Path:
     folder = ROOT / "build" / "emulation" / hashlib.sha256(state.encode()).hexdigest()[:16]
     library = folder / "emulated.so"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:  # of the processes that run the tests, one compiles
+    with open(folder / "lock", "w") as lock:  # only one of the test processes compiles
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             _compile(library, flags)
@@ -63,11 +63,11 @@ def _compile(library: Path, flags: list[str]) -> None:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """Registers the operators as torch.ops.t2v_fast_emulated, once; with the sanitizers that SANITIZE names."""
+    """Register the operators as torch.ops.t2v_fast_emulated, once, built with the sanitizers named by SANITIZE."""
     definitions = torch.library.Library(LIBRARY, "DEF")
-    for name, schema in ops.SCHEMAS.items():
+    for name, schema in dispatch.SCHEMAS.items():
         definitions.define(name + schema)
-    load.keep = definitions  # they are taken back with it
+    load.keep = definitions  # the definitions live as long as this object
     library = ctypes.CDLL(str(build(os.environ.get(SANITIZE, ""))))
     library.emulation_sites.restype = ctypes.c_char_p
     return library
@@ -75,20 +75,20 @@ def load() -> ctypes.CDLL:
 
 @contextmanager
 def running(backwards: bool = False, eager: bool = False, left_out: str = "") -> Iterator[None]:
-    """The ops of t2v_fast.ops run on the emulated kernels, their threads and copies in the order given.
+    """Run the ops of t2v_fast.ops on the emulated kernels, with threads and copies in the given order.
 
-    ``left_out`` names a barrier, as file:line, that is passed over.
+    ``left_out`` names a barrier, as file:line, that is skipped.
     """
-    library, call = load(), ops._call
+    library, call = load(), dispatch.call
     library.emulation_set(backwards, eager, left_out.encode())
-    ops._call = lambda name, *args: getattr(getattr(torch.ops, LIBRARY), name)(*args)
+    dispatch.call = lambda name, *args: getattr(getattr(torch.ops, LIBRARY), name)(*args)
     try:
         yield
     finally:
-        ops._call = call
+        dispatch.call = call
         library.emulation_set(False, False, b"")
 
 
 def sites() -> list[str]:
-    """Every barrier, and every wait for copies, that kernels have come to so far."""
+    """Every barrier, and every wait for copies, that kernels have reached so far."""
     return load().emulation_sites().decode().split()

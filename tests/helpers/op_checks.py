@@ -18,7 +18,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def _variants() -> list[str]:
-    """Every backend that can run here, the CPU one once for each instruction set, the CUDA one by its emulation."""
+    """Every backend that can run here: the CPU backend once for each instruction set, the CUDA backend by emulation."""
     variants = ["reference", "emulated"]
     if ops.backend_status()["cpu"] == "available":
         from t2v_fast import _C
@@ -60,7 +60,7 @@ def variant(name: str) -> Iterator[None]:
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype, seed: int, layout: str = "contiguous") -> Tensor:
-    """Random values inside a larger buffer of NaN, so that a read beyond them shows in the result."""
+    """Random values inside a larger buffer of NaN, so that a read outside them shows in the result."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     if layout == "channels_last":
@@ -115,10 +115,10 @@ def filter_sums(gradients: Tensor) -> Tensor:
 
 
 def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, terms: int) -> None:
-    """Within rounding of the dtype of the sums: inputs are exact, so their own narrowness costs nothing.
+    """Check that values agree within the rounding of the dtype of the sums. Inputs are exact in any dtype.
 
-    A sum of S products has an error of about sqrt(S) eps relative to the root of the sum of its squared terms, which
-    the largest results stand for; plain torch's own error is tested against the same bound below.
+    A sum of S products has an error of about sqrt(S) eps relative to the root of the sum of its squared terms. The
+    largest result stands for that root. A test below holds plain torch's own error against the same bound.
     """
     assert got.dtype == accumulate_dtype(dtype)
     assert got.shape == want.shape

@@ -35,10 +35,10 @@ ENTRY = re.compile(
 
 
 def occupancy(arch: int, threads: int, registers: int, shared: int) -> float:
-    """Share of a processor's 2,048 threads that the registers and the shared memory of its blocks leave room for."""
+    """The share of a processor's 2,048 threads that fit, given the registers and the shared memory of each block."""
     card = gpu_specs.named(CARD[arch])
     by_registers = card.registers // (-(-registers // 8) * 8 * threads)
-    by_shared = card.shared * 1024 // (shared + 1024)  # the driver takes 1 KiB a block
+    by_shared = card.shared * 1024 // (shared + 1024)  # the driver reserves 1 KiB per block
     return min(by_registers, by_shared, 32, 2048 // threads) * threads / 2048
 
 

@@ -1,6 +1,6 @@
-"""The CUDA sources without a GPU: executed by emulation in every order, compiled for two GPUs, linked and imported.
+"""The CUDA sources without a GPU: emulated in every order, compiled for two GPUs, linked and imported.
 
-The grid of geometries against float64 is in test_ops.py, as for every backend.
+test_ops.py compares the emulated kernels with float64 over the grid of geometries, as it does for every backend.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def test_any_order_of_threads_and_copies(check: str, order: tuple[bool, bool]) -
 
 @pytest.mark.slow
 def test_every_barrier_is_needed() -> None:
-    """Leaving out any one barrier, or wait for copies, shows in a result: in one order at least, as a GPU might run."""
+    """Skipping any one barrier, or wait for copies, changes a result in at least one order that a GPU might run."""
     with emulated.running():
         for check in CHECKS.values():
             check()
@@ -83,12 +83,12 @@ def test_no_access_is_out_of_bounds() -> None:
     """The whole grid under AddressSanitizer and UndefinedBehaviorSanitizer."""
     compiler = os.environ.get("CXX", "g++")
     environment = os.environ | {
-        # Python was not built with sanitizers: their runtime goes first, with the library whose functions it wraps.
+        # Python was not built with sanitizers, so their runtime and the library that it wraps are loaded first.
         "LD_PRELOAD": " ".join(
             subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
             for name in ("libasan.so", "libstdc++.so")
         ),
-        "ASAN_OPTIONS": "detect_leaks=0",  # of the interpreter's
+        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter leaks
         emulated.SANITIZE: "address,undefined",
     }
     script = SANITIZED.format(helpers=str(ROOT / "tests" / "helpers"))
@@ -112,7 +112,7 @@ def test_no_kernel_spills() -> None:
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the extension has no CUDA kernels")
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a CPU build: the extension has no CUDA kernels")
 def test_the_extension_has_the_kernels() -> None:
-    """Built by nvcc, linked against torch's CUDA libraries and imported, whether there is a GPU or not."""
+    """The extension is built by nvcc, linked against torch's CUDA libraries and imported, with or without a GPU."""
     from t2v_fast import _C
 
     assert _C.build_info()["cuda"]
@@ -129,7 +129,7 @@ def test_tf32_is_used_where_it_is_allowed(precision: str) -> None:
 
 
 def test_a_whole_network() -> None:
-    """Every op behind a Fisher, by the CUDA kernels."""
+    """A Fisher runs every op on the CUDA kernels."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 16, 3, padding=1, bias=False),

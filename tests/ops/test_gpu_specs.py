@@ -7,8 +7,7 @@ import logging
 import pytest
 import torch
 
-from t2v_fast import ops
-from t2v_fast.ops import gpu_specs, planner
+from t2v_fast.ops import dispatch, gpu_specs, planner
 from t2v_fast.ops.planner import Conv
 
 LARGE = Conv(64, (56, 56), 64, (3, 3), padding=(1, 1))
@@ -58,7 +57,7 @@ def test_limits() -> None:
 
 def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     class Cuda:
-        """As much of a CUDA tensor as the planner looks at."""
+        """The attributes of a CUDA tensor that the planner reads."""
 
         is_cuda, dtype, device = True, torch.float32, torch.device("cuda")
 
@@ -66,11 +65,11 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
             return 4
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(ops, "gpu_backend", lambda: "triton")
+    monkeypatch.setattr(dispatch, "gpu_backend", lambda: "triton")
     assert planner.choose(LARGE, Cuda()) == "explicit"
     assert planner.choose(SMALL, Cuda()) == "gram"
     assert planner.choose(SMALL, Cuda(), elementwise=True) == "explicit"
     assert planner.predict(LARGE, Cuda(), "explicit") == pytest.approx(2 * 64 * 576 * 56 * 56 / 67e12)
-    monkeypatch.setattr(ops, "gpu_backend", lambda: "reference")
+    monkeypatch.setattr(dispatch, "gpu_backend", lambda: "reference")
     assert planner.choose(SMALL, Cuda()) == "explicit"
     assert planner.predict(SMALL, Cuda(), "gram") is None

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from t2v_fast import ops
+from t2v_fast.ops import dispatch
 from t2v_fast.ops.reference import accumulate_dtype
 
 # The emulation takes most of the time.
@@ -32,7 +33,7 @@ QUICK = [name for name in VARIANTS if name != "emulated"]
 
 
 def test_the_extension_is_built() -> None:
-    """Where the tests run, the C++ kernels must be under test, not silently absent."""
+    """The C++ kernels are under test, and not silently absent."""
     assert ops.backend_status()["cpu"] == "available"
     assert "cpu-portable" in VARIANTS
 
@@ -152,7 +153,7 @@ def test_sq_scatter(dtype: torch.dtype, name: str) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_expanded_inputs(name: str) -> None:
-    """A stride of zero, as the gradient of a mean has."""
+    """Cotangents with a stride of zero, like the gradient of a mean."""
     case = ConvCase("expanded", 3, 4, (6, 5), 7)
     x, g = torch.randn(3, 4, 6, 5), torch.randn(3, 7, 1, 1).expand(3, 7, 6, 5)
     with variant(name):
@@ -181,7 +182,7 @@ def test_thread_counts_change_nothing(name: str) -> None:
             results.append(found)
     finally:
         torch.set_num_threads(before)
-    if name == "reference":  # plain torch makes no such promise
+    if name == "reference":  # plain torch does not guarantee this
         return
     for found in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
@@ -192,7 +193,7 @@ def test_thread_counts_change_nothing(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [v for v in VARIANTS if v != "emulated"])
 def test_winograd_conv(name: str, dtype: torch.dtype, layout: str, transposed: bool) -> None:
-    """N images of C channels to O, odd sizes and whole vectors, more tiles than one part holds, several threads."""
+    """Odd sizes and whole vectors, more tiles than one part holds, and several threads."""
     cases = [(2, 5, 7, 9, 3), (1, 32, 64, 4, 4), (3, 17, 33, 13, 6), (2, 128, 96, 30, 29), (4, 520, 40, 8, 5)]
     for k, (n, c, o, high, wide) in enumerate(cases):
         x = guarded((n, c, high, wide), dtype, k, layout)
@@ -215,12 +216,12 @@ def test_winograd_conv(name: str, dtype: torch.dtype, layout: str, transposed: b
         assert got.dtype == dtype
         bound = {torch.float64: 1e-14, torch.float32: 8e-6, torch.bfloat16: 4e-3}[dtype] * float(want.abs().max())
         if name == "reference":
-            # Plain torch's own error. Without instructions for bfloat16 it rounds a transposed convolution after every
-            # tap, which is coarser than the one rounding of a result that the kernels are held to.
+            # Plain torch's own error. Without instructions for bfloat16, torch rounds a transposed convolution after
+            # every tap. The kernels must meet a tighter bound: they round each result once.
             plain = convolution(x, weight, bias, padding=padding)
             bound = max(bound, 2 * float((plain.double() - want).abs().max()))
         assert float((got.double() - want).abs().max()) < bound
-        if name.startswith("cpu"):  # no share of the work changes a result, nor does the rest of the batch
+        if name.startswith("cpu"):  # neither the division of the work nor the rest of the batch changes a result
             assert results[1].equal(got)
             with variant(name):
                 assert ops.winograd_conv(x[1:], weight, bias, padding, transposed).equal(got[1:])
@@ -249,7 +250,7 @@ def test_winograd_conv_checks_its_arguments() -> None:
 
 @pytest.mark.parametrize("name", [v for v in VARIANTS if v.startswith("cpu")])
 def test_winograd_conv_keeps_what_is_not_finite(name: str) -> None:
-    """A rounded NaN stays one, and so does what overflows bfloat16; other images do not change."""
+    """Results of NaN, infinite and overflowing inputs are not finite, and the other images don't change."""
     x, w = torch.randn(2, 32, 8, 8).bfloat16(), torch.randn(32, 32, 3, 3).bfloat16()
     with variant(name):
         clean = ops.winograd_conv(x, w, None, (1, 1))
@@ -266,12 +267,12 @@ def of_size(x: float, w: float) -> tuple[Tensor, Tensor]:
 
 
 def along_a_row() -> tuple[Tensor, Tensor]:
-    """Patches and kernels that are a row of the transform, in every channel: no product can be larger."""
+    """Patches and kernels that equal a row of the transform in every channel, which gives the largest products."""
     near, far = 2 / 3, 3 / 2
     row = torch.tensor([0.0, -near * far**2, -(far**2), near, 1.0, 0.0])
     taps = torch.tensor([1.0, near, near**2])
     patch = torch.zeros(2, 64, 10, 10)
-    patch[:, :, 3:9, 3:9] = torch.outer(row, row)  # as the second tile of each axis sees it
+    patch[:, :, 3:9, 3:9] = torch.outer(row, row)  # the pixels of the second tile of each axis
     return patch[:, :, :9, :9].bfloat16(), torch.outer(taps, taps).expand(32, 64, 3, 3).bfloat16()
 
 
@@ -292,7 +293,7 @@ EXTREMES = {
 @pytest.mark.parametrize("case", EXTREMES)
 @pytest.mark.parametrize("name", [v for v in VARIANTS if v.startswith("cpu")])
 def test_winograd_conv_in_extremes(name: str, case: str) -> None:
-    """Fixed point has a unit for each tile and each filter, and no sum leaves its range."""
+    """Fixed point has a unit for each tile and each filter, and no sum overflows."""
     torch.manual_seed(0)
     x, w = (t.bfloat16() for t in EXTREMES[case]())
     want = F.conv2d(x.double(), w.double(), None, 1, 1)
@@ -311,7 +312,7 @@ def test_winograd_conv_of_nothing() -> None:
 
 
 def test_plain_torch_is_no_more_accurate() -> None:
-    """The bound of assert_close is not slack: plain torch's float32 error comes within a factor of it."""
+    """The bound of assert_close is not loose: plain torch's float32 error is within a factor of the bound."""
     case = ConvCase("large", 4, 64, (28, 28), 64)
     x, g = guarded((4, 64, 28, 28), torch.float32, 1), guarded((4, 64, 28, 28), torch.float32, 2)
     want = filter_sums(conv_gradients(case, x, g))
@@ -395,7 +396,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("level", ["python", "operator"])
 def test_bad_arguments(case: str, level: str) -> None:
-    """Both the wrappers and the bare compiled operators say what was given; neither reads out of bounds."""
+    """Both the wrappers and the compiled operators report what was given, and neither reads out of bounds."""
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         call(ops if level == "python" else torch.ops.t2v_fast)
@@ -410,19 +411,19 @@ def test_an_index_beyond_the_table(name: str) -> None:
 def test_forcing_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="unknown backend 'gpu': expected one of auto"), ops.use_backend("gpu"):
         pass
-    monkeypatch.setattr(ops, "_missing", "no compiler was found")
+    monkeypatch.setattr(dispatch, "_missing", "no compiler was found")
     assert "no compiler was found" in ops.backend_status()["cpu"]
     with monkeypatch.context() as patch:  # an extension that loaded but does not fit is not used either
-        patch.setattr(ops.reference, "sq_prod", lambda *_: "the reference")
+        patch.setattr(dispatch.reference, "sq_prod", lambda *_: "the reference")
         assert ops.sq_prod(torch.ones(1, 2, 3)) == "the reference"
     with pytest.raises(RuntimeError, match=r"'cpu' was asked for .* no compiler was found"), ops.use_backend("cpu"):
         pass
 
 
 def test_backends_for_gpus(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """CUDA kernels first, then Triton's, then the reference; the log says which, and why not the others."""
+    """CUDA kernels come first, then Triton's, then the reference. The log says which one was chosen and why."""
     reasons = {"cuda": "the compiled extension was built without CUDA", "triton": None}
-    monkeypatch.setattr(ops, "_missing_on_gpu", reasons.__getitem__)
+    monkeypatch.setattr(dispatch, "_missing_on_gpu", reasons.__getitem__)
     caplog.set_level("INFO", logger="t2v_fast.ops")
     for triton, cuda, chosen in (
         (None, "built without", "triton"),
@@ -442,13 +443,13 @@ def test_backends_for_gpus(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
 def test_forcing_a_gpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     for backend in ("cuda", "triton"):
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "_missing_on_gpu", {"cuda": "no CUDA here", "triton": "no Triton here"}.__getitem__)
+            patch.setattr(dispatch, "_missing_on_gpu", {"cuda": "no CUDA here", "triton": "no Triton here"}.__getitem__)
             with pytest.raises(RuntimeError, match=f"'{backend}' was asked for but cannot run: no"):
                 ops.use_backend(backend).__enter__()
-            patch.setattr(ops, "_missing_on_gpu", lambda name: None)
+            patch.setattr(dispatch, "_missing_on_gpu", lambda name: None)
             if backend == "triton":
                 pytest.importorskip("triton", reason="this torch comes without Triton")
-                patch.setattr(ops._triton(), "interpreted", lambda: False)
+                patch.setattr(dispatch._triton(), "interpreted", lambda: False)
             with (
                 ops.use_backend(backend),
                 pytest.raises(RuntimeError, match=f"{backend!r} was asked for, but .* on cpu"),

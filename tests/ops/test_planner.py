@@ -1,4 +1,4 @@
-"""The planner: counts of work, fitted costs, their file, and that every forced path gives the same Fisher."""
+"""The planner: counts of work, fitted costs, the file of costs, and equal Fishers from every forced path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from oracle import relative_error
 from torch import nn
 
 from t2v_fast import fisher, ops
-from t2v_fast.ops import planner
+from t2v_fast.ops import dispatch, planner
 from t2v_fast.ops.planner import Conv, Costs
 
 needs_extension = pytest.mark.skipif(
@@ -25,7 +25,7 @@ K3 = {"kernel_size": (3, 3), "padding": (1, 1)}
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No costs are known, and those found are kept in a folder of the test's own."""
+    """No costs are known at first, and measured costs are kept in a folder of the test."""
     monkeypatch.setenv("T2V_FAST_CACHE", str(tmp_path / "cache"))
     planner._costs.cache_clear()
     planner._best.cache_clear()
@@ -144,11 +144,11 @@ def test_every_forced_path_gives_the_same_fisher(path: str, granularity: str) ->
 def test_cotangents_share_a_gram_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Counter()
 
-    def counting(name: str, *arguments: object, call=ops._call) -> torch.Tensor | None:
+    def counting(name: str, *arguments: object, call=dispatch.call) -> torch.Tensor | None:
         calls[name] += 1
         return call(name, *arguments)
 
-    monkeypatch.setattr(ops, "_call", counting)
+    monkeypatch.setattr(dispatch, "call", counting)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(8, 16, 3, padding=1), nn.Tanh(), nn.Flatten(2), nn.Linear(9, 9), nn.Flatten(), nn.Linear(144, 4)

@@ -1,4 +1,4 @@
-"""Random small networks, put together from all supported layers, against per-example autograd."""
+"""Random small networks of all supported layers against per-example autograd."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SelfAttention(nn.Module):
 
 
 class Gated(nn.Module):
-    """Squeeze and excitation, and a scale of each channel and of each position."""
+    """Squeeze and excitation, with a scale for each channel and a scale for each position."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ class Residual(nn.Module):
         self.body, self.times = body, times
 
     def forward(self, x: Tensor) -> Tensor:
-        for _ in range(self.times):  # more than once: shared weights
+        for _ in range(self.times):  # several times, so that the weights are shared
             x = x + self.body(x).tanh()
         return x
 
 
 @st.composite
 def blocks(draw: st.DrawFn, channels: int, depth: int = 0) -> tuple[nn.Module, int]:
-    """A block, and how many channels it gives."""
+    """A block, and its number of output channels."""
     kinds = ["conv", "transposed", "norm", "activation", "attention", "linear", "gated", *["residual"] * (depth < 1)]
     kind = draw(st.sampled_from(kinds))
     out = draw(st.sampled_from(CHANNELS))
@@ -145,5 +145,5 @@ def test_random_networks(
     for name, s in squares.items():
         want = torch.einsum("n,n...->...", weights, s) if granularity == "parameter" else reduce(s, granularity)
         assert got[name].shape == want.shape, name
-        # Where nothing but rounding is left of a gradient (a bias before a norm), it is compared with the whole.
+        # A gradient that is only rounding error (a bias before a norm) is compared with the size of the whole Fisher.
         assert relative_error(got[name], want) < 1e-9 or float((got[name] - want).norm()) < 1e-24 * scale, name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -26,30 +25,41 @@ from t2v_fast import ops
 from t2v_fast.ops.reference import accumulate_dtype
 
 pytest.importorskip("triton", reason="this torch comes without Triton")
-from t2v_fast.kernels import backend, launch
+from t2v_fast.kernels import (
+    backend,
+    launch,
+    sq_conv_depthwise,
+    sq_conv_explicit,
+    sq_conv_gram,
+    sq_prod,
+)
 from t2v_fast.kernels.launch import power_of_two
 
-conv, prod = (sys.modules[f"t2v_fast.kernels.{name}"] for name in ("sq_conv", "sq_prod"))
+BLOCKS = {
+    "explicit_blocks": sq_conv_explicit,
+    "gram_blocks": sq_conv_gram,
+    "depthwise_blocks": sq_conv_depthwise,
+}
 
 
 @pytest.fixture
 def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's time goes by programs and operations, not by elements: few programs for the whole grid."""
+    """Large blocks, and so few programs: the interpreter's time grows with programs, not with elements."""
     two = power_of_two
     monkeypatch.setattr(
-        conv,
+        sq_conv_explicit,
         "explicit_blocks",
         lambda dtype, o, d, p: [(two(o, 16, 64), two(d, 16, 512), two(p, 16, 1024), 4, 1)],
     )
     monkeypatch.setattr(
-        conv,
+        sq_conv_depthwise,
         "depthwise_blocks",
         lambda g: [(two(g.shape[1], 1, 64), two(g.shape[2] * g.shape[3], 16, 1024), 4)],
     )
     monkeypatch.setattr(
-        conv, "gram_blocks", lambda dtype, o, p, d: [(two(o, 16, 64), two(p, 16, 512), two(d, 16, 512), 4, 1)]
+        sq_conv_gram, "gram_blocks", lambda dtype, o, p, d: [(two(o, 16, 64), two(p, 16, 512), two(d, 16, 512), 4, 1)]
     )
-    monkeypatch.setattr(prod, "prod_blocks", lambda g: [(two(g.shape[1], 1, 512), two(g.shape[2], 1, 512), 4)])
+    monkeypatch.setattr(sq_prod, "prod_blocks", lambda g: [(two(g.shape[1], 1, 512), two(g.shape[2], 1, 512), 4)])
 
 
 def check_conv(case: ConvCase, x: Tensor, g: Tensor) -> None:
@@ -108,11 +118,11 @@ def precision(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_candidate(dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever tuning picks is right: each candidate in turn stands first."""
+    """Every candidate that tuning may pick is correct: each is put first in turn."""
     assert launch.precision() == precision
     case = ConvCase("candidates", 2, 18, (7, 6), 35)
     deep = ConvCase("depthwise", 1, 33, (5, 4), 33, groups=33)
-    originals = {name: getattr(conv, name) for name in ("explicit_blocks", "gram_blocks", "depthwise_blocks")}
+    originals = {name: getattr(module, name) for name, module in BLOCKS.items()}
     for rank in range(4):
         for name, original in originals.items():
 
@@ -120,7 +130,7 @@ def test_every_candidate(dtype: torch.dtype, precision: str, monkeypatch: pytest
                 candidates = original(*args)
                 return candidates[rank % len(candidates) :]
 
-            monkeypatch.setattr(conv, name, ranked)
+            monkeypatch.setattr(BLOCKS[name], name, ranked)
         for c in (case, deep):
             x, g = guarded((c.n, c.c, *c.size), dtype, 1), guarded((c.n, c.o, *c.out_size), dtype, 2)
             with ops.use_backend("triton"):
@@ -131,11 +141,11 @@ def test_every_candidate(dtype: torch.dtype, precision: str, monkeypatch: pytest
 
 
 @pytest.mark.slow_unless(name=("3x3_strided",))
-@pytest.mark.parametrize("source", [conv.PATCHES, conv.PIXELS])
+@pytest.mark.parametrize("source", [sq_conv_gram.PATCHES, sq_conv_gram.PIXELS])
 @pytest.mark.parametrize("name", ["3x3", "3x3_strided", "3x3_grouped_dilated", "three_cotangents", "1x1_strided"])
 def test_both_sources_of_the_gram_matrix(name: str, source: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(c for c in CONVOLUTIONS if c.name == name)
-    monkeypatch.setattr(conv, "gram_source", lambda geometry: source)
+    monkeypatch.setattr(sq_conv_gram, "gram_source", lambda geometry: source)
     x = guarded((case.n, case.c, *case.size), torch.float32, 1)
     g = guarded((case.n * case.cotangents, case.o, *case.out_size), torch.float32, 2)
     want = filter_sums(conv_gradients(case, x, g))
@@ -143,13 +153,14 @@ def test_both_sources_of_the_gram_matrix(name: str, source: int, monkeypatch: py
         whole = ops.sq_conv(x, g, *case.geometry, "gram")
         assert_close(whole, want, x.dtype, 50)
         assert_close(ops.sq_gram(ops.conv_gram(x, *case.geometry), g), want, x.dtype, 50)
-        monkeypatch.setattr(conv, "LARGEST_WORKSPACE", 1)  # an example at a time
+        monkeypatch.setattr(sq_conv_gram, "LARGEST_WORKSPACE", 1)  # an example at a time
         assert torch.equal(ops.sq_conv(x, g, *case.geometry, "gram"), whole)
 
 
 def test_rows_are_shared_out(monkeypatch: pytest.MonkeyPatch, large_blocks: None) -> None:
-    """Elementwise sums in several chunks of rows, where there are processors for them."""
-    monkeypatch.setattr(conv, "processors", lambda t: 64)
+    """With enough processors, elementwise sums are computed in several chunks of rows."""
+    for module in (launch, sq_conv_gram):
+        monkeypatch.setattr(module, "processors", lambda t: 64)
     for case in (ConvCase("rows", 5, 3, (4, 4), 6), ConvCase("depthwise", 5, 6, (4, 4), 6, groups=6)):
         x, g = guarded((5, case.c, 4, 4), torch.float32, 1), guarded((5, 6, 4, 4), torch.float32, 2)
         weight, out = torch.rand(5), torch.zeros(6, case.c // case.groups, 3, 3)
@@ -234,7 +245,7 @@ def test_every_op_has_a_kernel() -> None:
 
 
 def test_tuning_takes_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is asked for, every candidate is timed once per geometry, and those that do not fit are passed over."""
+    """With tuning on, every candidate is timed once per geometry, and candidates that do not fit are skipped."""
     times = {(1,): 3.0, (2,): 1.0}
 
     def bench(run, **_: object) -> float:

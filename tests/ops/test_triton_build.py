@@ -1,4 +1,4 @@
-"""The Triton kernels compile for GPUs that are not here, without spilling."""
+"""The Triton kernels compile for two GPUs without spilling."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-// CUDA on the host, as far as csrc/cuda goes: blocks in a loop, threads as fibers. Kernels are executed as written,
-// with the liberties a GPU may take, taken to the extreme: a thread runs as far as it can before the next one does, in
-// either order, and asynchronous copies arrive at once or only when they are waited for. Shared memory begins as NaN.
+// The part of CUDA that csrc/cuda uses, on the host: blocks run in a loop, and threads are fibers. Kernels run as
+// written, in the most extreme orders that a GPU may choose: a thread runs as far as it can before the next one starts,
+// in either order, and asynchronous copies complete at once or only when they are waited for. Shared memory starts as
+// NaN.
 #pragma once
 
 #include <setjmp.h>
@@ -42,16 +43,16 @@ inline std::string place(const std::source_location& where) {
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
 }
 
-// How a run goes, and what it came across.
+// The settings of a run, and the barriers that it reached.
 struct Settings {
   bool backwards = false;       // whether the last thread runs first
-  bool eager = false;           // whether copies arrive at once
-  std::string left_out;         // the barrier or wait, as file:line, that is passed over
-  std::set<std::string> sites;  // all that were met
+  bool eager = false;           // whether copies complete at once
+  std::string left_out;         // the barrier or wait, as file:line, that is skipped
+  std::set<std::string> sites;  // all barriers and waits that were reached
 };
 inline Settings settings;
 
-// Whether a barrier or wait is there to be obeyed.
+// Records a barrier or wait, and returns whether it is obeyed.
 inline bool obeyed(const std::source_location& where) {
   std::string site = place(where);
   const bool kept = site != settings.left_out;
@@ -71,13 +72,13 @@ enum class State { ready, at_block_barrier, at_warp_barrier, done };
 struct Fiber {
   State state;
   std::string where;
-  std::deque<std::vector<Copy>> groups;  // of copies under way; the last is still open
+  std::deque<std::vector<Copy>> groups;  // groups of copies in progress; the last group is still open
   ucontext_t context;
   jmp_buf jump;
   bool started = false;
 };
 
-// What the lanes of a warp show each other.
+// The values that the lanes of a warp exchange.
 struct Warp {
   double a[256], b[256];
 };
@@ -85,7 +86,7 @@ struct Warp {
 struct Grid {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  unsigned char* shared = nullptr;  // of exactly the size asked for, so that AddressSanitizer sees its ends
+  unsigned char* shared = nullptr;  // exactly the requested size, so that AddressSanitizer detects accesses beyond it
   size_t shared_size = 0;
   const std::function<void()>* body = nullptr;
   int current = 0;
@@ -131,7 +132,7 @@ inline void wait(State state, const std::source_location& where) {
 
 inline void warp_barrier(const std::source_location& where) { wait(State::at_warp_barrier, where); }
 
-// Lets those fibers go on that all wait in one place; false where they do not.
+// Resumes the fibers if all of them wait in one place; returns false otherwise.
 inline bool release(int first, int last, State state) {
   for (int k = first; k < last; ++k) {
     const Fiber& fiber = grid->fibers[k];
@@ -285,7 +286,7 @@ void launch(const char*, void (*kernel)(Parameters...), int64_t blocks, int thre
 
 }  // namespace t2v::cuda
 
-// Matrix fragments. Which lane has which element is the hardware's secret: here it is none that a kernel could guess.
+// Matrix fragments. The hardware does not document which lane holds which element, so a kernel must not rely on it.
 namespace nvcuda::wmma {
 
 struct matrix_a;
@@ -315,7 +316,7 @@ struct fragment {
   static constexpr int num_elements = rows * columns / 32;
   std::conditional_t<tf32, float, T> x[num_elements];
 
-  // Where the lane's e-th element is in the matrix, by rows.
+  // The place of the lane's e-th element in the matrix, by rows.
   static int at(int e) { return e * 32 + (emulation::lane() ^ 21); }
 };
 
@@ -357,7 +358,7 @@ void mma_sync(fragment<accumulator, 16, 16, K, float>& d, const fragment<matrix_
     using F = std::remove_cvref_t<decltype(f)>;
     for (int e = 0; e < F::num_elements; ++e) {
       const auto value = static_cast<float>(f.x[e]);
-      to[F::at(e)] = F::tf32 ? rounded(value, 0) : value;  // tensor cores do not see the lower bits
+      to[F::at(e)] = F::tf32 ? rounded(value, 0) : value;  // tensor cores ignore the lower bits
     }
   };
   show(emulation::warp().a, a);

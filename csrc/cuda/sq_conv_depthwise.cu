@@ -1,14 +1,14 @@
-// Per-example gradients of depthwise convolutions: a few numbers a channel, bound by the reading of input and
-// cotangent.
+// Per-example gradients of depthwise convolutions. A gradient has few numbers per channel, so the time goes to reading
+// the input and the cotangent.
 #include "lanes.h"
 #include "shape.h"
 
 namespace t2v::cuda {
 namespace {
 
-constexpr int kTaps = 8;  // of a block; a larger kernel takes several
+constexpr int kTaps = 8;  // taps per block; a larger kernel takes several blocks
 
-// Lanes have V neighbouring filters each.
+// Each lane computes V neighbouring filters.
 template <class T, int V>
 __global__ void __launch_bounds__(kLaneThreads, 2)
     depthwise_kernel(Shape s, int examples, int rows, int parts, int lanes, const T* x, const T* g,

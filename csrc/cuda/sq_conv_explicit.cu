@@ -1,0 +1,108 @@
+// Squared per-example weight gradients of convolutions by tiles of each gradient. Linear layers are 1x1 convolutions.
+#include "sq_conv.h"
+
+namespace t2v::cuda {
+namespace {
+
+// With Elements, sums the weighted squares over m for each element; without, sums over columns for each m and filter.
+template <class Math, int V, bool Elements>
+__global__ void __launch_bounds__(kThreads, 2)
+    squares_kernel(Shape s, const typename Math::Value* x, const typename Math::Value* g,
+                   const typename Math::Sum* weight, int examples, int rows, int parts, typename Math::Sum* sums) {
+  using T = typename Math::Value;
+  using Sum = typename Math::Sum;
+  using Cotangents = Matrix<T, V, false>;
+  using Columns = Patches<T, V, false>;
+  using Block = Tiles<Math, Cotangents, Columns>;
+
+  const int column_tiles = (s.columns + Block::columns - 1) / Block::columns;
+  Share share;
+  const int i0 = share.of((s.group_filters + Block::rows - 1) / Block::rows) * Block::rows, group = share.of(s.groups);
+  const int only_tile = Elements ? share.of(column_tiles) : 0, part = share.of(parts), only_row = share.rest();
+
+  typename Block::Product product, squares;
+  squares.clear();
+  const auto add = [&](int m, int tile, Sum by) {
+    const T* const image = x + static_cast<int64_t>(m % examples) * s.height * s.width * s.channels;
+    const T* const cotangent = g + static_cast<int64_t>(m) * s.positions * s.filters;
+    const Cotangents a{cotangent + group * s.group_filters, s.filters, s.group_filters, s.positions};
+    const Columns b{s, image + group * s.group_channels};
+    Block::multiply(product, a, b, i0, tile * Block::columns, 0, s.positions);
+    squares.add_squares(product, by);
+  };
+  if constexpr (Elements)
+    for (int m = part; m < rows; m += parts) add(m, only_tile, weight[m]);
+  else
+    for (int tile = part; tile < column_tiles; tile += parts) add(only_row, tile, Sum(1));
+
+  const Sum* const tile = Block::store(squares);
+  if constexpr (Elements) {
+    for (int e = thread(); e < Block::rows * Block::columns; e += kThreads) {
+      const int i = e / Block::columns, j = e % Block::columns;
+      const int filter = i0 + i, column = only_tile * Block::columns + j;
+      if (filter < s.group_filters && column < s.columns)
+        sums[(static_cast<int64_t>(part) * s.filters + group * s.group_filters + filter) * s.columns + column] =
+            tile[i * Block::pitch + j];
+    }
+  } else {
+    constexpr int sharing = kThreads / Block::rows;  // neighbouring threads that sum one row
+    const int i = thread() / sharing;
+    Sum sum = 0;
+    for (int j = thread() % sharing; j < Block::columns; j += sharing) sum += tile[i * Block::pitch + j];
+    for (int offset = sharing / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (thread() % sharing == 0 && i0 + i < s.group_filters)
+      sums[(static_cast<int64_t>(part) * rows + only_row) * s.filters + group * s.group_filters + i0 + i] = sum;
+  }
+}
+
+template <class T>
+bool wide_reads(const Convolution<T>& c) {
+  const ConvGeometry& s = c.geometry;
+  return s.group_channels() % kWide<T> == 0 && s.group_filters() % kWide<T> == 0 && aligned(c.x) && aligned(c.g);
+}
+
+template <bool Elements, class T>
+void squares(const char* op, SumOf<T>* sums, int64_t parts, const SumOf<T>* weight, const Convolution<T>& c,
+             const Launch& l) {
+  const ConvGeometry& s = c.geometry;
+  const int64_t columns = s.kernel_h * s.kernel_w * s.group_channels();
+  choose<T>(wide_reads(c), l.tf32, [&](auto math, auto vector) {
+    using Math = decltype(math);
+    using Block = Tiles<Math, Matrix<T, vector, false>, Patches<T, vector, false>>;
+    const int64_t tiles = ceil_div(s.group_filters(), Block::rows) * s.groups;
+    launch(op, squares_kernel<Math, vector, Elements>,
+           tiles * parts * (Elements ? ceil_div(columns, Block::columns) : c.rows), kThreads, l.stream, Shape(s), c.x,
+           c.g, weight, c.examples, c.rows, parts, sums);
+  });
+}
+
+}  // namespace
+
+int64_t filter_parts(const ConvGeometry& s, int64_t rows, const Launch& l) {
+  const int64_t columns = s.kernel_h * s.kernel_w * s.group_channels();
+  return parts_for(rows * s.groups * ceil_div(s.group_filters(), kRows), ceil_div(columns, kColumns), l);
+}
+
+int64_t element_parts(const ConvGeometry& s, int64_t rows, const Launch& l) {
+  const int64_t columns = s.kernel_h * s.kernel_w * s.group_channels();
+  return parts_for(s.groups * ceil_div(s.group_filters(), kRows) * ceil_div(columns, kColumns), rows, l);
+}
+
+template <class T>
+void conv_filter_sums(SumOf<T>* sums, int64_t parts, const Convolution<T>& c, const Launch& l) {
+  squares<false, T>("sq_conv", sums, parts, nullptr, c, l);
+}
+
+template <class T>
+void conv_element_sums(SumOf<T>* sums, int64_t parts, const SumOf<T>* weight, const Convolution<T>& c,
+                       const Launch& l) {
+  squares<true, T>("sq_conv_acc_", sums, parts, weight, c, l);
+}
+
+#define T2V_INSTANTIATE(T)                                                                     \
+  template void conv_filter_sums<T>(SumOf<T>*, int64_t, const Convolution<T>&, const Launch&); \
+  template void conv_element_sums<T>(SumOf<T>*, int64_t, const SumOf<T>*, const Convolution<T>&, const Launch&);
+T2V_FOR_EACH_TYPE(T2V_INSTANTIATE)
+#undef T2V_INSTANTIATE
+
+}  // namespace t2v::cuda

@@ -1,0 +1,310 @@
+"""The registered operators and the choice of a backend.
+
+This module defines the operators in the ``torch.ops.t2v_fast`` namespace, loads the compiled extension and the Triton
+kernels, and keeps the state that decides which backend runs. :func:`call` is the one way from a public function of
+:mod:`t2v_fast.ops` to a backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .geometry import conv_output_size
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+
+_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+SCHEMAS = {
+    "sq_outer": '(Tensor x, Tensor g, str path="explicit") -> Tensor',
+    "sq_outer_acc_": "(Tensor(a!) out, Tensor x, Tensor g, Tensor weight) -> ()",
+    "sq_conv": f'(Tensor x, Tensor g, int[2] kernel_size, {_GEOMETRY}, str path="explicit") -> Tensor',
+    "sq_conv_acc_": f'(Tensor(a!) out, Tensor x, Tensor g, Tensor weight, {_GEOMETRY}, str path="explicit") -> ()',
+    "conv_gram": f"(Tensor x, int[2] kernel_size, {_GEOMETRY}) -> Tensor",
+    "sq_gram": "(Tensor gram, Tensor g) -> Tensor",
+    "sq_prod": "(Tensor g, Tensor? x=None, Tensor? shift=None, Tensor? scale=None) -> Tensor",
+    "sq_norm": "(Tensor g, Tensor x, Tensor? shift=None, Tensor? scale=None) -> Tensor",
+    "sq_prod_acc_": "(Tensor(a!) out, Tensor g, Tensor weight, Tensor? x=None, Tensor? shift=None, "
+    "Tensor? scale=None) -> ()",
+    "sq_scatter": "(Tensor index, Tensor g, int num_rows) -> Tensor",
+    "sq_scatter_acc_": "(Tensor(a!) out, Tensor index, Tensor g, Tensor weight) -> ()",
+}
+# Not in SCHEMAS because only the CPU extension has a kernel of its own; other devices run torch's convolution.
+WINOGRAD_CONV = "(Tensor x, Tensor weight, Tensor? bias, int[2] padding, bool transposed) -> Tensor"
+
+# The device types whose tensors a forced backend accepts.
+_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
+
+_backend: contextvars.ContextVar[str] = contextvars.ContextVar("t2v_fast_backend", default="auto")
+
+
+@functools.cache
+def _extension() -> ModuleType:
+    return importlib.import_module("t2v_fast._C")
+
+
+def _load_extension() -> str | None:
+    """Import the compiled extension, which registers its kernels; return why it is missing, or None."""
+    try:
+        extension = _extension()
+    except ImportError as error:
+        return str(error)
+    built, running = extension.build_info()["torch"], torch.__version__
+    if built.split(".")[:2] != running.split(".")[:2]:
+        return f"it was built for torch {built}, but this is torch {running}: install t2v-fast again"
+    return None
+
+
+@functools.cache
+def _triton() -> ModuleType:
+    return importlib.import_module("t2v_fast.kernels.backend")
+
+
+@functools.cache
+def _load_triton() -> str | None:
+    """Import the Triton kernels; return why the import failed, or None."""
+    try:
+        _triton()
+    except ImportError as error:
+        return f"Triton's kernels did not load: {error}"
+    return None
+
+
+def _missing_on_gpu(backend: str) -> str | None:
+    """Why a backend cannot run on CUDA tensors, or None."""
+    if backend == "cuda" and _missing is not None:
+        return f"the compiled extension did not load: {_missing}"
+    if backend == "cuda" and not _extension().build_info()["cuda"]:
+        return "the compiled extension was built without CUDA"
+    if backend == "triton" and (why := _load_triton()) is not None:
+        return why
+    if backend == "triton" and _triton().interpreted():
+        return None  # Triton's interpreter runs on CPU tensors and needs no device
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def backend_status() -> dict[str, str]:
+    """Report which backends can run here.
+
+    Returns:
+        For every backend but ``"auto"``: ``"available"``, or the reason why the backend cannot run.
+
+    Example:
+        >>> from t2v_fast import ops
+        >>> ops.backend_status()["reference"]
+        'available'
+    """
+    return {
+        "reference": "available",
+        "cpu": "available" if _missing is None else f"the compiled extension did not load: {_missing}",
+        "cuda": _missing_on_gpu("cuda") or "available",
+        "triton": _missing_on_gpu("triton") or "available",
+    }
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the ops inside a ``with`` block on one backend.
+
+    A forced backend never falls back: an op raises if its tensors are on a device that the backend does not run on.
+    The setting holds for the current thread or asynchronous task.
+
+    Args:
+        name: One of :data:`BACKENDS`. ``"auto"`` is the default: the extension where it has kernels for the tensors'
+            device, then Triton for CUDA tensors, then the reference ops in plain torch.
+
+    Raises:
+        ValueError: The name is unknown.
+        RuntimeError: The backend cannot run here. The message says why.
+
+    Example:
+        >>> import torch
+        >>> from t2v_fast import ops
+        >>> with ops.use_backend("reference"):
+        ...     ops.sq_prod(torch.ones(1, 2, 3))
+        tensor([[4., 4., 4.]])
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
+    if name != "auto" and (why := backend_status()[name]) != "available":
+        raise RuntimeError(f"backend {name!r} was asked for but cannot run: {why}")
+    token = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def backend_for(t: Tensor) -> str:
+    """Return the name of the backend that the ops run on for tensors on the device of ``t``."""
+    if (forced := _backend.get()) != "auto":
+        return forced
+    if t.is_cuda:
+        return gpu_backend()
+    return "cpu" if t.device.type == "cpu" and _missing is None else "reference"
+
+
+def uses_cpu_extension(t: Tensor) -> bool:
+    """Whether the ops run on the compiled CPU kernels for tensors on the device of ``t``."""
+    return t.device.type == "cpu" and backend_for(t) == "cpu"
+
+
+def cpu_capability() -> str:
+    """Return the instruction set that the compiled CPU kernels use.
+
+    Returns:
+        ``"avx512bf16"``, ``"avx512"``, ``"avx2"`` or ``"portable"``.
+
+    Raises:
+        ImportError: The compiled extension is missing.
+    """
+    return _extension().cpu_capability()
+
+
+def vector_width(dtype: torch.dtype) -> int:
+    """Return how many sums over ``dtype`` values a vector register of the compiled CPU kernels holds.
+
+    Raises:
+        ImportError: The compiled extension is missing.
+    """
+    return _extension().vector_width(reference.accumulate_dtype(dtype) == torch.float64)
+
+
+def few_positions() -> int:
+    """Return the number of positions up to which the compiled CPU kernels evaluate quadratic forms column by column.
+
+    Without the extension there are no such kernels, and the number is 0.
+    """
+    return 0 if _missing is not None else _extension().few_positions
+
+
+def keep_freed_memory(keep: bool) -> bool:
+    """Set whether the C allocator keeps freed memory in this process, so that later allocations reuse its pages.
+
+    The setting is process-wide. Torch's large CPU tensors are otherwise returned to the system when they are freed.
+
+    Args:
+        keep: True keeps freed memory. False restores the allocator's usual behaviour and returns what was kept.
+
+    Returns:
+        False where the allocator has no such setting or the compiled extension is missing.
+    """
+    return _missing is None and _extension().keep_freed_memory(keep)
+
+
+def build_id() -> str:
+    """Return a string that changes whenever the extension is built again.
+
+    Raises:
+        ImportError: The compiled extension is missing.
+    """
+    file = os.stat(_extension().__file__)
+    return f"{file.st_mtime_ns:x}-{file.st_size:x}"
+
+
+@functools.cache
+def gpu_backend() -> str:
+    """Return the backend for CUDA tensors when none is forced: ``"cuda"``, ``"triton"`` or ``"reference"``.
+
+    The choice is made, and logged, once per process.
+    """
+    reasons = []
+    for backend in ("cuda", "triton"):
+        if (why := _missing_on_gpu(backend)) is None:
+            log.info("CUDA tensors run on the %s kernels%s", backend, "".join(f"; {r}" for r in reasons))
+            return backend
+        reasons.append(f"not {backend}: {why}")
+    log.warning("CUDA tensors run on the reference ops, an example at a time: %s", "; ".join(reasons))
+    return "reference"
+
+
+def call(name: str, *args: object) -> Tensor | None:
+    """Run the operator ``name`` of :data:`SCHEMAS` on the backend in force; the arguments have been checked."""
+    forced = _backend.get()
+    # An extension that loaded but does not fit this torch has registered its kernels: they must not be dispatched to.
+    if forced == "reference" or (_missing is not None and not _on_gpu(args)):
+        return getattr(reference, name)(*args)
+    if forced == "auto":
+        return getattr(torch.ops.t2v_fast, name)(*args)
+    allowed = _DEVICES[forced]
+    if forced == "triton" and _triton().interpreted():
+        allowed = ("cpu",)
+    for a in args:
+        if isinstance(a, Tensor) and a.device.type not in allowed:
+            raise RuntimeError(f"{name}: backend {forced!r} was asked for, but an argument is on {a.device}")
+    return getattr(_triton() if forced == "triton" else torch.ops.t2v_fast, name)(*args)
+
+
+def _on_gpu(args: Sequence[object]) -> bool:
+    return any(isinstance(a, Tensor) and a.is_cuda for a in args)
+
+
+def _register() -> torch.library.Library:
+    """Define the operators: reference kernels for every device, fake kernels for tracing."""
+    library = torch.library.Library("t2v_fast", "DEF")
+    fakes = {
+        "sq_outer": lambda x, g, path="explicit": (g, g.shape[2]),
+        "sq_conv": lambda x, g, *geometry: (g, g.shape[1]),
+        "sq_gram": lambda gram, g: (g, g.shape[1]),
+        "sq_prod": lambda g, x=None, shift=None, scale=None: (g, g.shape[2]),
+        "sq_scatter": lambda index, g, num_rows: (g, num_rows),
+    }
+
+    def fake(columns):
+        def q(*args, **kwargs):
+            g, width = columns(*args, **kwargs)
+            return g.new_empty((g.shape[0], width), dtype=reference.accumulate_dtype(g.dtype))
+
+        return q
+
+    def fake_gram(x, kernel_size, stride, padding, dilation, groups):
+        p = math.prod(conv_output_size(x.shape[2:], kernel_size, stride, padding, dilation))
+        return x.new_empty((x.shape[0], groups, p, p), dtype=reference.accumulate_dtype(x.dtype))
+
+    def fake_norm(g, x, shift=None, scale=None):
+        return g.new_empty((2, g.shape[0], g.shape[2]), dtype=reference.accumulate_dtype(g.dtype))
+
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema)
+        library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+        kernel = fake(fakes[name]) if name in fakes else lambda *args, **kwargs: None
+        kernel = {"conv_gram": fake_gram, "sq_norm": fake_norm}.get(name, kernel)
+        torch.library.register_fake(f"t2v_fast::{name}", kernel, lib=library)
+    library.define("winograd_conv" + WINOGRAD_CONV)
+    library.impl("winograd_conv", reference.winograd_conv, "CompositeExplicitAutograd")
+    torch.library.register_fake("t2v_fast::winograd_conv", reference.winograd_conv, lib=library)
+    return library
+
+
+def _register_triton(library: torch.library.Library) -> None:
+    """Register CUDA kernels that import Triton's kernels at their first call, for an extension without CUDA."""
+
+    def late(name: str) -> Callable[..., Tensor | None]:
+        def run(*args: object) -> Tensor | None:
+            return getattr(_triton() if gpu_backend() == "triton" else reference, name)(*args)
+
+        return run
+
+    for name in SCHEMAS:
+        library.impl(name, late(name), "CUDA")
+
+
+_library = _register()
+_missing = _load_extension()
+if _missing is not None or not _extension().build_info()["cuda"]:
+    _register_triton(_library)
+if _missing is not None:
+    log.info("running on the reference ops: %s", _missing)
