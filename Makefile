@@ -65,7 +65,7 @@ weekly: setup ## Run the sanitizers over the GPU kernels and compile them for tw
 # For a second torch. Left out are files, processes, pages and distances, which reach torch through calls that the other
 # tests make too, and the scripts of bench/, which measure beside the first torch only. What is not named here runs.
 VERSION_INDEPENDENT := analysis bank bench ops/test_gpu_specs.py tasks/test_cache.py test_demo.py test_embedding.py \
-	test_readme.py
+	test_readme.py test_docs.py test_examples.py
 
 test-version: setup ## Run the tests that depend on torch; TORCH=2.13.0 takes that version
 	$(PYTEST) -m "not slow and not weekly" $(VERSION_INDEPENDENT:%=--ignore=tests/%)
@@ -77,6 +77,11 @@ $(VENV)/.coverage: $(VENV)/.installed requirements/coverage.txt
 # Hundreds of networks, for an hour; goes on where it was interrupted.
 coverage: setup $(VENV)/.coverage ## Check hundreds of networks against plain autograd into docs/coverage.md
 	$(BIN)/python -m bench.studies.coverage_study --resume --output docs/coverage.md
+
+.PHONY: docs
+docs: setup ## Build the documentation as a site in build/docs; every warning is an error
+	$(BIN)/python -m pip install --quiet --progress-bar off -r requirements/docs.txt
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 RESULTS := build/bench
 BENCH := mkdir -p $(RESULTS) && $(BIN)/python -m pytest --benchmark-quiet

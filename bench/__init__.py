@@ -1,1 +1,1 @@
-"""Timings and studies: ``suites`` are run by pytest-benchmark, ``studies`` write the tables of the documents."""
+"""Timings and studies: pytest-benchmark runs ``suites``, and ``studies`` write the tables of the documents."""

@@ -1,7 +1,7 @@
-"""What is measured. ``run(prepare(model), x, y)`` gives {parameter name: filter means [O] summed over the examples}.
+"""What is measured: ``run(prepare(model), x, y)`` gives {parameter name: filter means [O], summed over the examples}.
 
-``prepare`` is called once and may change the model; ``run`` is what is timed. A contestant that cannot do a model
-raises, and the suites report what it said.
+``prepare`` is called once and may change the model. ``run`` is timed. A contestant that cannot do a model raises, and
+the suites report its message.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Verifies and measures this library on a GPU, and writes a report.
+"""Verify and measure this library on a GPU, and write a report.
 
     python -m bench.gpu [--output build/gpu] [--minutes 8]
 
-Every backend that runs on the device is compared with float64 first: each op on each geometry of the tests and in
-each dtype, torch's own checks of the operators, and whole networks. Then it is timed by CUDA events: the card's
-ceilings, single layers by path, and whole networks: the network alone (floor), a training step, this library in
-float32, TF32 and bfloat16, and the peers that are installed. What cannot be done is reported as such, with the
-reason. Writes gpu.json and gpu.md; exits with status 1 if anything was wrong.
+Every backend that runs on the device is first compared with float64: each op on each geometry of the tests and in each
+dtype, torch's own checks of the operators, and whole networks. Then CUDA events time the ceilings of the card, single
+layers by path, and whole networks: the network alone (floor), a training step, this library in float32, TF32 and
+bfloat16, and the peers that are installed. A part that cannot be done is reported with the reason. The script writes
+gpu.json and gpu.md, and exits with status 1 if anything was wrong.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a script puts into a page of the documentation."""
+"""Write the output of a script into a page of the documentation."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Markdown tables and plots of what the suites measured.
+"""Markdown tables and plots of the results of the suites.
 
     python -m bench.report fisher.json stream.json memory.json [--plots docs]
 
-Prints Markdown; with --plots, writes a PNG for each table of contestants.
+Prints Markdown. With --plots, also writes a PNG for each table of contestants.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import shlex
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from small import shapes, write_folder
 from torch import nn
 
-from t2v_fast import Bank, cli
+from t2v_fast import cli, demo
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
@@ -38,11 +37,11 @@ def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "images": images,
     }
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 2
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
-    assert namespace["D"].shape == (1, 2)
-    assert namespace["q"]["conv.weight"].shape == (6, 4)
+    assert namespace["F"]["conv.weight"].shape == (4,)
+    assert namespace["D"].shape == (2, 2)
 
 
 @pytest.mark.slow_unless(workers=("0",))
@@ -51,27 +50,18 @@ def test_commands(workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("flowers", "birds")):
         write_folder(tmp_path / name, *shapes(6, seed=seed))
-    with open(tmp_path / "attributes.csv", "w", newline="") as file:
-        rows = [(f"flowers/class {k % 3}/{k:03}.png", k % 2, k % 3) for k in range(6)]
-        csv.writer(file).writerows([("file", "wing", "beak"), *rows])
-    (job,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "tasks.yaml").write_text(job)
     commands = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-    assert len(commands) == 11
-    (tmp_path / "errors.csv").write_text("task,flowers,birds\nflowers,0.1,0.3\nbirds,0.2,0.1\n")
+    assert len(commands) == 3
+    few = demo.demo_tasks(60)[:2]
+    monkeypatch.setattr(demo, "demo_tasks", lambda **options: few)
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "t2v-fast"
         if "--workers" in arguments:
             arguments[arguments.index("--workers") + 1] = workers
         assert cli.main(arguments) == 0, command
-    assert (tmp_path / "distances.png").exists()
-    assert (tmp_path / "roofline.png").exists()
-    # Several processes add them, in the order in which they finish.
-    assert sorted(Bank(tmp_path / "tasks.bank").tasks) == ["birds/beak", "birds/wing", "flowers"]
-    assert (tmp_path / "arrays" / "hessian.npy").exists()
-    assert (tmp_path / "tree.svg").exists()
-    assert (tmp_path / "map.html").exists()
+    assert (tmp_path / "distances.csv").exists()
+    assert (tmp_path / "demo" / "heatmap.png").exists()
 
 
 def test_targets_and_links() -> None:

@@ -1,4 +1,4 @@
-"""What a case of the coverage study is, and the inputs that several kinds of cases share."""
+"""A case of the coverage study, and the inputs that several kinds of cases share."""
 
 from __future__ import annotations
 

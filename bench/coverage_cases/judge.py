@@ -1,8 +1,8 @@
-"""The judge of the coverage study: what the library makes of a case, against plain autograd of a copy of the network.
+"""The judge of the coverage study: compare the library's answer with plain autograd of a copy of the network.
 
-The truth is the gradient of each example alone, with the example fed twice and the first output taken: torch's batch
-norm on CPUs gives wrong gradients for a single image whose memory format differs from its gradient's. Nothing of the
-library is used for it.
+The truth is the gradient of each example alone. The example is fed twice and the first output is taken, because torch's
+batch norm on CPUs gives wrong gradients for a single image whose memory format differs from its gradient's. The truth
+uses nothing of the library.
 """
 
 from __future__ import annotations

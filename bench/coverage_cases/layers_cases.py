@@ -1,4 +1,4 @@
-"""Layers, wrappers and couplings: small networks, each made to show one thing."""
+"""Layers, wrappers and couplings: small networks that each show one thing."""
 
 from __future__ import annotations
 

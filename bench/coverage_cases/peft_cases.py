@@ -1,4 +1,4 @@
-"""Adapters of PEFT on tiny networks of transformers: what training would change, and in some cases all weights."""
+"""Adapters of PEFT on tiny networks of transformers: the trainable parameters, and in some cases all weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks of timm, one or more of each family: the smallest, at the smallest image that it takes."""
+"""Networks of timm, at least one of each family: the smallest one, at the smallest image that it accepts."""
 
 from __future__ import annotations
 

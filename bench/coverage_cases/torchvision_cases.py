@@ -1,4 +1,4 @@
-"""Networks of torchvision, the smallest of each family, at the smallest image that it takes."""
+"""Networks of torchvision, the smallest of each family, at the smallest image that it accepts."""
 
 from __future__ import annotations
 

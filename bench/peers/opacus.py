@@ -1,4 +1,4 @@
-"""Opacus 1.6 (Yousefpour et al., 2021, arXiv 2109.12298): per-example gradients of GradSampleModule, squared."""
+"""Opacus 1.6 (Yousefpour et al., 2021, arXiv 2109.12298): the per-example gradients of GradSampleModule, squared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop of Task2Vec's public code: one backward pass a batch, squared after the mean over the batch."""
+"""The loop of Task2Vec's public code: one backward pass for each batch, and the square of the batch's mean gradient."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
-"""Error against seconds: what each estimator of a task's embedding costs for the accuracy it gives.
+"""Error against seconds: the time that each estimator of a task's embedding needs for its accuracy.
 
     python -m bench.studies.accuracy [--images 80] [--size 96] [--heads newton adam early] [--plot docs/accuracy.png]
 
-On the demo's tasks of more than two classes, against ``exact``; each task has one head, shared by all estimators:
-``newton`` is fitted to the end (this library's default), ``adam`` by the public Task2Vec code's schedule, ``early`` by
-a tenth of that. Prints Markdown: the relative error of the whole embedding, |estimate - exact| / |exact|, the median
-over tasks and draws and in brackets the largest, and the seconds for 1,000 images, also for an error of 5 percent.
+Estimators are compared with ``exact`` on the demo's tasks of more than two classes. All estimators share one head for
+each task: ``newton`` is fitted to the end (this library's default), ``adam`` by the schedule of the public Task2Vec
+code, ``early`` by a tenth of this schedule. Prints Markdown: the relative error of the whole embedding, |estimate -
+exact| / |exact|, as the median over tasks and draws and in brackets the largest, and the seconds for 1,000 images and
+for an error of 5 percent.
 
 The error of label sampling (``monte_carlo``) is its exact root mean square, from the per-example Fishers of every
-label; beyond the cotangents that were measured, errors fall as one over the square root of their number.
+label. Beyond the measured numbers of cotangents, errors are taken to fall as one over the square root of the number.
 """
 
 from __future__ import annotations

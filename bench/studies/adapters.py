@@ -1,11 +1,11 @@
-"""Each adapter against the plain way to the same quantity: an example, or a token, at a time by autograd.
+"""Each adapter against the plain way to the same quantity: autograd, one example or token at a time.
 
     python -m bench.studies.adapters [--images 256] [--size 64] [--rounds 3] [--write docs/adapters.md]
 
-The replaced Task2Vec's variances are next to the public code's way, a convolution with the variance of every weight;
-BackPACK and Opacus, where `make peers` has installed them, as bench/peers drives them. Prints Markdown, and with
---write puts it into the page. Rounds are interleaved; a ratio is the median of the rounds' ratios. The adapters'
-self-check on the first batch, a fixed cost, is in their times.
+The variances of the replaced Task2Vec are compared with the public code's way, a convolution with the variance of every
+weight. BackPACK and Opacus take part if `make peers` has installed them, driven as in bench/peers. Prints Markdown;
+--write puts it into the page. Rounds are interleaved, and a ratio is the median of the rounds' ratios. The times of the
+adapters contain their self-check on the first batch, a fixed cost.
 """
 
 from __future__ import annotations

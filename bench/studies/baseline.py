@@ -1,10 +1,10 @@
-"""Task2Vec next to the obvious baseline, the mean feature of a task's images: which tasks are of one family?
+"""Task2Vec against the obvious baseline, the mean feature of a task's images: which tasks are of one family?
 
     python -m bench.studies.baseline [--output build/baseline] [--write docs/selection.md]
 
-On the meta-task of bench/studies/meta_task.py. Heads, layers, scales and distances are tried; none of them sees a
-family. One of them is chosen on about half of the families, drawn by a fixed seed, and judged on the others. What is
-embedded is kept under ``--output`` and used again.
+Runs on the tasks of bench/studies/meta_task.py. The study tries heads, layers, scales and distances, none of which sees
+a family. One of them is chosen on about half of the families, drawn by a fixed seed, and judged on the others. The
+embeddings are kept under ``--output`` and used again.
 """
 
 from __future__ import annotations

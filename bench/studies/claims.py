@@ -1,10 +1,10 @@
-"""The paper's qualitative claims about embeddings, measured on the meta-task of bench/studies/selection.py.
+"""The paper's qualitative claims about embeddings, measured on the tasks of bench/studies/selection.py.
 
     python -m bench.studies.claims [--output build/selection] [--write docs/selection.md]
 
-Achille et al., 2019, sections 3 and 5.1: the embedding does not depend on the labels' names; distances follow the
-taxonomy of tasks; the norm follows their difficulty; and what the size of the data set does to it. Uses the embeddings
-that bench/studies/selection.py stored, and makes those that are missing.
+Achille et al., 2019, sections 3 and 5.1: the embedding does not depend on the names of the labels, distances follow the
+taxonomy of tasks, and the norm follows their difficulty. The study also shows the effect of the size of the data set.
+It uses the embeddings that bench/studies/selection.py stored, and makes the missing ones.
 """
 
 from __future__ import annotations

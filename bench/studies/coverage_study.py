@@ -2,9 +2,9 @@
 
     python -m bench.studies.coverage_study --output docs/coverage.md [--only timm peft] [--name swin] [--resume]
 
-Every case of ``bench/coverage_cases`` is judged against plain autograd, an example at a time, and the page is written.
-The results are kept, a line of JSON each; ``--resume`` goes on after an interruption, and judges again what changed.
-Ends with 1 where a case is wrong, or where more than 3 percent are refused needlessly.
+Every case of ``bench/coverage_cases`` is judged against plain autograd, one example at a time. The script writes the
+page, and keeps the results, one line of JSON each. ``--resume`` continues after an interruption and judges changed
+cases again. The exit status is 1 if a case is wrong, or if more than 3 percent are refused needlessly.
 """
 
 from __future__ import annotations

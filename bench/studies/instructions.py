@@ -2,11 +2,11 @@
 
     python -m bench.studies.instructions
 
-One image, channels-last, one thread. Valgrind knows AVX2 and not AVX-512, so these are the AVX2 kernels: 8
-multiply-adds an instruction. Prints Markdown: multiply-adds of the layer's weight gradient, as many as of the layer,
-instructions of one call of ``sq_conv`` by its path, or of the layer's forward pass by ``winograd_conv`` or by torch,
-and instructions for 8 multiply-adds, which a loop of nothing but them would have 1 of. Counts, unlike times, do not
-depend on who else uses the machine: they show what a change of a kernel did.
+One image, channels-last, one thread. Valgrind knows AVX2 and not AVX-512, so these are the AVX2 kernels, with 8
+multiply-adds for each instruction. Prints Markdown: the multiply-adds of the layer's weight gradient (as many as of the
+layer); the instructions of one call of ``sq_conv`` by its path, or of the layer's forward pass by ``winograd_conv`` or
+by torch; and the instructions for 8 multiply-adds, which would be 1 for a loop of nothing else. Counts do not depend on
+what else the machine does, so they show what a change of a kernel did.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What the faster layers of t2v_fast/gradients/fast_layers.py gain: a network forward and backward, without weight
-gradients.
+"""What the faster layers of t2v_fast/gradients/fast_layers.py gain.
 
     python -m bench.studies.layers [--rounds 9] [--cells resnet18-64 vit_b_16-224 ...] [--toy]
 
-Prints Markdown: milliseconds of a batch with torch's own layers, and over them what each kind alone and all leave.
-Interleaved rounds, medians of ratios; channels-last images, kept memory. Also 3x3 convolutions by torch and by
-Winograd, milliseconds and errors, and products by torch and by oneDNN, GFLOP/s.
+Networks run forward and backward, without weight gradients. Prints Markdown: the milliseconds of a batch with torch's
+own layers, and the share of this time that remains with each kind of faster layer alone and with all of them. Rounds
+are interleaved, ratios are medians, images are channels-last, and memory is kept. A second part has 3x3 convolutions by
+torch and by Winograd (milliseconds and errors), and products by torch and by oneDNN (GFLOP/s).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m bench.studies.merging [--seeds 10] [--write docs/adapters.md]
 
-A small network is trained briefly on 100 of scikit-learn's handwritten digits; a copy is fine-tuned on the digits below
-five, one on the others. Accuracies are over held-out digits, mean over seeds.
+A small network is trained briefly on 100 of scikit-learn's handwritten digits. One copy is fine-tuned on the digits
+below five, another on the others. Accuracies are over held-out digits, as the mean over seeds.
 """
 
 from __future__ import annotations

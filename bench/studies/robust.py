@@ -1,10 +1,10 @@
-"""The robust Fisher, learned, next to its fixed point from one ordinary Fisher: rank correlation of the filters.
+"""The learned robust Fisher against its fixed point from one ordinary Fisher: rank correlation of the filters.
 
     python -m bench.studies.robust [--images 100] [--size 64] [--samples 1000] [--epochs 1 4] [--beta 1e-7 1e-3]
 
-Tasks are handwritten digits (scikit-learn's), the probe is the packaged EfficientNet-Lite0. Prints Markdown: for each
-prior weight beta and number of epochs the correlation over all filters of the network, the median over layers of that
-within a layer, and the same for the plain Fisher.
+Tasks are handwritten digits (scikit-learn's), the probe is the packaged EfficientNet-Lite0. Prints Markdown for each
+prior weight beta and number of epochs: the correlation over all filters of the network, the median over layers of the
+correlation within a layer, and the same for the plain Fisher.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Flops, bytes and least times of each layer on GPUs by their published rates.
+"""Flops, bytes and least times of each layer on GPUs, from the published rates of the GPUs.
 
     python -m bench.studies.roofline [--write docs/gpu.md]
 
-Prints Markdown, and with --write puts it into the page.
+Prints Markdown; --write puts it into the page.
 """
 
 from __future__ import annotations

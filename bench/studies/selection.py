@@ -1,10 +1,10 @@
-"""The paper's experiment: choose a feature extractor for each task of a meta-task, and see what the choice costs.
+"""The paper's experiment: choose a feature extractor for each task of a meta-task, and measure what the choice costs.
 
     python -m bench.studies.selection [--output build/selection] [--write docs/selection.md]
 
-Embeds every task (EfficientNet-Lite0), trains the experts, fills the table of test errors with one linear head for
-each task and expert, and prints what each way of choosing loses (Achille et al., 2019, table 1). Whatever is finished
-is kept under ``--output`` and used again; results of other settings or other images are refused.
+Embeds every task (EfficientNet-Lite0), trains the experts, and fills the table of test errors with one linear head for
+each task and expert. Prints the loss of each way of choosing (Achille et al., 2019, table 1). Finished parts are kept
+under ``--output`` and used again; parts with other settings or other images are refused.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
-"""What a given error of a task's embedding costs: equal cotangents, shared-out ones, and examples drawn by importance.
+"""The cost of a given error of a task's embedding, for three ways to spend cotangents.
 
     python -m bench.studies.tolerance [--classes 2 10 100 1000] [--heads newton early] [--images 200] [--size 64]
 
-Images are handwritten digits (scikit-learn's), the probe is the packaged EfficientNet-Lite0. Labels of 2 classes are
-parities, of 10 the digits, of 100 and 1,000 drawn at random (1,000 images are labelled and fitted, whatever --images).
-Heads: ``newton``, fitted to the end (of 1,000 classes six iterations), ``early``, one epoch of Adam.
+The ways are equal numbers of cotangents, numbers that are shared out by the spectrum, and examples that are drawn by
+importance. Images are handwritten digits (scikit-learn's), the probe is the packaged EfficientNet-Lite0. Labels of 2
+classes are parities, of 10 the digits, of 100 and 1,000 random (1,000 images are labelled and fitted, whatever --images
+says). Heads: ``newton``, fitted to the end (six iterations for 1,000 classes), and ``early``, one epoch of Adam.
 
-Errors are relative to the norm of the embedding: where all images are visited, the root mean square over the draws,
-from two sketches of each image for each number of cotangents; with a tolerance, which is what
-``Task2Vec(tolerance=...)`` does, every draw counted, the one it reports, in brackets that of the same estimate against
-``exact`` (up to 10 classes). Seconds are measured ones of a forward and of a backward pass, times their numbers;
-a batch has as many backward passes as its neediest image.
+Errors are relative to the norm of the embedding. Where all images are visited, the error is the root mean square over
+the draws, from two sketches of each image for each number of cotangents. With a tolerance, which is what
+``Task2Vec(tolerance=...)`` does, every draw counts; the error is the reported one, and in brackets the error of the
+same estimate against ``exact`` (up to 10 classes). Seconds are the measured seconds of a forward and of a backward
+pass, times their numbers. A batch has as many backward passes as its neediest image.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Options and reporting of the suites. Results go into pytest-benchmark's JSON; bench/report.py makes tables of it."""
+"""Options and reporting of the suites. Results go into pytest-benchmark's JSON, and bench/report.py makes tables."""
 
 from __future__ import annotations
 

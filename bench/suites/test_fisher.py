@@ -1,9 +1,10 @@
-"""Seconds a batch, next to this library's on the same batch.
+"""Seconds of a batch for each contestant, next to this library's on the same batch.
 
     python -m pytest bench/suites/test_fisher.py -k "resnet18-64" --benchmark-json fisher.json
 
-Other people use machines too: each timed run follows a timed run of this library, and ratios come from these pairs.
-Before every timed run there is one of the same contestant that is not, as all batches but the first have it.
+Other people use the machines too. So each timed run follows a timed run of this library, and ratios come from these
+pairs. Before every timed run there is an untimed run of the same contestant, as for all batches of a data set but the
+first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Peak memory over the model and its batch, each contestant in a process of its own. Linux only.
+"""Peak memory over the model and its batch; each contestant has a process of its own. Linux only.
 
 python -m pytest bench/suites/test_memory.py -k resnet18 --benchmark-json memory.json
 """

@@ -1,8 +1,8 @@
-"""A large data set to its end, at a memory that does not grow.
+"""A large data set to its end, with memory that does not grow.
 
-The peers run on a part of it, straight after this library on the same part: that pair is their ratio.
+    python -m pytest bench/suites/test_stream.py --benchmark-json stream.json
 
-python -m pytest bench/suites/test_stream.py --benchmark-json stream.json
+The peers run on a part of the data, straight after this library on the same part. Ratios come from these pairs.
 """
 
 from __future__ import annotations
