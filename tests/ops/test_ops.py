@@ -22,7 +22,6 @@ from op_checks import (
     variant,
 )
 from torch import Tensor
-from torch.nn import functional as F
 
 from t2v_fast import ops
 from t2v_fast.ops.reference import accumulate_dtype
