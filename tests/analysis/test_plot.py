@@ -52,8 +52,7 @@ def test_coordinates_keep_distances_of_a_plane() -> None:
     assert coordinates(np.zeros((3, 3))).tolist() == [[0, 0]] * 3
 
 
-@pytest.mark.slow_unless(t=(30,), kind=("svg",))
-@pytest.mark.slow_unless(t=(2,), kind=("png",))
+@pytest.mark.slow_unless(kind=("svg",))
 @pytest.mark.parametrize("kind", ["png", "svg"])
 @pytest.mark.parametrize("t", [2, 30])
 def test_pictures_by_extension(kind: str, t: int, tmp_path: Path) -> None:

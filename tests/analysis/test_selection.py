@@ -189,6 +189,7 @@ def test_a_tasks_own_errors_decide_nothing() -> None:
     assert best_on_average(other)[5] == average[5]
 
 
+@pytest.mark.slow
 def test_compare() -> None:
     experts, tasks, errors, _ = bank()
     errors[0, 1] = np.nan

@@ -87,6 +87,7 @@ def test_few_pieces_are_refused() -> None:
     assert len(refused) <= REFUSED * len(outcomes), f"{len(refused)} of {len(outcomes)}: {', '.join(names)}"
 
 
+@pytest.mark.slow
 def test_random_networks(capsys: pytest.CaptureFixture) -> None:
     outcomes, smallest = [], []
     for seed in range(FIRST_SEED, FIRST_SEED + NETWORKS):
