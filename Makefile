@@ -10,11 +10,20 @@ export T2V_FAST_REQUIRE_EXT := 1
 export T2V_FAST_BUILD_DIR := build/torch-$(TORCH)
 
 REQUIREMENTS := requirements/torch-$(TORCH).txt requirements/common.txt
+# Tests run in as many processes as there are cores, eight at most, with one thread each (tests/conftest.py).
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark
+
 BUILD_FILES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo pictures test slow weekly test-version coverage lint format bench peers benchmarks wheel clean
+.PHONY: help setup demo pictures docs-data test slow weekly test-version coverage lint format bench peers \
+	benchmarks wheel clean
+.DEFAULT_GOAL := help
 
-setup: $(VENV)/.built
+help: ## Print the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1 | \2/p' $(MAKEFILE_LIST) | awk -F' [|] ' '{ printf "%-14s %s\n", $$1, $$2 }'
+
+setup: $(VENV)/.built ## Install everything into .venv and compile the extension
 
 $(VENV)/.installed: $(REQUIREMENTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,36 +35,47 @@ $(VENV)/.built: $(VENV)/.installed $(BUILD_FILES)
 	$(BIN)/python -m t2v_fast.cli info
 	touch $@
 
-demo: setup
+demo: setup ## Embed the demo's tasks and draw their distances into demo/
 	$(BIN)/t2v-fast demo --output demo
 
-pictures: demo
+pictures: demo ## Copy the demo's pictures into docs/
 	cp demo/heatmap.png demo/tasks.png docs/
 
-test: setup
-	$(BIN)/python -m pytest -m "not slow and not weekly"
+# Each command replaces its own table or picture. Tests write none of them.
+docs-data: pictures coverage ## Make every table and picture in docs/ again that a command makes (hours)
+	$(BIN)/python tests/helpers/resources.py
+	$(BIN)/python -m bench.studies.roofline --write docs/gpu.md
+	$(BIN)/python -m bench.studies.adapters --write docs/adapters.md
+	$(BIN)/python -m bench.studies.merging --write docs/adapters.md
+	$(BIN)/python -m bench.studies.accuracy --tasks 4 --size 64 --plot docs/accuracy.png
+	$(BIN)/python -m bench.studies.selection --write docs/selection.md
+	$(BIN)/python -m bench.studies.claims --write docs/selection.md
+	$(BIN)/python -m bench.studies.baseline --write docs/selection.md
 
-slow: setup $(VENV)/.coverage
-	$(BIN)/python -m pytest -m slow
+test: setup ## Run the tests that end within minutes, and the examples in docstrings
+	$(PYTEST) -m "not slow and not weekly"
+
+slow: setup $(VENV)/.coverage ## Run the tests that are too long for `make test`
+	$(PYTEST) -m slow
 
 # What takes many minutes and depends on the sources of the GPU kernels only. Last run: 2026-11-29, 3 passed in 5:26.
-weekly: setup
-	$(BIN)/python -m pytest -m weekly
+weekly: setup ## Run the sanitizers over the GPU kernels and compile them for two GPUs
+	$(PYTEST) -m weekly
 
 # For a second torch. Left out are files, processes, pages and distances, which reach torch through calls that the other
 # tests make too, and the scripts of bench/, which measure beside the first torch only. What is not named here runs.
 VERSION_INDEPENDENT := analysis bank bench ops/test_gpu_specs.py tasks/test_cache.py test_demo.py test_embedding.py \
 	test_readme.py test_docs.py test_examples.py
 
-test-version: setup
-	$(BIN)/python -m pytest -m "not slow and not weekly" $(VERSION_INDEPENDENT:%=--ignore=tests/%)
+test-version: setup ## Run the tests that depend on torch; TORCH=2.13.0 takes that version
+	$(PYTEST) -m "not slow and not weekly" $(VERSION_INDEPENDENT:%=--ignore=tests/%)
 
 $(VENV)/.coverage: $(VENV)/.installed requirements/coverage.txt
 	$(BIN)/python -m pip install --quiet --progress-bar off --no-deps -r requirements/coverage.txt
 	touch $@
 
 # Hundreds of networks, for an hour; goes on where it was interrupted.
-coverage: setup $(VENV)/.coverage
+coverage: setup $(VENV)/.coverage ## Check hundreds of networks against plain autograd into docs/coverage.md
 	$(BIN)/python -m bench.studies.coverage_study --resume --output docs/coverage.md
 
 .PHONY: docs
@@ -66,32 +86,35 @@ docs: setup ## Build the documentation as a site in build/docs; every warning is
 RESULTS := build/bench
 BENCH := mkdir -p $(RESULTS) && $(BIN)/python -m pytest --benchmark-quiet
 
-# The table of the performance contract.
-bench: setup
+bench: setup ## Measure the table of the performance contract
 	$(BENCH) bench/suites/test_fisher.py -m contract -k "resnet18 or resnet50 or convnext" --benchmark-json $(RESULTS)/contract.json
 	$(BIN)/python -m bench.report $(RESULTS)/contract.json
 
-peers: setup
+peers: setup ## Install the libraries that bench/ compares with
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/peers.txt
 
-# Everything, for hours: a suite at a time, so that one's results outlive another's crash.
-benchmarks: peers
+# A suite at a time, so that one's results outlive another's crash.
+benchmarks: peers ## Measure everything, beside other libraries (hours)
 	for suite in memory stream fisher; do \
 		$(BENCH) bench/suites/test_$$suite.py -k "not toy" --benchmark-json $(RESULTS)/$$suite.json || exit 1; done
 	$(BIN)/python -m bench.report $(RESULTS)/memory.json $(RESULTS)/stream.json $(RESULTS)/fisher.json --plots $(RESULTS)/plots > $(RESULTS)/report.md
 
-lint: $(VENV)/.installed
+CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+lint: $(VENV)/.installed ## Check style, imports between sub-packages, and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/mypy
 
-format: $(VENV)/.installed
+format: $(VENV)/.installed ## Mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	$(BIN)/clang-format -i $(CPP_FILES)
 
-wheel: setup
+wheel: setup ## Build a wheel into dist/
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
-clean:
+clean: ## Remove what was built
 	rm -rf build dist demo *.egg-info t2v_fast/*.so

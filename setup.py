@@ -100,6 +100,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=[*find_packages(include=["t2v_fast", "t2v_fast.*"]), "t2v_fast.kernels"],
     package_dir={"t2v_fast.kernels": "kernels"},
+    package_data={"t2v_fast": ["py.typed"]},
     # Optional, so that an install goes on where CMakeBuild has said that it could not compile.
     ext_modules=[Extension("t2v_fast._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},

@@ -31,10 +31,9 @@ from t2v_fast import ops
 from t2v_fast.ops import planner
 from t2v_fast.ops.reference import accumulate_dtype
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "ops"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 import cases
-import test_ops
+import op_checks
 from oracle import per_example_squares, randomise_norms, reduce, relative_error
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -119,41 +118,41 @@ def verify_ops(backend: str, dtype: torch.dtype, device: torch.device, every: in
     count = 0
     with ops.use_backend(backend):
         for case in cases.CONVOLUTIONS[::every]:
-            x = test_ops.guarded((case.n, case.c, *case.size), dtype, 1, "channels_last")
-            g = test_ops.guarded((case.n * case.cotangents, case.o, *case.out_size), dtype, 2)
-            gradients, terms = test_ops.conv_gradients(case, x, g), math.prod(case.out_size)
+            x = op_checks.guarded((case.n, case.c, *case.size), dtype, 1, "channels_last")
+            g = op_checks.guarded((case.n * case.cotangents, case.o, *case.out_size), dtype, 2)
+            gradients, terms = op_checks.conv_gradients(case, x, g), math.prod(case.out_size)
             x, g = x.to(device), g.to(device)
             found = [ops.sq_conv(x, g, *case.geometry, path) for path in ("explicit", "gram")]
             found.append(ops.sq_gram(ops.conv_gram(x, *case.geometry), g))
             for q in found:
-                test_ops.assert_close(q.cpu(), test_ops.filter_sums(gradients), dtype, terms)
+                op_checks.assert_close(q.cpu(), op_checks.filter_sums(gradients), dtype, terms)
             weight = torch.rand(len(g), dtype=accumulate_dtype(dtype))
             out = torch.zeros(gradients.shape[1:], dtype=weight.dtype, device=device)
             ops.sq_conv_acc_(out, x, g, weight.to(device), *case.geometry[1:])
             want = torch.tensordot(weight.double(), gradients.square(), 1)
-            test_ops.assert_close(out.cpu(), want, dtype, terms)
+            op_checks.assert_close(out.cpu(), want, dtype, terms)
             count += 4
         for case in cases.OUTERS:
-            x = test_ops.guarded((case.n, case.s, case.i), dtype, 1)
-            g = test_ops.guarded((case.n * case.cotangents, case.s, case.o), dtype, 2)
-            want = test_ops.filter_sums(test_ops.outer_gradients(x, g))
+            x = op_checks.guarded((case.n, case.s, case.i), dtype, 1)
+            g = op_checks.guarded((case.n * case.cotangents, case.s, case.o), dtype, 2)
+            want = op_checks.filter_sums(op_checks.outer_gradients(x, g))
             for path in ops.OUTER_PATHS:
-                test_ops.assert_close(ops.sq_outer(x.to(device), g.to(device), path).cpu(), want, dtype, case.s)
+                op_checks.assert_close(ops.sq_outer(x.to(device), g.to(device), path).cpu(), want, dtype, case.s)
                 count += 1
         for n, s, c in ((3, 5, 7), (2, 70, 18), (1, 3, 1100)):
-            x, g = test_ops.guarded((n, s, c), dtype, 1), test_ops.guarded((n, s, c), dtype, 2)
+            x, g = op_checks.guarded((n, s, c), dtype, 1), op_checks.guarded((n, s, c), dtype, 2)
             q = ops.sq_norm(g.to(device), x.to(device)).cpu()
-            test_ops.assert_close(q[0], test_ops.prod_gradients(g, x, None, None).square(), dtype, 4 * s)
-            test_ops.assert_close(q[1], g.double().sum(1).square(), dtype, 4 * s)
+            op_checks.assert_close(q[0], op_checks.prod_gradients(g, x, None, None).square(), dtype, 4 * s)
+            op_checks.assert_close(q[1], g.double().sum(1).square(), dtype, 4 * s)
             index = torch.randint(-1, 4, (n, s), generator=torch.Generator().manual_seed(n))
-            want = test_ops.filter_sums(test_ops.scatter_gradients(index, g, 4))
-            test_ops.assert_close(ops.sq_scatter(index.to(device), g.to(device), 4).cpu(), want, dtype, s + c)
+            want = op_checks.filter_sums(op_checks.scatter_gradients(index, g, 4))
+            op_checks.assert_close(ops.sq_scatter(index.to(device), g.to(device), 4).cpu(), want, dtype, s + c)
             count += 2
     return f"{count} results within the bound"
 
 
 def verify_operator(name: str, device: torch.device) -> str:
-    arguments = [a.to(device) if isinstance(a, Tensor) else a for a in test_ops.OPCHECKS[name]()]
+    arguments = [a.to(device) if isinstance(a, Tensor) else a for a in op_checks.OPCHECKS[name]()]
     torch.library.opcheck(getattr(torch.ops.t2v_fast, name), tuple(arguments))
     return "passed"
 

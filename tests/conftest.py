@@ -1,5 +1,22 @@
-"""Triton's kernels run in its interpreter here: set before anything imports Triton."""
+"""One thread a process, Triton's interpreter, and which parametrisations of a test are slow."""
 
 import os
 
+# Before anything imports torch or Triton. Several processes run the tests, each on a core of its own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+collect_ignore_glob = ["helpers/*"]  # no tests, nor examples
+# What helpers assert is explained as what tests assert is.
+pytest.register_assert_rewrite("cuda_checks", "mutations", "op_checks", "ownership_networks")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what ``slow_unless(parameter=(value, ...), ...)`` does not name: its values as in the test's id."""
+    for item in items:
+        quick = [marker.kwargs for marker in item.iter_markers("slow_unless")]
+        if quick and not any(all(str(item.callspec.params[k]) in map(str, v) for k, v in q.items()) for q in quick):
+            item.add_marker("slow")

@@ -61,6 +61,7 @@ def test_no_glyph_has_two_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert start == len(drawn)
 
 
+@pytest.mark.slow
 def test_the_seed_decides(tasks: list) -> None:
     again, other = demo_tasks(60), demo_tasks(60, seed=1)
     assert all(np.array_equal(a.images, b.images) for a, b in zip(tasks, again, strict=True))

@@ -11,24 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from embeddings import make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from t2v_fast.embedding import Embedding, FingerprintMismatch, check_comparable, stack
-
-
-def make(task: str = "a", seed: int = 0, **changes) -> Embedding:
-    h = np.random.default_rng(seed).random(5)
-    options = {
-        "hessian": h,
-        "scale": np.ones(5),
-        "standard_error": h / 10,
-        "layers": (("stem.weight", 0, 2), ("block.weight", 2, 5)),
-        "num_examples": 7,
-        "meta": {"task": task, "seconds": {"fisher": 0.5}},
-        "fingerprint": {"probe": "p", "preprocessing": {"crop": 224}},
-    }
-    return Embedding(**{**options, **changes})
 
 
 def test_round_trip(tmp_path: Path) -> None:

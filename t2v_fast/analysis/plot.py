@@ -274,7 +274,7 @@ def _handles(kinds: Sequence[str]) -> list:
     ]
 
 
-def _colour_names(axes, labels: Sequence, families: Sequence[str]) -> None:
+def _colour_names(axes: Any, labels: Sequence, families: Sequence[str]) -> None:
     """Draw each label in the colour of its family, and a legend above the axes."""
     kinds = sorted(set(families))
     for label, family in zip(labels, families, strict=True):

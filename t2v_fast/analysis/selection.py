@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -249,7 +250,7 @@ class Model2Vec:
         return asymmetric_distance(self.vectors, t, alpha=self.alpha, trivial=self.trivial)
 
 
-def _model_distances(log_m: np.ndarray, log_t: np.ndarray, t0: np.ndarray, alpha: float):
+def _model_distances(log_m: np.ndarray, log_t: np.ndarray, t0: np.ndarray, alpha: float) -> tuple[np.ndarray, Callable]:
     """Return d_asym(m_j -> t_i) [T, E] of the cosine metric, and a function for its gradient.
 
     The function turns a gradient by the distances [T, E] into the gradient by log m [E, D]. With u = m / (m + t), the

@@ -74,6 +74,7 @@ def test_padding_contributes_nothing(gpt2: nn.Module) -> None:
     np.testing.assert_allclose(first.hessian, second.hessian, rtol=1e-12)
 
 
+@pytest.mark.slow_unless(estimator=("hutchinson",))
 @pytest.mark.parametrize("estimator", ["hutchinson", "monte_carlo"])
 def test_sampling_is_unbiased(gpt2: nn.Module, estimator: str) -> None:
     want = embed_text(gpt2, [TOKENS], estimator="exact").hessian

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plain_noise import Plain
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -374,8 +375,6 @@ def test_compat_has_the_numbers_of_the_plain_loop(skip: int, max_samples: int | 
 
 
 def test_compat_variational_has_the_numbers_of_plain_noise() -> None:
-    from test_variational import Plain
-
     model, other = OwnProbe(), OwnProbe()
     options = {"method": "variational", "method_opts": {"epochs": 2, "beta": 1e-4}, "loader_opts": LOADER}
     torch.manual_seed(7)
@@ -440,6 +439,7 @@ def test_embeddings_travel(tmp_path: Path) -> None:
     assert distance.pdist([found.convert(), read]).max() < 1e-12
 
 
+@pytest.mark.slow_unless(name=("resnet18",))
 @pytest.mark.parametrize(("name", "entries"), [("resnet18", 9600), ("resnet34", 17024)])
 def test_embedding_sizes_of_the_public_probes(name: str, entries: int) -> None:
     models = pytest.importorskip("torchvision.models", reason="torchvision is for the main torch")

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import scipy.spatial.distance
 import torch
+from embeddings import make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from mpmath import mp, mpf
-from test_embedding import make
 
 from t2v_fast.analysis.distance import cdist, pdist
 from t2v_fast.embedding import FingerprintMismatch

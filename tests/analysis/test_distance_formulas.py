@@ -8,11 +8,11 @@ from functools import partial
 
 import numpy as np
 import pytest
+from embeddings import make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from mpmath import mp, mpf
-from test_embedding import make
 
 from t2v_fast.analysis.distance import (
     METRICS,
@@ -67,8 +67,9 @@ def normalized_cosine(a, b, epsilon):
 
 
 def correlation(a, b, epsilon):
-    centred = [[x - sum(row) / len(row) for x in row] for row in variances(a, b, epsilon)]
-    return cosine_distance(*centred)
+    rows = variances(a, b, epsilon)
+    means = [sum(row) / len(row) for row in rows]
+    return cosine_distance(*([x - mean for x in row] for row, mean in zip(rows, means, strict=True)))
 
 
 def divergence(v0, v1):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_embedding import make
+from embeddings import make
 
 from t2v_fast import cli
 from t2v_fast.analysis.distance import pdist

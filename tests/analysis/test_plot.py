@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from embeddings import make
 from PIL import Image
-from test_embedding import make
 
 from t2v_fast.analysis.plot import contact_sheet, coordinates, dendrogram, heatmap, layer_means, layer_profile, task_map
 
@@ -18,6 +18,7 @@ def distances(t: int) -> np.ndarray:
     return np.linalg.norm(points[:, None] - points[None], axis=2)
 
 
+@pytest.mark.slow_unless(t=(2, 3))
 @pytest.mark.parametrize("t", [2, 3, 40])
 def test_heatmap(t: int, tmp_path: Path) -> None:
     names = [f"a task with number {k}" for k in range(t)]
@@ -51,6 +52,7 @@ def test_coordinates_keep_distances_of_a_plane() -> None:
     assert coordinates(np.zeros((3, 3))).tolist() == [[0, 0]] * 3
 
 
+@pytest.mark.slow_unless(kind=("svg",))
 @pytest.mark.parametrize("kind", ["png", "svg"])
 @pytest.mark.parametrize("t", [2, 30])
 def test_pictures_by_extension(kind: str, t: int, tmp_path: Path) -> None:

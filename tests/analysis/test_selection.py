@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_embedding import make
+from embeddings import make
 
 from t2v_fast.analysis import selection
 from t2v_fast.analysis.distance import asymmetric_distance
@@ -132,6 +132,7 @@ def bank(t: int = 40, e: int = 4, d: int = 60, seed: int = 0) -> tuple[np.ndarra
     return experts, tasks, errors, (family - 1) % e
 
 
+@pytest.mark.slow
 def test_model2vec_learns_where_experts_belong() -> None:
     experts, tasks, errors, best = bank()
     assert (nearest_expert(asymmetric_distance(experts, tasks)) != best).mean() > 0.5
@@ -188,6 +189,7 @@ def test_a_tasks_own_errors_decide_nothing() -> None:
     assert best_on_average(other)[5] == average[5]
 
 
+@pytest.mark.slow
 def test_compare() -> None:
     experts, tasks, errors, _ = bank()
     errors[0, 1] = np.nan

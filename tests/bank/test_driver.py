@@ -15,68 +15,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from jobs import (
+    broken_pipeline,
+    deadly_pipeline,
+    dying_pipeline,
+    folders,
+    other_pipeline,
+    pipeline,
+    plain,
+    run,
+    slow_pipeline,
+    write_job,
+    write_table,
+)
 from small import shapes, small_probe, write_folder
-from test_job import write_job, write_table
 
-from t2v_fast import Bank, Embedding, FingerprintMismatch, Task2Vec, cli
-from t2v_fast.bank.driver import run_job
+from t2v_fast import Bank, FingerprintMismatch, cli
 from t2v_fast.bank.engines import Processes, perform
 from t2v_fast.bank.job import load_job
 
 
-def pipeline() -> Task2Vec:
-    return Task2Vec(small_probe(), batch_size=8)
-
-
-def other_pipeline() -> Task2Vec:
-    return Task2Vec(small_probe(1))
-
-
-def deadly_pipeline() -> Task2Vec:
-    """One whose process dies at the task called "deadly"."""
-    task2vec = pipeline()
-    real = task2vec.embed
-
-    def embed(data, **options):
-        if data.name == "deadly":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(data, **options)
-
-    task2vec.embed = embed
-    return task2vec
-
-
-def slow_pipeline() -> Task2Vec:
-    task2vec = pipeline()
-    real = task2vec.embed
-    task2vec.embed = lambda data, **options: (time.sleep(0.05), real(data, **options))[1]
-    return task2vec
-
-
-def broken_pipeline() -> Task2Vec:
-    raise ValueError("no such probe")
-
-
-def dying_pipeline() -> Task2Vec:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def folders(root: Path, names: list[str]) -> Path:
-    for k, name in enumerate(names):
-        write_folder(root / "tasks" / name, *shapes(12, classes=2 + k % 2, seed=k))
-    return write_job(root / "job.yaml", {"tasks": [{"folders": "tasks"}]})
-
-
-def plain(job: Path, *names: str) -> dict[str, Embedding]:
-    """Embeddings by an undisturbed loop, of all tasks or of these."""
-    task2vec, work = pipeline(), load_job(job).work
-    return {t: task2vec.embed(w.data(t)) for w in work for t in w.tasks if not names or t in names}
-
-
-def run(job: Path, bank: Path, **options):
-    return run_job(load_job(job), Bank(bank), progress=False, **{"factory": pipeline, **options})
-
-
+@pytest.mark.slow_unless(workers=(0,))
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_job_goes_on_and_ends(tmp_path: Path, workers: int) -> None:
     job = folders(tmp_path, [f"t{k}" for k in range(5)])
@@ -121,6 +80,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
             run(job, tmp_path / "bank", workers=workers, factory=other_pipeline)
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_cannot_be_made(tmp_path: Path) -> None:
     job = folders(tmp_path, ["a"])
     with pytest.raises(RuntimeError, match="the pipeline cannot be made: ValueError: no such probe"):
@@ -146,6 +106,7 @@ def test_a_full_disk_stops_the_job_and_loses_nothing(tmp_path: Path, monkeypatch
     assert Bank(tmp_path / "bank").verify() == {}
 
 
+@pytest.mark.slow
 def test_workers_killed_at_random(tmp_path: Path) -> None:
     """Every task is embedded once, equal to a plain run, while workers are killed in the middle of tasks."""
     job, rng = folders(tmp_path, [f"t{k:02}" for k in range(30)]), random.Random(1)
@@ -175,19 +136,18 @@ def test_workers_killed_at_random(tmp_path: Path) -> None:
 
 DRIVER = """
 import sys
-sys.path[:0] = {tests!r}
+sys.path.insert(0, {helpers!r})
 from pathlib import Path
-from test_driver import run, slow_pipeline
+from jobs import run, slow_pipeline
 if __name__ == "__main__":
     run(Path(sys.argv[1]), Path(sys.argv[2]), workers=2, factory=slow_pipeline)
 """
 
 
+@pytest.mark.slow
 def test_the_driver_killed_at_random(tmp_path: Path) -> None:
     job, rng = folders(tmp_path, [f"t{k:02}" for k in range(16)]), random.Random(2)
-    (tmp_path / "driver.py").write_text(
-        DRIVER.format(tests=[str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers")])
-    )
+    (tmp_path / "driver.py").write_text(DRIVER.format(helpers=str(Path(__file__).parents[1] / "helpers")))
     command = [sys.executable, str(tmp_path / "driver.py"), str(job), str(tmp_path / "bank")]
     before = 0
     for goal in (3, 8):
@@ -209,11 +169,10 @@ def test_the_driver_killed_at_random(tmp_path: Path) -> None:
     assert all(np.allclose(bank[t].hessian, want[t].hessian, rtol=1e-4, atol=1e-12) for t in bank.tasks)
 
 
+@pytest.mark.slow
 def test_two_drivers_share_a_bank(tmp_path: Path) -> None:
     job = folders(tmp_path, [f"t{k:02}" for k in range(12)])
-    (tmp_path / "driver.py").write_text(
-        DRIVER.format(tests=[str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers")])
-    )
+    (tmp_path / "driver.py").write_text(DRIVER.format(helpers=str(Path(__file__).parents[1] / "helpers")))
     command = [sys.executable, str(tmp_path / "driver.py"), str(job), str(tmp_path / "bank")]
     for driver in [subprocess.Popen(command) for _ in range(2)]:
         assert driver.wait(300) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import tarfile
 from pathlib import Path
@@ -13,28 +12,12 @@ import torch
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from jobs import png, write_job, write_table
 from PIL import Image
 from small import shapes, small_probe, write_folder
 
 from t2v_fast import DataError, Task2Vec
 from t2v_fast.bank.job import JobError, load_job
-
-
-def png(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "png")
-    return file.getvalue()
-
-
-def write_table(root: Path, images: np.ndarray, columns: dict[str, list], name: str = "table.csv") -> Path:
-    (root / "images").mkdir(parents=True, exist_ok=True)
-    for k, image in enumerate(images):
-        (root / "images" / f"{k:03}.png").write_bytes(png(image))
-    with open(root / name, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", *columns])
-        writer.writerows([f"images/{k:03}.png", *row] for k, row in enumerate(zip(*columns.values(), strict=True)))
-    return root / name
 
 
 def write_shards(root: Path, images: np.ndarray, labels: np.ndarray, shards: int = 2) -> None:
@@ -45,11 +28,6 @@ def write_shards(root: Path, images: np.ndarray, labels: np.ndarray, shards: int
                     info = tarfile.TarInfo(f"../x/{k:04}.{suffix}")  # a name that would lead outside if it were used
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
-
-
-def write_job(path: Path, content: object) -> Path:
-    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
-    return path
 
 
 @pytest.fixture

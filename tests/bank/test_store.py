@@ -174,6 +174,7 @@ def _work(path: Path, names: list[str], seed: int) -> None:
             bank.release(name)
 
 
+@pytest.mark.slow
 def test_many_processes_killed_at_random(tmp_path: Path) -> None:
     """Every task ends up there exactly once with its own numbers, whenever writers die."""
     names, rng = [str(k) for k in range(120)], random.Random(0)

@@ -52,6 +52,7 @@ def test_tasks(tasks: list) -> None:
     assert min(np.bincount(digits[np.arange(len(digits)) % 3 == split]).min() for split in range(3)) >= 2
 
 
+@pytest.mark.slow
 def test_experiment_and_resume(bench, tasks, settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task2vec = Task2Vec(small_probe())
     store = bench.Store(tmp_path, settings, tasks, EXPERTS)
@@ -98,6 +99,7 @@ def test_replace_section(bench, tmp_path: Path) -> None:
     assert page.read_text() == "# Title\n\n<!-- a -->\nthree\n\nlines\n<!-- /a -->\n\n<!-- b -->\ntwo\n<!-- /b -->\n"
 
 
+@pytest.mark.slow
 def test_claims(bench, tasks, settings, tmp_path: Path) -> None:
     from bench.studies import claims
 
@@ -134,6 +136,7 @@ def test_claims_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     assert low < groups.mean() < high
 
 
+@pytest.mark.slow
 def test_baseline(bench, tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bench.studies import baseline
 

@@ -40,6 +40,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Sc
     return run
 
 
+@pytest.mark.slow
 def test_suites_and_report(tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     wanted = [f"{ROOT}/bench/suites/{s}.py::{s}[toy-32-{name}]" for s, names in SUITES.items() for name in names]
@@ -180,6 +181,7 @@ def test_points_table(script: Script) -> None:
         assert chosen < min(usual / 1.8, 1.1 * min(others))
 
 
+@pytest.mark.slow
 def test_precision_table(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("bench.studies.precision"), "load_probe", small_probe)
     command = "--cells", "toy-32", "--examples", "3", "8", "--tasks", "1", "--images", "60", "--size", "32"

@@ -159,6 +159,7 @@ def test_unreadable_images(folders: list[str], tmp_path: Path, capsys: pytest.Ca
     assert "1 unreadable left out" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_info_and_the_installed_command() -> None:
     for command in ([sys.executable, "-m", "t2v_fast.cli"], [str(Path(sys.executable).parent / "t2v-fast")]):
         found = subprocess.run([*command, "info"], capture_output=True, text=True, check=True).stdout

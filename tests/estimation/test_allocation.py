@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
+from networks import images, small_network
 from oracle import relative_error
-from test_estimator import images, small_network
 from torch import Tensor, nn
 
 from t2v_fast import fisher
@@ -170,6 +170,7 @@ def drawn_fisher(
     )
 
 
+@pytest.mark.slow_unless(classes=(5,), scale=(1,))
 @pytest.mark.parametrize(("classes", "scale", "error"), [(5, 1, 0.15), (5, 20, 0.1), (80, 4, 0.15)])
 def test_drawn_examples_are_unbiased_and_their_error_calibrated(classes: int, scale: float, error: float) -> None:
     """Over 50 seeds, 95 percent intervals cover the exact Fisher of all images for about 95 percent of the entries."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from networks import generator, images, small_network
 from oracle import per_example_squares, randomise_norms, reduce, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,29 +17,6 @@ from t2v_fast import FisherRecorder, SelfCheckError, UnsupportedError, fisher
 from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.gradients.factors import Outer
 from t2v_fast.gradients.rules import RULES
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def small_network(classes: int = 5) -> nn.Module:
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(8, 12, 3, padding="same", groups=4, padding_mode="reflect"),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(48, classes),
-    )
-    return randomise_norms(network).double()
-
-
-def images(n: int = 5, size: tuple[int, int] = (11, 9), seed: int = 1) -> Tensor:
-    return torch.randn(n, 3, *size, dtype=torch.float64, generator=generator(seed))
 
 
 def truth(network: nn.Module, x: Tensor, estimator: str, granularity: str, labels: Tensor | None = None, **options):
@@ -63,6 +41,7 @@ TORCHVISION = {  # odd sizes, so that padding and strides leave remainders
 }
 
 
+@pytest.mark.slow_unless(name=("mobilenet_v2",))
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_agrees_with_per_example_autograd(name: str) -> None:
     models = pytest.importorskip("torchvision", reason="this torch has no torchvision built for it").models
@@ -97,6 +76,7 @@ def test_other_likelihoods(likelihood: str) -> None:
     assert_agrees(got, truth(network, x, "exact", "filter", likelihood=likelihood))
 
 
+@pytest.mark.slow_unless(samples=(2,), estimator=("deflated", "monte_carlo"))
 @pytest.mark.parametrize("estimator", ["deflated", "hutchinson", "monte_carlo"])
 @pytest.mark.parametrize("samples", [1, 2])
 def test_sampling_converges_to_exact(estimator: str, samples: int) -> None:
@@ -154,6 +134,7 @@ def test_standard_error_is_calibrated() -> None:
     assert 0.90 <= rate <= 0.98
 
 
+@pytest.mark.slow_unless(classes=(5,), scale=(6,))
 @pytest.mark.parametrize(("classes", "samples", "scale"), [(5, 2, 1), (5, 2, 6), (80, 2, 4)])
 def test_estimator_error_is_calibrated(classes: int, samples: int, scale: float) -> None:
     """Over 50 seeds on the same images, 95 percent intervals cover the exact Fisher for about 95 percent of entries."""
@@ -650,6 +631,7 @@ class LastToken(nn.Module):
         return self.network(tokens)[:, -1]
 
 
+@pytest.mark.slow
 def test_sampled_tokens_converge_to_the_exact_fisher() -> None:
     torch.manual_seed(0)
     network, tokens = Language().double(), torch.randint(0, 5, (3, 4))

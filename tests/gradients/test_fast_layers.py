@@ -366,6 +366,7 @@ class Network(nn.Module):
         return self.head(torch.tanh(F.linear(x, self.narrow.weight)))
 
 
+@pytest.mark.slow_unless(granularity=("filter",))
 @pytest.mark.parametrize("granularity", ["filter", "parameter", "tensor"])
 def test_fisher_agrees_with_plain_autograd(granularity: str) -> None:
     torch.manual_seed(0)

@@ -1,25 +1,15 @@
-"""Mutation tests: the library is broken on purpose, in one way after the other, and each break must be found.
-
-How a break is found:
-
-- ``SELF_CHECK``: fisher() raises SelfCheckError, and the recorder differs from plain autograd.
-- ``PROPERTY``: the comparison of ``tests/helpers/ownership_networks.py`` finds a difference. These are breaks that the
-  self-check cannot see, or breaks of the self-check itself.
-- ``EITHER``: fisher() raises some error, because the wrong owners may not fit the next node either.
-- ``UNSEEN``: fisher() no longer refuses what it refused before.
-"""
+"""Mutation tests: the library is broken on purpose, in one way after the other, and each break must be found."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from ownership_couplings import COUPLINGS, DETACHED, RANDOM
-from ownership_networks import Network, Outcome, Recipe, examine
+from mutations import EITHER, PROPERTY, SELF_CHECK, UNSEEN, Mutation, Patch, assert_found, case, function
+from ownership_couplings import DETACHED, RANDOM
 from ownership_pieces import WIDTH, WORDS, Made, parameter
 from torch import Tensor, nn
 
@@ -35,29 +25,7 @@ from t2v_fast.gradients.rules import RULES
 from t2v_fast.gradients.self_check import SelfCheck
 from t2v_fast.ops import planner
 
-SELF_CHECK, PROPERTY, EITHER, UNSEEN = "self-check", "property", "either", "unseen"
-
-
 # ---- networks to break the library under
-
-
-@dataclass(frozen=True)
-class Case:
-    recipe: Recipe
-    extra: Callable[[], nn.Module] | None = None  # a layer above the pieces of the recipe
-    recorder: bool = True
-
-    def examined(self) -> Outcome:
-        torch.manual_seed(self.recipe.seed)
-        model = Network(self.recipe, None if self.extra is None else self.extra())
-        return examine(self.recipe, model, self.recorder)
-
-
-def case(*pieces: str, extra: Callable[[], nn.Module] | None = None, recorder: bool = True, **options: Any) -> Case:
-    images = any(name.startswith("image/") for name in pieces)
-    sizes, seed = options.pop("sizes", (3, 2)), options.pop("seed", 2)
-    tokens = (8 if images else 6,) * len(sizes)
-    return Case(Recipe(seed, pieces, images=images, sizes=sizes, tokens=tokens, **options), extra, recorder)
 
 
 def layer(run: Callable[..., Tensor], **makes: Callable[[], Any]) -> Callable[[], nn.Module]:
@@ -87,9 +55,6 @@ BATCH_NORMS = ("NativeBatchNormBackward0", "BatchNormBackward")  # torch's own, 
 # ---- ways to break it
 
 
-Patch = Callable[[pytest.MonkeyPatch], None]
-
-
 def factors_of(nodes: str | Sequence[str], slot: int | None, change: Callable[[Any], Factors]) -> Patch:
     """Change the factors that a rule returns."""
 
@@ -104,11 +69,6 @@ def factors_of(nodes: str | Sequence[str], slot: int | None, change: Callable[[A
             mp.setitem(RULES, name, replace(rule, factors=factors))
 
     return patch
-
-
-def function(owner: Any, name: str, change: Callable[[Callable], Callable]) -> Patch:
-    """Replace a function or method by one that is made from it."""
-    return lambda mp: mp.setattr(owner, name, change(getattr(owner, name)))
 
 
 def exchanged(f: Outer) -> Factors:
@@ -191,13 +151,6 @@ def equal_batches(real: Callable) -> Callable:
 
 def first_part(real: Callable) -> Callable:
     return lambda self, start, stop: real(replace(self, parts=self.parts[:1]), start, stop)
-
-
-class Mutation(NamedTuple):
-    name: str
-    patch: Patch
-    case: Case
-    found_by: str
 
 
 MUTATIONS = [
@@ -419,28 +372,6 @@ MUTATIONS = [
         UNSEEN,
     ),
 ]
-
-
-@cache
-def unbroken(case: Case) -> Outcome:
-    return case.examined()
-
-
-def assert_found(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = unbroken(mutation.case)
-    coupled = mutation.case.extra in (*COUPLINGS.values(), *DETACHED.values(), *RANDOM.values())
-    assert before.kind == ("refused" if coupled else "exact"), before.wrong + before.crashed + before.refused
-    mutation.patch(monkeypatch)
-    broken = mutation.case.examined()
-    if mutation.found_by == SELF_CHECK:
-        assert any(line.startswith("fisher: SelfCheckError") for line in broken.refused)
-        assert any(line.startswith("recorder") for line in broken.wrong)
-    elif mutation.found_by == EITHER:
-        assert any(line.startswith("fisher: ") for line in broken.refused)
-    elif mutation.found_by == UNSEEN:
-        assert not broken.refused
-    else:
-        assert broken.wrong, broken.crashed + broken.refused
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)

@@ -60,6 +60,7 @@ def assert_sound(outcome: Outcome) -> None:
     assert outcome.kind in ("exact", "refused"), f"{outcome.recipe}: {outcome.wrong + outcome.crashed}"
 
 
+@pytest.mark.slow_unless(name=NAMES[::2])
 @pytest.mark.parametrize("name", NAMES)
 def test_piece(name: str) -> None:
     for recipe in recipes_of(name):
@@ -78,6 +79,7 @@ def test_pooling(name: str) -> None:
         assert_sound(seen(Recipe(seed, (piece,), name, sizes=(2, 3, 2), tokens=(4, 4, 4))))
 
 
+@pytest.mark.slow
 def test_few_pieces_are_refused() -> None:
     outcomes = [seen(recipe) for name in PIECES for recipe in recipes_of(name)[: 1 if "@" in name else 2]]
     refused = [o for o in outcomes if o.refused and not o.recipe.may_be_refused]
@@ -85,6 +87,7 @@ def test_few_pieces_are_refused() -> None:
     assert len(refused) <= REFUSED * len(outcomes), f"{len(refused)} of {len(outcomes)}: {', '.join(names)}"
 
 
+@pytest.mark.slow
 def test_random_networks(capsys: pytest.CaptureFixture) -> None:
     outcomes, smallest = [], []
     for seed in range(FIRST_SEED, FIRST_SEED + NETWORKS):

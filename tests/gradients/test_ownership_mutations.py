@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from mutations import EITHER, PROPERTY, SELF_CHECK, Mutation, Patch, assert_found, case, function
 from ownership_couplings import COUPLINGS
-from test_mutations import EITHER, PROPERTY, SELF_CHECK, Mutation, Patch, assert_found, case, function
 
 from t2v_fast.gradients import ownership, transfers
 from t2v_fast.gradients.owners import ListedRows, Owned, RowLayout

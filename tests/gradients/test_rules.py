@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from networks import Function
 from oracle import per_example_squares, randomise_norms, reduce, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,19 +16,6 @@ from t2v_fast import FisherRecorder, UnsupportedError, fisher
 from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.gradients.rules import register_rule
 from t2v_fast.ops import planner
-
-
-class Function(nn.Module):
-    """A network written as one function of its parameters and the input."""
-
-    def __init__(self, forward: Callable, **parts: nn.Module | tuple[int, ...]) -> None:
-        super().__init__()
-        self.function = forward
-        for name, part in parts.items():
-            setattr(self, name, part if isinstance(part, nn.Module) else nn.Parameter(torch.randn(part)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
 
 
 def pooled(t: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -26,19 +27,25 @@ SANITIZE = "T2V_EMULATION_SANITIZE"
 
 def build(sanitize: str = "") -> Path:
     """Return the shared library, which is compiled again if a source, a compiler flag or torch has changed."""
-    flags = ["-std=c++20", "-fPIC", "-O1", "-g", "-DT2V_EMULATED", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++20", "-fPIC", "-O1", "-DT2V_EMULATED", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     flags += ["-Werror=sign-compare", f"-I{HEADERS}", *(f"-isystem{p}" for p in cpp_extension.include_paths())]
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}")
     if sanitize:
-        flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"]
+        flags += ["-g", f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"]
     read = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").iterdir(), *HEADERS.iterdir()]
     state = "".join(flags) + torch.__version__ + "".join(f.read_text() for f in sorted(read))
     folder = ROOT / "build" / "emulation" / hashlib.sha256(state.encode()).hexdigest()[:16]
     library = folder / "emulated.so"
-    if library.exists():
-        return library
     folder.mkdir(parents=True, exist_ok=True)
-    compiler = os.environ.get("CXX", "g++")
+    with open(folder / "lock", "w") as lock:  # only one of the test processes compiles
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(library, flags)
+    return library
+
+
+def _compile(library: Path, flags: list[str]) -> None:
+    folder, compiler = library.parent, os.environ.get("CXX", "g++")
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
@@ -52,7 +59,6 @@ def build(sanitize: str = "") -> Path:
     links = [compiler, "-shared", *flags[-2:], *objects, *search, "-lc10", "-ltorch_cpu", "-o", temporary]
     subprocess.run(links, check=True)
     os.replace(temporary, library)
-    return library
 
 
 @functools.cache

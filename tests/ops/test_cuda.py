@@ -6,30 +6,18 @@ test_ops.py compares the emulated kernels with float64 over the grid of geometri
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 import emulated
 import pytest
 import resources
 import torch
-from cases import ConvCase
+from cuda_checks import CHECKS, TILED, conv_check
 from oracle import per_example_squares, reduce, relative_error
-from test_ops import (
-    DTYPES,
-    conv_gradients,
-    filter_sums,
-    guarded,
-    prod_gradients,
-    scatter_gradients,
-)
-from torch import Tensor
-from torch.utils import cpp_extension
+from resources import NVCC
 
 import t2v_fast
 from t2v_fast import ops
@@ -37,55 +25,6 @@ from t2v_fast.ops import planner
 
 ROOT = Path(__file__).resolve().parents[2]
 ORDERS = [(backwards, eager) for backwards in (False, True) for eager in (False, True)]
-
-
-def difference(got: Tensor, want: Tensor) -> float:
-    """Relative error; infinite if a value is missing or not finite."""
-    error = float((got.double() - want).norm() / want.norm())
-    return error if error == error else float("inf")
-
-
-def conv_check(case: ConvCase, path: str, dtype: torch.dtype) -> Callable[[], float]:
-    x = guarded((case.n, case.c, *case.size), dtype, 1)
-    g = guarded((case.n * case.cotangents, case.o, *case.out_size), dtype, 2, "channels_last")
-    gradients = conv_gradients(case, x, g)
-
-    def run() -> float:
-        if path != "elementwise":
-            return difference(ops.sq_conv(x, g, *case.geometry, path), filter_sums(gradients))
-        out = torch.zeros(gradients.shape[1:], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        ops.sq_conv_acc_(out, x, g, torch.ones(len(g), dtype=out.dtype), *case.geometry[1:])
-        return difference(out, gradients.square().sum(0))
-
-    return run
-
-
-# Several tiles along every axis, and more steps in depth than stages.
-TILED = ConvCase("tiled", 2, 40, (9, 10), 72)
-DEPTHWISE = ConvCase("depthwise", 2, 48, (16, 15), 48, groups=48)
-
-
-def scatter_check() -> float:
-    index = torch.randint(-1, 5, (2, 9), generator=torch.Generator().manual_seed(1))
-    g = guarded((4, 9, 300), torch.float32, 2)
-    return difference(ops.sq_scatter(index, g, 5), filter_sums(scatter_gradients(index, g, 5)))
-
-
-def prod_check() -> float:
-    x, g = guarded((2, 200, 12), torch.float32, 1), guarded((4, 200, 12), torch.float32, 2)
-    return difference(ops.sq_norm(g, x)[0], prod_gradients(g, x, None, None).square())
-
-
-CHECKS = {
-    **{
-        f"{path} {str(dtype).removeprefix('torch.')}": conv_check(TILED, path, dtype)
-        for path in ("explicit", "gram", "elementwise")
-        for dtype in DTYPES
-    },
-    "depthwise": conv_check(DEPTHWISE, "explicit", torch.float32),
-    "scatter": scatter_check,
-    "prod": prod_check,
-}
 
 
 @pytest.fixture(params=["highest", "high"])
@@ -125,16 +64,16 @@ def test_every_barrier_is_needed() -> None:
 
 SANITIZED = """
 import sys
-sys.path[:0] = {tests!r}
-import emulated, test_cuda, test_ops
+sys.path.insert(0, {helpers!r})
+import cases, cuda_checks, emulated, op_checks
 with emulated.running(backwards=True):
-    for check in test_cuda.CHECKS.values():
+    for check in cuda_checks.CHECKS.values():
         assert check() < 2e-6
-    for case in test_ops.CONVOLUTIONS:
-        for dtype in test_ops.DTYPES:
+    for case in cases.CONVOLUTIONS:
+        for dtype in op_checks.DTYPES:
             for path in ("explicit", "gram", "elementwise"):
                 if case.n:
-                    test_cuda.conv_check(case, path, dtype)()
+                    cuda_checks.conv_check(case, path, dtype)()
 print("clean")
 """
 
@@ -152,53 +91,22 @@ def test_no_access_is_out_of_bounds() -> None:
         "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter leaks
         emulated.SANITIZE: "address,undefined",
     }
-    script = SANITIZED.format(tests=[str(ROOT / "tests" / "helpers"), str(ROOT / "tests" / "ops")])
+    script = SANITIZED.format(helpers=str(ROOT / "tests" / "helpers"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     assert "clean" in done.stdout
 
 
-NVCC = shutil.which("nvcc")
-ENTRY = re.compile(
-    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)'.*?"
-    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers(?:[^\n]*?, (?P<shared>\d+) bytes smem)?",
-    re.DOTALL,
-)
-
-
-def compile_for_gpus(source: Path, folder: Path) -> list[dict[str, str]]:
-    """Return the report of ptxas for each kernel."""
-    command = [NVCC, "-std=c++20", "-O3", "-c", "-Xptxas=-v", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in resources.CARD]
-    command += [f"-isystem={p}" for p in cpp_extension.include_paths()]
-    command += [str(source), "-o", str(folder / f"{source.stem}.o")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [match.groupdict() for match in ENTRY.finditer(done.stderr)]
-    names = subprocess.check_output(["c++filt"], input="\n".join(row["name"] for row in found), text=True).splitlines()
-    return [row | {"name": name} for row, name in zip(found, names, strict=True)]
-
-
 @pytest.mark.weekly
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the CUDA sources were not compiled for a GPU")
-def test_no_kernel_spills(tmp_path: Path) -> None:
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = [row for rows in pool.map(lambda source: compile_for_gpus(source, tmp_path), sources) for row in rows]
+def test_no_kernel_spills() -> None:
+    found = resources.of_cuda_kernels()
     assert [row["name"] for row in found if row["stores"] != "0" or row["loads"] != "0"] == []
-    launches: dict[tuple[str, str], dict[int, str]] = {}
-    for row in found:
-        name, arguments = re.search(r"(\w+)_kernel<(.*)>\(", row["name"]).groups()
-        arguments = re.sub(r"t2v::cuda::|c10::", "", arguments).replace("true", "elements").replace("false", "filters")
-        cell = resources.cell(int(row["arch"]), 128, int(row["registers"]), int(row["shared"] or 0))
-        launches.setdefault((name, arguments), {})[int(row["arch"])] = cell
+    launches = resources.cuda_launches(found)
     assert {name for name, _ in launches} == {
         *("squares", "gram", "shift", "form", "depthwise", "along_channels", "along_positions", "filter", "element")
     }
     assert all(cells.keys() == resources.CARD.keys() for cells in launches.values())
-    header = ["kernel", "instance", "sm_80: registers, shared bytes, occupancy", "sm_90"]
-    resources.write("cuda resources", header, [[*key, *launches[key].values()] for key in sorted(launches)])
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the extension has no CUDA kernels")

@@ -2,62 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-import emulated
 import pytest
 import torch
 from cases import CONVOLUTIONS, OUTERS, ConvCase, OuterCase
+from op_checks import (
+    DTYPES,
+    LAYOUTS,
+    OPCHECKS,
+    VARIANTS,
+    assert_close,
+    check,
+    conv_gradients,
+    conv_paths,
+    filter_sums,
+    guarded,
+    outer_gradients,
+    prod_gradients,
+    scatter_gradients,
+    variant,
+)
 from torch import Tensor
-from torch.nn import functional as F
 
 from t2v_fast import ops
 from t2v_fast.ops.reference import accumulate_dtype
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-def _variants() -> list[str]:
-    """Every backend that can run here: the CPU backend once for each instruction set, the CUDA backend by emulation."""
-    variants = ["reference", "emulated"]
-    if ops.backend_status()["cpu"] == "available":
-        from t2v_fast import _C
-
-        best = _C.cpu_capability()
-        for name in _C.build_info()["cpu"].split():
-            try:
-                _C.set_cpu_capability(name)
-            except ValueError:
-                continue  # this processor lacks it
-            variants.append(f"cpu-{name}")
-        _C.set_cpu_capability(best)
-    return variants
-
-
-VARIANTS = _variants()
-
-
-@contextmanager
-def variant(name: str) -> Iterator[None]:
-    if name == "emulated":
-        with emulated.running():
-            yield
-        return
-    backend, _, capability = name.partition("-")
-    if not capability:
-        with ops.use_backend(backend):
-            yield
-        return
-    from t2v_fast import _C
-
-    best = _C.cpu_capability()
-    _C.set_cpu_capability(capability)
-    try:
-        with ops.use_backend(backend):
-            yield
-    finally:
-        _C.set_cpu_capability(best)
+# The emulation takes most of the time.
+QUICK = [name for name in VARIANTS if name != "emulated"]
 
 
 def test_the_extension_is_built() -> None:
@@ -66,106 +36,13 @@ def test_the_extension_is_built() -> None:
     assert "cpu-portable" in VARIANTS
 
 
-def guarded(shape: tuple[int, ...], dtype: torch.dtype, seed: int, layout: str = "contiguous") -> Tensor:
-    """Random values inside a larger buffer of NaN, so that a read outside them shows in the result."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    if layout == "channels_last":
-        axes = (0, *range(2, len(shape)), 1)
-        buffer = torch.full((values.numel() + 256,), float("nan"), dtype=dtype)
-        inner = buffer[64 : 64 + values.numel()].view([shape[a] for a in axes])
-        inner.copy_(values.permute(axes))
-        return inner.permute([axes.index(a) for a in range(len(shape))])
-    if layout == "sliced":  # every axis strided, NaN between the values
-        buffer = torch.full([2 * s + 3 for s in shape], float("nan"), dtype=dtype)
-        view = buffer[tuple(slice(1, 1 + 2 * s, 2) for s in shape)]
-        view.copy_(values)
-        return view
-    buffer = torch.full((values.numel() + 256,), float("nan"), dtype=dtype)
-    return buffer[64 : 64 + values.numel()].view(shape).copy_(values)
-
-
-def conv_gradients(case: ConvCase, x: Tensor, g: Tensor) -> Tensor:
-    """[M, O, C / groups, kh, kw] by unfolding, in float64."""
-    x, g = x.double(), g.double()
-    n, m = len(x), len(g)
-    if m == 0:
-        return x.new_zeros(0, case.o, case.c // case.groups, *case.kernel)
-    patches = F.unfold(x, case.kernel, case.dilation, case.padding, case.stride)
-    patches = patches.view(n, case.groups, -1, patches.shape[-1])[torch.arange(m) % n]  # [M, G, D, P]
-    g = g.reshape(m, case.groups, case.o // case.groups, -1)
-    return torch.einsum("mgop,mgdp->mgod", g, patches).reshape(m, case.o, case.c // case.groups, *case.kernel)
-
-
-def outer_gradients(x: Tensor, g: Tensor) -> Tensor:
-    rows = torch.arange(len(g)) % max(len(x), 1)
-    return torch.einsum("mso,msi->moi", g.double(), x.double()[rows])
-
-
-def prod_gradients(g: Tensor, x: Tensor | None, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    if x is None:
-        return g.double().sum(1)
-    rows = torch.arange(len(g)) % len(x)
-    shift = 0 if shift is None else shift.double()
-    scale = 1 if scale is None else scale.double()
-    return (g.double() * ((x.double() - shift) * scale)[rows]).sum(1)
-
-
-def scatter_gradients(index: Tensor, g: Tensor, num_rows: int) -> Tensor:
-    rows = index[torch.arange(len(g)) % len(index)]
-    one_hot = torch.stack([rows == v for v in range(num_rows)], 2).double()
-    return torch.einsum("msv,mso->mvo", one_hot, g.double())
-
-
-def filter_sums(gradients: Tensor) -> Tensor:
-    return gradients.square().flatten(2).sum(2) if gradients.dim() > 2 else gradients.square()
-
-
-def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, terms: int) -> None:
-    """Check that values agree within the rounding of the dtype of the sums. Inputs are exact in any dtype.
-
-    A sum of S products has an error of about sqrt(S) eps relative to the root of the sum of its squared terms. The
-    largest result stands for that root. A test below holds plain torch's own error against the same bound.
-    """
-    assert got.dtype == accumulate_dtype(dtype)
-    assert got.shape == want.shape
-    eps = torch.finfo(got.dtype).eps
-    scale = want.abs().max() if want.numel() else 1.0
-    assert float((got.double() - want).abs().max() if want.numel() else 0.0) <= 8 * eps * max(terms, 1) ** 0.5 * scale
-
-
-def check(
-    name: str,
-    dtype: torch.dtype,
-    run: Callable[[], Tensor],
-    run_acc: Callable[[Tensor, Tensor], None],
-    gradients: Tensor,
-    terms: int,
-) -> None:
-    m = len(gradients)
-    with variant(name):
-        q = run()
-        assert_close(q, filter_sums(gradients), dtype, terms)
-        assert torch.equal(q, run())  # deterministic
-        weight = torch.rand(m, generator=torch.Generator().manual_seed(9), dtype=accumulate_dtype(dtype))
-        start = torch.rand(
-            gradients.shape[1:], generator=torch.Generator().manual_seed(8), dtype=accumulate_dtype(dtype)
-        )
-        out = start.clone()
-        run_acc(out, weight)
-        want = start.double() + torch.tensordot(weight.double(), gradients.square(), 1)
-        assert_close(out, want, dtype, terms)
-
-
-def conv_paths(case: ConvCase) -> list[str]:
-    kernel, stride, _, dilation, groups = case.geometry
-    fits = ops.winograd_fits(kernel, stride, dilation, groups)
-    return [path for path in ops.CONV_PATHS if path != "winograd" or fits]
-
-
-LAYOUTS = ["contiguous", "channels_last", "sliced"]
-
-
+@pytest.mark.slow_unless(name=QUICK)
+@pytest.mark.slow_unless(
+    name=("emulated",),
+    case=("3x3_grouped_dilated", "3x3_strided", "stem_7x7_of_vectors", "three_cotangents_depthwise"),
+    dtype=("torch.float32",),
+)
+@pytest.mark.slow_unless(name=("emulated",), dtype=("torch.float16",))
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
@@ -191,6 +68,8 @@ def test_sq_conv(case: ConvCase, dtype: torch.dtype, name: str) -> None:
         assert_close(q, filter_sums(gradients), dtype, terms)
 
 
+@pytest.mark.slow_unless(name=QUICK)
+@pytest.mark.slow_unless(name=("emulated",), dtype=("torch.float32", "torch.float16"))
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", OUTERS, ids=str)
@@ -210,6 +89,8 @@ def test_sq_outer(case: OuterCase, dtype: torch.dtype, name: str) -> None:
             )
 
 
+@pytest.mark.slow_unless(name=QUICK)
+@pytest.mark.slow_unless(name=("emulated",), affine=("channel",), dtype=("torch.float32",))
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("affine", ["none", "channel", "row", "element", "shift_only"])
@@ -280,6 +161,7 @@ def test_expanded_inputs(name: str) -> None:
         assert_close(ops.sq_prod(g), g.double().sum(1).square(), g.dtype, 5)
 
 
+@pytest.mark.slow_unless(name=QUICK)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_thread_counts_change_nothing(name: str) -> None:
     before = torch.get_num_threads()
@@ -321,30 +203,6 @@ def test_plain_torch_is_no_more_accurate() -> None:
     floor = 4 * torch.finfo(torch.float32).eps
     for key, value in errors.items():
         assert value <= 2 * errors["reference", "explicit"] + floor, key
-
-
-OPCHECKS = {
-    "sq_outer": lambda: (torch.randn(2, 3, 4), torch.randn(4, 3, 5)),
-    "sq_outer_acc_": lambda: (torch.zeros(5, 4), torch.randn(2, 3, 4), torch.randn(4, 3, 5), torch.ones(4)),
-    "sq_conv": lambda: (torch.randn(2, 4, 5, 5), torch.randn(2, 6, 5, 5), (3, 3), (1, 1), (1, 1), (1, 1), 2),
-    "sq_conv_acc_": lambda: (
-        torch.zeros(6, 2, 3, 3),
-        torch.randn(2, 4, 5, 5),
-        torch.randn(2, 6, 5, 5),
-        torch.ones(2),
-        (1, 1),
-        (1, 1),
-        (1, 1),
-        2,
-    ),
-    "conv_gram": lambda: (torch.randn(2, 4, 5, 5), (3, 3), (1, 1), (1, 1), (1, 1), 2),
-    "sq_gram": lambda: (torch.randn(2, 3, 4, 4), torch.randn(4, 6, 2, 2)),
-    "sq_prod": lambda: (torch.randn(4, 3, 5), torch.randn(2, 3, 5), torch.randn(5), torch.randn(5)),
-    "sq_norm": lambda: (torch.randn(4, 3, 5), torch.randn(2, 3, 5), torch.randn(5), torch.randn(5)),
-    "sq_prod_acc_": lambda: (torch.zeros(5), torch.randn(4, 3, 5), torch.ones(4), torch.randn(2, 3, 5)),
-    "sq_scatter": lambda: (torch.randint(0, 4, (2, 3)), torch.randn(4, 3, 5), 4),
-    "sq_scatter_acc_": lambda: (torch.zeros(4, 5), torch.randint(0, 4, (2, 3)), torch.randn(4, 3, 5), torch.ones(4)),
-}
 
 
 @pytest.mark.parametrize("op", ops.SCHEMAS)

@@ -88,6 +88,7 @@ def test_costs_are_measured_once_and_kept(fresh: Path, monkeypatch: pytest.Monke
     assert 4 < large / small < 40  # sixteen times the work
 
 
+@pytest.mark.slow_unless(text=("[]",))
 @needs_extension
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"width": 16}', '{"width": 16, "seconds": {"explicit": "x"}, "machine": 1}']

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import CONVOLUTIONS, OUTERS, ConvCase, OuterCase
-from test_ops import (
+from op_checks import (
     DTYPES,
     LAYOUTS,
     assert_close,
@@ -78,6 +78,11 @@ def check_conv(case: ConvCase, x: Tensor, g: Tensor) -> None:
     assert_close(q, filter_sums(gradients), x.dtype, terms)
 
 
+@pytest.mark.slow_unless(
+    case=("3x3", "3x3_grouped", "3x3_stride_of_each_axis", "1x1_padded", "depthwise_multiplier"),
+    dtype=("torch.bfloat16",),
+)
+@pytest.mark.slow_unless(case=("empty_batch", "one_filter", "1x1_strided"), dtype=("torch.float32",))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 def test_sq_conv(case: ConvCase, dtype: torch.dtype, large_blocks: None) -> None:
@@ -90,6 +95,7 @@ def test_sq_conv(case: ConvCase, dtype: torch.dtype, large_blocks: None) -> None
 SOME = [c for c in CONVOLUTIONS if c.name in ("3x3_wide", "3x3_grouped_dilated", "stem_7x7", "three_cotangents")]
 
 
+@pytest.mark.slow_unless(case=("three_cotangents",), dtype=("torch.bfloat16",))
 @pytest.mark.parametrize("case", SOME, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_default_blocks(case: ConvCase, dtype: torch.dtype) -> None:
@@ -109,6 +115,7 @@ def precision(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_candidate(dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every candidate that tuning may pick is correct: each is put first in turn."""
@@ -133,6 +140,7 @@ def test_every_candidate(dtype: torch.dtype, precision: str, monkeypatch: pytest
                         assert_close(q, filter_sums(conv_gradients(c, x, g)), dtype, 42)
 
 
+@pytest.mark.slow_unless(name=("3x3_strided",))
 @pytest.mark.parametrize("source", [sq_conv_gram.PATCHES, sq_conv_gram.PIXELS])
 @pytest.mark.parametrize("name", ["3x3", "3x3_strided", "3x3_grouped_dilated", "three_cotangents", "1x1_strided"])
 def test_both_sources_of_the_gram_matrix(name: str, source: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +173,7 @@ def test_rows_are_shared_out(monkeypatch: pytest.MonkeyPatch, large_blocks: None
         assert_close(out, want, x.dtype, 16)
 
 
+@pytest.mark.slow_unless(case=("one_token", "few_tokens", "no_tokens", "empty_batch"), dtype=("torch.bfloat16",))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", OUTERS, ids=str)
 def test_sq_outer(case: OuterCase, dtype: torch.dtype, large_blocks: None) -> None:
@@ -182,6 +191,7 @@ def test_sq_outer(case: OuterCase, dtype: torch.dtype, large_blocks: None) -> No
             )
 
 
+@pytest.mark.slow_unless(affine=("none",), dtype=("torch.float32",))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("affine", ["none", "channel", "row", "element", "shift_only"])
 def test_sq_prod(dtype: torch.dtype, affine: str) -> None:
@@ -209,6 +219,7 @@ def test_sq_prod(dtype: torch.dtype, affine: str) -> None:
             assert_close(bias, plain, dtype, 4 * s)
 
 
+@pytest.mark.slow_unless(dtype=("torch.float32",))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sq_scatter(dtype: torch.dtype) -> None:
     for n, s, o, v, k in ((3, 6, 5, 4, 1), (2, 9, 17, 3, 2), (2, 1, 3, 8, 1), (1, 5, 600, 2, 1)):

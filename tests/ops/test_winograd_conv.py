@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_ops import VARIANTS, guarded, variant
+from op_checks import VARIANTS, guarded, variant
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from jobs import dying_pipeline, folders, pipeline, plain
 from small import shapes, small_probe, write_folder
-from test_driver import dying_pipeline, folders, pipeline, plain
 
 from t2v_fast import Bank, Embedding, Task2Vec
 from t2v_fast.bank.driver import run_job
@@ -68,6 +68,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert first.meta["classes"] == alone.meta["classes"]
 
 
+@pytest.mark.slow
 def test_a_failure_on_one_process_is_known_to_all(tmp_path: Path) -> None:
     images, labels = shapes(24)
     bad = torch.randn(24, 3, 12, 12)
@@ -88,7 +89,7 @@ def test_ray_with_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
     job = folders(tmp_path, [f"t{k:02}" for k in range(10)])
     bank = Bank(tmp_path / "bank")
-    tests = ":".join(str(Path(__file__).parents[1] / part) for part in ("bank", "helpers"))
+    helpers = str(Path(__file__).parents[1] / "helpers")
 
     def killer(engine) -> None:
         def work() -> None:
@@ -98,7 +99,7 @@ def test_ray_with_two_workers_of_which_one_is_killed(tmp_path: Path) -> None:
 
         threading.Thread(target=work, daemon=True).start()
 
-    ray.init(address="local", include_dashboard=False, num_cpus=2, runtime_env={"env_vars": {"PYTHONPATH": tests}})
+    ray.init(address="local", include_dashboard=False, num_cpus=2, runtime_env={"env_vars": {"PYTHONPATH": helpers}})
     options = {"ray": "local", "progress": False}
     try:
         summary = run_job(load_job(job), bank, workers=2, factory=pipeline, on_start=killer, **options)

@@ -1,0 +1,63 @@
+"""Checks of the emulated CUDA kernels that each return a relative error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from cases import ConvCase
+from op_checks import DTYPES, conv_gradients, filter_sums, guarded, prod_gradients, scatter_gradients
+from torch import Tensor
+
+from t2v_fast import ops
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """Relative error; infinite if a value is missing or not finite."""
+    error = float((got.double() - want).norm() / want.norm())
+    return error if error == error else float("inf")
+
+
+def conv_check(case: ConvCase, path: str, dtype: torch.dtype) -> Callable[[], float]:
+    x = guarded((case.n, case.c, *case.size), dtype, 1)
+    g = guarded((case.n * case.cotangents, case.o, *case.out_size), dtype, 2, "channels_last")
+    gradients = conv_gradients(case, x, g)
+
+    def run() -> float:
+        if path != "elementwise":
+            return difference(ops.sq_conv(x, g, *case.geometry, path), filter_sums(gradients))
+        out = torch.zeros(gradients.shape[1:], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        ops.sq_conv_acc_(out, x, g, torch.ones(len(g), dtype=out.dtype), *case.geometry[1:])
+        return difference(out, gradients.square().sum(0))
+
+    return run
+
+
+# Several tiles along every axis, and more steps in depth than stages.
+TILED = ConvCase("tiled", 2, 40, (9, 10), 72)
+
+
+DEPTHWISE = ConvCase("depthwise", 2, 48, (16, 15), 48, groups=48)
+
+
+def scatter_check() -> float:
+    index = torch.randint(-1, 5, (2, 9), generator=torch.Generator().manual_seed(1))
+    g = guarded((4, 9, 300), torch.float32, 2)
+    return difference(ops.sq_scatter(index, g, 5), filter_sums(scatter_gradients(index, g, 5)))
+
+
+def prod_check() -> float:
+    x, g = guarded((2, 200, 12), torch.float32, 1), guarded((4, 200, 12), torch.float32, 2)
+    return difference(ops.sq_norm(g, x)[0], prod_gradients(g, x, None, None).square())
+
+
+CHECKS = {
+    **{
+        f"{path} {str(dtype).removeprefix('torch.')}": conv_check(TILED, path, dtype)
+        for path in ("explicit", "gram", "elementwise")
+        for dtype in DTYPES
+    },
+    "depthwise": conv_check(DEPTHWISE, "explicit", torch.float32),
+    "scatter": scatter_check,
+    "prod": prod_check,
+}
