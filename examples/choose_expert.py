@@ -7,8 +7,6 @@ was trained on, and the expert for a task is chosen by distance. Then all expert
 costs. The data are scikit-learn's handwritten digits: each task tells three digits apart.
 """
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -49,7 +47,7 @@ def main() -> None:
     digits = load_digits()
     names, embeddings, data = [], [], []
     probe = t2v_fast.load_probe("efficientnet-lite0")
-    probe.preprocessing = replace(probe.preprocessing, resize=32, crop=32)
+    probe.preprocessing = probe.preprocessing.sized(32)
     task2vec = t2v_fast.Task2Vec(probe)
     for chosen in DIGITS:
         names.append("".join(map(str, chosen)))

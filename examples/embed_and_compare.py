@@ -7,7 +7,6 @@ of the tasks are about handwritten digits (scikit-learn's), one is about drawn s
 """
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,7 @@ def main() -> None:
 
     # The probe is a pretrained network that comes with a package: nothing is downloaded. Small images are faster.
     probe = t2v_fast.load_probe("efficientnet-lite0")
-    probe.preprocessing = replace(probe.preprocessing, resize=32, crop=32)
+    probe.preprocessing = probe.preprocessing.sized(32)
     task2vec = t2v_fast.Task2Vec(probe)
     embeddings = [task2vec.embed(data, name=name) for name, data in tasks.items()]
 
