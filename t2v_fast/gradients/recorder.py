@@ -136,6 +136,7 @@ class FisherRecorder:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self._required is not None  # since the context was entered
         for p, required in self._required:
             p.requires_grad_(required)
         self._required = None
@@ -456,6 +457,7 @@ def _onward(use: Use, parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
 
     def pull(t: Tensor) -> Tensor:
         child, number = use.node.next_functions[use.slot]
+        assert child is not None  # parameters enter this input
         dtype = child._input_metadata[number].dtype
         gradients = t.view(-1, *use.shape).to(dtype)
         options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
@@ -18,7 +20,7 @@ HIDING = {
 }
 
 
-def taps_of(output: Tensor, parameters: dict[str, Tensor], tell_apart: bool = False) -> Taps:
+def taps_of(output: Tensor, parameters: Mapping[str, Tensor], tell_apart: bool = False) -> Taps:
     """Find every use of ``parameters`` in the graph of ``output`` [N, ...]; ``tell_apart`` as in :func:`find_taps`.
 
     Raises UnsupportedError where a node of the graph hides layers, or where examples interact.

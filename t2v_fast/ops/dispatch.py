@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -213,7 +214,7 @@ def build_id() -> str:
     Raises:
         ImportError: The compiled extension is missing.
     """
-    file = os.stat(_extension().__file__)
+    file = os.stat(cast(str, _extension().__file__))
     return f"{file.st_mtime_ns:x}-{file.st_size:x}"
 
 
@@ -223,7 +224,7 @@ def gpu_backend() -> str:
 
     The choice is made, and logged, once per process.
     """
-    reasons = []
+    reasons: list[str] = []
     for backend in ("cuda", "triton"):
         if (why := _missing_on_gpu(backend)) is None:
             log.info("CUDA tensors run on the %s kernels%s", backend, "".join(f"; {r}" for r in reasons))
@@ -233,8 +234,11 @@ def gpu_backend() -> str:
     return "reference"
 
 
-def call(name: str, *args: object) -> Tensor | None:
-    """Run the operator ``name`` of :data:`SCHEMAS` on the backend in force; the arguments have been checked."""
+def call(name: str, *args: object) -> Any:
+    """Run the operator ``name`` of :data:`SCHEMAS` on the backend in force; the arguments have been checked.
+
+    The result is a tensor, or None for an operator that works in place.
+    """
     forced = _backend.get()
     # An extension that loaded but does not fit this torch has registered its kernels: they must not be dispatched to.
     if forced == "reference" or (_missing is not None and not _on_gpu(args)):
@@ -257,7 +261,7 @@ def _on_gpu(args: Sequence[object]) -> bool:
 def _register() -> torch.library.Library:
     """Define the operators: reference kernels for every device, fake kernels for tracing."""
     library = torch.library.Library("t2v_fast", "DEF")
-    fakes = {
+    fakes: dict[str, Callable[..., tuple[Tensor, int]]] = {
         "sq_outer": lambda x, g, path="explicit": (g, g.shape[2]),
         "sq_conv": lambda x, g, *geometry: (g, g.shape[1]),
         "sq_gram": lambda gram, g: (g, g.shape[1]),
@@ -265,25 +269,33 @@ def _register() -> torch.library.Library:
         "sq_scatter": lambda index, g, num_rows: (g, num_rows),
     }
 
-    def fake(columns):
-        def q(*args, **kwargs):
+    def fake(columns: Callable[..., tuple[Tensor, int]]) -> Callable[..., Tensor]:
+        def q(*args: Any, **kwargs: Any) -> Tensor:
             g, width = columns(*args, **kwargs)
             return g.new_empty((g.shape[0], width), dtype=reference.accumulate_dtype(g.dtype))
 
         return q
 
-    def fake_gram(x, kernel_size, stride, padding, dilation, groups):
+    def fake_gram(
+        x: Tensor,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor:
         p = math.prod(conv_output_size(x.shape[2:], kernel_size, stride, padding, dilation))
         return x.new_empty((x.shape[0], groups, p, p), dtype=reference.accumulate_dtype(x.dtype))
 
-    def fake_norm(g, x, shift=None, scale=None):
+    def fake_norm(g: Tensor, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         return g.new_empty((2, g.shape[0], g.shape[2]), dtype=reference.accumulate_dtype(g.dtype))
 
+    others: dict[str, Callable] = {"conv_gram": fake_gram, "sq_norm": fake_norm}
     for name, schema in SCHEMAS.items():
         library.define(name + schema)
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
-        kernel = fake(fakes[name]) if name in fakes else lambda *args, **kwargs: None
-        kernel = {"conv_gram": fake_gram, "sq_norm": fake_norm}.get(name, kernel)
+        kernel: Callable = fake(fakes[name]) if name in fakes else lambda *args, **kwargs: None
+        kernel = others.get(name, kernel)
         torch.library.register_fake(f"t2v_fast::{name}", kernel, lib=library)
     library.define("winograd_conv" + WINOGRAD_CONV)
     library.impl("winograd_conv", reference.winograd_conv, "CompositeExplicitAutograd")

@@ -82,7 +82,9 @@ def _card(name: str) -> Card:
     if (found := named(name)) is not None:
         return found
     log.warning("%s is not listed in t2v_fast.ops.gpu_specs: paths are chosen as for an A100", name)
-    return named("A100")
+    fallback = named("A100")
+    assert fallback is not None
+    return fallback
 
 
 def rate_of(dtype: torch.dtype) -> str:

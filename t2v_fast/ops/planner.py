@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -57,7 +58,8 @@ class Conv:
 
     @property
     def out_size(self) -> Pair:
-        return tuple(conv_output_size(self.size, self.kernel_size, self.stride, self.padding, self.dilation))
+        size = conv_output_size(self.size, self.kernel_size, self.stride, self.padding, self.dilation)
+        return cast(Pair, tuple(size))
 
     @property
     def depthwise(self) -> bool:
@@ -112,6 +114,7 @@ def work(conv: Conv, path: str, itemsize: int = 4, cotangents: int = 1, width: i
     (h, w), (ho, wo), (kh, kw) = conv.size, conv.out_size, conv.kernel_size
     positions, pixels = ho * wo, h * w
     moved = itemsize * (c * pixels + cotangents * o * positions)
+    each: tuple[float, ...]
 
     def vectors(count: int) -> int:
         return -(-count // width)
@@ -264,9 +267,8 @@ def calibrate(dtype: torch.dtype = torch.float32, repeats: int = 5) -> Costs:
                 n = max(1, min(64, (1 << 19) // elements))
                 x = _images(n, conv.channels, conv.size, dtype)
                 g = _images(n, conv.filters, conv.out_size, dtype)
-                times.append(
-                    fastest(lambda x=x, g=g, c=conv, p=path: primitives.sq_conv(x, g, *c.arguments, p), repeats) / n
-                )
+                run = functools.partial(primitives.sq_conv, x, g, *conv.arguments, path)
+                times.append(fastest(run, repeats) / n)
                 todo = work(conv, path, width=width)
                 counts.append(np.add(todo.once, todo.each))
             seconds[kernel] = tuple(_fit(np.array(counts), np.array(times)).tolist())
@@ -448,10 +450,12 @@ def explanation(calls: Iterable[tuple[str, str, float | None, float]]) -> Table:
     A call is (parameter, path, predicted seconds or None, measured seconds). Calls without a prediction are left out.
     """
     table = Table("parameter", "path", show_footer=True)
-    calls = [call for call in calls if call[2] is not None]
-    for title, column in (("predicted ms", 2), ("measured ms", 3)):
-        total = sum(call[column] for call in calls)
+    known = [(name, path, predicted, measured) for name, path, predicted, measured in calls if predicted is not None]
+    for title, total in (
+        ("predicted ms", sum(predicted for _, _, predicted, _ in known)),
+        ("measured ms", sum(measured for _, _, _, measured in known)),
+    ):
         table.add_column(title, footer=f"{1e3 * total:.2f}", justify="right")
-    for name, path, predicted, measured in calls:
+    for name, path, predicted, measured in known:
         table.add_row(Text(name), path, f"{1e3 * predicted:.2f}", f"{1e3 * measured:.2f}")
     return table
