@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..embedding import Embedding
+from ..embedding import Embedding, network_fingerprint
 from ..estimation.estimator import BATCH_MEAN
 from ..estimation.variational import RobustFisher
 from .assemble import embedding_of, family_of
@@ -106,9 +105,9 @@ class Task2Vec(Stages):
         batch_size: int | None = None,
         num_workers: int = 0,
         cache_megabytes: int = 512,
-        cache_folder: str | None = None,
+        cache_folder: str | os.PathLike | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         skip_layers: int | str = 0,
         feature_folder: str | os.PathLike | None = None,
         unsupported: str = "error",
@@ -250,6 +249,7 @@ class Task2Vec(Stages):
     def make_embedding(self, run: TaskRun) -> Embedding:
         """The embedding of a task after its last stage."""
         found, fit = run.fisher, run.fit
+        how: dict[str, Any]
         if isinstance(found, RobustFisher):
             how = {"method": "variational", "losses": list(found.losses)}
         else:
@@ -284,15 +284,15 @@ class Task2Vec(Stages):
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that must agree for two embeddings to be comparable; can be written as JSON."""
-        names = "\n".join(self.probe.embedding_parameters())
         fisher_family = family_of(self.estimator)
         return {
-            "probe": self.probe.name,
-            "weights": self.probe.fingerprint(),
-            "dtype": str(dtype_of(self.probe.network)).removeprefix("torch."),
-            "layers": hashlib.sha256(names.encode()).hexdigest(),
-            "granularity": "filter",
-            "family": fisher_family if self.method == "fisher" else {"method": self.method, **self.method_options},
+            **network_fingerprint(
+                self.probe.name,
+                self.probe.fingerprint(),
+                dtype_of(self.probe.network),
+                self.probe.embedding_parameters(),
+                fisher_family if self.method == "fisher" else {"method": self.method, **self.method_options},
+            ),
             "likelihood": TASK_TYPES[self.task_type],
             "balanced": self.balanced,
             "head": {"method": self.head, **self.head_options},
