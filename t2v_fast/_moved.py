@@ -109,7 +109,7 @@ def _save_roofline(self: Profile, path: str | os.PathLike) -> None:
 
 def install() -> None:
     """Make the former modules importable. Folders that have a former module's name are not hidden by it."""
-    Profile.save_roofline = _save_roofline
+    Profile.save_roofline = _save_roofline  # type: ignore[attr-defined]
     package = sys.modules["t2v_fast"]
     for name, homes in MOVED.items():
         if f"t2v_fast.{name}" not in sys.modules:

@@ -56,7 +56,7 @@ class Embedding:
 
     hessian: np.ndarray
     scale: np.ndarray
-    layers: tuple[tuple[str, int, int], ...]
+    layers: Sequence[tuple[str, int, int]]
     num_examples: int
     standard_error: np.ndarray | None = None
     meta: dict[str, Any] = field(default_factory=dict)

@@ -53,7 +53,7 @@ def compute_importances(
     """
     task_type = next((kind for loss, kind in CRITERIA.items() if type(criterion) is loss), None)
     weighted = getattr(criterion, "weight", None) is not None or getattr(criterion, "pos_weight", None) is not None
-    if task_type is None or weighted or getattr(criterion, "label_smoothing", 0):
+    if task_type is None or weighted or getattr(criterion, "label_smoothing", False):
         known = ", ".join(loss.__name__ for loss in CRITERIA)
         raise ValueError(f"criterion is {criterion}, expected one of {known} without weights and label smoothing")
     loader = DataLoader(dataset, batch_size, shuffle=False, num_workers=num_workers)

@@ -157,5 +157,6 @@ def _inputs(batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**{key: value for key, value in batch.items() if key != "labels"}, "labels": following}
 
 
-def _predicting(inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+def _predicting(inputs: Any, labels: Tensor | None) -> Tensor:
+    assert labels is not None  # _inputs adds them
     return labels.cpu() != -100

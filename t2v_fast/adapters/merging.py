@@ -6,6 +6,7 @@ A model is given by its parameters, {name: tensor}: ``dict(model.named_parameter
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def fisher_merge(
             for found, scale, weight in zip(fishers, scales, weights, strict=True)
         ]
         top = sum(f * model[name].detach().double() for f, model in zip(importance, models, strict=True))
-        merged[name] = (top / sum(importance)).to(first.dtype)
+        merged[name] = cast(Tensor, top / sum(importance)).to(first.dtype)
     return merged
 
 

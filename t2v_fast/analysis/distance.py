@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import numpy as np
 from torch import Tensor
@@ -386,7 +387,7 @@ def _check_epsilon(epsilon: float) -> float:
     return epsilon
 
 
-def _are_embeddings(given: Vectors) -> bool:
+def _are_embeddings(given: Vectors) -> TypeGuard[Sequence[Embedding]]:
     return isinstance(given, Sequence) and len(given) > 0 and all(isinstance(e, Embedding) for e in given)
 
 

@@ -290,7 +290,7 @@ def _colour_names(axes: Any, labels: Sequence, families: Sequence[str]) -> None:
 
 
 def contact_sheet(
-    images: Sequence[Sequence[np.ndarray]],
+    images: Sequence[Sequence[np.ndarray] | np.ndarray],
     names: Sequence[str],
     path: str | os.PathLike,
     *,
@@ -332,12 +332,23 @@ def contact_sheet(
 class MeasuredProfile(Protocol):
     """What :func:`roofline` reads of a :class:`~t2v_fast.estimation.profiling.Profile`."""
 
-    layers: Any
-    machine: Any
-    examples: int
-    threads: int
-    dtype: str
-    fisher: float
+    @property
+    def layers(self) -> Any: ...
+
+    @property
+    def machine(self) -> Any: ...
+
+    @property
+    def examples(self) -> int: ...
+
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def fisher(self) -> float: ...
 
 
 def roofline(profile: MeasuredProfile, path: str | os.PathLike) -> None:

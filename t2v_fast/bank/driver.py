@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -88,8 +88,9 @@ def run_job(
         from .ray_engine import RayActors
 
         cuda = str(job.settings.get("device", "")).startswith("cuda")
-        engine: Engine = RayActors(factory, ray, gpus=float(cuda))
-        workers = workers or engine.cpus()
+        actors = RayActors(factory, ray, gpus=float(cuda))
+        engine: Engine = actors
+        workers = workers or actors.cpus()
     elif workers:
         engine = Processes(factory, max(1, torch.get_num_threads() // workers))
     else:
@@ -135,7 +136,8 @@ class _Driver:
             events = self.engine.events(POLL)
             # Results that came together are stored together, and so wait for the disk only once.
             results = [(worker, event) for worker, event in events if isinstance(event, Result)]
-            self._store([(self.assigned[worker], result) for worker, result in results])
+            # Only a worker with assigned work returns a result.
+            self._store([(cast(WorkItem, self.assigned[worker]), result) for worker, result in results])
             for worker, _ in results:
                 self.assigned[worker] = None  # only now, because close() releases the claims of assigned work
                 self.idle.append(worker)
@@ -156,8 +158,8 @@ class _Driver:
                 self.claimed_elsewhere.append(replace(work, tasks=rest))
             if mine:
                 worker = self.idle.pop()
-                self.assigned[worker] = replace(work, tasks=mine)
-                self.engine.submit(worker, self.assigned[worker])
+                self.assigned[worker] = given = replace(work, tasks=mine)
+                self.engine.submit(worker, given)
 
     def _handle(self, worker: int, event: Any) -> None:
         if isinstance(event, dict):

@@ -13,7 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from multiprocessing.process import BaseProcess
+from typing import Any, cast
 
 import torch
 
@@ -106,7 +107,7 @@ class Processes(Engine):
 
     def __init__(self, factory: Factory, threads: int) -> None:
         self.factory, self.threads = factory, threads
-        self._workers: dict[int, tuple[multiprocessing.Process, Connection]] = {}
+        self._workers: dict[int, tuple[BaseProcess, Connection]] = {}
         # A forked process would inherit torch's locks, but not the threads that hold them.
         self._context = multiprocessing.get_context("spawn")
         self._started = 0
@@ -126,8 +127,8 @@ class Processes(Engine):
 
     def events(self, timeout: float) -> list[tuple[int, Any]]:
         connections = {connection: worker for worker, (_, connection) in self._workers.items()}
-        found = []
-        for connection in wait(list(connections), timeout):
+        found: list[tuple[int, Any]] = []
+        for connection in cast(list[Connection], wait(list(connections), timeout)):
             worker = connections[connection]
             try:
                 found.append((worker, connection.recv()))
@@ -143,7 +144,7 @@ class Processes(Engine):
 
     def pids(self) -> list[int]:
         """Return the process numbers of the workers."""
-        return [process.pid for process, _ in self._workers.values()]
+        return [process.pid for process, _ in self._workers.values() if process.pid is not None]
 
     def close(self) -> None:
         for process, connection in self._workers.values():
@@ -167,7 +168,9 @@ def _cause(status: int | None) -> str:
 def _work(connection: Connection, factory: Factory, threads: int) -> None:
     """Run a worker process: make the pipeline once, then do one piece of work after the other."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the driver, which then stops its workers
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process().sentinel,), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # of a process that multiprocessing started
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     torch.set_num_threads(threads)
     try:
         task2vec = factory()

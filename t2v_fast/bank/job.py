@@ -145,7 +145,7 @@ def load_job(file: str | os.PathLike, *, root: str | os.PathLike | None = None, 
 class _Loader(yaml.SafeLoader):
     """YAML's safe subset, without repeated keys."""
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         mapping = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
             raise yaml.constructor.ConstructorError(None, None, "a key stands twice, or << is used", node.start_mark)
@@ -153,7 +153,7 @@ class _Loader(yaml.SafeLoader):
 
 
 SETTINGS = {name: option for name, option in OPTIONS.items() if name not in NOT_IN_JOBS}
-PROBE = {"name": str, "weights": str, "head": str, "size": int}
+PROBE: dict[str, Any] = {"name": str, "weights": str, "head": str, "size": int}
 PROBE_MINIMUMS = {"size": 1}
 KINDS: dict[str, dict[str, Any]] = {  # the key that names the place of the data: other keys and their defaults
     "folder": {},
@@ -184,7 +184,8 @@ class _Checker:
         if not isinstance(entries, list) or not entries:
             raise self._error(f"tasks: got {shown(entries)}, expected a list of at least one task")
         multilabel = settings.get("task_type") == "multilabel"
-        work, names = [], {}
+        work: list[WorkItem] = []
+        names: dict[str, int] = {}
         for number, entry in enumerate(entries, 1):
             for w in self._task(entry, number, multilabel):
                 for name in w.tasks:

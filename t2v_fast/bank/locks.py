@@ -11,7 +11,7 @@ from typing import ClassVar
 try:
     import fcntl
 except ImportError:  # not a POSIX system: opening a bank raises an error, and everything else works
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 AVAILABLE = fcntl is not None
 
 

@@ -77,7 +77,7 @@ def read_header(folder: Path) -> dict[str, Any] | None:
 
 def write_header(folder: Path, first: Embedding) -> None:
     """Write the header of a bank whose first embedding is ``first``."""
-    header = {"fingerprint": first.fingerprint, "layers": [list(layer) for layer in first.layers]}
+    header: dict[str, Any] = {"fingerprint": first.fingerprint, "layers": [list(layer) for layer in first.layers]}
     header["sum"] = _header_digest(header)
     header |= {"format": FORMAT, "version": VERSION}
     write_atomically(folder / "bank.json", json.dumps(header, sort_keys=True, indent=1).encode())
@@ -96,7 +96,7 @@ def encode_record(record: dict[str, Any]) -> bytes:
     return digest(data).encode() + b" " + data + b"\n"
 
 
-_KEYS = {
+_KEYS: dict[str, dict[str, type]] = {
     "done": {"task": str, "state": str, "row": int, "examples": int, "sums": dict, "meta": dict},
     "failed": {"task": str, "state": str, "error": str},
     "open": {"task": str, "state": str},
@@ -154,7 +154,9 @@ def drop_damaged_lines(manifest: bytes) -> tuple[bytes, list[str]]:
     A damaged line may have withdrawn a finished task. So a second ``done`` record of a task gets an ``open`` record
     before it.
     """
-    report, kept, states = [], [], {}
+    report: list[str] = []
+    kept: list[bytes] = []
+    states: dict[str, str] = {}
     for number, line in enumerate(manifest.splitlines(keepends=True), 1):
         try:
             record = parse_record(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -48,10 +49,10 @@ class RayActors(Engine):
         self._ours = not ray.is_initialized()
         if self._ours:
             try:
-                ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+                ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, ValueError) as error:
                 raise RuntimeError(f"no Ray cluster at {address!r}: {error}") from error
-        self._class = ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=0)(_Actor)
+        self._class: Any = ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=0)(_Actor)
         self._actors: dict[int, Any] = {}
         self._pending: dict[Any, int] = {}
         self._started = 0
@@ -75,7 +76,7 @@ class RayActors(Engine):
         ready, rest = self._ray.wait(list(self._pending), num_returns=1, timeout=timeout)
         if ready and rest:  # and everything else that is ready
             ready += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
-        found = []
+        found: list[tuple[int, Any]] = []
         for reference in ready:
             worker = self._pending.pop(reference)
             try:

@@ -86,6 +86,17 @@ class Bank:
         [1. 2. 4.] ['dogs', 'cars']
     """
 
+    # What was read from the folder so far.
+    _header: dict[str, Any] | None
+    _inode: int | None  # of the manifest
+    _read: int  # bytes of the manifest
+    _lines: int
+    _rows: int  # rows in use, with those of tasks that were taken out
+    _done: dict[str, _Done]
+    _failed: dict[str, str]
+    _snapshot: tuple[tuple, list[str], np.ndarray] | None
+    _indices: dict[str, tuple[tuple, Index]]
+
     def __init__(self, folder: str | os.PathLike, *, create: bool = True) -> None:
         if not locks.AVAILABLE:
             raise BankError("a bank needs POSIX file locks, which this system does not have")
@@ -98,7 +109,7 @@ class Bank:
             raise BankError(f"{self.folder} is no folder")
         self._locks = Locks.of(self.folder / "locks")
         self._thread = threading.RLock()
-        self._header: dict[str, Any] | None = None
+        self._header = None
         self._forget()
         self.refresh()
 
@@ -169,6 +180,7 @@ class Bank:
             state = f"failed: {self._failed[task]}" if task in self._failed else "is not in it"
             raise KeyError(f"bank {self.folder}: task {task!r} {state}")
         done = self._done[task]
+        assert self._header is not None  # every bank with a finished task has a header
         with open(self._manifest, "rb") as file:
             file.seek(done.start)
             line = file.read(done.length)
@@ -428,6 +440,7 @@ class Bank:
 
     @property
     def _length(self) -> int:
+        assert self._header is not None  # every bank with a row has a header
         return self._header["layers"][-1][2]
 
     def _order(self) -> list[str]:
@@ -435,12 +448,10 @@ class Bank:
 
     def _forget(self) -> None:
         """Drop everything that was read from the manifest."""
-        self._inode: int | None = None
+        self._inode = None
         self._read = self._lines = self._rows = 0
-        self._done: dict[str, _Done] = {}
-        self._failed: dict[str, str] = {}
-        self._snapshot: tuple[tuple, list[str], np.ndarray] | None = None
-        self._indices: dict[str, tuple[tuple, Index]] = {}
+        self._done, self._failed = {}, {}
+        self._snapshot, self._indices = None, {}
 
     def _apply(self, record: dict[str, Any], start: int, length: int) -> None:
         """Take up a record of the manifest. Raises ValueError if it contradicts earlier ones."""
@@ -484,8 +495,10 @@ class Bank:
             self._header = read_header(self.folder)
 
     def _check_comparable(self, embeddings: Sequence[Embedding]) -> None:
+        fingerprint = self.fingerprint
+        assert fingerprint is not None  # callers have written or read a header
         for e in embeddings:
-            if different := differences_from(self.fingerprint, self.layers, e):
+            if different := differences_from(fingerprint, self.layers, e):
                 raise FingerprintMismatch(
                     f"task {e.meta.get('task')!r} cannot go into bank {self.folder}: they differ in "
                     f"{', '.join(different)} (first the bank's)"

@@ -157,7 +157,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 def task2vec_of(arguments: argparse.Namespace) -> Task2Vec:
     """The pipeline that a command line asks for."""
     settings = settings_of(arguments)
-    if settings.device is not None and settings.device.type == "cuda" and not torch.cuda.is_available():
+    if settings.device is not None and torch.device(settings.device).type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"--device {arguments.device}: this torch sees no CUDA device")
     probe = load_probe(arguments.probe, weights=arguments.probe_weights, head=arguments.probe_head)
     if arguments.size is not None:

@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
             table = Table("expert", "Model2Vec", "asymmetric", "symmetric", title=f"for {name}")
             symmetric = pdist([*of_experts, known[name]])[-1, :-1]
             for j in np.argsort(learned[:, k], kind="stable"):
-                row = (f"{d[j]:.4f}" for d in (learned[:, k], distances[:, k], symmetric))
-                table.add_row(Text(experts[j]), *row)
+                cells = (f"{d[j]:.4f}" for d in (learned[:, k], distances[:, k], symmetric))
+                table.add_row(Text(experts[j]), *cells)
             console.print(table)
         if arguments.csv:
             rows = [[e, *map(repr, row.tolist())] for e, row in zip(experts, learned, strict=True)]

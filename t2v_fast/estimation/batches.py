@@ -124,11 +124,17 @@ class Schedule:
             examples = self.examples[examples]
             if len(examples) < n:
                 raise ValueError(f"the loader yields more than the allocation's {len(self.examples)} examples")
-        weights = torch.ones(n, dtype=torch.float64) if self.weights is None else self.weights[examples].double()
-        if len(weights) < n:
-            raise ValueError(f"weights has {len(self.weights)} entries but the loader yields more examples than that")
+        if self.weights is None:
+            weights = torch.ones(n, dtype=torch.float64)
+        else:
+            weights = self.weights[examples].double()
+            if len(weights) < n:
+                raise ValueError(
+                    f"weights has {len(self.weights)} entries but the loader yields more examples than that"
+                )
         inclusion = None if self.inclusion is None else self.inclusion[examples]
         if isinstance(self.samples, Tensor):
+            assert isinstance(examples, Tensor)  # numbers of cotangents come with the numbers of the examples
             return Draws(examples, weights, inclusion, self.samples[examples], seeds_of(examples, self.seed))
         return Draws(examples, weights, inclusion, self.samples, self.generator)
 

@@ -20,6 +20,8 @@ at every batch size. Where examples come in another order, or some are left out,
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -105,8 +107,10 @@ def cotangents(
     for name, each in (("samples", samples), ("generator", generator)):
         if isinstance(each, Tensor) and (list(each.shape) != [len(logits)] or each.dtype != torch.int64):
             raise ValueError(f"{name} are {list(each.shape)} {each.dtype}, expected int64 [{len(logits)}]")
+    # For everything but 'deflated' cotangents of logits [N, C].
+    count, one_generator = cast(int, samples), cast(torch.Generator | None, generator)
     if logits.dim() == 3:
-        return _of_tokens(logits, estimator, samples, model, labels, generator, mask, level)
+        return _of_tokens(logits, estimator, count, model, labels, one_generator, mask, level)
     if mask is not None:
         raise ValueError(f"a mask {list(mask.shape)} is for logits [N, T, C], got logits {list(logits.shape)}")
     z = logits.detach().to("cpu", torch.float64)
@@ -122,9 +126,9 @@ def cotangents(
     elif estimator == "deflated":
         u = _deflated(model, z, samples, generator, sketches)
     elif estimator == "hutchinson":
-        u = model.sketch(z, random_signs(z.shape[0], samples, z.shape[1], generator)) / samples**0.5
+        u = model.sketch(z, random_signs(z.shape[0], count, z.shape[1], one_generator)) / count**0.5
     elif estimator == "monte_carlo":
-        u = model.score(z, model.draw(z, samples, generator)) / samples**0.5
+        u = model.score(z, model.draw(z, count, one_generator)) / count**0.5
     else:
         if labels is None:
             raise ValueError("estimator 'empirical' needs the labels of the batch, got none")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -253,27 +253,29 @@ class _Estimate:
             sketches=1 if self.drawn is None else 2,
         )
         if self.drawn is not None:
-            return self._with_estimator_error(batch, draws, u)
+            return self._with_estimator_error(batch, draws, u, self.drawn)
         summed = self.recorder.granularity == "parameter"
         return self.recorder.backward(batch.logits, u, draws.weights if summed else None)
 
-    def _with_estimator_error(self, batch: Batch, draws: Draws, u: Tensor) -> dict[str, Tensor]:
+    def _with_estimator_error(
+        self, batch: Batch, draws: Draws, u: Tensor, drawn: dict[str, DrawnExamples]
+    ) -> dict[str, Tensor]:
         """Return each example's estimate, and record how much its two sketches, the last two cotangents, differ.
 
-        With d the difference of their squares, the variance of their sum is estimated by d^2.
+        With d the difference of their squares, the variance of their sum is estimated by d^2, which goes to ``drawn``.
         """
         least = int(draws.samples.min()) if isinstance(draws.samples, Tensor) else draws.samples
         if least < self.likelihood.rank(batch.logits.shape[-1]):
             sizes = [len(u) - 2, 1, 1] if len(u) > 2 else [1, 1]
             groups = list(self.recorder.backward_groups(batch.logits, u, sizes))
-            values = {name: sum(g[name] for g in groups) for name in groups[0]}
+            values = {name: cast(Tensor, sum(g[name] for g in groups)) for name in groups[0]}
             apart = {name: groups[-1][name] - groups[-2][name] for name in values}
         else:  # every example is exact
             values = self.recorder.backward(batch.logits, u)
             apart = {name: torch.zeros_like(q) for name, q in values.items()}
         inclusion = torch.ones_like(draws.weights) if draws.inclusion is None else draws.inclusion
         for name, q in values.items():
-            self.drawn[name].add(q, apart[name].to("cpu", torch.float64).square(), draws.weights, inclusion)
+            drawn[name].add(q, apart[name].to("cpu", torch.float64).square(), draws.weights, inclusion)
         return values
 
     def _batch_mean(self, batch: Batch, draws: Draws, tokens: Tensor | None) -> dict[str, Tensor]:
@@ -310,6 +312,7 @@ class _Estimate:
     def result(self, schedule: Schedule, allocation: Allocation | None) -> FisherDiagonal:
         """Return the means over all examples and their errors. Raise ValueError where all weights are zero."""
         if allocation is not None:
+            assert schedule.weights is not None  # one for each example of the allocation
             self.moments.set_weights(schedule.weights)
         if not self.moments.weight > 0:
             raise ValueError("the weights of all examples are zero")

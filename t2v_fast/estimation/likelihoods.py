@@ -53,7 +53,7 @@ class Likelihood(ABC):
         """Return B_n @ signs_n, [..., N, C], for signs [..., N, C] and a factor with B_n B_n^T = S_n."""
 
     @abstractmethod
-    def draw(self, z: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+    def draw(self, z: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
         """Draw ``samples`` labels for each example from the model: [samples, N, ...]."""
 
     @abstractmethod
@@ -83,7 +83,7 @@ def mixed(x: Tensor) -> Tensor:
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
-def _uniform(z: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _uniform(z: Tensor, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     """Draw uniform numbers in [0, 1), [N, *shape], example by example: they do not depend on the batch size."""
     return torch.rand((z.shape[0], *shape), generator=generator, dtype=z.dtype)
 
@@ -154,7 +154,7 @@ class Softmax(Likelihood):
         weighted = p.sqrt() * signs
         return weighted - p * weighted.sum(-1, keepdim=True)
 
-    def draw(self, z: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+    def draw(self, z: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
         cumulative = z.softmax(1).cumsum(1)
         cumulative = cumulative / cumulative[:, -1:]  # rounding must leave no gap below one
         return torch.searchsorted(cumulative, _uniform(z, (samples,), generator), right=True).T
@@ -200,7 +200,7 @@ class Sigmoid(_Diagonal):
     def variance(self, z: Tensor) -> Tensor:
         return z.sigmoid() * (-z).sigmoid()
 
-    def draw(self, z: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+    def draw(self, z: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
         uniform = _uniform(z, (samples, z.shape[1]), generator).transpose(0, 1)
         return (uniform < z.sigmoid()).to(z.dtype)
 
@@ -219,7 +219,7 @@ class Gaussian(_Diagonal):
     def variance(self, z: Tensor) -> Tensor:
         return torch.full_like(z, self.sigma**-2)
 
-    def draw(self, z: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+    def draw(self, z: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
         uniform = _uniform(z, (samples, z.shape[1]), generator).transpose(0, 1)
         return z + self.sigma * torch.special.ndtri(uniform.clamp_min(2**-54))
 

@@ -43,9 +43,9 @@ class Moments:
     def __init__(self) -> None:
         self.units = 0
         self.weight = self.weight2 = 0.0
-        self.first: Tensor | float = 0.0  # sum_u a q
-        self.cross: Tensor | float = 0.0  # sum_u a^2 q
-        self.second: Tensor | float = 0.0  # sum_u a^2 q^2
+        self.first = torch.zeros((), dtype=torch.float64, device="cpu")  # sum_u a q
+        self.cross = self.first  # sum_u a^2 q
+        self.second = self.first  # sum_u a^2 q^2
 
     def add(self, values: Tensor, units: Units) -> None:
         """Add the values [U, ...] of U more units."""
@@ -161,9 +161,7 @@ class DrawnExamples:
     def __init__(self) -> None:
         self.units = 0
         self.weight = 0.0
-        self.first: Tensor | float = 0.0
-        self.second: Tensor | float = 0.0
-        self.draws: Tensor | float = 0.0
+        self.first = self.second = self.draws = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def add(self, values: Tensor, variances: Tensor, a: Tensor, inclusion: Tensor) -> None:
         """Add values [n, ...] and the variances of their random draws, with weights and inclusion probabilities [n]."""

@@ -17,7 +17,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ class Profile:
 
     def table(self, slowest: int | None = None) -> Table:
         """Return a table of the layers in the order of the backward pass, or of the ``slowest`` ones, slowest first."""
-        layers = self.layers
+        layers: Sequence[LayerProfile] = self.layers
         if slowest is not None:
             layers = sorted(layers, key=lambda layer: -layer.seconds)[:slowest]
         table = Table("parameter", "path")

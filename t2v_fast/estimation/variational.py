@@ -28,7 +28,10 @@ from tqdm import tqdm
 _LAYERS: dict[Callable, int | None] = {F.linear: None, F.conv1d: 1, F.conv2d: 1, F.conv3d: 1}
 # Added to squared inputs, as in Task2Vec's public code, so that a filter without input has noise too.
 _FLOOR = 1e-2
-LOSSES = {"softmax": F.cross_entropy, "sigmoid": F.binary_cross_entropy_with_logits}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "softmax": F.cross_entropy,
+    "sigmoid": F.binary_cross_entropy_with_logits,
+}
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,7 @@ def variational_fisher(
     if missing := [name for name in parameters if name not in named]:
         raise ValueError(f"the model has no parameter {missing[0]!r}")
     noise = WeightNoise({name: named[name] for name in parameters}, generator)
-    groups = [{"params": noise.parameters()}]
+    groups: list[dict[str, Any]] = [{"params": noise.parameters()}]
     if head:
         groups.append({"params": head, "lr": head_learning_rate})
     optimizer = torch.optim.Adam(groups, lr=learning_rate)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..embedding import Embedding
 from ..estimation.estimator import BATCH_MEAN, FisherDiagonal
@@ -33,6 +35,7 @@ def embedding_of(found: FisherDiagonal | RobustFisher, meta: dict[str, Any], fin
         The embedding. It has a standard error if all entries have a finite one; a variational one has none.
     """
     error = None
+    entries: Mapping[str, Tensor]
     if isinstance(found, RobustFisher):
         entries = found.precision
         hessian, scale = (torch.cat(list(v.values())).double().cpu().numpy() for v in (entries, found.scale))

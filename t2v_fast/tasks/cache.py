@@ -40,7 +40,7 @@ class ImageCache:
         ([torch.Size([3, 4, 4]), torch.Size([])], None, 56)
     """
 
-    def __init__(self, count: int, budget: int, folder: str | os.PathLike | None = None) -> None:
+    def __init__(self, count: int, budget: int, folder: str | os.PathLike[str] | None = None) -> None:
         if budget < 1:
             raise ValueError(f"the cache's budget is {budget} bytes, expected at least 1")
         if folder is None:

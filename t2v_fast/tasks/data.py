@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,14 @@ TASK_TYPES = {"multiclass": "softmax", "multilabel": "sigmoid"}  # with the like
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the task and the image."""
+
+
+class MapStyle(Protocol):
+    """Anything with a length whose items can be read by number, as torch's map-style data sets."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 def check_task_type(task_type: str) -> None:
@@ -58,7 +66,7 @@ class TaskData:
 
     def __init__(
         self,
-        source: Sequence | Iterable,
+        source: MapStyle | Iterable,
         name: str | None,
         task_type: str,
         classes: list[str] | None = None,
@@ -115,7 +123,7 @@ class TaskData:
             return cls(data, name, task_type)
         if not isinstance(data, Sized):
             raise DataError(f"{_task(name)}: {type(data).__name__} has no length: expected a map-style data set")
-        return cls(data, name, task_type)
+        return cls(cast(MapStyle, data), name, task_type)
 
     @property
     def is_map_style(self) -> bool:
@@ -150,15 +158,15 @@ class TaskData:
         if self.is_map_style:
             dataset: Dataset = _Mapped(self.source, read, cache)
         else:
-            dataset = _Iterated(self.source, read)
+            dataset = _Iterated(cast(Iterable, self.source), read)
             num_workers = 0  # each worker would yield all images
         # With a generator, because the loader would otherwise draw from torch's global one.
-        known, sizes = self._labels, {"batch_size": batch_size}
-        if examples is not None:
-            known, sizes = (
-                self._labels[torch.cat(list(examples))],
-                {"batch_sampler": [self._places[batch].tolist() for batch in examples]},
-            )
+        known = self._labels
+        sizes: dict[str, Any] = {"batch_size": batch_size}
+        if examples is not None:  # in a later pass
+            first_labels, places = cast(Tensor, self._labels), cast(Tensor, self._places)
+            known = first_labels[torch.cat(list(examples))]
+            sizes = {"batch_sampler": [places[batch].tolist() for batch in examples]}
         loader = DataLoader(
             dataset, num_workers=num_workers, collate_fn=list, generator=torch.Generator().manual_seed(0), **sizes
         )
@@ -210,6 +218,7 @@ class TaskData:
             )
 
     def _other_pass(self, what: str) -> DataError:
+        assert self._labels is not None
         return DataError(
             f"{_task(self.name)}: the first pass gave {len(self._labels)} images, the second {what}: the data set must "
             "give the same images in the same order each time"
@@ -341,7 +350,10 @@ class _Iterated(IterableDataset):
 
     def __iter__(self) -> Iterator[Item | str | DataError]:
         for index, item in enumerate(self.source):
-            yield self.read(lambda item=item: item, index)
+            yield self._read(item, index)
+
+    def _read(self, item: Any, index: int) -> Item | str | DataError:
+        return self.read(lambda: item, index)
 
 
 class WithIndex(Dataset):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 from ..embedding import Embedding
 from ..estimation.estimator import BATCH_MEAN
 from ..estimation.moments import NamedMoments
-from .data import DataError, TaskData
+from .data import DataError, MapStyle, TaskData
 from .pipeline import Task2Vec
 from .task_run import TaskRun, timed
 
@@ -106,16 +106,16 @@ def _share(
         whole = TaskData.of(data, name=name, task_type=task2vec.task_type, skip_unreadable=skip_unreadable)
         if not hasattr(whole.source, "__getitem__"):
             raise DataError(f"task {whole.name!r}: a task that is shared out needs a map-style data set")
-        n = len(whole.source)
+        n = len(cast(MapStyle, whole.source))
         start, stop = n * rank // size, n * (rank + 1) // size
         if start == stop:
             raise DataError(f"task {whole.name!r} has {n} images for {size} processes: use at most as many")
         describe = functools.partial(_describe, whole.describe, start)
-        source = Subset(whole.source, range(start, stop))
+        source: Subset = Subset(cast(Dataset, whole.source), range(start, stop))
         part = TaskRun(TaskData(source, whole.name, whole.task_type, whole.classes, describe, whole.skip_unreadable))
         task2vec.compute_features(part)
         parts.append(part)
-        return part.features, part.labels, part.data.skipped
+        return cast(torch.Tensor, part.features), cast(torch.Tensor, part.labels), part.data.skipped
 
     shares = _together(read, group)
     return parts[0], shares
@@ -156,10 +156,11 @@ def _add_up(moments: list[NamedMoments], count: int, device: torch.device, group
     if dist.get_backend(group) == "nccl":
         sums = sums.to(device)
     dist.all_reduce(sums, group=group)
-    numbers, rest = sums.cpu().split([len(flat[0]), sums.numel() - len(flat[0])])
-    count, *numbers = numbers.tolist()
+    counts, rest = sums.cpu().split([len(flat[0]), sums.numel() - len(flat[0])])
+    count, *numbers = counts.tolist()
     for k, m in enumerate(every):
-        m.units, m.weight, m.weight2 = int(numbers[3 * k]), *numbers[3 * k + 1 : 3 * k + 3]
+        units, m.weight, m.weight2 = numbers[3 * k : 3 * k + 3]
+        m.units = int(units)
         for field in ("first", "cross", "second"):
             shape = getattr(m, field).shape
             setattr(m, field, rest[: shape.numel()].reshape(shape))

@@ -7,13 +7,14 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .head_solvers import HeadTask, Losses, Optimum, adam, lbfgs, newton, sigmoid_losses, softmax_losses
+from .head_solvers import HeadTask, Losses, Optimum, adam, lbfgs, newton, sigmoid_losses, softmax_losses, weights_of
 
 METHODS = ("newton", "lbfgs", "adam")
 DEFAULTS = {"newton": (100, 1e-10), "lbfgs": (3000, 1e-7), "adam": (0, 0.0)}  # max_iterations, tolerance
@@ -120,30 +121,31 @@ def fit_heads(
     """
     _check_options(likelihood, method, weight_decay)
     _check_features(features)
+    fits: dict[str, HeadFit] = {}
     if weight_decay == CROSS_VALIDATED:  # each task gets its own penalty
-        options = {"likelihood": likelihood, "method": method, "max_iterations": max_iterations, "tolerance": tolerance}
-        fits = {}
+        options: dict[str, Any] = {"likelihood": likelihood, "method": method}
+        options |= {"max_iterations": max_iterations, "tolerance": tolerance}
         for name, task in tasks.items():
             best = _best(name, features, task, likelihood, seed)
             fits |= fit_heads(features, {name: task}, weight_decay=best, **options)
         return fits
-    names, tasks = list(tasks), [_checked(name, task, len(features), likelihood) for name, task in tasks.items()]
+    assert not isinstance(weight_decay, str)  # no other text passed the check of the options
+    checked = [_checked(name, task, len(features), likelihood) for name, task in tasks.items()]
     default_iterations, default_tolerance = DEFAULTS[method]
     max_iterations = default_iterations if max_iterations is None else max_iterations
     tolerance = default_tolerance if tolerance is None else tolerance
     losses = softmax_losses if likelihood == "softmax" else sigmoid_losses
     x = features.double()
     if method == "newton":
-        found = newton(x, tasks, weight_decay, max_iterations, tolerance, softmax=likelihood == "softmax")
+        found = newton(x, checked, weight_decay, max_iterations, tolerance, softmax=likelihood == "softmax")
     elif method == "lbfgs":
-        found = lbfgs(x, tasks, losses, weight_decay, max_iterations, tolerance)
+        found = lbfgs(x, checked, losses, weight_decay, max_iterations, tolerance)
     else:
         found = [
             adam(features.float(), task, losses, weight_decay, seed, learning_rate, epochs, batch_size, draws)
-            for task in tasks
+            for task in checked
         ]
-    fits = {}
-    for name, task, optimum in zip(names, tasks, found, strict=True):
+    for name, task, optimum in zip(tasks, checked, found, strict=True):
         if optimum.shortfall:
             _warn(name, optimum)
         fits[name] = _head_fit(x, task, optimum, losses, likelihood, weight_decay)
@@ -158,7 +160,7 @@ def _head_fit(
         linear.weight.copy_(optimum.weight)
         linear.bias.copy_(optimum.bias)
         logits = F.linear(x, optimum.weight.double(), optimum.bias.double())
-        loss = float((task.weights * losses(logits, task.labels)).sum())
+        loss = float((weights_of(task) * losses(logits, task.labels)).sum())
         hits = logits.argmax(1) == task.labels if likelihood == "softmax" else (logits > 0) == (task.labels > 0.5)
         p = logits.softmax(1) if likelihood == "softmax" else logits.abs().sigmoid()
         top = p.amax(1) if likelihood == "softmax" else p
@@ -167,7 +169,8 @@ def _head_fit(
 
 
 def _warn(name: str, optimum: Optimum) -> None:
-    level, frame = 1, sys._getframe()
+    level = 1
+    frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code.co_filename == __file__:  # the warning points at the caller
         level, frame = level + 1, frame.f_back
     warnings.warn(
@@ -219,7 +222,7 @@ def cross_validate(
     for weight_decay in grid:
         _check_options(likelihood, "newton", weight_decay)
     _check_features(features)
-    weights = _checked("", HeadTask(labels, num_classes, weights), len(features), likelihood).weights
+    weights = weights_of(_checked("", HeadTask(labels, num_classes, weights), len(features), likelihood))
     kept = weights > 0
     features, labels, weights = (t[kept].cpu() for t in (features, labels, weights))
     order = torch.randperm(len(weights), generator=torch.Generator().manual_seed(seed))

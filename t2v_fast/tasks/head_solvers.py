@@ -27,6 +27,12 @@ class HeadTask:
     weights: Tensor | None = None  # [N], equal by default
 
 
+def weights_of(task: HeadTask) -> Tensor:
+    """Return the weights of a task that was checked: :func:`t2v_fast.tasks.head.fit_heads` gives every task weights."""
+    assert task.weights is not None
+    return task.weights
+
+
 @dataclass(frozen=True)
 class Optimum:
     """The weights that a solver found."""
@@ -170,7 +176,7 @@ def _objective(z: Tensor, tasks: Sequence[HeadTask], weight_decay: float, softma
         penalty,
         [task.num_classes for task in tasks],
         F.pad(torch.cat(targets, 1).T.to(z), (0, extra)),
-        F.pad(torch.stack([task.weights for task in tasks]).to(z), (0, extra)),
+        F.pad(torch.stack([weights_of(task) for task in tasks]).to(z), (0, extra)),
         softmax,
     )
 
@@ -313,7 +319,7 @@ def _lbfgs_along_axes(
 ) -> tuple[Tensor, Tensor, int, float]:
     # The same objective in other variables: the weights are v / scale, so that the Hessian by v is near a multiple of
     # the identity.
-    a = task.weights
+    a = weights_of(task)
     scale = (a @ z.square() / 4 + weight_decay).sqrt()
     scaled = z / scale  # [N, R]
     v = torch.zeros(task.num_classes, len(scale), dtype=torch.float64, requires_grad=True)
@@ -338,6 +344,8 @@ def _lbfgs_along_axes(
     with torch.enable_grad():
         optimiser.step(objective)
         objective()
+    assert v.grad is not None
+    assert b.grad is not None
     largest = max(float(v.grad.abs().max()), float(b.grad.abs().max()))
     return (v / scale).detach(), b.detach(), optimiser.state[v]["n_iter"], largest
 
@@ -362,7 +370,7 @@ def adam(
     steps = 0
     with torch.enable_grad():
         for _ in range(epochs):
-            order = torch.multinomial(task.weights, draws, replacement=True, generator=generator)
+            order = torch.multinomial(weights_of(task), draws, replacement=True, generator=generator)
             for rows in order[: draws - draws % batch_size].split(batch_size):
                 optimiser.zero_grad()
                 losses(linear(x[rows]), task.labels[rows]).mean().backward()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -172,7 +172,7 @@ class Probe:
         self.preprocessing = preprocessing or Preprocessing()
         self.name = name or type(network).__name__
         self.head = _find_head(self.network, self.preprocessing.crop, head)
-        self.feature_dim = network.get_submodule(self.head).in_features
+        self.feature_dim = cast(nn.Linear, network.get_submodule(self.head)).in_features
         self.cut: Cut | None = None
         self._fingerprint: str | None = None
 
@@ -410,7 +410,7 @@ def _load_weights(probe: Probe, path: str | os.PathLike) -> None:
         if os.fspath(path).endswith(".safetensors"):
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:

@@ -120,7 +120,7 @@ def _device(value: Any) -> torch.device:
 
 def _dtype(value: Any) -> torch.dtype:
     dtype = DTYPES.get(value) if isinstance(value, str) else value
-    if dtype not in DTYPES.values():
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
         raise ValueError
     return dtype
 
@@ -270,7 +270,7 @@ class Settings:
             WHOLE, "data", "megabytes for decoded images between the two passes; 0 for no cache", minimum=0
         ),
     )
-    cache_folder: str | None = field(
+    cache_folder: str | os.PathLike | None = field(
         default=None, metadata=_about(FOLDER, "data", "folder whose disk holds the decoded images (default: memory)")
     )
     skip_layers: int | str = field(
@@ -289,7 +289,7 @@ class Settings:
         default=None,
         metadata=_about(DEVICE, "running", "cpu, cuda, cuda:1, ... (default: where the probe is, usually cpu)"),
     )
-    dtype: torch.dtype | None = field(
+    dtype: str | torch.dtype | None = field(
         default=None,
         metadata=_about(DTYPE, "running", f"precision of the network: {', '.join(DTYPES)} (default: the probe's own)"),
     )

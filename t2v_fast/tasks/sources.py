@@ -64,7 +64,7 @@ class Table:
 
 
 class _Files:
-    def __init__(self, paths: Sequence[Path], labels: Sequence) -> None:
+    def __init__(self, paths: Sequence[Path], labels: Sequence | np.ndarray) -> None:
         self.paths, self.labels = paths, labels
 
     def describe(self, index: int) -> str:
@@ -138,7 +138,7 @@ def saved_dataset(folder: Path, image: str, label: str, name: str, skip_unreadab
 
 
 class _Saved:
-    def __init__(self, data: Any, image: str, labels: Sequence) -> None:
+    def __init__(self, data: Any, image: str, labels: Sequence | np.ndarray) -> None:
         self.data, self.image, self.labels = data, image, labels
 
     def __len__(self) -> int:
@@ -204,7 +204,7 @@ def _read_label(shards: Sequence[Path], place: tuple[int, int, int], name: str, 
 
 
 class _Members:
-    def __init__(self, shards: list[Path], images: list[tuple[str, int, int, int]], labels: Sequence) -> None:
+    def __init__(self, shards: list[Path], images: list[tuple[str, int, int, int]], labels: np.ndarray) -> None:
         self.shards, self.images, self.labels = shards, images, labels
 
     def describe(self, index: int) -> str:

@@ -117,8 +117,7 @@ class Cut:
         answers: dict[str, list[Callable[[], Tensor]]] = {self.name: [features.clone]}
         for key, shapes in self._shapes.items():
             answers[key] = [
-                lambda shape=shape, dtype=dtype: torch.zeros((n, *shape), dtype=dtype, device=features.device)
-                for shape, dtype in shapes
+                partial(torch.zeros, (n, *shape), dtype=dtype, device=features.device) for shape, dtype in shapes
             ]
         with _answering(network, answers):
             return forward(torch.zeros((n, *self._input), device=features.device, dtype=features.dtype))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from ..estimation.allocation import Allocation, SamplingStats, full_allocation, sample_until, share_out
@@ -48,24 +48,26 @@ class Stages:
             probe = Probe(probe)
         self.probe = probe
         self.estimator, self.samples, self.tolerance = settings.estimator, settings.samples, settings.tolerance
-        self.method, self.method_options = settings.method, settings.method_options
+        self.method, self.method_options = settings.method, settings.method_options or {}
         self.task_type, self.balanced = settings.task_type, settings.balanced
-        self.head, self.head_options = settings.head, settings.head_options
+        self.head, self.head_options = settings.head, settings.head_options or {}
         self.num_workers = settings.num_workers
         self.cache_megabytes, self.cache_folder = settings.cache_megabytes, settings.cache_folder
         self.unsupported = settings.unsupported
         self.seed, self.self_check, self.progress = settings.seed, settings.self_check, settings.progress
-        self.device = next(probe.network.parameters()).device if settings.device is None else settings.device
+        own_device = next(probe.network.parameters()).device
+        self.device = own_device if settings.device is None else torch.device(settings.device)
         self.batch_size = self._default_batch_size() if settings.batch_size is None else settings.batch_size
         if settings.dtype not in (None, dtype_of(self.probe.network)):
             self.probe.fingerprint()  # of the given weights; the copy keeps this fingerprint
             self.probe = copy.deepcopy(self.probe)  # rounding cannot be undone
-            reduce_precision(self.probe.network, settings.dtype)
+            reduce_precision(self.probe.network, cast(torch.dtype, settings.dtype))  # no longer a name
         self.probe.network.to(self.device)
         self._feature_cache: FeatureCache | None = None
         if settings.skip_layers:
             self.probe = self.probe.skipping(settings.skip_layers)
             if settings.feature_folder is not None:
+                assert self.probe.cut is not None  # since layers are skipped
                 key = f"{self.probe.fingerprint()} {self.probe.cut.name} {dtype_of(self.probe.network)}"
                 self._feature_cache = FeatureCache(settings.feature_folder, key)
 
@@ -235,7 +237,11 @@ class Stages:
             drawn = torch.multinomial(chances, draws, replacement=True, generator=generator)
             places = drawn.tolist()
             some = TaskData(
-                Subset(data.source, places), data.name, self.task_type, None, lambda k: data.describe(places[k])
+                Subset(cast(Dataset, data.source), places),
+                data.name,
+                self.task_type,
+                None,
+                lambda k: data.describe(places[k]),
             )
             seen = 0
             for images, _ in self._batches(run, some, f"variances, epoch {epoch + 1}"):
