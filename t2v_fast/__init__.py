@@ -7,9 +7,9 @@ from .embedding import Embedding, FingerprintMismatch
 from .estimation.diagonal import FisherDiagonal
 from .estimation.estimator import fisher
 from .estimation.profiling import Profile, profile
+from .estimation.self_check import SelfCheckError
 from .gradients.graph import UnsupportedError
 from .gradients.recorder import FisherRecorder
-from .gradients.self_check import SelfCheckError
 from .tasks.data import DataError, TaskData
 from .tasks.pipeline import Task2Vec
 from .tasks.precision import reduce_precision

@@ -46,7 +46,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "run": ("bank.driver", "bank.engines"),
     "search": ("bank.index",),
     "selection": ("analysis.selection", "analysis.transferability"),
-    "selfcheck": ("gradients.self_check",),
+    "selfcheck": ("estimation.self_check",),
     "shared": ("estimation.label_sets",),
     "sources": ("tasks.sources",),
     "task2vec": ("tasks.pipeline", "tasks.assemble", "tasks.settings", "tasks.stages"),

@@ -1,16 +1,19 @@
-"""No public name is lost: those of version 0.1.0, in tests/data/public_names.json, answer with the same parameters."""
+"""No public name is lost: the names of version 0.1.0, in tests/data/public_names.json, keep their parameters."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import json
+import pkgutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 from signatures import signature
+
+import t2v_fast
 
 NAMES: dict[str, dict[str, str | None]] = json.loads((Path(__file__).parent / "data" / "public_names.json").read_text())
 # Internals whose parameters changed, each with its reason; CHANGELOG.md says so to whoever calls them.
@@ -65,3 +68,13 @@ def test_a_former_module_warns_and_names_the_new_one() -> None:
     assert Model2Vec.__module__ == "t2v_fast.analysis.selection"
     with pytest.raises(ImportError, match="nothing_like_it"):
         from t2v_fast.selection import nothing_like_it  # noqa: F401
+
+
+def test_no_function_hides_a_module() -> None:
+    """Each module of a sub-package is an attribute of the sub-package, even where it defines a function of its name."""
+    for package in (info.name for info in pkgutil.iter_modules(t2v_fast.__path__) if info.ispkg):
+        parent = importlib.import_module(f"t2v_fast.{package}")
+        for info in pkgutil.iter_modules(parent.__path__):
+            if not info.name.startswith("_"):
+                module = importlib.import_module(f"{parent.__name__}.{info.name}")
+                assert getattr(parent, info.name) is module, module.__name__

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..gradients.fast_forward import fast_forward
 from ..gradients.recorder import FisherRecorder
-from ..gradients.self_check import SelfCheck
 from .allocation import seeds_of
+from .self_check import SelfCheck
 
 Forward = Callable[[nn.Module, Any], Tensor]
 Mask = Callable[[Any, Tensor | None], Tensor | None]
@@ -54,7 +54,7 @@ def forward_passes(
     """Prepare the recorder's network; yield a function that runs the network over a loader, batch after batch.
 
     The network is as it was when the context ends. With ``self_check``, every forward pass is checked by
-    :class:`t2v_fast.gradients.self_check.SelfCheck`.
+    :class:`t2v_fast.estimation.self_check.SelfCheck`.
     """
     with (
         torch.inference_mode(False),

@@ -124,7 +124,7 @@ def fisher(
             divided by their sum; by default all examples count the same.
         seed: Fixes the random signs and labels. They do not depend on the batch size or the device.
         self_check: Compare some examples with plain autograd and with single-example forward passes, and raise an
-            error where examples interact or the network is random (:mod:`t2v_fast.gradients.self_check`).
+            error where examples interact or the network is random (:mod:`t2v_fast.estimation.self_check`).
         device: Where inputs are moved to; by default where the first parameter is.
         forward: Runs the model: ``forward(model, inputs)`` returns the logits.
         mask: ``mask(inputs, labels)`` returns which tokens count, [N, T], or None for all. By default it leaves out
@@ -293,7 +293,10 @@ class _Estimate:
         return {name: self.recorder.reduce(name, g.detach()) for name, g in zip(parameters, gradients, strict=True)}
 
     def _accumulate(self, values: dict[str, Tensor], draws: Draws, tokens: Tensor | None) -> None:
-        """Add a batch's values to the moments; ``tokens`` [N] where the mean is over tokens, of which they are sums."""
+        """Add a batch's values to the moments.
+
+        Where the mean is over tokens, each example's values are sums over its tokens, and ``tokens`` [N] counts them.
+        """
         weights = draws.weights if tokens is None else draws.weights * tokens
         if self.estimator == BATCH_MEAN:
             units, values = Units(torch.ones(1)), {name: q[None] for name, q in values.items()}

@@ -7,6 +7,5 @@
   :mod:`~t2v_fast.gradients.refusals` raises where there is no exact answer;
 - :mod:`~t2v_fast.gradients.routes` chooses how each parameter gets its squares, and
   :mod:`~t2v_fast.gradients.rules` and :mod:`~t2v_fast.gradients.factors` compute them;
-- :mod:`~t2v_fast.gradients.self_check` compares results with plain autograd;
 - :mod:`~t2v_fast.gradients.fast_forward` and :mod:`~t2v_fast.gradients.fast_layers` speed up forward passes on a CPU.
 """

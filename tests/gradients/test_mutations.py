@@ -14,15 +14,15 @@ from ownership_pieces import WIDTH, WORDS, Made, parameter
 from torch import Tensor, nn
 
 import t2v_fast.estimation.moments
+import t2v_fast.estimation.self_check
 import t2v_fast.gradients.factors
 import t2v_fast.gradients.recorder
-import t2v_fast.gradients.self_check
 import t2v_fast.ops
 from t2v_fast import FisherRecorder
 from t2v_fast.estimation import estimator as fisher_module
+from t2v_fast.estimation.self_check import SelfCheck
 from t2v_fast.gradients.factors import Convolution, Factors, Outer, Product, Scatter
 from t2v_fast.gradients.rules import RULES
-from t2v_fast.gradients.self_check import SelfCheck
 from t2v_fast.ops import planner
 
 # ---- networks to break the library under
@@ -355,7 +355,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a self-check that allows everything",
-        lambda mp: mp.setitem(t2v_fast.gradients.self_check.SELF_CHECK_TOLERANCE, torch.float64, 1e9),
+        lambda mp: mp.setitem(t2v_fast.estimation.self_check.SELF_CHECK_TOLERANCE, torch.float64, 1e9),
         case(extra=DETACHED["largest"], recorder=False),
         PROPERTY,
     ),
@@ -367,7 +367,7 @@ MUTATIONS = [
     ),
     Mutation(
         "random numbers that are not noticed",
-        function(t2v_fast.gradients.self_check, "_random_state", lambda real: lambda: ()),
+        function(t2v_fast.estimation.self_check, "_random_state", lambda real: lambda: ()),
         case(extra=RANDOM["skipped_by_torch/0.01"], recorder=False),
         UNSEEN,
     ),

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .ownership import nodes_of
-from .recorder import FisherRecorder
+from ..gradients.ownership import nodes_of
+from ..gradients.recorder import FisherRecorder
 
 # How far the squares of two examples may differ from plain autograd, relative to the norm of a parameter's squares. The
 # error of a wrong rule is of order one. Rounding, and a rare ReLU that flips, stay far below these tolerances.
