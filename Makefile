@@ -1,10 +1,10 @@
 # Every target sets up what it needs: a virtual environment, pinned requirements, the compiled extension.
-# TORCH=2.13.0 does the same beside the CPU-only build of that version, in an environment of its own.
+# TORCH=2.13.0 does the same with the CPU-only build of that version, in a separate environment.
 TORCH ?= 2.14.1
 PYTHON ?= python3
 VENV := $(if $(filter 2.14.1,$(TORCH)),.venv,.venv-$(TORCH))
 BIN := $(VENV)/bin
-# The tests are of the extension: not to have it is a failure here.
+# The tests need the extension, so that a build without it must fail.
 export T2V_FAST_REQUIRE_EXT := 1
 # Each torch gets its own build folder, or switching between them would recompile everything.
 export T2V_FAST_BUILD_DIR := build/torch-$(TORCH)
@@ -42,7 +42,7 @@ pictures: demo ## Copy the demo's pictures into docs/
 	cp demo/heatmap.png demo/tasks.png docs/
 
 # Each command replaces its own table or picture. Tests write none of them.
-docs-data: pictures coverage ## Make every table and picture in docs/ again that a command makes (hours)
+docs-data: pictures coverage ## Regenerate the tables and pictures in docs/ that commands write (hours)
 	$(BIN)/python tests/helpers/resources.py
 	$(BIN)/python -m bench.studies.roofline --write docs/gpu.md
 	$(BIN)/python -m bench.studies.adapters --write docs/adapters.md
@@ -58,12 +58,12 @@ test: setup ## Run the tests that end within minutes, and the examples in docstr
 slow: setup $(VENV)/.coverage ## Run the tests that are too long for `make test`
 	$(PYTEST) -m slow
 
-# What takes many minutes and depends on the sources of the GPU kernels only. Last run: 2026-11-29, 3 passed in 5:26.
+# These tests take many minutes, and depend on the sources of the GPU kernels only. Last run: 2026-11-29, 3 passed in 5:26.
 weekly: setup ## Run the sanitizers over the GPU kernels and compile them for two GPUs
 	$(PYTEST) -m weekly
 
-# For a second torch. Left out are files, processes, pages and distances, which reach torch through calls that the other
-# tests make too, and the scripts of bench/, which measure beside the first torch only. What is not named here runs.
+# The tests that a second torch need not run. Files, processes, pages and distances reach torch only through calls that
+# other tests make too, and the scripts of bench/ measure with the first torch only. Tests that are not named here run.
 VERSION_INDEPENDENT := analysis bank bench ops/test_gpu_specs.py tasks/test_cache.py test_demo.py test_embedding.py \
 	test_readme.py test_docs.py test_examples.py
 
@@ -74,7 +74,7 @@ $(VENV)/.coverage: $(VENV)/.installed requirements/coverage.txt
 	$(BIN)/python -m pip install --quiet --progress-bar off --no-deps -r requirements/coverage.txt
 	touch $@
 
-# Hundreds of networks, for an hour; goes on where it was interrupted.
+# Hundreds of networks take an hour. After an interruption, the same command continues.
 coverage: setup $(VENV)/.coverage ## Check hundreds of networks against plain autograd into docs/coverage.md
 	$(BIN)/python -m bench.studies.coverage_study --resume --output docs/coverage.md
 
@@ -93,8 +93,8 @@ bench: setup ## Measure the table of the performance contract
 peers: setup ## Install the libraries that bench/ compares with
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/peers.txt
 
-# A suite at a time, so that one's results outlive another's crash.
-benchmarks: peers ## Measure everything, beside other libraries (hours)
+# Each suite runs alone, so that its results are kept if another one crashes.
+benchmarks: peers ## Measure everything, next to other libraries (hours)
 	for suite in memory stream fisher; do \
 		$(BENCH) bench/suites/test_$$suite.py -k "not toy" --benchmark-json $(RESULTS)/$$suite.json || exit 1; done
 	$(BIN)/python -m bench.report $(RESULTS)/memory.json $(RESULTS)/stream.json $(RESULTS)/fisher.json --plots $(RESULTS)/plots > $(RESULTS)/report.md

@@ -1,8 +1,8 @@
-"""Builds t2v_fast._C by CMake. Settings of the build, all optional:
+"""Build t2v_fast._C with CMake. The settings of the build are optional:
 
 T2V_FAST_CUDA=0|1          leave the CUDA sources out, or insist on them (default: when nvcc and a CUDA torch are found)
 T2V_FAST_REQUIRE_EXT=1     fail instead of installing without the extension where it cannot be compiled
-T2V_FAST_BUILD_DIR=FOLDER  where CMake works (default: build/cmake); kept, so that a second build compiles what changed
+T2V_FAST_BUILD_DIR=FOLDER  where CMake works (default: build/cmake); kept, so that a second build compiles only changes
 T2V_FAST_SANITIZE=LIST     sanitizers, such as address,undefined
 T2V_FAST_CMAKE=PROGRAM     the cmake to use (default: the environment's own, or the first in PATH)
 """
@@ -90,7 +90,7 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(folder)], check=True, env=environment, stdout=sys.stderr)
         built = next(folder.glob("_C*.so"))
         target.parent.mkdir(parents=True, exist_ok=True)
-        # A new file, not new contents: a running process may have the old one mapped.
+        # Replace the file instead of its contents, because a running process may have the old file mapped.
         temporary = target.with_suffix(".new")
         shutil.copyfile(built, temporary)
         os.replace(temporary, target)
@@ -101,7 +101,7 @@ setup(
     packages=[*find_packages(include=["t2v_fast", "t2v_fast.*"]), "t2v_fast.kernels"],
     package_dir={"t2v_fast.kernels": "kernels"},
     package_data={"t2v_fast": ["py.typed"]},
-    # Optional, so that an install goes on where CMakeBuild has said that it could not compile.
+    # Optional, so that the installation continues where CMakeBuild has reported that it could not compile.
     ext_modules=[Extension("t2v_fast._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,4 +1,4 @@
-"""One thread a process, Triton's interpreter, and which parametrisations of a test are slow."""
+"""One thread per process, Triton's interpreter, and which parametrisations of a test are slow."""
 
 import os
 

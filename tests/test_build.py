@@ -1,4 +1,4 @@
-"""The build: a wheel that runs elsewhere, and clear words when something is missing."""
+"""The build: a wheel that runs elsewhere, and clear messages when something is missing."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def fisher_merge(
         The merged parameters. Those that are not floating-point numbers are the first model's.
 
     Raises:
-        ValueError: If the numbers of models and Fishers differ, or names or shapes do.
+        ValueError: If the numbers of models and Fishers differ, or names or shapes differ.
 
     Example:
         >>> models = [{"w": torch.tensor([0.0, 0.0])}, {"w": torch.tensor([1.0, 1.0])}]

@@ -290,7 +290,7 @@ def centred_distance(
     x is log(g / m + ``floor``) minus its own mean over the bank, and the distance is the mean over layers of
     1 - cos(x_a, x_b).
 
-    So neither a task's norm counts nor what all tasks have in common. A dead filter is as far from the others as one
+    So neither a task's norm nor what all tasks have in common counts. A dead filter is as far from the others as one
     with ``floor`` times the usual value. Filters that are zero in the whole bank are left out, and so are layers in
     which all tasks of the bank are alike. ``docs/selection.md`` measures this distance.
 

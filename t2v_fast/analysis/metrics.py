@@ -294,7 +294,7 @@ class Metric:
 
     Args:
         measure: The formula: Fisher values a [A, D], b [B, D] and an epsilon -> distances [A, B].
-        symmetric: Whether d(a, b) = d(b, a). Of a symmetric metric, only one triangle of a matrix is computed.
+        symmetric: Whether d(a, b) = d(b, a). For a symmetric metric, only one triangle of a matrix is computed.
         normalized: Whether the formula takes Fisher values that were divided by the ``scale`` of their embedding.
     """
 

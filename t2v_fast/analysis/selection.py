@@ -253,12 +253,12 @@ class Model2Vec:
 def _model_distances(log_m: np.ndarray, log_t: np.ndarray, t0: np.ndarray, alpha: float) -> tuple[np.ndarray, Callable]:
     """Return d_asym(m_j -> t_i) [T, E] of the cosine metric, and a function for its gradient.
 
-    The function turns a gradient by the distances [T, E] into the gradient by log m [E, D]. With u = m / (m + t), the
-    other vector is 1 - u, so a distance depends on sum u and sum u^2 only.
+    The function turns a gradient with respect to the distances [T, E] into one with respect to log m [E, D]. With
+    u = m / (m + t), the other vector is 1 - u, so a distance depends on sum u and sum u^2 only.
     """
 
     def cosine(s1: np.ndarray, s2: np.ndarray, d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the distance and its derivatives by sum u and sum u^2."""
+        """Return the distance and its derivatives with respect to sum u and sum u^2."""
         a, b, c = s1 - s2, s2, d - 2 * s1 + s2
         root = np.sqrt(b * c)
         cos = a / root

@@ -16,8 +16,8 @@
 ``probe`` is a name for :func:`t2v_fast.load_probe`, or a mapping: ``weights`` are the probe's weights (``default``,
 ``none`` or a file), ``head`` is the name of its last linear layer, and ``size`` is the side of the images in pixels.
 
-``settings`` are those of :class:`t2v_fast.tasks.settings.Settings`, all but ``progress``. There ``head`` is the method
-that fits the head of a task. Besides, ``skip_unreadable: true`` leaves out images that cannot be read.
+``settings`` are the options of :class:`t2v_fast.tasks.settings.Settings`, except ``progress``. Among them, ``head`` is
+the method that fits the head of a task. In addition, ``skip_unreadable: true`` leaves out images that cannot be read.
 
 Paths are relative to the folder of the job file, and paths in a CSV to the folder of the CSV. No path may lead out of
 the root, which is the folder of the job file unless another root is given.
@@ -107,7 +107,7 @@ def load_job(file: str | os.PathLike, *, root: str | os.PathLike | None = None, 
 
     Args:
         file: YAML, or TOML if its suffix is ``.toml``.
-        root: the folder out of which no path may lead after symbolic links are followed; by default the file's folder.
+        root: the folder in which all paths must stay after symbolic links are followed; by default the file's folder.
         allow_outside: paths may lead anywhere.
 
     Returns:

@@ -408,7 +408,7 @@ class Bank:
             One sentence for each thing that was taken out.
 
         Raises:
-            BankError: If the folder is no bank, or ``bank.json`` is damaged, of which there is only one copy.
+            BankError: If the folder is no bank, or ``bank.json`` is damaged: it has no second copy.
         """
         folder = Path(folder)
         manifest = folder / "manifest.jsonl"

@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
     job.add_argument("--bank", type=Path, help="folder of the bank that a job's embeddings go to")
     job.add_argument("--workers", type=int, help="processes that embed the tasks of a job (default: this one)")
     job.add_argument("--ray", metavar="ADDRESS", help="embed a job's tasks on a Ray cluster ('auto', 'local', ...)")
-    job.add_argument("--root", type=Path, help="folder out of which no path of a job may lead (default: the job's)")
+    job.add_argument("--root", type=Path, help="folder that all paths of a job must stay in (default: the job's)")
     job.add_argument("--allow-outside", action="store_true", help="paths of a job may lead anywhere")
     job.add_argument("--retry-failed", action="store_true", help="run again what failed in this bank")
     add_probe_options(parser)

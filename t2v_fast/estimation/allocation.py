@@ -72,7 +72,7 @@ class Allocation:
     def ordered(self) -> Allocation:
         """Return the same allocation, with the examples that have the most cotangents first.
 
-        Examples of one batch then need about as many backward passes as each other.
+        The examples of one batch then need about the same number of backward passes.
         """
         order = self.samples[self.examples].argsort(descending=True, stable=True)
         return Allocation(self.samples, self.examples[order], self.inclusion)
@@ -119,7 +119,7 @@ def seeds_of(examples: Tensor, seed: int) -> Tensor:
 
 
 def full_allocation(samples: Tensor) -> Allocation:
-    """Return the allocation that visits every example in its place, with ``samples`` [N] cotangents."""
+    """Return the allocation that visits every example in the order of the data set, with ``samples`` [N] cotangents."""
     return Allocation(samples, torch.arange(len(samples)), torch.ones(len(samples), dtype=torch.float64))
 
 

@@ -105,7 +105,7 @@ def fisher_of_label_sets(
     Raises:
         UnsupportedError: A parameter has no exact per-example gradient.
         SelfCheckError: The self-check failed.
-        ValueError: An argument or a batch does not fit, or the number of examples is not that of the codes.
+        ValueError: An argument or a batch does not fit, or the number of examples differs from the number of codes.
     """
     check_estimator(estimator, samples)
     likelihood = get_likelihood(likelihood)

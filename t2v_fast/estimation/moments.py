@@ -94,7 +94,7 @@ class NamedMoments:
         return self.parts[0].weight if self.parts else 0.0
 
     def set_weights(self, weights: Tensor) -> None:
-        """Divide by the sum of these weights, of all units of the data set, and not by the weights added."""
+        """Divide by the sum of these weights, one for each unit of the data set, instead of the added weights."""
         a = weights.double()
         for part in self.parts:
             part.weight, part.weight2 = float(a.sum()), float(a.square().sum())

@@ -48,7 +48,7 @@ class LayerProfile:
     node: str  # the name of the autograd node
     path: str  # explicit, gram or winograd; "pass" for norms and biases, whose operands are read once
     flops: float  # for the batch, on the path taken
-    bytes: float  # the least that have to be moved
+    bytes: float  # the fewest that have to be moved
     seconds: float  # median over the rounds
     predicted: float | None  # seconds by the planner, on all threads; None where there is no choice
 
@@ -99,7 +99,7 @@ class Profile:
         }
 
     def _share(self, layer: LayerProfile) -> float:
-        """Return the layer's rate relative to what the machine allows at its number of flops a byte."""
+        """Return the layer's rate relative to what the machine allows at the layer's flops per byte."""
         attainable = max(layer.flops / self.machine.flops_per_second, layer.bytes / self.machine.bytes_per_second)
         return attainable / layer.seconds
 

@@ -139,7 +139,7 @@ class WeightNoise(TorchFunctionMode):
 
 @contextmanager
 def _only(model: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Require gradients of these parameters alone, and restore what the others required at the end."""
+    """Require gradients of these parameters alone; at the end, restore the setting of every parameter."""
     required, wanted = [(p, p.requires_grad) for p in model.parameters()], {id(p) for p in trained}
     try:
         for p, _ in required:
@@ -242,7 +242,7 @@ def _not_met(noise: WeightNoise) -> list[str]:
 def fixed_point(
     diagonal: Mapping[str, Tensor], weights: Mapping[str, Tensor], beta: float = 1e-7, rounds: int = 10_000
 ) -> RobustFisher:
-    """Compute the variances from a Fisher, as they are where the loss is quadratic in the noise.
+    """Compute the variances that follow from a Fisher where the loss is quadratic in the noise.
 
     The equations are 1 / variance = F / (2 beta) + 1 / lambda^2, and lambda^2 = mean of w^2 + variance.
 

@@ -34,7 +34,7 @@ def require(condition: bool, name: str, message: Callable[[], str]) -> None:
 
 
 def check_floating(name: str, **tensors: Tensor) -> None:
-    """All tensors are floating point, of one dtype and on one device."""
+    """Check that all tensors are floating point, of one dtype and on one device."""
     first, reference_tensor = next(iter(tensors.items()))
     for key, t in tensors.items():
         if not t.is_floating_point():
@@ -46,7 +46,7 @@ def check_floating(name: str, **tensors: Tensor) -> None:
 
 
 def check_rows(name: str, key: str, examples: Tensor, g: Tensor) -> None:
-    """The number of rows of ``g`` is a multiple of the number of examples."""
+    """Check that the number of rows of ``g`` is a multiple of the number of examples."""
     n, m = examples.shape[0], g.shape[0]
     require(
         (m == 0) if n == 0 else m % n == 0,
@@ -56,7 +56,7 @@ def check_rows(name: str, key: str, examples: Tensor, g: Tensor) -> None:
 
 
 def check_accumulator(name: str, out: Tensor, shape: Sequence[int], g: Tensor, weight: Tensor) -> None:
-    """``out`` can be added to in place, and ``weight`` has one entry for each row of ``g``."""
+    """Check that ``out`` can be added to in place, and that ``weight`` has one entry for each row of ``g``."""
     dtype = reference.accumulate_dtype(g.dtype)
     require(
         list(out.shape) == list(shape) and out.dtype == dtype and out.device == g.device and out.is_contiguous(),
@@ -71,7 +71,7 @@ def check_accumulator(name: str, out: Tensor, shape: Sequence[int], g: Tensor, w
 
 
 def check_outer(name: str, x: Tensor, g: Tensor, path: str = "explicit") -> None:
-    """The arguments of ``sq_outer``."""
+    """Check the arguments of ``sq_outer``."""
     check_floating(name, x=x, g=g)
     require(path in OUTER_PATHS, name, lambda: f"path {path!r} is none of {', '.join(OUTER_PATHS)}")
     require(
@@ -93,7 +93,7 @@ def check_conv(
     groups: int,
     path: str = "explicit",
 ) -> None:
-    """The arguments of ``sq_conv``."""
+    """Check the arguments of ``sq_conv``."""
     check_floating(name, x=x, g=g)
     require(path in CONV_PATHS, name, lambda: f"path {path!r} is none of {', '.join(CONV_PATHS)}")
     require(
@@ -144,7 +144,7 @@ def check_conv_acc(
     groups: int,
     path: str,
 ) -> None:
-    """The arguments of ``sq_conv_acc_``."""
+    """Check the arguments of ``sq_conv_acc_``."""
     require(out.dim() == 4, name, lambda: f"out must be [O, C / groups, kh, kw], got {show(out)}")
     require(path in CONV_ACC_PATHS, name, lambda: f"path {path!r} is none of {', '.join(CONV_ACC_PATHS)}")
     check_conv(name, x, g, out.shape[2:], stride, padding, dilation, groups, path)
@@ -160,7 +160,7 @@ def check_conv_gram(
     dilation: Sequence[int],
     groups: int,
 ) -> None:
-    """The arguments of ``conv_gram``: those of ``sq_conv`` with a cotangent that takes no memory."""
+    """Check the arguments of ``conv_gram``: those of ``sq_conv`` with a cotangent that takes no memory."""
     require(x.dim() == 4, name, lambda: f"expected x [N, C, H, W], got {show(x)}")
     size = conv_output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     g = x.new_empty((1, 1, 1, 1)).expand(x.shape[0], groups, *size) if min(size) >= 1 else x
@@ -168,7 +168,7 @@ def check_conv_gram(
 
 
 def check_gram(name: str, gram: Tensor, g: Tensor) -> None:
-    """The arguments of ``sq_gram``."""
+    """Check the arguments of ``sq_gram``."""
     check_floating(name, g=g)
     require(
         gram.dim() == 4
@@ -190,7 +190,7 @@ def check_gram(name: str, gram: Tensor, g: Tensor) -> None:
 def check_prod(
     name: str, g: Tensor, x: Tensor | None = None, shift: Tensor | None = None, scale: Tensor | None = None
 ) -> None:
-    """The arguments of ``sq_prod`` and ``sq_norm``."""
+    """Check the arguments of ``sq_prod`` and ``sq_norm``."""
     require(g.dim() == 3, name, lambda: f"expected g [M, S, C], got {show(g)}")
     if x is None:
         check_floating(name, g=g)
@@ -214,7 +214,7 @@ def check_prod(
 
 
 def check_scatter(name: str, index: Tensor, g: Tensor, num_rows: int) -> None:
-    """The arguments of ``sq_scatter``, except the values of ``index``: reading those would wait for the device."""
+    """Check the arguments of ``sq_scatter``, except the values in ``index``: reading them would wait for the device."""
     check_floating(name, g=g)
     require(
         index.dim() == 2 and g.dim() == 3 and index.shape[1] == g.shape[1] and index.dtype == torch.int64,
@@ -227,7 +227,7 @@ def check_scatter(name: str, index: Tensor, g: Tensor, num_rows: int) -> None:
 
 
 def check_scatter_acc(name: str, out: Tensor, index: Tensor, g: Tensor, weight: Tensor) -> None:
-    """The arguments of ``sq_scatter_acc_``, except the values of ``index``."""
+    """Check the arguments of ``sq_scatter_acc_``, except the values of ``index``."""
     require(out.dim() == 2, name, lambda: f"out must be [V, O], got {show(out)}")
     check_scatter(name, index, g, out.shape[0])
     check_accumulator(name, out, (out.shape[0], g.shape[2]), g, weight)
@@ -236,7 +236,7 @@ def check_scatter_acc(name: str, out: Tensor, index: Tensor, g: Tensor, weight: 
 def check_winograd_conv(
     name: str, x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], transposed: bool
 ) -> None:
-    """The arguments of ``winograd_conv``."""
+    """Check the arguments of ``winograd_conv``."""
     require(
         x.dim() == 4 and weight.dim() == 4 and tuple(weight.shape[2:]) == (3, 3) and len(padding) == 2,
         name,

@@ -85,7 +85,7 @@ class TaskData:
     def of(
         cls, data: Any, *, name: str | None = None, task_type: str = "multiclass", skip_unreadable: bool = False
     ) -> TaskData:
-        """Make a task of any usual form of data.
+        """Make a task from any usual form of data.
 
         Args:
             data: (images, labels), where images are an array or a tensor with first axis N; a folder with one
@@ -225,7 +225,7 @@ class TaskData:
         )
 
     def check_labels(self, labels: Iterable) -> Tensor:
-        """Check labels that come apart from the images, and return [N] or [N, L]; DataError for unusable labels."""
+        """Check labels that are given apart from the images, and return [N] or [N, L]; DataError for bad labels."""
         read = _Reader(self, lambda image: image)
         return torch.stack([read.label(label, self.describe(k)) for k, label in enumerate(labels)])
 
@@ -257,7 +257,9 @@ class TaskData:
 
 
 def balanced_weights(codes: Tensor, num_classes: int) -> Tensor:
-    """Weights [N] that give each class the same total, as a balanced sampler does on average; float64, of sum 1.
+    """Return weights [N] that give each class the same total, as a balanced sampler does on average.
+
+    The weights are float64 and sum to one.
 
     >>> balanced_weights(torch.tensor([0, 0, 1]), 2)
     tensor([0.2500, 0.2500, 0.5000], dtype=torch.float64)

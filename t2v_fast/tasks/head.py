@@ -88,8 +88,9 @@ def fit_heads(
     converge in ``max_iterations``.
 
     - ``"newton"`` (Newton with conjugate gradients) stops when the gradient's norm is below ``tolerance`` (1e-10) times
-      the root mean square of the features, centred and with a one for the bias. That takes about ten of at most
-      ``max_iterations`` (100). All tasks share one factorisation of the features and every product with them.
+      the root mean square of the features, centred and with a one for the bias. That takes about ten iterations;
+      ``max_iterations`` (100) is the limit. All tasks share one factorisation of the features and all products with
+      them.
     - ``"lbfgs"`` stops when no entry of the gradient, in scaled variables, exceeds ``tolerance`` (1e-7), after at most
       ``max_iterations`` (3000). It is slower, because confident heads are ill-conditioned.
     - ``"adam"`` is the schedule of the public Task2Vec code, which stops early by design: ``epochs`` of ``draws``
@@ -98,7 +99,7 @@ def fit_heads(
 
     Args:
         features: [N, D], shared by all tasks.
-        tasks: for each task's name its labels and weights.
+        tasks: the labels and weights of each task, by its name.
         likelihood: ``"softmax"`` (one class for each example) or ``"sigmoid"`` (C labels for each example).
         method: ``"newton"``, ``"lbfgs"`` or ``"adam"``.
         weight_decay: the penalty, or ``"cv"`` for the value of :data:`GRID` that :func:`cross_validate` finds best for
@@ -112,7 +113,7 @@ def fit_heads(
         draws: examples that ``"adam"`` draws in an epoch.
 
     Returns:
-        For each name the fitted head.
+        The fitted head of each task, by its name.
 
     Raises:
         ValueError: names the task, if it has a name, and what is wrong: features that are not finite, no example,
@@ -212,7 +213,7 @@ def cross_validate(
         seed: seed of the order of the examples.
 
     Returns:
-        For each weight decay the weighted mean loss of the held-out examples.
+        The weighted mean loss of the held-out examples, by weight decay.
 
     Raises:
         ValueError: as :func:`fit_head`, and for fewer than two folds, or where no example can be held out.

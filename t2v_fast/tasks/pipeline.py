@@ -34,15 +34,15 @@ class Task2Vec(Stages):
     Args:
         probe: a :class:`Probe`, a name for :func:`load_probe`, or a network whose last layer is linear.
         estimator: see :func:`t2v_fast.fisher`. ``"deflated"`` spends its cotangents where the spectra of the images'
-            logit Fishers say that they help the most (:func:`t2v_fast.estimation.allocation.share_out`); all images
-            are visited once, those of equal need together. Images that only come in order (an iterable, or a
-            ``feature_folder``) get ``samples`` each.
+            logit Fishers say that they help the most (:func:`t2v_fast.estimation.allocation.share_out`). All images
+            are visited once, and images that get equally many cotangents are visited together. Images that can only be
+            read in order (an iterable, or a ``feature_folder``) get ``samples`` each.
         samples: cotangents for each image, on average.
         tolerance: the relative error that the estimator may leave: the norm of the error over the norm of the
             embedding. Images are drawn by importance, the weighted trace of their logit Fisher through the head, and
-            each gets as many cotangents as its spectrum asks for, until the error that the draws show is below
-            (:func:`t2v_fast.estimation.allocation.sample_until`). An iterable and a ``feature_folder`` are visited
-            whole. ``samples`` is ignored. ``standard_error`` is then the error against ``"exact"`` on all the images,
+            each gets as many cotangents as its spectrum asks for, until the estimated error is below the tolerance
+            (:func:`t2v_fast.estimation.allocation.sample_until`). With an iterable or a ``feature_folder``, all images
+            are visited. ``samples`` is ignored. ``standard_error`` is then the error against ``"exact"`` on all images,
             and ``meta`` has the ``relative_error`` that was reached, the number of ``images`` of the Fisher and the
             mean number of cotangents, ``samples``. Needs ``estimator="deflated"`` and ``method="fisher"``.
         method: ``"fisher"``, or ``"variational"`` for the paper's robust Fisher
@@ -56,14 +56,14 @@ class Task2Vec(Stages):
             here each image is still visited once.
         head: the method that fits the head, see :func:`t2v_fast.tasks.head.fit_heads`.
         head_options: options of that function; ``{"weight_decay": "cv"}`` chooses the penalty by cross-validation.
-        batch_size: images in a batch; by default 32, on a CPU fewer large ones (8 of 224 pixels), so that their
-            activations stay in its caches.
+        batch_size: images in a batch; by default 32. On a CPU the default is smaller for large images (8 at 224
+            pixels), so that their activations stay in the caches.
         num_workers: processes that load images.
         cache_megabytes: memory, or disk space in ``cache_folder``, for decoded image files
             (:class:`t2v_fast.tasks.cache.ImageCache`). Files that fit are decoded once.
         cache_folder: see ``cache_megabytes``.
-        device: where the network runs; by default where it is.
-        dtype: the precision in which the network runs, by default its own. ``torch.bfloat16``
+        device: the device that the network runs on; by default the device that it is on.
+        dtype: the precision in which the network runs, or its name; by default the network's own. ``torch.bfloat16``
             (:func:`t2v_fast.reduce_precision`) is faster on processors with instructions for it, and its embeddings
             cannot be compared with those of float32. The head is fitted in float64 in any case.
         skip_layers: leave out the first layers, by number or by the name of the last one (:meth:`Probe.skipping`), as
@@ -198,7 +198,7 @@ class Task2Vec(Stages):
             skip_unreadable: as in :meth:`embed`.
 
         Returns:
-            For each task's name its embedding, equal to that of :meth:`embed` with these labels up to rounding.
+            Each task's embedding, by its name. It equals the result of :meth:`embed` with these labels up to rounding.
 
         Raises:
             DataError: the data or labels cannot be used; the message names the task.
@@ -247,7 +247,7 @@ class Task2Vec(Stages):
         return {name: self.make_embedding(run) for name, run in runs.items()}
 
     def make_embedding(self, run: TaskRun) -> Embedding:
-        """The embedding of a task after its last stage."""
+        """Return the embedding of a task whose stages have all run."""
         found, fit = run.fisher, run.fit
         how: dict[str, Any]
         if isinstance(found, RobustFisher):
@@ -300,7 +300,7 @@ class Task2Vec(Stages):
         }
 
     def _within_memory(self, data: TaskData, attempt: Callable[[], Result]) -> Result:
-        """Call ``attempt``, again with half the batch size each time memory runs out: results agree to rounding."""
+        """Call ``attempt``, and again with half the batch size each time memory runs out. Results agree to rounding."""
         while True:
             try:
                 with torch.inference_mode(False):  # in inference mode a head would have no gradients
@@ -320,5 +320,5 @@ class Task2Vec(Stages):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error is an allocator's: Python's, CUDA's, or torch's on a CPU, which has no type of its own."""
+    """Whether an error says that memory ran out. Torch's error on a CPU has no type of its own, only a message."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

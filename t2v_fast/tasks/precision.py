@@ -46,7 +46,7 @@ def reduce_precision(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:
-    """The dtype of images that a network takes: that of its first parameter outside of batch norms."""
+    """The dtype of images that a network takes: the dtype of its first parameter outside of batch norms."""
     found = (p for m in network.modules() if not isinstance(m, _BatchNorm) for p in m.parameters(recurse=False))
     return next(found, next(network.parameters(), torch.empty(0))).dtype
 

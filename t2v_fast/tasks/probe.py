@@ -224,7 +224,7 @@ class Probe:
     def embedding_parameters(self) -> list[str]:
         """The parameters that an embedding covers: the ``weight`` of every module but the head and skipped layers.
 
-        Biases are left out. Choice and order are those of the paper's public code. A shared weight is listed once.
+        Biases are left out. The choice and the order follow the paper's public code. A shared weight is listed once.
         """
         head = self.network.get_submodule(self.head).weight
         names, seen = [], {id(head)}

@@ -59,7 +59,7 @@ def shown(value: Any) -> str:
 class Kind:
     """A type of options. ``convert`` raises TypeError, ValueError, OverflowError or RuntimeError for a wrong value."""
 
-    expected: str  # what to call a right value
+    expected: str  # describes the values that can be used, for error messages
     convert: Callable[[Any], Any]
     read: Callable[[str], Any] = str  # from the text of a command line
 
@@ -113,7 +113,7 @@ def _layers(value: Any) -> int | str:
 
 
 def _device(value: Any) -> torch.device:
-    if isinstance(value, bool) or not isinstance(value, (str, int, torch.device)):  # a number is that of a GPU
+    if isinstance(value, bool) or not isinstance(value, (str, int, torch.device)):  # a number stands for a GPU
         raise TypeError
     return torch.device(value)
 

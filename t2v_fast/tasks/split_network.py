@@ -1,4 +1,4 @@
-"""Run a network up to one of its modules, and on from there, so that the first layers run only once for an image."""
+"""Run a network up to one of its modules, and later on from there, so that its first layers run once for each image."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Cut:
     """A place in a network: a module such that everything behind it depends on the module's output alone.
 
     ``layers`` is the module's name, or a number: the cut is then behind that many of the network's direct children,
-    counted as they run. ``example`` is an input of the network with two images. It serves to find the modules below the
-    cut, and to check that a pass from the cut gives the same output as a whole pass. Raises ValueError, which names the
+    counted as they run. ``example`` is an input of the network with two images. It shows which modules are below the
+    cut, and whether a pass from the cut gives the same output as a whole pass. Raises ValueError, which names the
     module, where the outputs differ.
     """
 

@@ -262,13 +262,13 @@ class Stages:
             )
 
     def _reorders(self, data: TaskData) -> bool:
-        """Whether images are visited in an order by need; a folder of features keeps batches, in the data's order."""
+        """Whether images may be visited by their needs. A folder of features has batches in the order of the data."""
         return self.estimator == "deflated" and data.is_map_style and self._feature_cache is None
 
     def _batches(
         self, run: TaskRun, data: TaskData, stage: str, examples: list[Tensor] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of ``data`` as the network takes them; the time that they take to arrive is added to the run's."""
+        """Yield batches of ``data`` in the form that the network takes; add the time of waiting for them to the run."""
         batches = data.batches(self.probe.preprocessing, self.batch_size, self.num_workers, self._cache(data), examples)
         batches = _waiting(run, batches)
         label = f"{data.name or 'task'}: {stage}"

@@ -23,7 +23,7 @@ class TaskRun:
     ==================  ==============================================================================
     stage               fills in
     ==================  ==============================================================================
-    compute_features    ``features`` [N, D] and ``labels`` [N], or [N, L] for multi-label, as the data has them
+    compute_features    ``features`` [N, D] and ``labels`` [N], or [N, L] for multi-label: the labels of the data
     encode_labels       ``classes`` and ``head_task``: the codes of the labels, and the weights of the images
     fit_heads           ``fit``
     allocate            ``allocation``, for the estimator ``"deflated"``

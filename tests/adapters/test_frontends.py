@@ -1,4 +1,4 @@
-"""Adapters against plain versions of what they stand for."""
+"""Adapters against plain implementations of the same quantities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings of text against autograd, a token at a time."""
+"""Embeddings of text against autograd, one token at a time."""
 
 from __future__ import annotations
 

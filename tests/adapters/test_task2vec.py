@@ -1,4 +1,4 @@
-"""The public Task2Vec code's interface, by a module of the tests' own that has its contract."""
+"""The replacement of the public Task2Vec code, tested with a stand-in for its module that has the same interface."""
 
 from __future__ import annotations
 

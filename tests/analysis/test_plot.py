@@ -1,4 +1,4 @@
-"""Pictures: complete files, of the right content, in any size."""
+"""Pictures are complete files with the right content, in any size."""
 
 from __future__ import annotations
 

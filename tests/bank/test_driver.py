@@ -1,4 +1,4 @@
-"""Jobs with workers: what is finished stays, whoever dies."""
+"""Jobs with workers: finished tasks stay, whichever process dies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cotangents against the Fisher of the logits, in exact arithmetic where floats would not do."""
+"""Cotangents against the Fisher of the logits, in exact arithmetic where floating point is not enough."""
 
 from __future__ import annotations
 

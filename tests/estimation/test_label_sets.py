@@ -1,4 +1,4 @@
-"""Tasks that share images: one pass for all, each as if alone."""
+"""Tasks that share images take one pass together, and each gets the result that it gets alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Moments of several quantities: those of each alone, however they lie together."""
+"""The moments of several quantities are those of each quantity alone, however they are stored together."""
 
 from __future__ import annotations
 

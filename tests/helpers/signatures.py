@@ -1,4 +1,4 @@
-"""Public names and their parameters. ``python tests/helpers/signatures.py FILE`` writes down those of t2v_fast."""
+"""Public names and their parameters. ``python tests/helpers/signatures.py FILE`` writes those of t2v_fast to FILE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets of every kind, and what bad ones are told."""
+"""Data sets of every kind, and the errors for bad ones."""
 
 from __future__ import annotations
 

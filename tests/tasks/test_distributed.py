@@ -1,4 +1,4 @@
-"""One task by several processes, many tasks by Ray: the results of one process."""
+"""One task by several processes, and many tasks by Ray, give the results of one process."""
 
 from __future__ import annotations
 

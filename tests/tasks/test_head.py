@@ -1,4 +1,4 @@
-"""Linear heads, against scikit-learn, and together against one by one."""
+"""Linear heads against scikit-learn, and heads that are fitted together against heads that are fitted one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One table of settings behind three faces: Python, job files and the command line."""
+"""One table of settings behind three interfaces: Python, job files and the command line."""
 
 from __future__ import annotations
 
