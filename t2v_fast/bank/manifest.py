@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,15 @@ def _header_digest(header: dict[str, Any]) -> str:
 
 
 # Records
+
+
+@dataclass(frozen=True)
+class Done:
+    """Where a finished task is: its row, and the place of its line in the manifest."""
+
+    row: int
+    start: int
+    length: int
 
 
 def encode_record(record: dict[str, Any]) -> bytes:

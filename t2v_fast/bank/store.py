@@ -19,7 +19,6 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from .index import Index, index_path, scan, stored_index
 from .locks import Locks, task_offset
 from .manifest import (
     BankError,
+    Done,
     append_records,
     check_name,
     drop_damaged_lines,
@@ -44,15 +44,6 @@ from .manifest import (
 from .rows import map_rows, read_row, write_rows
 
 WRITER = 0  # byte of the lock file that the one process that is writing locks
-
-
-@dataclass(frozen=True)
-class _Done:
-    """Where a finished task is: its row, and the place of its line in the manifest."""
-
-    row: int
-    start: int
-    length: int
 
 
 class Bank:
@@ -86,13 +77,12 @@ class Bank:
         [1. 2. 4.] ['dogs', 'cars']
     """
 
-    # What was read from the folder so far.
     _header: dict[str, Any] | None
     _inode: int | None  # of the manifest
-    _read: int  # bytes of the manifest
+    _read: int  # bytes of the manifest that were read so far
     _lines: int
     _rows: int  # rows in use, with those of tasks that were taken out
-    _done: dict[str, _Done]
+    _done: dict[str, Done]
     _failed: dict[str, str]
     _snapshot: tuple[tuple, list[str], np.ndarray] | None
     _indices: dict[str, tuple[tuple, Index]]
@@ -180,7 +170,6 @@ class Bank:
             state = f"failed: {self._failed[task]}" if task in self._failed else "is not in it"
             raise KeyError(f"bank {self.folder}: task {task!r} {state}")
         done = self._done[task]
-        assert self._header is not None  # every bank with a finished task has a header
         with open(self._manifest, "rb") as file:
             file.seek(done.start)
             line = file.read(done.length)
@@ -199,7 +188,7 @@ class Bank:
                 layers=self.layers,
                 num_examples=record["examples"],
                 meta=record["meta"],
-                fingerprint=self._header["fingerprint"],
+                fingerprint=self.fingerprint or {},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise BankError(
@@ -471,7 +460,7 @@ class Bank:
         if record["row"] < self._rows:
             raise ValueError(f"row {record['row']} is another task's")
         self._failed.pop(task, None)
-        self._done[task] = _Done(record["row"], start, length)
+        self._done[task] = Done(record["row"], start, length)
         self._rows = record["row"] + 1
 
     @contextlib.contextmanager
@@ -495,10 +484,8 @@ class Bank:
             self._header = read_header(self.folder)
 
     def _check_comparable(self, embeddings: Sequence[Embedding]) -> None:
-        fingerprint = self.fingerprint
-        assert fingerprint is not None  # callers have written or read a header
         for e in embeddings:
-            if different := differences_from(fingerprint, self.layers, e):
+            if different := differences_from(self.fingerprint or {}, self.layers, e):
                 raise FingerprintMismatch(
                     f"task {e.meta.get('task')!r} cannot go into bank {self.folder}: they differ in "
                     f"{', '.join(different)} (first the bank's)"
