@@ -177,6 +177,7 @@ class Attention(nn.Module):
         return y * self.key(x).mean(1 if self.batch_first else 0)[:, :1]
 
 
+@pytest.mark.slow_unless(batch_first=(True,), tokens=(5,))
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"add_bias_kv": True}, {"kdim": 6, "vdim": 6}], ids=str)
 @pytest.mark.parametrize("tokens", [5, 4])
