@@ -335,7 +335,7 @@ def _check_embedding(use: Use) -> str | None:
 
 @register_rule("EmbeddingBackward0", knows=lambda use: _before_axis(use, -1), check=_check_embedding)
 def _embedding(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
-    index = use.node._saved_indices.unsqueeze(-1)
+    index = use.node._saved_indices.long().unsqueeze(-1)
     index = index.masked_fill(index == use.node._saved_padding_idx, -1)
     return Scatter(tokens_by_example(index, owner, n, fill=-1)[:, :, 0], tokens_by_example(g, owner, n), use.shape[0])
 
@@ -354,7 +354,7 @@ def _knows_index(use: Use) -> bool:
 
 @register_rule("IndexBackward0", knows=_knows_index)
 def _index(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
-    index = use.node._saved_indices[0]
+    index = use.node._saved_indices[0].long()
     g = g.reshape(*index.shape, math.prod(use.shape[1:]))
     index = (index % use.shape[0]).unsqueeze(-1)
     return Scatter(tokens_by_example(index, owner, n, fill=-1)[:, :, 0], tokens_by_example(g, owner, n), use.shape[0])

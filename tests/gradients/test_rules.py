@@ -93,7 +93,9 @@ def test_embeddings() -> None:
         return self.out((self.token(x) + positions).tanh().mean(1))
 
     embedding = nn.Embedding(11, 5, padding_idx=10)
-    agree(Function(forward, token=embedding, position=nn.Embedding(6, 5), out=nn.Linear(5, 3)), tokens)
+    for integers in (tokens, tokens.int()):
+        agree(Function(forward, token=embedding, position=nn.Embedding(6, 5), out=nn.Linear(5, 3)), integers)
+    agree(Function(lambda self, x: pooled(self.w[x]), w=(11, 5)), tokens.int())
     counted = Function(lambda self, x: pooled(self.token(x)), token=nn.Embedding(11, 5, scale_grad_by_freq=True))
     with pytest.raises(UnsupportedError, match=r"'token.weight'.*scale_grad_by_freq"):
         fisher(counted, [tokens])
