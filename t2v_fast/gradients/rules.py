@@ -340,9 +340,25 @@ def _embedding(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     return Scatter(tokens_by_example(index, owner, n, fill=-1)[:, :, 0], tokens_by_example(g, owner, n), use.shape[0])
 
 
-@register_rule("EmbeddingBagBackward0", knows=lambda use: False, check=_check_embedding)
+@register_rule(
+    "EmbeddingBagBackward0",
+    knows=lambda use: use.slot == 0 and use.node._saved_mode < 2 and _before_axis(use, -1),  # a sum or a mean
+    check=_check_embedding,
+)
 def _embedding_bag(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
-    raise AssertionError("the node forms these gradients")
+    node = use.node
+    index, weights = node._saved_indices.long(), node._saved_per_sample_weights
+    at = torch.arange(len(index), dtype=node._saved_offsets.dtype, device=index.device)
+    bag = torch.searchsorted(node._saved_offsets, at, right=True) - 1  # the bag of each index
+    g = g[bag]
+    if node._saved_mode == 1:  # a mean, which takes no weights
+        weights = 1 / node._saved_result2.clamp_min(1)[bag].to(g.dtype)
+    if weights is not None:
+        g = g * weights[:, None]
+    if isinstance(owner, Owned):
+        owner = Owned(0, ListedRows(owner.rows.owners(n)[bag.cpu()]))
+    index = index.masked_fill(index == node._saved_padding_idx, -1).unsqueeze(-1)
+    return Scatter(tokens_by_example(index, owner, n, fill=-1)[:, :, 0], tokens_by_example(g, owner, n), use.shape[0])
 
 
 def _knows_index(use: Use) -> bool:
