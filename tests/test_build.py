@@ -67,6 +67,7 @@ def setup_py(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_cuda_that_cannot_be_built_is_an_error_only_when_asked_for(tmp_path: Path) -> None:
     found = setup_py(tmp_path, T2V_FAST_CUDA="maybe")
     assert found.returncode != 0

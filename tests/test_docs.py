@@ -78,7 +78,7 @@ def test_python(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         assert "conv.parametrizations.weight.original0" in capsys.readouterr().out
 
 
-@pytest.mark.slow_unless(page=[page for page in GUIDE if page != "jobs"])  # starts workers
+@pytest.mark.slow_unless(page=[page for page in GUIDE if page not in ("jobs", "distances")])
 @pytest.mark.parametrize("page", [page for page in GUIDE if blocks(page, "sh")])
 def test_commands(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

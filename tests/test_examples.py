@@ -53,6 +53,7 @@ def test_job_of_tasks(capsys: pytest.CaptureFixture) -> None:
     assert "the second run embedded 0 and found 4 done" in printed
 
 
+@pytest.mark.slow
 def test_choose_expert(capsys: pytest.CaptureFixture) -> None:
     printed = run("choose_expert", capsys)
     assert said_on_its_page("choose_expert", printed)

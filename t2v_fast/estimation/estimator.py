@@ -136,8 +136,9 @@ def fisher(
         channels_last: On a CPU, convert images [N, C, H, W] and convolution weights to that memory format, which is
             faster. A network that fails with such inputs gets the original ones.
         progress: Show a progress bar.
-        explain: Print, after the first batch, the path that each layer takes, its predicted cost and its measured cost
-            (:mod:`t2v_fast.ops.planner`).
+        explain: Print, after the first batch, the path that each convolution and linear layer takes, its predicted
+            cost and its measured cost (:mod:`t2v_fast.ops.planner`). Parameters without a predicted cost are left out;
+            :func:`t2v_fast.profile` lists all of them.
         estimator_error: Also estimate the error of the random draws alone (``estimator_error`` of the result),
             from a second sketch of each example, which is one more backward pass. For ``deflated``, logits [N, C], and
             granularity ``"filter"`` or ``"tensor"``.

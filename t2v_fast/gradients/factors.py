@@ -260,7 +260,7 @@ class Stacked(Factors):
 class Scatter(Factors):
     """G_n = rows of g, summed by index: the parameter is a table [rows, D]. Negative indices are left out."""
 
-    index: Tensor  # [N, S]
+    index: Tensor  # [N, S], int64
     g: Tensor  # [N, S, D]
     rows: int
 

@@ -219,6 +219,12 @@ def _embedding(node: Node, own: Owned, n: int) -> list[State] | None:
     return [SHARED] if own.axis < len(output_shape(node)) - 1 else None
 
 
+@transfer("EmbeddingBag")
+def _embedding_bag(node: Node, own: Owned, n: int) -> list[State | None] | None:
+    weighted = len(node.next_functions) > 1 and node.next_functions[1][0] is not None
+    return None if own.axis or weighted else [SHARED, *[None] * (len(node.next_functions) - 1)]
+
+
 @transfer("Convolution", "MatrixConvolution", "StridedDepthwise", "WinogradConvolution")
 def _convolution(node: Node, own: Owned, n: int) -> list[State] | None:
     """The examples are images, or groups of channels if each example has weights of its own."""

@@ -46,6 +46,7 @@ def test_plain_cosine() -> None:
     np.testing.assert_allclose(pdist(h, "plain_cosine"), want, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.slow_unless(t=(2, 7))
 @pytest.mark.parametrize("metric", SCALE_FREE)
 @pytest.mark.parametrize("t", [2, 7, 40])
 @pytest.mark.parametrize("d", [5, 40_000])

@@ -170,10 +170,11 @@ def test_draw_goes_by_the_date() -> None:
 
 
 @pytest.mark.slow
-def test_cases_of_today(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_cases_of_today(kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A draw of each kind. To repeat it, set T2V_FAST_COVERAGE_DATE to the date that it prints."""
     date = study.today()
-    chosen = [c for kind in KINDS for c in study.drawn(kind, DRAWN, date)]
+    chosen = study.drawn(kind, DRAWN, date)
     with capsys.disabled():
         print(f"\ncoverage: cases drawn by T2V_FAST_COVERAGE_DATE={date}")
         verdicts = study.study(chosen, tmp_path / "results.jsonl", resume=False)

@@ -139,6 +139,7 @@ def test_instructions_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert products / 8 < instructions.count(("explicit", 8, 8, 24, 3, 1)) < products
 
 
+@pytest.mark.slow
 def test_roofline_page_is_current(script: Script) -> None:
     """What docs/gpu.md says of flops and bytes is what the script prints."""
     pytest.importorskip("torchvision", reason="this torch has no torchvision built for it")

@@ -41,7 +41,7 @@ TORCHVISION = {  # odd sizes, so that padding and strides leave remainders
 }
 
 
-@pytest.mark.slow_unless(name=("mobilenet_v2",))
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_agrees_with_per_example_autograd(name: str) -> None:
     models = pytest.importorskip("torchvision", reason="this torch has no torchvision built for it").models

@@ -38,6 +38,7 @@ IMAGES = case("image/conv")
 EMBEDDING = case(
     extra=layer(lambda m, x, b: (x + m.f(b.ids)).sin(), f=lambda: nn.Embedding(WORDS, WIDTH, padding_idx=0))
 )
+BAG = case(extra=layer(lambda m, x, b: (x + m.f(b.ids)[:, None]).sin(), f=lambda: nn.EmbeddingBag(WORDS, WIDTH)))
 DEPTHWISE = case(
     extra=layer(
         lambda m, x, b: m.f(x.transpose(1, 2)).transpose(1, 2), f=lambda: nn.Conv1d(WIDTH, WIDTH, 3, groups=WIDTH)
@@ -177,6 +178,12 @@ MUTATIONS = [
         "an embedding's indices shifted",
         factors_of("EmbeddingBackward0", None, lambda f: Scatter(f.index.roll(1, 1), f.g, f.rows)),
         EMBEDDING,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "a bag's sum taken for its mean",
+        factors_of("EmbeddingBagBackward0", None, lambda f: replace(f, g=f.g * f.index.shape[1])),
+        BAG,
         SELF_CHECK,
     ),
     Mutation(

@@ -60,19 +60,21 @@ def assert_sound(outcome: Outcome) -> None:
     assert outcome.kind in ("exact", "refused"), f"{outcome.recipe}: {outcome.wrong + outcome.crashed}"
 
 
-@pytest.mark.slow_unless(name=NAMES[::2])
+@pytest.mark.slow_unless(name=NAMES[::3])
 @pytest.mark.parametrize("name", NAMES)
 def test_piece(name: str) -> None:
     for recipe in recipes_of(name):
         assert_sound(seen(recipe))
 
 
+@pytest.mark.slow_unless(layout=list(LAYOUTS)[::2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout(layout: str) -> None:
     for name in TOKENWISE:
         assert_sound(seen(recipes_of(f"{name}@{layout}")[0]))
 
 
+@pytest.mark.slow_unless(name=list(POOLINGS)[::2])
 @pytest.mark.parametrize("name", POOLINGS)
 def test_pooling(name: str) -> None:
     for seed, piece in enumerate(("linear@sequence_first", "encoder_layer/sequence_first", "unpadded/index_put")):
@@ -163,6 +165,7 @@ def coupled(make: object, sizes: tuple[int, ...]) -> tuple[Recipe, torch.nn.Modu
     raise AssertionError("this coupling never shows")
 
 
+@pytest.mark.slow_unless(sizes=((2, 3),))
 @pytest.mark.parametrize("sizes", [(1, 3, 2), (2, 3), (4, 4, 4)], ids=str)
 @pytest.mark.parametrize("name", [*COUPLINGS, *(f"detached/{name}" for name in DETACHED)])
 def test_couplings_are_refused(name: str, sizes: tuple[int, ...]) -> None:

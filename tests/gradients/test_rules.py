@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from t2v_fast import FisherRecorder, UnsupportedError, fisher
+from t2v_fast import FisherRecorder, UnsupportedError, fisher, profile
 from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.gradients.rules import register_rule
 from t2v_fast.ops import planner
@@ -93,7 +93,9 @@ def test_embeddings() -> None:
         return self.out((self.token(x) + positions).tanh().mean(1))
 
     embedding = nn.Embedding(11, 5, padding_idx=10)
-    agree(Function(forward, token=embedding, position=nn.Embedding(6, 5), out=nn.Linear(5, 3)), tokens)
+    for integers in (tokens, tokens.int()):
+        agree(Function(forward, token=embedding, position=nn.Embedding(6, 5), out=nn.Linear(5, 3)), integers)
+    agree(Function(lambda self, x: pooled(self.w[x]), w=(11, 5)), tokens.int())
     counted = Function(lambda self, x: pooled(self.token(x)), token=nn.Embedding(11, 5, scale_grad_by_freq=True))
     with pytest.raises(UnsupportedError, match=r"'token.weight'.*scale_grad_by_freq"):
         fisher(counted, [tokens])
@@ -143,6 +145,43 @@ WAYS = {
         lambda self, x: (x[:, :, :5] + self.w[torch.arange(5)[:, None] - torch.arange(5) + 4]).sin(),
         {"w": (9,)},
     ),
+    "bags": (lambda self, x: F.embedding_bag(x.argmax(2), self.w), {"w": (8, 3)}),
+    "bags_of_two": (
+        lambda self, x: F.embedding_bag(x.topk(2, 2).indices.flatten(0, 1), self.w).unflatten(0, (len(x), 5)),
+        {"w": (8, 3)},
+    ),
+    "bags_first_in_the_sequence": (
+        lambda self, x: (
+            F.embedding_bag(x.topk(2, 2).indices.transpose(0, 1).flatten(0, 1), self.w, mode="sum")
+            .unflatten(0, (5, len(x)))
+            .transpose(0, 1)
+        ),
+        {"w": (8, 3)},
+    ),
+    "padded_bags": (lambda self, x: F.embedding_bag(x.argmax(2), self.w, padding_idx=1), {"w": (8, 3)}),
+    "padded_bags_summed": (
+        lambda self, x: F.embedding_bag(x.argmax(2), self.w, mode="sum", padding_idx=-2),
+        {"w": (8, 3)},
+    ),
+    "weighted_bags": (
+        lambda self, x: F.embedding_bag(x.argmax(2), self.w, mode="sum", per_sample_weights=x[:, :, 0].sin()),
+        {"w": (8, 3)},
+    ),
+    "bags_with_learned_weights": (
+        lambda self, x: F.embedding_bag(
+            x.argmax(2).int(), self.w, mode="sum", per_sample_weights=(x[:, :, 0] * self.v).sin()
+        ),
+        {"w": (8, 3), "v": (5,)},
+    ),
+    "ragged_bags": (
+        lambda self, x: F.embedding_bag(
+            x.argmax(2)[x[:, :, 0] > 0.8],  # some bags are empty
+            self.w,
+            torch.cat([torch.zeros(1, dtype=torch.long), (x[:, :, 0] > 0.8).sum(1).cumsum(0)]),
+            include_last_offset=True,
+        ),
+        {"w": (8, 3)},
+    ),
     "joined": (lambda self, x: F.linear(x, torch.cat([self.w, self.v.T])), {"w": (3, 8), "v": (8, 2)}),
     "twice": (lambda self, x: F.linear(F.linear(x, self.w).tanh(), self.w), {"w": (8, 8)}),
     "and_its_transpose": (lambda self, x: F.linear(F.linear(x, self.w).tanh(), self.w.T), {"w": (3, 8)}),
@@ -177,6 +216,7 @@ class Attention(nn.Module):
         return y * self.key(x).mean(1 if self.batch_first else 0)[:, :1]
 
 
+@pytest.mark.slow_unless(batch_first=(True,), tokens=(5,))
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"add_bias_kv": True}, {"kdim": 6, "vdim": 6}], ids=str)
 @pytest.mark.parametrize("tokens", [5, 4])
@@ -310,8 +350,8 @@ WITHOUT_RULE = {
     "upsampled": lambda: Function(
         lambda self, x: pooled(x + F.interpolate(self.w, x.shape[2:], mode="bilinear")), w=(1, 3, 2, 2)
     ),
-    "embedding_bag": lambda: Function(
-        lambda self, x: self.bag(x.flatten(1).argsort(1)[:, :4]).sin(), bag=nn.EmbeddingBag(60, 3, mode="mean")
+    "largest_of_a_bag": lambda: Function(
+        lambda self, x: self.bag(x.flatten(1).argsort(1)[:, :4]).sin(), bag=nn.EmbeddingBag(60, 3, mode="max")
     ),
 }
 
@@ -320,6 +360,12 @@ WITHOUT_RULE = {
 def test_layers_without_a_rule(name: str) -> None:
     torch.manual_seed(0)
     agree(WITHOUT_RULE[name](), torch.randn(3, 3, 4, 5))
+
+
+def test_a_rule_handles_embedding_bags() -> None:
+    for mode, path in (("sum", "pass"), ("mean", "pass"), ("max", "gradients")):
+        report = profile(nn.EmbeddingBag(9, 5, mode=mode), torch.randint(0, 9, (4, 6)), rounds=1)
+        assert report.layers[0].path == path
 
 
 def test_to_skip_everything_is_an_error() -> None:
