@@ -1,0 +1,193 @@
+"""The graphs that torch builds on a GPU: what each parameter gets there, and the numbers, without a GPU."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from networks import Function
+from oracle import per_example_squares, randomise_norms, reduce
+from pretend_cuda import Pretend, aten, moved, pretended
+from torch import Tensor, nn
+
+from t2v_fast import FisherRecorder, UnsupportedError, ops
+from t2v_fast.gradients import graph
+from t2v_fast.gradients.refusals import taps_of
+from t2v_fast.gradients.routes import routes_of
+from t2v_fast.gradients.rules import has_rule, unsupported_reason
+from t2v_fast.ops import planner
+
+N = 3
+IMAGES, SEQUENCES, VOLUMES, TOKENS = (N, 4, 7, 6), (N, 4, 9), (N, 4, 3, 4, 3), (N, 5, 8)
+
+
+def answers(network: nn.Module, x: Tensor) -> tuple[dict[str, str], Tensor]:
+    """What each parameter gets: "rule" or "called" and the node, or a reason of refusal. And the logits [N, C]."""
+    with FisherRecorder(network) as recorder:
+        y = network(x)
+        taps = taps_of(y, recorder.parameters, tell_apart=True)
+        found = {name: f"refused: {why}" for name, why in taps.unknown.items()}
+        for use in taps:
+            why = unsupported_reason(use)
+            kind = ("rule" if has_rule(use) else "called") if why is None else f"refused: {why}:"
+            found |= {name: f"{kind} {use.node.name()}" for name in use.parameters}
+        routes_of(taps, "error", set())
+    assert taps.unused | found.keys() == recorder.parameters.keys()
+    return found, y
+
+
+def check(network: nn.Module, x: Tensor, dtype: torch.dtype, kernel: str = "math", cudnn: bool = True) -> dict[str, str]:
+    """What each parameter gets on CUDA. Nothing is refused there, and the numbers are those of autograd in float64."""
+    network = randomise_norms(network.double())
+    network = Function(lambda self, x: _logits(self.body(x)), body=network).eval()
+    x = x.double() if x.is_floating_point() else x
+    generator = torch.Generator().manual_seed(1)
+    u = torch.randn(2, *network(x).shape, dtype=torch.float64, generator=generator)
+    want = {name: reduce(s, "filter") for name, s in per_example_squares(network, x, u).items()}
+    on_cpu, _ = answers(network, x)
+    assert not any("refused" in what for what in on_cpu.values())
+    with torch.backends.cudnn.flags(enabled=cudnn), pretended(kernel):
+        there = moved(network.to(dtype))
+        images = Pretend(x.to(dtype) if x.is_floating_point() else x)
+        found, _ = answers(there, images)
+        assert {name: what for name, what in found.items() if "refused" in what} == {}
+        with FisherRecorder(there) as recorder:
+            got = recorder.backward(there(images), Pretend(u.to(dtype)))
+    bound = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.3}[dtype]
+    least = 1e-3 * max(squares.norm() for squares in want.values())  # a bias before a norm has no gradient
+    for name, squares in want.items():
+        assert got[name].is_cuda, name
+        assert (got[name].held.double() - squares).norm() < bound * max(squares.norm(), least), (name, found[name])
+    return found
+
+
+def _logits(y: Tensor) -> Tensor:
+    """Logits [N, C] from any output, with another weight for each entry."""
+    y = getattr(y, "logits", y[0] if isinstance(y, tuple) else y)
+    if y.dim() < 3:
+        return y
+    y = y.flatten(1)
+    weight = torch.linspace(0.5, 1.5, 2 * y.shape[1], dtype=y.dtype, device=y.device).view(-1, 2)
+    return (y / y.shape[1] ** 0.5) @ weight
+
+
+class CudnnRnn(nn.Module):
+    """What nn.LSTM and its like call on CUDA in training mode, the only mode with a backward pass."""
+
+    def __init__(self, layer: nn.RNNBase, train: bool = True) -> None:
+        super().__init__()
+        self.layer, self.trains = layer, train
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        mode = {"RNN_RELU": 0, "RNN_TANH": 1, "LSTM": 2, "GRU": 3}[layer.mode]
+        n = x.shape[0] if layer.batch_first else x.shape[1]
+        states = layer.num_layers * (1 + layer.bidirectional)
+        h = x.new_zeros(states, n, layer.hidden_size)
+        if not isinstance(x, Pretend):
+            return layer(x)[0]
+        weights = layer._flat_weights
+        options = (layer.num_layers, layer.batch_first, 0.0, self.trains, layer.bidirectional, [], None)
+        cell = h if mode == 2 else None
+        each = len(weights) // states
+        return aten._cudnn_rnn(x, weights, each, None, h, cell, mode, layer.hidden_size, 0, *options)[0]
+
+
+class Attention(nn.Module):
+    def __init__(self, mask: bool = False, causal: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.out, self.mask, self.causal = nn.Linear(8, 24), nn.Linear(8, 3), mask, causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        mask = torch.linspace(-1, 1, 25, dtype=x.dtype, device=x.device).view(5, 5) if self.mask else None
+        y = nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def last(layer: nn.Module, call: Callable = lambda layer, x: layer(x)[0]) -> nn.Module:
+    return Function(lambda self, x: call(self.layer, x), layer=layer)
+
+
+def cell(layer: nn.Module) -> nn.Module:
+    def steps(self: nn.Module, x: Tensor) -> Tensor:
+        state = None
+        for t in range(x.shape[1]):
+            state = self.layer(x[:, t], state)
+        return state[0] if isinstance(state, tuple) else state
+
+    return Function(steps, layer=layer)
+
+
+def after_conv(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(4, 4, 1), *layers)
+
+
+INDICES = torch.tensor([[0, 2, 2, 5], [1, 1, 0, 3], [4, 5, 5, 5]])
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...] | Tensor]] = {
+    "conv": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), IMAGES),
+    "conv 1d": (lambda: nn.Conv1d(4, 6, 3), SEQUENCES),
+    "conv 3d": (lambda: nn.Conv3d(4, 6, 2, padding=1), VOLUMES),
+    "conv transpose": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), IMAGES),
+    "depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4), IMAGES),
+    "batch norm": (lambda: after_conv(nn.BatchNorm2d(4)), IMAGES),
+    "batch norm of rows": (lambda: nn.BatchNorm1d(8), (N, 8)),
+    "batch norm 1d": (lambda: nn.BatchNorm1d(4), SEQUENCES),
+    "batch norm 3d": (lambda: nn.BatchNorm3d(4), VOLUMES),
+    "batch norm without affine": (lambda: after_conv(nn.BatchNorm2d(4, affine=False)), IMAGES),
+    "group norm": (lambda: after_conv(nn.GroupNorm(2, 4)), IMAGES),
+    "instance norm": (lambda: after_conv(nn.InstanceNorm2d(4, affine=True)), IMAGES),
+    "instance norm 1d": (lambda: nn.InstanceNorm1d(4, affine=True), SEQUENCES),
+    "instance norm, tracking": (lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True), IMAGES),
+    "layer norm": (lambda: nn.LayerNorm(8), TOKENS),
+    "RMS norm": (lambda: nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8, eps=1e-3)), TOKENS),
+    "RMS norm of two axes": (lambda: nn.RMSNorm((5, 8), eps=1e-3), TOKENS),
+    "RMS norm, tokens first": (
+        lambda: Function(lambda self, x: self.norm(x.transpose(0, 1)).transpose(0, 1), norm=nn.RMSNorm(8, eps=1e-3)),
+        TOKENS,
+    ),
+    "linear": (lambda: nn.Linear(8, 4), (N, 8)),
+    "linear without bias": (lambda: nn.Linear(8, 4, bias=False), TOKENS),
+    "embedding": (lambda: nn.Embedding(6, 4), INDICES),
+    "embedding bag": (lambda: nn.EmbeddingBag(6, 4), INDICES),
+    "PReLU": (lambda: after_conv(nn.PReLU(4)), IMAGES),
+    "multi-head": (lambda: last(nn.MultiheadAttention(8, 2, batch_first=True), lambda m, x: m(x, x, x)[0]), TOKENS),
+    "encoder layer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), TOKENS),
+    "decoder layer": (
+        lambda: last(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), lambda m, x: m(x, x.flip(1))),
+        TOKENS,
+    ),
+    **{
+        f"upsample, {mode}": (lambda mode=mode: after_conv(nn.Upsample(scale_factor=2, mode=mode)), IMAGES)
+        for mode in ("nearest", "bilinear", "bicubic", "nearest-exact")
+    },
+    "max pool": (lambda: after_conv(nn.MaxPool2d(2)), IMAGES),
+    "average pool": (lambda: after_conv(nn.AvgPool2d(2)), IMAGES),
+    "adaptive pools": (lambda: after_conv(nn.AdaptiveAvgPool2d(4), nn.AdaptiveMaxPool2d(2)), IMAGES),
+    "circular padding": (lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), IMAGES),
+    "RNN, cuDNN": (lambda: CudnnRnn(nn.RNN(8, 3, batch_first=True)), TOKENS),
+    "GRU, cuDNN": (lambda: CudnnRnn(nn.GRU(8, 3, batch_first=True, bidirectional=True)), TOKENS),
+    "LSTM, cuDNN": (lambda: CudnnRnn(nn.LSTM(8, 3, 2, batch_first=True)), TOKENS),
+    "LSTM, cuDNN, time first": (
+        lambda: Function(lambda self, x: self.rnn(x.transpose(0, 1)).transpose(0, 1), rnn=CudnnRnn(nn.LSTM(8, 3))),
+        TOKENS,
+    ),
+}
+
+
+def example(shape: tuple[int, ...] | Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return shape if isinstance(shape, Tensor) else torch.randn(shape, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    make, shape = LAYERS[name]
+    found = check(make(), example(shape), dtype)
+    if "bag" not in name and "cuDNN" not in name:
+        assert {what.partition(" ")[0] for what in found.values()} <= {"rule"}
