@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from t2v_fast import FisherRecorder, UnsupportedError, ops
 from t2v_fast.gradients import graph
+from t2v_fast.gradients.ownership import nodes_of
 from t2v_fast.gradients.refusals import taps_of
 from t2v_fast.gradients.routes import routes_of
 from t2v_fast.gradients.rules import has_rule, unsupported_reason
@@ -191,3 +192,132 @@ def test_layers(name: str, dtype: torch.dtype) -> None:
     found = check(make(), example(shape), dtype)
     if "bag" not in name and "cuDNN" not in name:
         assert {what.partition(" ")[0] for what in found.values()} <= {"rule"}
+
+
+def test_what_only_cuda_builds() -> None:
+    """The nodes differ from those on a CPU, so the tests above test what they should."""
+    for name, node in {
+        "batch norm": "CudnnBatchNormBackward0",
+        "RMS norm": "FusedRmsNormBackward0",
+        "LSTM, cuDNN": "CudnnRnnBackward0",
+    }.items():
+        make, shape = LAYERS[name]
+        with pretended():
+            found, _ = answers(moved(make().eval()), Pretend(example(shape)))
+        assert any(what.endswith(node) for what in found.values())
+
+
+KERNELS = {"efficient": "Efficient", "flash": "Flash", "cudnn": "Cudnn"}
+
+
+@pytest.mark.parametrize("kind", ["plain", "causal", "masked", "multi-head"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_attention(kernel: str, kind: str) -> None:
+    if kind == "multi-head":
+        layer = nn.MultiheadAttention(8, 2, batch_first=True)
+        network = last(layer, lambda m, x: m(x, x, x, need_weights=False)[0])
+    else:
+        network = Attention(kind == "masked", kind == "causal")
+    found = check(network, example(TOKENS), torch.float64, kernel)
+    assert all(what.startswith("rule") for what in found.values())
+    if kernel != "flash" or kind != "masked":
+        with pretended(kernel), FisherRecorder(there := moved(network)):
+            names = {node.name() for node in nodes_of(there(Pretend(example(TOKENS).double())))}
+        assert f"ScaledDotProduct{KERNELS[kernel]}AttentionBackward0" in names
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.LSTM(8, 3, 2, batch_first=True), nn.GRU(8, 3, batch_first=True, bidirectional=True), nn.RNN(8, 3)],
+    ids=["LSTM", "GRU", "RNN"],
+)
+def test_recurrent_layers_without_cudnn(layer: nn.RNNBase) -> None:
+    """In eval mode cuDNN must be off. The layers are then one fused cell for each step."""
+    network = last(layer, lambda m, x: m(x if m.batch_first else x.transpose(0, 1))[0].transpose(0, int(not m.batch_first)))
+    found = check(network, example(TOKENS), torch.float64, cudnn=False)
+    assert all(what.startswith(("rule", "called ThnnFused")) for what in found.values())
+
+
+@pytest.mark.parametrize("layer", [nn.LSTMCell(8, 3), nn.GRUCell(8, 3), nn.RNNCell(8, 3)], ids=["LSTM", "GRU", "RNN"])
+def test_recurrent_cells(layer: nn.Module) -> None:
+    check(cell(layer), example(TOKENS), torch.float64)
+
+
+def test_cudnn_has_no_backward_pass_in_eval_mode() -> None:
+    with pretended(), FisherRecorder(there := moved(CudnnRnn(nn.LSTM(8, 3, batch_first=True), train=False))) as recorder:
+        y = there(Pretend(example(TOKENS))).flatten(1)
+        with pytest.raises(UnsupportedError, match="cudnn.flags\\(enabled=False\\)"):
+            recorder.check(y)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_in_training_mode_is_refused(affine: bool) -> None:
+    for network in (nn.BatchNorm2d(4, track_running_stats=False), after_conv(nn.BatchNorm2d(4, affine=affine).train())):
+        with pretended(), FisherRecorder(there := moved(network)) as recorder:
+            if not recorder.parameters:
+                continue
+            y = there(Pretend(example(IMAGES))).flatten(1)
+            with pytest.raises(UnsupportedError, match="have no per-example gradients"):
+                recorder.check(y)
+
+
+def test_an_input_that_examples_share() -> None:
+    """Where the network's input is normalised over the batch, the norm is found on CUDA too."""
+    network = nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.Linear(168, 2))
+    for there, x in ((network, example(IMAGES)), (None, Pretend(example(IMAGES)))):
+        with pretended() if there is None else nullcontext():
+            there = moved(network) if there is None else there
+            with FisherRecorder(there) as recorder, pytest.raises(UnsupportedError, match="network's input"):
+                recorder.check(there(x))
+
+
+def test_hooks_see_the_callers_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd calls the hooks of CUDA nodes on a thread of its own."""
+    seen: list[tuple[str, str, int]] = []
+    network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x = torch.randn(2, 3)
+
+    class Handle:
+        def remove(self) -> None:
+            pass
+
+    hooks: list[Callable] = []
+    conv = planner.Conv(8, (6, 6), 4, (3, 3))
+
+    def visit(node: object, cotangents: object) -> None:
+        path = planner.choose(conv, torch.empty(1, 8, 6, 6))
+        seen.append((ops.dispatch.backend_for(x), path, threading.get_ident()))
+
+    class Tapped:
+        """A node that only remembers its hook."""
+
+        def register_prehook(self, hook: Callable) -> Handle:
+            hooks.append(hook)
+            return Handle()
+
+    class Taps:
+        last: tuple = ()
+        uses = {Tapped(): ()}
+
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **options: _on_threads(hooks))
+    with ops.use_backend("reference"), planner.force("gram"):
+        graph.backpropagate(network(x), torch.ones(2, 2), Taps, visit, False)
+    assert [(backend, path) for backend, path, _ in seen] == [("reference", "gram")] * 2
+    assert threading.get_ident() not in [thread for *_, thread in seen]
+    assert ops.dispatch.backend_for(x) != "reference"
+
+
+def _on_threads(hooks: list[Callable]) -> tuple:
+    """Call each hook on two threads at once, as autograd does where there are two devices."""
+    both = threading.Barrier(2)
+
+    def call(hook: Callable) -> None:
+        both.wait()
+        hook((torch.ones(2, 2),))
+
+    threads = [threading.Thread(target=call, args=(hook,)) for hook in hooks for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return ()

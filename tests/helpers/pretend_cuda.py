@@ -77,6 +77,12 @@ _ACROSS = {
 }
 
 
+# Operators that change the shape of their argument itself.
+_RESHAPING_IN_PLACE = {
+    *(aten.transpose_.default, aten.t_.default, aten.squeeze_.default, aten.squeeze_.dim, aten.unsqueeze_.default)
+}
+
+
 def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the CPU. The results pretend to be on CUDA if an argument does, or if the call asks for it."""
     if func is torch.ops.prim.device.default:
@@ -89,6 +95,9 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if (asked := kwargs.get("device")) is not None:
         on_gpu = torch.device(asked).type == "cuda"
         kwargs = kwargs | {"device": torch.device("cpu")}
+    if func in _RESHAPING_IN_PLACE and on_gpu:
+        with torch._C._DisableTorchDispatch():
+            func(*args)
     own = {id(t.held): t for t in pretending}
     args, kwargs = tree_map_only(Pretend, lambda t: t.held, (args, kwargs))
     found = _STAND_INS.get(func, func)(*args, **kwargs)
