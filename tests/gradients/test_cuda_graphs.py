@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from oracle import per_example_squares, randomise_norms, reduce
 from pretend_cuda import Pretend, aten, moved, pretended
 from torch import Tensor, nn
 
-from t2v_fast import FisherRecorder, UnsupportedError, ops
+from t2v_fast import FisherRecorder, UnsupportedError, fisher, ops
 from t2v_fast.gradients import graph
 from t2v_fast.gradients.ownership import nodes_of
 from t2v_fast.gradients.refusals import taps_of
@@ -40,7 +41,9 @@ def answers(network: nn.Module, x: Tensor) -> tuple[dict[str, str], Tensor]:
     return found, y
 
 
-def check(network: nn.Module, x: Tensor, dtype: torch.dtype, kernel: str = "math", cudnn: bool = True) -> dict[str, str]:
+def check(
+    network: nn.Module, x: Tensor, dtype: torch.dtype, kernel: str = "math", cudnn: bool = True
+) -> dict[str, str]:
     """What each parameter gets on CUDA. Nothing is refused there, and the numbers are those of autograd in float64."""
     network = randomise_norms(network.double())
     network = Function(lambda self, x: _logits(self.body(x)), body=network).eval()
@@ -233,7 +236,8 @@ def test_attention(kernel: str, kind: str) -> None:
 )
 def test_recurrent_layers_without_cudnn(layer: nn.RNNBase) -> None:
     """In eval mode cuDNN must be off. The layers are then one fused cell for each step."""
-    network = last(layer, lambda m, x: m(x if m.batch_first else x.transpose(0, 1))[0].transpose(0, int(not m.batch_first)))
+    first = layer.batch_first
+    network = last(layer, lambda m, x: m(x)[0] if first else m(x.transpose(0, 1))[0].transpose(0, 1))
     found = check(network, example(TOKENS), torch.float64, cudnn=False)
     assert all(what.startswith(("rule", "called ThnnFused")) for what in found.values())
 
@@ -243,10 +247,102 @@ def test_recurrent_cells(layer: nn.Module) -> None:
     check(cell(layer), example(TOKENS), torch.float64)
 
 
+def _torchvision(name: str) -> tuple[nn.Module, Tensor]:
+    models = pytest.importorskip("torchvision.models")
+    size = {"image_size": 64} if name.startswith("vit") else {}
+    return getattr(models, name)(num_classes=4, **size), torch.randn(2, 3, 64, 64)
+
+
+def _timm(name: str, size: int = 64) -> tuple[nn.Module, Tensor]:
+    create = pytest.importorskip("timm").create_model
+    return create(name, num_classes=4), torch.randn(2, 3, size, size)
+
+
+def _transformers(name: str, head: str, **options: int) -> tuple[nn.Module, Tensor]:
+    library = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = getattr(library, f"{name}Config")(vocab_size=50, **sizes | options)
+    network = getattr(library, f"AutoModelFor{head}").from_config(config)
+    return last(network, lambda m, x: m(x, attention_mask=torch.ones_like(x)).logits), torch.randint(1, 50, (2, 6))
+
+
+NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    **{
+        name: lambda name=name: _torchvision(name)
+        for name in (
+            *("resnet18", "convnext_tiny", "vit_b_16", "efficientnet_b0", "mobilenet_v3_small", "densenet121"),
+            *("swin_t", "swin_v2_t", "shufflenet_v2_x0_5", "regnet_y_400mf"),
+        )
+    },
+    **{
+        name: lambda name=name: _timm(name)
+        for name in (
+            *("edgenext_xx_small", "fastvit_t8", "ghostnet_050", "poolformer_s12", "repvgg_a0", "resnest14d"),
+            *("hrnet_w18_small", "convnextv2_atto"),
+        )
+    },
+    **{
+        name: lambda name=name: _timm(name, 224)
+        for name in ("levit_128s", "xcit_nano_12_p16_224", "eva02_tiny_patch14_224", "volo_d1_224", "tiny_vit_5m_224")
+    },
+    "BERT": lambda: _transformers("Bert", "SequenceClassification", num_labels=3),
+    "GPT-2": lambda: _transformers("GPT2", "CausalLM"),
+    "Llama": lambda: _transformers("Llama", "CausalLM", num_key_value_heads=1),
+    "ModernBERT": lambda: _transformers("ModernBert", "SequenceClassification", num_labels=3, pad_token_id=0),
+}
+
+
+@pytest.mark.slow_unless(name=("resnet18",), kernel=("efficient",))
+@pytest.mark.parametrize("kernel", ["efficient", "flash"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name: str, kernel: str) -> None:
+    torch.manual_seed(0)
+    network, x = NETWORKS[name]()
+    if kernel == "flash" and not any("ttention" in type(module).__name__ for module in network.modules()):
+        pytest.skip("the network has no attention")
+    check(network.eval(), x, torch.float64, kernel)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_whole_fisher_is_channels_last(wanted: bool) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.AdaptiveAvgPool2d(2)]
+    network = randomise_norms(nn.Sequential(*layers, nn.Flatten(), nn.Linear(24, 3)))
+    x = torch.randn(8, 4, 7, 6)
+    want = fisher(network, [x], "exact")
+    formats: list[bool] = []
+    with pretended():
+        there = moved(network)
+        own = {name: (p, p.data_ptr()) for name, p in there.named_parameters()}
+        there[3].register_forward_hook(
+            lambda layer, inputs, output: formats.extend(
+                t.is_contiguous(memory_format=torch.channels_last) for t in (*inputs, layer.weight, output)
+            )
+        )
+        got = fisher(there, [x], "exact", device="cuda:0", channels_last=wanted)
+    assert set(formats) == {wanted}
+    assert {name: (p, p.data_ptr()) for name, p in there.named_parameters()} == own
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-9)
+
+
+def test_a_network_that_refuses_channels_last() -> None:
+    head = last(nn.Linear(120, 3), lambda layer, x: layer(x.view(len(x), 120)))
+    network = nn.Sequential(nn.Conv2d(4, 6, 3), head)
+    with pretended():
+        there = moved(network)
+        got = fisher(there, [example(IMAGES)], "exact", device="cuda:0")
+        weight = there[0].weight
+        assert weight.is_contiguous()
+    for name, value in fisher(network, [example(IMAGES)], "exact", channels_last=False).items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-9)
+
+
 def test_cudnn_has_no_backward_pass_in_eval_mode() -> None:
-    with pretended(), FisherRecorder(there := moved(CudnnRnn(nn.LSTM(8, 3, batch_first=True), train=False))) as recorder:
+    network = CudnnRnn(nn.LSTM(8, 3, batch_first=True), train=False)
+    with pretended(), FisherRecorder(there := moved(network)) as recorder:
         y = there(Pretend(example(TOKENS))).flatten(1)
-        with pytest.raises(UnsupportedError, match="cudnn.flags\\(enabled=False\\)"):
+        with pytest.raises(UnsupportedError, match=r"cudnn\.flags\(enabled=False\)"):
             recorder.check(y)
 
 
@@ -295,13 +391,10 @@ def test_hooks_see_the_callers_choices(monkeypatch: pytest.MonkeyPatch) -> None:
             hooks.append(hook)
             return Handle()
 
-    class Taps:
-        last: tuple = ()
-        uses = {Tapped(): ()}
-
+    taps = SimpleNamespace(last=(), uses={Tapped(): ()})
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **options: _on_threads(hooks))
     with ops.use_backend("reference"), planner.force("gram"):
-        graph.backpropagate(network(x), torch.ones(2, 2), Taps, visit, False)
+        graph.backpropagate(network(x), torch.ones(2, 2), taps, visit, False)
     assert [(backend, path) for backend, path, _ in seen] == [("reference", "gram")] * 2
     assert threading.get_ident() not in [thread for *_, thread in seen]
     assert ops.dispatch.backend_for(x) != "reference"

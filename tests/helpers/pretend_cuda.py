@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
-from pytest import MonkeyPatch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import functional as F
@@ -49,11 +49,27 @@ class Pretend(Tensor):
     def device(self) -> torch.device:
         return CUDA
 
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Pretend) -> None:
+        Tensor.data.__set__(self, value)
+        self.held = value.held
+
     def data_ptr(self) -> int:
         return self.held.data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.held.untyped_storage()
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """As for any tensor, but torch would copy lists to the device behind the mode's back."""
+        return super().__getitem__(_without_lists(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(_without_lists(index), value)
 
     def __repr__(self) -> str:
         return f"Pretend({self.held!r})"
@@ -61,6 +77,11 @@ class Pretend(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return _run(func, args, kwargs or {})
+
+
+def _without_lists(index: Any) -> tuple:
+    each = index if isinstance(index, tuple) else (index,)
+    return tuple(torch.tensor(at) if isinstance(at, list) else at for at in each)
 
 
 class _Mode(TorchDispatchMode):
@@ -387,7 +408,9 @@ def _grad(
     ends = [_edge(t) for t in inputs]
     found = _walk([(*_edge(t), g) for t, g in zip(outputs, grad_outputs, strict=True)], ends)
     each = [found.get(end) for end in ends]
-    return tuple(torch.zeros_like(t) if g is None and materialize_grads else g for g, t in zip(each, inputs, strict=True))
+    return tuple(
+        torch.zeros_like(t) if g is None and materialize_grads else g for g, t in zip(each, inputs, strict=True)
+    )
 
 
 def _backpropagate(output: Tensor, cotangent: Tensor, taps: Taps, visit: Callable, retain_graph: bool) -> None:
@@ -401,6 +424,14 @@ def _backpropagate(output: Tensor, cotangent: Tensor, taps: Taps, visit: Callabl
         _walk([(output.grad_fn, output.output_nr, cotangent)], [(node, 0) for node in taps.last], meet)
 
 
+def _made(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def made(data: Any, *args: Any, device: Any = None, **options: Any) -> Tensor:
+        found = create(data, *args, **options)
+        return found if device is None else found.to(device)
+
+    return made
+
+
 @contextmanager
 def pretended(kernel: str = "math") -> Iterator[None]:
     """A context in which CUDA seems to exist. Attention takes ``kernel``: math, efficient, flash or cudnn.
@@ -408,9 +439,11 @@ def pretended(kernel: str = "math") -> Iterator[None]:
     The ops run on the CPU's kernels, and the planner chooses as for an H100.
     """
     torch._C._ensureCUDADeviceGuardSet()
-    with MonkeyPatch.context() as patch, _Mode():
+    with pytest.MonkeyPatch.context() as patch, _Mode():
         patch.setattr(recorder, "backpropagate", _backpropagate)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        for name in ("tensor", "as_tensor"):  # these copy to the device behind the mode's back
+            patch.setattr(torch, name, _made(getattr(torch, name)))
         patch.setattr(torch.autograd, "grad", _grad)
         patch.setattr(F, "scaled_dot_product_attention", _sdpa(kernel))
         patch.setattr(dispatch, "gpu_backend", lambda: "cuda")
