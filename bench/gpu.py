@@ -6,8 +6,8 @@ Every backend that runs on the device is first compared with float64: each op on
 dtype, torch's own checks of the operators, and whole networks. Then CUDA events time the ceilings of the card, single
 layers by path, and whole networks: the network alone (floor), a training step, this library in float32, TF32 and
 bfloat16, and the peers that are installed. What a peer cannot do, and what is not timed for lack of memory or time, is
-left out with the reason. Any other failure is wrong: a wrong result, an error, or a network that this library refuses. The
-script writes gpu.json and gpu.md, and exits with status 1 if anything was wrong.
+left out with the reason. Any other failure is wrong: a wrong result, an error, or a network that this library refuses.
+The script writes gpu.json and gpu.md, and exits with status 1 if anything was wrong.
 """
 
 from __future__ import annotations

@@ -187,6 +187,10 @@ def example(shape: tuple[int, ...] | Tensor) -> Tensor:
     return shape if isinstance(shape, Tensor) else torch.randn(shape, generator=generator)
 
 
+@pytest.mark.slow_unless(
+    dtype=("torch.float64",), name=[name for name in LAYERS if "upsample" not in name and "pool" not in name]
+)
+@pytest.mark.slow_unless(dtype=("torch.bfloat16",), name=("conv", "batch norm", "group norm", "RMS norm"))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name: str, dtype: torch.dtype) -> None:
