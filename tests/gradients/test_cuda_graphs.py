@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from t2v_fast import FisherRecorder, UnsupportedError, fisher, ops
 from t2v_fast.gradients import graph
+from t2v_fast.gradients.owners import EACH, Owned
 from t2v_fast.gradients.ownership import nodes_of
 from t2v_fast.gradients.refusals import taps_of
 from t2v_fast.gradients.routes import routes_of
-from t2v_fast.gradients.rules import has_rule, unsupported_reason
+from t2v_fast.gradients.rules import factors_of, has_rule, unsupported_reason
 from t2v_fast.ops import planner
 
 N = 3
@@ -212,6 +213,21 @@ def test_what_only_cuda_builds() -> None:
         with pretended():
             found, _ = answers(moved(make().eval()), Pretend(example(shape)))
         assert any(what.endswith(node) for what in found.values())
+
+
+@pytest.mark.parametrize("kind", ["Cudnn", "Miopen"])
+def test_the_rule_of_a_batch_norm_reads_what_its_node_saves(kind: str) -> None:
+    """Nodes of AMD's library cannot be built here; the rule gets one with the same fields."""
+    name = f"{kind}BatchNormBackward0"
+    network, x, u = randomise_norms(nn.BatchNorm2d(4, eps=1e-2)).double(), example(IMAGES).double(), torch.randn(IMAGES)
+    node = SimpleNamespace(name=lambda: name, _saved_input=x, _saved_epsilon=1e-2, _saved_training=False)
+    node._saved_running_mean, node._saved_running_var = network.running_mean, network.running_var
+    want = per_example_squares(network, x, u[None])
+    for slot, parameter in ((1, "weight"), (2, "bias")):
+        use = graph.Use((parameter,), node, slot, (4,), (Owned(0, EACH),))
+        assert has_rule(use)
+        gradients = factors_of(use, [u.double()], N).gradients(0, N)
+        torch.testing.assert_close(gradients.square(), want[parameter])
 
 
 KERNELS = {"efficient": "Efficient", "flash": "Flash", "cudnn": "Cudnn"}
