@@ -7,7 +7,7 @@ entries of the node's output each example owns (:mod:`t2v_fast.gradients.owners`
 Where a node has no rule, or its rule does not handle a use, the node itself computes the gradients of one example after
 the other (:class:`~t2v_fast.gradients.factors.Called`). The result is as exact, and takes longer.
 
-This is the only file to edit for a new layer. It is long because it is a table, whose rules are independent of each other.
+This is the only file to edit for a new layer. It is long because it is a table, whose rules are independent.
 """
 
 from __future__ import annotations
