@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from t2v_fast.ops.gpu_specs import allows_tf32
 from t2v_fast.ops.reference import accumulate_dtype
 
 log = logging.getLogger(__name__)
@@ -48,9 +49,9 @@ def operand_type(dtype: torch.dtype) -> tl.dtype:
 def precision() -> str:
     """The precision of products of float32 values: exact, unless torch allows TF32.
 
-    ``torch.set_float32_matmul_precision("high")`` allows TF32. Narrower inputs are multiplied exactly in either mode.
+    Narrower inputs are multiplied exactly in either mode.
     """
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if allows_tf32() else "ieee"
 
 
 def on_device_of(t: Tensor) -> AbstractContextManager[object]:

@@ -49,16 +49,15 @@ def depthwise_kernel(
 
     out: [rows, O], or [chunks, O, kh kw].
     """
-    KERNEL, STRIDE, PAD, DILATION = WINDOW
     tiles_o = tl.cdiv(filters, BLOCK_O)
     chunk = tl.program_id(0) // tiles_o
     o = (tl.program_id(0) % tiles_o) * BLOCK_O + tl.arange(0, BLOCK_O)
     channel = o // filters_per_channel
     first = chunk * rows_per_chunk
     q = tl.zeros((BLOCK_O,), SUM)
-    for tap in range(KERNEL[0] * KERNEL[1]):
-        tap_h = tap // KERNEL[1]
-        tap_w = tap - tap_h * KERNEL[1]
+    for tap in range(WINDOW[0][0] * WINDOW[0][1]):
+        tap_h = tap // WINDOW[0][1]
+        tap_w = tap - tap_h * WINDOW[0][1]
         total = tl.zeros((BLOCK_O,), SUM)
         for m in range(first, tl.minimum(first + rows_per_chunk, rows)):
             g_row = g + tl.cast(m, tl.int64) * g_m
@@ -68,8 +67,8 @@ def depthwise_kernel(
                 p = start + tl.arange(0, BLOCK_P)
                 a = load_cotangents(g_row, o, p, filters, positions, out_width, g_o, g_h, g_w, FLAT_G)
                 out_h = p // out_width
-                h = out_h * STRIDE[0] - PAD[0] + tap_h * DILATION[0]
-                w = (p - out_h * out_width) * STRIDE[1] - PAD[1] + tap_w * DILATION[1]
+                h = out_h * WINDOW[1][0] - WINDOW[2][0] + tap_h * WINDOW[3][0]
+                w = (p - out_h * out_width) * WINDOW[1][1] - WINDOW[2][1] + tap_w * WINDOW[3][1]
                 inside = (p < positions) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
                 inside = (o < filters)[:, None] & inside[None, :]
                 b = tl.load(x_row + (channel * x_c)[:, None] + (h * x_h + w * x_w)[None, :], mask=inside, other=0.0)
@@ -80,7 +79,7 @@ def depthwise_kernel(
             else:
                 total = entry * entry
         if ELEMENTWISE:
-            place = (chunk.to(tl.int64) * filters + o) * (KERNEL[0] * KERNEL[1]) + tap
+            place = (chunk.to(tl.int64) * filters + o) * (WINDOW[0][0] * WINDOW[0][1]) + tap
             tl.store(out + place, total, mask=o < filters)
         else:
             q += total

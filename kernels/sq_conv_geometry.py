@@ -39,19 +39,22 @@ def load_patches(
     FLAT: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """The entries [p, d] of the patches; zero in the padding and outside the image."""
+    """The entries [p, d] of the patches; zero in the padding and outside the image.
+
+    WINDOW is (kernel, stride, padding, dilation). Kernels index it, because Triton 3.6 cannot take a tuple of constants
+    apart by assignment.
+    """
     inside = (p < positions)[:, None] & (d < columns)[None, :]
     if FLAT:  # a 1x1 kernel that visits all pixels in order: positions are pixels, columns are channels
         return tl.load(x + p[:, None] * x_w + d[None, :] * x_c, mask=inside, other=0.0)
-    KERNEL, STRIDE, PAD, DILATION = WINDOW
     tap = d // channels
     channel = d - tap * channels
-    tap_h = tap // KERNEL[1]
-    tap_w = tap - tap_h * KERNEL[1]
+    tap_h = tap // WINDOW[0][1]
+    tap_w = tap - tap_h * WINDOW[0][1]
     out_h = p // out_width
     out_w = p - out_h * out_width
-    h = (out_h * STRIDE[0] - PAD[0])[:, None] + (tap_h * DILATION[0])[None, :]
-    w = (out_w * STRIDE[1] - PAD[1])[:, None] + (tap_w * DILATION[1])[None, :]
+    h = (out_h * WINDOW[1][0] - WINDOW[2][0])[:, None] + (tap_h * WINDOW[3][0])[None, :]
+    w = (out_w * WINDOW[1][1] - WINDOW[2][1])[:, None] + (tap_w * WINDOW[3][1])[None, :]
     inside = inside & (h >= 0) & (h < height) & (w >= 0) & (w < width)
     return tl.load(x + h * x_h + w * x_w + (channel * x_c)[None, :], mask=inside, other=0.0)
 

@@ -31,6 +31,7 @@ from .sq_conv_geometry import (
 
 # The source of the tiles of K: the patches, the pixels' Gram matrix, or K itself in memory.
 PATCHES, PIXELS, STORED = 0, 1, 2
+LARGEST_GRID = 2**31 - 1  # most programs along the first axis of a grid
 LARGEST_WORKSPACE = 1 << 28  # most bytes of pixels' Gram matrices that are held at once
 
 
@@ -62,7 +63,6 @@ def gram_tile(
 
     ``gram`` is the pixels' Gram matrix where SOURCE is PIXELS (1), and K itself where it is STORED (2).
     """
-    KERNEL, STRIDE, PAD, DILATION = WINDOW
     tile = tl.zeros((BLOCK_P, BLOCK_P), SUM)
     if SOURCE == 2:
         inside = (i < positions)[:, None] & (j < positions)[None, :]
@@ -73,14 +73,14 @@ def gram_tile(
         j_h = j // out_width
         j_w = j - j_h * out_width
         pixels = height * width
-        for tap in range(KERNEL[0] * KERNEL[1]):
-            tap_h = tap // KERNEL[1]
-            down = tap_h * DILATION[0] - PAD[0]
-            right = (tap - tap_h * KERNEL[1]) * DILATION[1] - PAD[1]
-            h, w = i_h * STRIDE[0] + down, i_w * STRIDE[1] + right
+        for tap in range(WINDOW[0][0] * WINDOW[0][1]):
+            tap_h = tap // WINDOW[0][1]
+            down = tap_h * WINDOW[3][0] - WINDOW[2][0]
+            right = (tap - tap_h * WINDOW[0][1]) * WINDOW[3][1] - WINDOW[2][1]
+            h, w = i_h * WINDOW[1][0] + down, i_w * WINDOW[1][1] + right
             i_inside = (i < positions) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
             i_pixel = h * width + w
-            h, w = j_h * STRIDE[0] + down, j_w * STRIDE[1] + right
+            h, w = j_h * WINDOW[1][0] + down, j_w * WINDOW[1][1] + right
             j_inside = (j < positions) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
             place = i_pixel[:, None] * pixels + (h * width + w)[None, :]
             tile += tl.load(gram + place, mask=i_inside[:, None] & j_inside[None, :], other=0.0)
@@ -151,19 +151,20 @@ def gram_kernel(
 ):
     """Store the tiles of K, [N, groups, P, P]: whole, or folded into the upper triangle."""
     tiles = tl.cdiv(positions, BLOCK_P)
-    row = tl.program_id(1) // tiles
-    column = tl.program_id(1) % tiles
-    n = tl.program_id(0) // groups
-    group = tl.program_id(0) % groups
+    row = tl.program_id(0) % (tiles * tiles) // tiles
+    column = tl.program_id(0) % tiles
+    matrix = tl.program_id(0) // (tiles * tiles)
+    n = matrix // groups
+    group = matrix % groups
     i = row * BLOCK_P + tl.arange(0, BLOCK_P)
     j = column * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = (i < positions)[:, None] & (j < positions)[None, :]
-    out += tl.program_id(0).to(tl.int64) * positions * positions
+    out += matrix.to(tl.int64) * positions * positions
     place = i[:, None] * positions + j[None, :]
     if column >= row:
         tile = gram_tile(
             x + n.to(tl.int64) * x_n + group.to(tl.int64) * channels * x_c,
-            gram + tl.program_id(0).to(tl.int64) * height * width * height * width,
+            gram + matrix.to(tl.int64) * height * width * height * width,
             i,
             j,
             positions,
@@ -232,17 +233,18 @@ def quadratic_kernel(
 ):
     """g_i^T K[i, j] g_j for one pair of blocks, all cotangents and a share of the filters.  out [M, pairs, O]."""
     tiles = tl.cdiv(positions, BLOCK_P)
-    row = tl.program_id(1) // tiles
-    column = tl.program_id(1) % tiles
+    row = tl.program_id(0) % (tiles * tiles) // tiles
+    column = tl.program_id(0) % tiles
     if column >= row:
-        n = tl.program_id(0) // groups
-        group = tl.program_id(0) % groups
+        matrix = tl.program_id(0) // (tiles * tiles)
+        n = matrix // groups
+        group = matrix % groups
         i = row * BLOCK_P + tl.arange(0, BLOCK_P)
         j = column * BLOCK_P + tl.arange(0, BLOCK_P)
         size = positions if SOURCE == 2 else height * width
         tile = gram_tile(
             x + n.to(tl.int64) * x_n + group.to(tl.int64) * channels * x_c,
-            gram + tl.program_id(0).to(tl.int64) * size * size,
+            gram + matrix.to(tl.int64) * size * size,
             i,
             j,
             positions,
@@ -267,8 +269,8 @@ def quadratic_kernel(
             tile = 2 * tile
         pair = row * tiles - (row * (row - 1)) // 2 + column - row
         pairs = tiles * (tiles + 1) // 2
-        share = tl.cdiv(tl.cdiv(filters, BLOCK_O), tl.num_programs(2)) * BLOCK_O
-        begin = tl.program_id(2) * share
+        share = tl.cdiv(tl.cdiv(filters, BLOCK_O), tl.num_programs(1)) * BLOCK_O
+        begin = tl.program_id(1) * share
         for k in range(cotangents):
             m = (n + tl.cast(k, tl.int64) * examples).to(tl.int64)
             g_row = g + m * g_m + group.to(tl.int64) * filters * g_o
@@ -298,13 +300,23 @@ def gram_blocks(dtype: torch.dtype, filters: int, positions: int, columns: int) 
     )
 
 
+def gram_grid(geometry: ConvGeometry, block_p: int) -> tuple[int]:
+    """A program for each tile of each matrix, all along axis 0: the other axes of a grid end at 65,535 programs."""
+    programs = geometry.x.shape[0] * geometry.groups * triton.cdiv(geometry.positions, block_p) ** 2
+    if programs > LARGEST_GRID:
+        raise ValueError(
+            f"{programs:,} tiles of Gram matrices are more than a grid holds: use smaller batches or images"
+        )
+    return (programs,)
+
+
 def _gram(geometry: ConvGeometry, source: int, pixels: Tensor | None, fold: bool, blocks: tuple[int, ...]) -> Tensor:
     """K [N, groups, P, P], whole or folded."""
     _, block_p, block_d, warps, stages = blocks
     x, positions = geometry.x, geometry.positions
     out = x.new_empty((x.shape[0], geometry.groups, positions, positions), dtype=accumulate_dtype(x.dtype))
     with on_device_of(x):
-        gram_kernel[(x.shape[0] * geometry.groups, triton.cdiv(positions, block_p) ** 2)](
+        gram_kernel[gram_grid(geometry, block_p)](
             x,
             x if pixels is None else pixels,
             out,
@@ -334,7 +346,7 @@ def _quadratic(geometry: ConvGeometry, g: Tensor, source: int, gram: Tensor | No
     shares = min(max(shares, 1), triton.cdiv(filters, block_o))
     out = g.new_empty((g.shape[0], pairs, g.shape[1]), dtype=accumulate_dtype(g.dtype))
     with on_device_of(g):
-        quadratic_kernel[(x.shape[0] * groups, tiles**2, shares)](
+        quadratic_kernel[(*gram_grid(geometry, block_p), shares)](
             x,
             x if gram is None else gram,
             g,

@@ -1,6 +1,7 @@
 """One thread per process, Triton's interpreter, and which parametrisations of a test are slow."""
 
 import os
+from collections.abc import Iterator
 
 # Before anything imports torch or Triton. Several processes run the tests, each on a core of its own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,3 +21,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         quick = [marker.kwargs for marker in item.iter_markers("slow_unless")]
         if quick and not any(all(str(item.callspec.params[k]) in map(str, v) for k, v in q.items()) for q in quick):
             item.add_marker("slow")
+
+
+@pytest.fixture
+def tf32_by_backend() -> Iterator[None]:
+    """TF32 is allowed by the newer of torch's two settings, after which the older one cannot be read."""
+    import torch
+
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    with pytest.raises(RuntimeError):
+        torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision("highest")

@@ -35,8 +35,12 @@ class OnDevice {
   const Launch& operator*() const { return launch_; }
 
  private:
-  // Set by torch.set_float32_matmul_precision.
-  static bool tf32() { return at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST; }
+  // Set by torch.set_float32_matmul_precision or by torch.backends.cuda.matmul.fp32_precision. After the latter,
+  // float32MatmulPrecision() throws.
+  static bool tf32() {
+    return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+           at::Float32Precision::TF32;
+  }
 
 #ifndef T2V_EMULATED
   static int processors(int device) {

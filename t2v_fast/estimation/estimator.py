@@ -133,8 +133,8 @@ def fisher(
         level: For token models: ``"token"`` is the mean over tokens of each token's Fisher; ``"sequence"`` is the mean
             over sequences of a whole sequence's Fisher, which is the sum over its tokens. The standard error counts
             sequences in both.
-        channels_last: On a CPU, convert images [N, C, H, W] and convolution weights to that memory format, which is
-            faster. A network that fails with such inputs gets the original ones.
+        channels_last: On a CPU or a GPU, convert images [N, C, H, W] and convolution weights to that memory format,
+            which is faster. A network that fails with such inputs gets the original ones.
         progress: Show a progress bar.
         explain: Print, after the first batch, the path that each convolution and linear layer takes, its predicted
             cost and its measured cost (:mod:`t2v_fast.ops.planner`). Parameters without a predicted cost are left out;

@@ -12,6 +12,7 @@ part. Per-example gradients are computed at the taps, from the cotangents that r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -253,14 +254,18 @@ def backpropagate(
     """Run one backward pass of ``cotangent`` from ``output``, and call ``visit(node, cotangents)`` at each tap.
 
     ``cotangents`` has one entry for each output of the node, and at least one entry is not None. The pass computes no
-    weight gradient, and stops at the last taps.
+    weight gradient, and stops at the last taps. ``visit`` sees the caller's context variables.
     """
+
+    # Autograd calls the hooks of CUDA nodes on a thread of its own, where context variables have their defaults. Hooks
+    # of two devices may run at once, and only one thread at a time can be in a context: each call gets a copy.
+    context = copy_context()
 
     def hook(node: Node) -> Callable[[tuple[Tensor | None, ...]], None]:
         def pre(gradients: tuple[Tensor | None, ...]) -> None:
             if any(g is not None for g in gradients):
                 with torch.no_grad():
-                    visit(node, gradients)
+                    context.copy().run(visit, node, gradients)
 
         return pre
 
@@ -300,8 +305,8 @@ def fix_batch_norm_gradients(nodes: Iterable[Node]) -> None:
     for node in nodes:
         if node.name() != "NativeBatchNormBackward0":
             continue
-        shape = node._input_metadata[0].shape
-        if shape[0] != 1 or len(shape) != 4:
+        metadata = node._input_metadata[0]
+        if metadata.device.type != "cpu" or len(metadata.shape) != 4 or metadata.shape[0] != 1:
             continue
         node.register_prehook(partial(_in_format_of, node._saved_input))
 

@@ -206,8 +206,9 @@ _SAVED_DATA = {
     ("Mm", 0): "_saved_self",
     ("Bmm", 0): "_saved_self",
     ("Convolution", 0): "_saved_input",
-    ("NativeBatchNorm", 0): "_saved_input",
+    **{(f"{kind}BatchNorm", 0): "_saved_input" for kind in ("Native", "Cudnn", "Miopen")},
     ("NativeLayerNorm", 0): "_saved_input",
+    ("FusedRmsNorm", 0): "_saved_input",
     **{
         (layer, 0): "saved_tensors"
         for layer in ("OneDnnLinear", "MatrixConvolution", "WinogradConvolution", "StridedDepthwise", "BatchNorm")

@@ -270,6 +270,15 @@ def _layer_norm(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     return Product(tokens(g), tokens(node._saved_input), mean, scale, norm=use.direct)
 
 
+@register_rule("FusedRmsNormBackward0", knows=lambda use: use.slot > 0 and _before_axis(use, -len(use.shape)))
+def _rms_norm(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    """On CUDA, RMS norm is one node. On a CPU it is several elementwise nodes."""
+    axes, leading = len(use.shape), g.dim() - len(use.shape)
+    scale = use.node._saved_result1.reshape(*g.shape[:leading], 1)
+    g, x = (tokens_by_example(t.flatten(-axes), owner, n) for t in (g, use.node._saved_input))
+    return Product(g, x, None, tokens_by_example(scale, owner, n), norm=use.direct)
+
+
 # ---- matrix products
 
 

@@ -365,6 +365,27 @@ def _attention(node: Node, own: Owned, n: int) -> list[State | None] | None:
     return _broadcast(node, own, n)
 
 
+@selecting("ThnnFusedLstmCell", "ThnnFusedGruCell")
+def _recurrent_cell(node: Node, outputs: Mapping[int, Owner], n: int) -> list[State | None] | None:
+    """A step of a recurrent layer on a GPU: the gates of the input and of the state, a state, and biases."""
+    own = outputs[min(outputs)]
+    if not _is_axis(own) or own.axis != 0 or any(state != own for state in outputs.values()):
+        return None
+    return [own, own, own, *[SHARED] * (len(node.next_functions) - 3)]
+
+
+@selecting("CudnnRnn")
+def _cudnn_rnn(node: Node, outputs: Mapping[int, Owner], n: int) -> list[State | None] | None:
+    """Inputs and outputs are [T, N, I], or [N, T, I] with batch_first. States are [layers, N, H]."""
+    if node._saved_batch_sizes or not all(map(_is_axis, outputs.values())):
+        return None  # the sequences are packed, or some entries belong to nobody
+    axis, rows = 0 if node._saved_batch_first else 1, next(iter(outputs.values())).rows
+    if any(own != Owned(1 if number else axis, rows) for number, own in outputs.items()):
+        return None
+    weights = len(node.next_functions) - 3
+    return [Owned(axis, rows), *[SHARED] * weights, Owned(1, rows), Owned(1, rows)]
+
+
 @transfer("Repeat")
 def _repeat(node: Node, own: Owned, n: int) -> list[State] | None:
     whole, shape = output_shape(node), input_shape(node, 0)

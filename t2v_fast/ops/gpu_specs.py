@@ -87,12 +87,21 @@ def _card(name: str) -> Card:
     return fallback
 
 
+def allows_tf32() -> bool:
+    """Whether torch lets GPUs multiply float32 values in TF32.
+
+    ``torch.set_float32_matmul_precision("high")`` allows TF32. So does the newer setting,
+    ``torch.backends.cuda.matmul.fp32_precision = "tf32"``, after which the older one cannot be read.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def rate_of(dtype: torch.dtype) -> str:
     """The name of the rate at which kernels multiply ``dtype`` values: TF32 only where torch allows TF32."""
     if dtype == torch.float64:
         return "float64"
     if dtype == torch.float32:
-        return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        return "tf32" if allows_tf32() else "float32"
     return "half"
 
 

@@ -128,6 +128,12 @@ def test_tf32_is_used_where_it_is_allowed(precision: str) -> None:
     assert all(1e-5 < e < 2e-3 if precision == "high" else e < 2e-6 for e in errors)
 
 
+def test_tf32_is_allowed_by_the_newer_setting(tf32_by_backend: None) -> None:
+    with emulated.running():
+        errors = [conv_check(TILED, path, torch.float32)() for path in ("explicit", "gram", "elementwise")]
+    assert all(1e-5 < e < 2e-3 for e in errors)
+
+
 def test_a_whole_network() -> None:
     """A Fisher runs every op on the CUDA kernels."""
     torch.manual_seed(0)

@@ -55,6 +55,15 @@ def test_limits() -> None:
     assert card.seconds(gpu_specs.GpuWork(0, 0, 2039e9), "tf32") == 1
 
 
+def test_either_setting_allows_tf32(tf32_by_backend: None) -> None:
+    assert gpu_specs.rate_of(torch.float32) == "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert gpu_specs.rate_of(torch.float32) == "float32"
+    for precision, rate in {"high": "tf32", "medium": "tf32", "highest": "float32"}.items():
+        torch.set_float32_matmul_precision(precision)
+        assert gpu_specs.rate_of(torch.float32) == rate
+
+
 def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     class Cuda:
         """The attributes of a CUDA tensor that the planner reads."""

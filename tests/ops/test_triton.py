@@ -115,6 +115,12 @@ def precision(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.set_float32_matmul_precision(before)
 
 
+def test_either_setting_allows_tf32(tf32_by_backend: None) -> None:
+    assert launch.precision() == "tf32"
+    torch.set_float32_matmul_precision("highest")
+    assert launch.precision() == "ieee"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_candidate(dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +144,29 @@ def test_every_candidate(dtype: torch.dtype, precision: str, monkeypatch: pytest
                     if c is case or path == "explicit":
                         q = ops.sq_conv(x, g, *c.geometry, path)
                         assert_close(q, filter_sums(conv_gradients(c, x, g)), dtype, 42)
+
+
+def test_the_grid_of_many_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA limits the second and third axis of a grid to 65,535 programs. Launches are caught; nothing is computed."""
+    grids: list[tuple[int, ...]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]):
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(sq_conv_gram, "gram_kernel", Kernel())
+    monkeypatch.setattr(sq_conv_gram, "quadratic_kernel", Kernel())
+    x = torch.empty(2, 4, 1, 16_384, device="meta")
+    geometry = sq_conv_gram.ConvGeometry(x, sq_conv_gram.POINTWISE, 2)
+    blocks = (16, 64, 16, 8, 2)
+    sq_conv_gram._gram(geometry, sq_conv_gram.PATCHES, None, True, blocks)
+    sq_conv_gram._quadratic(geometry, torch.empty(2, 6, 1, 16_384, device="meta"), sq_conv_gram.PATCHES, None, blocks)
+    assert grids == [(2 * 2 * 256**2,), (2 * 2 * 256**2, 1)]
+    assert all(axis <= 65_535 for grid in grids for axis in grid[1:])
+    many = torch.empty(40_000, 4, 1, 16_384, device="meta")
+    with pytest.raises(ValueError, match="smaller batches"):
+        sq_conv_gram.gram_grid(sq_conv_gram.ConvGeometry(many, sq_conv_gram.POINTWISE, 1), 64)
 
 
 @pytest.mark.slow_unless(name=("3x3_strided",))
