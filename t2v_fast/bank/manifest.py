@@ -97,12 +97,11 @@ def parse_header(path: Path) -> dict[str, Any] | None:
 
 
 def write_header(folder: Path, first: Embedding) -> None:
-    """Write the header of a bank whose first embedding is ``first``, and its copy."""
+    """Write the header of a bank whose first embedding is ``first``."""
     header = {"fingerprint": first.fingerprint, "layers": [list(layer) for layer in first.layers]}
     header["sum"] = _header_digest(header)
     header |= {"format": FORMAT, "version": VERSION}
-    for name in (HEADER, HEADER_COPY):
-        write_atomically(folder / name, encode_header(header))
+    write_atomically(folder / HEADER, encode_header(header))
 
 
 def encode_header(header: dict[str, Any]) -> bytes:

@@ -127,6 +127,8 @@ class Bank:
                 if self._header is None:
                     write_header(self.folder, embeddings[0])
                     self._load_header()
+                    self._prepared = None  # the header has no copy yet
+                    self._prepare()
                 self._check_comparable(embeddings)
                 self._append(write_rows(self.folder, names, embeddings, self._ledger.rows, self._length))
             except OSError as error:
