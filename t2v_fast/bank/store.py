@@ -167,17 +167,16 @@ class Bank:
             raise KeyError(f"bank {self.folder}: task {task!r} {state}")
         done = self._ledger.done[task]
         with open(self._manifest, "rb") as file:
-            replaced = os.fstat(file.fileno()).st_ino != self._inode  # by a repair in between
             file.seek(done.start)
             line = file.read(done.length)
-        if replaced:
-            return self[task]
         try:
             record = parse_record(line)
             if record["task"] != task or record["row"] != done.row:
                 raise ValueError("its line was changed")
             return read_embedding(self.folder, self._header, record)
         except (KeyError, TypeError, ValueError) as error:
+            if os.stat(self._manifest).st_ino != self._inode:  # a repair replaced it in between
+                return self[task]
             raise BankError(
                 f"bank {self.folder}: task {task!r} is damaged: {error}; `t2v-fast bank repair` takes it out"
             ) from None

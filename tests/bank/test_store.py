@@ -434,6 +434,8 @@ def test_pickle_export(full: Bank, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "task2vec", module)
     files = sorted((tmp_path / "out").iterdir())
     assert [f.name for f in files] == ["%2Ehidden.p", *(f"t%2F{k} %25.p" for k in range(5))]
+    full.add(make("ü" * 500), make("ü" * 501))
+    assert export(full, tmp_path / "long", "pickle") == len(list((tmp_path / "long").iterdir())) == 8
     with open(files[1], "rb") as file:
         e = pickle.load(file)
     assert type(e) is Public
@@ -534,6 +536,14 @@ def test_commands(full: Bank, tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert "'t/0 %' is damaged" in text
     assert "'t/0 %' is damaged" in run("repair", folder)[1]
     assert run("verify", folder)[0] == 0
+    (full.folder / "bank.json").unlink()
+    status, text = run("verify", folder)
+    assert (status, "bank.json is missing" in text, "1 problem in" in text) == (1, True, True)
+    assert "restores" in run("ls", folder)[1]
+    assert "repaired: " in run("repair", folder)[1]
+    assert run("verify", folder) == (0, "all 5 tasks are whole\n")
+    full.fail("broken", "no such \x1b[31mimage\n")
+    assert run("failed", folder)[1] == "broken: no such \\x1b[31mimage\\x0a\n"
     assert run("ls", str(tmp_path / "nothing")) == (
         1,
         f"t2v-fast: error: {tmp_path / 'nothing'} is no bank: it has no manifest.jsonl\n",
