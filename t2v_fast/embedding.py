@@ -180,8 +180,9 @@ class Embedding:
             "meta": canonical_json(self.meta),
             "fingerprint": canonical_json(self.fingerprint),
         }
-        arrays = {"hessian": self.hessian, "scale": self.scale, "standard_error": self.standard_error}
-        arrays = {k: v for k, v in arrays.items() if v is not None}
+        arrays = {"hessian": self.hessian, "scale": self.scale}
+        if self.standard_error is not None:
+            arrays["standard_error"] = self.standard_error
         write_atomically(path, save(arrays, metadata={**header, CHECKSUM: _checksum(header, arrays)}))
 
     @classmethod
