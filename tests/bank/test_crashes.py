@@ -381,7 +381,8 @@ def test_locks_that_are_lost_leave_claims_and_one_writer(tmp_path: Path) -> None
 
 
 CHILD = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
 sys.path[:0] = {paths!r}
 from pathlib import Path
 from test_crashes import Bank, make
