@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import stat
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +20,24 @@ from .files import canonical_json, write_atomically
 
 FORMAT = "t2v-fast embedding"
 VERSION = 1
+CHECKSUM = "checksum"  # key of the metadata
+
+LONGEST_NAME = 1000  # characters of a task's name
+_BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_ACTS = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{_BIDI}]")
+
+
+def escaped(text: str) -> str:
+    """Return text that can be shown anywhere: what acts on a terminal or turns text around is written as an escape.
+
+    These are control characters, line separators, marks that set the direction of text, and halves of characters, which
+    stand for the bytes of a file name that is not UTF-8. All other text stays as it is.
+
+    Example:
+        >>> print(escaped("caf\u00e9 \x1b[31m\u202e"))
+        café \\x1b[31m\\u202e
+    """
+    return _ACTS.sub(lambda match: f"\\{f'x{ord(match[0]):02x}' if match[0] < 'Ā' else f'u{ord(match[0]):04x}'}", text)
 
 
 class FingerprintMismatch(ValueError):
@@ -137,7 +158,7 @@ class Embedding:
         return hashlib.sha256(canonical_json(self.fingerprint).encode()).hexdigest()[:12]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the embedding to a safetensors file.
+        """Write the embedding to a safetensors file, with a checksum of everything in it.
 
         An older file at ``path`` is replaced only once the new one is complete.
 
@@ -159,16 +180,23 @@ class Embedding:
             "meta": canonical_json(self.meta),
             "fingerprint": canonical_json(self.fingerprint),
         }
-        arrays = {"hessian": self.hessian, "scale": self.scale, "standard_error": self.standard_error}
-        write_atomically(path, save({k: v for k, v in arrays.items() if v is not None}, metadata=header))
+        arrays = {"hessian": self.hessian, "scale": self.scale}
+        if self.standard_error is not None:
+            arrays["standard_error"] = self.standard_error
+        write_atomically(path, save(arrays, metadata={**header, CHECKSUM: _checksum(header, arrays)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Embedding:
-        """Read a file that :meth:`save` wrote. Nothing in the file is unpickled or run.
+        """Read a file that :meth:`save` wrote, and compare it with its checksum, which files of old versions lack.
+
+        Nothing in the file is unpickled or run. If the name of the task has characters that act on a terminal, they are
+        replaced by :func:`escaped`, with a warning.
 
         Raises:
-            ValueError: For any other file; the message names the file.
+            ValueError: For any other file, and for what is no regular file, such as a pipe. The message names the file.
         """
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError(f"{path} is no regular file, as an embedding is")
         try:
             with safe_open(os.fspath(path), framework="numpy") as file:
                 header = file.metadata() or {}
@@ -183,15 +211,40 @@ class Embedding:
         try:
             if version != str(VERSION):
                 raise ValueError(f"its format version is {version!r}")
+            checksum = header.pop(CHECKSUM, None)
+            if checksum is not None and checksum != _checksum(header, arrays):
+                raise ValueError("it does not fit its checksum")
             return cls(
                 **arrays,
                 layers=tuple(tuple(layer) for layer in json.loads(header["layers"])),
                 num_examples=int(header["num_examples"]),
-                meta=json.loads(header["meta"]),
+                meta=_with_names_checked(json.loads(header["meta"]), path),
                 fingerprint=json.loads(header["fingerprint"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is a damaged embedding: {error}") from None
+
+
+def _checksum(header: dict[str, str], arrays: dict[str, np.ndarray]) -> str:
+    """Return the checksum of a file's metadata and of the names, types, shapes and bytes of its arrays."""
+    state = hashlib.blake2b(canonical_json(header).encode(), digest_size=16)
+    for name, array in sorted(arrays.items()):
+        state.update(canonical_json([name, array.dtype.str, array.shape]).encode())
+        state.update(np.ascontiguousarray(array).tobytes())
+    return state.hexdigest()
+
+
+def _with_names_checked(meta: Any, path: str | os.PathLike) -> Any:
+    """Return ``meta`` of a file, with the names of its task and family escaped where they need it."""
+    for key in ("task", "family"):
+        name = meta.get(key) if isinstance(meta, dict) else None
+        if isinstance(name, str):
+            if len(name) > LONGEST_NAME:
+                raise ValueError(f"its {key} has {len(name)} characters, expected at most {LONGEST_NAME}")
+            if (shown := escaped(name)) != name:
+                warnings.warn(f"{path}: the name of its {key} has control characters: {shown}", stacklevel=3)
+                meta[key] = shown
+    return meta
 
 
 def network_fingerprint(

@@ -33,7 +33,11 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
 
 
 def write_csv(path: str | os.PathLike, rows: Iterable[Sequence[str]]) -> None:
-    """Write rows of text as a CSV file, with :func:`write_atomically`."""
+    """Write rows of text as a CSV file, with :func:`write_atomically`.
+
+    Cells are written as they are. A spreadsheet takes a cell that begins with ``=``, ``+``, ``-`` or ``@`` for a
+    formula, so import files with names from others as text.
+    """
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_atomically(path, text.getvalue().encode())
@@ -45,6 +49,15 @@ def write_at(file: int, data: bytes, position: int) -> None:
     while view:
         written = os.pwrite(file, view, position)
         view, position = view[written:], position + written
+
+
+def write_file_at(path: str | os.PathLike, data: bytes, position: int) -> None:
+    """Write ``data`` to a file that exists, from byte ``position`` on, without waiting for the disk."""
+    file = os.open(path, os.O_WRONLY)
+    try:
+        write_at(file, data, position)
+    finally:
+        os.close(file)
 
 
 def sync_folder(folder: str | os.PathLike) -> None:

@@ -15,7 +15,7 @@ from embeddings import make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from t2v_fast.embedding import Embedding, FingerprintMismatch, check_comparable, stack
+from t2v_fast.embedding import Embedding, FingerprintMismatch, check_comparable, escaped, stack
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -132,6 +132,71 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         Embedding.load(path)
     safetensors.numpy.save_file({"hessian": np.ones(3)}, path, metadata={**header, "version": "1"})
     with pytest.raises(ValueError, match="damaged embedding"):
+        Embedding.load(path)
+
+
+def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """The file is refused, unless the bit is in the name of the checksum: then everything it covers is whole."""
+    path, e = tmp_path / "a.safetensors", make()
+    e.save(path)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        content = bytearray(whole)
+        content[place] ^= 1 << place % 8
+        path.write_bytes(bytes(content))
+        try:
+            back = Embedding.load(path)
+        except ValueError as error:
+            assert str(path) in str(error)  # noqa: PT017 (not every bit matters)
+            continue
+        for name in ("hessian", "scale", "standard_error"):
+            np.testing.assert_array_equal(getattr(back, name), getattr(e, name))
+        assert (back.layers, back.meta, back.fingerprint) == (e.layers, e.meta, e.fingerprint)
+    content = bytearray(whole)
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="damaged embedding: it does not fit its checksum"):
+        Embedding.load(path)
+
+
+def test_a_file_without_a_checksum(tmp_path: Path) -> None:
+    """As versions before the checksum wrote it."""
+    path, e = tmp_path / "a.safetensors", make()
+    e.save(path)
+    with safetensors.safe_open(path, framework="numpy") as file:
+        header, arrays = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    assert header.pop("checksum")
+    safetensors.numpy.save_file(arrays, path, metadata=header)
+    np.testing.assert_array_equal(Embedding.load(path).hessian, e.hessian)
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(ValueError, match=f"{path} is no regular file"):
+            Embedding.load(path)
+    make().save(tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert Embedding.load(tmp_path / "link").meta["task"] == "a"
+
+
+def test_names_that_would_act_on_a_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    for name, shown in (
+        ("\x1b[31mR", r"\x1b[31mR"),
+        ("a\u202eb\u2066", r"a\u202eb\u2066"),
+        ("a\nb\x9b\x7f", r"a\x0ab\x9b\x7f"),
+        ("\udcff", r"\udcff"),
+    ):
+        make(meta={"task": name, "family": name}).save(path)
+        with pytest.warns(UserWarning, match="has control characters"):
+            back = Embedding.load(path)
+        assert back.meta == {"task": shown, "family": shown}
+    for name in ("ünïcode 日本語", "a & <b>", "\u200d\u200c", "C:\\x"):
+        make(meta={"task": name}).save(path)
+        assert Embedding.load(path).meta["task"] == name == escaped(name)
+    make(meta={"task": "x" * 1001}).save(path)
+    with pytest.raises(ValueError, match="its task has 1001 characters, expected at most 1000"):
         Embedding.load(path)
 
 

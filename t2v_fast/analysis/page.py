@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..embedding import Embedding
+from ..embedding import Embedding, escaped
 from ..files import write_atomically
 from .distance import pdist
 from .plot import coordinates, family_style, layer_means
@@ -114,6 +114,8 @@ def write_map(
     """
     from plotly.offline import get_plotlyjs
 
+    names, title = [escaped(name) for name in names], escaped(title)
+    families = [escaped(family) for family in families] if families else None
     distances = pdist(embeddings, metric)
     distances = (distances + distances.T) / 2
     places = coordinates(distances)
@@ -142,7 +144,7 @@ def write_map(
         "families": kinds,
         "colours": [colour for colour, _ in styles],
         "symbols": [SYMBOLS[marker] for _, marker in styles],
-        "layers": embeddings[0].layer_names,
+        "layers": [escaped(name) for name in embeddings[0].layer_names],
         "range": [float(np.log10(positive.min())) - 0.2, float(np.log10(positive.max())) + 0.2]
         if positive.size
         else [],

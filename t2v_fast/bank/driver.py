@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..embedding import FingerprintMismatch, differences
+from ..embedding import FingerprintMismatch, differences, escaped
 from .engines import Engine, Factory, InProcess, Processes, Result, WorkerDied
 from .job import Job, WorkItem
 from .store import Bank
@@ -257,9 +257,9 @@ class _Display:
     def note(self, text: str) -> None:
         """Print a line above the bar, or to the error stream if there is no bar."""
         if self.enabled:
-            self.console.print(text, markup=False)
+            self.console.print(escaped(text), markup=False)
         else:
-            print(f"t2v-fast: {text}", file=sys.stderr)
+            print(f"t2v-fast: {escaped(text)}", file=sys.stderr)
 
     def __enter__(self) -> _Display:
         self.progress.start()

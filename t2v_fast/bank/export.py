@@ -14,10 +14,11 @@ from urllib.parse import quote
 import numpy as np
 
 from ..embedding import Embedding
-from .manifest import FIELDS, BankError
+from .manifest import FIELDS, BankError, digest
 from .store import Bank
 
 CHUNK = 256  # tasks in memory at once
+LONGEST_FILE_NAME = 200  # characters; most file systems take 255
 
 
 def export(bank: Bank, path: str | os.PathLike, form: str) -> int:
@@ -35,7 +36,8 @@ def export(bank: Bank, path: str | os.PathLike, form: str) -> int:
               fingerprint, layers, names, numbers of examples and ``meta``.
             - ``"parquet"``: a file with the same content, one row a task. Needs pyarrow.
             - ``"pickle"``: a folder with one file ``NAME.p`` a task, as Task2Vec's public code writes its
-              ``Embedding``. Characters of the name that do not belong in a file name are written %XX.
+              ``Embedding``. Characters of the name that do not belong in a file name are written %XX. A longer name
+              than 200 characters is cut, and a digest of it follows.
 
     Returns:
         The number of tasks.
@@ -123,9 +125,10 @@ def _pickle(bank: Bank, tasks: list[str], path: Path) -> None:
     path.mkdir()
     for task in tasks:
         name = quote(task, safe=" ()[]+,=@!")
-        (path / f"{name.replace('.', '%2E') if name.startswith('.') else name}.p").write_bytes(
-            public_pickle(bank[task])
-        )
+        name = name.replace(".", "%2E") if name.startswith(".") else name
+        if len(name) > LONGEST_FILE_NAME:
+            name = f"{name[:LONGEST_FILE_NAME]}-{digest(task.encode())}"
+        (path / f"{name}.p").write_bytes(public_pickle(bank[task]))
 
 
 def public_pickle(embedding: Embedding) -> bytes:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -141,7 +141,7 @@ class Index:
             shapes = [index.reference.shape, index.center.shape, index.axes.shape, index.points.shape[1:]]
             known = len(index.points) <= len(tasks) and names == _names_digest(tasks[: len(index.points)])
             kinds = {a.dtype for a in (index.reference, index.center, index.axes, index.points)}
-        except (OSError, ValueError, KeyError, IndexError, EOFError, AttributeError, zipfile.BadZipFile):
+        except Exception:  # readers of zip archives and arrays raise many errors for damaged files
             return None
         if not known or index.metric != metric or kinds != {np.dtype(np.float32)}:
             return None
@@ -154,12 +154,14 @@ class Index:
 def stored_index(folder: Path, tasks: Sequence[str], vectors: np.ndarray, metric: str) -> Index:
     """Return the index that a bank keeps for a metric; it is made, or extended to all tasks, where that is needed."""
     path = index_path(folder, metric)
-    index = Index.load(path, tasks, metric, vectors.shape[1]) or Index(vectors, metric)
-    if len(index) < len(tasks) or not path.exists():
+    stored = Index.load(path, tasks, metric, vectors.shape[1])
+    index = stored or Index(vectors, metric)
+    if len(index) < len(tasks) or stored is None:
         # Axes that were fitted to less than a tenth of the tasks may miss how the other tasks differ.
         index = Index(vectors, metric) if len(tasks) > 10 * len(index) else index
         index.extend(vectors)
-        index.save(path, tasks)
+        with contextlib.suppress(OSError):  # a full disk or a read-only folder: the index is made again next time
+            index.save(path, tasks)
     return index
 
 

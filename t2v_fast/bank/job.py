@@ -15,6 +15,7 @@
 
 ``probe`` is a name for :func:`t2v_fast.load_probe`, or a mapping: ``weights`` are the probe's weights (``default``,
 ``none`` or a file), ``head`` is the name of its last linear layer, and ``size`` is the side of the images in pixels.
+``none`` asks for random weights, which depend on the setting ``seed`` alone.
 
 ``settings`` are the options of :class:`t2v_fast.tasks.settings.Settings`, except ``progress``. Among them, ``head`` is
 the method that fits the head of a task. In addition, ``skip_unreadable: true`` leaves out images that cannot be read.
@@ -33,6 +34,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ..tasks import probe as probes
@@ -91,7 +93,11 @@ class Job:
         """The pipeline that embeds the tasks. Raises JobError for settings that do not fit the probe."""
         options = dict(self.probe)
         size = options.pop("size", None)
-        probe = probes.load_probe(**options)
+        seed = self.settings.get("seed", 0)
+        with torch.random.fork_rng(devices=[]):
+            # Random weights are the same at every start and in every worker, or a job could not be resumed.
+            torch.manual_seed(seed if isinstance(seed, int) else 0)
+            probe = probes.load_probe(**options)
         try:
             if size is not None:
                 probe.preprocessing = probe.preprocessing.sized(size)

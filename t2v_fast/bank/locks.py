@@ -13,6 +13,7 @@ try:
 except ImportError:  # not a POSIX system: opening a bank raises an error, and everything else works
     fcntl = None  # type: ignore[assignment]
 AVAILABLE = fcntl is not None
+WRITER = 0  # byte that the one process that is writing locks
 
 
 class Locks:
@@ -22,20 +23,31 @@ class Locks:
     a data loader's worker that outlives its parent must not keep the parent's claims. They have two traps. They do not
     distinguish threads, and closing *any* descriptor of the file drops all of a process's locks on it. So a process has
     one object for each file and never closes it.
+
+    If somebody removes the file, the next lock goes to a new file. The process then locks its claims there too.
     """
 
     _all: ClassVar[dict[tuple[int, int, int], Locks]] = {}
+    _latest: ClassVar[dict[tuple[int, Path], Locks]] = {}  # the last object for each path
     _making = threading.Lock()
 
     @classmethod
     def of(cls, path: Path) -> Locks:
         """Return this process's one object for a file, which is made if it is missing."""
-        path.touch()
-        status = path.stat()
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            path.touch()
+            status = path.stat()
         with cls._making:
             key = (os.getpid(), status.st_dev, status.st_ino)  # a forked process starts anew: it inherits no locks
             if key not in cls._all:
                 cls._all[key] = cls(path)
+                former = cls._latest.get((os.getpid(), path))
+                cls._latest[os.getpid(), path] = cls._all[key]
+                for offset in former._held if former else ():
+                    if offset != WRITER:
+                        cls._all[key].acquire(offset, wait=False)
             return cls._all[key]
 
     def __init__(self, path: Path) -> None:

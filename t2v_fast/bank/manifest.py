@@ -2,28 +2,33 @@
 
 A record has one of three states. ``done`` names the row of a finished task and the checksums of its arrays, ``failed``
 holds an error, and ``open`` withdraws whatever an earlier record of the task said.
+
+Each of the two files has a copy. A record goes to the copy of the manifest once the manifest is on the disk, so the
+copy is never ahead. A copy that has more lines than the manifest proves that the manifest lost lines.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..embedding import Embedding
-from ..files import canonical_json, sync_folder, write_at, write_atomically
+from ..embedding import LONGEST_NAME, Embedding
+from ..files import canonical_json, write_at, write_atomically, write_file_at
 
 FORMAT = "t2v-fast bank"
 VERSION = 1
 FIELDS = ("hessian", "scale", "standard_error")
-LONGEST_NAME = 1000  # characters of a task's name
+HEADER, HEADER_COPY = "bank.json", "bank.copy.json"
+MANIFEST, MANIFEST_COPY = "manifest.jsonl", "manifest.copy.jsonl"
+ADVICE = "`t2v-fast bank repair` restores what the other files still say"
 
 
 class BankError(ValueError):
@@ -52,27 +57,42 @@ def digest(data: bytes) -> str:
 # The header
 
 
+class NewerBank(BankError):
+    """The bank was written by a newer version, so it is not damaged."""
+
+
 def read_header(folder: Path) -> dict[str, Any] | None:
     """Return the fingerprint and layers that all embeddings share, or None if the bank has no header yet."""
-    path = folder / "bank.json"
+    header = parse_header(folder / HEADER)
+    # The copy is written after the original, which may have been written after the first look.
+    if header is None and (folder / HEADER_COPY).exists() and (header := parse_header(folder / HEADER)) is None:
+        raise BankError(f"{folder / HEADER} is missing, but its copy is there; {ADVICE}")
+    return header
+
+
+def parse_header(path: Path) -> dict[str, Any] | None:
+    """Return the header in a file, or None if there is no such file. Raises BankError for a damaged one."""
     try:
         header = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
-        raise BankError(f"{path} is damaged: {printable(error)}") from None
+        raise BankError(f"{path} is damaged: {printable(error)}; {ADVICE}") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise BankError(f"{path} does not belong to a bank of t2v-fast")
-    if header.get("version") != VERSION:
-        raise BankError(f"{path} has version {header.get('version')!r}, this t2v-fast reads {VERSION}: upgrade it")
+        raise BankError(f"{path} does not belong to a bank of t2v-fast; {ADVICE}")
+    version = header.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise NewerBank(f"{path} has version {version!r}, this t2v-fast reads {VERSION}: upgrade it")
     try:
+        if version != VERSION or isinstance(version, bool):
+            raise ValueError(f"its version is {version!r}")
         if header.get("sum") != _header_digest(header):
             raise ValueError("its checksum does not fit")
         # The checks of an embedding are the checks of a header.
         ones = np.ones(header["layers"][-1][2])
         Embedding(ones, ones, header["layers"], 1, fingerprint=header["fingerprint"])
     except (LookupError, TypeError, ValueError, OverflowError, MemoryError, RecursionError) as error:
-        raise BankError(f"{path} is damaged: {printable(error)}") from None
+        raise BankError(f"{path} is damaged: {printable(error)}; {ADVICE}") from None
     return header
 
 
@@ -81,7 +101,12 @@ def write_header(folder: Path, first: Embedding) -> None:
     header: dict[str, Any] = {"fingerprint": first.fingerprint, "layers": [list(layer) for layer in first.layers]}
     header["sum"] = _header_digest(header)
     header |= {"format": FORMAT, "version": VERSION}
-    write_atomically(folder / "bank.json", json.dumps(header, sort_keys=True, indent=1).encode())
+    write_atomically(folder / HEADER, encode_header(header))
+
+
+def encode_header(header: dict[str, Any]) -> bytes:
+    """Return the text of ``bank.json``."""
+    return json.dumps(header, sort_keys=True, indent=1).encode()
 
 
 def _header_digest(header: dict[str, Any]) -> str:
@@ -89,15 +114,6 @@ def _header_digest(header: dict[str, Any]) -> str:
 
 
 # Records
-
-
-@dataclass(frozen=True)
-class Done:
-    """Where a finished task is: its row, and the place of its line in the manifest."""
-
-    row: int
-    start: int
-    length: int
 
 
 def encode_record(record: dict[str, Any]) -> bytes:
@@ -139,42 +155,99 @@ def parse_record(line: bytes) -> dict[str, Any]:
     return record
 
 
-def append_records(manifest: Path, records: Sequence[dict[str, Any]], end: int) -> None:
-    """Write the lines of ``records`` from byte ``end`` on, all or none, and wait for the disk."""
-    data = b"".join(map(encode_record, records))
-    new = not manifest.exists()
-    file = os.open(manifest, os.O_RDWR | os.O_CREAT, 0o666)
+@dataclass(frozen=True)
+class Done:
+    """Where a finished task is: its row, and the place of its line in the manifest."""
+
+    row: int
+    start: int
+    length: int
+
+
+class Ledger:
+    """What the records of a manifest say, taken up one after another."""
+
+    def __init__(self) -> None:
+        self.done: dict[str, Done] = {}
+        self.failed: dict[str, str] = {}
+        self.rows = 0  # rows that records name or named; the next embedding goes to this row
+
+    def apply(self, record: dict[str, Any], start: int = 0, length: int = 0) -> None:
+        """Take up a record of the manifest. Raises ValueError if it contradicts earlier ones."""
+        task, state = record["task"], record["state"]
+        if state == "open":
+            self.done.pop(task, None)
+            self.failed.pop(task, None)
+            return
+        if task in self.done:
+            raise ValueError(f"task {task!r} was finished before")
+        if state == "failed":
+            self.failed[task] = record["error"]
+            return
+        if record["row"] < self.rows:
+            raise ValueError(f"row {record['row']} is another task's")
+        self.failed.pop(task, None)
+        self.done[task] = Done(record["row"], start, length)
+        self.rows = record["row"] + 1
+
+
+def append_lines(folder: Path, lines: bytes, end: int) -> None:
+    """Write lines from byte ``end`` of the manifest on, all or none, wait for the disk, and add them to the copy.
+
+    The copy must be complete up to ``end``. This function does not wait for it: if the copy cannot be written, or is
+    lost in a power cut, the next writer completes it from the manifest.
+    """
+    file = os.open(folder / MANIFEST, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        os.ftruncate(file, end)  # a writer that died may have left half a line
+        if os.fstat(file).st_size != end:
+            os.ftruncate(file, end)  # a writer that died may have left half a line
         try:
-            write_at(file, data, end)
+            write_at(file, lines, end)
             os.fsync(file)
         except OSError:
             os.ftruncate(file, end)
             raise
     finally:
         os.close(file)
-    if new:
-        sync_folder(manifest.parent)
+    with contextlib.suppress(OSError):
+        write_file_at(folder / MANIFEST_COPY, lines, end)
 
 
-def drop_damaged_lines(manifest: bytes) -> tuple[bytes, list[str]]:
-    """Return the manifest without its damaged lines, and a sentence for each of them.
+def copy_size(folder: Path) -> int | None:
+    """Return the size of the manifest's copy, or None if there is no copy."""
+    try:
+        return os.stat(folder / MANIFEST_COPY).st_size
+    except FileNotFoundError:
+        return None
 
-    A damaged line may have withdrawn a finished task. So a second ``done`` record of a task gets an ``open`` record
-    before it.
+
+def lines_lost(manifest: bytes, copy: bytes) -> int:
+    """Return how many whole lines the copy has that the manifest lacks."""
+    if manifest.startswith(copy):
+        return 0
+    have = set(manifest.splitlines())
+    return sum(line not in have and is_record(line) for line in copy.splitlines())
+
+
+def is_residue(rest: bytes, start: int, copied: int | None) -> bool:
+    """Return whether a writer that died left the end of a manifest, of which the first line is damaged.
+
+    The copy has every line that was added. After a power cut it may lack the last ones, but these are whole.
+
+    Args:
+        rest: The end of the manifest.
+        start: The byte at which it starts.
+        copied: The size of the copy, or None if there is no copy.
     """
-    report: list[str] = []
-    kept: list[bytes] = []
-    states: dict[str, str] = {}
-    for number, line in enumerate(manifest.splitlines(keepends=True), 1):
-        try:
-            record = parse_record(line)
-        except ValueError as error:
-            report.append(f"line {number} of the manifest: {error}")
-            continue
-        if record["state"] == "done" and states.get(record["task"]) == "done":
-            kept.append(encode_record({"task": record["task"], "state": "open"}))
-        kept.append(line)
-        states[record["task"]] = record["state"]
-    return b"".join(kept), report
+    if copied is None or copied > start:
+        return False
+    return copied == start or not any(map(is_record, rest.splitlines()))
+
+
+def is_record(line: bytes) -> bool:
+    """Return whether a line is whole."""
+    try:
+        parse_record(line)
+    except ValueError:
+        return False
+    return True

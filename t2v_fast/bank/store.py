@@ -1,16 +1,19 @@
 """Bank: a folder of task embeddings that many processes can add to.
 
-======================  ============================================================================================
-``bank.json``           the header, which all embeddings share: fingerprint, layers and length D; written once
-``manifest.jsonl``      one line for each event of a task, with a checksum; lines are only ever appended
-``hessian.f64``         the Fisher vectors: row r is float64 [D] and starts at byte 8 D r
-``standard_error.f64``  the standard errors in the same rows, for tasks that have them
-``scale.f64``           the scales in the same rows; a constant scale is in the manifest instead
-``locks``               an empty file whose bytes are locked; the kernel releases the locks of a process that dies
-======================  ============================================================================================
+=======================  ===========================================================================================
+``bank.json``            the header, which all embeddings share: fingerprint, layers and length D; written once
+``manifest.jsonl``       one line for each event of a task, with a checksum; lines are only ever appended
+``hessian.f64``          the Fisher vectors: row r is float64 [D] and starts at byte 8 D r
+``standard_error.f64``   the standard errors in the same rows, for tasks that have them
+``scale.f64``            the scales in the same rows; a constant scale is in the manifest instead
+``bank.copy.json``       a second copy of the header
+``manifest.copy.jsonl``  a second copy of the manifest
+``locks``                an empty file whose bytes are locked; the kernel releases the locks of a process that dies
+=======================  ===========================================================================================
 
 A row counts only once the manifest names it, and it is on the disk before that. So a process may die at any moment:
-the next writer overwrites what it left half-written, and everything that was added stays.
+the next writer overwrites what it left half-written, and everything that was added stays. A bank from before there were
+copies gets them from the first writer (:mod:`t2v_fast.bank.recovery`).
 """
 
 from __future__ import annotations
@@ -24,26 +27,26 @@ from typing import Any
 
 import numpy as np
 
-from ..analysis.distance import METRICS
 from ..embedding import Embedding, FingerprintMismatch, differences_from
-from ..files import write_atomically
-from . import locks
-from .index import Index, index_path, scan, stored_index
-from .locks import Locks, task_offset
+from . import locks, recovery
+from .index import Index, scan, stored_index
+from .locks import WRITER, Locks, task_offset
 from .manifest import (
+    ADVICE,
+    MANIFEST,
     BankError,
-    Done,
-    append_records,
+    Ledger,
+    append_lines,
     check_name,
-    drop_damaged_lines,
+    copy_size,
+    encode_record,
+    is_residue,
     parse_record,
     printable,
     read_header,
     write_header,
 )
-from .rows import map_rows, read_row, write_rows
-
-WRITER = 0  # byte of the lock file that the one process that is writing locks
+from .rows import map_rows, read_embedding, write_rows
 
 
 class Bank:
@@ -79,11 +82,10 @@ class Bank:
 
     _header: dict[str, Any] | None
     _inode: int | None  # of the manifest
-    _read: int  # bytes of the manifest that were read so far
+    _prepared: int | None  # the manifest of which the copy was compared
+    _read: int  # bytes of the manifest that were read
     _lines: int
-    _rows: int  # rows in use, with those of tasks that were taken out
-    _done: dict[str, Done]
-    _failed: dict[str, str]
+    _ledger: Ledger
     _snapshot: tuple[tuple, list[str], np.ndarray] | None
     _indices: dict[str, tuple[tuple, Index]]
 
@@ -93,18 +95,17 @@ class Bank:
         self.folder = Path(folder)
         if create:
             self.folder.mkdir(parents=True, exist_ok=True)
-        elif not (self.folder / "manifest.jsonl").exists():
+        elif not recovery.is_bank(self.folder):
             raise BankError(f"{self.folder} is no bank: it has no manifest.jsonl")
         if not self.folder.is_dir():
             raise BankError(f"{self.folder} is no folder")
-        self._locks = Locks.of(self.folder / "locks")
         self._thread = threading.RLock()
         self._header = None
         self._forget()
         self.refresh()
 
     def __repr__(self) -> str:
-        return f"Bank({str(self.folder)!r}, {len(self)} tasks, {len(self._failed)} failed)"
+        return f"Bank({str(self.folder)!r}, {len(self)} tasks, {len(self._ledger.failed)} failed)"
 
     # Adding and reading
 
@@ -128,14 +129,17 @@ class Bank:
             check_name(name)
         with self._writing():
             for k, name in enumerate(names):
-                if name in self._done or name in names[:k]:
+                if name in self._ledger.done or name in names[:k]:
                     raise BankError(f"bank {self.folder}: task {name!r} is there already")
-            if self._header is None:
-                write_header(self.folder, embeddings[0])
-                self._load_header()
-            self._check_comparable(embeddings)
             try:
-                self._append(write_rows(self.folder, names, embeddings, self._rows, self._length))
+                self._prepare()
+                if self._header is None:
+                    write_header(self.folder, embeddings[0])
+                    self._load_header()
+                    self._prepared = None  # the header has no copy yet
+                    self._prepare()
+                self._check_comparable(embeddings)
+                self._append(write_rows(self.folder, names, embeddings, self._ledger.rows, self._length))
             except OSError as error:
                 some = names[0] if len(names) == 1 else f"{names[0]!r} to {names[-1]!r}"
                 raise OSError(
@@ -151,12 +155,12 @@ class Bank:
     def __len__(self) -> int:
         """Return the number of finished tasks."""
         self.refresh()
-        return len(self._done)
+        return len(self._ledger.done)
 
     def __contains__(self, task: object) -> bool:
         """Return whether a task is finished."""
         self.refresh()
-        return task in self._done
+        return task in self._ledger.done
 
     def __getitem__(self, task: str) -> Embedding:
         """Read one embedding and compare it with its checksums.
@@ -166,10 +170,11 @@ class Bank:
             BankError: If the embedding is damaged.
         """
         self.refresh()
-        if task not in self._done:
-            state = f"failed: {self._failed[task]}" if task in self._failed else "is not in it"
+        if task not in self._ledger.done:
+            failed = self._ledger.failed
+            state = f"failed: {failed[task]}" if task in failed else "is not in it"
             raise KeyError(f"bank {self.folder}: task {task!r} {state}")
-        done = self._done[task]
+        done = self._ledger.done[task]
         with open(self._manifest, "rb") as file:
             file.seek(done.start)
             line = file.read(done.length)
@@ -177,20 +182,11 @@ class Bank:
             record = parse_record(line)
             if record["task"] != task or record["row"] != done.row:
                 raise ValueError("its line was changed")
-            arrays = {
-                field: read_row(self.folder, field, done.row, self._length, checksum)
-                for field, checksum in record["sums"].items()
-            }
-            if "scale" not in arrays:
-                arrays["scale"] = np.full(self._length, record["scale"])
-            return Embedding(
-                **arrays,
-                layers=self.layers,
-                num_examples=record["examples"],
-                meta=record["meta"],
-                fingerprint=self.fingerprint or {},
-            )
+            assert self._header is not None  # it is written before the first task
+            return read_embedding(self.folder, self._header, record)
         except (KeyError, TypeError, ValueError) as error:
+            if os.stat(self._manifest).st_ino != self._inode:  # a repair replaced it in between
+                return self[task]
             raise BankError(
                 f"bank {self.folder}: task {task!r} is damaged: {error}; `t2v-fast bank repair` takes it out"
             ) from None
@@ -226,7 +222,7 @@ class Bank:
             moment = (self._inode, self._read)
             if self._snapshot is None or self._snapshot[0] != moment:
                 order = self._order()
-                rows = [self._done[task].row for task in order]
+                rows = [self._ledger.done[task].row for task in order]
                 count = rows[-1] + 1 if rows else 0
                 length = self._length if self._header else 0
                 array = map_rows(self.folder, "hessian", count, length) if rows else np.empty((0, length))
@@ -313,7 +309,7 @@ class Bank:
         """
         check_name(task)
         with self._writing():
-            if task in self._done:
+            if task in self._ledger.done:
                 raise BankError(f"bank {self.folder}: task {task!r} is finished, so it cannot have failed")
             self._append([{"task": task, "state": "failed", "error": printable(error)}])
 
@@ -321,7 +317,7 @@ class Bank:
     def failed(self) -> dict[str, str]:
         """The tasks that failed and were not retried since, with their errors."""
         self.refresh()
-        return dict(self._failed)
+        return dict(self._ledger.failed)
 
     def retry(self, tasks: Sequence[str] | None = None) -> list[str]:
         """Let failed tasks be claimed again.
@@ -336,96 +332,109 @@ class Bank:
             BankError: If one of the tasks has not failed.
         """
         with self._writing():
-            wanted = list(self._failed) if tasks is None else list(dict.fromkeys(tasks))
+            wanted = list(self._ledger.failed) if tasks is None else list(dict.fromkeys(tasks))
             for task in wanted:
-                if task not in self._failed:
+                if task not in self._ledger.failed:
                     raise BankError(f"bank {self.folder}: task {task!r} has not failed")
             self._append([{"task": task, "state": "open"} for task in wanted])
         return wanted
 
     def settled(self, task: str) -> bool:
         """Return whether a task is finished or has failed, without looking at the folder again."""
-        return task in self._done or task in self._failed
+        return task in self._ledger.done or task in self._ledger.failed
 
     def refresh(self) -> None:
         """Read what other processes have added. Methods that look tasks up do this first, except :meth:`settled`."""
         with self._thread:
             self._load_header()
             try:
-                file = open(self._manifest, "rb")  # noqa: SIM115 (a missing file is an empty bank)
-            except FileNotFoundError:
+                self._read_manifest()
+            except BankError:
+                # A repair, or a writer whose disk was full, may have replaced lines that were read before.
                 self._forget()
-                return
-            with file:
-                inode = os.fstat(file.fileno()).st_ino
-                if inode != self._inode:
-                    self._forget()
-                    self._inode = inode
-                file.seek(self._read)
-                data = file.read()
-            for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
-                self._lines += 1
-                try:
-                    self._apply(parse_record(line), self._read, len(line))
-                except ValueError as error:
-                    where = f"{self._manifest}, line {self._lines}"
-                    self._forget()
-                    raise BankError(f"{where}: {error}; `t2v-fast bank repair` keeps what is whole") from None
-                self._read += len(line)
+                self._read_manifest()
+
+    def _read_manifest(self) -> None:
+        copied = copy_size(self.folder) if self._inode is None else None  # first, because the manifest is ahead
+        try:
+            file = open(self._manifest, "rb")  # noqa: SIM115 (a missing file is an empty bank)
+        except FileNotFoundError:
+            self._forget()
+            recovery.check_not_lost(self.folder)
+            return
+        with file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._read:
+                copied = copy_size(self.folder)
+                self._forget()
+                self._inode = status.st_ino
+            file.seek(self._read)
+            data = file.read()
+        start = self._read
+        for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
+            try:
+                self._take_up(line)
+            except ValueError as error:
+                if is_residue(data[self._read - start :], self._read, copy_size(self.folder)):
+                    break
+                where = f"{self._manifest}, line {self._lines + 1}"
+                self._forget()
+                raise BankError(f"{where}: {error}; {ADVICE}") from None
+        if copied is not None and copied > self._read:
+            recovery.check_complete(self.folder)
+
+    def _take_up(self, line: bytes) -> None:
+        record = parse_record(line)
+        if record["state"] == "done":
+            self._load_header()  # written before the first line, but perhaps after the last look at the folder
+            if self._header is None:
+                raise ValueError("the bank has no bank.json, without which its rows cannot be read")
+        self._ledger.apply(record, self._read, len(line))
+        self._read += len(line)
+        self._lines += 1
 
     # Damage
 
     def verify(self) -> dict[str, str]:
-        """Read all embeddings and compare them with their checksums.
+        """Read all embeddings and all other files, and compare them with their checksums and copies.
 
         Returns:
-            The damaged tasks, with what is wrong with each.
+            What is wrong with each damaged task, by its name, and with each damaged file, by the file's name.
         """
-        damaged = {}
-        for task in self.tasks:
-            try:
-                self[task]
-            except BankError as error:
-                damaged[task] = str(error)
-        return damaged
+        return recovery.verify(self.folder)
 
     @classmethod
     def repair(cls, folder: str | os.PathLike) -> list[str]:
-        """Take damaged lines and embeddings out of the bank in ``folder``, so that their tasks can be run again.
+        """Restore the files of the bank in ``folder`` from each other, and take out embeddings that are damaged.
+
+        The tasks that were taken out can be run again. An embedding of which only the standard errors are damaged stays
+        without them. What a damaged text file held is kept beside it, and rows of embeddings are never removed.
 
         Returns:
-            One sentence for each thing that was taken out.
+            One sentence for each thing that was wrong.
 
         Raises:
-            BankError: If the folder is no bank, or ``bank.json`` is damaged: it has no second copy.
+            BankError: If the folder is no bank, or ``bank.json`` is damaged and has no copy, as in banks of older
+                versions.
         """
         folder = Path(folder)
-        manifest = folder / "manifest.jsonl"
-        if not manifest.exists():
+        if not recovery.is_bank(folder):
             raise BankError(f"{folder} is no bank: it has no manifest.jsonl")
-        held = Locks.of(folder / "locks")
-        held.acquire(WRITER)
-        try:
-            before = manifest.read_bytes()
-            after, report = drop_damaged_lines(before)
-            if after != before:
-                write_atomically(manifest, after)
-                for metric in METRICS:  # their rows may be written again
-                    index_path(folder, metric).unlink(missing_ok=True)
-        finally:
-            held.release(WRITER)
-        bank = cls(folder)
-        for task, error in bank.verify().items():
-            with bank._writing():
-                bank._append([{"task": task, "state": "open"}])
-            report.append(error)
+        report = recovery.mend_text_files(folder) + recovery.mend_rows(folder)
+        if report:
+            recovery.drop_indices(folder)
+        cls(folder)
         return report
 
     # Internals
 
     @property
     def _manifest(self) -> Path:
-        return self.folder / "manifest.jsonl"
+        return self.folder / MANIFEST
+
+    @property
+    def _locks(self) -> Locks:
+        return Locks.of(self.folder / "locks")
 
     @property
     def _length(self) -> int:
@@ -433,51 +442,42 @@ class Bank:
         return self._header["layers"][-1][2]
 
     def _order(self) -> list[str]:
-        return sorted(self._done, key=lambda task: self._done[task].row)
+        return sorted(self._ledger.done, key=lambda task: self._ledger.done[task].row)
 
     def _forget(self) -> None:
         """Drop everything that was read from the manifest."""
-        self._inode = None
-        self._read = self._lines = self._rows = 0
-        self._done, self._failed = {}, {}
-        self._snapshot, self._indices = None, {}
-
-    def _apply(self, record: dict[str, Any], start: int, length: int) -> None:
-        """Take up a record of the manifest. Raises ValueError if it contradicts earlier ones."""
-        task, state = record["task"], record["state"]
-        if state == "open":
-            self._done.pop(task, None)
-            self._failed.pop(task, None)
-            return
-        if task in self._done:
-            raise ValueError(f"task {task!r} was finished before")
-        if state == "failed":
-            self._failed[task] = record["error"]
-            return
-        self._load_header()  # written before the first line, but perhaps after the last look at the folder
-        if self._header is None:
-            raise ValueError("the bank has no bank.json, without which its rows cannot be read")
-        if record["row"] < self._rows:
-            raise ValueError(f"row {record['row']} is another task's")
-        self._failed.pop(task, None)
-        self._done[task] = Done(record["row"], start, length)
-        self._rows = record["row"] + 1
+        self._inode = self._prepared = None
+        self._read = self._lines = 0
+        self._ledger = Ledger()
+        self._snapshot = None
+        self._indices = {}
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Hold the writer's lock, with the manifest up to date."""
+        held = self._locks
         with self._thread:
-            self._locks.acquire(WRITER)
+            held.acquire(WRITER)
             try:
                 self.refresh()
                 yield
             finally:
-                self._locks.release(WRITER)
+                held.release(WRITER)
+
+    def _prepare(self) -> None:
+        """Complete the copies of the header and the manifest, unless this object has found them complete before."""
+        if self._prepared is None or self._prepared != self._inode or copy_size(self.folder) != self._read:
+            recovery.prepare(self.folder, self._read, self._ledger.rows, self._header)
+            self.refresh()
+            self._prepared = self._inode
 
     def _append(self, records: Sequence[dict[str, Any]]) -> None:
         if records:
-            append_records(self._manifest, records, self._read)
-            self.refresh()
+            self._prepare()
+            lines = list(map(encode_record, records))
+            append_lines(self.folder, b"".join(lines), self._read)
+            for line in lines:
+                self._take_up(line)
 
     def _load_header(self) -> None:
         if self._header is None:

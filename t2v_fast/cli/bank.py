@@ -12,8 +12,9 @@ from rich.text import Text
 
 from ..analysis.distance import METRICS
 from ..bank.export import FORMS, export
+from ..bank.recovery import is_bank, verify
 from ..bank.store import Bank
-from ..embedding import Embedding
+from ..embedding import Embedding, escaped
 from .common import console
 
 
@@ -40,8 +41,8 @@ def add_parser(commands: Any) -> None:
     nearest.add_argument("-k", type=int, default=10)
     nearest.add_argument("--metric", default="cosine", choices=METRICS)
     nearest.add_argument("--exact", action="store_true", help="measure all tasks, not only an index's candidates")
-    action("verify", _verify, "compare everything with its checksums")
-    action("repair", _repair, "take out what is damaged, so that it is run again")
+    action("verify", _verify, "compare everything with its checksums and copies")
+    action("repair", _repair, "restore files from each other, and take out what is damaged, so that it is run again")
 
 
 def _open(arguments: argparse.Namespace) -> Bank:
@@ -58,7 +59,7 @@ def _ls(arguments: argparse.Namespace) -> int:
 
 def _failed(arguments: argparse.Namespace) -> int:
     for task, error in _open(arguments).failed.items():
-        print(f"{task}: {error}")
+        print(escaped(f"{task}: {error}"))
     return 0
 
 
@@ -82,21 +83,26 @@ def _nearest(arguments: argparse.Namespace) -> int:
         query = Embedding.load(query)
     table = Table("task", arguments.metric)
     for task, d in bank.nearest(query, arguments.k, arguments.metric, exact=arguments.exact):
-        table.add_row(Text(task), f"{d:.4g}")
+        table.add_row(Text(escaped(task)), f"{d:.4g}")
     console.print(table)
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    if not is_bank(arguments.bank):
+        _open(arguments)  # says why
+    problems = verify(arguments.bank)  # also where the bank cannot be opened
+    for problem in problems.values():
+        print(escaped(problem))
+    if problems:
+        print(f"{len(problems)} problem{'s' * (len(problems) != 1)} in {escaped(str(arguments.bank))}")
+        return 1
     bank = _open(arguments)
-    damaged = bank.verify()
-    for error in damaged.values():
-        print(error)
-    print(f"{len(bank) - len(damaged)} of {len(bank)} tasks are whole")
-    return 1 if damaged else 0
+    print(f"all {len(bank)} tasks are whole")
+    return 0
 
 
 def _repair(arguments: argparse.Namespace) -> int:
     for line in Bank.repair(arguments.bank):
-        print(f"taken out: {line}")
+        print(f"repaired: {escaped(line)}")
     return 0

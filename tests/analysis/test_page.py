@@ -16,6 +16,7 @@ from embeddings import make
 from t2v_fast import cli
 from t2v_fast.analysis.distance import pdist
 from t2v_fast.analysis.page import write_map
+from t2v_fast.embedding import escaped
 
 NAMES = ["plain", "</script><b>bold</b>", "a & b", "ünïcode", "fifth"]
 
@@ -68,6 +69,22 @@ def test_everything_is_inside(page: Path) -> None:
         np.testing.assert_allclose([d for _, d in task["nearest"]], distances[k][order])
         want = [embeddings[k].layer(name).mean() for name in embeddings[k].layer_names]
         np.testing.assert_allclose([v or 0 for v in task["layers"]], want)
+
+
+def test_names_that_hide_or_turn_text(tmp_path: Path) -> None:
+    """Control characters and marks of direction are written as escapes, wherever a name goes."""
+    names = ["\x1b[31mR\u202e", "a\u2066b", "<img src=x onerror=alert(1)>\x00"]
+    layers = (("\u202estem", 0, 2), ("<b>\x07", 2, 5))
+    embeddings = [make(name, k, layers=layers) for k, name in enumerate(names)]
+    write_map(embeddings, names, tmp_path / "m.html", families=names, title="T\u202e\x1b")
+    elements = Elements()
+    elements.feed((tmp_path / "m.html").read_text())
+    assert not any(tag in ("img", "b") for tag, _ in elements.tags)
+    data = json.loads(elements.data)
+    assert [task["name"] for task in data["tasks"]] == [escaped(name) for name in names]
+    assert data["layers"] == [r"\u202estem", r"<b>\x07"]
+    assert r"<title>T\u202e\x1b</title>" in (tmp_path / "m.html").read_text()
+    assert not {"\x1b", "\x00", "\u202e", "\u2066"} & set(json.dumps(data, ensure_ascii=False))
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")

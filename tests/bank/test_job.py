@@ -82,6 +82,26 @@ def test_probe_and_settings(root: Path) -> None:
     assert next(pipeline.probe.network.parameters()).dtype == torch.float64
 
 
+def test_random_weights_are_the_same_at_every_start(root: Path) -> None:
+    """Or a job could not be resumed, nor have two workers."""
+    pytest.importorskip("torchvision", reason="this torch has no torchvision built for it")
+
+    def fingerprint(seed: int) -> str:
+        content = {
+            "probe": {"name": "torchvision/shufflenet_v2_x0_5", "weights": "none", "size": 32},
+            "settings": {"seed": seed},
+            "tasks": [{"folder": "flowers"}],
+        }
+        job = load_job(write_job(root / "job.yaml", content))
+        before = torch.random.get_rng_state()
+        with pytest.warns(UserWarning, match="random weights"):
+            weights = job.task2vec().fingerprint()["weights"]
+        assert torch.equal(before, torch.random.get_rng_state())
+        return weights
+
+    assert fingerprint(0) == fingerprint(0) != fingerprint(1)
+
+
 def test_saved_datasets(root: Path) -> None:
     datasets = pytest.importorskip("datasets")
     images, labels = shapes(12)
