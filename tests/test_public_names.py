@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from signatures import signature
+
+import t2v_fast
 
 NAMES: dict[str, dict[str, str | None]] = json.loads((Path(__file__).parent / "data" / "public_names.json").read_text())
 # Internals whose parameters changed, each with its reason; CHANGELOG.md says so to whoever calls them.
@@ -65,3 +69,14 @@ def test_a_former_module_warns_and_names_the_new_one() -> None:
     assert Model2Vec.__module__ == "t2v_fast.analysis.selection"
     with pytest.raises(ImportError, match="nothing_like_it"):
         from t2v_fast.selection import nothing_like_it  # noqa: F401
+
+
+def test_pickles_of_former_results_load() -> None:
+    ones = {"weight": torch.ones(2)}
+    former = t2v_fast.FisherDiagonal(ones, ones, "filter", "exact", 1, 2)
+    former.__dict__["values_"] = former.__dict__.pop("entries")
+    data = pickle.dumps(former, protocol=0).replace(b"t2v_fast.estimation.diagonal", b"t2v_fast.fisher")
+    with pytest.warns(DeprecationWarning, match="FisherDiagonal"):
+        found = pickle.loads(data)
+    assert found.entries.keys() == found.keys() == {"weight"}
+    assert found.vector().tolist() == [1, 1]
