@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import json
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from signatures import signature
 
 import t2v_fast
+from t2v_fast.tasks import stages
 
 NAMES: dict[str, dict[str, str | None]] = json.loads((Path(__file__).parent / "data" / "public_names.json").read_text())
 # Internals whose parameters changed, each with its reason; CHANGELOG.md says so to whoever calls them.
@@ -69,6 +74,49 @@ def test_a_former_module_warns_and_names_the_new_one() -> None:
     assert Model2Vec.__module__ == "t2v_fast.analysis.selection"
     with pytest.raises(ImportError, match="nothing_like_it"):
         from t2v_fast.selection import nothing_like_it  # noqa: F401
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_constants_of_a_former_module() -> None:
+    former = importlib.import_module("t2v_fast.task2vec")
+    assert (former.LEAST, former.MOST) == (stages.MIN_BATCH_SIZE, stages.MAX_BATCH_SIZE)
+    assert {"LEAST", "MOST", "PIXELS", "Task2Vec", "family_of"} <= set(dir(former))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_star_import_of_a_former_module() -> None:
+    names: dict[str, Any] = {}
+    exec("from t2v_fast.selection import *", names)
+    assert {"Model2Vec", "leep", "logme", "read_errors"} <= set(names)
+    assert "_Moved" not in names
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_patches_of_a_former_name_change_what_the_library_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    fisher, layers = stages.fisher, (torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    network = torch.nn.Sequential(*layers)
+    with mock.patch("t2v_fast.task2vec.fisher") as patched:
+        assert stages.fisher is patched
+    assert stages.fisher is fisher
+    with monkeypatch.context() as context:
+        context.setattr("t2v_fast.task2vec.load_probe", lambda name: t2v_fast.Probe(network))
+        assert t2v_fast.Task2Vec("nothing like it").probe.network is network
+        context.setattr("t2v_fast.task2vec.MOST", 3)
+        assert stages.MAX_BATCH_SIZE == 3
+    assert stages.load_probe is t2v_fast.load_probe
+    assert stages.MAX_BATCH_SIZE == 32
+
+
+def test_a_former_module_can_be_found() -> None:
+    assert importlib.util.find_spec("t2v_fast.shared").name == "t2v_fast.shared"
+
+
+def test_public_names_do_not_warn() -> None:
+    program = (
+        "import t2v_fast; from t2v_fast import *; from t2v_fast.distance import pdist; from t2v_fast.bank import Bank"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+    assert not done.stderr
 
 
 def test_pickles_of_former_results_load() -> None:
