@@ -6,10 +6,12 @@ import importlib
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from .analysis import plot
+from .analysis import distance, plot
 from .estimation.profiling import Profile
 
 # Former module: the modules that have its names now.
@@ -21,7 +23,6 @@ MOVED: dict[str, tuple[str, ...]] = {
     "cpu": ("gradients.fast_forward",),
     "cut": ("tasks.split_network",),
     "data": ("tasks.data",),
-    "distance": ("analysis.distance",),
     "distributed": ("tasks.distributed", "bank.ray_engine"),
     "export": ("bank.export",),
     "factors": ("gradients.factors",),
@@ -55,8 +56,14 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 # Former name of a function or class in a former module: its name now.
 RENAMED: dict[str, str] = {
+    "allocation.LEAST": "MIN_DRAWN",
+    "allocation.Need": "SamplingStats",
+    "allocation.everyone": "full_allocation",
+    "allocation.until": "sample_until",
     "factors.CHUNK": "MAX_GRADIENT_ENTRIES",
     "graph.mend_batch_norms": "fix_batch_norm_gradients",
+    "job.LEAST": "PROBE_MINIMUMS",
+    "job.Work": "WorkItem",
     "layers.FEW": "MAX_POINTWISE_PIXELS",
     "layers.LEAST": "MIN_MULTIPLICATIONS",
     "layers.MATRIX": "MAX_MATRIX_GROWTH",
@@ -65,36 +72,74 @@ RENAMED: dict[str, str] = {
     "ownership.ask": "probe_node",
     "ownership.call": "call_node",
     "rules.problem": "unsupported_reason",
-    "transfers.acted": "interacting_inputs",
-    "allocation.LEAST": "MIN_DRAWN",
-    "allocation.Need": "SamplingStats",
-    "allocation.everyone": "full_allocation",
-    "allocation.until": "sample_until",
-    "job.LEAST": "PROBE_MINIMUMS",
-    "job.Work": "WorkItem",
-    "task2vec.LEAST": "MIN_BATCH_SIZE",
-    "task2vec.PIXELS": "MAX_CPU_BATCH_PIXELS",
     "run.Here": "InProcess",
+    "task2vec.LEAST": "MIN_BATCH_SIZE",
+    "task2vec.MOST": "MAX_BATCH_SIZE",
+    "task2vec.PIXELS": "MAX_CPU_BATCH_PIXELS",
+    "transfers.acted": "interacting_inputs",
 }
 
 
 class _Moved(ModuleType):
-    """A former module, which looks its names up where they are now."""
+    """A former module, which looks its names up where they are now.
+
+    What is assigned to a name goes there, too, so that tests that patch a former name change what the library uses.
+    """
 
     def __init__(self, name: str, homes: tuple[str, ...]) -> None:
         super().__init__(f"t2v_fast.{name}", f"Now {' and '.join(f't2v_fast.{home}' for home in homes)}.")
-        self.__dict__["_homes"] = homes
+        self.__dict__.update(__spec__=ModuleSpec(self.__name__, None), __package__="t2v_fast")
+        self.__dict__.update(_homes=homes, _replaced={})
 
-    def __getattr__(self, key: str) -> Any:
-        if key.startswith("__"):
-            raise AttributeError(key)
+    def _places(self, key: str) -> Iterator[tuple[ModuleType, str]]:
+        """The modules that have a former name now, each with its name there."""
         name = RENAMED.get(f"{self.__name__.removeprefix('t2v_fast.')}.{key}", key)
         for home in self._homes:
             module = importlib.import_module(f"t2v_fast.{home}")
             if hasattr(module, name):
-                warnings.warn(f"{self.__name__}.{key} is now t2v_fast.{home}.{name}", DeprecationWarning, stacklevel=2)
-                return getattr(module, name)
+                yield module, name
+
+    def __getattr__(self, key: str) -> Any:
+        if key == "__all__":
+            return [name for name in dir(self) if not name.startswith("_")]
+        if key.startswith("__"):
+            raise AttributeError(key)
+        for module, name in self._places(key):
+            warnings.warn(f"{self.__name__}.{key} is now {module.__name__}.{name}", DeprecationWarning, stacklevel=2)
+            return getattr(module, name)
         raise AttributeError(f"neither {self.__name__} nor t2v_fast.{self._homes[0]} has a name {key!r}")
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        places = [] if key.startswith("__") else list(self._places(key))
+        if not places:
+            super().__setattr__(key, value)
+            return
+        found = [(module, name, getattr(module, name)) for module, name in places]
+        replaced = [place for place in found if place[2] is found[0][2]]  # another object is another thing
+        self._replaced.setdefault(key, []).append(replaced)
+        for module, name, _ in replaced:
+            setattr(module, name, value)
+
+    def __delattr__(self, key: str) -> None:
+        """Take an assignment back, which is what libraries for tests delete a name for."""
+        if not self._replaced.get(key):
+            super().__delattr__(key)
+            return
+        for module, name, former in self._replaced[key].pop():
+            setattr(module, name, former)
+
+    def __dir__(self) -> list[str]:
+        """The former names of what the modules define, besides those of any module."""
+        prefix = f"{self.__name__.removeprefix('t2v_fast.')}."
+        former = {new: old.removeprefix(prefix) for old, new in RENAMED.items() if old.startswith(prefix)}
+        names = set(object.__dir__(self))
+        for home in self._homes:
+            module = importlib.import_module(f"t2v_fast.{home}")
+            for name, value in vars(module).items():
+                own = name.isupper() or getattr(value, "__module__", None) == module.__name__
+                if own and not name.startswith("_"):
+                    names.add(former.get(name, name))
+        return sorted(names)
 
 
 def _save_roofline(self: Profile, path: str | os.PathLike) -> None:
@@ -111,6 +156,7 @@ def install() -> None:
     """Make the former modules importable. Folders that have a former module's name are not hidden by it."""
     Profile.save_roofline = _save_roofline  # type: ignore[attr-defined]
     package = sys.modules["t2v_fast"]
+    sys.modules.setdefault("t2v_fast.distance", distance)  # a public name: its functions are imported from there
     for name, homes in MOVED.items():
         if f"t2v_fast.{name}" not in sys.modules:
             module = sys.modules[f"t2v_fast.{name}"] = _Moved(name, homes)

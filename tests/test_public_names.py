@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import json
+import pickle
 import pkgutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 from signatures import signature
 
 import t2v_fast
+from t2v_fast.tasks import stages
 
 NAMES: dict[str, dict[str, str | None]] = json.loads((Path(__file__).parent / "data" / "public_names.json").read_text())
 # Internals whose parameters changed, each with its reason; CHANGELOG.md says so to whoever calls them.
@@ -78,3 +85,57 @@ def test_no_function_hides_a_module() -> None:
             if not info.name.startswith("_"):
                 module = importlib.import_module(f"{parent.__name__}.{info.name}")
                 assert getattr(parent, info.name) is module, module.__name__
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_constants_of_a_former_module() -> None:
+    former = importlib.import_module("t2v_fast.task2vec")
+    assert (former.LEAST, former.MOST) == (stages.MIN_BATCH_SIZE, stages.MAX_BATCH_SIZE)
+    assert {"LEAST", "MOST", "PIXELS", "Task2Vec", "family_of"} <= set(dir(former))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_star_import_of_a_former_module() -> None:
+    names: dict[str, Any] = {}
+    exec("from t2v_fast.selection import *", names)
+    assert {"Model2Vec", "leep", "logme", "read_errors"} <= set(names)
+    assert "_Moved" not in names
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_patches_of_a_former_name_change_what_the_library_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    fisher, layers = stages.fisher, (torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    network = torch.nn.Sequential(*layers)
+    with mock.patch("t2v_fast.task2vec.fisher") as patched:
+        assert stages.fisher is patched
+    assert stages.fisher is fisher
+    with monkeypatch.context() as context:
+        context.setattr("t2v_fast.task2vec.load_probe", lambda name: t2v_fast.Probe(network))
+        assert t2v_fast.Task2Vec("nothing like it").probe.network is network
+        context.setattr("t2v_fast.task2vec.MOST", 3)
+        assert stages.MAX_BATCH_SIZE == 3
+    assert stages.load_probe is t2v_fast.load_probe
+    assert stages.MAX_BATCH_SIZE == 32
+
+
+def test_a_former_module_can_be_found() -> None:
+    assert importlib.util.find_spec("t2v_fast.shared").name == "t2v_fast.shared"
+
+
+def test_public_names_do_not_warn() -> None:
+    program = (
+        "import t2v_fast; from t2v_fast import *; from t2v_fast.distance import pdist; from t2v_fast.bank import Bank"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+    assert not done.stderr
+
+
+def test_pickles_of_former_results_load() -> None:
+    ones = {"weight": torch.ones(2)}
+    former = t2v_fast.FisherDiagonal(ones, ones, "filter", "exact", 1, 2)
+    former.__dict__["values_"] = former.__dict__.pop("entries")
+    data = pickle.dumps(former, protocol=0).replace(b"t2v_fast.estimation.diagonal", b"t2v_fast.fisher")
+    with pytest.warns(DeprecationWarning, match="FisherDiagonal"):
+        found = pickle.loads(data)
+    assert found.entries.keys() == found.keys() == {"weight"}
+    assert found.vector().tolist() == [1, 1]

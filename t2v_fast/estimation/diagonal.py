@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,10 @@ class FisherDiagonal(Mapping[str, Tensor]):
         """Former name of ``entries``."""
         warnings.warn("FisherDiagonal.values_ is now FisherDiagonal.entries", DeprecationWarning, stacklevel=2)
         return self.entries
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled object, also one of the time when ``entries`` were called ``values_``."""
+        self.__dict__.update({"entries" if key == "values_" else key: value for key, value in state.items()})
 
     def relative_error(self) -> float:
         """Return the norm of ``estimator_error`` over the norm of the values, or NaN where there is none."""

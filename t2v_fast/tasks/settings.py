@@ -25,6 +25,11 @@ GROUPS = {
     "data": "data and caches",
     "running": "where and how the pipeline runs",
 }
+# What the mappings may hold: keywords of `fit_heads`, and of `variational_fisher` besides num_samples.
+NAMES_IN = {
+    "head_options": ("weight_decay", "max_iterations", "tolerance", "learning_rate", "epochs", "batch_size", "draws"),
+    "method_options": ("epochs", "beta", "learning_rate", "head_learning_rate", "num_samples", "progress"),
+}
 # Options that a job file refuses, each with the reason.
 NOT_IN_JOBS = {"progress": "a job shows the progress of all its tasks; `t2v-fast embed --quiet` turns that display off"}
 
@@ -310,6 +315,12 @@ class Settings:
             raise ValueError("method_options are for method='variational'")
         if self.feature_folder is not None and not self.skip_layers:
             raise ValueError("feature_folder is for what skipped layers make of the images: pass skip_layers, too")
+        for mapping, names in NAMES_IN.items():
+            for name, value in getattr(self, mapping).items():
+                if name not in names:
+                    raise ValueError(f"{mapping} has no {shown(name)}: expected some of {', '.join(names)}")
+                if isinstance(value, str) and name != "weight_decay":  # which may be CROSS_VALIDATED
+                    raise ValueError(f"{mapping}: {name} is {shown(value)}, expected a number")
 
     def as_dict(self) -> dict[str, Any]:
         """The options by name, as :class:`Task2Vec` takes them."""

@@ -17,8 +17,10 @@ from small import shapes, small_probe, write_folder
 from t2v_fast import Bank, Embedding, Task2Vec, cli
 from t2v_fast.bank.job import SETTINGS, JobError, load_job
 from t2v_fast.cli.options import flags_of, settings_of
+from t2v_fast.estimation.variational import variational_fisher
 from t2v_fast.tasks import probe as probes
-from t2v_fast.tasks.settings import GROUPS, NOT_IN_JOBS, OPTIONS, SettingError, Settings
+from t2v_fast.tasks.head import fit_heads
+from t2v_fast.tasks.settings import GROUPS, NAMES_IN, NOT_IN_JOBS, OPTIONS, SettingError, Settings
 
 # A value of each option that is not its default; as a command line has it; and options that go with it.
 OTHERS: dict[str, tuple[Any, str, dict[str, Any]]] = {
@@ -238,3 +240,39 @@ def test_fingerprints_of_the_faces_agree(settings: dict[str, Any], tmp_path: Pat
     assert plain.fingerprint == in_bank.fingerprint == by_command.fingerprint
     np.testing.assert_array_equal(in_bank.hessian, plain.hessian)
     np.testing.assert_array_equal(by_command.hessian, plain.hessian)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_options": {"weight": 1}}, "head_options has no 'weight': expected some of weight_decay, "),
+        ({"head_options": {"epochs": "x"}}, "head_options: epochs is 'x', expected a number"),
+        ({"method": "variational", "method_options": {"samples": 1}}, "method_options has no 'samples': expected some"),
+    ],
+)
+def test_names_within_mappings_that_do_not_exist(
+    options: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Settings(**options)
+    (tmp_path / "birds").mkdir()
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({"settings": options, "tasks": [{"folder": "birds"}]}))
+    with pytest.raises(JobError, match=re.escape(message)):
+        load_job(tmp_path / "job.yaml")
+    flags = []
+    for option, value in options.items():
+        pairs = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else [value]
+        for pair in pairs:
+            flags += [f"--{option.replace('_', '-')}", pair]
+    assert cli.main(["embed", str(tmp_path / "birds"), "--output", str(tmp_path / "out"), *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_names_within_mappings_are_those_of_the_functions() -> None:
+    head, robust = (set(inspect.signature(f).parameters) for f in (fit_heads, variational_fisher))
+    head -= {"features", "tasks", "likelihood", "method", "seed"}
+    robust -= {"model", "batches", "parameters", "head", "likelihood", "generator"}
+    assert {option: set(names) for option, names in NAMES_IN.items()} == {
+        "head_options": head,
+        "method_options": robust | {"num_samples"},
+    }
