@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import Model
 from small import shapes, small_probe, write_folder
-from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from t2v_fast import Bank, Task2Vec, cli
@@ -26,16 +26,6 @@ PICTURES_OF = {"distances.png", "roofline.png", "tree.svg", "map.html"}
 
 def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (DOCS / "guide" / f"{page}.md").read_text(), re.DOTALL)
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.fc = nn.Linear(4, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.conv(x).relu().mean((2, 3)))
 
 
 def names_of(page: str) -> dict[str, Any]:

@@ -8,22 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import Model
 from small import shapes, write_folder
-from torch import nn
 
 from t2v_fast import cli, demo
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.fc = nn.Linear(4, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.conv(x).relu().mean((2, 3)))
 
 
 def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

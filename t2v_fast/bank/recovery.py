@@ -49,16 +49,18 @@ def check_not_lost(folder: Path) -> None:
     copy = _read(folder / MANIFEST_COPY)
     # The manifest is the first file of a bank, so it may have been made after the first look, but before the others.
     if (copy or _has_rows(folder)) and not (folder / MANIFEST).exists():
-        found = "its copy" if copy else "rows of embeddings"
-        raise BankError(
-            f"{folder / MANIFEST} is missing, but {found} are there; {ADVICE}".replace("copy are", "copy is")
-        )
+        found = "its copy is" if copy else "rows of embeddings are"
+        raise BankError(f"{folder / MANIFEST} is missing, but {found} there; {ADVICE}")
 
 
 def check_complete(folder: Path) -> None:
     """Raise BankError if the copy of the manifest has lines that the manifest lacks."""
     copy = _read(folder / MANIFEST_COPY) or b""  # first, because the manifest is ahead
-    if lost := lines_lost(_read(folder / MANIFEST) or b"", copy):
+    _check_no_line_lost(folder, _read(folder / MANIFEST) or b"", copy)
+
+
+def _check_no_line_lost(folder: Path, manifest: bytes, copy: bytes) -> None:
+    if lost := lines_lost(manifest, copy):
         raise BankError(f"{folder / MANIFEST} lacks lines that its copy has ({lost}); {ADVICE}")
 
 
@@ -85,11 +87,10 @@ def prepare(folder: Path, end: int, rows: int, header: dict[str, Any] | None) ->
         if header is not None:
             set_rows_aside(folder, rows, header["layers"][-1][2])
         write_atomically(folder / MANIFEST_COPY, manifest)
-    elif lost := lines_lost(manifest, copy):
-        raise BankError(f"{folder / MANIFEST} lacks lines that its copy has ({lost}); {ADVICE}")
     elif manifest.startswith(copy):
         write_file_at(folder / MANIFEST_COPY, manifest[len(copy) :], len(copy))
     else:
+        _check_no_line_lost(folder, manifest, copy)
         write_atomically(folder / MANIFEST_COPY, manifest)
     if header is not None:
         try:

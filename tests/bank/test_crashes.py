@@ -17,23 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from crashes import Recorder, recording, states
+from embeddings import make_for_bank
 
 from t2v_fast import Bank, BankError, Embedding
 from t2v_fast.bank import recovery
 
 
 def make(task: str, seed: int = 0, length: int = 7, **changes) -> Embedding:
-    h = np.random.default_rng(seed).random(length)
-    options = {
-        "hessian": h,
-        "scale": np.ones(length),
-        "standard_error": h / 10,
-        "layers": (("a", 0, 3), ("b", 3, length)),
-        "num_examples": 5 + seed,
-        "meta": {"task": task, "note": "n" * 40},
-        "fingerprint": {"probe": "p"},
-    }
-    return Embedding(**{**options, **changes})
+    """An embedding whose line of the manifest is long enough to be torn in many places."""
+    return make_for_bank(task, seed, length, **{"meta": {"task": task, "note": "n" * 40}, **changes})
 
 
 def same(a: Embedding, b: Embedding) -> bool:

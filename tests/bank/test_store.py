@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from embeddings import make_for_bank as make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -27,20 +28,6 @@ from t2v_fast.bank.index import Index, scan
 from t2v_fast.bank.manifest import encode_record
 
 SPAWN = multiprocessing.get_context("spawn")
-
-
-def make(task: str, seed: int = 0, length: int = 7, **changes) -> Embedding:
-    h = np.random.default_rng(seed).random(length)
-    options = {
-        "hessian": h,
-        "scale": np.ones(length),
-        "standard_error": h / 10,
-        "layers": (("a", 0, 3), ("b", 3, length)),
-        "num_examples": 5 + seed,
-        "meta": {"task": task, "seconds": {"fisher": 0.5}},
-        "fingerprint": {"probe": "p"},
-    }
-    return Embedding(**{**options, **changes})
 
 
 def same(a: Embedding, b: Embedding) -> bool:
