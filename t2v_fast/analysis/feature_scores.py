@@ -312,8 +312,7 @@ def knn(features: np.ndarray, labels: np.ndarray, *, neighbours: int = 5) -> flo
 def linear_probe(features: np.ndarray, labels: np.ndarray, *, weight_decay: float = 1e-2, folds: int = FOLDS) -> float:
     """Compute the cross-validated log likelihood of a logistic regression on the features.
 
-    It is the dearest score of the table, since it fits ``folds`` regressions, and the one nearest to what a user does
-    with a feature extractor: fit a linear head. Features are standardised by the training part of each fold.
+    It is the score nearest to what a user does with a feature extractor: fit a linear head.
 
     Args:
         features: The network's features [N, D] of the task's images.
@@ -322,25 +321,48 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, *, weight_decay: floa
         folds: The number of folds; no more than the smallest class has images.
 
     Returns:
-        The mean log likelihood of the labels of held-out images, at most 0.
+        The mean over images of :func:`held_out_likelihoods`, at most 0.
 
     Raises:
         ValueError: As for :func:`h_score`, and for a class with one image.
+    """
+    return float(held_out_likelihoods(features, labels, weight_decay=weight_decay, folds=folds).mean())
+
+
+def held_out_likelihoods(
+    features: np.ndarray, labels: np.ndarray, *, weight_decay: float = 1e-2, folds: int = FOLDS
+) -> np.ndarray:
+    """Compute the log likelihood of each image's label under a linear head that was fitted without the image.
+
+    Features are standardised by the training part of each fold. The folds depend on the labels only, so two networks'
+    likelihoods for the same images can be compared in pairs.
+
+    Args:
+        features: As for :func:`linear_probe`.
+        labels: As for :func:`linear_probe`.
+        weight_decay: As for :func:`linear_probe`.
+        folds: As for :func:`linear_probe`.
+
+    Returns:
+        The log likelihoods [N].
+
+    Raises:
+        ValueError: As for :func:`linear_probe`.
     """
     linear_model, model_selection = _sklearn("linear_model"), _sklearn("model_selection")
     f, codes, _ = check_examples(features, labels, "features")
     smallest = int(np.bincount(codes).min())
     if smallest < 2:
         raise ValueError("a class has one image: a cross-validated head needs at least two images of each class")
-    likelihood = np.empty(len(f))
+    likelihoods = np.empty(len(f))
     split = model_selection.StratifiedKFold(min(folds, smallest), shuffle=True, random_state=0)
     for train, test in split.split(f, codes):
         mean, scale = f[train].mean(0), f[train].std(0) + 1e-3
         inverse = 1 / (weight_decay * len(train))
         model = linear_model.LogisticRegression(C=inverse, max_iter=1000).fit((f[train] - mean) / scale, codes[train])
         logs = model.predict_log_proba((f[test] - mean) / scale)
-        likelihood[test] = logs[np.arange(len(test)), codes[test]]
-    return float(np.maximum(likelihood, np.log(np.finfo(np.float64).tiny)).mean())
+        likelihoods[test] = logs[np.arange(len(test)), codes[test]]
+    return np.maximum(likelihoods, np.log(np.finfo(np.float64).tiny))
 
 
 @dataclass(frozen=True)
