@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,8 +109,8 @@ class ZooRanking:
         return json.dumps({**asdict(self), "explanation": self.explain()}, indent=2) + "\n"
 
     def rows(self) -> list[list[str]]:
-        """A table as text, header first."""
-        header = ["network", "probability of the label", "behind the best", "images", "s", "parameters", "outcome"]
+        """A table as text, header first: ``probability`` and ``behind`` are those of :class:`Entry`."""
+        header = ["network", "probability", "behind", "images", "seconds", "parameters", "outcome"]
         return [header, *(_row(entry) for entry in self.entries)]
 
 
@@ -141,8 +142,8 @@ def rank_zoo(
     Args:
         data: A task with one label an image, in any form that :meth:`t2v_fast.Task2Vec.embed` takes but an iterable:
             images are read by number.
-        networks: Names as for :func:`t2v_fast.load_probe`, or probes. A network that cannot be loaded is listed with
-            the reason.
+        networks: Names as for :func:`t2v_fast.load_probe`, ``"NAME=FILE"`` for the weights of a file, or probes. A
+            network that cannot be loaded is listed with the reason.
         budget: The share of the time to run all networks on all images that may be spent, above 0 and at most 1. The
             first round always runs.
         confidence: A network leaves if its score is more than so many standard errors below the leader's.
@@ -259,16 +260,23 @@ def _load(networks: Sequence[str | Probe], names: Sequence[str]) -> tuple[list[_
     runners, unavailable = [], []
     for given, name in zip(networks, names, strict=True):
         try:
-            probe = load_probe(given) if isinstance(given, str) else given
+            probe = _probe(given)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             unavailable.append(Entry(name, outcome="unavailable", reason=str(error).splitlines()[0]))
             continue
-        load = (lambda given=given: load_probe(given)) if isinstance(given, str) else (lambda probe=probe: probe)
-        runners.append(_Runner(name, load, sum(p.numel() for p in probe.network.parameters())))
+        runners.append(_Runner(name, partial(_probe, given), sum(p.numel() for p in probe.network.parameters())))
     if not runners:
         reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in unavailable)
         raise ValueError(f"no network can be loaded: {reasons or 'none was given'}")
     return runners, unavailable
+
+
+def _probe(given: str | Probe) -> Probe:
+    """Return the probe itself, or load ``NAME`` or ``NAME=FILE`` with the weights of the file."""
+    if isinstance(given, Probe):
+        return given
+    name, _, weights = given.partition("=")
+    return load_probe(name, weights or "default")
 
 
 def _labels(task: TaskData) -> np.ndarray:

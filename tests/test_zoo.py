@@ -104,19 +104,23 @@ def with_equal_pace(get):
 
 
 def test_what_cannot_be_loaded_is_listed(monkeypatch):
-    def load(name):
+    def load(name, weights):
         if name == "good":
+            assert weights == "own.safetensors"
             return probe("good", 0.0)
         raise RuntimeError(f"the default weights of {name!r} could not be had\nmore lines")
 
     monkeypatch.setattr(zoo, "load_probe", load)
-    ranking = rank_zoo(images(80), ["timm/nosuch", "good"])
-    assert [(e.name, e.outcome) for e in ranking.entries] == [("good", "finished"), ("timm/nosuch", "unavailable")]
+    ranking = rank_zoo(images(80), ["timm/nosuch", "good=own.safetensors"])
+    assert [(e.name, e.outcome) for e in ranking.entries] == [
+        ("good=own.safetensors", "finished"),
+        ("timm/nosuch", "unavailable"),
+    ]
     assert ranking.entries[1].reason == "the default weights of 'timm/nosuch' could not be had"
     assert "unavailable: the default weights" in ranking.rows()[2][-1]
     stored = json.loads(ranking.to_json())
-    assert stored["entries"][0]["name"] == "good"
-    assert "good gives held-out labels" in stored["explanation"]
+    assert stored["entries"][0]["name"] == "good=own.safetensors"
+    assert "good=own.safetensors gives held-out labels" in stored["explanation"]
     with pytest.raises(ValueError, match="no network can be loaded: timm/nosuch: the default"):
         rank_zoo(images(80), ["timm/nosuch"])
 
@@ -194,3 +198,36 @@ class iter_data:
 
     def __iter__(self):
         return zip(*self.data, strict=True)
+
+
+def test_the_command_writes_table_json_and_picture(tmp_path, monkeypatch, capsys):
+    from t2v_fast.cli import main
+
+    def load(name, weights):
+        if name.startswith("timm/"):
+            raise RuntimeError("the default weights could not be had")
+        return probe(name, {"good": 0.0, "blind": 20.0}[name])
+
+    monkeypatch.setattr(zoo, "load_probe", load)
+    monkeypatch.setenv("COLUMNS", "120")
+    folder = folder_of(tmp_path / "colours", 160)
+    outputs = [tmp_path / name for name in ("race.csv", "race.json", "race.png")]
+    arguments = ["select", str(folder), "--zoo", "good,blind,timm:nosuch", "--cache", str(tmp_path / "cache")]
+    assert main([*arguments, "--table", str(outputs[0]), "--save", str(outputs[1]), "--plot", str(outputs[2])]) == 0
+    out = capsys.readouterr().out
+    assert out.index("good") < out.index("blind")
+    assert "unavailable: timm/nosuch: the default weights could not be had" in out
+    assert "chance gives 0.250" in out
+    assert outputs[0].read_text().splitlines()[1].startswith("good,")
+    assert json.loads(outputs[1].read_text())["images"] == 160
+    with Image.open(outputs[2]) as picture:
+        assert picture.size[0] > 500
+    assert main(["select", str(folder)]) != 0
+    assert "give --errors with embeddings of tasks, or --zoo" in capsys.readouterr().err
+
+
+def test_a_race_without_scores_has_no_picture(tmp_path):
+    from t2v_fast.analysis.race_plot import race
+
+    with pytest.raises(ValueError, match="no network has a score"):
+        race([zoo.Entry("a", outcome="unavailable", reason="gone")], 3, tmp_path / "race.png")
