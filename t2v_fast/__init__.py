@@ -14,6 +14,7 @@ from .tasks.data import DataError, TaskData
 from .tasks.pipeline import Task2Vec
 from .tasks.precision import reduce_precision
 from .tasks.probe import Preprocessing, Probe, load_probe
+from .zoo import rank_zoo
 
 _moved.install()
 
@@ -38,5 +39,6 @@ __all__ = [
     "load_probe",
     "ops",
     "profile",
+    "rank_zoo",
     "reduce_precision",
 ]

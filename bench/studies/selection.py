@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,13 +21,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
+from scipy.stats import weightedtau
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.pages import markdown, replace_section
 from bench.studies.meta_task import EXPERT, TEST, TRAIN, MetaTask, meta_tasks
 from t2v_fast import Embedding, Task2Vec, load_probe
-from t2v_fast.analysis.distance import asymmetric_distance
+from t2v_fast.analysis.distance import asymmetric_distance, cdist
+from t2v_fast.analysis.feature_scores import SCORES, combine_terms
 from t2v_fast.analysis.selection import (
     PENALTY,
     Model2Vec,
@@ -36,7 +39,6 @@ from t2v_fast.analysis.selection import (
     nearest_expert,
     relative_error_increase,
 )
-from t2v_fast.analysis.transferability import leep, logme
 from t2v_fast.demo import DemoTask
 from t2v_fast.files import write_atomically
 from t2v_fast.tasks.head import fit_head
@@ -197,24 +199,31 @@ class Store:
         return expert
 
     def row(self, task: MetaTask, experts: dict[str, Expert]) -> dict[str, dict[str, float]]:
-        """Of one task and each expert: test error and the transferability scores; new experts are added."""
+        """Of one task and each expert: test error, and numbers or terms of every score; what is missing is added."""
         path, train = self.path("rows", task.name, "json"), self.data(task, TRAIN)
         stored = json.loads(path.read_text()) if path.exists() else {"digest": train.digest, "experts": {}}
         if stored["digest"] != train.digest:
             raise ValueError(f"{path} is of other images: remove it, or pass another --output")
-        if missing := [name for name in experts if name not in stored["experts"]]:
+        known = stored["experts"]
+        if missing := [name for name in experts if set(known.get(name, {}).get("scores", ())) != set(SCORES)]:
             test = self.data(task, TEST)
             x, held_out = prepare(train.images), prepare(test.images)
             labels, answers = torch.from_numpy(train.labels), torch.from_numpy(test.labels)
             for name in missing:
                 features, own = outputs(experts[name], x)
                 others, _ = outputs(experts[name], held_out)
-                stored["experts"][name] = {
+                inputs = {"features": features.double().numpy(), "probabilities": own.double().numpy()}
+                seconds, scores = {}, {}
+                for score, entry in SCORES.items():
+                    start = time.perf_counter()
+                    scores[score] = entry.function(inputs[entry.inputs], train.labels)
+                    seconds[score] = time.perf_counter() - start
+                known[name] = {
                     "error": test_error(
                         features, labels, others, answers, len(train.classes), self.settings.weight_decay
                     ),
-                    "leep": leep(own.double().numpy(), train.labels),
-                    "logme": logme(features.double().numpy(), train.labels),
+                    "scores": scores,
+                    "seconds": seconds,
                 }
             write_atomically(path, json.dumps(stored).encode())
             best = min(stored["experts"], key=lambda name: stored["experts"][name]["error"])
@@ -232,8 +241,8 @@ class Results:
     embeddings: list[Embedding]
     experts: list[int]  # the experts' own tasks
     errors: np.ndarray  # NaN where the task is the expert's own, as in the paper: it has seen its classes
-    leep: np.ndarray
-    logme: np.ndarray
+    scores: dict[str, np.ndarray]  # of each score, scaled over the experts that a task may use
+    seconds: dict[str, float]  # the median time of each score, for one task and expert, without the forward pass
 
     @property
     def mean_features(self) -> np.ndarray:
@@ -250,20 +259,60 @@ def fill(store: Store, task2vec: Task2Vec | None = None) -> Results:
     rows = [store.row(task, experts) for task in store.tasks]
     names = [task.name for task in store.tasks]
 
-    def table(kind: str) -> np.ndarray:
-        return np.array([[row[name][kind] for name in store.experts] for row in rows])
-
     own = np.array([[name == task for name in store.experts] for task in names])
+    errors = np.array([[row[name]["error"] for name in store.experts] for row in rows])
+    scores = {score: np.full(errors.shape, np.nan) for score in SCORES}
+    for score, table in scores.items():
+        for k, row in enumerate(rows):
+            terms = np.array([row[name]["scores"][score] for name in store.experts])
+            table[k, ~own[k]] = combine_terms(terms[~own[k]], score)
+    seconds = {
+        score: float(np.median([row[name]["seconds"][score] for row in rows for name in store.experts]))
+        for score in SCORES
+    }
     return Results(
         names,
         [task.family for task in store.tasks],
         [task.domain for task in store.tasks],
         [store.embedding(task, task2vec) for task in store.tasks],
         [names.index(name) for name in store.experts],
-        np.where(own, np.nan, table("error")),
-        table("leep"),
-        table("logme"),
+        np.where(own, np.nan, errors),
+        scores,
+        seconds,
     )
+
+
+def ranking_quality(errors: np.ndarray, scores: np.ndarray, floor: float) -> dict[str, float]:
+    """How well scores [T, E] order the experts of each task, in the mean over tasks.
+
+    ``tau`` is the weighted Kendall correlation of scores and accuracies, ``top-1`` the share of tasks whose best expert
+    has the highest score, and ``best of 3`` the increase of the error if the three highest are all tried.
+    """
+    tau, first, three = [], [], []
+    for error, score in zip(errors, scores, strict=True):
+        usable = np.flatnonzero(~np.isnan(error))
+        error, score = error[usable], score[usable]
+        tau.append(weightedtau(score, -error).statistic)
+        order = np.argsort(-score, kind="stable")
+        first.append(error[order[0]] == error.min())
+        three.append((error[order[:3]].min() - error.min()) / max(error.min(), floor))
+    return {"tau": float(np.nanmean(tau)), "top-1": float(np.mean(first)), "best of 3": float(np.mean(three))}
+
+
+def score_tables(results: Results) -> dict[str, np.ndarray]:
+    """The scores [T, E] of every way that orders all experts without errors of other tasks; higher is better."""
+    of_experts = [results.embeddings[k] for k in results.experts]
+    means = results.mean_features
+    centred = means - means.mean(0)
+    tables = {
+        "Task2Vec, symmetric": -cdist(of_experts, results.embeddings).T,
+        "Task2Vec, asymmetric": -asymmetric_distance(of_experts, results.embeddings).T,
+    }
+    for name, vectors in (("mean feature, cosine", means), ("mean feature, centred cosine", centred)):
+        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        tables[name] = unit @ unit[results.experts].T
+    # A task's own expert has no score, and is not available.
+    return tables | {name: np.nan_to_num(table, nan=-np.inf) for name, table in results.scores.items()}
 
 
 def increases(results: Results, settings: Settings) -> dict[str, np.ndarray]:
@@ -272,24 +321,15 @@ def increases(results: Results, settings: Settings) -> dict[str, np.ndarray]:
     available = ~np.isnan(errors)
     of_experts = [results.embeddings[k] for k in results.experts]
     found = compare(of_experts, results.embeddings, errors, floor=floor)
-    means = results.mean_features
-    centred = means - means.mean(0)
-    cosine = [u / np.linalg.norm(u, axis=1, keepdims=True) for u in (means, centred)]
-    by_distance = {
-        "mean feature, cosine": 1 - cosine[0][results.experts] @ cosine[0].T,
-        "mean feature, centred cosine": 1 - cosine[1][results.experts] @ cosine[1].T,
-        "LEEP": -results.leep.T,
-        "LogME": -results.logme.T,
-    }
     for penalty in (PENALTY / 10, PENALTY * 10):
         picks = leave_one_out(of_experts, results.embeddings, errors, Model2Vec(penalty=penalty))
         found[f"Model2Vec, penalty {penalty:g}"] = relative_error_increase(errors, picks, floor=floor)
     for alpha in (0.05, 0.5):
         picks = nearest_expert(asymmetric_distance(of_experts, results.embeddings, alpha=alpha), available)
         found[f"Task2Vec, asymmetric, alpha {alpha:g}"] = relative_error_increase(errors, picks, floor=floor)
-    for name, distances in by_distance.items():
-        picks = nearest_expert(distances, available)
-        found[name] = relative_error_increase(errors, picks, floor=floor)
+    for name, scores in score_tables(results).items():
+        if name not in found:
+            found[name] = relative_error_increase(errors, nearest_expert(-scores.T, available), floor=floor)
     return found
 
 
@@ -301,11 +341,19 @@ def report(results: Results, settings: Settings) -> str:
     spread = f"{best.min():.3f} to {best.max():.3f}, median {np.median(best):.3f}"
     winners = len(set(np.nanargmin(errors, axis=1).tolist()))
     found = increases(results, settings)
+    orders = [["ranked by", "weighted Kendall tau", "best expert first", "increase, best of 3", "ms a network"]]
+    for name, table in score_tables(results).items():
+        quality = ranking_quality(errors, table, 1 / settings.test_images)
+        cells = f"{quality['tau']:.3f}", f"{quality['top-1']:.2f}", f"{100 * quality['best of 3']:.1f} %"
+        orders.append([name, *cells, f"{1e3 * results.seconds[name]:.1f}" if name in results.seconds else "-"])
     return (
         f"{counts}; {settings.images} images to train a head on, {settings.test_images} to test it, "
         f"{settings.embedded_images} to embed a task (EfficientNet-Lite0 at {settings.size} pixels). Test error of "
         f"each task's best expert: {spread}; {winners} experts are the best for some task; where the best makes no "
-        f"error, one image's share ({1 / settings.test_images:g}) is divided by.\n\n{markdown(increase_rows(found))}"
+        f"error, one image's share ({1 / settings.test_images:g}) is divided by.\n\n"
+        f"{markdown(increase_rows(found))}\n\n"
+        f"The last column is the time of the score alone, on one thread. Before it, the network needs one forward pass "
+        f"over the task's {settings.images} images; the rows without a time need none.\n\n{markdown(orders)}"
     )
 
 

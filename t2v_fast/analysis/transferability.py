@@ -30,7 +30,7 @@ def leep(probabilities: np.ndarray, labels: np.ndarray) -> float:
         >>> round(leep(np.array([[0.5, 0.5], [0.5, 0.5]]), np.array([0, 1])), 4)  # log 0.5
         -0.6931
     """
-    theta, codes, classes = _examples(probabilities, labels, "probabilities")
+    theta, codes, classes = check_examples(probabilities, labels, "probabilities")
     if (theta < 0).any() or not np.allclose(theta.sum(1), 1, atol=1e-5):
         raise ValueError("probabilities: every row must be of numbers of at least 0 and sum to one")
     joint = np.eye(classes)[codes].T @ theta / len(theta)  # [C, Z]
@@ -58,7 +58,7 @@ def logme(features: np.ndarray, labels: np.ndarray, *, iterations: int = 100, to
     Raises:
         ValueError: If features are not finite, or there are fewer than two classes.
     """
-    f, codes, classes = _examples(features, labels, "features")
+    f, codes, classes = check_examples(features, labels, "features")
     n, d = f.shape
     u, s, _ = np.linalg.svd(f, full_matrices=False)
     sigma = np.square(s)
@@ -90,7 +90,7 @@ def logme(features: np.ndarray, labels: np.ndarray, *, iterations: int = 100, to
     return float(np.mean(evidence) / n)
 
 
-def _examples(values: np.ndarray, labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray, int]:
+def check_examples(values: np.ndarray, labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray, int]:
     """Return the values as float64 [N, D], the labels as codes from 0 to C - 1, and C."""
     values, labels = np.asarray(values, dtype=np.float64), np.asarray(labels)
     if values.ndim != 2 or not values.size or labels.shape != (len(values),):

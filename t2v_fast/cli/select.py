@@ -1,4 +1,4 @@
-"""``t2v-fast select``: choose an expert for a task, and measure what such choices cost."""
+"""``t2v-fast select``: choose an expert or a pretrained network for a task."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from rich.text import Text
 
 from ..analysis.distance import ALPHA, asymmetric_distance, pdist
 from ..files import write_csv
+from . import zoo
 from .common import add_embeddings, console, load_embeddings
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("select", help="which expert to use for a task, and what such choices cost")
+    parser = commands.add_parser("select", help="which expert or pretrained network to use for a task")
     add_embeddings(parser)
     parser.add_argument(
         "--errors",
         type=Path,
-        required=True,
         help="CSV of test errors: a column for each expert, named as the task that it was trained on; a row for each "
         "task; empty where an expert is not to be used",
     )
@@ -30,6 +30,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--alpha", type=float, default=ALPHA, help="of the asymmetric distance (default: %(default)s)")
     parser.add_argument("--floor", type=float, default=0.0, help="the smallest error by which increases are divided")
     parser.add_argument("--csv", type=Path, help="write the experts' distances from the tasks here")
+    zoo.add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -37,6 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the experts for each task, nearest first, and the cost of each way to choose."""
     from ..analysis import selection
 
+    if (arguments.zoo is None) == (arguments.errors is None):
+        raise ValueError("give --errors with embeddings of tasks, or --zoo with one folder of images")
+    if arguments.zoo is not None:
+        return zoo.run(arguments)
     names, loaded = load_embeddings(arguments.embeddings)
     known = dict(zip(names, loaded, strict=True))
     if len(known) < len(names):

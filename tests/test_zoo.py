@@ -1,0 +1,233 @@
+"""The race of networks for a task: its order, cost and refusals, and how it continues after an interruption."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from t2v_fast import zoo
+from t2v_fast.analysis.feature_scores import linear_probe
+from t2v_fast.tasks.data import DataError, TaskData
+from t2v_fast.tasks.probe import Preprocessing, Probe
+from t2v_fast.zoo import rank_zoo
+
+SIDE = 8
+
+
+class Sees(nn.Module):
+    """Features: the mean colours with noise that depends on the image alone, then a head."""
+
+    def __init__(self, noise: float, seed: int = 0) -> None:
+        super().__init__()
+        self.noise, self.calls = noise, 0
+        generator = torch.Generator().manual_seed(seed)
+        self.mix = nn.Parameter(torch.randn(3 * SIDE * SIDE, 6, generator=generator))
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, x):
+        self.calls += len(x)
+        colours = x.mean((2, 3))
+        hashed = torch.sin(30 * (x.flatten(1) @ self.mix))  # as good as random, the same each time
+        return self.head(torch.cat([colours, colours.square()], 1) + self.noise * hashed)
+
+
+def probe(name: str, noise: float, seed: int = 0) -> Probe:
+    # Images are taken as they come, a tensor [3, 8, 8].
+    return Probe(Sees(noise, seed), preprocessing=Preprocessing(resize=SIDE, crop=SIDE), name=name)
+
+
+def images(count: int = 400, classes: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, count)
+    colours = rng.integers(40, 216, (classes, 3))
+    noise = rng.normal(0, 30, (count, 1, 1, 3)) + rng.normal(0, 20, (count, SIDE, SIDE, 3))
+    return np.clip(colours[labels][:, None, None] + noise, 0, 255).astype(np.uint8), labels
+
+
+def folder_of(path: Path, count: int = 60) -> Path:
+    for k, (pixels, label) in enumerate(zip(*images(count), strict=True)):
+        (path / f"class{label}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path / f"class{label}" / f"{k}.png")
+    return path
+
+
+def test_better_networks_come_first_and_bad_ones_leave_early():
+    networks = [probe("blind", 20.0), probe("good", 0.0), probe("fair", 0.4)]
+    ranking = rank_zoo(images(), networks, name="colours")
+    assert [entry.name for entry in ranking.entries] == ["good", "fair", "blind"]
+    best, blind = ranking.best, ranking.entries[-1]
+    assert best.images > blind.images
+    assert (best.behind, blind.outcome) == (0, "dropped")
+    assert blind.behind > 3 * blind.standard_error
+    assert 0 < ranking.cost < 1
+    assert (ranking.images, ranking.classes, ranking.task) == (400, 4, "colours")
+
+
+def test_the_score_of_a_finished_network_is_that_of_a_linear_probe_on_all_images():
+    data, network = images(200), probe("only", 0.2)
+    entry = rank_zoo(data, [network, probe("same", 0.2, seed=1)]).entries[0]
+    assert entry.images == 200
+    order = zoo._interleaved(zoo._labels(TaskData.of(data)), 0)
+    network = network if entry.name == "only" else probe("same", 0.2, seed=1)
+    prepared = torch.stack([network.preprocessing(image) for image in data[0][order]])
+    assert entry.score == pytest.approx(linear_probe(network.features(prepared).numpy(), data[1][order]), rel=1e-3)
+
+
+def test_networks_that_may_be_as_good_are_named():
+    ranking = rank_zoo(images(150), [probe("one", 0.3), probe("two", 0.3, seed=5)])
+    assert [entry.outcome for entry in ranking.entries] == ["finished", "finished"]
+    second = ranking.entries[1]
+    assert second.behind <= 2 * second.standard_error
+    assert f"{second.name} may be as good" in ranking.explain()
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.5, 0.9])
+def test_the_budget_holds(budget, monkeypatch):
+    monkeypatch.setattr(zoo._FeatureStore, "get", with_equal_pace(zoo._FeatureStore.get))
+    networks = [probe(f"n{k}", 0.3, seed=k) for k in range(6)]
+    ranking = rank_zoo(images(640), networks, budget=budget)
+    shown = sum(network.network.calls for network in networks) - 2 * 6  # finding the head takes a pass of two images
+    assert shown / (6 * 640) == pytest.approx(ranking.cost, abs=0.01)
+    assert 0.1 <= ranking.cost <= budget
+    if budget == 0.5:  # six equal networks: nothing but the budget makes most of them leave
+        assert [entry.outcome for entry in ranking.entries].count("budget") >= 2
+
+
+def with_equal_pace(get):
+    return lambda self, runner, wanted: (get(self, runner, wanted)[0], 1.0)
+
+
+def test_what_cannot_be_loaded_is_listed(monkeypatch):
+    def load(name, weights):
+        if name == "good":
+            assert weights == "own.safetensors"
+            return probe("good", 0.0)
+        raise RuntimeError(f"the default weights of {name!r} could not be had\nmore lines")
+
+    monkeypatch.setattr(zoo, "load_probe", load)
+    ranking = rank_zoo(images(80), ["timm/nosuch", "good=own.safetensors"])
+    assert [(e.name, e.outcome) for e in ranking.entries] == [
+        ("good=own.safetensors", "finished"),
+        ("timm/nosuch", "unavailable"),
+    ]
+    assert ranking.entries[1].reason == "the default weights of 'timm/nosuch' could not be had"
+    assert "unavailable: the default weights" in ranking.rows()[2][-1]
+    stored = json.loads(ranking.to_json())
+    assert stored["entries"][0]["name"] == "good=own.safetensors"
+    assert "good=own.safetensors gives held-out labels" in stored["explanation"]
+    with pytest.raises(ValueError, match="no network can be loaded: timm/nosuch: the default"):
+        rank_zoo(images(80), ["timm/nosuch"])
+
+
+def test_an_interrupted_race_continues_from_its_cache(tmp_path, monkeypatch):
+    data = folder_of(tmp_path / "data", 200)
+    whole = rank_zoo(data, [probe("a", 0.0), probe("b", 0.3)], cache=tmp_path / "first")
+
+    class Interrupted(Exception):
+        pass
+
+    real, calls = zoo.held_out_likelihoods, []
+
+    def interrupting(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise Interrupted
+        return real(*arguments)
+
+    monkeypatch.setattr(zoo, "held_out_likelihoods", interrupting)
+    with pytest.raises(Interrupted):
+        rank_zoo(data, [probe("a", 0.0), probe("b", 0.3)], cache=tmp_path / "cache")
+    monkeypatch.setattr(zoo, "held_out_likelihoods", real)
+    networks = [probe("a", 0.0), probe("b", 0.3)]
+    before = [network.network.calls for network in networks]
+    again = rank_zoo(data, networks, cache=tmp_path / "cache")
+    assert [e.name for e in again.entries] == [e.name for e in whole.entries]
+    assert [e.score for e in again.entries] == pytest.approx([e.score for e in whole.entries], rel=1e-6)
+    assert networks[0].network.calls - before[0] < 200  # the first two rounds of a were there
+
+    # Another image, or other weights, is not what the cache holds.
+    seen = [network.network.calls for network in networks]
+    rank_zoo(data, networks, cache=tmp_path / "cache")
+    assert [network.network.calls for network in networks] == seen
+    changed = next(iter((data / "class0").iterdir()))
+    Image.new("RGB", (SIDE, SIDE), "red").save(changed)
+    rank_zoo(data, networks, cache=tmp_path / "cache")
+    assert networks[0].network.calls > seen[0]
+    with torch.no_grad():
+        networks[0].network.mix.mul_(2)
+    fresh = Probe(networks[0].network, preprocessing=networks[0].preprocessing, name="a")
+    count = fresh.network.calls
+    rank_zoo(data, [fresh], cache=tmp_path / "cache")
+    assert fresh.network.calls > count
+
+
+@given(st.lists(st.integers(0, 4), min_size=10, max_size=60), st.integers(0, 9))
+def test_every_prefix_has_all_classes(labels, seed):
+    labels = np.array([*labels, *range(5), *range(5)])  # two of each class at least
+    order = zoo._interleaved(labels, seed)
+    assert sorted(order.tolist()) == list(range(len(labels)))
+    assert np.bincount(labels[order[:10]], minlength=5).tolist() == [2] * 5
+    for n in range(20, len(labels)):
+        expected = np.bincount(labels) * n / len(labels)
+        assert np.abs(np.bincount(labels[order[:n]], minlength=5) - expected).max() <= 4
+
+
+def test_what_cannot_be_ranked_is_refused():
+    data = images(60)
+    with pytest.raises(ValueError, match="'a' is given twice"):
+        rank_zoo(data, [probe("a", 0), probe("a", 1)])
+    with pytest.raises(ValueError, match="expected a budget above 0 and at most 1"):
+        rank_zoo(data, [probe("a", 0)], budget=0)
+    with pytest.raises(ValueError, match="has one image, expected two"):
+        rank_zoo((data[0], np.where(np.arange(60) == 7, 99, data[1])), [probe("a", 0)])
+    with pytest.raises(DataError, match="cannot be read by number"):
+        rank_zoo(iter_data(data), [probe("a", 0)])
+    with pytest.raises(ValueError, match="a cache of features needs a folder"):
+        rank_zoo(data, [probe("a", 0)], cache="features")
+
+
+class iter_data:
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        return zip(*self.data, strict=True)
+
+
+def test_the_command_writes_table_json_and_picture(tmp_path, monkeypatch, capsys):
+    from t2v_fast.cli import main
+
+    def load(name, weights):
+        if name.startswith("timm/"):
+            raise RuntimeError("the default weights could not be had")
+        return probe(name, {"good": 0.0, "blind": 20.0}[name])
+
+    monkeypatch.setattr(zoo, "load_probe", load)
+    monkeypatch.setenv("COLUMNS", "120")
+    folder = folder_of(tmp_path / "colours", 160)
+    outputs = [tmp_path / name for name in ("race.csv", "race.json", "race.png")]
+    arguments = ["select", str(folder), "--zoo", "good,blind,timm:nosuch", "--cache", str(tmp_path / "cache")]
+    assert main([*arguments, "--table", str(outputs[0]), "--save", str(outputs[1]), "--plot", str(outputs[2])]) == 0
+    out = capsys.readouterr().out
+    assert out.index("good") < out.index("blind")
+    assert "unavailable: timm/nosuch: the default weights could not be had" in out
+    assert "chance gives 0.250" in out
+    assert outputs[0].read_text().splitlines()[1].startswith("good,")
+    assert json.loads(outputs[1].read_text())["images"] == 160
+    with Image.open(outputs[2]) as picture:
+        assert picture.size[0] > 500
+    assert main(["select", str(folder)]) != 0
+    assert "give --errors with embeddings of tasks, or --zoo" in capsys.readouterr().err
+
+
+def test_a_race_without_scores_has_no_picture(tmp_path):
+    from t2v_fast.analysis.race_plot import race
+
+    with pytest.raises(ValueError, match="no network has a score"):
+        race([zoo.Entry("a", outcome="unavailable", reason="gone")], 3, tmp_path / "race.png")
