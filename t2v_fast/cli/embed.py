@@ -108,6 +108,10 @@ def _run_job(arguments: argparse.Namespace) -> int:
         f"{summary.before} were settled before{lost} -> {arguments.bank}",
         markup=False,
     )
+    if arguments.progress and summary.profile.tasks:
+        from .profile import print_profile
+
+        print_profile(summary.profile)
     for task, error in summary.failed.items():
         print(f"failed: {task}: {error}", file=sys.stderr)
     if summary.failed:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ..spans import count, stage
 from .cache import ImageCache
 from .probe import rgb
 
@@ -288,7 +289,9 @@ class _Reader:
     def __call__(self, get: Callable[[], Any], index: int) -> Item | str | DataError:
         where = self.describe(index)
         try:
-            return self._item(get(), where)
+            with stage("decode"):
+                count("decoded")
+                return self._item(get(), where)
         except DataError as error:
             return error
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
@@ -333,7 +336,8 @@ class _Mapped(Dataset):
             return self.read(lambda: self.source[index], index)
         kept = self.cache.get(index)
         if kept is not None:
-            return self.read.prepare(kept[0]), kept[1], self.read.describe(index)
+            with stage("decode"):
+                return self.read.prepare(kept[0]), kept[1], self.read.describe(index)
         raw: list[Any] = []
 
         def get() -> Any:

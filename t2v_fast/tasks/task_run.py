@@ -12,6 +12,7 @@ from torch import Tensor
 from ..estimation.allocation import Allocation
 from ..estimation.estimator import FisherDiagonal
 from ..estimation.variational import RobustFisher
+from ..spans import stage
 from .data import TaskData
 from .head import HeadFit, HeadTask
 
@@ -44,8 +45,9 @@ class TaskRun:
 
 
 @contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Note in ``seconds[stage]`` how long the body took."""
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note in ``seconds[name]`` how long the body took. It is a stage of :mod:`t2v_fast.spans`, too."""
     start = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - start
+    with stage(name):
+        yield
+    seconds[name] = time.perf_counter() - start
