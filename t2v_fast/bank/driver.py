@@ -49,7 +49,7 @@ class Summary:
     failed: dict[str, str] = field(default_factory=dict)
     lost_workers: int = 0
     seconds: float = 0.0
-    profile: JobProfile = field(default_factory=lambda: JobProfile([]), repr=False)
+    profile: JobProfile = field(default_factory=lambda: JobProfile([]), init=False, repr=False)
 
 
 def run_job(

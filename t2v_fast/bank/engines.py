@@ -37,7 +37,7 @@ class Result:
     embeddings: list[Embedding] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    spans: dict[str, Spans] = field(default_factory=dict)
+    spans: dict[str, Spans] = field(default_factory=dict, init=False)
 
 
 def perform(task2vec: Task2Vec, work: WorkItem) -> Result:

@@ -32,7 +32,7 @@ FLAGS = {
     "num_workers": ("--num-workers", "--loaders"),
     "probe_weights": ("--probe-weights", "--weights"),
     "probe_head": ("--probe-head", "--head"),
-    "progress": ("--quiet",),
+    "progress": ("--quiet", "-q"),
 }
 SHORT_LIST = ("estimator", "samples", "device", "batch_size", "num_workers", "seed", "progress")
 METAVARS = {WHOLE: "N", NUMBER: "NUMBER", FOLDER: "FOLDER", LAYERS: "LAYERS", DEVICE: "DEVICE", DTYPE: "DTYPE"}

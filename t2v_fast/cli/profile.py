@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..tasks.precision import dtype_of
-from .common import console
+from .common import console, print_files
 from .options import SHORT_LIST, add_probe_options, add_settings, flags_of, task2vec_of
 
 if TYPE_CHECKING:
@@ -23,11 +23,10 @@ ONLY_FOR_A_FISHER = ("classes", "rounds", "trace", "probe", "probe_weights", "pr
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("profile", help="where the time of a Fisher or of a job goes")
+    parser = commands.add_parser("profile")
     parser.add_argument("--classes", type=int, default=10, help="classes of the head (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that are measured (default: %(default)s)")
     parser.add_argument("--slowest", type=int, help="show only this many layers, or tasks of a job")
-    parser.add_argument("--json", type=Path, help="write all measurements here")
     parser.add_argument("--trace", type=Path, help="write one batch here, for chrome://tracing or ui.perfetto.dev")
     parser.add_argument("--plot", type=Path, help="write a picture here (PNG or SVG): a roofline, or a job's times")
     job = parser.add_argument_group("job", "profile a job, in place of the Fisher of random images")
@@ -68,16 +67,15 @@ def _run_job(arguments: argparse.Namespace) -> int:
         profile = job_profile.read(arguments.bank, job.tasks)
         if not profile.tasks:
             raise ValueError(f"{arguments.bank} has no times of the tasks of {arguments.job}")
-    print_profile(profile)
-    console.print(profile.task_table(arguments.slowest))
-    if arguments.json is not None:
-        profile.save_json(arguments.json, advice_for(profile))
+    print_profile(profile, arguments.progress)
+    if arguments.progress:
+        console.print(profile.task_table(arguments.slowest))
+    arguments.result.update(profile.as_dict(advice_for(profile)))
     if arguments.plot is not None:
         from ..analysis.plot_profile import job_times
 
         job_times(profile, job_profile.STAGES, arguments.plot)
-    for path in filter(None, (arguments.json, arguments.plot)):
-        console.print(f"-> {path}", markup=False)
+    print_files([arguments.json, arguments.plot])
     return 0
 
 
@@ -103,12 +101,13 @@ def _measured(job: Job, arguments: argparse.Namespace) -> JobProfile:
     return summary.profile
 
 
-def print_profile(profile: JobProfile) -> None:
+def print_profile(profile: JobProfile, table: bool = True) -> None:
     """Print the table of all stages, and what would make the job faster."""
     from ..bank.advice import advice_for
 
     console.print(profile.headline(), markup=False)
-    console.print(profile.table())
+    if table:
+        console.print(profile.table())
     for advice in advice_for(profile):
         console.print(str(advice), markup=False)
     if not profile.divided:
@@ -135,16 +134,15 @@ def _run_fisher(arguments: argparse.Namespace) -> int:
             parameters=probe.embedding_parameters(),
             rounds=arguments.rounds,
         )
-    console.print(report.table(arguments.slowest))
+    if arguments.progress:
+        console.print(report.table(arguments.slowest))
     console.print(report.summary(), markup=False)
-    if arguments.json is not None:
-        report.save_json(arguments.json)
+    arguments.result.update(report.as_dict())
     if arguments.trace is not None:
         report.save_trace(arguments.trace)
     if arguments.plot is not None:
         from ..analysis.plot import roofline  # matplotlib takes a second to import
 
         roofline(report, arguments.plot)
-    for path in filter(None, (arguments.json, arguments.trace, arguments.plot)):
-        console.print(f"-> {path}", markup=False)
+    print_files([arguments.json, arguments.trace, arguments.plot])
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import IO, Any, Protocol, cast
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -395,10 +396,13 @@ class _Arrays:
 
 
 def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
-    """Decode an image; OSError for a file that is no image."""
+    """Decode an image, turned as its EXIF orientation says; OSError for a file that is no image."""
     try:
         with Image.open(file) as image:
             image.load()  # a truncated file fails here
+            with contextlib.suppress(Exception):  # an image whose EXIF data is damaged is shown as it is
+                if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                    image = ImageOps.exif_transpose(image)
     except MemoryError:
         raise
     except Exception as error:  # damaged files make the decoders fail with almost anything

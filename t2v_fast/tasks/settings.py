@@ -134,7 +134,7 @@ def _read_layers(text: str) -> int | str:
     return int(text) if text.removeprefix("-").isdecimal() else text
 
 
-WHOLE = Kind("a whole number", _whole, int)
+WHOLE = Kind("a whole number from -2^63 to 2^63 - 1", _whole, int)
 NUMBER = Kind("a number", _number, float)
 TEXT = Kind("text", _text)
 SWITCH = Kind("true or false", _switch)

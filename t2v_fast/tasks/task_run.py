@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .. import spans
 from ..estimation.allocation import Allocation
 from ..estimation.estimator import FisherDiagonal
 from ..estimation.variational import RobustFisher
-from ..spans import stage
 from .data import TaskData
 from .head import HeadFit, HeadTask
 
@@ -45,9 +45,9 @@ class TaskRun:
 
 
 @contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Note in ``seconds[name]`` how long the body took. It is a stage of :mod:`t2v_fast.spans`, too."""
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Note in ``seconds[stage]`` how long the body took. It is a stage of :mod:`t2v_fast.spans`, too."""
     start = time.perf_counter()
-    with stage(name):
+    with spans.stage(stage):
         yield
-    seconds[name] = time.perf_counter() - start
+    seconds[stage] = time.perf_counter() - start
