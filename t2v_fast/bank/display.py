@@ -24,7 +24,7 @@ class Rates:
     >>> for second in range(4):
     ...     rates.add(second + 0.5, images=10 * second)
     >>> rates.now(4.0), rates.overall(4.0), rates.chart(4.0)
-    (25.0, 15.0, '▁▃▅█')
+    (25.0, 15.0, '▁▃▆█')
     """
 
     def __init__(self, width: float = 10.0) -> None:

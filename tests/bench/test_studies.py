@@ -258,7 +258,10 @@ def test_throughput_tables(tmp_path: Path, script: Script, monkeypatch: pytest.M
     assert float(table["batch-size-1 autograd, 2 drawn labels an image"][3].split()[0]) > 0.01
     assert "another quantity" in table["the public code, 2 draws an image"][3]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert all(t["own_error"] < t["label_error"] for t in results["other"].values())
+    # Two cotangents are exact for up to three classes.
+    exact = [t["own_error"] for t in results["other"].values() if t["classes"] <= 3]
+    assert exact
+    assert max(exact) < 1e-5
     # Nothing is run twice: the same command prints the same text.
     monkeypatch.setattr(study.subprocess, "Popen", None)
     monkeypatch.setattr(study, "Other", None)
