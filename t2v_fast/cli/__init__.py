@@ -36,8 +36,8 @@ class _Parser(argparse.ArgumentParser):
         shared: whether to add ``--json`` and ``--quiet``, which a command may replace by its own.
     """
 
-    def __init__(self, *args: Any, shared: bool = True, **options: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, conflict_handler="resolve", **options)
+    def __init__(self, *, shared: bool = True, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, conflict_handler="resolve", **options)
         if shared:
             self.add_argument("--json", metavar="FILE", help="write the result here as JSON; - is the standard output")
             self.add_argument(

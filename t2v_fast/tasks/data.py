@@ -397,6 +397,7 @@ class _Arrays:
 
 def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
     """Decode an image, turned as its EXIF orientation says; OSError for a file that is no image."""
+    image: Image.Image
     try:
         with Image.open(file) as image:
             image.load()  # a truncated file fails here
