@@ -441,9 +441,12 @@ def main() -> None:
     shares = {job_profile.STAGES[stage]: f"{100 * s / whole:.0f} %" for stage, s in totals.items() if s > 0.01 * whole}
     machine = f"{os.cpu_count()} cores ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
     text = (
+        "## Real tasks, end to end\n\n"
         f"`python -m bench.studies.throughput --tasks {arguments.tasks}`: {arguments.tasks:,} tasks, {images:,.0f} "
         f"images at {arguments.size} pixels, EfficientNet-Lite0, {SAMPLES} cotangents an image, processes of one "
-        f"thread each on {machine}. Starting the workers is part of the time.\n\n"
+        f"thread each on {machine}. The tasks have {FEWEST} to {MOST} images, drawn from the sources of the demo: "
+        "scanned digits of two packages and glyphs of Matplotlib's fonts. Each task has classes and a number of images "
+        "of its own. Starting the workers is part of the time.\n\n"
         f"{whole_tasks}\n\nThe time of two workers: {', '.join(f'{k} {v}' for k, v in shares.items())}.\n"
     )
     if found:
