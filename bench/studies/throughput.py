@@ -411,7 +411,7 @@ def fisher_alone(found: dict[str, Any], images: float) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=int, default=1000)
-    parser.add_argument("--part", type=int, help="tasks for one worker and for Ray (default: a quarter)")
+    parser.add_argument("--part", type=int, help="tasks for one worker and for Ray (default: a twentieth)")
     parser.add_argument(
         "--other-tasks", type=int, default=6, help="tasks that other code embeds (default: %(default)s)"
     )
@@ -423,7 +423,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/throughput"))
     parser.add_argument("--write", type=Path, help="put the table into this page")
     arguments = parser.parse_args()
-    part = arguments.part or max(1, arguments.tasks // 4)
+    part = arguments.part or max(1, arguments.tasks // 20)
     folder = arguments.output / f"tasks-{arguments.seed}"
     entries = write_tasks(folder, arguments.tasks, arguments.seed)
     names = [entry["name"] for entry in entries]
