@@ -100,5 +100,5 @@ def _draw_tasks(axes: Any, profile: MeasuredJob) -> None:
         axes.set_xticks([])
     title = "single tasks" if step == 1 else f"single tasks, every {step}th"
     axes.set(ylabel="seconds", title=title)
-    axes.legend(fontsize=7, ncols=7, loc="upper center", frameon=False, columnspacing=1, handlelength=1)
-    axes.set_ylim(0, 1.15 * max(bottom.max(), 1e-9))
+    axes.legend(fontsize=7, ncols=4, loc="upper center", frameon=False, columnspacing=1, handlelength=1)
+    axes.set_ylim(0, 1.2 * max(bottom.max(), 1e-9))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -144,6 +145,7 @@ def _weight_decay(text: str) -> float | str:
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """The settings that a command line asks for; ValueError for those that cannot be used."""
     given = {name: getattr(arguments, name) for name in OPTIONS if hasattr(arguments, name)}
+    given["progress"] = bool(given.get("progress")) and sys.stderr.isatty()  # elsewhere, bars would be a wall of lines
     for name in given:
         if OPTIONS[name].kind is MAPPING:
             given[name] = dict(given[name] or ())

@@ -273,8 +273,7 @@ class Stages:
         batches = data.batches(self.probe.preprocessing, self.batch_size, self.num_workers, self._cache(data), examples)
         batches = _waiting(run, batches)
         label = f"{data.name or 'task'}: {stage}"
-        # A bar is for a terminal: disable=None leaves it out where the output goes elsewhere.
-        bar = {"total": self._count(data, examples), "disable": None if self.progress else True}
+        bar = {"total": self._count(data, examples), "disable": not self.progress}
         for images, labels in tqdm(batches, desc=label, unit="batch", leave=False, **bar):
             images = images.to(self.device, dtype_of(self.probe.network))
             at_cut = self.probe.at_cut

@@ -37,8 +37,10 @@ def run(*arguments: str) -> int:
 
 def test_embed_then_distance(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
-    assert run("embed", *folders, "--output", out, "--quiet", "--estimator", "exact") == 0
-    assert "task 0: 24 images, 3 classes" in capsys.readouterr().out
+    assert run("embed", *folders, "--output", out, "--estimator", "exact") == 0
+    found = capsys.readouterr()
+    assert "task 0: 24 images, 3 classes" in found.out
+    assert not found.err  # bars are for terminals
     assert Embedding.load(out / "task 1.safetensors").meta["estimator"] == "exact"
     assert run("embed", *folders, "--output", out, "--quiet", "--estimator", "exact") == 0
     assert capsys.readouterr().out.count("already in") == 3
@@ -286,3 +288,18 @@ def test_a_pipe_is_no_job_file(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     os.mkfifo(tmp_path / "job.yaml")
     assert run("embed", "--job", tmp_path / "job.yaml", "--bank", tmp_path / "bank") == 1
     assert "is no regular file, as a job file is" in capsys.readouterr().err
+
+
+def test_bars_of_a_folder_know_their_total(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    totals = []
+
+    def bar(batches, *, total, disable, **options):
+        totals.append((total, disable))
+        return batches
+
+    monkeypatch.setattr("t2v_fast.tasks.stages.tqdm", bar)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run("embed", folders[0], "--output", tmp_path / "a", "--batch-size", "7") == 0
+    assert totals == [(4, False), (4, False)]  # 24 images in each pass
