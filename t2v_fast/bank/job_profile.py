@@ -101,8 +101,12 @@ class JobProfile:
 
     @property
     def seconds(self) -> float:
-        """The duration of all runs."""
-        return sum(run.seconds for run in self.runs)
+        """The time in which at least one run went on. Several drivers may have shared the bank."""
+        total, end = 0.0, -math.inf
+        for run in sorted(self.runs, key=lambda run: run.began):
+            total += max(run.began + run.seconds - max(run.began, end), 0.0)
+            end = max(end, run.began + run.seconds)
+        return total
 
     def stages_of(self, tasks: Iterable[TaskTime]) -> dict[str, float]:
         """The seconds of some tasks by stage, in the order of :data:`STAGES`.

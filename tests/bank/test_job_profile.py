@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jobs import folders, run, write_job, write_table
+from jobs import folders, pipeline, run, write_job, write_table
 from PIL import Image
 from small import shapes, small_probe
 
-from t2v_fast import Bank, cli
+from t2v_fast import Bank, Task2Vec, cli
 from t2v_fast.analysis.plot_profile import job_times
 from t2v_fast.bank import advice, job_profile
 from t2v_fast.bank.display import Rates
@@ -136,6 +136,34 @@ def test_advice_on_the_batch_size() -> None:
     assert found == {"batch_size: 16": pytest.approx(200 * fixed / 2 / t.sum())}
     equal = [5, 20, 80, 1, 4, 0.2]
     assert advice.fixed_cost(equal) == (0, float("inf"))
+
+
+def test_runs_at_the_same_time_count_once() -> None:
+    runs = [RunTime(began, seconds, 1) for began, seconds in ((100.0, 10.0), (0.0, 10.0), (5.0, 10.0), (6.0, 1.0))]
+    assert JobProfile([], runs).seconds == pytest.approx(25)
+
+
+def test_an_interrupted_job_notes_its_time(tmp_path: Path) -> None:
+    def stop_at_the_third() -> Task2Vec:
+        task2vec = pipeline()
+        real, names = task2vec.embed, []
+
+        def embed(data: Any, **options: Any) -> Any:
+            names.append(data.name)
+            if len(names) == 3:
+                raise KeyboardInterrupt
+            return real(data, **options)
+
+        task2vec.embed = embed  # type: ignore[method-assign]
+        return task2vec
+
+    job = folders(tmp_path, ["a", "b", "c"])
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "bank", factory=stop_at_the_third)
+    found = job_profile.read(tmp_path / "bank")
+    assert [t.task for t in found.tasks] == ["a", "b"]
+    assert len(found.runs) == 1
+    assert found.seconds > sum(sum(t.seconds.values()) for t in found.tasks)
 
 
 def test_files_and_tables(tmp_path: Path) -> None:
