@@ -145,7 +145,6 @@ def _weight_decay(text: str) -> float | str:
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """The settings that a command line asks for; ValueError for those that cannot be used."""
     given = {name: getattr(arguments, name) for name in OPTIONS if hasattr(arguments, name)}
-    given["progress"] = bool(given.get("progress")) and sys.stderr.isatty()  # elsewhere, bars would be a wall of lines
     for name in given:
         if OPTIONS[name].kind is MAPPING:
             given[name] = dict(given[name] or ())
@@ -164,4 +163,6 @@ def task2vec_of(arguments: argparse.Namespace) -> Task2Vec:
     probe = load_probe(arguments.probe, weights=arguments.probe_weights, head=arguments.probe_head)
     if arguments.size is not None:
         probe.preprocessing = probe.preprocessing.sized(arguments.size)
-    return Task2Vec.from_settings(probe, settings)
+    task2vec = Task2Vec.from_settings(probe, settings)
+    task2vec.progress = settings.progress and sys.stderr.isatty()  # elsewhere, bars would be a wall of lines
+    return task2vec
