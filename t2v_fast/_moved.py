@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import warnings
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
-
-from .analysis import distance, plot
-from .estimation.profiling import Profile
 
 # Former module: the modules that have its names now.
 MOVED: dict[str, tuple[str, ...]] = {
@@ -142,23 +138,11 @@ class _Moved(ModuleType):
         return sorted(names)
 
 
-def _save_roofline(self: Profile, path: str | os.PathLike) -> None:
-    """Former name of :func:`t2v_fast.analysis.plot.roofline`."""
-    warnings.warn(
-        "Profile.save_roofline(path) is now t2v_fast.analysis.plot.roofline(profile, path)",
-        DeprecationWarning,
-        stacklevel=2,
-    )
-    plot.roofline(self, path)
-
-
-def install() -> None:
-    """Make the former modules importable. Folders that have a former module's name are not hidden by it."""
-    Profile.save_roofline = _save_roofline  # type: ignore[attr-defined]
+def install(public: set[str]) -> None:
+    """Make the former modules importable, except where a folder or a ``public`` name of the package has their name."""
     package = sys.modules["t2v_fast"]
-    sys.modules.setdefault("t2v_fast.distance", distance)  # a public name: its functions are imported from there
     for name, homes in MOVED.items():
         if f"t2v_fast.{name}" not in sys.modules:
             module = sys.modules[f"t2v_fast.{name}"] = _Moved(name, homes)
-            if not hasattr(package, name):  # fisher and profile are functions there
+            if name not in public:  # fisher and profile are functions there
                 setattr(package, name, module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import os
 import re
@@ -130,6 +131,28 @@ class Embedding:
             f"Embedding({self.meta.get('task')!r}, {len(self)} entries in {len(self.layers)} layers, "
             f"{self.num_examples} examples, norm {self.norm:.4g}, fingerprint {self.fingerprint_id})"
         )
+
+    def _repr_html_(self) -> str:
+        """Show the embedding as a small table in a notebook."""
+        shown = {
+            "task": self.meta.get("task"),
+            "classes": len(self.meta.get("classes", ())) or None,
+            "examples": self.num_examples,
+            "entries": f"{len(self)} in {len(self.layers)} layers",
+            "norm": f"{self.norm:.4g}",
+            "probe": self.fingerprint.get("probe"),
+            "fingerprint": self.fingerprint_id,
+        }
+        rows = "".join(
+            f"<tr><th>{key}</th><td>{html.escape(escaped(str(value)))}</td></tr>"
+            for key, value in shown.items()
+            if value is not None
+        )
+        return f"<table><caption>Embedding</caption>{rows}</table>"
+
+    def to_numpy(self) -> np.ndarray:
+        """Return ``hessian``, the vector [D], as an array of the caller's own."""
+        return self.hessian.copy()
 
     @property
     def layer_names(self) -> list[str]:

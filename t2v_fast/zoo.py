@@ -8,7 +8,6 @@ leader leave, and the others see twice as many images. So a network that cannot 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -104,9 +103,9 @@ class ZooRanking:
             text += f" {', '.join(close)} may be as good: the difference is within two standard errors."
         return text
 
-    def to_json(self) -> str:
-        """Everything as JSON."""
-        return json.dumps({**asdict(self), "explanation": self.explain()}, indent=2) + "\n"
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, in a form that JSON can hold."""
+        return {**asdict(self), "explanation": self.explain()}
 
     def rows(self) -> list[list[str]]:
         """A table as text, header first: ``probability`` and ``behind`` are those of :class:`Entry`."""

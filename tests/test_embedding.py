@@ -256,3 +256,13 @@ def test_fuzzed_files(tmp_path: Path, data: st.DataObject) -> None:
     assert e.layers[-1][2] == len(e)
     assert isinstance(e.meta, dict)
     repr(e)
+
+
+def test_in_a_notebook_and_as_an_array() -> None:
+    e = Embedding(np.array([3.0, 4.0]), np.ones(2), [("a", 0, 2)], 10, meta={"task": "<b>\x1b", "classes": ["x", "y"]})
+    page = e._repr_html_()
+    assert "<th>task</th><td>&lt;b&gt;\\x1b</td>" in page
+    assert "<th>norm</th><td>5</td>" in page
+    array = e.to_numpy()
+    array[0] = 0
+    assert e.hessian[0] == 3

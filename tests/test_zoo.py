@@ -118,7 +118,7 @@ def test_what_cannot_be_loaded_is_listed(monkeypatch):
     ]
     assert ranking.entries[1].reason == "the default weights of 'timm/nosuch' could not be had"
     assert "unavailable: the default weights" in ranking.rows()[2][-1]
-    stored = json.loads(ranking.to_json())
+    stored = json.loads(json.dumps(ranking.as_dict()))
     assert stored["entries"][0]["name"] == "good=own.safetensors"
     assert "good=own.safetensors gives held-out labels" in stored["explanation"]
     with pytest.raises(ValueError, match="no network can be loaded: timm/nosuch: the default"):
@@ -213,7 +213,7 @@ def test_the_command_writes_table_json_and_picture(tmp_path, monkeypatch, capsys
     folder = folder_of(tmp_path / "colours", 160)
     outputs = [tmp_path / name for name in ("race.csv", "race.json", "race.png")]
     arguments = ["select", str(folder), "--zoo", "good,blind,timm:nosuch", "--cache", str(tmp_path / "cache")]
-    assert main([*arguments, "--table", str(outputs[0]), "--save", str(outputs[1]), "--plot", str(outputs[2])]) == 0
+    assert main([*arguments, "--csv", str(outputs[0]), "--json", str(outputs[1]), "--plot", str(outputs[2])]) == 0
     out = capsys.readouterr().out
     assert out.index("good") < out.index("blind")
     assert "unavailable: timm/nosuch: the default weights could not be had" in out

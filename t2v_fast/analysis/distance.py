@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard, Union
 
 import numpy as np
-from torch import Tensor
 
 from ..embedding import Embedding, check_comparable, stack
 from .metrics import (
@@ -25,7 +24,12 @@ from .metrics import (
     scale_rows,
 )
 
+if TYPE_CHECKING:
+    import pandas
+    from torch import Tensor
+
 __all__ = [
+    "ALL_METRICS",
     "ALPHA",
     "CAREFUL",
     "COLUMNS",
@@ -44,20 +48,25 @@ __all__ = [
     "check_same",
     "complexity",
     "distance_rows",
+    "distances_of",
     "layerwise_cdist",
     "layerwise_pdist",
     "nearest_tasks",
     "pdist",
+    "symmetric",
+    "to_frame",
     "trivial_embedding",
 ]
 
 # Tasks: embeddings, or an array [T, D] of Fisher vectors.
-Vectors = Sequence[Embedding] | np.ndarray | Tensor
+Vectors = Union[Sequence[Embedding], np.ndarray, "Tensor"]
 
 # Rows of the result that pdist asks a metric for at once; about ROWS_AT_ONCE^2 / 2 pairs of each are computed twice.
 ROWS_AT_ONCE = 64
 ALPHA = 0.15  # of the asymmetric distance, as in the paper
 FLOOR = 1e-3  # of the centred distance
+ASYMMETRIC, CENTRED = "asymmetric", "centred"
+ALL_METRICS = (*METRICS, ASYMMETRIC, CENTRED)  # what the command line, pictures and the map know
 
 
 def cdist(a: Vectors, b: Vectors, metric: str = "cosine", *, epsilon: float = 0.0) -> np.ndarray:
@@ -338,6 +347,26 @@ def centred_distance(
     return total
 
 
+def distances_of(embeddings: Sequence[Embedding], metric: str, *, alpha: float = ALPHA) -> np.ndarray:
+    """Compute the distances [T, T] of tasks by any name in :data:`ALL_METRICS`.
+
+    ``"asymmetric"`` is :func:`asymmetric_distance` with ``alpha``, ``"centred"`` is :func:`centred_distance`, and other
+    names are those of :func:`pdist`.
+    """
+    if metric == ASYMMETRIC:
+        return asymmetric_distance(embeddings, embeddings, alpha=alpha)
+    if metric == CENTRED:
+        return centred_distance(embeddings)
+    return pdist(embeddings, metric)
+
+
+def symmetric(distances: np.ndarray) -> np.ndarray:
+    """Return distances [T, T] to draw: means of both directions, zero from a task to itself, and at least zero."""
+    drawn = np.maximum((distances + distances.T) / 2, 0)
+    np.fill_diagonal(drawn, 0)
+    return drawn
+
+
 def _shares(h: np.ndarray) -> np.ndarray:
     """Divide a layer's Fisher values [T, O] by each task's mean; rows of zeros stay."""
     h = scale_rows(h)
@@ -373,6 +402,43 @@ def nearest_tasks(distances: np.ndarray) -> list[int]:
 def distance_rows(names: Sequence[str], distances: np.ndarray) -> list[list[str]]:
     """Return a square matrix as rows of text, with names on top and on the left; numbers keep all their digits."""
     return [["task", *names], *([name, *map(repr, row.tolist())] for name, row in zip(names, distances, strict=True))]
+
+
+def to_frame(embeddings: Sequence[Embedding], metric: str = "cosine", *, epsilon: float = 0.0) -> pandas.DataFrame:
+    """Compute :func:`pdist` of embeddings as a table of pandas, with the names of the tasks on both sides.
+
+    Args:
+        embeddings: T comparable embeddings.
+        metric: A name in :data:`METRICS`; :func:`cdist` describes them.
+        epsilon: As in :func:`cdist`.
+
+    Returns:
+        The distances [T, T]. Tasks without a name have their number.
+
+    Raises:
+        ImportError: Without pandas.
+        TypeError: For arrays, which have no names: call :func:`pdist`.
+        FingerprintMismatch: If the embeddings cannot be compared.
+
+    Example:
+        >>> import numpy as np
+        >>> from t2v_fast import Embedding
+        >>> def embedding(task, values):
+        ...     return Embedding(np.array(values), np.ones(3), [("conv.weight", 0, 3)], 10, meta={"task": task})
+        >>> tasks = [embedding("cats", [1.0, 2.0, 3.0]), embedding("cars", [4.0, 2.0, 1.0])]
+        >>> print(to_frame(tasks).round(4))
+                cats    cars
+        cats  0.0000  0.3369
+        cars  0.3369  0.0000
+    """
+    if not _are_embeddings(embeddings):
+        raise TypeError("a table of distances needs a sequence of Embedding: arrays have no names, see pdist")
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError(f"a table of distances needs the package 'pandas': pip install pandas ({error})") from error
+    names = [str(e.meta.get("task") or k) for k, e in enumerate(embeddings)]
+    return pandas.DataFrame(pdist(embeddings, metric, epsilon=epsilon), index=names, columns=names)
 
 
 def _metric(metric: str) -> Metric:
@@ -415,7 +481,7 @@ def as_vectors(given: Vectors, name: str, length: int | None = None, *, normaliz
         ValueError: For another shape, values that are negative or not finite, and scales of zero with ``normalized``.
         FingerprintMismatch: If embeddings cannot be compared.
     """
-    array = stack(given) if _are_embeddings(given) else given.cpu() if isinstance(given, Tensor) else given
+    array = stack(given) if _are_embeddings(given) else given.cpu() if hasattr(given, "cpu") else given
     vectors = np.asarray(array, dtype=np.float64)
     if normalized and _are_embeddings(given):
         scale = np.stack([e.scale for e in given])

@@ -8,13 +8,14 @@ would lose digits, the few pairs concerned are computed again in a careful form.
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 
 # A tile of ROWS x ROWS pairs and COLUMNS entries: each of its temporaries takes 0.5 MiB, about a core's cache.
 ROWS, COLUMNS = 8, 1024
@@ -23,13 +24,24 @@ TINY = np.finfo(np.float64).tiny
 SMALLEST = np.finfo(np.float64).smallest_subnormal
 
 
+def thread_count() -> int:
+    """Return torch's number of threads; before torch was imported, the number that it would choose, about.
+
+    Distances need nothing else of torch, whose import takes longer than most of them.
+    """
+    if "torch" in sys.modules:
+        return sys.modules["torch"].get_num_threads()
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) else os.cpu_count() or 1
+
+
 def _in_threads(block: Callable[[int], np.ndarray], rows: int, axis: int = 0) -> np.ndarray:
-    """Concatenate ``block(start)`` for every ROWS-th row, computed by torch's number of threads.
+    """Concatenate ``block(start)`` for every ROWS-th row, computed by :func:`thread_count` threads.
 
     Threads inside each NumPy operation would wait for one another after every tile.
     """
     starts = range(0, rows, ROWS)
-    with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(starts)))) as workers:
+    with ThreadPoolExecutor(max(1, min(thread_count(), len(starts)))) as workers:
         return np.concatenate(list(workers.map(block, starts)), axis=axis)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..embedding import Embedding, escaped
 from ..files import write_atomically
-from .distance import pdist
+from .distance import distances_of, symmetric
 from .plot import coordinates, family_style, layer_means
 
 NEIGHBOURS = 5  # nearest tasks that are shown
@@ -35,6 +35,7 @@ h1 {{ font-size: 1.2em; width: 100%; margin: 0; }}
 <h1>{title}</h1>
 <div id="map"></div>
 <div id="side">
+<p>Near tasks are alike. The axes mean nothing: the map shows distances as well as two dimensions can.</p>
 <h2 id="task"></h2>
 <p id="facts"></p>
 <ol id="nearest"></ol>
@@ -103,7 +104,7 @@ def write_map(
         names: The names [T] of the tasks.
         path: The file to write.
         families: The family [T] of each task, which sets its colour and marker.
-        metric: A name in :data:`t2v_fast.analysis.distance.METRICS`. An asymmetric distance is averaged with its
+        metric: A name in :data:`t2v_fast.analysis.distance.ALL_METRICS`. An asymmetric distance is averaged with its
             mirror image.
         title: The title of the page.
 
@@ -116,8 +117,7 @@ def write_map(
 
     names, title = [escaped(name) for name in names], escaped(title)
     families = [escaped(family) for family in families] if families else None
-    distances = pdist(embeddings, metric)
-    distances = (distances + distances.T) / 2
+    distances = symmetric(distances_of(embeddings, metric))
     places = coordinates(distances)
     layers = layer_means(embeddings)  # [T, L]
     kinds = sorted(set(families)) if families else ["tasks"]

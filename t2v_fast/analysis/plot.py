@@ -30,6 +30,7 @@ FAMILY_COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#AA4499", "#8A6D00", "#56B4E9", "#444444"),
     *("#882255", "#117733", "#332288", "#999933", "#CC6677", "#44AA99", "#BB8800"),
 )
+LEGEND_COLUMNS = 4
 MARKERS = "os^D"  # of families, one after the other each time that the colours are used up
 
 
@@ -81,7 +82,10 @@ def heatmap(
     side = t * max(0.28, min(0.42, 9 / t))
     names_width = 0.2 + 0.075 * max(map(len, names))
     left, bottom = 1.3, 0.2 + 0.9 * names_width
-    width, height = left + side + names_width + 1.0, bottom + side + 0.95
+    # Above the map: a margin, the legend of the families, and the title.
+    above = 0.1 + (0.25 * -(-len(set(families)) // LEGEND_COLUMNS) if families is not None else 0.0)
+    title_at, above = above, above + (0.3 if title else 0.0)
+    width, height = left + side + names_width + 1.0, bottom + side + above
     figure = Figure(figsize=(width, height), dpi=DPI)
     branches = figure.add_axes((0.1 / width, bottom / height, (left - 0.15) / width, side / height))
     axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
@@ -101,7 +105,7 @@ def heatmap(
         ordered = [families[k] for k in order]
         _colour_names(axes, [*axes.get_xticklabels(), *axes.get_yticklabels()], ordered * 2)
     if title:
-        axes.text(0.5, 1 + 0.62 / side, title, transform=axes.transAxes, ha="center", va="bottom", fontsize=11)
+        axes.text(0.5, 1 + title_at / side, title, transform=axes.transAxes, ha="center", va="bottom", fontsize=11)
     _write(figure, path)
 
 
@@ -224,6 +228,7 @@ def task_map(
         axes.plot(x, y, MARKERS[marker], color=colour, markersize=5)
         axes.annotate(names[k], (x, y), (3, 3), textcoords="offset points", fontsize=7, color=colour)
     axes.set(xticks=[], yticks=[])
+    axes.set_xlabel("near tasks are alike; the axes mean nothing", fontsize=8, color="#555555")
     axes.set_aspect("equal", "datalim")
     if len(kinds) > 1:
         handles = _handles(kinds)
@@ -283,7 +288,7 @@ def _colour_names(axes: Any, labels: Sequence, families: Sequence[str]) -> None:
         handles=_handles(kinds),
         loc="lower center",
         bbox_to_anchor=(0.5, 1),
-        ncols=len(kinds) if len(kinds) < 6 else 4,
+        ncols=min(len(kinds), LEGEND_COLUMNS),
         frameon=False,
         fontsize=8,
     )

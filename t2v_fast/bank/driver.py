@@ -6,20 +6,23 @@ current work is lost; if a driver dies, only the current work of its workers. Se
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..embedding import FingerprintMismatch, differences, escaped
+from ..embedding import FingerprintMismatch, differences
+from ..spans import Spans
+from . import job_profile
+from .display import Display
 from .engines import Engine, Factory, InProcess, Processes, Result, WorkerDied
 from .job import Job, WorkItem
+from .job_profile import JobProfile, RunTime, TaskTime
 from .store import Bank
 
 DEATHS = 3  # workers that die at one task before it counts as failed
@@ -37,6 +40,7 @@ class Summary:
         failed: All tasks of the job that have failed, with their errors.
         lost_workers: Workers that died.
         seconds: Duration of the run.
+        profile: Where the time of the run went.
     """
 
     finished: int = 0
@@ -45,6 +49,7 @@ class Summary:
     failed: dict[str, str] = field(default_factory=dict)
     lost_workers: int = 0
     seconds: float = 0.0
+    profile: JobProfile = field(default_factory=lambda: JobProfile([]), init=False, repr=False)
 
 
 def run_job(
@@ -84,18 +89,22 @@ def run_job(
     if workers < 0:
         raise ValueError(f"workers is {workers}, expected at least 0")
     factory = factory or job.task2vec
+    began, threads = time.monotonic(), torch.get_num_threads()
     if ray is not None:
         from .ray_engine import RayActors
 
         cuda = str(job.settings.get("device", "")).startswith("cuda")
-        actors = RayActors(factory, ray, gpus=float(cuda))
+        threads = 1
+        actors = RayActors(factory, ray, threads, gpus=float(cuda))
         engine: Engine = actors
         workers = workers or actors.cpus()
     elif workers:
-        engine = Processes(factory, max(1, torch.get_num_threads() // workers))
+        threads = max(1, threads // workers)
+        engine = Processes(factory, threads)
     else:
         engine = InProcess(factory)
-    driver = _Driver(job, bank, engine, max(workers, 1), _Display(len(job.tasks), progress))
+    clock = _Clock(began, max(workers, 1), threads, isinstance(engine, InProcess), dict(job.settings))
+    driver = _Driver(job, bank, engine, clock, Display(len(job.tasks), progress))
     try:
         with driver.display:
             return driver.run(on_start)
@@ -106,8 +115,9 @@ def run_job(
 class _Driver:
     """The state of one run of a job."""
 
-    def __init__(self, job: Job, bank: Bank, engine: Engine, workers: int, display: _Display) -> None:
-        self.bank, self.engine, self.workers, self.display = bank, engine, workers, display
+    def __init__(self, job: Job, bank: Bank, engine: Engine, clock: _Clock, display: Display) -> None:
+        self.bank, self.engine, self.clock, self.display = bank, engine, clock, display
+        self.workers = clock.workers
         self.names = job.tasks
         self.queue = deque(work for work in job.work if not all(map(bank.settled, work.tasks)))
         self.claimed_elsewhere: deque[WorkItem] = deque()  # tasks that another driver has claimed
@@ -119,10 +129,9 @@ class _Driver:
         self.summary = Summary(before=sum(map(bank.settled, self.names)))
 
     def run(self, on_start: Callable[[Engine], None] | None) -> Summary:
-        start = time.monotonic()
         self.display.begin(self.summary.before)
         for _ in range(min(self.workers, max(1, len(self.queue)))):
-            self.assigned[self.engine.start()] = None
+            self._start_worker()
         if on_start is not None:
             on_start(self.engine)
         while True:
@@ -137,7 +146,9 @@ class _Driver:
             # Results that came together are stored together, and so wait for the disk only once.
             results = [(worker, event) for worker, event in events if isinstance(event, Result)]
             # Only a worker with assigned work returns a result.
-            self._store([(cast(WorkItem, self.assigned[worker]), result) for worker, result in results])
+            with self.clock.storing():
+                self._store([(cast(WorkItem, self.assigned[worker]), result) for worker, result in results])
+            self._note_times(results)
             for worker, _ in results:
                 self.assigned[worker] = None  # only now, because close() releases the claims of assigned work
                 self.idle.append(worker)
@@ -146,8 +157,14 @@ class _Driver:
                     self._handle(worker, event)
         failed = self.bank.failed
         self.summary.failed = {name: failed[name] for name in self.names if name in failed}
-        self.summary.seconds = time.monotonic() - start
+        self.summary.seconds = time.monotonic() - self.clock.began
+        self.summary.profile = JobProfile(self.clock.tasks, [self.clock.run()])
         return self.summary
+
+    def _start_worker(self) -> None:
+        worker = self.engine.start()
+        self.assigned[worker] = None
+        self.clock.start(worker)
 
     def _assign_work(self) -> None:
         while self.idle and self.queue:
@@ -170,6 +187,7 @@ class _Driver:
                     f"{', '.join(different)} (first the bank's); use another bank"
                 )
             self.checked = True
+            self.clock.ready(worker)
             self.idle.append(worker)
             self.starts_failed = 0
         elif isinstance(event, WorkerDied):
@@ -193,7 +211,17 @@ class _Driver:
             self.summary.images += images
             self.display.advance(len(work.tasks), images)
 
+    def _note_times(self, results: list[tuple[int, Result]]) -> None:
+        entries: list[TaskTime] = []
+        for worker, result in results:
+            images = {str(e.meta.get("task")): e.num_examples for e in result.embeddings}
+            entries += job_profile.task_times(result.spans, images, worker, time.time())
+            self.clock.add(result)
+        self.clock.tasks += entries
+        job_profile.append(self.bank.folder, entries)
+
     def _replace_worker(self, worker: int, cause: str) -> None:
+        self.clock.end(worker)
         work = self.assigned.pop(worker)
         if worker in self.idle:
             self.idle.remove(worker)
@@ -218,52 +246,73 @@ class _Driver:
             # One of the tasks that share images may be to blame, so each is tried alone.
             for task, label in again.items():
                 self.queue.appendleft(replace(work, tasks={task: label}))
-        self.assigned[self.engine.start()] = None
+        self._start_worker()
 
     def close(self) -> None:
         self.engine.close()
+        if self.clock.tasks:
+            job_profile.append(self.bank.folder, [self.clock.run()])
         for work in self.assigned.values():
             for task in work.tasks if work else ():
                 self.bank.release(task)
 
 
-class _Display:
-    """The tasks done, images a second and time left, live on a terminal."""
+class _Clock:
+    """What a run of a job takes besides its tasks, and what the tasks took."""
 
-    def __init__(self, tasks: int, enabled: bool) -> None:
-        self.tasks, self.enabled, self.images, self.start = tasks, enabled, 0, 0.0
-        self.console = Console(stderr=True, highlight=False)
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("tasks, {task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not enabled,
+    def __init__(self, began: float, workers: int, threads: int, in_driver: bool, settings: dict[str, Any]) -> None:
+        self.began, self.workers, self.threads = began, workers, threads
+        self.in_driver, self.settings = in_driver, settings
+        self.wall = time.time() - (time.monotonic() - began)
+        self.tasks: list[TaskTime] = []
+        self.total = Spans()
+        self._lives: dict[int, float] = {}  # of workers, when they were started
+        self._starts: dict[int, float] = {}  # of workers that are not ready yet
+        self._lived = self._store = 0.0
+        self._start = time.monotonic() - began if in_driver else 0.0  # the worker was made first
+
+    def start(self, worker: int) -> None:
+        now = time.monotonic()
+        self._lives[worker] = self.began if self.in_driver else now
+        self._starts[worker] = now
+
+    def ready(self, worker: int) -> None:
+        self._start += time.monotonic() - self._starts.pop(worker)
+
+    def end(self, worker: int) -> None:
+        now = time.monotonic()
+        self._lived += now - self._lives.pop(worker)
+        if worker in self._starts:
+            self._start += now - self._starts.pop(worker)
+
+    def add(self, result: Result) -> None:
+        for spans in result.spans.values():
+            self.total.add(spans)
+        if result.embeddings:
+            self.settings.setdefault("batch_size", result.embeddings[0].meta.get("batch_size"))
+
+    @contextlib.contextmanager
+    def storing(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._store += time.monotonic() - start
+
+    def run(self) -> RunTime:
+        """The times so far."""
+        now = time.monotonic()
+        lived = self._lived + sum(now - born for born in self._lives.values())
+        starting = self._start + sum(now - since for since in self._starts.values())
+        busy = sum(self.total.seconds.values()) + starting + (self._store if self.in_driver else 0.0)
+        return RunTime(
+            began=round(self.wall, 2),
+            seconds=now - self.began,
+            workers=self.workers,
+            start=starting,
+            store=self._store,
+            idle=max(lived - busy, 0.0),
+            in_driver=self.in_driver,
+            threads=self.threads,
+            cores=os.cpu_count() or 1,
+            settings=self.settings,
+            sizes=self.total.sizes,
         )
-
-    def begin(self, before: int) -> None:
-        self.start = time.monotonic()
-        self.task = self.progress.add_task("embed", total=self.tasks - before, rate="")
-
-    def advance(self, tasks: int, images: int) -> None:
-        self.images += images
-        rate = f"{self.images / max(time.monotonic() - self.start, 1e-9):.1f} images/s"
-        self.progress.update(self.task, advance=tasks, rate=rate)
-
-    def note(self, text: str) -> None:
-        """Print a line above the bar, or to the error stream if there is no bar."""
-        if self.enabled:
-            self.console.print(escaped(text), markup=False)
-        else:
-            print(f"t2v-fast: {escaped(text)}", file=sys.stderr)
-
-    def __enter__(self) -> _Display:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 
 from ..embedding import Embedding
+from ..spans import Spans, collect
 from ..tasks import sources
 from ..tasks.pipeline import Task2Vec
 from .job import WorkItem
@@ -28,11 +29,15 @@ Factory = Callable[[], Task2Vec]
 
 @dataclass
 class Result:
-    """The outcome of one piece of work: embeddings, the errors of tasks that failed, and the texts of warnings."""
+    """The outcome of one piece of work: embeddings, the errors of tasks that failed, and the texts of warnings.
+
+    ``spans`` says what each task took (:mod:`t2v_fast.spans`).
+    """
 
     embeddings: list[Embedding] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    spans: dict[str, Spans] = field(default_factory=dict, init=False)
 
 
 def perform(task2vec: Task2Vec, work: WorkItem) -> Result:
@@ -40,12 +45,19 @@ def perform(task2vec: Task2Vec, work: WorkItem) -> Result:
     result = Result()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        if not _perform_shared(task2vec, work, result):
-            for task in work.tasks:
-                try:
+        with collect() as shared:
+            together = _perform_shared(task2vec, work, result)
+        part = shared.part(len(work.tasks))
+        for task in work.tasks:
+            if together:
+                result.spans[task] = part
+                continue
+            try:
+                with collect() as result.spans[task]:
                     result.embeddings.append(task2vec.embed(work.data(task)))
-                except Exception as error:  # whatever goes wrong with one task, the others go on
-                    result.errors[task] = f"{type(error).__name__}: {error}"
+            except Exception as error:  # whatever goes wrong with one task, the others go on
+                result.errors[task] = f"{type(error).__name__}: {error}"
+            result.spans[task].add(part)  # of the attempt to embed it with others
     result.notes = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     return result
 

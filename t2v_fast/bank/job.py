@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -134,6 +135,8 @@ def load_job(file: str | os.PathLike, *, root: str | os.PathLike | None = None, 
     """
     file = Path(file)
     try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise JobError(f"{file} is no regular file, as a job file is: write its text to a file")
         if file.stat().st_size > LARGEST:
             raise JobError(f"{file} has {file.stat().st_size} bytes, more than a job file may have ({LARGEST})")
         text = file.read_bytes().decode()

@@ -15,12 +15,12 @@ from ..bank.export import FORMS, export
 from ..bank.recovery import is_bank, verify
 from ..bank.store import Bank
 from ..embedding import Embedding, escaped
-from .common import console
+from .common import console, print_files
 
 
 def add_parser(commands: Any) -> None:
     """Add the command and its actions to the parser."""
-    parser = commands.add_parser("bank", help="look at, search, repair and export a bank of embeddings")
+    parser = commands.add_parser("bank", shared=False)
     actions = parser.add_subparsers(dest="action", required=True)
 
     def action(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -51,26 +51,32 @@ def _open(arguments: argparse.Namespace) -> Bank:
 
 def _ls(arguments: argparse.Namespace) -> int:
     bank = _open(arguments)
-    for task in bank.tasks:
-        print(task)
-    print(f"{len(bank)} tasks, {len(bank.failed)} failed")
+    for task in bank.tasks if arguments.progress else ():
+        console.print(escaped(task), markup=False, soft_wrap=True)
+    console.print(f"{len(bank)} tasks, {len(bank.failed)} failed")
+    arguments.result.update(tasks=bank.tasks, failed=len(bank.failed))
     return 0
 
 
 def _failed(arguments: argparse.Namespace) -> int:
-    for task, error in _open(arguments).failed.items():
-        print(escaped(f"{task}: {error}"))
+    failed = _open(arguments).failed
+    for task, error in failed.items():
+        console.print(escaped(f"{task}: {error}"), markup=False, soft_wrap=True)
+    arguments.result.update(failed=failed)
     return 0
 
 
 def _retry(arguments: argparse.Namespace) -> int:
     tasks = _open(arguments).retry(arguments.tasks or None)
-    print(f"{len(tasks)} task{'s' * (len(tasks) != 1)} will be run again")
+    console.print(f"{len(tasks)} task{'s' * (len(tasks) != 1)} will be run again")
+    arguments.result.update(tasks=tasks)
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    print(f"{export(_open(arguments), arguments.path, arguments.form)} tasks -> {arguments.path}")
+    count = export(_open(arguments), arguments.path, arguments.form)
+    print_files([arguments.path], f"{count} tasks")
+    arguments.result.update(tasks=count, path=arguments.path)
     return 0
 
 
@@ -82,9 +88,12 @@ def _nearest(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{query!r} is neither a task of bank {bank.folder} nor a file")
         query = Embedding.load(query)
     table = Table("task", arguments.metric)
-    for task, d in bank.nearest(query, arguments.k, arguments.metric, exact=arguments.exact):
+    found = bank.nearest(query, arguments.k, arguments.metric, exact=arguments.exact)
+    for task, d in found:
         table.add_row(Text(escaped(task)), f"{d:.4g}")
-    console.print(table)
+    if arguments.progress:
+        console.print(table)
+    arguments.result.update(metric=arguments.metric, nearest=found)
     return 0
 
 
@@ -92,17 +101,20 @@ def _verify(arguments: argparse.Namespace) -> int:
     if not is_bank(arguments.bank):
         _open(arguments)  # says why
     problems = verify(arguments.bank)  # also where the bank cannot be opened
+    arguments.result.update(problems=problems)
     for problem in problems.values():
-        print(escaped(problem))
+        console.print(escaped(problem), markup=False, soft_wrap=True)
     if problems:
-        print(f"{len(problems)} problem{'s' * (len(problems) != 1)} in {escaped(str(arguments.bank))}")
+        console.print(f"{len(problems)} problem{'s' * (len(problems) != 1)} in {escaped(str(arguments.bank))}")
         return 1
     bank = _open(arguments)
-    print(f"all {len(bank)} tasks are whole")
+    console.print(f"all {len(bank)} tasks are whole")
     return 0
 
 
 def _repair(arguments: argparse.Namespace) -> int:
-    for line in Bank.repair(arguments.bank):
-        print(f"repaired: {escaped(line)}")
+    lines = Bank.repair(arguments.bank)
+    for line in lines:
+        console.print(f"repaired: {escaped(line)}", markup=False, soft_wrap=True)
+    arguments.result.update(repaired=lines)
     return 0

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..embedding import Embedding
+from ..embedding import Embedding, escaped
+from ..tasks.data import IMAGE_SUFFIXES
 from ..tasks.settings import OPTIONS
 from .common import console
 from .options import PROBE_OPTIONS, add_probe_options, add_settings, flags_of, task2vec_of
@@ -26,9 +27,7 @@ NOT_FOR_JOBS = (
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser(
-        "embed", help="embed image folders (one sub-folder a class), or the tasks of a job file"
-    )
+    parser = commands.add_parser("embed")
     parser.add_argument("tasks", nargs="*", type=Path, metavar="FOLDER", help="a task: one sub-folder for each class")
     parser.add_argument(
         "--output",
@@ -63,28 +62,64 @@ def run(arguments: argparse.Namespace) -> int:
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two tasks are called {sorted(twice)[0]!r}: their embeddings would have one file name")
     for folder in arguments.tasks:
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder: expected a folder with one sub-folder of images a class")
+        _check_folder(folder)
     task2vec = task2vec_of(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for name, folder in zip(names, arguments.tasks, strict=True):
+    made = arguments.result["embeddings"] = []
+    for number, (name, folder) in enumerate(zip(names, arguments.tasks, strict=True), 1):
         path = arguments.output / f"{name}.safetensors"
         if path.exists() and not arguments.overwrite:
             if Embedding.load(path).fingerprint != task2vec.fingerprint():
                 raise ValueError(f"{path} was made with other settings: pass --overwrite, or another --output")
-            console.print(f"{name}: already in {path}", markup=False)
+            console.print(escaped(f"{name}: already in {path}"), markup=False)
+            made.append({"task": name, "path": str(path), "new": False})
             continue
         embedding = task2vec.embed(folder, name=name, skip_unreadable=arguments.skip_unreadable)
         embedding.save(path)
-        skipped = embedding.meta["skipped_images"]
+        skipped, classes = embedding.meta["skipped_images"], len(embedding.meta["classes"])
         note = f", {len(skipped)} unreadable left out: {', '.join(skipped[:3])}" if skipped else ""
         seconds = sum(embedding.meta["seconds"].values())
-        console.print(
-            f"{name}: {embedding.num_examples} images, {len(embedding.meta['classes'])} classes, {seconds:.1f} s{note} "
-            f"-> {path}",
-            markup=False,
+        place = f" ({number} of {len(names)})" if len(names) > 1 else ""
+        text = f"{name}: {embedding.num_examples} images, {classes} classes{note}, {seconds:.1f} s{place} -> {path}"
+        console.print(escaped(text), markup=False)
+        made.append(
+            {
+                "task": name,
+                "path": str(path),
+                "new": True,
+                "images": embedding.num_examples,
+                "classes": classes,
+                "skipped": skipped,
+                "seconds": embedding.meta["seconds"],
+            }
         )
     return 0
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ValueError for what is no folder; warn where sub-folders look like tasks, since they are taken as classes.
+
+    It is a warning only, because a class may well have its images in sub-folders.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: expected a folder with one sub-folder of images a class")
+    inside = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and entry.name[0] != "."]
+    if len(inside) > 1 and all(map(_looks_like_a_task, inside)):
+        text = (
+            f"note: {folder} is embedded as one task of {len(inside)} classes, but its sub-folders ({inside[0].name}, "
+            f"...) look like tasks: they have sub-folders of images themselves. To embed each of them, give "
+            f"{folder}/* instead, or a job with `folders: {folder.name}`"
+        )
+        print(f"t2v-fast: {escaped(text)}", file=sys.stderr)
+
+
+def _looks_like_a_task(folder: Path) -> bool:
+    """Whether a folder has no image of its own, but at least two sub-folders that have some."""
+    entries = list(folder.iterdir())
+    if any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries):
+        return False
+    folders = [entry for entry in entries if entry.is_dir() and entry.name[0] != "."]
+    return sum(any(f.suffix.lower() in IMAGE_SUFFIXES for f in each.iterdir()) for each in folders) > 1
 
 
 def _run_job(arguments: argparse.Namespace) -> int:
@@ -108,8 +143,22 @@ def _run_job(arguments: argparse.Namespace) -> int:
         f"{summary.before} were settled before{lost} -> {arguments.bank}",
         markup=False,
     )
+    arguments.result.update(
+        bank=arguments.bank,
+        finished=summary.finished,
+        before=summary.before,
+        failed=summary.failed,
+        images=summary.images,
+        lost_workers=summary.lost_workers,
+        seconds=summary.seconds,
+        stages=summary.profile.totals(),
+    )
+    if arguments.progress and summary.profile.tasks:
+        from .profile import print_profile
+
+        print_profile(summary.profile)
     for task, error in summary.failed.items():
-        print(f"failed: {task}: {error}", file=sys.stderr)
+        print(escaped(f"failed: {task}: {error}"), file=sys.stderr)
     if summary.failed:
         print(f"{len(summary.failed)} tasks failed; --retry-failed runs them again", file=sys.stderr)
     return 1 if summary.failed else 0

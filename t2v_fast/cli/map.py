@@ -6,15 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..analysis.distance import METRICS
-from .common import add_embeddings, console, families_of, load_embeddings
+from .common import add_embeddings, add_metric, families_of, load_embeddings, print_files
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("map", help="an interactive map of stored embeddings, as one HTML page")
+    parser = commands.add_parser("map")
     add_embeddings(parser)
-    parser.add_argument("--metric", default="cosine", choices=METRICS)
+    add_metric(parser, alpha=False)
     parser.add_argument("--output", type=Path, default=Path("map.html"), help="the HTML file (default: %(default)s)")
     parser.add_argument("--title", default="Map of tasks")
     parser.set_defaults(run=run)
@@ -33,5 +32,6 @@ def run(arguments: argparse.Namespace) -> int:
         metric=arguments.metric,
         title=arguments.title,
     )
-    console.print(f"map -> {arguments.output}", markup=False)
+    print_files([arguments.output], "map")
+    arguments.result.update(path=arguments.output, tasks=names)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ FLAGS = {
     "num_workers": ("--num-workers", "--loaders"),
     "probe_weights": ("--probe-weights", "--weights"),
     "probe_head": ("--probe-head", "--head"),
-    "progress": ("--quiet",),
+    "progress": ("--quiet", "-q"),
 }
 SHORT_LIST = ("estimator", "samples", "device", "batch_size", "num_workers", "seed", "progress")
 METAVARS = {WHOLE: "N", NUMBER: "NUMBER", FOLDER: "FOLDER", LAYERS: "LAYERS", DEVICE: "DEVICE", DTYPE: "DTYPE"}
@@ -162,4 +163,6 @@ def task2vec_of(arguments: argparse.Namespace) -> Task2Vec:
     probe = load_probe(arguments.probe, weights=arguments.probe_weights, head=arguments.probe_head)
     if arguments.size is not None:
         probe.preprocessing = probe.preprocessing.sized(arguments.size)
-    return Task2Vec.from_settings(probe, settings)
+    task2vec = Task2Vec.from_settings(probe, settings)
+    task2vec.progress = settings.progress and sys.stderr.isatty()  # elsewhere, bars would be a wall of lines
+    return task2vec

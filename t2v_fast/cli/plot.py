@@ -6,17 +6,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..analysis.distance import METRICS, pdist
-from .common import add_embeddings, console, families_of, load_embeddings
+from ..analysis.distance import distances_of, symmetric
+from .common import add_embeddings, add_metric, families_of, load_embeddings, print_files
+
+KINDS = ("heatmap", "dendrogram", "map", "layers")
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("plot", help="draw stored embeddings, as PNG or SVG")
+    parser = commands.add_parser("plot")
     add_embeddings(parser)
-    parser.add_argument("--kind", default="heatmap", choices=["heatmap", "dendrogram", "map", "layers"])
-    parser.add_argument("--metric", default="cosine", choices=METRICS)
-    parser.add_argument("--output", type=Path, required=True, help="a file that ends in .png or .svg")
+    parser.add_argument("--kind", default="heatmap", choices=KINDS)
+    add_metric(parser)
+    parser.add_argument("--output", type=Path, help="a file that ends in .png or .svg (default: KIND.png)")
     parser.set_defaults(run=run)
 
 
@@ -25,13 +27,14 @@ def run(arguments: argparse.Namespace) -> int:
     from ..analysis import plot
 
     names, embeddings = load_embeddings(arguments.embeddings)
+    path = arguments.output or Path(f"{arguments.kind}.png")
     if arguments.kind == "layers":
-        plot.layer_profile(embeddings, names, arguments.output)
+        plot.layer_profile(embeddings, names, path)
     else:
-        distances = pdist(embeddings, arguments.metric)
+        distances = symmetric(distances_of(embeddings, arguments.metric, alpha=arguments.alpha))
         draw = {"heatmap": plot.heatmap, "dendrogram": plot.dendrogram, "map": plot.task_map}[arguments.kind]
         options = {} if arguments.kind == "map" else {"label": f"{arguments.metric} distance"}
-        symmetric = (distances + distances.T) / 2
-        draw(symmetric, names, arguments.output, families=families_of(embeddings), **options)
-    console.print(f"{arguments.kind} -> {arguments.output}", markup=False)
+        draw(distances, names, path, families=families_of(embeddings), **options)
+    print_files([path], arguments.kind)
+    arguments.result.update(path=path, kind=arguments.kind, tasks=names)
     return 0

@@ -18,7 +18,7 @@ from .common import add_embeddings, console, load_embeddings
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("select", help="which expert or pretrained network to use for a task")
+    parser = commands.add_parser("select")
     add_embeddings(parser)
     parser.add_argument(
         "--errors",
@@ -29,7 +29,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--task", action="append", help="a task to choose for (default: all that have no errors yet)")
     parser.add_argument("--alpha", type=float, default=ALPHA, help="of the asymmetric distance (default: %(default)s)")
     parser.add_argument("--floor", type=float, default=0.0, help="the smallest error by which increases are divided")
-    parser.add_argument("--csv", type=Path, help="write the experts' distances from the tasks here")
+    parser.add_argument(
+        "--csv", type=Path, help="write the experts' distances from the tasks here, or the ranking of a zoo"
+    )
     zoo.add_options(parser)
     parser.set_defaults(run=run)
 
@@ -60,10 +62,14 @@ def run(arguments: argparse.Namespace) -> int:
         for k, name in enumerate(wanted):
             table = Table("expert", "Model2Vec", "asymmetric", "symmetric", title=f"for {name}")
             symmetric = pdist([*of_experts, known[name]])[-1, :-1]
-            for j in np.argsort(learned[:, k], kind="stable"):
+            others = [int(j) for j in np.argsort(learned[:, k], kind="stable") if experts[j] != name]  # not its own
+            ranked = arguments.result.setdefault("experts", {})
+            ranked[name] = [{"expert": experts[j], "distance": float(learned[j, k])} for j in others]
+            for j in others:
                 cells = (f"{d[j]:.4f}" for d in (learned[:, k], distances[:, k], symmetric))
                 table.add_row(Text(experts[j]), *cells)
-            console.print(table)
+            if arguments.progress:
+                console.print(table)
         if arguments.csv:
             rows = [[e, *map(repr, row.tolist())] for e, row in zip(experts, learned, strict=True)]
             write_csv(arguments.csv, [["expert", *wanted], *rows])
@@ -76,5 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         table.add_column(column)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    if arguments.progress:
+        console.print(table)
+    arguments.result["increases"] = [header, *rows]
     return 0

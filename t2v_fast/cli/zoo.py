@@ -9,7 +9,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from .common import console
+from ..embedding import escaped
+from .common import console, print_files
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +30,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--first-images", type=int, default=64, help="images of the first round (default: %(default)s)")
     group.add_argument("--cache", type=Path, help="folder that keeps features, so that a race continues")
-    group.add_argument("--table", type=Path, help="write the ranking here as CSV")
-    group.add_argument("--save", type=Path, help="write everything here as JSON")
     group.add_argument("--plot", type=Path, help="draw the ranking here (PNG or SVG)")
     group.add_argument("--device", default="cpu", help="where the networks run (default: %(default)s)")
     group.add_argument("--batch-size", type=int, default=32, help="images in a forward pass (default: %(default)s)")
@@ -53,7 +52,7 @@ def parse_names(text: str) -> list[str]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the race, and report it."""
-    from ..files import write_atomically, write_csv
+    from ..files import write_csv
     from ..zoo import rank_zoo
 
     if len(arguments.embeddings) != 1 or not arguments.embeddings[0].is_dir():
@@ -66,29 +65,28 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         cache=arguments.cache,
         device=arguments.device,
-        progress=True,
+        progress=arguments.progress,
     )
+    arguments.result.update(ranking.as_dict())
     header, *rows = ranking.rows()
-    table = Table(title=Text(f"networks for {ranking.task}"))
-    for column in header:
-        table.add_column(column, no_wrap=True, overflow="fold")
-    for row, entry in zip(rows, ranking.entries, strict=True):
-        if entry.score is not None:
-            table.add_row(*map(Text, row))
-    console.print(table)
+    if arguments.progress:
+        table = Table(title=Text(f"networks for {escaped(ranking.task)}"))
+        for column in header:
+            table.add_column(column, no_wrap=True, overflow="fold")
+        for row, entry in zip(rows, ranking.entries, strict=True):
+            if entry.score is not None:
+                table.add_row(*map(Text, row))
+        console.print(table)
     for entry in ranking.entries:
         if entry.score is None:
-            console.print(f"unavailable: {entry.name}: {entry.reason}", markup=False)
+            console.print(f"unavailable: {entry.name}: {escaped(entry.reason)}", markup=False)
     console.print(ranking.explain(), markup=False)
     console.print(f"cost: {100 * ranking.cost:.0f} % of running every network on all {ranking.images} images")
-    if arguments.table is not None:
-        write_csv(arguments.table, [header, *rows])
-    if arguments.save is not None:
-        write_atomically(arguments.save, ranking.to_json().encode())
+    if arguments.csv is not None:
+        write_csv(arguments.csv, [header, *rows])
     if arguments.plot is not None:
         from ..analysis.race_plot import race  # matplotlib takes a second to import
 
         race(ranking.entries, ranking.classes, arguments.plot)
-    for path in filter(None, (arguments.table, arguments.save, arguments.plot)):
-        console.print(f"-> {path}", markup=False)
+    print_files((arguments.csv, arguments.plot))
     return 0

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..gradients.fast_forward import fast_forward
 from ..gradients.recorder import FisherRecorder
+from ..spans import forward_by_kind, stage
 from .allocation import seeds_of
 from .self_check import SelfCheck
 
@@ -74,10 +75,13 @@ def forward_passes(
                 n = _check_inputs(inputs, index)
                 if n == 0:
                     continue
-                logits = _check_logits(check.forward(inputs) if check else fast(recorder.model, inputs), n)
+                with forward_by_kind(recorder.model, n):
+                    output = check.forward(inputs) if check else fast(recorder.model, inputs)
+                logits = _check_logits(output, n)
                 valid = _check_mask(mask(inputs, labels), labels, logits) if logits.dim() == 3 else None
                 if check:
-                    check.batch(inputs, logits)
+                    with stage("check", whole=True):
+                        check.batch(inputs, logits)
                 yield Batch(n, logits, labels, valid)
 
         yield run
@@ -123,7 +127,7 @@ class Schedule:
         if self.examples is not None:
             examples = self.examples[examples]
             if len(examples) < n:
-                raise ValueError(f"the loader yields more than the allocation's {len(self.examples)} examples")
+                raise ValueError(f"the loader yields more than the {len(self.examples)} examples that are expected")
         if self.weights is None:
             weights = torch.ones(n, dtype=torch.float64)
         else:

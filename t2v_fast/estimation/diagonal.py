@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,6 +82,10 @@ class FisherDiagonal(Mapping[str, Tensor]):
     def vector(self) -> Tensor:
         """Return all values in one vector, parameter after parameter."""
         return _joined(self.entries)
+
+    def to_numpy(self) -> np.ndarray:
+        """Return :meth:`vector` as an array."""
+        return self.vector().numpy()
 
     def standard_error_vector(self) -> Tensor:
         """Return all standard errors in one vector, in the order of :meth:`vector`."""

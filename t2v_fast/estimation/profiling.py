@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import io
 import json
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -146,11 +148,24 @@ class Profile:
         Console(file=text, width=120, highlight=False).print(self.table())
         return text.getvalue() + self.summary()
 
-    def save_json(self, path: str | os.PathLike) -> None:
-        """Write all measurements and the totals as JSON."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return all measurements and the totals as JSON values."""
         content = asdict(self)
         del content["events"]
-        write_atomically(path, json.dumps({**content, "totals": self.totals()}, indent=1).encode())
+        return {**content, "totals": self.totals()}
+
+    def save_json(self, path: str | os.PathLike) -> None:
+        """Write :meth:`as_dict`."""
+        write_atomically(path, json.dumps(self.as_dict(), indent=1).encode())
+
+    def save_roofline(self, path: str | os.PathLike) -> None:
+        """Former name of ``t2v_fast.analysis.plot.roofline(profile, path)``."""
+        warnings.warn(
+            "Profile.save_roofline(path) is now t2v_fast.analysis.plot.roofline(profile, path)",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        importlib.import_module("t2v_fast.analysis.plot").roofline(self, path)
 
     def save_trace(self, path: str | os.PathLike) -> None:
         """Write one batch in Chrome's trace format, for chrome://tracing or ui.perfetto.dev."""

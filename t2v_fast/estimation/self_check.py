@@ -229,7 +229,10 @@ def _spread(logits: Tensor, robust: bool) -> float:
     which half precision needs.
     """
     z = logits.double().reshape(-1, logits.shape[-1])
-    centre = z.median(1, keepdim=True).values if z.shape[1] > 1 else z.median()
+    # In the middle between the lower and the upper median: at the lower one of two logits, the spread would be the
+    # smallest margin of all examples.
+    centre = (z.median(1, keepdim=True).values - (-z).median(1, keepdim=True).values) / 2
+    centre = centre if z.shape[1] > 1 else z.median()
     apart = (z - centre).abs().flatten()
     spread = float(apart[:: -(-len(apart) // 2**20)].quantile(0.5) if robust else apart.max())
     return max(spread, 1e3 * torch.finfo(logits.dtype).eps * float(z.abs().median()))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from ..ops.reference import accumulate_dtype
+from ..spans import backward_by_kind
 from .factors import Called, Factors, Reuse, Summed, concatenated
 from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gradients
 from .ownership import dense
@@ -343,6 +344,7 @@ class FisherRecorder:
         later: list[tuple[Use, Factors]] = []  # factors that can be computed only after the pass
 
         def visit(node: Node, cotangents: tuple[Tensor | None, ...]) -> None:
+            begin(node)
             for use in taps.uses[node]:
                 factors = factors_of(use, cotangents, n)
                 if isinstance(factors, Called):
@@ -353,21 +355,24 @@ class FisherRecorder:
                 for name in routes.summed.intersection(use.parameters):
                     kept.setdefault(name, []).append((use, factors))
 
-        backpropagate(output, cotangent, taps, visit, retain_graph)
-        with torch.no_grad():
-            for use, factors in later:
-                if use.parameter in routes.single:
-                    self._add(use, factors, sums, weights, reuse[use.node])
-            for name, found in kept.items():
-                whole = None
-                if all(use.direct for use, _ in found):
-                    whole = concatenated([factors for _, factors in found])
-                if whole is None:
-                    p = self.parameters[name]
-                    parts = [(factors, _onward(use, p)) for use, factors in found]
-                    whole = Summed(parts, tuple(p.shape), n, self.filter_axes[name])
-                use = replace(found[0][0], parameters=(name,))
-                self._add(use, whole, sums, weights, Reuse(reuse[use.node].cotangents))
+        with backward_by_kind(taps.order, n) as begin:
+            backpropagate(output, cotangent, taps, visit, retain_graph)
+            with torch.no_grad():
+                for use, factors in later:
+                    begin(use.node)
+                    if use.parameter in routes.single:
+                        self._add(use, factors, sums, weights, reuse[use.node])
+                for name, found in kept.items():
+                    begin(found[0][0].node)
+                    whole = None
+                    if all(use.direct for use, _ in found):
+                        whole = concatenated([factors for _, factors in found])
+                    if whole is None:
+                        p = self.parameters[name]
+                        parts = [(factors, _onward(use, p)) for use, factors in found]
+                        whole = Summed(parts, tuple(p.shape), n, self.filter_axes[name])
+                    use = replace(found[0][0], parameters=(name,))
+                    self._add(use, whole, sums, weights, Reuse(reuse[use.node].cotangents))
 
     def _add(self, use: Use, factors: Factors, sums: dict[str, Tensor], weights: Tensor, reuse: Reuse) -> None:
         """Add the squares that follow from a use's factors to the sums of its parameter."""

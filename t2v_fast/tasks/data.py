@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import IO, Any, Protocol, cast
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ..spans import count, stage
 from .cache import ImageCache
 from .probe import rgb
 
@@ -288,7 +290,9 @@ class _Reader:
     def __call__(self, get: Callable[[], Any], index: int) -> Item | str | DataError:
         where = self.describe(index)
         try:
-            return self._item(get(), where)
+            with stage("decode"):
+                count("decoded")
+                return self._item(get(), where)
         except DataError as error:
             return error
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
@@ -333,7 +337,8 @@ class _Mapped(Dataset):
             return self.read(lambda: self.source[index], index)
         kept = self.cache.get(index)
         if kept is not None:
-            return self.read.prepare(kept[0]), kept[1], self.read.describe(index)
+            with stage("decode"):
+                return self.read.prepare(kept[0]), kept[1], self.read.describe(index)
         raw: list[Any] = []
 
         def get() -> Any:
@@ -391,10 +396,14 @@ class _Arrays:
 
 
 def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
-    """Decode an image; OSError for a file that is no image."""
+    """Decode an image, turned as its EXIF orientation says; OSError for a file that is no image."""
+    image: Image.Image
     try:
         with Image.open(file) as image:
             image.load()  # a truncated file fails here
+            with contextlib.suppress(Exception):  # an image whose EXIF data is damaged is shown as it is
+                if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                    image = ImageOps.exif_transpose(image)
     except MemoryError:
         raise
     except Exception as error:  # damaged files make the decoders fail with almost anything

@@ -6,6 +6,8 @@ import copy
 import hashlib
 import importlib
 import os
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -399,8 +401,31 @@ def _torchvision(models: Any, model: str, pretrained: bool) -> tuple[nn.Module, 
     return models.get_model(model, weights=weights if pretrained else None), preprocessing
 
 
+@contextmanager
+def _asked_once() -> Iterator[None]:
+    """Without a network, let the hub's client use what it has downloaded before. It would ask for most of a minute."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        yield
+        return
+    offline = constants.HF_HUB_OFFLINE
+    if not offline:
+        try:
+            urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
+        except urllib.error.HTTPError:
+            pass  # it answers
+        except (OSError, ValueError):
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
 def _timm(timm: Any, model: str, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
-    network = timm.create_model(model, pretrained=pretrained)
+    with _asked_once() if pretrained else nullcontext():
+        network = timm.create_model(model, pretrained=pretrained)
     config = timm.data.resolve_model_data_config(network)
     crop = config["input_size"][-1]
     mode = config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic"

@@ -162,8 +162,10 @@ class Option:
             return {} if self.kind is MAPPING else None
         try:
             value = self.kind.convert(value)
-        except (TypeError, ValueError, OverflowError, RuntimeError):
-            raise SettingError(name, value, self.kind.expected) from None
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            large = self.kind is WHOLE and isinstance(error, OverflowError)
+            expected = "a number from -2^63 to 2^63 - 1" if large else self.kind.expected
+            raise SettingError(name, value, expected) from None
         if self.choices and value not in self.choices:
             raise SettingError(name, value, f"one of {', '.join(self.choices)}")
         return value

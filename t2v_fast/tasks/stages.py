@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
+from .. import spans
 from ..estimation.allocation import Allocation, SamplingStats, full_allocation, sample_until, share_out
 from ..estimation.estimator import BATCH_MEAN, FisherDiagonal, fisher
 from ..estimation.label_sets import Heads, LabelSet, fisher_of_label_sets
@@ -272,10 +273,17 @@ class Stages:
         batches = data.batches(self.probe.preprocessing, self.batch_size, self.num_workers, self._cache(data), examples)
         batches = _waiting(run, batches)
         label = f"{data.name or 'task'}: {stage}"
-        for images, labels in tqdm(batches, desc=label, unit="batch", disable=not self.progress, leave=False):
+        bar = {"total": self._count(data, examples), "disable": not self.progress}
+        for images, labels in tqdm(batches, desc=label, unit="batch", leave=False, **bar):
             images = images.to(self.device, dtype_of(self.probe.network))
             at_cut = self.probe.at_cut
             yield at_cut(images) if self._feature_cache is None else self._feature_cache.get(images, at_cut), labels
+
+    def _count(self, data: TaskData, examples: list[Tensor] | None) -> int | None:
+        """The number of batches that will come; None where it is unknown."""
+        if examples is not None:
+            return len(examples)
+        return -(-len(data.source) // self.batch_size) if isinstance(data.source, Sized) else None
 
     def _cache(self, data: TaskData) -> ImageCache | None:
         """The cache of this data, the same one in both passes."""
@@ -290,7 +298,8 @@ def _waiting(run: TaskRun, batches: Iterator[Value]) -> Iterator[Value]:
     while True:
         start = time.perf_counter()
         try:
-            batch = next(batches, None)
+            with spans.stage("wait"):
+                batch = next(batches, None)
         finally:
             run.waited += time.perf_counter() - start
         if batch is None:

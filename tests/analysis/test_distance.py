@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from mpmath import mp, mpf
 
+from t2v_fast.analysis import distance
 from t2v_fast.analysis.distance import cdist, pdist
-from t2v_fast.embedding import FingerprintMismatch
+from t2v_fast.embedding import Embedding, FingerprintMismatch
 
 COSINES = ("cosine", "plain_cosine")
 SCALE_FREE = (*COSINES, "entropy", "normalized_cosine")
@@ -164,3 +165,28 @@ def test_embeddings_must_be_comparable() -> None:
 def test_errors(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(vectors())
+
+
+def test_a_table_of_pandas() -> None:
+    pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    layers = [("a", 0, 5)]
+    tasks = [
+        Embedding(rng.random(5) + 0.1, np.ones(5), layers, 3, meta={"task": name} if name else {})
+        for name in ("cats", "", "cars")
+    ]
+    found = distance.to_frame(tasks, "jsd")
+    assert list(found.index) == list(found.columns) == ["cats", "1", "cars"]
+    np.testing.assert_array_equal(found.to_numpy(), pdist(tasks, "jsd"))
+    with pytest.raises(TypeError, match="arrays have no names"):
+        distance.to_frame(np.ones((2, 3)))
+
+
+@pytest.mark.parametrize("metric", distance.ALL_METRICS)
+def test_every_distance_by_its_name(metric: str) -> None:
+    tasks = np.random.default_rng(0).random((4, 6)) + 0.1
+    found = distance.distances_of(tasks, metric)
+    assert found.shape == (4, 4)
+    drawn = distance.symmetric(found)
+    np.testing.assert_array_equal(drawn, drawn.T)
+    assert drawn.min() == 0 == np.diag(drawn).max()

@@ -222,3 +222,96 @@ def test_precision_table(script: Script, monkeypatch: pytest.MonkeyPatch) -> Non
         ours, plain = (float(v) for v in next(line for line in lines if line.startswith(start)).split("|")[3:5])
         assert 1 - ours < 2 * (1 - plain) + 1e-5
     assert sum("early-stopped" in line for line in lines) == 1
+
+
+def test_throughput_tables(tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs run in this process here; a stand-in takes the place of the public code."""
+    from t2v_fast import cli
+
+    study = importlib.import_module("bench.studies.throughput")
+    (tmp_path / "public").mkdir()
+    (tmp_path / "public" / "task2vec.py").write_text(PUBLIC_CODE)
+    monkeypatch.setattr(study, "load_probe", small_probe)
+    monkeypatch.setattr("t2v_fast.tasks.probe.load_probe", lambda **options: small_probe())
+    monkeypatch.setattr(study, "find_spec", lambda name: None)
+    monkeypatch.setattr(study, "POOL", 60)
+
+    class Here:
+        def __init__(self, command: list[str], **options: object) -> None:
+            assert "--workers" in command
+            self.status = cli.main([*command[3 : command.index("--workers")], "--quiet"])
+
+        def wait(self) -> int:
+            return self.status
+
+    monkeypatch.setattr(study.subprocess, "Popen", Here)
+    page = tmp_path / "page.md"
+    page.write_text("before\n")
+    few = ["--tasks", "3", "--part", "2", "--other-tasks", "2", "--draws", "50", "--size", "12"]
+    command = [*few, "--output", str(tmp_path / "out"), "--public", str(tmp_path / "public"), "--write", str(page)]
+
+    def run() -> str:
+        return script("studies.throughput", *command).partition("## Real tasks")[2]  # after what the jobs print
+
+    text = run()
+    assert text.strip() in page.read_text()
+    table = {r[0]: r[1:] for r in ([c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()) if r}
+    assert table["t2v-fast, one worker"][0] == "2"
+    assert table["t2v-fast, two workers"][0] == "3"
+    assert table["the public code as it comes, 50 draws a task"][0] == "1"
+    assert float(table["batch-size-1 autograd, 2 drawn labels an image"][3].split()[0]) > 0.01
+    assert "another quantity" in table["the public code, 2 draws an image"][3]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    # Two cotangents are exact for up to three classes.
+    exact = [t["own_error"] for t in results["other"].values() if t["classes"] <= 3]
+    assert exact
+    assert max(exact) < 1e-5
+    # Nothing is run twice: the same command prints the same text.
+    monkeypatch.setattr(study.subprocess, "Popen", None)
+    monkeypatch.setattr(study, "Other", None)
+    assert run() == text
+    sys.modules.pop("task2vec", None)
+
+
+def test_enumerated_labels_are_the_exact_fisher() -> None:
+    from bench.studies.throughput import enumerate_labels
+    from t2v_fast import fisher
+
+    probe = small_probe()
+    x, weights = torch.randn(5, 3, 12, 12), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64)
+    names = probe.embedding_parameters()
+    network = probe.network.double()
+    exact, variance, *_ = enumerate_labels(network, x.double(), weights, names)
+    want = fisher(network, [x.double()], "exact", parameters=names, weights=weights)
+    torch.testing.assert_close(exact, want.vector(), rtol=1e-9, atol=0)
+    draws = [
+        fisher(network, [x.double()], "monte_carlo", 1, parameters=names, weights=weights, seed=s, self_check=False)
+        for s in range(400)
+    ]
+    measured = torch.stack([d.vector() for d in draws]).var(0).sum()
+    assert 0.8 < float(measured / variance.sum()) < 1.25
+
+
+PUBLIC_CODE = """
+import numpy, torch
+from tqdm.auto import tqdm
+
+class ProbeNetwork(torch.nn.Module):
+    pass
+
+class Task2Vec:
+    def __init__(self, model, loader_opts):
+        self.model, self.options = model, loader_opts
+    def embed(self, dataset):
+        self.montecarlo_fisher(dataset)
+    def montecarlo_fisher(self, dataset):
+        x, y = dataset.tensors
+        picked = torch.randint(len(x), (self.options["num_samples"],))
+        self.model.zero_grad()
+        torch.nn.functional.cross_entropy(self.model(x[picked]), y[picked]).backward()
+    def extract_embedding(self, model):
+        self.hessian = numpy.concatenate([
+            m.weight.grad.square().flatten(1).mean(1).numpy() if m.weight.dim() > 1 else m.weight.grad.square().numpy()
+            for m in model.modules() if getattr(m, "weight", None) is not None and m is not model.classifier])
+        return self
+"""

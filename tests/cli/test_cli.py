@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +37,10 @@ def run(*arguments: str) -> int:
 
 def test_embed_then_distance(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
-    assert run("embed", *folders, "--output", out, "--quiet", "--estimator", "exact") == 0
-    assert "task 0: 24 images, 3 classes" in capsys.readouterr().out
+    assert run("embed", *folders, "--output", out, "--estimator", "exact") == 0
+    found = capsys.readouterr()
+    assert "task 0: 24 images, 3 classes" in found.out
+    assert not found.err  # bars are for terminals
     assert Embedding.load(out / "task 1.safetensors").meta["estimator"] == "exact"
     assert run("embed", *folders, "--output", out, "--quiet", "--estimator", "exact") == 0
     assert capsys.readouterr().out.count("already in") == 3
@@ -102,8 +108,10 @@ def test_select(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixtur
         rows = list(csv.reader(file))
     assert rows[0] == ["expert", "task 2"]
     np.testing.assert_array_equal([float(row[1]) for row in rows[1:]], model.distances(embeddings[2:])[:, 0])
-    assert run("select", out, "--errors", errors, "--task", "task 0") == 0
+    assert run("select", out, "--errors", errors, "--task", "task 0", "--json", tmp_path / "s.json") == 0
     assert "for task 0" in capsys.readouterr().out
+    ranked = json.loads((tmp_path / "s.json").read_text())["experts"]
+    assert [e["expert"] for e in ranked["task 0"]] == ["task 1"]  # a task is not its own expert
     for text, message in (
         ("task,task 0\ntask 9,0.1\n", "no embedding of 'task 9'"),
         ("task,task 0\ntask 1,0.0\n", "pass a floor"),
@@ -135,7 +143,7 @@ def test_interrupt_keeps_what_is_finished(
         (["embed", "{tmp}/missing"], "missing is no folder"),
         (["embed", "{task}", "{task}"], "two tasks are called 'task 0'"),
         (["embed", "{task}", "--device", "cuda"], "sees no CUDA device"),
-        (["distance", "{tmp}/none.safetensors", "{tmp}/none.safetensors"], "No such file"),
+        (["distance", "{tmp}/none.safetensors", "{tmp}/none.safetensors"], "no such file or folder"),
         (["distance", "{tmp}"], "at least two embeddings, found 0"),
         (["demo", "--images", "5", "--output", "{tmp}/d"], "at least 60"),
     ],
@@ -165,3 +173,133 @@ def test_info_and_the_installed_command() -> None:
         found = subprocess.run([*command, "info"], capture_output=True, text=True, check=True).stdout
         assert "reference: available" in found
         assert f"cpu: {ops.backend_status()['cpu']}" in found
+
+
+def light(*arguments: object) -> str:
+    """Run a command in a process of its own; its output, and whether it imported torch."""
+    program = (
+        "import sys, t2v_fast.cli\n"
+        "try: status = t2v_fast.cli.main()\n"
+        "except SystemExit as end: status = end.code\n"
+        "print(status, 'torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def save_embeddings(folder: Path, count: int = 3, **fingerprint: object) -> None:
+    rng = np.random.default_rng(0)
+    for k in range(count):
+        meta, layers = {"task": f"task {k}", "classes": ["a", "b"]}, [("conv.weight", 0, 4)]
+        embedding = Embedding(rng.random(4) + 0.1, np.ones(4), layers, 10, meta=meta, fingerprint=fingerprint)
+        embedding.save(folder / f"task {k}.safetensors")
+
+
+def test_light_commands_do_not_import_torch(tmp_path: Path) -> None:
+    assert light("--help").endswith("0 False False\n")
+    assert light("--version").startswith("t2v-fast 0.1.0\n0 False")
+    save_embeddings(tmp_path)
+    for command in (["distance"], ["plot", "--output", tmp_path / "p.png"], ["map", "--output", tmp_path / "m.html"]):
+        assert " False True\n" in light(*command, tmp_path), command
+
+
+def test_json_and_quiet(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    save_embeddings(tmp_path)
+    assert run("distance", tmp_path, "--metric", "asymmetric_kl", "--json", "-") == 0
+    result = json.loads(capsys.readouterr().out)  # and nothing else
+    assert result["tasks"] == ["task 0", "task 1", "task 2"]
+    embeddings = [Embedding.load(tmp_path / f"task {k}.safetensors") for k in range(3)]
+    np.testing.assert_allclose(result["distances"], pdist(embeddings, "asymmetric_kl"))
+    assert run("distance", tmp_path, "-q", "--csv", tmp_path / "d.csv", "--json", tmp_path / "d.json") == 0
+    assert "nearest" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "d.json").read_text())["status"] == 0
+    assert run("info", "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["backends"]["reference"] == "available"
+    assert run("distance", tmp_path / "none", "--json", "-") == 1
+    found = capsys.readouterr()
+    assert json.loads(found.out) == {"status": 1, "error": f"no such file or folder: {tmp_path / 'none'}"}
+    assert run("distance", tmp_path, "--json", tmp_path / "no" / "folder.json") == 1
+
+
+def test_every_command_has_json_and_quiet() -> None:
+    def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+        inner = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        for action in inner:
+            for choice in action.choices.values():
+                yield from parsers(choice)
+        if not inner:
+            yield parser
+
+    found = list(parsers(cli._parser()))
+    assert len(found) > 12
+    for parser in found:
+        assert {"--json", "--quiet", "-q"} <= parser._option_string_actions.keys(), parser.prog
+        assert not parser.allow_abbrev
+
+
+def test_flags_cannot_be_abbreviated(capsys: pytest.CaptureFixture) -> None:
+    for arguments, message in (
+        (["embed", "--sampl", "3", "x"], "--sampl is no option of `t2v-fast embed`: did you mean --samples?"),
+        (["distance", "--metrik=kl", "x"], "--metrik is no option of `t2v-fast distance`: did you mean --metric?"),
+        (["bank", "ls", "--zzz", "x"], "--zzz is no option of `t2v-fast bank ls`\n"),
+        (["distance", "--met\x1bric", "x"], "--met\\x1bric is no option"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run(*arguments)
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_other_settings_are_told_in_lines(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    save_embeddings(tmp_path / "a", probe="one", dtype="float32")
+    save_embeddings(tmp_path / "b", 1, probe="two\x1b", dtype="float32")
+    assert run("distance", tmp_path / "a", tmp_path / "b") == 1
+    error = capsys.readouterr().err
+    assert '    "one": task 0, task 1, task 2\n    "two\\u001b": task 0\n' in error
+    assert "dtype" not in error
+    assert max(map(len, error.splitlines())) < 120
+
+
+def test_a_folder_of_tasks_is_told_from_a_task(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "data").mkdir()
+    for folder in folders:
+        Path(folder).rename(tmp_path / "data" / Path(folder).name)
+    assert run("embed", tmp_path / "data", "--output", tmp_path / "out", "--quiet") == 0
+    assert "is embedded as one task of 3 classes, but its sub-folders (task 0, ...)" in capsys.readouterr().err
+    assert run("embed", tmp_path / "data" / "task 0", "--output", tmp_path / "out2", "--quiet") == 0
+    assert not capsys.readouterr().err
+
+
+def test_pictures_of_every_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_embeddings(tmp_path)
+    for metric in ("centred", "asymmetric", "asymmetric_kl"):
+        assert run("plot", tmp_path, "--metric", metric) == 0
+        assert run("map", tmp_path, "--metric", metric) == 0
+        assert (tmp_path / "heatmap.png").exists()
+        assert "axes mean nothing" in (tmp_path / "map.html").read_text()
+
+
+def test_a_pipe_is_no_job_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    os.mkfifo(tmp_path / "job.yaml")
+    assert run("embed", "--job", tmp_path / "job.yaml", "--bank", tmp_path / "bank") == 1
+    assert "is no regular file, as a job file is" in capsys.readouterr().err
+
+
+def test_bars_of_a_folder_know_their_total(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    totals = []
+
+    def bar(batches, *, total, disable, **options):
+        totals.append((total, disable))
+        return batches
+
+    monkeypatch.setattr("t2v_fast.tasks.stages.tqdm", bar)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run("embed", folders[0], "--output", tmp_path / "a", "--batch-size", "7") == 0
+    assert totals == [(4, False), (4, False)]  # 24 images in each pass

@@ -444,6 +444,23 @@ def test_the_self_check_catches_a_broken_rule(monkeypatch: pytest.MonkeyPatch) -
         fisher(network, [x], granularity=granularity, self_check=False)
 
 
+def test_two_classes_with_an_image_at_the_boundary_pass_the_self_check() -> None:
+    """The tolerance follows the spread of all logits, not the smallest margin of one example."""
+    torch.manual_seed(0)
+    noise = iter(torch.randn(1000, 16, 1) * 3e-5)
+
+    class Rounds(nn.Linear):  # as a network whose rounding depends on the size of the batch
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + next(noise)[: len(x)] * torch.tensor([1.0, -1.0])
+
+    model = Rounds(1, 2, bias=False).eval()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0], [-1.0]]))
+    x = 1 + torch.rand(16, 1)
+    x[3] = 1e-4
+    fisher(model, [x])
+
+
 def test_a_dropout_left_on_is_caught() -> None:
     network = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)).train()
     with pytest.raises(SelfCheckError, match="random"):

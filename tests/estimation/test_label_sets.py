@@ -12,6 +12,7 @@ from small import shapes, small_probe
 from torch import nn
 
 from t2v_fast import DataError, FisherRecorder, Task2Vec
+from t2v_fast.estimation.label_sets import Heads, LabelSet, fisher_of_label_sets
 
 
 def label_sets(n: int = 30) -> dict[str, np.ndarray]:
@@ -127,3 +128,10 @@ def test_other_errors_are_not_taken_for_memory() -> None:
     probe.network[0].register_forward_pre_hook(hook)
     with pytest.raises(RuntimeError, match="broken"):
         Task2Vec(probe).embed(shapes())
+
+
+def test_too_many_images_are_told_without_an_allocation() -> None:
+    sets = [LabelSet(nn.Linear(4, 2), torch.tensor([0, 1]))]
+    network = nn.Sequential(nn.Linear(4, 4), Heads(sets)).eval()
+    with pytest.raises(ValueError, match="yields more than the 2 examples that are expected"):
+        fisher_of_label_sets(network, [torch.randn(3, 4)], sets, parameters=["0.weight"])

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 from small import PREPROCESSING, shapes, write_folder
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from t2v_fast.tasks.data import DataError, TaskData, balanced_weights
+from t2v_fast.tasks.data import DataError, TaskData, balanced_weights, open_image
 
 
 def collect(data: TaskData, **options) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,3 +198,23 @@ def test_reading_leaves_the_random_state_alone() -> None:
 def test_sources_travel_to_spawned_workers(tmp_path: Path) -> None:
     for data in (shapes(), write_folder(tmp_path / "task", *shapes())):
         assert pickle.loads(pickle.dumps(TaskData.of(data).describe))(0)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_images_are_turned_as_exif_says(tmp_path: Path, suffix: str) -> None:
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :16] = 255  # wide, and white on the left
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned by a quarter, clockwise
+    Image.fromarray(pixels).save(tmp_path / f"turned.{suffix}", exif=exif, quality=100)
+    Image.fromarray(pixels).save(tmp_path / f"plain.{suffix}", quality=100)
+    turned, plain = (np.asarray(open_image(tmp_path / f"{name}.{suffix}")) for name in ("turned", "plain"))
+    assert plain.shape == (16, 32, 3)
+    assert turned.shape == (32, 16, 3)
+    assert turned[:15].min() > 200
+    assert turned[17:].max() < 50
+
+
+def test_damaged_exif_data_do_no_harm(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
+    assert open_image(tmp_path / "a.jpg").size == (8, 4)

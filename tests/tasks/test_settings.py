@@ -218,6 +218,8 @@ def test_values_of_other_types() -> None:
     ):
         with pytest.raises(SettingError, match=f"{name} .*expected"):
             Settings(**{name: value})
+    with pytest.raises(SettingError, match=r"seed is 9223372036854775808, expected a number from -2\^63 to 2\^63 - 1"):
+        Settings(seed=1 << 63)
 
 
 @pytest.mark.parametrize(
