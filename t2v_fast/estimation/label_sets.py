@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..gradients.recorder import FisherRecorder, ParameterFilter
 from .allocation import Allocation
-from .batches import Draws, Schedule, forward_passes
+from .batches import Batch, Draws, Schedule, forward_passes
 from .cotangents import check_estimator, cotangents
 from .diagonal import FisherDiagonal, diagonal_of
 from .likelihoods import Likelihood, get_likelihood
@@ -130,7 +130,7 @@ def fisher_of_label_sets(
                     f"the network gave logits {list(batch.logits.shape)}, expected [{batch.size}, {total}]"
                 )
             draws = [schedule.take(batch.size) for schedule in schedules]
-            blocks = _cotangents(batch.logits, sets, draws, estimator, likelihood)
+            blocks = _cotangents(batch, sets, draws, estimator, likelihood)
             for into, values, d in zip(moments, _packed(recorder, batch.logits, blocks), draws, strict=True):
                 into.add(values, Units(d.weights))
             seen += batch.size
@@ -145,14 +145,15 @@ def _run(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def _cotangents(
-    logits: Tensor, sets: Sequence[LabelSet], draws: Sequence[Draws], estimator: str, likelihood: Likelihood
+    batch: Batch, sets: Sequence[LabelSet], draws: Sequence[Draws], estimator: str, likelihood: Likelihood
 ) -> list[Tensor]:
     """Return each label set's cotangents [K, N, C of all sets], which are zero on the logits of the others."""
+    logits = batch.logits
     blocks, start = [], 0
     for s, d in zip(sets, draws, strict=True):
         stop = start + s.head.out_features
         codes = s.codes[d.examples]
-        u = cotangents(logits[:, start:stop], estimator, d.samples, likelihood, codes, d.source)
+        u = cotangents(logits[:, start:stop], estimator, d.samples, likelihood, codes, d.source, checks=batch.checks)
         blocks.append(F.pad(u, (start, logits.shape[1] - stop)))
         start = stop
     return blocks

@@ -64,6 +64,9 @@ class Pretend(Tensor):
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.held.untyped_storage()
 
+    def record_stream(self, stream: Stream) -> None:
+        stream.read.append(self)
+
     def __getitem__(self, index: Any) -> Tensor:
         """As for any tensor, but torch would copy lists to the device behind the mode's back."""
         return super().__getitem__(_without_lists(index))
@@ -82,6 +85,47 @@ class Pretend(Tensor):
 def _without_lists(index: Any) -> tuple:
     each = index if isinstance(index, tuple) else (index,)
     return tuple(torch.tensor(at) if isinstance(at, list) else at for at in each)
+
+
+class Event:
+    """An event of a device that computes at once: it has happened when it is recorded."""
+
+    def __init__(self, **options: Any) -> None:
+        self.recorded = 0
+
+    def record(self, stream: Stream | None = None) -> None:
+        self.recorded += 1
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        assert self.recorded, "the event was not recorded"
+
+
+class Stream:
+    """A stream of such a device."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.device, self.awaited, self.read = device, [], []
+
+    def record_event(self) -> Event:
+        event = Event()
+        event.record(self)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        assert event.recorded, "the event was not recorded"
+        self.awaited.append(event)
+
+
+class Pinned(Tensor):
+    """A CPU tensor that pretends to be pinned. It looks like any other tensor to the operators."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs or {})
 
 
 class _Mode(TorchDispatchMode):
@@ -448,4 +492,28 @@ def pretended(kernel: str = "math") -> Iterator[None]:
         patch.setattr(F, "scaled_dot_product_attention", _sdpa(kernel))
         patch.setattr(dispatch, "gpu_backend", lambda: "cuda")
         patch.setattr(gpu_specs, "card_of", lambda device: gpu_specs.named("H100"))
+        patch.setattr(Tensor, "pin_memory", lambda t: t.detach().clone().as_subclass(Pinned))
+        patch.setattr(torch, "empty", _empty(torch.empty))
+        current = [Stream(CUDA)]
+        patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
+        patch.setattr(torch.cuda, "stream", lambda stream: _on_stream(current, stream))
         yield
+
+
+@contextmanager
+def _on_stream(current: list[Stream], stream: Stream) -> Iterator[None]:
+    current.append(stream)
+    try:
+        yield
+    finally:
+        current.pop()
+
+
+def _empty(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def empty(*args: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        found = create(*args, **options)
+        return found.as_subclass(Pinned) if pin_memory else found
+
+    return empty
