@@ -221,9 +221,9 @@ def _of_tokens(
     mask = mask.to("cpu", torch.bool)
     if labels is not None and list(labels.shape[:2]) != [n, t]:
         raise ValueError(f"labels are {list(labels.shape)}, expected one a token: {[n, t]}")
-    there: tuple[Tensor, ...] = tuple(to_device(index, logits.device) for index in mask.nonzero(as_tuple=True))
+    sequence, place = (to_device(index, logits.device) for index in mask.nonzero(as_tuple=True))
     of_each = cotangents(
-        logits.detach()[there],
+        logits.detach()[sequence, place],
         estimator,
         samples,
         likelihood,
@@ -235,7 +235,7 @@ def _of_tokens(
         signs = random_signs(of_each.shape[1], len(of_each), 1, generator, logits.device)
         of_each = of_each * signs.to(of_each.dtype)
     u = logits.new_zeros((len(of_each), *logits.shape))
-    u[(slice(None), *there)] = of_each
+    u[:, sequence, place] = of_each
     if estimator == "exact":  # [K, N, T, C] to [K T, N, T, C]: one token in each cotangent
         at = torch.eye(t, dtype=u.dtype, device=u.device)
         u = (u[:, None] * at[None, :, None, :, None]).flatten(0, 1)
