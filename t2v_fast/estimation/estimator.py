@@ -123,7 +123,8 @@ def fisher(
             :class:`t2v_fast.FisherRecorder`.
         weights: One number of at least 0 for each example, [number of examples], in the order of the loader. They are
             divided by their sum; by default all examples count the same.
-        seed: Fixes the random signs and labels. They do not depend on the batch size or the device.
+        seed: Fixes the random signs and labels. They do not depend on the batch size or the device. (With at most 64
+            classes, ``deflated`` applies the signs differently on a CUDA device, where its estimate is another draw.)
         self_check: Compare some examples with plain autograd and with single-example forward passes, and raise an
             error where examples interact or the network is random (:mod:`t2v_fast.estimation.self_check`).
         device: Where inputs are moved to; by default where the first parameter is.
