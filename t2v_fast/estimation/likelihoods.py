@@ -288,30 +288,38 @@ def _leading_eigenvectors(p: Tensor, r: int) -> Tensor:
     p = p.clamp_min(torch.finfo(p.dtype).tiny) * jitter
     top = p.topk(r + 1, dim=1).values
     high, low = top[:, None, :r].clone(), top[:, None, 1:].clone()  # [N, 1, r]
-    sections = 2 if p.device.type == "cpu" else _sections(p.numel() * r)
-    for _ in range(-(-60 // int(math.log2(sections)))):
-        if sections == 2:
+    if p.device.type == "cpu":
+        for _ in range(60):
             middle = (high + low) / 2
-            above = _secular(p, middle) > 0
+            secular = 1 - (p.square()[:, :, None] / (p[:, :, None] - middle)).sum(1, keepdim=True)
+            above = secular > 0  # the secular function falls from +inf at p_(i+1) to -inf at p_(i)
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-        else:
-            inner = torch.arange(1, sections, dtype=p.dtype, device=p.device) / sections
-            points = low[..., None] + (high - low)[..., None] * inner  # [N, 1, r, sections - 1]
-            below = (_secular(p, points.flatten(2)) > 0).view(points.shape).sum(-1) / sections
-            low, high = low + (high - low) * below, low + (high - low) * (below + 1 / sections)
+    else:
+        low, high = _narrowed(p, low, high)
     gap = p[:, :, None] - (high + low) / 2
     vectors = p[:, :, None] / torch.where(gap == 0, torch.finfo(p.dtype).tiny, gap)
     return vectors / vectors.abs().amax(1, keepdim=True)
 
 
-def _secular(p: Tensor, at: Tensor) -> Tensor:
-    """Return 1 - sum_c p_c^2 / (p_c - at) [N, 1, ...], which falls from +inf at p_(i+1) to -inf at p_(i)."""
-    return 1 - (p.square()[:, :, None] / (p[:, :, None] - at)).sum(1, keepdim=True)
+def _narrowed(p: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Narrow the intervals [N, 1, r] around the roots by 2^-60, in few steps with many points each.
+
+    On a GPU a call costs more than what it computes here.
+    """
+    bits = _bits(p.numel() * low.shape[2])
+    inner = torch.arange(1, 2**bits, dtype=p.dtype, device=p.device) / 2**bits
+    low, width = low[..., None], (high - low)[..., None]  # [N, 1, r, 1]
+    p, squares = p[:, :, None, None], p.square()[:, :, None, None]
+    for _ in range(-(-60 // bits)):
+        points = torch.addcmul(low, width, inner)  # [N, 1, r, 2^bits - 1]
+        below = ((squares / (p - points)).sum(1, keepdim=True) < 1).sum(3, keepdim=True, dtype=p.dtype)
+        low, width = torch.addcmul(low, width, below, value=2**-bits), width / 2**bits
+    return low[..., 0], (low + width)[..., 0]
 
 
-def _sections(numbers: int) -> int:
-    """Into how many parts a step divides its interval on a GPU, where calls cost more than ``numbers`` operations."""
-    return 2 ** min(4, max(1, int(math.log2(2**26 / max(1, numbers)))))
+def _bits(numbers: int) -> int:
+    """How many bits of a root a step finds: six, or fewer where the tensors [N, C, r, 2^bits] would be large."""
+    return min(6, max(1, int(math.log2(2**26 / max(1, numbers)))))
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

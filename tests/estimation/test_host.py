@@ -22,9 +22,9 @@ from t2v_fast.estimation.deferred import DeferredChecks
 from t2v_fast.estimation.likelihoods import (
     LIKELIHOODS,
     Gaussian,
+    _bits,
     _leading_eigenvectors,
     _orthonormal,
-    _sections,
     random_signs,
 )
 from t2v_fast.gradients.recorder import FisherRecorder
@@ -187,7 +187,7 @@ def test_the_secular_equation_is_solved_as_well_in_larger_steps() -> None:
         got = _leading_eigenvectors(Pretend(p), 3).held
     cosines = torch.nn.functional.cosine_similarity(got, want, dim=1)
     assert float((1 - cosines).abs().max()) < 1e-12
-    assert [_sections(n) for n in (0, 2**20, 2**24, 2**25, 2**40)] == [16, 16, 4, 2, 2]
+    assert [_bits(n) for n in (0, 2**20, 2**24, 2**25, 2**40)] == [6, 6, 2, 1, 1]
 
 
 def test_dependent_columns_become_orthonormal() -> None:
