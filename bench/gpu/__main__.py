@@ -38,6 +38,7 @@ class Sizes:
     product: int  # rows of the matrices that show the ceilings
     cells: list[tuple[str, int, int]]  # networks, sizes and batches that are timed
     counts: tuple[int, int]  # batches of the two calls of fisher() that are compared
+    batch: int  # images of a layer that is timed
     processes: int  # that compile ahead
     toy: bool
     compiled: tuple[str, ...] = ("bfloat16", "TF32")  # precisions of the compiled steps
@@ -59,6 +60,7 @@ FULL = Sizes(
     product=8192,
     cells=[("resnet50", 224, 64), ("vit_b_16", 224, 64)],
     counts=(4, 14),
+    batch=64,
     processes=16,
     toy=False,
 )
@@ -68,6 +70,7 @@ REHEARSAL = Sizes(
     product=64,
     cells=[("small resnet", 32, 2)],
     counts=(1, 2),
+    batch=2,
     processes=1,
     toy=True,
     compiled=("TF32",),
@@ -151,7 +154,7 @@ def run(report: Report, device: Any, sizes: Sizes, wanted: list[str]) -> None:
             measure.planner_rates(report, device),
         ),
         "networks": lambda: measure.networks(report, device, sizes.cells, sizes.counts),
-        "layers": lambda: measure.layers(report, device, sizes.layers, 2 if sizes.toy else 64),
+        "layers": lambda: measure.layers(report, device, sizes.layers, sizes.batch),
         "compiled": lambda: measure.compiled(report, device, sizes.cells, sizes.compiled),
         "peers": lambda: measure.peers(report, device, sizes.cells),
         "counters": lambda: tools.counters(report, sizes.large, found, STEPS["counters"] or 0, sizes.more),

@@ -20,15 +20,15 @@ def jobs(device: torch.device, sizes: Sizes) -> dict[str, Callable[[], object]]:
     for name, size, batch in sizes.cells:
         for kind in sizes.compiled:
             found[f"step of {name}, {kind}"] = partial(_step, name, size, batch, kind, device)
-    if device.type != "cuda" or "triton" in backends(device):
-        backend = "triton" if device.type == "cuda" else "cpu"
+    compiling = [name for name in backends(device) if name != "cuda"]  # nvcc has compiled those already
+    for backend in compiling:
         for dtype in DTYPES:
             found[f"convolutions, {dtype}"] = partial(verify.convolutions, backend, dtype, device, sizes.every)
             found[f"other ops, {dtype}"] = partial(verify.other_ops, backend, dtype, device)
         for name, conv in sizes.layers.items():
             for kind in KINDS:
                 for path in (p for p in conv.paths() if p != "winograd"):
-                    run = partial(measure.layer, conv, path, backend, kind, 2, device)
+                    run = partial(measure.layer, conv, path, backend, kind, sizes.batch, device)
                     found[f"{name}, {kind}, {path}"] = run
     return found
 

@@ -61,7 +61,9 @@ def compile_ahead(report: Report, processes: int, seconds: float, arguments: Seq
     def run() -> str:
         begin = time.monotonic()
         command = [sys.executable, "-m", "bench.gpu.ahead", *arguments]
-        started = [start([*command, str(k), str(processes)]) for k in range(processes)]
+        # Each process that compiles a step would otherwise start one of its own for every core.
+        threads = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
+        started = [start([*command, str(k), str(processes)], **threads) for k in range(processes)]
         try:
             said = [finish(process, begin + seconds - time.monotonic()) for process in started]
         finally:

@@ -246,7 +246,7 @@ def test_verification_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_p
     report = Report(tmp_path, 1)
     monkeypatch.setattr(verify, "backends", lambda device: [])
     monkeypatch.setattr(ops, "SCHEMAS", {})
-    sizes = main.Sizes(1, [], 1, [], (1, 2), 1, True)
+    sizes = main.Sizes(1, [], 1, [], (1, 2), 2, 1, True)
     verify.run(report, cpu, sizes)
     assert report.results["wrong"] == ["no backend but the reference runs on cpu"]
 
