@@ -141,7 +141,8 @@ def cotangents(
         reported.finish()
     on_device = logits.is_cuda and vars(type(model)).get("on_device", False)
     u = []
-    size = max(1, LARGEST_BLOCK // max(1, logits.shape[1])) if on_device and not own else max(1, len(logits))
+    width = max(1, logits.shape[1]) ** (2 if estimator == "exact" else 1)  # numbers of an example
+    size = max(1, LARGEST_BLOCK // width if on_device and not own else len(logits))
     for start in range(0, max(1, len(logits)), size):
         rows = slice(start, start + size)
         z = logits[rows].detach().to(logits.device if on_device else "cpu", torch.float64)

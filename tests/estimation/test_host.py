@@ -19,6 +19,7 @@ from t2v_fast.estimation.allocation import Allocation
 from t2v_fast.estimation.batches import DeviceCopies, forward_passes
 from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.estimation.deferred import DeferredChecks
+from t2v_fast.estimation.label_sets import Heads, LabelSet, fisher_of_label_sets
 from t2v_fast.estimation.likelihoods import (
     LIKELIHOODS,
     Gaussian,
@@ -27,6 +28,7 @@ from t2v_fast.estimation.likelihoods import (
     _orthonormal,
     random_signs,
 )
+from t2v_fast.estimation.moments import NamedMoments
 from t2v_fast.gradients.recorder import FisherRecorder
 
 needs_cuda_build = pytest.mark.skipif(
@@ -320,3 +322,44 @@ def test_a_loader_that_fails_and_a_loop_that_stops() -> None:
         got = fisher(there, iter(batches_of_images()), "exact", device="cuda:0")
     want = fisher(images(), batches_of_images(), "exact")
     torch.testing.assert_close(got.vector(), want.vector(), rtol=1e-4, atol=1e-8)
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_batches_of_any_size_and_precision(dtype: torch.dtype) -> None:
+    sizes = (5, 1, 2, 8, 2)
+    x = torch.randn(sum(sizes), 4, 7, 6, generator=torch.Generator().manual_seed(8)).to(dtype)
+    network = images().to(dtype)
+    weights = torch.rand(sum(sizes), generator=torch.Generator().manual_seed(9))
+    want = fisher(network, x.split(sizes), "exact", weights=weights)
+    with pretended():
+        there = moved(network)
+        for _ in range(2):  # the second call finds nothing of the first
+            got = fisher(there, x.split(sizes), "exact", weights=Pretend(weights), device="cuda:0")
+            rtol = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
+            torch.testing.assert_close(got.vector(), want.vector(), rtol=rtol, atol=rtol * float(want.vector().max()))
+            torch.testing.assert_close(
+                got.standard_error_vector(), want.standard_error_vector(), rtol=10 * rtol, atol=rtol
+            )
+
+
+@needs_cuda_build
+def test_label_sets_on_a_device() -> None:
+    torch.manual_seed(0)
+    body, heads = images()[:-1], [nn.Linear(24, classes) for classes in (3, 4)]
+    codes = torch.arange(12)
+    sets = [LabelSet(head, codes % head.out_features, torch.rand(12)) for head in heads]
+    x = torch.randn(12, 4, 7, 6)
+    want = fisher_of_label_sets(nn.Sequential(body, Heads(sets)), x.split(4), sets, "exact")
+    reduced: list[set[str]] = []
+
+    def reduce(moments: list[NamedMoments], count: int) -> int:
+        reduced.append({t.device.type for m in moments for part in m.parts for t in (part.first, part.cross)})
+        return count
+
+    with pretended():
+        there = moved(nn.Sequential(body, Heads(sets)))
+        got = fisher_of_label_sets(there, x.split(4), sets, "exact", reduce=reduce)
+    assert reduced == [{"cpu"}]  # processes add up what is on the CPU
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one.vector(), other.vector(), rtol=1e-4, atol=1e-8)
