@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..gradients.recorder import FisherRecorder, ParameterFilter
+from ..ops.asynchronous import to_device
 from .allocation import Allocation
 from .batches import Batch, Draws, Schedule, forward_passes
 from .cotangents import check_estimator, cotangents
@@ -165,14 +166,15 @@ def _packed(recorder: FisherRecorder, logits: Tensor, blocks: Sequence[Tensor]) 
     A pass has one cotangent for each example, from any block. Cotangents that are zero are left out.
     """
     u = torch.cat(list(blocks))
-    there = u.any(2)  # [all K, N]
+    there = u.any(2).cpu()  # [all K, N]; on a CUDA device the host waits here, and nowhere else
     block = torch.cat([torch.full((len(b),), k) for k, b in enumerate(blocks)])
     place, example = there.nonzero(as_tuple=True)
     at = there.cumsum(0)[place, example] - 1  # the pass of each cotangent
     passes = u.new_zeros(max(1, int(there.sum(0).max())), *u.shape[1:])
+    owner = torch.zeros(passes.shape[:2], dtype=torch.long)
+    owner[at, example] = block[place]
+    owner, at, place, example = (to_device(t, u.device) for t in (owner, at, place, example))
     passes[at, example] = u[place, example]
-    owner = torch.zeros(passes.shape[:2], dtype=torch.long, device=u.device)
-    owner[at, example] = block.to(u.device)[place]
     every = torch.arange(u.shape[1], device=u.device)
     sums: dict[str, Tensor] = {}  # [blocks, N, ...]
     for own, found in zip(owner, recorder.backward_groups(logits, passes, [1] * len(passes)), strict=True):

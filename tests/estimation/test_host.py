@@ -347,10 +347,10 @@ def test_batches_of_any_size_and_precision(dtype: torch.dtype) -> None:
 def test_label_sets_on_a_device() -> None:
     torch.manual_seed(0)
     body, heads = images()[:-1], [nn.Linear(24, classes) for classes in (3, 4)]
-    codes = torch.arange(12)
-    sets = [LabelSet(head, codes % head.out_features, torch.rand(12)) for head in heads]
-    x = torch.randn(12, 4, 7, 6)
-    want = fisher_of_label_sets(nn.Sequential(body, Heads(sets)), x.split(4), sets, "exact")
+    codes = torch.arange(14)
+    sets = [LabelSet(head, codes % head.out_features, torch.rand(14)) for head in heads]
+    x = torch.randn(14, 4, 7, 6)
+    want = fisher_of_label_sets(nn.Sequential(body, Heads(sets)), x.split(2), sets, "exact")
     reduced: list[set[str]] = []
 
     def reduce(moments: list[NamedMoments], count: int) -> int:
@@ -359,7 +359,9 @@ def test_label_sets_on_a_device() -> None:
 
     with pretended():
         there = moved(nn.Sequential(body, Heads(sets)))
-        got = fisher_of_label_sets(there, x.split(4), sets, "exact", reduce=reduce)
+        with Counted() as counted:
+            got = fisher_of_label_sets(there, steady(x.split(2), counted), sets, "exact", reduce=reduce)
+    assert counted.kinds[WAIT] == 1  # which cotangents there are decides how many passes there are
     assert reduced == [{"cpu"}]  # processes add up what is on the CPU
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one.vector(), other.vector(), rtol=1e-4, atol=1e-8)
