@@ -27,4 +27,6 @@ def to_device(t: Tensor, device: str | torch.device) -> Tensor:
     device = torch.device(device)
     if device.type != "cuda" or t.device.type != "cpu" or t.layout != torch.strided:
         return t.to(device)
-    return t.pin_memory().to(device, non_blocking=True)
+    if not t.is_pinned():
+        t = torch.empty_like(t, pin_memory=True).copy_(t)  # pin_memory() refuses an expanded tensor
+    return t.to(device, non_blocking=True)

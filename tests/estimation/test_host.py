@@ -293,6 +293,15 @@ def test_inputs_are_copied_on_a_stream_of_their_own() -> None:
         assert [id(t) for t in current.read] == [id(t) for t in moved_]
         assert torch.cuda.current_stream() is current
         assert copies._stream is not current
+        last = torch.arange(24.0).view(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+        grey = torch.arange(8.0).view(2, 1, 2, 2).expand(-1, 3, -1, -1)
+        for t in (last, grey, last[:, 1:], torch.empty_like(last, pin_memory=True).copy_(last)):
+            with Counted() as counted:
+                counted.counting = True
+                copy = copies.of(t)
+            assert torch.equal(copy.held, t)
+            assert counted.kinds == {TO_DEVICE: 1}
+        assert copies.of(last).is_contiguous(memory_format=torch.channels_last)
     x = torch.ones(2)
     assert DeviceCopies(torch.device("cpu")).of([x])[0] is x
     with torch.inference_mode():

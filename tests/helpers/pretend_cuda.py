@@ -546,8 +546,9 @@ def pretended(kernel: str = "math") -> Iterator[None]:
         patch.setattr(F, "scaled_dot_product_attention", _sdpa(kernel))
         patch.setattr(dispatch, "gpu_backend", lambda: "cuda")
         patch.setattr(gpu_specs, "card_of", lambda device: gpu_specs.named("H100"))
-        patch.setattr(Tensor, "pin_memory", lambda t: t.detach().clone().as_subclass(Pinned))
-        patch.setattr(torch, "empty", _empty(torch.empty))
+        patch.setattr(Tensor, "is_pinned", lambda t: isinstance(t, Pinned))
+        for name in ("empty", "empty_like"):
+            patch.setattr(torch, name, _pinning(getattr(torch, name)))
         current = [Stream(CUDA)]
         patch.setattr(torch.cuda, "Stream", Stream)
         patch.setattr(torch.cuda, "Event", Event)
@@ -565,9 +566,9 @@ def _on_stream(current: list[Stream], stream: Stream) -> Iterator[None]:
         current.pop()
 
 
-def _empty(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def empty(*args: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+def _pinning(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def pinning(*args: Any, pin_memory: bool = False, **options: Any) -> Tensor:
         found = create(*args, **options)
         return found.as_subclass(Pinned) if pin_memory else found
 
-    return empty
+    return pinning
