@@ -117,6 +117,15 @@ def test_layers_table(script: Script) -> None:
     assert any(line.startswith("| 5 x 16 to 24 |") for line in lines)
 
 
+def test_sums_table(script: Script) -> None:
+    lines = script("studies.sums", "--rounds", "1", "--values", "700", "--examples", "3").splitlines()
+    assert [line.split("|")[1].strip() for line in lines[3:]] == [
+        "sums of 700 values of 3 examples",
+        "`deflated` cotangents of 10 classes",
+        "`deflated` cotangents of 1000 classes",
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="counts instructions by valgrind")
 def test_instructions_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
