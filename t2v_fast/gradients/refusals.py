@@ -32,8 +32,8 @@ def taps_of(output: Tensor, parameters: Mapping[str, Tensor], tell_apart: bool =
             raise UnsupportedError(f"the autograd node {name} is in the way: {why}")
         if name in ("CudnnRnnBackward0", "MiopenRnnBackward0") and not getattr(node, "_saved_train", True):
             raise UnsupportedError(
-                "the recurrent layers of cuDNN and MIOpen (LSTM, GRU, RNN) have no backward pass in eval mode: run the network within "
-                "`with torch.backends.cudnn.flags(enabled=False):`"
+                "the recurrent layers of cuDNN and MIOpen (LSTM, GRU, RNN) have no backward pass in eval mode: run the "
+                "network within `with torch.backends.cudnn.flags(enabled=False):`"
             )
         if isinstance(node, torch.autograd.function.BackwardCFunction) and name not in NODES:
             custom.append(name)
