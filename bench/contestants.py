@@ -149,6 +149,7 @@ PEERS = {  # name: its module in peers/, imported when asked for, because it nee
     "opacus": "opacus",
     "nngeometry": "nngeometry",
     "asdl": "asdl",
+    "curvlinops": "curvlinops",
     "task2vec": "task2vec",
 }
 NAMES = (*OWN, *PEERS)

@@ -26,6 +26,8 @@ NAMES: dict[str, dict[str, str | None]] = json.loads((Path(__file__).parent / "d
 # Internals whose parameters changed, each with its reason; CHANGELOG.md says so to whoever calls them.
 _ENTRIES = "its first field is entries, which values_ still reads; only the library makes these objects"
 CHANGED: dict[str, str] = {
+    "t2v_fast.cotangents.cotangents": "it takes checks last, where the host need not wait for the device",
+    "t2v_fast.moments.DrawnExamples.add": "it takes factors that are computed once a batch, for all parameters",
     "t2v_fast.transfers.transfer": "its default was the table itself, so that each new transfer changed the parameters",
     "t2v_fast.FisherDiagonal": _ENTRIES,
     "t2v_fast.fisher.FisherDiagonal": _ENTRIES,

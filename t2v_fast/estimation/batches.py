@@ -18,8 +18,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..gradients.fast_forward import fast_forward
 from ..gradients.recorder import FisherRecorder
+from ..ops.asynchronous import to_device
 from ..spans import forward_by_kind, stage
 from .allocation import seeds_of
+from .deferred import DeferredChecks
 from .self_check import SelfCheck
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -34,6 +36,7 @@ class Batch:
     logits: Tensor  # [N, C], or [N, T, C] for tokens
     labels: Tensor | None
     mask: Tensor | None  # [N, T], true where a token counts; None where every token does, and for logits [N, C]
+    checks: DeferredChecks  # of values of this batch that the host need not wait for
 
     def count_tokens(self) -> Tensor:
         """Count the tokens of each example that the mask keeps, float64 [N]."""
@@ -67,22 +70,26 @@ def forward_passes(
         check = SelfCheck(recorder, fast) if self_check else None
 
         def run(loader: Iterable[Any]) -> Iterator[Batch]:
-            for index, batch in enumerate(loader):
+            checks, copies = DeferredChecks(), DeviceCopies(torch.device(device))
+            for batch in loader:
                 inputs, labels = _split_batch(batch)
                 if labels is not None and not isinstance(labels, Tensor):
                     labels = torch.as_tensor(labels)
-                inputs = tree_map(lambda t: _on_device(t, device), inputs)
-                n = _check_inputs(inputs, index)
+                checks.begin_batch()
+                there = copies.of(inputs)
+                n = _check_inputs(there, checks)
                 if n == 0:
                     continue
                 with forward_by_kind(recorder.model, n):
-                    output = check.forward(inputs) if check else fast(recorder.model, inputs)
+                    output = check.forward(there) if check else fast(recorder.model, there)
                 logits = _check_logits(output, n)
                 valid = _check_mask(mask(inputs, labels), labels, logits) if logits.dim() == 3 else None
                 if check:
                     with stage("check", whole=True):
-                        check.batch(inputs, logits)
-                yield Batch(n, logits, labels, valid)
+                        check.batch(there, logits)
+                del there, output  # so that their memory is free for the next batch
+                yield Batch(n, logits, labels, valid, checks)
+            checks.finish()
 
         yield run
 
@@ -116,7 +123,8 @@ class Schedule:
         examples: Tensor | None = None,
     ) -> None:
         self.samples, self.seed = samples, seed
-        self.weights, self.inclusion, self.examples = weights, inclusion, examples
+        self.weights = None if weights is None else weights.cpu()
+        self.inclusion, self.examples = inclusion, examples
         self.generator = torch.Generator().manual_seed(seed)
         self.seen = 0  # examples that batches have had so far
 
@@ -170,22 +178,53 @@ def _split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     return batch, None
 
 
-def _on_device(t: Any, device: str | torch.device) -> Any:
-    """Move a tensor to the device. Autograd cannot save inference tensors, so they are copied."""
-    if not isinstance(t, Tensor):
-        return t
-    return t.to(device, copy=t.is_inference())
+class DeviceCopies:
+    """Copies of the inputs of batches on a device.
+
+    They are copied to a CUDA device from pinned memory, on a stream of its own. The host does not wait for the device.
+    It reads a batch and starts the copy while the device still computes the batch before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def of(self, inputs: Any) -> Any:
+        """Return the inputs of a batch on the device, ready for the current stream."""
+        if self._stream is None:
+            return tree_map(lambda t: _usable(_moved(t, self.device)), inputs)
+        with torch.cuda.stream(self._stream):
+            there = tree_map(lambda t: _moved(t, self.device), inputs)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(self._stream.record_event())
+        for t, before in zip(tree_leaves(there), tree_leaves(inputs), strict=True):
+            # The allocator must not reuse the memory before the current stream has read it. What the loader made on
+            # the device was not copied, and belongs to the stream that the loader used.
+            if isinstance(t, Tensor) and t is not before:
+                t.record_stream(current)
+        return tree_map(_usable, there)
 
 
-def _check_inputs(inputs: Any, batch: int) -> int:
+def _moved(t: Any, device: torch.device) -> Any:
+    return to_device(t, device) if isinstance(t, Tensor) else t
+
+
+def _usable(t: Any) -> Any:
+    """Copy an inference tensor, which autograd cannot save."""
+    return t.clone() if isinstance(t, Tensor) and t.is_inference() else t
+
+
+def _check_inputs(inputs: Any, checks: DeferredChecks) -> int:
     """Return the number of examples of a batch. Raise ValueError where floating-point inputs are not finite."""
     tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+    batch = checks.batch
     if not tensors:
         raise TypeError(f"batch {batch} holds no tensor but {type(inputs).__name__}: expected tensors, examples first")
     for t in tensors:
-        if t.is_floating_point() and not t.isfinite().all():
-            bad = int((~t.flatten(1).isfinite().all(1)).nonzero()[0]) if t.dim() > 1 else 0
-            raise ValueError(f"batch {batch}, example {bad}: the input has NaN or infinite values")
+        if t.is_floating_point() and t.dim():
+            checks.finite(t, lambda n, _: f"batch {batch}, example {n}: the input has NaN or infinite values")
+        elif t.is_floating_point() and not t.isfinite():
+            raise ValueError(f"batch {batch}: an input is NaN or infinite")
     return tensors[0].shape[0]
 
 

@@ -13,22 +13,31 @@ cotangents with E[sum_k u_k u_k^T] = S_n, the expectation of sum_k (J_n^T u_k)^2
 ``empirical``    the score of the data set's own label; this is the empirical Fisher, which is another quantity
 ===============  ================================================================================================
 
-Everything is computed in float64 on the CPU. For a confident head 1 - p is around 1e-7, which float32 cannot represent.
+Everything is computed in float64. For a confident head 1 - p is around 1e-7, which float32 cannot represent. The logits
+of a CUDA device stay there, and the host does not wait for them; those of any other device are brought to the CPU.
+
 Random numbers are drawn on the CPU in the order of the examples, so a seed gives the same numbers on every device and
-at every batch size. Where examples come in another order, or some are left out, each example has its own seed.
+at every batch size. Where examples come in another order, or some are left out, each example has its own seed. One
+thing depends on the device: with at most :data:`t2v_fast.estimation.likelihoods.DENSE_CLASSES` classes, the sketches of
+``deflated`` combine eigenvectors on a CPU, and classes on a CUDA device, where no solver finds all eigenvectors without
+a wait. Both are unbiased.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from ..ops.asynchronous import to_device
+from .deferred import DeferredChecks
 from .likelihoods import Likelihood, Softmax, get_likelihood, random_signs
 
 ESTIMATORS = ("exact", "deflated", "hutchinson", "monte_carlo", "empirical")
 LARGEST_EXACT = 2**30  # the most numbers in the exact cotangents of a batch of tokens
+LARGEST_BLOCK = 2**22  # the most logits that are brought to float64 at once on a CUDA device
 LEVELS = ("token", "sequence")
 
 
@@ -51,6 +60,7 @@ def cotangents(
     mask: Tensor | None = None,
     level: str = "token",
     sketches: int = 1,
+    checks: DeferredChecks | None = None,
 ) -> Tensor:
     """Return the cotangents of one batch, whose squared gradients sum to an estimate of its Fisher.
 
@@ -78,6 +88,8 @@ def cotangents(
         level: ``"token"`` or ``"sequence"``, for ``empirical`` and tokens.
         sketches: For ``deflated`` and logits [N, C], the number of independent random-sign sketches, each of which is
             one cotangent. They come last, and differ by chance alone.
+        checks: Where logits of a CUDA device that are not finite are reported, so that the host need not wait; by
+            default at once.
 
     Returns:
         The cotangents, [K, N, C] or [K, N, T, C], with the dtype and on the device of the logits.
@@ -110,30 +122,62 @@ def cotangents(
     # For everything but 'deflated' cotangents of logits [N, C].
     count, one_generator = cast(int, samples), cast(torch.Generator | None, generator)
     if logits.dim() == 3:
-        return _of_tokens(logits, estimator, count, model, labels, one_generator, mask, level)
+        return _of_tokens(logits, estimator, count, model, labels, one_generator, mask, level, checks)
     if mask is not None:
         raise ValueError(f"a mask {list(mask.shape)} is for logits [N, T, C], got logits {list(logits.shape)}")
-    z = logits.detach().to("cpu", torch.float64)
-    if not z.isfinite().all():
-        bad = int((~z.isfinite().all(1)).nonzero()[0])
-        raise ValueError(f"the logits of example {bad} of the batch are not finite: {z[bad].tolist()[:8]}")
-    if isinstance(model, Softmax) and z.shape[1] < 2:
+    if isinstance(model, Softmax) and logits.shape[1] < 2:
         raise ValueError(
             "a softmax over one class has no Fisher information: use likelihood='sigmoid', or more classes"
         )
-    if estimator == "exact":
-        u = model.exact(z)
-    elif estimator == "deflated":
-        u = _deflated(model, z, samples, generator, sketches)
-    elif estimator == "hutchinson":
-        u = model.sketch(z, random_signs(z.shape[0], count, z.shape[1], one_generator)) / count**0.5
-    elif estimator == "monte_carlo":
-        u = model.score(z, model.draw(z, count, one_generator)) / count**0.5
+    if estimator != "empirical":
+        labels = None
+    elif labels is None:
+        raise ValueError("estimator 'empirical' needs the labels of the batch, got none")
     else:
-        if labels is None:
-            raise ValueError("estimator 'empirical' needs the labels of the batch, got none")
-        u = model.score(z, _check_labels(labels.cpu(), z, model))[None]
-    return u.to(logits.device, logits.dtype)
+        labels = _check_labels(labels.cpu(), logits, model)
+    reported = DeferredChecks() if checks is None else checks
+    reported.finite(logits.detach(), partial(_not_finite, checks))
+    if checks is None:
+        reported.finish()
+    on_device = logits.is_cuda and vars(type(model)).get("on_device", False)
+    u = []
+    width = max(1, logits.shape[1]) ** (2 if estimator == "exact" else 1)  # numbers of an example
+    size = max(1, LARGEST_BLOCK // width if on_device and not own else len(logits))
+    for start in range(0, max(1, len(logits)), size):
+        rows = slice(start, start + size)
+        z = logits[rows].detach().to(logits.device if on_device else "cpu", torch.float64)
+        y = None if labels is None else labels[rows]
+        u.append(_of_block(z, estimator, samples, model, y, generator, sketches).to(logits.device, logits.dtype))
+    return u[0] if len(u) == 1 else torch.cat(u, 1)
+
+
+def _not_finite(checks: DeferredChecks | None, example: int, values: list[float]) -> str:
+    batch = "the batch" if checks is None else f"batch {checks.batch}"
+    return f"the logits of example {example} of {batch} are not finite: {values}"
+
+
+def _of_block(
+    z: Tensor,
+    estimator: str,
+    samples: int | Tensor,
+    model: Likelihood,
+    labels: Tensor | None,
+    source: torch.Generator | Tensor | None,
+    sketches: int,
+) -> Tensor:
+    """Return the cotangents of some examples, from their logits z in float64 [n, C]."""
+    if estimator == "deflated":
+        return _deflated(model, z, samples, source, sketches)
+    # The other estimators have one number of cotangents and one generator.
+    count, generator = cast(int, samples), cast(torch.Generator | None, source)
+    if estimator == "exact":
+        return model.exact(z)
+    if estimator == "hutchinson":
+        return model.sketch(z, random_signs(z.shape[0], count, z.shape[1], generator, z.device)) / count**0.5
+    if estimator == "monte_carlo":
+        return model.score(z, model.draw(z, count, generator)) / count**0.5
+    assert labels is not None  # since the estimator is "empirical"
+    return model.score(z, to_device(labels, z.device))[None]
 
 
 def _deflated(
@@ -141,12 +185,13 @@ def _deflated(
 ) -> Tensor:
     """Return leading eigenvectors and sketches, without sketches where all examples of the batch are exact."""
     n, c = z.shape
-    if not isinstance(samples, Tensor):
-        samples = torch.full((n,), samples)
+    samples = samples.cpu() if isinstance(samples, Tensor) else torch.full((n,), samples)
     rank = model.rank(c)
     exact = samples >= rank
     leading = torch.where(exact, rank, samples - 1)
-    signs = random_signs(n, sketches, c, source) / sketches**0.5 * ~exact[:, None]
+    signs = random_signs(n, sketches, c, source, z.device) / sketches**0.5
+    if exact.any():
+        signs = signs * to_device(~exact, z.device)[:, None]
     return model.deflated(z, leading, signs[: 0 if exact.all() else sketches])
 
 
@@ -159,6 +204,7 @@ def _of_tokens(
     generator: torch.Generator | None,
     mask: Tensor | None,
     level: str,
+    checks: DeferredChecks | None,
 ) -> Tensor:
     """Return the cotangents of logits [N, T, C]. Every token that is not masked is first treated as an example."""
     n, t, c = logits.shape
@@ -176,28 +222,30 @@ def _of_tokens(
     mask = mask.to("cpu", torch.bool)
     if labels is not None and list(labels.shape[:2]) != [n, t]:
         raise ValueError(f"labels are {list(labels.shape)}, expected one a token: {[n, t]}")
-    there = mask.to(logits.device)
+    sequence, place = (to_device(index, logits.device) for index in mask.nonzero(as_tuple=True))
     of_each = cotangents(
-        logits[there],
+        logits.detach()[sequence, place],
         estimator,
         samples,
         likelihood,
         None if labels is None else labels.cpu()[mask],
         generator,
+        checks=checks,
     )  # [K, tokens, C]
     if estimator == "deflated" or (estimator == "empirical" and level == "token"):
-        of_each = of_each * random_signs(of_each.shape[1], len(of_each), 1, generator).to(of_each)
+        signs = random_signs(of_each.shape[1], len(of_each), 1, generator, logits.device)
+        of_each = of_each * signs.to(of_each.dtype)
     u = logits.new_zeros((len(of_each), *logits.shape))
-    u[:, there] = of_each
+    u[:, sequence, place] = of_each
     if estimator == "exact":  # [K, N, T, C] to [K T, N, T, C]: one token in each cotangent
         at = torch.eye(t, dtype=u.dtype, device=u.device)
         u = (u[:, None] * at[None, :, None, :, None]).flatten(0, 1)
     return u
 
 
-def _check_labels(labels: Tensor, z: Tensor, model: Likelihood) -> Tensor:
+def _check_labels(labels: Tensor, logits: Tensor, model: Likelihood) -> Tensor:
     """Return the labels in the dtype that the likelihood needs. Raise ValueError where they do not fit."""
-    n, c = z.shape
+    n, c = logits.shape
     if isinstance(model, Softmax):
         whole = not labels.is_floating_point() and labels.dtype != torch.bool
         if list(labels.shape) != [n] or not whole:
@@ -207,4 +255,4 @@ def _check_labels(labels: Tensor, z: Tensor, model: Likelihood) -> Tensor:
         return labels.long()
     if list(labels.shape) != [n, c]:
         raise ValueError(f"labels are {list(labels.shape)}, expected targets [{n}, {c}]")
-    return labels.to(z.dtype)
+    return labels.double()

@@ -17,12 +17,13 @@ from ..gradients.graph import Use, fix_batch_norm_gradients
 from ..gradients.ownership import nodes_of
 from ..gradients.recorder import FilterAxis, FisherRecorder, ParameterFilter
 from ..ops import planner
+from ..ops.asynchronous import to_device
 from .allocation import Allocation
 from .batches import Batch, Draws, Schedule, forward_passes
 from .cotangents import check_estimator, cotangents
 from .diagonal import FisherDiagonal, diagonal_of
 from .likelihoods import Likelihood, get_likelihood
-from .moments import DrawnExamples, NamedMoments, Units
+from .moments import DrawnExamples, DrawnUnits, NamedMoments, Units
 
 BATCH_MEAN = "batch_mean"
 IGNORED = -100  # the label of a token that does not count, as in torch's cross_entropy
@@ -122,7 +123,8 @@ def fisher(
             :class:`t2v_fast.FisherRecorder`.
         weights: One number of at least 0 for each example, [number of examples], in the order of the loader. They are
             divided by their sum; by default all examples count the same.
-        seed: Fixes the random signs and labels. They do not depend on the batch size or the device.
+        seed: Fixes the random signs and labels. They do not depend on the batch size or the device. (With at most 64
+            classes, ``deflated`` applies the signs differently on a CUDA device, where its estimate is another draw.)
         self_check: Compare some examples with plain autograd and with single-example forward passes, and raise an
             error where examples interact or the network is random (:mod:`t2v_fast.estimation.self_check`).
         device: Where inputs are moved to; by default where the first parameter is.
@@ -252,6 +254,7 @@ class _Estimate:
             mask=batch.mask,
             level=self.level,
             sketches=1 if self.drawn is None else 2,
+            checks=batch.checks,
         )
         if self.drawn is not None:
             return self._with_estimator_error(batch, draws, u, self.drawn)
@@ -274,18 +277,25 @@ class _Estimate:
         else:  # every example is exact
             values = self.recorder.backward(batch.logits, u)
             apart = {name: torch.zeros_like(q) for name, q in values.items()}
-        inclusion = torch.ones_like(draws.weights) if draws.inclusion is None else draws.inclusion
+        units = DrawnUnits(draws.weights, draws.inclusion)
         for name, q in values.items():
-            drawn[name].add(q, apart[name].to("cpu", torch.float64).square(), draws.weights, inclusion)
+            drawn[name].add(q, apart[name].double().square(), units)
         return values
 
     def _batch_mean(self, batch: Batch, draws: Draws, tokens: Tensor | None) -> dict[str, Tensor]:
         """Return the squared gradient of the batch's weighted mean loss, with labels drawn from the model."""
         u = cotangents(
-            batch.logits, "monte_carlo", 1, self.likelihood, generator=draws.source, mask=batch.mask, level=self.level
+            batch.logits,
+            "monte_carlo",
+            1,
+            self.likelihood,
+            generator=draws.source,
+            mask=batch.mask,
+            level=self.level,
+            checks=batch.checks,
         )[0]
         total = draws.weights.sum() if tokens is None else (draws.weights * tokens).sum()
-        u = u * (draws.weights / total).to(u.device, u.dtype).view(-1, *(1,) * (u.dim() - 1))
+        u = u * to_device((draws.weights / total).to(u.dtype), u.device).view(-1, *(1,) * (u.dim() - 1))
         fix_batch_norm_gradients(nodes_of(batch.logits))
         parameters = self.recorder.parameters
         gradients = torch.autograd.grad(
@@ -310,7 +320,10 @@ class _Estimate:
             units = Units(weights, draws.inclusion)
             if tokens is not None:
                 each = tokens.clamp_min(1)
-                values = {name: q / each.to(q).view(-1, *(1,) * (q.dim() - 1)) for name, q in values.items()}
+                there = {device: to_device(each, device) for device in {q.device for q in values.values()}}
+                values = {
+                    name: q / there[q.device].to(q.dtype).view(-1, *(1,) * (q.dim() - 1)) for name, q in values.items()
+                }
         self.moments.add(values, units)
 
     def result(self, schedule: Schedule, allocation: Allocation | None) -> FisherDiagonal:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..gradients.recorder import FisherRecorder, ParameterFilter
+from ..ops.asynchronous import to_device
 from .allocation import Allocation
-from .batches import Draws, Schedule, forward_passes
+from .batches import Batch, Draws, Schedule, forward_passes
 from .cotangents import check_estimator, cotangents
 from .diagonal import FisherDiagonal, diagonal_of
 from .likelihoods import Likelihood, get_likelihood
@@ -130,7 +131,7 @@ def fisher_of_label_sets(
                     f"the network gave logits {list(batch.logits.shape)}, expected [{batch.size}, {total}]"
                 )
             draws = [schedule.take(batch.size) for schedule in schedules]
-            blocks = _cotangents(batch.logits, sets, draws, estimator, likelihood)
+            blocks = _cotangents(batch, sets, draws, estimator, likelihood)
             for into, values, d in zip(moments, _packed(recorder, batch.logits, blocks), draws, strict=True):
                 into.add(values, Units(d.weights))
             seen += batch.size
@@ -145,14 +146,15 @@ def _run(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def _cotangents(
-    logits: Tensor, sets: Sequence[LabelSet], draws: Sequence[Draws], estimator: str, likelihood: Likelihood
+    batch: Batch, sets: Sequence[LabelSet], draws: Sequence[Draws], estimator: str, likelihood: Likelihood
 ) -> list[Tensor]:
     """Return each label set's cotangents [K, N, C of all sets], which are zero on the logits of the others."""
+    logits = batch.logits
     blocks, start = [], 0
     for s, d in zip(sets, draws, strict=True):
         stop = start + s.head.out_features
         codes = s.codes[d.examples]
-        u = cotangents(logits[:, start:stop], estimator, d.samples, likelihood, codes, d.source)
+        u = cotangents(logits[:, start:stop], estimator, d.samples, likelihood, codes, d.source, checks=batch.checks)
         blocks.append(F.pad(u, (start, logits.shape[1] - stop)))
         start = stop
     return blocks
@@ -164,14 +166,15 @@ def _packed(recorder: FisherRecorder, logits: Tensor, blocks: Sequence[Tensor]) 
     A pass has one cotangent for each example, from any block. Cotangents that are zero are left out.
     """
     u = torch.cat(list(blocks))
-    there = u.any(2)  # [all K, N]
+    there = u.any(2).cpu()  # [all K, N]; on a CUDA device the host waits here, and nowhere else
     block = torch.cat([torch.full((len(b),), k) for k, b in enumerate(blocks)])
     place, example = there.nonzero(as_tuple=True)
     at = there.cumsum(0)[place, example] - 1  # the pass of each cotangent
     passes = u.new_zeros(max(1, int(there.sum(0).max())), *u.shape[1:])
+    owner = torch.zeros(passes.shape[:2], dtype=torch.long)
+    owner[at, example] = block[place]
+    owner, at, place, example = (to_device(t, u.device) for t in (owner, at, place, example))
     passes[at, example] = u[place, example]
-    owner = torch.zeros(passes.shape[:2], dtype=torch.long, device=u.device)
-    owner[at, example] = block.to(u.device)[place]
     every = torch.arange(u.shape[1], device=u.device)
     sums: dict[str, Tensor] = {}  # [blocks, N, ...]
     for own, found in zip(owner, recorder.backward_groups(logits, passes, [1] * len(passes)), strict=True):

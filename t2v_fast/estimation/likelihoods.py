@@ -5,10 +5,14 @@ A new likelihood implements :class:`Likelihood` and has an entry in :data:`LIKEL
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from ..ops.asynchronous import to_device
 
 DENSE_CLASSES = 64  # above this many classes eigenvectors come from the secular equation, not from a dense solver
 
@@ -16,8 +20,14 @@ DENSE_CLASSES = 64  # above this many classes eigenvectors come from the secular
 class Likelihood(ABC):
     """A model of the labels y given the logits z of a batch.
 
-    All methods take z as float64 [N, C] on the CPU. S_n is the Fisher information of the logits of example n.
+    All methods take z as float64 [N, C]. S_n is the Fisher information of the logits of example n.
+
+    Attributes:
+        on_device: Whether the methods take z on a CUDA device too, and do not make the host wait there. Each class says
+            so of itself. Otherwise z is brought to the CPU.
     """
+
+    on_device: ClassVar[bool] = False
 
     @abstractmethod
     def exact(self, z: Tensor) -> Tensor:
@@ -43,9 +53,9 @@ class Likelihood(ABC):
         """Return leading eigenvectors of S_n and random-sign sketches of the rest, [max(leading) + K, N, C].
 
         The first max(leading) cotangents are eigenvectors, each scaled by the root of its eigenvalue. Example n has
-        the first ``leading[n]`` of them and zeros after that. Then comes one sketch of the remaining part of S_n for
-        each row of ``signs`` [K, N, C]. The caller scales the signs by 1 / sqrt(K), so that the sketches' squares are
-        averaged.
+        the first ``leading[n]`` of them and zeros after that. ``leading`` is on the CPU. Then comes one sketch of the
+        remaining part of S_n for each row of ``signs`` [K, N, C]. The caller scales the signs by 1 / sqrt(K), so that
+        the sketches' squares are averaged.
         """
 
     @abstractmethod
@@ -61,16 +71,20 @@ class Likelihood(ABC):
         """Return the gradient of -log p(labels | z) with respect to z, [..., N, C]."""
 
 
-def random_signs(n: int, k: int, c: int, source: torch.Generator | Tensor | None) -> Tensor:
-    """Return independent random signs [k, n, c] that do not depend on the batch size.
+def random_signs(
+    n: int, k: int, c: int, source: torch.Generator | Tensor | None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Return independent random signs [k, n, c] that depend neither on the batch size nor on the device.
 
-    They are drawn example by example from a generator, or from each example's own seed, int64 [n].
+    They are drawn example by example from a generator of the CPU, or from each example's own seed, int64 [n].
     """
     if isinstance(source, Tensor):
         # SplitMix64 (Steele, Lea and Flood, 2014) turns a counter into random bits. The highest bit is the sign.
-        bits = mixed(mixed(source)[:, None] + torch.arange(1, k * c + 1) * _GOLDEN)
+        counters = torch.arange(1, k * c + 1, device=device) * _GOLDEN
+        bits = mixed(mixed(to_device(source, device))[:, None] + counters)
         return (1 - 2 * (bits < 0).double()).view(n, k, c).transpose(0, 1)
-    return (torch.randint(0, 2, (n, k, c), generator=source, dtype=torch.float64) * 2 - 1).transpose(0, 1)
+    bits = torch.randint(0, 2, (n, k, c), generator=source, dtype=torch.uint8)
+    return (to_device(bits, device).double() * 2 - 1).transpose(0, 1)
 
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as a signed 64-bit integer; sums and products wrap around
@@ -85,16 +99,18 @@ def mixed(x: Tensor) -> Tensor:
 
 def _uniform(z: Tensor, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     """Draw uniform numbers in [0, 1), [N, *shape], example by example: they do not depend on the batch size."""
-    return torch.rand((z.shape[0], *shape), generator=generator, dtype=z.dtype)
+    return to_device(torch.rand((z.shape[0], *shape), generator=generator, dtype=z.dtype), z.device)
 
 
-def _first(r: int, leading: Tensor) -> Tensor:
-    """Return which of r eigenvectors are among the leading ones of each example, [N, 1, r]."""
-    return torch.arange(r) < leading[:, None, None]
+def _first(r: int, leading: Tensor, z: Tensor) -> Tensor:
+    """Return which of r eigenvectors are among the leading ones of each example, [N, 1, r] on the device of z."""
+    return to_device(torch.arange(r) < leading[:, None, None], z.device)
 
 
 class Softmax(Likelihood):
     """One label in 0 to C - 1 for each example; S = diag(p) - p p^T, with rank C - 1."""
+
+    on_device = True
 
     def exact(self, z: Tensor) -> Tensor:
         # The Cholesky factor of a multinomial covariance in closed form (Tanabe and Sagae, 1992, J. R. Stat. Soc. B).
@@ -104,7 +120,7 @@ class Softmax(Likelihood):
         here, after = tail[:, :-1], tail[:, 1:]
         diagonal = (p[:, :-1] * after / here.clamp_min(torch.finfo(z.dtype).tiny)).sqrt()  # [N, C - 1]
         ratio = p[:, None, :] / after[:, :, None].clamp_min(torch.finfo(z.dtype).tiny)  # [N, C - 1, C]
-        factor = torch.eye(p.shape[1], dtype=z.dtype)[:-1] - ratio.triu(1)
+        factor = torch.eye(p.shape[1], dtype=z.dtype, device=z.device)[:-1] - ratio.triu(1)
         return (diagonal[:, :, None] * factor).transpose(0, 1)
 
     def rank(self, classes: int) -> int:
@@ -130,11 +146,15 @@ class Softmax(Likelihood):
     def deflated(self, z: Tensor, leading: Tensor, signs: Tensor) -> Tensor:
         p = z.softmax(1)
         most = int(leading.max()) if len(leading) else 0
-        if p.shape[1] <= DENSE_CLASSES:
+        there = z.device.type != "cpu"  # where the host would wait for a dense solver
+        exact = leading >= self.rank(p.shape[1])
+        if there and exact.any() and exact.all():
+            return self.exact(z)
+        if p.shape[1] <= DENSE_CLASSES and not there:
             values, vectors = torch.linalg.eigh(_covariance(p))
             values, vectors = values.flip(1)[:, :-1], vectors.flip(2)[:, :, :-1]  # without the smallest, which is 0
             columns = vectors * values.clamp_min(0).sqrt()[:, None, :]  # [N, C, C - 1]
-            first = _first(columns.shape[2], leading)
+            first = _first(columns.shape[2], leading, z)
             rest = torch.einsum("ncr,snr->snc", columns * ~first, signs[:, :, :-1])
             return torch.cat([(columns * first)[:, :, :most].permute(2, 0, 1), rest])
         if most == 0:
@@ -144,10 +164,13 @@ class Softmax(Likelihood):
         vectors = _leading_eigenvectors(p, most)  # [N, C, most]
         root = p.sqrt()[:, :, None]
         right = root * (vectors - (p[:, :, None] * vectors).sum(1, keepdim=True))  # B^T v
-        q = torch.linalg.qr(right)[0] * _first(most, leading)
+        q = _orthonormal(right) * _first(most, leading, z)
         signs = signs.permute(1, 2, 0)  # [N, C, sketches]
         remainder = signs - q @ (q.mT @ signs)
-        return self.sketch(z, torch.cat([q, remainder], 2).permute(2, 0, 1))
+        found = self.sketch(z, torch.cat([q, remainder], 2).permute(2, 0, 1))
+        if there and exact.any():
+            found[:most] = torch.where(to_device(exact, z.device)[:, None], self.exact(z), found[:most])
+        return found
 
     def sketch(self, z: Tensor, signs: Tensor) -> Tensor:
         p = z.softmax(1)
@@ -160,7 +183,8 @@ class Softmax(Likelihood):
         return torch.searchsorted(cumulative, _uniform(z, (samples,), generator), right=True).T
 
     def score(self, z: Tensor, labels: Tensor) -> Tensor:
-        return z.softmax(1) - torch.nn.functional.one_hot(labels, z.shape[1])
+        p, labels = z.softmax(1).expand(*labels.shape, -1), labels[..., None]
+        return p.scatter(-1, labels, p.gather(-1, labels) - 1)
 
 
 class _Diagonal(Likelihood):
@@ -186,8 +210,8 @@ class _Diagonal(Likelihood):
         root = self.variance(z).sqrt()
         most = int(leading.max()) if len(leading) else 0
         largest = root.topk(most, dim=1).indices  # [N, most]
-        first = _first(most, leading).squeeze(1).T.to(z.dtype)[:, :, None]  # [most, N, 1]
-        kept = torch.zeros(most, *z.shape, dtype=z.dtype).scatter_(2, largest.T[:, :, None], first)
+        first = _first(most, leading, z).squeeze(1).T.to(z.dtype)[:, :, None]  # [most, N, 1]
+        kept = torch.zeros(most, *z.shape, dtype=z.dtype, device=z.device).scatter_(2, largest.T[:, :, None], first)
         return torch.cat([kept * root, root * (1 - kept.sum(0)) * signs])
 
     def sketch(self, z: Tensor, signs: Tensor) -> Tensor:
@@ -196,6 +220,8 @@ class _Diagonal(Likelihood):
 
 class Sigmoid(_Diagonal):
     """C independent yes-or-no labels for each example (multi-label classification); S = diag(p (1 - p))."""
+
+    on_device = True
 
     def variance(self, z: Tensor) -> Tensor:
         return z.sigmoid() * (-z).sigmoid()
@@ -210,6 +236,8 @@ class Sigmoid(_Diagonal):
 
 class Gaussian(_Diagonal):
     """Regression with noise of standard deviation ``sigma``: y = z + sigma * N(0, I); S = I / sigma^2."""
+
+    on_device = True
 
     def __init__(self, sigma: float = 1.0) -> None:
         if not sigma > 0:
@@ -256,15 +284,55 @@ def _leading_eigenvectors(p: Tensor, r: int) -> Tensor:
     bisection takes O(N C r) operations.
     """
     # Equal probabilities have no root between them. A relative shift far below any sampling error separates them.
-    jitter = 1 + 1e-9 * torch.linspace(-1, 1, p.shape[1], dtype=p.dtype)
+    jitter = 1 + 1e-9 * torch.linspace(-1, 1, p.shape[1], dtype=p.dtype, device=p.device)
     p = p.clamp_min(torch.finfo(p.dtype).tiny) * jitter
     top = p.topk(r + 1, dim=1).values
     high, low = top[:, None, :r].clone(), top[:, None, 1:].clone()  # [N, 1, r]
-    for _ in range(60):
-        middle = (high + low) / 2
-        secular = 1 - (p.square()[:, :, None] / (p[:, :, None] - middle)).sum(1, keepdim=True)
-        above = secular > 0  # the secular function falls from +inf at p_(i+1) to -inf at p_(i)
-        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    if p.device.type == "cpu":
+        for _ in range(60):
+            middle = (high + low) / 2
+            secular = 1 - (p.square()[:, :, None] / (p[:, :, None] - middle)).sum(1, keepdim=True)
+            above = secular > 0  # the secular function falls from +inf at p_(i+1) to -inf at p_(i)
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    else:
+        low, high = _narrowed(p, low, high)
     gap = p[:, :, None] - (high + low) / 2
     vectors = p[:, :, None] / torch.where(gap == 0, torch.finfo(p.dtype).tiny, gap)
     return vectors / vectors.abs().amax(1, keepdim=True)
+
+
+def _narrowed(p: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Narrow the intervals [N, 1, r] around the roots by 2^-60, in few steps with many points each.
+
+    On a GPU a call costs more than what it computes here.
+    """
+    bits = _bits(p.numel() * low.shape[2])
+    inner = torch.arange(1, 2**bits, dtype=p.dtype, device=p.device) / 2**bits
+    low, width = low[..., None], (high - low)[..., None]  # [N, 1, r, 1]
+    p, squares = p[:, :, None, None], p.square()[:, :, None, None]
+    for _ in range(-(-60 // bits)):
+        points = torch.addcmul(low, width, inner)  # [N, 1, r, 2^bits - 1]
+        below = ((squares / (p - points)).sum(1, keepdim=True) < 1).sum(3, keepdim=True, dtype=p.dtype)
+        low, width = torch.addcmul(low, width, below, value=2**-bits), width / 2**bits
+    return low[..., 0], (low + width)[..., 0]
+
+
+def _bits(numbers: int) -> int:
+    """How many bits of a root a step finds: six, or fewer where the tensors [N, C, r, 2^bits] would be large."""
+    return min(6, max(1, int(math.log2(2**26 / max(1, numbers)))))
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """Return orthonormal columns that span those of [N, C, r]."""
+    if columns.device.type == "cpu":
+        return torch.linalg.qr(columns)[0]
+    # cuSOLVER would be called for each example. The second pass removes what rounding left of the former columns, also
+    # where a column is a combination of them.
+    q = columns[:, :, :0]
+    for k in range(columns.shape[2]):
+        v = columns[:, :, k : k + 1]
+        for _ in range(3 if k else 1):
+            v = v - q @ (q.mT @ v) if k else v
+            v = v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
+        q = torch.cat([q, v], 2)
+    return q

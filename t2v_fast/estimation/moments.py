@@ -1,4 +1,7 @@
-"""Weighted means over examples and their errors, accumulated batch by batch in float64 on the CPU."""
+"""Weighted means over examples and their errors, accumulated batch by batch in float64.
+
+Sums stay on the device of the values. They are copied to the CPU once, when they are asked for.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from ..ops.asynchronous import to_device
+
+# The most numbers that are brought to float64 at once. On a CPU they fit into the second-level cache.
+CHUNK = {"cpu": 2**17, "cuda": 2**24}
 
 
 class Units:
@@ -22,8 +30,15 @@ class Units:
         self.count = len(a)
         self.factors = torch.stack([a, a.square()])  # [2, U]
         if inclusion is not None:
-            self.factors /= inclusion
+            self.factors /= inclusion.to("cpu")
         self.weight, self.weight2 = self.factors.sum(1).tolist()
+        self._there: dict[torch.device, Tensor] = {}
+
+    def factors_on(self, device: torch.device) -> Tensor:
+        """Return the weights and their squares, divided by the probabilities of inclusion, on a device, [2, U]."""
+        if device not in self._there:
+            self._there[device] = to_device(self.factors, device)
+        return self._there[device]
 
 
 class Moments:
@@ -49,15 +64,26 @@ class Moments:
 
     def add(self, values: Tensor, units: Units) -> None:
         """Add the values [U, ...] of U more units."""
-        q = values.to("cpu", torch.float64)
-        flat, shape = q.reshape(len(q), math.prod(q.shape[1:])), q.shape[1:]
+        values = values if values.device.type in CHUNK else values.cpu()  # other devices may lack float64
+        flat, shape = values.reshape(units.count, math.prod(values.shape[1:])), values.shape[1:]
+        factors = units.factors_on(values.device)
         self.units += units.count
         self.weight += units.weight
         self.weight2 += units.weight2
-        first, cross = (units.factors @ flat).view(2, *shape)
-        self.first = self.first + first
-        self.cross = self.cross + cross
-        self.second = self.second + (units.factors[1] @ flat.square()).view(shape)
+        sums = torch.empty(3, flat.shape[1], dtype=torch.float64, device=values.device)
+        width = max(256, CHUNK[values.device.type] // max(1, units.count))
+        for q, into in zip(flat.split(width, 1), sums.split(width, 1), strict=True):
+            q = q.double()
+            into[:2] = factors @ q
+            into[2] = factors[1] @ q.square()
+        first, cross, second = sums.view(3, *shape)
+        self.first = self.first.to(first.device) + first
+        self.cross = self.cross.to(first.device) + cross
+        self.second = self.second.to(first.device) + second
+
+    def to_cpu(self) -> None:
+        """Copy the sums to the CPU."""
+        self.first, self.cross, self.second = self.first.cpu(), self.cross.cpu(), self.second.cpu()
 
     def mean(self) -> Tensor:
         """Return the weighted mean of the values."""
@@ -82,29 +108,36 @@ class NamedMoments:
     TOGETHER = 2**16  # the most numbers of a unit that are stored side by side
 
     def __init__(self) -> None:
-        self.parts: list[Moments] = []
+        self._parts: list[Moments] = []
         self._names: list[list[str]] = []  # of each part
         self._devices: list[torch.device] = []
         self._shapes: dict[str, torch.Size] = {}
         self._missed: set[str] = set()
 
     @property
+    def parts(self) -> list[Moments]:
+        """The moments of the quantities that are stored side by side, with their sums on the CPU."""
+        for part in self._parts:
+            part.to_cpu()
+        return self._parts
+
+    @property
     def weight(self) -> float:
         """The sum of the units' weights."""
-        return self.parts[0].weight if self.parts else 0.0
+        return self._parts[0].weight if self._parts else 0.0
 
     def set_weights(self, weights: Tensor) -> None:
         """Divide by the sum of these weights, one for each unit of the data set, instead of the added weights."""
         a = weights.double()
-        for part in self.parts:
+        for part in self._parts:
             part.weight, part.weight2 = float(a.sum()), float(a.square().sum())
 
     def add(self, values: Mapping[str, Tensor], units: Units) -> None:
         """Add the values [U, ...] of U more units."""
-        if not self.parts:
+        if not self._parts:
             self._arrange(values)
         self._missed |= self._shapes.keys() - values.keys()
-        for part, names, device in zip(self.parts, self._names, self._devices, strict=True):
+        for part, names, device in zip(self._parts, self._names, self._devices, strict=True):
             rows = [
                 values[name].reshape(units.count, size)
                 if name in values
@@ -129,8 +162,8 @@ class NamedMoments:
             self._shapes[name] = q.shape[1:]
             size = self._shapes[name].numel()
             if q.device not in room or room[q.device] < size:
-                room[q.device], at[q.device] = self.TOGETHER, len(self.parts)
-                self.parts.append(Moments())
+                room[q.device], at[q.device] = self.TOGETHER, len(self._parts)
+                self._parts.append(Moments())
                 self._names.append([])
                 self._devices.append(q.device)
             room[q.device] -= size
@@ -148,6 +181,29 @@ class NamedMoments:
         return {name: apart[name] for name in self._shapes if name not in self._missed}
 
 
+class DrawnUnits:
+    """The examples of a batch, as :class:`DrawnExamples` needs them.
+
+    Args:
+        weights: The weight of each example, [n].
+        inclusion: The probability with which each example was included, [n]; by default one.
+    """
+
+    def __init__(self, weights: Tensor, inclusion: Tensor | None = None) -> None:
+        a = weights.to("cpu", torch.float64)
+        inclusion = torch.ones_like(a) if inclusion is None else inclusion.to("cpu", torch.float64)
+        r, left = a / inclusion, 1 - inclusion
+        self.uncertain, self.left = int((left > 0).sum()), float(left.sum())
+        self._factors = torch.stack([r.square() * inclusion, left * r, left * r.square()])  # [3, n]
+        self._there: dict[torch.device, Tensor] = {}
+
+    def factors_on(self, device: torch.device) -> Tensor:
+        """Return the factors of the variances, the values and the squared values on a device, [3, n]."""
+        if device not in self._there:
+            self._there[device] = to_device(self._factors, device)
+        return self._there[device]
+
+
 class DrawnExamples:
     """The variance of a sum that is estimated from drawn examples, by Hajek's (1964) estimator for a fixed sample size.
 
@@ -163,22 +219,23 @@ class DrawnExamples:
         self.weight = 0.0
         self.first = self.second = self.draws = torch.zeros((), dtype=torch.float64, device="cpu")
 
-    def add(self, values: Tensor, variances: Tensor, a: Tensor, inclusion: Tensor) -> None:
-        """Add values [n, ...] and the variances of their random draws, with weights and inclusion probabilities [n]."""
-        r, left = a / inclusion, 1 - inclusion
-        q = values.to("cpu", torch.float64)
-        self.draws = self.draws + torch.tensordot(r.square() * inclusion, variances.to("cpu", torch.float64), 1)
-        some = left > 0
-        if some.any():
-            r, left, q = r[some], left[some], q[some]
-            self.units += len(r)
-            self.weight += float(left.sum())
-            self.first = self.first + torch.tensordot(left * r, q, 1)
-            self.second = self.second + torch.tensordot(left * r.square(), q.square(), 1)
+    def add(self, values: Tensor, variances: Tensor, units: DrawnUnits) -> None:
+        """Add values [n, ...] and the variances of their random draws."""
+        if values.device.type not in CHUNK:
+            values, variances = values.cpu(), variances.cpu()
+        of_draws, of_values, of_squares = units.factors_on(values.device)
+        self.draws = self.draws.to(values.device) + torch.tensordot(of_draws, variances.double(), 1)
+        if units.uncertain:
+            q = values.double()
+            self.units += units.uncertain
+            self.weight += units.left
+            self.first = self.first.to(q.device) + torch.tensordot(of_values, q, 1)
+            self.second = self.second.to(q.device) + torch.tensordot(of_squares, q.square(), 1)
 
     def variance(self) -> Tensor:
-        """Return the variance of the weighted sum of the values."""
+        """Return the variance of the weighted sum of the values, on the CPU."""
+        draws, first, second = self.draws.cpu(), self.first.cpu(), self.second.cpu()
         if self.units < 2:  # too few for a spread around their mean: take the spread around zero
-            return self.draws + self.second
-        spread = self.second - (self.first * self.first) / self.weight
-        return self.draws + spread.clamp_min(0) * self.units / (self.units - 1)
+            return draws + second
+        spread = second - (first * first) / self.weight
+        return draws + spread.clamp_min(0) * self.units / (self.units - 1)

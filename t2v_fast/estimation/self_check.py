@@ -104,14 +104,13 @@ class SelfCheck:
             SelfCheckError: Examples interact, the network is random, or squared gradients are wrong.
         """
         n = logits.shape[0]
-        if not bool(logits.isfinite().all()):  # the caller reports logits that are not finite
-            return
         if n > 1:
             self._batches += 1
         single = n == 1 and not (self._batches or self._single)
         due = single or (n > 1 and self._batches & (self._batches - 1) == 0)
         drew = self._drew
-        if not (due or drew):
+        # The caller reports logits that are not finite. On a CUDA device, to look at them is to wait for them.
+        if not (due or drew) or not bool(logits.isfinite().all()):
             return
         self.recorder.check(logits)
         if drew:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from ..ops.asynchronous import to_device
 from ..ops.reference import accumulate_dtype
 from ..spans import backward_by_kind
 from .factors import Called, Factors, Reuse, Summed, concatenated
@@ -304,7 +305,7 @@ class FisherRecorder:
         tapped = taps.of(routes.single | routes.summed)
         self.unused, self.skipped = taps.unused, routes.skipped
         sums: dict[str, Tensor] = {}
-        w = torch.ones(n) if weights is None else weights
+        w = torch.ones(n) if weights is None else to_device(weights, output.device)
         reuse = {
             node: Reuse(len(cotangents), sum(use.parameter in routes.single for use in uses))
             for node, uses in tapped.uses.items()
@@ -418,12 +419,13 @@ class FisherRecorder:
     ) -> dict[str, Tensor]:
         """Sums of squares by plain autograd, for one example and one cotangent at a time."""
         totals = {name: self._zeros(name, len(weights)) for name in names}
+        numbers = weights.tolist()
         for e in range(output.shape[0]):
             for cotangent in cotangents:
                 for name, g in self.plain_gradients(output, cotangent, e, totals).items():
                     square = g.to(totals[name].dtype).square()
                     if self.granularity == "parameter":
-                        totals[name] += float(weights[e]) * square
+                        totals[name] += numbers[e] * square
                     else:
                         totals[name][e] += self._rows(name, square).sum(1)
         return totals

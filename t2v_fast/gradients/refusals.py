@@ -30,10 +30,10 @@ def taps_of(output: Tensor, parameters: Mapping[str, Tensor], tell_apart: bool =
     def met(node: Node, name: str) -> None:
         if why := HIDING.get(name):
             raise UnsupportedError(f"the autograd node {name} is in the way: {why}")
-        if name == "CudnnRnnBackward0" and not getattr(node, "_saved_train", True):
+        if name in ("CudnnRnnBackward0", "MiopenRnnBackward0") and not getattr(node, "_saved_train", True):
             raise UnsupportedError(
-                "cuDNN's recurrent layers (LSTM, GRU, RNN) have no backward pass in eval mode: run the network within "
-                "`with torch.backends.cudnn.flags(enabled=False):`"
+                "the recurrent layers of cuDNN and MIOpen (LSTM, GRU, RNN) have no backward pass in eval mode: run the "
+                "network within `with torch.backends.cudnn.flags(enabled=False):`"
             )
         if isinstance(node, torch.autograd.function.BackwardCFunction) and name not in NODES:
             custom.append(name)

@@ -365,6 +365,14 @@ def _attention(node: Node, own: Owned, n: int) -> list[State | None] | None:
     return _broadcast(node, own, n)
 
 
+@transfer("FlashAttention", "EfficientAttention")
+def _attention_operator(node: Node, own: Owned, n: int) -> list[State | None] | None:
+    """The same with queries, keys and values [N, T, H, E]. Texts of several lengths lie one after the other instead."""
+    flash = kind_of(node.name()) == "FlashAttention"
+    packed = node._saved_cum_seq_q if flash else node._saved_cu_seqlens_q
+    return _broadcast(node, own, n) if own.axis == 0 and packed is None else None
+
+
 @selecting("ThnnFusedLstmCell", "ThnnFusedGruCell")
 def _recurrent_cell(node: Node, outputs: Mapping[int, Owner], n: int) -> list[State | None] | None:
     """A step of a recurrent layer on a GPU: the gates of the input and of the state, a state, and biases."""
@@ -374,7 +382,7 @@ def _recurrent_cell(node: Node, outputs: Mapping[int, Owner], n: int) -> list[St
     return [own, own, own, *[SHARED] * (len(node.next_functions) - 3)]
 
 
-@selecting("CudnnRnn")
+@selecting("CudnnRnn", "MiopenRnn")
 def _cudnn_rnn(node: Node, outputs: Mapping[int, Owner], n: int) -> list[State | None] | None:
     """Inputs and outputs are [T, N, I], or [N, T, I] with batch_first. States are [layers, N, H]."""
     if node._saved_batch_sizes or not all(map(_is_axis, outputs.values())):

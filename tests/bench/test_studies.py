@@ -12,10 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from small import small_probe
-
-from t2v_fast import UnsupportedError, ops
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = {
@@ -113,52 +110,20 @@ def test_a_wrong_contestant_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         cell.enter("opacus")
 
 
-def test_gpu_report(tmp_path: Path, script: Script) -> None:
-    """The script for GPUs, on a toy network and a CPU: what it verifies is right, and its report is whole."""
-    with pytest.raises(SystemExit) as done:
-        script("gpu", "--device", "cpu", "--toy", "--output", str(tmp_path))
-    assert done.value.code == 0
-    results = json.loads((tmp_path / "gpu.json").read_text())
-    assert results["wrong"] == []
-    assert len(results["ops"]) == len(results["against_float64"]) == 4
-    assert set(results["opcheck"]) == set(ops.SCHEMAS)
-    assert {name.rpartition(": ")[2] for name in results["networks"]} >= {"floor", "step", "vmap", "fisher, cpu, TF32"}
-    assert "| floor" not in (text := (tmp_path / "gpu.md").read_text())
-    assert all(f"## {title}" in text for title in ("Ops", "Ceilings", "Layers", "Networks"))
-
-
-def test_what_the_gpu_report_calls_wrong() -> None:
-    """A network that the library refuses is no more left out than a wrong result; a peer that refuses one is."""
-    gpu = importlib.import_module("bench.gpu")
-    report = gpu.Report(torch.device("cpu"), minutes=1)
-
-    def fail(error: Exception) -> None:
-        raise error
-
-    refused = UnsupportedError("refused")
-    for section, error, peer in (
-        ("against_float64", refused, False),
-        ("networks", refused, False),
-        ("networks", refused, True),
-        ("networks", torch.OutOfMemoryError("memory"), False),
-        ("against_float64", torch.OutOfMemoryError("memory"), False),
-        ("ops", AssertionError("relative error"), False),
-    ):
-        report.attempt(section, "x", lambda error=error: fail(error), peer)
-    report.end = 0
-    for section in ("layers", "against_float64"):
-        report.attempt(section, "late", lambda: None)
-    assert [text.partition(":")[0] for text in report.results["wrong"]] == [
-        *("against_float64", "networks", "against_float64", "ops", "against_float64")
-    ]
-    assert [text.partition(":")[0] for text in report.results["left_out"]] == ["networks", "networks", "layers"]
-
-
 def test_layers_table(script: Script) -> None:
     lines = script("studies.layers", "--rounds", "1", "--cells", "toy-32", "--toy").splitlines()
     assert len(next(line for line in lines if line.startswith("| toy, 32 |")).split("|")) == 9
     assert any(line.startswith("| 1 images of 6x6, 8 channels |") for line in lines)
     assert any(line.startswith("| 5 x 16 to 24 |") for line in lines)
+
+
+def test_sums_table(script: Script) -> None:
+    lines = script("studies.sums", "--rounds", "1", "--values", "700", "--examples", "3").splitlines()
+    assert [line.split("|")[1].strip() for line in lines[3:]] == [
+        "sums of 700 values of 3 examples",
+        "`deflated` cotangents of 10 classes",
+        "`deflated` cotangents of 1000 classes",
+    ]
 
 
 @pytest.mark.slow

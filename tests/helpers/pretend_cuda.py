@@ -64,6 +64,9 @@ class Pretend(Tensor):
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.held.untyped_storage()
 
+    def record_stream(self, stream: Stream) -> None:
+        stream.read.append(self)
+
     def __getitem__(self, index: Any) -> Tensor:
         """As for any tensor, but torch would copy lists to the device behind the mode's back."""
         return super().__getitem__(_without_lists(index))
@@ -84,6 +87,47 @@ def _without_lists(index: Any) -> tuple:
     return tuple(torch.tensor(at) if isinstance(at, list) else at for at in each)
 
 
+class Event:
+    """An event of a device that computes at once: it has happened when it is recorded."""
+
+    def __init__(self, **options: Any) -> None:
+        self.recorded = 0
+
+    def record(self, stream: Stream | None = None) -> None:
+        self.recorded += 1
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        assert self.recorded, "the event was not recorded"
+
+
+class Stream:
+    """A stream of such a device."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.device, self.awaited, self.read = device, [], []
+
+    def record_event(self) -> Event:
+        event = Event()
+        event.record(self)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        assert event.recorded, "the event was not recorded"
+        self.awaited.append(event)
+
+
+class Pinned(Tensor):
+    """A CPU tensor that pretends to be pinned. It looks like any other tensor to the operators."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs or {})
+
+
 class _Mode(TorchDispatchMode):
     """Tensors can be created on the device that does not exist, and moved to it."""
 
@@ -91,9 +135,11 @@ class _Mode(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
-# Operators that copy from one device to another, or read CPU indices.
+# Operators that copy from one device to another, or read CPU indices or lengths.
 _ACROSS = {
     *(aten.copy_.default, aten._to_copy.default),
+    *(aten._pack_padded_sequence.default, aten._pad_packed_sequence.default),
+    aten._pack_padded_sequence_backward.default,
     *(aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default),
 }
 
@@ -124,6 +170,8 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     found = _STAND_INS.get(func, func)(*args, **kwargs)
     if not on_gpu:
         return found
+    if func is aten._pack_padded_sequence.default:  # lengths of a batch are on the CPU
+        return Pretend(found[0]), found[1]
     return tree_map_only(Tensor, lambda t: own[id(t)] if id(t) in own else Pretend(t), found)
 
 
@@ -229,31 +277,41 @@ def _gru_cell_backward(g, workspace, has_bias):
     return inputs, hidden, g * z, *((inputs.sum(0), hidden.sum(0)) if has_bias else (None, None))
 
 
-def _rnn_function(mode, layers, dropout, train, bidirectional, batch_first, weights):
+def _rnn_function(mode, layers, dropout, train, bidirectional, batch_first, weights, sizes=()):
     def function(x, *rest):
         weight, h, c = rest[:weights], rest[weights], rest[weights + 1]
         biases = weights == 4 * layers * (1 + bidirectional)
-        options = (biases, layers, dropout, train, bidirectional, batch_first)
-        if mode == 2:
-            return torch.lstm(x, (h, c), weight, *options)
-        return (torch.rnn_relu, torch.rnn_tanh, None, torch.gru)[mode](x, h, weight, *options)
+        options = (biases, layers, dropout, train, bidirectional)
+        state = (h, c) if mode == 2 else h
+        op = (torch.rnn_relu, torch.rnn_tanh, torch.lstm, torch.gru)[mode]
+        if len(sizes):  # a packed sequence: the numbers of sequences that go on at each step
+            return op(x, torch.tensor(sizes), state, weight, *options)
+        return op(x, state, weight, *options, batch_first)
 
     return function
 
 
 def _rnn(x, weight, stride, buffer, h, c, mode, hidden, proj, layers, first, dropout, train, both, sizes, state):
-    found = _rnn_function(mode, layers, dropout, train, both, first, len(weight))(x, *weight, h, c)
+    found = _rnn_function(mode, layers, dropout, train, both, first, len(weight), sizes)(x, *weight, h, c)
     none = x.new_zeros(0)
     return *(found if mode == 2 else (*found, none)), none, none
 
 
 def _rnn_backward(x, weight, stride, buffer, h, c, y, of_y, of_h, of_c, *rest):
-    mode, _, _, layers, first, dropout, train, both, _, _, _, _ = rest
+    mode, _, _, layers, first, dropout, train, both, sizes, _, _, _ = rest
     if not train:
         raise RuntimeError("cudnn RNN backward can only be called in training mode")
-    function = _rnn_function(mode, layers, dropout, train, both, first, len(weight))
+    function = _rnn_function(mode, layers, dropout, train, both, first, len(weight), sizes)
     of_x, *of_weight, of_h, of_c = _gradients(function, (x, *weight, h, c), (of_y, of_h, of_c))
     return of_x, of_h, of_c, of_weight
+
+
+def _miopen_rnn(x, weight, stride, h, c, mode, hidden, layers, first, dropout, train, both, sizes, state):
+    return _rnn(x, weight, stride, None, h, c, mode, hidden, 0, layers, first, dropout, train, both, sizes, state)
+
+
+def _miopen_rnn_backward(x, weight, stride, buffer, h, c, y, of_y, of_h, of_c, mode, hidden, *rest):
+    return _rnn_backward(x, weight, stride, buffer, h, c, y, of_y, of_h, of_c, mode, hidden, 0, *rest)
 
 
 def _attention(q, k, v, mask=None, causal=False, scale=None):
@@ -294,7 +352,47 @@ def _cudnn_backward(g, q, k, v, out, lse, seed, offset, mask, *rest, scale=None)
     return tuple(_attention_gradients(g, q, k, v, mask, rest[-1], scale)[:3])
 
 
+def _by_heads(function):
+    """A function of tensors [N, heads, T, D], for tensors [N, T, heads, D]."""
+
+    def run(*tensors, **options):
+        return function(*(t.transpose(1, 2) for t in tensors), **options).transpose(1, 2)
+
+    return run
+
+
+def _raw(q, k, v, causal, scale):
+    return (_by_heads(lambda *t: F_ATTENTION(*t, None, 0.0, causal, scale=scale))(q, k, v),)
+
+
+def _raw_flash(q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *, scale=None, **options):
+    none = q.new_zeros(0)
+    return *_raw(q, k, v, causal, scale), none, none, none, none
+
+
+def _raw_flash_backward(
+    g, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout, causal, *rest, scale=None, **options
+):
+    return tuple(_gradients(lambda *inputs: _raw(*inputs, causal, scale), (q, k, v), (g,)))
+
+
+def _raw_efficient(q, k, v, bias, cum_q, cum_k, max_q, max_k, dropout, mask_type, lse=False, *, scale=None, **options):
+    none = q.new_zeros(0)
+    return *_raw(q, k, v, mask_type == 1, scale), none, none, none, q.shape[1], k.shape[1]
+
+
+def _raw_efficient_backward(g, q, k, v, bias, out, cum_q, cum_k, max_q, max_k, *rest, scale=None, **options):
+    causal = rest[4] == 1
+    return *_gradients(lambda *inputs: _raw(*inputs, causal, scale), (q, k, v), (g,)), None
+
+
 _STAND_INS = {
+    aten.miopen_rnn.default: _miopen_rnn,
+    aten.miopen_rnn_backward.default: _miopen_rnn_backward,
+    aten._flash_attention_forward.default: _raw_flash,
+    aten._flash_attention_backward.default: _raw_flash_backward,
+    aten._efficient_attention_forward.default: _raw_efficient,
+    aten._efficient_attention_backward.default: _raw_efficient_backward,
     aten.cudnn_batch_norm.default: _batch_norm,
     aten.cudnn_batch_norm_backward.default: _batch_norm_backward,
     aten._fused_rms_norm.default: _rms_norm,
@@ -448,4 +546,29 @@ def pretended(kernel: str = "math") -> Iterator[None]:
         patch.setattr(F, "scaled_dot_product_attention", _sdpa(kernel))
         patch.setattr(dispatch, "gpu_backend", lambda: "cuda")
         patch.setattr(gpu_specs, "card_of", lambda device: gpu_specs.named("H100"))
+        patch.setattr(Tensor, "is_pinned", lambda t: isinstance(t, Pinned))
+        for name in ("empty", "empty_like"):
+            patch.setattr(torch, name, _pinning(getattr(torch, name)))
+        current = [Stream(CUDA)]
+        patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
+        patch.setattr(torch.cuda, "stream", lambda stream: _on_stream(current, stream))
         yield
+
+
+@contextmanager
+def _on_stream(current: list[Stream], stream: Stream) -> Iterator[None]:
+    current.append(stream)
+    try:
+        yield
+    finally:
+        current.pop()
+
+
+def _pinning(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def pinning(*args: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        found = create(*args, **options)
+        return found.as_subclass(Pinned) if pin_memory else found
+
+    return pinning

@@ -1,0 +1,322 @@
+"""The report for GPUs is rehearsed on a CPU: every line runs, and what is wrong is called wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.gpu import ROOT, ahead, measure, networks, page, single, tools, verify
+from bench.gpu.report import Absent, OutOfTime, Report
+from t2v_fast import UnsupportedError, ops
+
+main = importlib.import_module("bench.gpu.__main__")
+
+
+class Here:
+    """A module's ``main`` as a process, in this process, which has imported torch."""
+
+    def __init__(self, command: Sequence[str], **settings: str) -> None:
+        self.args, self.returncode = command, None
+        at = list(command).index("-m")
+        self.name, self.arguments = command[at + 1], command[at + 2 :]
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        said = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+            patch.setattr(sys, "argv", [self.name, *self.arguments])
+            importlib.import_module(self.name).main()
+        self.returncode = 0
+        return said.getvalue(), None
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def kill(self) -> None:
+        self.returncode = -9
+
+
+def rehearse(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    monkeypatch.setattr(tools, "start", Here)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse", "--output", str(folder), *arguments])
+    with pytest.raises(SystemExit) as done:
+        main.main()
+    return done.value.code, json.loads((folder / "gpu.json").read_text())
+
+
+def test_a_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, results = rehearse(monkeypatch, tmp_path)
+    assert results["wrong"] == []
+    assert code == 0
+    assert list(results["steps"]) == list(main.STEPS)
+    assert len(results["ops"]) == 8
+    assert len(results["against_float64"]) == 10
+    assert set(results["opcheck"]) == set(ops.SCHEMAS)
+    assert set(results["waits"]) == {"small resnet", "small vit"}
+    assert len(results["cuda_graphs"]) == 3
+    assert set(results["sanitizer"]) == {"padding, cpu, memcheck", "padding, cpu, racecheck"}
+    assert results["environment"]["compiled ahead"].startswith("18 jobs in 1 processes")
+    cell = "small resnet, 32, batch 2, TF32: "
+    timed = {name.removeprefix(cell) for name in results["networks"] if name.startswith(cell)}
+    assert timed == {"floor", "step", "compiled step", "squares, cpu", "squares replayed, cpu", "fisher()"}
+    assert all(
+        {"ms", "host", "busy"} <= value.keys() for name, value in results["networks"].items() if "fisher" not in name
+    )
+    assert {f"{cell}naive", f"{cell}vmap_chunked"} <= set(results["peers"])
+    # What is left out says why. Only peers, tools and what needs a card can be.
+    assert {text.partition(":")[0] for text in results["left_out"]} <= {"rates", "peers", "counters"}
+    assert any("ncu measured nothing" in text for text in results["left_out"])
+    text = (tmp_path / "gpu.md").read_text()
+    assert all(f"## {title}" in text for title in ("Ops", "Ceilings", "Layers", "Networks", "Left out"))
+
+
+@pytest.mark.slow
+def test_a_rehearsal_with_processes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.gpu", "--rehearse", "--output", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--only", "environment", "sanitizer", "counters"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert results["environment"]["compiled ahead"].startswith("18 jobs")
+    assert len(results["sanitizer"]) == 2
+
+
+def test_what_the_report_calls_wrong(tmp_path: Path) -> None:
+    """A network that the library refuses is no more left out than a wrong result; a peer that refuses one is."""
+    report = Report(tmp_path, minutes=1)
+
+    def fail(error: BaseException) -> None:
+        raise error
+
+    for name, error, excused in (
+        ("refused", UnsupportedError("refused"), False),
+        ("memory", torch.OutOfMemoryError("memory"), False),
+        ("number", AssertionError("relative error"), False),
+        ("unsaid", AssertionError(), False),
+        ("peer", UnsupportedError("refused"), True),
+        ("tool", Absent("this machine has no ncu"), False),
+    ):
+        assert report.line("networks", name, lambda error=error: fail(error), excused) is None
+    with report.step("layers", 0.2):
+        report.line("layers", "endless", lambda: time.sleep(30))
+        report.line("layers", "late", lambda: None)
+        report.line("peers", "late", lambda: None, excused=True)
+    assert report.line("layers", "next step", lambda: 3) == 3
+    wrong = [text.split(": ")[1] for text in report.results["wrong"]]
+    assert wrong == ["refused", "memory", "number", "unsaid", "endless", "late"]
+    assert "raise error" in report.results["wrong"][3]
+    assert [text.split(": ")[1] for text in report.results["left_out"]] == ["peer", "tool", "late"]
+    assert json.loads((tmp_path / "gpu.json").read_text()) == report.results  # written after each line
+    with pytest.raises(OutOfTime):
+        raise OutOfTime
+
+
+def test_a_step_that_is_not_finished_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, results = rehearse(monkeypatch, tmp_path, "--only", "ceilings", "--minutes", "0")
+    assert code == 1
+    assert all("no time was left" in text for text in results["wrong"])
+    assert len(results["wrong"]) == 4
+
+
+def test_a_machine_without_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Sequence[str]] = []
+
+    class Built:
+        returncode = 0
+
+        def __init__(self, command: Sequence[str], **settings: str) -> None:
+            built.append((command, settings))
+
+        def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+            return "compiling\nbuilt backends: cpu, cuda", None
+
+    monkeypatch.setattr(tools, "start", Built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--build", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="torch finds no CUDA device"):
+        main.main()
+    ((command, settings),) = built
+    assert command[1:] == ["setup.py", "build_ext", "--inplace"]
+    assert settings["T2V_FAST_CUDA"] == "1"
+    assert "built backends: cpu, cuda" in json.loads((tmp_path / "gpu.json").read_text())["environment"]["build"]
+
+
+def test_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Report(tmp_path, 1)
+    monkeypatch.setattr(tools.shutil, "which", lambda name, path=None: None)
+    tools.finish_checks(report, tools.start_checks(["7x7"], ["cuda"], []), 1)
+    tools.counters(report, ["stem"], ["cuda"], 1, [])
+    reasons = ["this machine has no compute-sanitizer", "this machine has no ncu"]
+    assert [text.rpartition(": ")[2] for text in report.results["left_out"]] == reasons
+
+    def program(text: str, code: int = 0) -> Callable[..., subprocess.Popen]:
+        script = f"print({text!r}); raise SystemExit({code})"
+        return lambda command, **settings: subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    monkeypatch.setattr(tools.shutil, "which", lambda name, path=None: f"/bin/{name}")
+    for text, code in (("Error: Device not supported", 1), ("ERROR SUMMARY: 3 errors", 9), ("fine", 0)):
+        monkeypatch.setattr(tools, "start", program(text, code))
+        started = tools.start_checks(["padding"], ["cuda"], [])
+        assert len(started) == 2
+        tools.finish_checks(report, started, 30)
+    assert sum("cannot work on this machine" in text for text in report.results["left_out"]) == 2
+    assert sum("3 errors" in text for text in report.results["wrong"]) == 2
+    assert report.results["sanitizer"] == {"padding, cuda, memcheck": "fine", "padding, cuda, racecheck": "fine"}
+    header = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+    rows = [
+        '"0","cast","gpu__time_duration.sum","us","3.5"',
+        '"1","squares","gpu__time_duration.sum","ms","1.25"',
+        '"1","squares","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","41.7"',
+        '"1","squares","another","%","1"',
+    ]
+    monkeypatch.setattr(tools, "start", program("\n".join(["==PROF== Connected", header, *rows])))
+    tools.counters(report, ["squares"], ["cuda"], 30, [])
+    found = report.results["counters"]["squares, cuda"]
+    assert found == {"kernel": "squares", "us": "1250", "% of the memory's peak": "41.7"}
+    with pytest.raises(AssertionError, match="printed none"):
+        tools.longest(header)
+
+
+def test_programs_that_fail_or_take_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = tools.start([sys.executable, "-c", "import time; time.sleep(60)"])
+    with pytest.raises(subprocess.TimeoutExpired):
+        tools.finish(process, 1)
+    assert process.poll() is not None
+    report = Report(tmp_path, 1)
+    started: list[subprocess.Popen] = []
+
+    def start(command: Sequence[str], **settings: str) -> subprocess.Popen:
+        script = "print('failed: a layer: OSError')" if not started else "import time; time.sleep(60)"
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+        return started[-1]
+
+    monkeypatch.setattr(tools, "start", start)
+    tools.compile_ahead(report, 1, 20, [])
+    tools.compile_ahead(report, 2, 0, [])
+    assert all(process.poll() is not None for process in started)
+    assert "failed: a layer" in report.results["left_out"][0]
+    assert "TimeoutExpired" in report.results["left_out"][1]
+
+
+def test_a_job_that_fails_leaves_the_others_alone(capsys: pytest.CaptureFixture) -> None:
+    def fail() -> None:
+        raise OSError("no room")
+
+    ahead.run_share({"a": fail, "b": lambda: None, "c": fail, "d": lambda: None}, 0, 2)
+    assert capsys.readouterr().out == "failed: a: OSError: no room\nfailed: c: OSError: no room\n"
+
+
+def test_triton_verifies_twelve_geometries(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(verify.geometries("triton")) == 12
+    monkeypatch.setattr(verify, "TWELVE", ("3x3", "gone"))
+    with pytest.raises(AssertionError, match="lacks"):
+        verify.geometries("triton")
+
+
+def test_verification_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    real = ops.sq_conv
+    monkeypatch.setattr(ops, "sq_conv", lambda *args: 1.01 * real(*args))
+    with pytest.raises(AssertionError):
+        verify.convolutions("cpu", torch.float32, cpu, every=20)
+    with pytest.raises(AssertionError, match="relative error"):
+        verify._bounded(1e-2, torch.float32)
+    monkeypatch.setattr(ops, "sq_conv", lambda *args: 2 * real(*args))
+    monkeypatch.setattr(sys, "argv", ["single", "padding", "--backend", "cpu", "--device", "cpu"])
+    with pytest.raises(AssertionError, match="explicit"):
+        single.main()
+    report = Report(tmp_path, 1)
+    monkeypatch.setattr(verify, "backends", lambda device: [])
+    monkeypatch.setattr(ops, "SCHEMAS", {})
+    sizes = main.Sizes(1, [], 1, [], (1, 2), 2, 1, True)
+    verify.run(report, cpu, sizes)
+    assert report.results["wrong"] == ["no backend but the reference runs on cpu"]
+
+
+def test_the_networks_are_those_of_torchvision() -> None:
+    models = pytest.importorskip("torchvision.models")
+    x = torch.randn(2, 3, 64, 64)
+    for name in ("resnet18", "resnet50", "vit_b_16"):
+        own = networks.network(name, 64, torch.device("cpu")).float()
+        settings = {"image_size": 64} if name == "vit_b_16" else {}
+        with torch.device("meta"):
+            theirs = getattr(models, name)(num_classes=10, **settings)
+        theirs = theirs.eval()
+        theirs.load_state_dict(own.state_dict(), assign=True)
+        with torch.no_grad():
+            torch.testing.assert_close(own(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["small resnet", "small vit"])
+def test_the_floor_has_no_gradient_of_weights_and_none_of_the_images(name: str) -> None:
+    model = networks.network(name, 32, torch.device("cpu"))
+    x = torch.randn(2, 3, 32, 32)
+    with measure.frozen(model) as outputs:
+        y = model(x)
+        (g,) = torch.autograd.grad(y, outputs, torch.ones_like(y))
+        assert g.shape == outputs[0].shape
+        assert not any(p.requires_grad for p in model.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    assert not model.first._forward_hooks
+
+
+def test_rates_of_the_planner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, rates = Report(tmp_path, 1), types.ModuleType("t2v_fast.ops.gpu_rates")
+    found = types.SimpleNamespace(products={("cuda", "half", "explicit"): 150.0}, bandwidth=4000.0, measured=True)
+    rates.measure = lambda device: found
+    monkeypatch.setitem(sys.modules, "t2v_fast.ops.gpu_rates", rates)
+    measure.planner_rates(report, torch.device("cpu"))
+    assert report.results["rates"]["measured"] == {"cuda, half, explicit": 150.0, "GB/s": 4000.0, "measured": True}
+
+
+def test_the_tables_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["page", *arguments])
+        page.main()
+        return capsys.readouterr().out
+
+    nothing = run(str(tmp_path / "none.json"))
+    assert nothing.count(page.NONE) > 100
+    title = "vit_b_16, 224, batch 64, TF32: "
+    results = {
+        "machine": {"device": "NVIDIA H200"},
+        "ceilings": {"copy, GB/s": 4300.0},
+        "networks": {
+            f"{title}floor": {"ms": 20.0},
+            f"{title}squares, cuda": {"ms": 31.0, "host": 9.0},
+            f"{title}squares, triton": {"ms": 29.0, "host": 8.0},
+            f"{title}fisher()": {"ms": 30.0},
+        },
+        "layers": {"7x7 stem, 224x224, bfloat16, cuda, explicit": {"us an example": 12.5}},
+    }
+    (tmp_path / "gpu.json").write_text(json.dumps(results))
+    target = tmp_path / "page.md"
+    target.write_text("# GPUs\n")
+    run(str(tmp_path / "gpu.json"), "--write", str(target))
+    text = target.read_text()
+    assert "| copy, GB/s | 4800 | 4300 |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| vit_b_16 | TF32 |"))
+    assert row == "| vit_b_16 | TF32 | 22 | 35 | 36 | 1.64 | 20 | no card yet | no card yet | 29 | 30 | 8 | 1.5 |"
+    assert any(line.endswith("| 12.5 | no card yet |") for line in text.splitlines())
+    results["machine"]["device"] = "NVIDIA A100"
+    (tmp_path / "gpu.json").write_text(json.dumps(results))
+    with pytest.raises(SystemExit, match="from NVIDIA A100"):
+        run(str(tmp_path / "gpu.json"))
