@@ -4,9 +4,9 @@ Each study is a module with a function that returns rows:
 
     python -m bench.studies.frontends.task2vec CHECKOUT [--rounds 5] [--write docs/adapters.md]
 
-CHECKOUT is a clone of the frontend's repository, or a bare git directory whose HEAD is unpacked into a temporary folder.
-Frontends that are packages need none. Times are of one process and one thread (``time.process_time``). The two sides take
-turns, and a ratio is the median of the rounds' ratios.
+CHECKOUT is a clone of the frontend's repository, or a bare git directory whose HEAD is unpacked into a temporary
+folder. Frontends that are packages need none. Times are of one process and one thread (``time.process_time``). The two
+sides take turns, and a ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
