@@ -22,15 +22,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
 from tqdm import tqdm
+from tqdm.auto import tqdm as public_tqdm  # mode="compat": it makes one more iterator of a loader, which draws a seed
 
 from .. import embedding as library
 from ..estimation.estimator import fisher
-from ..estimation.variational import variational_fisher
+from ..estimation.variational import WeightNoise, variational_fisher
 from ..tasks.data import balanced_weights
 from ..tasks.head import fit_head
 from .fim import evaluating
 from .pickles import from_public, read_embedding, read_embeddings
 from .probe_network import FromLayer, ProbeNetwork
+from .public_noise import PublicNoise
 
 __all__ = [
     "Embedding",
@@ -44,6 +46,7 @@ __all__ = [
 
 _ORIGINAL = "_t2v_fast_original"
 BATCH = 64  # the public code's batch size, unless loader_opts has another
+PUBLIC_WORKERS = 6  # its num_workers likewise; workers change which random numbers are drawn
 
 
 def accelerate(
@@ -198,7 +201,7 @@ class Task2Vec:
         method: ``"montecarlo"`` or ``"variational"``.
         method_opts: Arguments of :meth:`montecarlo_fisher` or :meth:`variational_fisher`.
         loader_opts: ``batch_size`` (64), ``num_workers`` (0), and for draws ``num_samples`` (10,000) and ``drop_last``
-            (True).
+            (True). With ``mode="compat"``, ``num_workers`` is 6, as in the public code.
         bernoulli: Whether the labels are independent zeros and ones.
         mode: ``"exact"`` or ``"compat"``.
         batch_scale: As in :func:`accelerate`; for ``mode="exact"``.
@@ -270,7 +273,7 @@ class Task2Vec:
         for p in parameters:
             p.grad2_acc, p.grad_counter = torch.zeros_like(p), 0
         for _ in range(epochs):
-            for x, _ in tqdm(loader, desc="Fisher", leave=False):
+            for x, _ in public_tqdm(loader, desc="Fisher", leave=False):
                 logits = self.model(x.to(self.device), start_from=self.skip_layers)
                 if self.bernoulli:
                     drawn = torch.bernoulli(logits.detach().sigmoid())
@@ -308,7 +311,7 @@ class Task2Vec:
         loader = self._draw(dataset, generator)
 
         def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-            for x, y in loader:
+            for x, y in public_tqdm(loader, desc="variances", leave=False) if compat else loader:
                 yield x.to(self.device), y.to(self.device, torch.float32 if self.bernoulli else None)
 
         training = model.training
@@ -323,7 +326,8 @@ class Task2Vec:
                 epochs=epochs,
                 beta=beta,
                 generator=None if compat else torch.Generator(self.device).manual_seed(0),
-                progress=True,
+                progress=not compat,
+                noise_of=PublicNoise if compat else WeightNoise,
             )
         finally:
             model.train(training)
@@ -369,8 +373,13 @@ class Task2Vec:
 
         The first of these is None if ``skip_layers`` is 0.
         """
-        size = self.loader_opts.get("batch_size", BATCH)
-        loader = DataLoader(dataset, size, num_workers=self.loader_opts.get("num_workers", 0))
+        options, workers = self.loader_opts, 0
+        if self.mode == "compat":  # the public code passes loader_opts on only if it skips layers
+            options, workers = self.loader_opts if self.skip_layers else {}, PUBLIC_WORKERS
+        if isinstance(dataset, TensorDataset):  # no worker could change its examples
+            options = {**options, "num_workers": 0}
+        size = options.get("batch_size", BATCH)
+        loader = DataLoader(dataset, size, num_workers=options.get("num_workers", workers))
         batches = len(loader)
         if self.mode == "compat" and self.max_samples is not None:
             batches = min(self.max_samples // size - 1, batches)
@@ -441,7 +450,9 @@ class Task2Vec:
 
         Without a generator, the draws come from torch's global one.
         """
-        options = {"batch_size": BATCH, "num_workers": 0, "num_samples": 10_000, "drop_last": True, **self.loader_opts}
+        workers = PUBLIC_WORKERS if self.mode == "compat" else 0
+        defaults = {"batch_size": BATCH, "num_workers": workers, "num_samples": 10_000, "drop_last": True}
+        options = {**defaults, **self.loader_opts}
         if isinstance(dataset, TensorDataset):
             options["num_workers"] = 0
         labels = np.asarray(_labels(dataset))
@@ -452,7 +463,7 @@ class Task2Vec:
                 f"{options['num_samples']} draws fill no batch of {options['batch_size']}: change num_samples or "
                 "batch_size, or pass drop_last=False"
             )
-        counts = np.bincount(labels)
+        counts = np.bincount(labels, minlength=int(getattr(dataset, "num_classes", 0)))
         chances = 1 / counts[labels] / len(counts)
         sampler = WeightedRandomSampler(chances / chances.sum(), options.pop("num_samples"), generator=generator)
         return DataLoader(dataset, sampler=sampler, generator=generator, **options)
