@@ -7,15 +7,16 @@ The forks for text (beyond-scale-language-data-diversity and DataFlow) have a me
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from ..estimation.diagonal import FisherDiagonal
@@ -169,8 +170,7 @@ def image_fisher(
     batch = loader_opts.get("batch_size", BATCH)
     # No worker helps where everything is in memory already.
     workers = 0 if isinstance(dataset, TensorDataset) else loader_opts.get("num_workers", 0)
-    sizes = _sizes(len(dataset), batch) if settings.options.get("self_check", True) else [batch] * len(dataset)
-    loader = DataLoader(dataset, batch_sampler=_runs(len(dataset), sizes), num_workers=workers)
+    loader = DataLoader(dataset, batch, num_workers=workers)
     entered = FromLayer(model, start)
     inside = [model] if not start else [m for m in model.layers[start:] if isinstance(m, nn.Module)]
     wanted = [p for m in inside for p in m.parameters() if p.requires_grad]
@@ -178,7 +178,7 @@ def image_fisher(
     with evaluating(model):
         found = fisher(
             entered,
-            loader,
+            _small_first(loader),
             settings.estimator,
             many,
             likelihood="sigmoid" if task2vec.bernoulli else "softmax",
@@ -211,13 +211,14 @@ def text_fisher(task2vec: Any, dataset: Dataset, epochs: int, settings: Settings
             counts[:, :-1] *= counted[:, 1:]
             counts[:, -1] = 0
             tokens.append(int(counts.sum()))
-            yield {"input_ids": ids, "attention_mask": there, "labels": ids.masked_fill(counts == 0, -100)}
+            labels = ids.masked_fill(counts == 0, -100)
+            yield {"input_ids": ids, "attention_mask": there, "labels": labels}
 
     estimator, many = settings.text_estimator, settings.text_samples
     with evaluating(model):
         found = fisher(
             model,
-            batches(),
+            _small_first(batches()),
             estimator,
             many if estimator in ("exact", "empirical") else many * epochs,
             parameters=_names(model, wanted),
@@ -260,20 +261,14 @@ def _store(model: nn.Module, found: FisherDiagonal, settings: Settings, batch: f
         p.grad_counter = found.num_examples
 
 
-def _sizes(count: int, batch: int) -> list[int]:
-    """Return sizes of batches, of which the first two are small where all are larger than that."""
-    return [min(CHECKED, batch)] * 2 + [batch] * count
-
-
-def _runs(count: int, sizes: Sequence[int]) -> list[list[int]]:
-    """Divide the numbers below ``count`` into runs of the given sizes, as many as there are."""
-    runs, at = [], 0
-    for size in sizes:
-        if at >= count:
-            break
-        runs.append(list(range(at, min(at + size, count))))
-        at += size
-    return runs
+def _small_first(batches: Iterable[Any]) -> Iterator[Any]:
+    """Divide the first batch, so that the self-check, which runs the first two batches several times, costs little."""
+    for index, batch in enumerate(batches):
+        count = len(next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)))
+        cuts = [0, CHECKED, 2 * CHECKED, count] if index == 0 else [0, count]
+        for begin, end in pairwise(cuts):
+            if begin < count:
+                yield tree_map(lambda t, begin=begin, end=end: t[begin:end] if isinstance(t, Tensor) else t, batch)
 
 
 def some(dataset: Dataset, count: int | None) -> Dataset:
