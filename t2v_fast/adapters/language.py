@@ -66,7 +66,7 @@ def embed_text(
     with evaluating(model):
         diagonal = fisher(
             model,
-            map(_inputs, batches),
+            map(next_tokens, batches),
             estimator,
             samples,
             parameters=parameters,
@@ -141,7 +141,7 @@ def _weights(model: nn.Module) -> list[str]:
     ]
 
 
-def _inputs(batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+def next_tokens(batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the model's inputs with labels: the next token where it is predicted, and -100 elsewhere."""
     batch = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     if "input_ids" not in batch:
@@ -158,5 +158,5 @@ def _inputs(batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _predicting(inputs: Any, labels: Tensor | None) -> Tensor:
-    assert labels is not None  # _inputs adds them
+    assert labels is not None  # next_tokens adds them
     return labels.cpu() != -100

@@ -43,4 +43,4 @@ class PublicNoise(WeightNoise):
         logarithms = sum(each[k].sum() for k in names)
         traces = sum(each[k].exp().sum() / prior[k].exp() for k in names)
         costs = sum(prior[k] * self.weights[k].numel() for k in names)
-        return norms + traces + costs - logarithms - sum(self.weights[k].numel() for k in names)
+        return torch.as_tensor(norms + traces + costs - logarithms - sum(self.weights[k].numel() for k in names))

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import bank, demo, distance, embed, info, map, plot, profile, select
+from . import bank, demo, distance, embed, fisher, info, map, merge, plot, profile, select
 
-COMMANDS = (embed, distance, select, plot, map, demo, profile, bank, info)
+COMMANDS = (embed, distance, select, plot, map, demo, profile, bank, fisher, merge, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
