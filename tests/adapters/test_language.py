@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from t2v_fast import distance
 from t2v_fast.adapters.language import diversity, embed_text
+from t2v_fast.adapters.patching import accelerate, restore
 
 transformers = pytest.importorskip("transformers", reason="the probes are its models")
 VOCABULARY = 7
@@ -122,6 +124,87 @@ def test_diversity() -> None:
     assert mixed > max(diversity(narrow)[0], 0)
     with pytest.raises(ValueError, match="at least 2 batches, got 1"):
         diversity(wide[:1])
+
+
+class Texts(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return len(TOKENS)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": TOKENS[index], "attention_mask": MASK[index]}
+
+
+class Task2Vec:
+    """As much of the forks for text as the Fisher concerns."""
+
+    def __init__(self, model: nn.Module, loader_opts: dict | None = None, classifier_opts: dict | None = None) -> None:
+        self.model, self.loader_opts, self.classifier_opts = model, loader_opts, classifier_opts
+        self.skip_layers, self.max_samples, self.bernoulli = 0, None, False
+
+    def montecarlo_fisher(self, dataset: Texts, epochs: int = 1) -> None:
+        raise AssertionError("this one is for images")
+
+    def montecarlo_fisher_autoregressive(self, dataset: Texts, epochs: int = 1) -> None:
+        raise AssertionError("not replaced")
+
+    def extract_embedding(self, model: nn.Module) -> Tensor:
+        weights = [m.weight for m in model.modules() if m is not model.lm_head and hasattr(m, "weight")]
+        return torch.cat([w.grad2_acc.flatten(1).mean(1) if w.dim() > 1 else w.grad2_acc for w in weights])
+
+
+@pytest.mark.parametrize("padding", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_accelerated_forks_for_text(tied: bool, padding: bool) -> None:
+    """Every weight that the forks read: tables, norms and layers; every position but the last of each text."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        n_positions=9,
+        bos_token_id=0,
+        eos_token_id=0,
+        tie_word_embeddings=tied,
+    )
+    model = transformers.GPT2LMHeadModel(config).double().train()
+    module = ModuleType("task2vec")
+    module.Task2Vec = type("Task2Vec", (Task2Vec,), {})
+    original = Task2Vec.montecarlo_fisher_autoregressive
+    accelerate(module, text_estimator="exact", padding=padding, granularity="parameter")
+    task2vec = module.Task2Vec(model, {"batch_size": 2})
+    task2vec.montecarlo_fisher_autoregressive(Texts(), epochs=3)
+    assert model.training
+    named = {k: p for k, p in model.named_parameters() if k != "lm_head.weight"}
+    want, count = {k: torch.zeros_like(p) for k, p in named.items()}, 0
+    model.eval()
+    for n in range(len(TOKENS)):
+        scores = model(input_ids=TOKENS[n : n + 1], attention_mask=MASK[n : n + 1]).logits[0].log_softmax(1)
+        for t in range(TOKENS.shape[1] - 1):
+            if not padding and not (MASK[n, t] and MASK[n, t + 1]):
+                continue
+            count += 1
+            for c in range(VOCABULARY):
+                gradients = torch.autograd.grad(scores[t, c], list(named.values()), retain_graph=True)
+                for key, g in zip(named, gradients, strict=True):
+                    want[key] += scores[t, c].exp().detach() * g.square()
+    for name, p in named.items():
+        torch.testing.assert_close(p.grad2_acc, want[name] / count, rtol=1e-9, atol=1e-15)
+        assert p.grad_counter == 3
+    assert hasattr(model.lm_head.weight, "grad2_acc") == tied
+    whole = task2vec.extract_embedding(model)
+    accelerate(module, text_estimator="exact", padding=padding, batch_scale=True)  # by filter
+    task2vec.montecarlo_fisher_autoregressive(Texts())
+    torch.testing.assert_close(task2vec.extract_embedding(model), whole / (count / 2), rtol=1e-9, atol=1e-15)
+    module.Task2Vec(model, classifier_opts={"break_early": True}).montecarlo_fisher_autoregressive(Texts())
+    assert model.transformer.wpe.weight.grad_counter == 3  # a batch of eight holds all texts
+    module.Task2Vec(model, {"batch_size": 2}, {"break_early": True}).montecarlo_fisher_autoregressive(Texts())
+    assert model.transformer.wpe.weight.grad_counter == 2
+    task2vec.bernoulli = True
+    with pytest.raises(ValueError, match="bernoulli=True has no meaning for a language model"):
+        task2vec.montecarlo_fisher_autoregressive(Texts())
+    restore(module)
+    assert module.Task2Vec.montecarlo_fisher_autoregressive is original
 
 
 def test_bad_text(gpt2: nn.Module) -> None:
