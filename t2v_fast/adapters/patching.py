@@ -96,9 +96,9 @@ def accelerate(
 
             - ``granularity`` (``"filter"``): all entries of a filter get the filter's mean, which is all that the
               frontend reads. ``"parameter"`` gives each entry its own value, and costs more.
-            - ``floor`` (1e-8): the value of filters whose Fisher is exactly zero, such as those whose ReLU is never
-              active. The frontend's distances divide by these values. The smallest positive value of the embedding is
-              taken instead if it is below the floor. 0 keeps the zeros.
+            - ``floor`` (1e-8): the value of filters whose Fisher is zero up to rounding, such as those whose ReLU is
+              never active. The frontend's distances divide by these values. The smallest other value is taken instead
+              if it is below the floor. 0 gives zeros.
             - ``text_estimator`` (``"hutchinson"``) and ``text_samples`` (1): the estimator and the cotangents for text.
             - ``padding`` (True): for text, whether padding counts, as it does in the frontend.
 
@@ -241,7 +241,11 @@ def _names(model: nn.Module, wanted: Sequence[nn.Parameter]) -> list[str]:
 def _store(model: nn.Module, found: FisherDiagonal, settings: Settings, batch: float) -> None:
     """Set ``grad2_acc`` and ``grad_counter`` of every parameter, and delete what an earlier task left."""
     means = {name: value.flatten(1).mean(1) if value.dim() > 1 else value for name, value in found.items()}
-    floor = min([settings.floor, *(float(v[v > 0].min()) for v in means.values() if bool((v > 0).any()))])
+    every = torch.cat([value.flatten() for value in means.values()])
+    # Rounding alone leaves about this much of a gradient that is zero, such as that of a bias before a softmax.
+    rounding = torch.finfo(next(model.parameters()).dtype).eps ** 2 * float(every.mean())
+    above = every[every > rounding]
+    floor = min(settings.floor, float(above.min())) if len(above) else settings.floor
     for name, p in model.named_parameters():
         p.grad_counter = 0
         if hasattr(p, "grad2_acc"):
@@ -249,8 +253,8 @@ def _store(model: nn.Module, found: FisherDiagonal, settings: Settings, batch: f
         if name not in found:
             continue
         value = found[name]
-        dead = (means[name] == 0).to(value)
-        value = value + floor * (dead.view(-1, *[1] * (value.dim() - 1)) if value.dim() else dead)
+        dead = means[name] <= rounding
+        value = torch.where(dead.view(-1, *[1] * (value.dim() - 1)) if value.dim() else dead, floor, value)
         if settings.batch_scale:
             value = value / batch
         if settings.options["granularity"] == "filter":
