@@ -71,7 +71,7 @@ def embed_text(
 
 def embed_as_beyond_scale(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Tensor | Mapping[str, Tensor]],
     *,
     name: str | None = None,
     estimator: str = "hutchinson",
@@ -96,7 +96,8 @@ def embed_as_beyond_scale(
 
     Args:
         model: A causal language model with the head ``lm_head``.
-        batches: Mappings with ``input_ids`` and ``attention_mask``, each [N, T]. The frontends take eight texts.
+        batches: Token numbers [N, T], or mappings with ``input_ids`` and ``attention_mask``. The frontends put eight
+            texts into a batch.
         name: The name of the collection, for ``meta["task"]``.
         estimator: Chooses the cotangents, as in :func:`t2v_fast.fisher`.
         samples: Cotangents.
@@ -115,13 +116,13 @@ def embed_as_beyond_scale(
     """
     if not isinstance(getattr(model, "lm_head", None), nn.Module):
         raise ValueError(f"{type(model).__name__} has no module lm_head, whose weights the frontends fine-tune")
-    batches, model = [_every_token(batch) for batch in batches], copy.deepcopy(model)
+    texts, model = [_every_token(batch) for batch in batches], copy.deepcopy(model)
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.lm_head.parameters(), lr=learning_rate, weight_decay=weight_decay)
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for batch in batches * epochs:
+        for batch in texts * epochs:
             inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
             logits = model(**inputs).logits[:, :-1].transpose(1, 2)
             optimizer.zero_grad()
@@ -137,7 +138,7 @@ def embed_as_beyond_scale(
         "padding": "counts",
         "head": [epochs, learning_rate, weight_decay, ignored_token],
     }
-    return _embed(model, batches, name, estimator, samples, parameters, seed, quantity, options)
+    return _embed(model, texts, name, estimator, samples, parameters, seed, quantity, options)
 
 
 def _embed(
@@ -245,8 +246,9 @@ def next_tokens(batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**{key: value for key, value in batch.items() if key != "labels"}, "labels": following}
 
 
-def _every_token(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _every_token(batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the model's inputs with labels at all positions but the last."""
+    batch = {"input_ids": batch} if isinstance(batch, Tensor) else batch
     tokens = batch["input_ids"]
     following = torch.full_like(tokens, -100)
     following[:, :-1] = tokens[:, 1:]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -178,7 +180,7 @@ def test_keys_with_and_without_a_prefix() -> None:
         keys_of(["h.1.w"], ["h.0.w"])
 
 
-def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers", reason="the command loads models with it")
     config = transformers.GPT2Config(
         vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=9, bos_token_id=0, eos_token_id=0
@@ -211,11 +213,22 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         torch.testing.assert_close(found[keys_of([name], found)[name]].double(), value, rtol=1e-4, atol=1e-12)
     paths = [[str(tmp_path / f"{letter}{k}") for k in range(2)] for letter in "mf"]
     assert main(["merge", *paths[0], "--fishers", *paths[1], "--output", str(tmp_path / "merged")]) == 0
+    merged_keys = everything(tmp_path / "merged").keys()
     merged = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "merged")  # configuration, index and all
     states = [everything(Path(path)) for path in paths[0]]
     want = fisher_merge(states, [everything(Path(path)) for path in paths[1]])
     torch.testing.assert_close(
         merged.transformer.wte.weight, want[keys_of(["transformer.wte.weight"], want)["transformer.wte.weight"]]
     )
+    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+    for k, name in enumerate(("first", "second")):
+        (tmp_path / f"m{k}").rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "merged").rename(tmp_path / "before")
+    (block,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    for command in block.splitlines():
+        assert main(shlex.split(command)[1:]) == 0, command
+    assert everything(tmp_path / "merged").keys() == merged_keys
+    paths = [["first", "second"], ["first-fisher", "second-fisher"]]
     assert main(["merge", *paths[0], "--fishers", paths[1][0], "--output", str(tmp_path / "no")]) == 1
     assert "2 models, 1 Fishers" in capsys.readouterr().err
