@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tqdm.auto import tqdm as public_tqdm  # mode="compat": it makes one more iterator of a loader, which draws a seed
 
 from .. import embedding as library
-from ..estimation.variational import WeightNoise, variational_fisher
+from ..estimation.variational import WeightNoise, learn_variances
 from ..tasks.data import balanced_weights
 from ..tasks.head import fit_head
 from .patching import BATCH, PUBLIC_WORKERS, Settings, accelerate, image_fisher, labels_of, restore, some
@@ -196,17 +196,18 @@ class Task2Vec:
         training = model.training
         model.train(compat)
         try:
-            found = variational_fisher(
+            found = learn_variances(
+                (PublicNoise if compat else WeightNoise)(
+                    {name: m.weight for name, m in noisy.items()},
+                    None if compat else torch.Generator(self.device).manual_seed(0),
+                ),
                 FromLayer(model, self.skip_layers),
                 batches,
-                list(noisy),
-                head=model.classifier.parameters(),
-                likelihood="sigmoid" if self.bernoulli else "softmax",
-                epochs=epochs,
-                beta=beta,
-                generator=None if compat else torch.Generator(self.device).manual_seed(0),
+                list(model.classifier.parameters()),
+                "sigmoid" if self.bernoulli else "softmax",
+                epochs,
+                beta,
                 progress=not compat,
-                noise_of=PublicNoise if compat else WeightNoise,
             )
         finally:
             model.train(training)

@@ -178,7 +178,6 @@ def variational_fisher(
     head_learning_rate: float = 5e-4,
     generator: torch.Generator | None = None,
     progress: bool = False,
-    noise_of: Callable[[Mapping[str, nn.Parameter], torch.Generator | None], WeightNoise] = WeightNoise,
 ) -> RobustFisher:
     """Learn the variances and the prior variances by Adam. The defaults are the settings of Task2Vec's public code.
 
@@ -198,8 +197,6 @@ def variational_fisher(
         head_learning_rate: The learning rate of ``head``.
         generator: Draws the noise; by default torch's own generator.
         progress: Show a progress bar.
-        noise_of: Makes the noise of weights by name, from a generator. A subclass of :class:`WeightNoise` can compute
-            its variances in another way.
 
     Returns:
         The learned variances.
@@ -208,16 +205,34 @@ def variational_fisher(
         ValueError: An argument is not valid, no linear layer or convolution uses one of the weights, an epoch has no
             example, or the loss is not finite.
     """
-    if likelihood not in LOSSES:
-        raise ValueError(f"likelihood is {likelihood!r}, expected one of {', '.join(LOSSES)}")
-    if epochs < 1 or not beta > 0:
-        raise ValueError(f"epochs is {epochs} and beta {beta}, expected at least 1 and a positive number")
     head, named = list(head), dict(model.named_parameters())
     if parameters is None:
         parameters = [k for k, p in named.items() if p.dim() > 1 and all(p is not q for q in head)]
     if missing := [name for name in parameters if name not in named]:
         raise ValueError(f"the model has no parameter {missing[0]!r}")
-    noise = noise_of({name: named[name] for name in parameters}, generator)
+    noise = WeightNoise({name: named[name] for name in parameters}, generator)
+    return learn_variances(
+        noise, model, batches, head, likelihood, epochs, beta, learning_rate, head_learning_rate, progress
+    )
+
+
+def learn_variances(
+    noise: WeightNoise,
+    model: nn.Module,
+    batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
+    head: Sequence[nn.Parameter] = (),
+    likelihood: str = "softmax",
+    epochs: int = 1,
+    beta: float = 1e-7,
+    learning_rate: float = 1e-2,
+    head_learning_rate: float = 5e-4,
+    progress: bool = False,
+) -> RobustFisher:
+    """Learn the variances of a given noise: :func:`variational_fisher` has the other arguments, and the errors."""
+    if likelihood not in LOSSES:
+        raise ValueError(f"likelihood is {likelihood!r}, expected one of {', '.join(LOSSES)}")
+    if epochs < 1 or not beta > 0:
+        raise ValueError(f"epochs is {epochs} and beta {beta}, expected at least 1 and a positive number")
     groups: list[dict[str, Any]] = [{"params": noise.parameters()}]
     if head:
         groups.append({"params": head, "lr": head_learning_rate})
