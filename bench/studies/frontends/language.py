@@ -31,7 +31,7 @@ from bench.studies.frontends.task2vec import accelerated, apart
 
 TEXTS, TOKENS, BATCH, VOCABULARY = 32, 128, 8, 2000
 SPREAD = 6
-REFERENCE = 12
+REFERENCE = 8
 # Where the class is: the folder for sys.path, and the module. DataFlow's package imports all of its operators.
 SOURCES = {
     "src/diversity/task2vec.py": ("src", "diversity.task2vec", "beyond-scale-language-data-diversity"),

@@ -28,6 +28,7 @@ import torch
 
 from bench.pages import markdown, replace_section
 
+SOURCES = {".py", ".yaml", ".yml", ".toml", ".cfg"}
 HEADER = (
     "frontend and task",
     "lines changed",
@@ -101,7 +102,8 @@ def checkout(path: Path, source: str = ".") -> Iterator[Path]:
     """Make the modules of a checkout importable within the context, and forget them afterwards.
 
     Args:
-        path: A working copy, or a bare git directory whose HEAD is unpacked.
+        path: A working copy, or a bare git directory. Of its HEAD, source files and settings are unpacked, because
+            a partial clone may lack pictures and data.
         source: The folder inside it that goes on ``sys.path``.
 
     Yields:
@@ -110,7 +112,11 @@ def checkout(path: Path, source: str = ".") -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         if (path / "HEAD").is_file():
             bare, path = path, Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            archive = subprocess.run(["git", f"--git-dir={bare}", "archive", "HEAD"], check=True, capture_output=True)
+            git = ["git", f"--git-dir={bare}"]
+            listed = subprocess.run([*git, "ls-tree", "-rz", "--name-only", "HEAD"], check=True, capture_output=True)
+            kinds = {Path(name).suffix for name in listed.stdout.decode().split("\0")} & SOURCES
+            patterns = [f"*{kind}" for kind in sorted(kinds)]
+            archive = subprocess.run([*git, "archive", "HEAD", "--", *patterns], check=True, capture_output=True)
             with tarfile.open(fileobj=BytesIO(archive.stdout)) as tar:
                 tar.extractall(path, filter="data")
         folder, before = str((path / source).resolve()), set(sys.modules)
