@@ -114,11 +114,12 @@ def embed_as_beyond_scale(
     Raises:
         ValueError: If the model has no ``lm_head``, or there is no text of two tokens.
     """
-    if not isinstance(getattr(model, "lm_head", None), nn.Module):
+    if not isinstance(head := getattr(model, "lm_head", None), nn.Module):
         raise ValueError(f"{type(model).__name__} has no module lm_head, whose weights the frontends fine-tune")
-    texts, model = [_every_token(batch) for batch in batches], copy.deepcopy(model)
+    texts = [_every_token(batch) for batch in batches]
+    model, head = copy.deepcopy((model, head))
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.lm_head.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -129,8 +130,8 @@ def embed_as_beyond_scale(
             F.cross_entropy(logits, inputs["input_ids"][:, 1:], ignore_index=ignored_token).backward()
             optimizer.step()
     model.zero_grad()
-    left_out = {id(p) for p in model.lm_head.parameters()}
-    left_out -= {id(p) for m in model.modules() if m is not model.lm_head for p in m._parameters.values()}
+    left_out = {id(p) for p in head.parameters()}
+    left_out -= {id(p) for m in model.modules() if m is not head for p in m._parameters.values()}
     parameters = [k for k, p in model.named_parameters() if k.rpartition(".")[2] == "weight" and id(p) not in left_out]
     quantity = {
         "likelihood": "next token",
