@@ -113,8 +113,8 @@ def accelerate(
     settings = Settings.of(estimator, samples, balanced, batch_scale, options)
 
     def montecarlo_fisher(self: Any, dataset: Dataset, epochs: int = 1) -> None:
-        loader_opts = {"num_workers": PUBLIC_WORKERS, **(self.loader_opts or {})}
-        image_fisher(self, dataset, epochs, settings, loader_opts)
+        loader_opts = {"num_workers": PUBLIC_WORKERS, "num_samples": DRAWS, **(self.loader_opts or {})}
+        image_fisher(self, dataset, epochs, settings, loader_opts, loader_opts["num_samples"] * epochs)
 
     def montecarlo_fisher_autoregressive(self: Any, dataset: Dataset, epochs: int = 1) -> None:
         text_fisher(self, dataset, epochs, settings)
@@ -152,13 +152,20 @@ def restore(task2vec: ModuleType) -> None:
 
 
 def image_fisher(
-    task2vec: Any, dataset: Dataset, epochs: int, settings: Settings, loader_opts: Mapping[str, Any]
+    task2vec: Any,
+    dataset: Dataset,
+    epochs: int,
+    settings: Settings,
+    loader_opts: Mapping[str, Any],
+    draws: int | None = None,
 ) -> None:
-    """Do what ``montecarlo_fisher`` of an instance of the frontend's ``Task2Vec`` does, by :func:`t2v_fast.fisher`."""
+    """Do what ``montecarlo_fisher`` of an instance of the frontend's ``Task2Vec`` does, by :func:`t2v_fast.fisher`.
+
+    No more than ``draws`` images are visited.
+    """
     model, start = task2vec.model, task2vec.skip_layers
     weighted = settings.balanced and not task2vec.bernoulli
     dataset = some(dataset, task2vec.max_samples)
-    draws = loader_opts.get("num_samples", DRAWS) * epochs
     if weighted:
         codes = _codes(dataset)
         chosen = _balanced(codes, draws)
@@ -272,7 +279,8 @@ def _small_first(batches: Iterable[Any]) -> Iterator[Any]:
         cuts = [0, CHECKED, 2 * CHECKED, count] if index == 0 else [0, count]
         for begin, end in pairwise(cuts):
             if begin < count:
-                yield tree_map(lambda t, begin=begin, end=end: t[begin:end] if isinstance(t, Tensor) else t, batch)
+                part = slice(begin, end)
+                yield tree_map(lambda t, part=part: t[part] if isinstance(t, Tensor) and t.dim() else t, batch)
 
 
 def some(dataset: Dataset, count: int | None) -> Dataset:
@@ -291,9 +299,9 @@ def _codes(dataset: Dataset) -> Tensor:
     return codes
 
 
-def _balanced(codes: Tensor, count: int) -> Tensor:
+def _balanced(codes: Tensor, count: int | None) -> Tensor:
     """Return which examples to take: all, or ``count`` without replacement, each class as likely as the others."""
-    if count >= len(codes):
+    if count is None or count >= len(codes):
         return torch.arange(len(codes))
     _, inverse, sizes = torch.unique(codes, return_inverse=True, return_counts=True)
     chances = (1 / sizes.double())[inverse]

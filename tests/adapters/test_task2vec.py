@@ -247,6 +247,9 @@ def test_no_more_images_than_the_frontend_draws(frontend: ModuleType) -> None:
     assert_accumulated(model, truth(model, x[drawn], weights), 12)
     task2vec.montecarlo_fisher(TensorDataset(x, y), epochs=2)
     assert model.conv1.weight.grad_counter == 24
+    own = OwnProbe().double()  # the replacement of the class visits every image, whatever the number of draws
+    replacement.Task2Vec(own, loader_opts={"num_samples": 12}).montecarlo_fisher(TensorDataset(x, y.clamp(max=2)))
+    assert own.conv1.weight.grad_counter == 60
 
 
 def test_nothing_stays_slow_in_silence(frontend: ModuleType) -> None:
