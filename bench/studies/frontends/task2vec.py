@@ -82,9 +82,11 @@ class Study:
             weights=balanced_weights(y, CLASSES),
         )
         self.exact = torch.cat([exact[k].flatten() for k in self.names])
+        self.state = copy.deepcopy(self.model.state_dict())
 
     def squares(self, mode: bool, loader_opts: dict[str, Any] = LOADER) -> Tensor:
         """Run the loaded module's own or replaced Monte Carlo Fisher, and read what its embedding reads."""
+        self.model.load_state_dict(self.state)  # the code's training mode changes the statistics of batch norms
         task2vec = self.task2vec.Task2Vec(self.model, loader_opts=dict(loader_opts))
         self.model.train(mode)
         task2vec.montecarlo_fisher(self.data)
