@@ -23,7 +23,7 @@ from ..files import write_atomically
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 * 2**30
-PIECE = 2**22  # entries of a tensor that are in memory at a time
+PIECE = 2**17  # entries of a tensor that are in memory at a time; in float64 they fit into a cache
 # The names of dtypes in a safetensors header.
 _DTYPES = {
     "F64": torch.float64,

@@ -122,7 +122,7 @@ def measure(folder: Path, rounds: int) -> list[Row]:
             f"r-three/mats, `diagonal_fisherMerging`, two models of {size / 2**20:.0f} MiB and their Fishers",
             1,
             f"{worst:.1e} apart in the worst tensor (`normalize=False, floor=0, minimum=1e-8`); "
-            f"{peak / 2**20:.0f} MiB of memory besides mapped files, where the code holds {6 * size / 2**20:.0f} and more",
+            f"{peak / 2**20:.0f} MiB of memory besides mapped files, and {6 * size / 2**20:.0f} or more for the code",
             measured.ratio,
         )
     ]
