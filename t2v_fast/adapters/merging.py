@@ -148,8 +148,8 @@ def merge_checkpoints(
 ) -> list[Path]:
     """Average checkpoints by their Fishers, as :func:`fisher_merge` does, without any whole model in memory.
 
-    Tensors are read, averaged and written in pieces of some hundred thousand entries. The output has the files, names and dtypes
-    of the first model. Its other files, such as the configuration and the tokenizer, are copied.
+    Tensors are read, averaged and written in pieces of some hundred thousand entries. The output has the files, names
+    and dtypes of the first model. Its other files, such as the configuration and the tokenizer, are copied.
 
     Args:
         models: Safetensors files, or folders with one or more of them and an index.
