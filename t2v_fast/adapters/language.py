@@ -7,12 +7,14 @@ coefficient.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..analysis import distance
 from ..embedding import Embedding, network_fingerprint
@@ -63,15 +65,104 @@ def embed_text(
     """
     if parameters is None:
         parameters = _weights(model)
+    quantity = {"likelihood": "next token", "level": level}
+    return _embed(model, map(next_tokens, batches), name, estimator, samples, parameters, seed, quantity, options)
+
+
+def embed_as_beyond_scale(
+    model: nn.Module,
+    batches: Iterable[Tensor | Mapping[str, Tensor]],
+    *,
+    name: str | None = None,
+    estimator: str = "hutchinson",
+    samples: int = 1,
+    epochs: int = 5,
+    learning_rate: float = 5e-5,
+    weight_decay: float = 1e-4,
+    ignored_token: int = 50256,
+    seed: int = 0,
+    **options: Any,
+) -> Embedding:
+    """Embed texts by the steps of beyond-scale-language-data-diversity and DataFlow.
+
+    1. The output head ``lm_head`` of a copy of the model is fine-tuned on the texts, with AdamW and dropout. A head
+       that is tied to the table of tokens changes the table, too.
+    2. The Fisher is a mean over all positions but the last of each text, padding included.
+    3. The embedding has the weights of all modules but ``lm_head``: tables of tokens and positions, norms and layers.
+
+    Two things differ. The frontends square the mean gradient of a batch, and this is the mean of squares, about the
+    number of the batch's tokens times as much. And the frontends score a position against the label that they drew for
+    the next position, in training mode; here each position has a label of its own, in evaluation mode.
+
+    Args:
+        model: A causal language model with the head ``lm_head``.
+        batches: Token numbers [N, T], or mappings with ``input_ids`` and ``attention_mask``. The frontends put eight
+            texts into a batch.
+        name: The name of the collection, for ``meta["task"]``.
+        estimator: Chooses the cotangents, as in :func:`t2v_fast.fisher`.
+        samples: Cotangents.
+        epochs: Epochs of the head; 0 leaves it as it is.
+        learning_rate: The learning rate of the head.
+        weight_decay: The weight decay of the head.
+        ignored_token: A token that the head's loss leaves out as a target: the end of a text, in the frontends.
+        seed: The seed of random cotangents, and of dropout.
+        options: More arguments of :func:`t2v_fast.fisher`.
+
+    Returns:
+        The embedding, with an entry for each filter.
+
+    Raises:
+        ValueError: If the model has no ``lm_head``, or there is no text of two tokens.
+    """
+    if not isinstance(head := getattr(model, "lm_head", None), nn.Module):
+        raise ValueError(f"{type(model).__name__} has no module lm_head, whose weights the frontends fine-tune")
+    texts = [_every_token(batch) for batch in batches]
+    model, head = copy.deepcopy((model, head))
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for batch in texts * epochs:
+            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+            logits = model(**inputs).logits[:, :-1].transpose(1, 2)
+            optimizer.zero_grad()
+            F.cross_entropy(logits, inputs["input_ids"][:, 1:], ignore_index=ignored_token).backward()
+            optimizer.step()
+    model.zero_grad()
+    left_out = {id(p) for p in head.parameters()}
+    left_out -= {id(p) for m in model.modules() if m is not head for p in m._parameters.values()}
+    parameters = [k for k, p in model.named_parameters() if k.rpartition(".")[2] == "weight" and id(p) not in left_out]
+    quantity = {
+        "likelihood": "next token",
+        "level": "token",
+        "padding": "counts",
+        "head": [epochs, learning_rate, weight_decay, ignored_token],
+    }
+    return _embed(model, texts, name, estimator, samples, parameters, seed, quantity, options)
+
+
+def _embed(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    name: str | None,
+    estimator: str,
+    samples: int,
+    parameters: ParameterFilter,
+    seed: int,
+    quantity: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Embedding:
+    """Embed batches whose labels say which positions count; ``quantity`` goes to the fingerprint."""
     with evaluating(model):
         diagonal = fisher(
             model,
-            map(_inputs, batches),
+            batches,
             estimator,
             samples,
             parameters=parameters,
             mask=_predicting,
-            level=level,
+            level=quantity["level"],
             device=next(model.parameters()).device,
             seed=seed,
             **options,
@@ -89,8 +180,7 @@ def embed_text(
                 diagonal,
                 family_of(estimator),
             ),
-            "likelihood": "next token",
-            "level": level,
+            **quantity,
             "filter_axis": {name: axis for name, axis in axes.items() if axis},
         },
     )
@@ -141,7 +231,7 @@ def _weights(model: nn.Module) -> list[str]:
     ]
 
 
-def _inputs(batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+def next_tokens(batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the model's inputs with labels: the next token where it is predicted, and -100 elsewhere."""
     batch = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     if "input_ids" not in batch:
@@ -157,6 +247,17 @@ def _inputs(batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**{key: value for key, value in batch.items() if key != "labels"}, "labels": following}
 
 
+def _every_token(batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the model's inputs with labels at all positions but the last."""
+    batch = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    tokens = batch["input_ids"]
+    following = torch.full_like(tokens, -100)
+    following[:, :-1] = tokens[:, 1:]
+    if tokens.shape[1] < 2:
+        raise ValueError(f"a batch of {len(tokens)} texts has no token that is followed by another")
+    return {**{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}, "labels": following}
+
+
 def _predicting(inputs: Any, labels: Tensor | None) -> Tensor:
-    assert labels is not None  # _inputs adds them
+    assert labels is not None  # next_tokens adds them
     return labels.cpu() != -100

@@ -1,15 +1,22 @@
 """Merge fine-tuned models by their Fishers, or by arithmetic of task vectors.
 
-A model is given by its parameters, {name: tensor}: ``dict(model.named_parameters())`` or a state dict.
+A model is given by its parameters, {name: tensor}: ``dict(model.named_parameters())`` or a state dict. Models that do
+not fit into memory are given by their checkpoints (:func:`merge_checkpoints`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
+
+from .checkpoints import Checkpoint, Entry, empty_folder, write_file, write_index
 
 Parameters = Mapping[str, Tensor]
 
@@ -44,11 +51,7 @@ def fisher_merge(
         >>> fisher_merge(models, fishers, floor=0)
         {'w': tensor([0.2500, 0.7500])}
     """
-    weights = [1.0] * len(models) if weights is None else list(weights)
-    if not models or len(models) != len(fishers) or len(models) != len(weights):
-        raise ValueError(f"{len(models)} models, {len(fishers)} Fishers, {len(weights)} weights: expected one of each")
-    if min(weights) < 0 or not sum(weights) > 0:
-        raise ValueError(f"weights are {weights}, expected numbers of at least 0, one of them above 0")
+    weights = _weights(len(models), len(fishers), weights)
     _check_same(models)
     scales = []
     for index, found in enumerate(fishers):
@@ -72,9 +75,180 @@ def fisher_merge(
             weight * (found[name].double() / scale + floor if name in found else torch.ones_like(first).double())
             for found, scale, weight in zip(fishers, scales, weights, strict=True)
         ]
-        top = sum(f * model[name].detach().double() for f, model in zip(importance, models, strict=True))
-        merged[name] = cast(Tensor, top / sum(importance)).to(first.dtype)
+        merged[name] = _mean([model[name] for model in models], importance).to(first.dtype)
     return merged
+
+
+def merge_unscaled(
+    models: Sequence[Parameters],
+    fishers: Sequence[Parameters],
+    weights: Sequence[float] | None = None,
+    minimum: float = 1e-8,
+) -> dict[str, Tensor]:
+    """Average models by their Fishers as they are, like ``diagonal_fisherMerging`` of r-three/mats.
+
+    :func:`fisher_merge` divides each Fisher by its mean first, so that models of different confidence count the same.
+
+    Args:
+        models: The parameters of each model.
+        fishers: The Fisher of each model, in the parameters' shapes and for all of them.
+        weights: The weight of each model; equal by default. With two models and ``model_lambda`` there, pass
+            ``[model_lambda, 1 - model_lambda]``.
+        minimum: Smaller Fisher values are replaced by this one.
+
+    Returns:
+        The merged parameters, in the dtype of the first model's.
+
+    Raises:
+        ValueError: If the numbers of models and Fishers differ, or names or shapes differ.
+
+    Example:
+        >>> models = [{"w": torch.tensor([0.0, 0.0])}, {"w": torch.tensor([1.0, 1.0])}]
+        >>> merge_unscaled(models, [{"w": torch.tensor([3.0, 0.0])}, {"w": torch.tensor([1.0, 0.0])}])
+        {'w': tensor([0.2500, 0.5000])}
+    """
+    weights = _weights(len(models), len(fishers), weights)
+    _check_same(models)
+    merged = {}
+    for name, first in models[0].items():
+        for index, found in enumerate(fishers):
+            if name not in found or found[name].shape != first.shape:
+                given = list(found[name].shape) if name in found else "missing"
+                raise ValueError(f"the Fisher of {name!r} of model {index} is {given}, expected {list(first.shape)}")
+        importance = [w * found[name].double().clamp_min(minimum) for w, found in zip(weights, fishers, strict=True)]
+        merged[name] = _mean([model[name] for model in models], importance).to(first.dtype)
+    return merged
+
+
+def _weights(models: int, fishers: int, weights: Sequence[float] | None) -> list[float]:
+    """Return the weights of models, or raise ValueError where the numbers of models, Fishers and weights differ."""
+    weights = [1.0] * models if weights is None else list(weights)
+    if not models or models != fishers or models != len(weights):
+        raise ValueError(f"{models} models, {fishers} Fishers, {len(weights)} weights: expected one of each")
+    if min(weights) < 0 or not sum(weights) > 0:
+        raise ValueError(f"weights are {weights}, expected numbers of at least 0, one of them above 0")
+    return weights
+
+
+def _mean(values: Sequence[Tensor], importance: Sequence[Tensor]) -> Tensor:
+    """Return the mean of a parameter over models, weighted entry by entry, in float64."""
+    top = sum(f * value.detach().double() for f, value in zip(importance, values, strict=True))
+    return cast(Tensor, top / sum(importance))
+
+
+def merge_checkpoints(
+    models: Sequence[str | os.PathLike],
+    fishers: Sequence[str | os.PathLike],
+    output: str | os.PathLike,
+    weights: Sequence[float] | None = None,
+    *,
+    floor: float = 1e-6,
+    minimum: float = 0.0,
+    normalize: bool = True,
+) -> list[Path]:
+    """Average checkpoints by their Fishers, as :func:`fisher_merge` does, without any whole model in memory.
+
+    Tensors are read, averaged and written in pieces of some hundred thousand entries. The output has the files, names
+    and dtypes of the first model. Its other files, such as the configuration and the tokenizer, are copied.
+
+    Args:
+        models: Safetensors files, or folders with one or more of them and an index.
+        fishers: The Fishers in the same form, with the same names, as ``t2v-fast fisher`` writes them. A Fisher by
+            filter, [O] for a parameter [O, ...], counts for all entries of the filter. A tensor that no Fisher has gets
+            the plain mean.
+        output: A new folder for the merged checkpoint.
+        weights: The weight of each model; equal by default.
+        floor: Added to every Fisher, as a fraction of the model's mean, or as it is without ``normalize``.
+        minimum: Smaller Fisher values are replaced by this one, before anything else.
+        normalize: Divide each Fisher by its mean over all entries. r-three/mats does not:
+            ``normalize=False, floor=0, minimum=1e-8`` gives its average.
+
+    Returns:
+        The files.
+
+    Raises:
+        FileExistsError: If the output has a checkpoint already.
+        ValueError: If the models' names or shapes differ, a Fisher does not fit its parameter, has a name that the
+            models lack, has negative or infinite values or no positive one, or a tensor has no weight at all.
+    """
+    weights = _weights(len(models), len(fishers), weights)
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(Checkpoint(path)) for path in models]
+        given = [stack.enter_context(Checkpoint(path)) for path in fishers]
+        for path, checkpoint, found in zip(fishers, opened, given, strict=True):
+            _check_fits(opened[0], checkpoint, found, path)
+        scales = [_total(found, opened[0], minimum, path) for found, path in zip(given, fishers, strict=True)]
+        scales = scales if normalize else [1.0] * len(scales)
+        first, folder = opened[0], empty_folder(output)
+
+        def merged(name: str) -> Iterator[Tensor]:
+            entry = first.entries[name]
+            for part in entry.pieces():
+                values = [checkpoint.read(name, part) for checkpoint in opened]
+                if not entry.dtype.is_floating_point:
+                    yield values[0]
+                    continue
+                importance = [
+                    weight * (_piece(found, name, entry, part).clamp_min(minimum) / scale + floor)
+                    if name in found.entries
+                    else torch.full_like(values[0], weight, dtype=torch.float64)
+                    for found, scale, weight in zip(given, scales, weights, strict=True)
+                ]
+                mean = _mean(values, importance)
+                if not bool(mean.isfinite().all()):
+                    raise ValueError(f"{name!r} has entries that all Fishers give no weight: raise floor or minimum")
+                yield mean.to(entry.dtype)
+
+        for file, names in first.files.items():
+            pieces = (piece for name in names for piece in merged(name))
+            write_file(folder / file, {name: first.entries[name] for name in names}, pieces)
+        write_index(folder, first.files, first.entries)
+        if first.path.is_dir():
+            for path in first.path.iterdir():
+                if path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.endswith(".index.json"):
+                    shutil.copyfile(path, folder / path.name)
+        return [folder / file for file in first.files]
+
+
+def _check_fits(first: Checkpoint, model: Checkpoint, fisher: Checkpoint, path: str | os.PathLike) -> None:
+    """Raise ValueError where a checkpoint differs from the first, or its Fisher from its parameters."""
+    if different := first.entries.keys() ^ model.entries.keys():
+        raise ValueError(f"{model.path} differs from {first.path} in having or lacking {min(different)!r}")
+    for name, entry in first.entries.items():
+        if (shape := model.entries[name].shape) != entry.shape:
+            raise ValueError(f"{name!r} is {list(shape)} in {model.path}, expected {list(entry.shape)}")
+    for name, found in fisher.entries.items():
+        if name not in first.entries:
+            raise ValueError(f"{path} has a Fisher of {name!r}, which {first.path} lacks: were both named alike?")
+        shape = first.entries[name].shape
+        if found.shape not in (shape, shape[:1]):
+            raise ValueError(
+                f"the Fisher of {name!r} in {path} is {list(found.shape)}, expected the parameter's {list(shape)} or "
+                f"one number for each filter, {list(shape[:1])}"
+            )
+
+
+def _piece(fisher: Checkpoint, name: str, entry: Entry, part: slice) -> Tensor:
+    """Return a piece of a Fisher in float64, in a shape that broadcasts to the parameter's piece."""
+    value = fisher.read(name, part).double()
+    return value if value.dim() == len(entry.shape) else value.view(-1, *[1] * (len(entry.shape) - 1))
+
+
+def _total(fisher: Checkpoint, model: Checkpoint, minimum: float, path: str | os.PathLike) -> float:
+    """Return the mean of a Fisher over the parameters' entries. Raise ValueError where it is no Fisher."""
+    total, count = 0.0, 0
+    for name, found in fisher.entries.items():
+        entry = model.entries[name]
+        repeats = 1 if found.shape == entry.shape else max(1, Entry(entry.dtype, entry.shape[1:]).numel)
+        for part in found.pieces():
+            value = fisher.read(name, part).double()
+            if not bool((value >= 0).all()) or not bool(value.isfinite().all()):
+                raise ValueError(f"the Fisher of {name!r} in {path} has values that are negative or not finite")
+            value = value.clamp_min(minimum)
+            total, count = total + float(value.sum()) * repeats, count + value.numel() * repeats
+    if not total > 0:
+        raise ValueError(f"the Fisher in {path} is {total} in all, expected a positive number")
+    return total / count
 
 
 def task_vector(pretrained: Parameters, finetuned: Parameters) -> dict[str, Tensor]:

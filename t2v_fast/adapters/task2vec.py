@@ -3,8 +3,8 @@
 The public code squares the mean gradient of batches, with drawn labels and batch norm in training mode. This library
 computes the Fisher itself: it squares the gradient of each example, in evaluation mode, with every image once.
 
-- :func:`accelerate` replaces the method ``montecarlo_fisher`` of a loaded module. Everything else of the public code
-  runs as before.
+- :func:`accelerate` replaces the Monte Carlo Fisher of a loaded module. Everything else of the public code runs as
+  before.
 - :class:`Task2Vec`, :class:`ProbeNetwork` and :class:`Embedding` replace the public code's classes and have the same
   arguments. ``mode="exact"`` computes the Fisher, and ``mode="compat"`` the public code's numbers from the same seed.
 """
@@ -13,24 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 from tqdm import tqdm
+from tqdm.auto import tqdm as public_tqdm  # mode="compat": it makes one more iterator of a loader, which draws a seed
 
 from .. import embedding as library
-from ..estimation.estimator import fisher
-from ..estimation.variational import variational_fisher
+from ..estimation.variational import WeightNoise, learn_variances
 from ..tasks.data import balanced_weights
 from ..tasks.head import fit_head
-from .fim import evaluating
+from .patching import BATCH, PUBLIC_WORKERS, Settings, accelerate, image_fisher, labels_of, restore, some
 from .pickles import from_public, read_embedding, read_embeddings
 from .probe_network import FromLayer, ProbeNetwork
+from .public_noise import PublicNoise
 
 __all__ = [
     "Embedding",
@@ -41,124 +41,6 @@ __all__ = [
     "read_embeddings",
     "restore",
 ]
-
-_ORIGINAL = "_t2v_fast_original"
-BATCH = 64  # the public code's batch size, unless loader_opts has another
-
-
-def accelerate(
-    task2vec: ModuleType,
-    *,
-    estimator: str = "deflated",
-    samples: int = 2,
-    balanced: bool = True,
-    batch_scale: bool = False,
-    **options: Any,
-) -> None:
-    """Replace the method ``Task2Vec.montecarlo_fisher`` of a loaded module; :func:`restore` undoes it.
-
-    The new method sets ``grad2_acc`` (of the parameter's shape) and ``grad_counter`` (the number of examples) of every
-    parameter above ``skip_layers``. The model runs in evaluation mode and is left in its own mode. The method raises
-    what :func:`t2v_fast.fisher` raises.
-
-    Args:
-        task2vec: The public code's module ``task2vec``, or that of a fork.
-        estimator: The estimator, as in :func:`t2v_fast.fisher`.
-        samples: Cotangents an image. The argument ``epochs`` of ``montecarlo_fisher`` multiplies this number, except
-            for ``"exact"`` and ``"empirical"``, and does nothing else.
-        balanced: Weight the examples so that each class counts the same, as the public code's sampler does.
-        batch_scale: Divide by the batch size, because the squared mean gradient of a batch is about that much smaller
-            than the mean square.
-        options: More arguments of :func:`t2v_fast.fisher`.
-
-    Raises:
-        TypeError: For a module without such a class.
-    """
-    owner = getattr(task2vec, "Task2Vec", None)
-    if not isinstance(owner, type) or not callable(getattr(owner, "montecarlo_fisher", None)):
-        name = getattr(task2vec, "__name__", task2vec)
-        raise TypeError(f"{name} has no class Task2Vec with montecarlo_fisher: pass the public code's module task2vec")
-
-    def montecarlo_fisher(self: Any, dataset: Dataset, epochs: int = 1) -> None:
-        _fisher_of(self, dataset, epochs, estimator, samples, balanced, batch_scale, options)
-
-    if not hasattr(owner, _ORIGINAL):
-        setattr(owner, _ORIGINAL, owner.montecarlo_fisher)
-    owner.montecarlo_fisher = montecarlo_fisher
-
-
-def restore(task2vec: ModuleType) -> None:
-    """Undo :func:`accelerate`. A module that was not accelerated stays as it is."""
-    owner = getattr(task2vec, "Task2Vec", None)
-    if hasattr(owner, _ORIGINAL):
-        owner.montecarlo_fisher = getattr(owner, _ORIGINAL)
-        delattr(owner, _ORIGINAL)
-
-
-def _fisher_of(
-    task2vec: Any,
-    dataset: Dataset,
-    epochs: int,
-    estimator: str,
-    samples: int,
-    balanced: bool,
-    batch_scale: bool,
-    options: dict[str, Any],
-) -> None:
-    model, start = task2vec.model, task2vec.skip_layers
-    dataset = _some(dataset, task2vec.max_samples)
-    loader_options = dict(task2vec.loader_opts)
-    batch = loader_options.get("batch_size", BATCH)
-    loader = DataLoader(dataset, batch_size=batch, num_workers=loader_options.get("num_workers", 0))
-    weights = None
-    if balanced and not task2vec.bernoulli:
-        _, codes = torch.unique(torch.as_tensor(_labels(dataset)), return_inverse=True)
-        weights = balanced_weights(codes, int(codes.max()) + 1)
-    entered = FromLayer(model, start)
-    inside = [model] if not start else [m for m in model.layers[start:] if isinstance(m, nn.Module)]
-    wanted = [p for m in inside for p in m.parameters()]
-    names = {name for name, p in entered.named_parameters() if any(p is w for w in wanted)}
-    with evaluating(model):
-        found = fisher(
-            entered,
-            loader,
-            estimator,
-            samples if estimator in ("exact", "empirical") else samples * epochs,
-            "parameter",
-            likelihood="sigmoid" if task2vec.bernoulli else "softmax",
-            parameters=sorted(names),
-            weights=weights,
-            device=next(model.parameters()).device,
-            **options,
-        )
-    for name, p in entered.named_parameters():
-        p.grad_counter = 0
-        if hasattr(p, "grad2_acc"):
-            del p.grad2_acc  # from an earlier task
-        if name in found:
-            p.grad2_acc = (found[name] / batch if batch_scale else found[name]).to(p)
-            p.grad_counter = found.num_examples
-
-
-def _some(dataset: Dataset, count: int | None) -> Dataset:
-    """Return ``count`` examples drawn with a fixed seed, or all examples."""
-    if count is None or count >= len(dataset):
-        return dataset
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-    return Subset(dataset, sorted(order[:count].tolist()))
-
-
-def _labels(dataset: Any) -> Any:
-    """Return the labels, without loading images if the public code knows where the data set keeps its labels."""
-    if isinstance(dataset, Subset):
-        whole = _labels(dataset.dataset)
-        return [whole[i] for i in dataset.indices]
-    for name in ("labels", "targets"):
-        if hasattr(dataset, name):
-            return list(getattr(dataset, name))
-    if hasattr(dataset, "tensors"):
-        return dataset.tensors[1].tolist()
-    return [int(dataset[i][1]) for i in range(len(dataset))]
 
 
 class Embedding:
@@ -198,7 +80,7 @@ class Task2Vec:
         method: ``"montecarlo"`` or ``"variational"``.
         method_opts: Arguments of :meth:`montecarlo_fisher` or :meth:`variational_fisher`.
         loader_opts: ``batch_size`` (64), ``num_workers`` (0), and for draws ``num_samples`` (10,000) and ``drop_last``
-            (True).
+            (True). With ``mode="compat"``, ``num_workers`` is 6, as in the public code.
         bernoulli: Whether the labels are independent zeros and ones.
         mode: ``"exact"`` or ``"compat"``.
         batch_scale: As in :func:`accelerate`; for ``mode="exact"``.
@@ -244,7 +126,7 @@ class Task2Vec:
     def embed(self, dataset: Dataset) -> Embedding:
         """Fit the classifier to a data set of (image, label), compute the Fisher, and return the embedding."""
         if self.mode == "exact":
-            dataset = _some(dataset, self.max_samples)
+            dataset = some(dataset, self.max_samples)
         inputs, features, targets = self._cache_features(dataset)
         self._fit_classifier(features, targets, **self.classifier_opts)
         if self.skip_layers:
@@ -263,14 +145,14 @@ class Task2Vec:
         if self.mode == "exact":
             options = {"estimator": "deflated", "samples": 2, "balanced": True, **self.options}
             chosen = [options.pop(name) for name in ("estimator", "samples", "balanced")]
-            _fisher_of(self, dataset, epochs, *chosen, self.batch_scale, options)
+            image_fisher(self, dataset, epochs, Settings.of(*chosen, self.batch_scale, options), self.loader_opts)
             return
         self.model.train()
         loader, parameters = self._draw(dataset), list(self.model.parameters())
         for p in parameters:
             p.grad2_acc, p.grad_counter = torch.zeros_like(p), 0
         for _ in range(epochs):
-            for x, _ in tqdm(loader, desc="Fisher", leave=False):
+            for x, _ in public_tqdm(loader, desc="Fisher", leave=False):
                 logits = self.model(x.to(self.device), start_from=self.skip_layers)
                 if self.bernoulli:
                     drawn = torch.bernoulli(logits.detach().sigmoid())
@@ -308,22 +190,24 @@ class Task2Vec:
         loader = self._draw(dataset, generator)
 
         def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-            for x, y in loader:
+            for x, y in public_tqdm(loader, desc="variances", leave=False) if compat else loader:
                 yield x.to(self.device), y.to(self.device, torch.float32 if self.bernoulli else None)
 
         training = model.training
         model.train(compat)
         try:
-            found = variational_fisher(
+            found = learn_variances(
+                (PublicNoise if compat else WeightNoise)(
+                    {name: m.weight for name, m in noisy.items()},
+                    None if compat else torch.Generator(self.device).manual_seed(0),
+                ),
                 FromLayer(model, self.skip_layers),
                 batches,
-                list(noisy),
-                head=model.classifier.parameters(),
-                likelihood="sigmoid" if self.bernoulli else "softmax",
-                epochs=epochs,
-                beta=beta,
-                generator=None if compat else torch.Generator(self.device).manual_seed(0),
-                progress=True,
+                list(model.classifier.parameters()),
+                "sigmoid" if self.bernoulli else "softmax",
+                epochs,
+                beta,
+                progress=not compat,
             )
         finally:
             model.train(training)
@@ -369,8 +253,13 @@ class Task2Vec:
 
         The first of these is None if ``skip_layers`` is 0.
         """
-        size = self.loader_opts.get("batch_size", BATCH)
-        loader = DataLoader(dataset, size, num_workers=self.loader_opts.get("num_workers", 0))
+        options, workers = self.loader_opts, 0
+        if self.mode == "compat":  # the public code passes loader_opts on only if it skips layers
+            options, workers = self.loader_opts if self.skip_layers else {}, PUBLIC_WORKERS
+        if isinstance(dataset, TensorDataset):  # no worker could change its examples
+            options = {**options, "num_workers": 0}
+        size = options.get("batch_size", BATCH)
+        loader = DataLoader(dataset, size, num_workers=options.get("num_workers", workers))
         batches = len(loader)
         if self.mode == "compat" and self.max_samples is not None:
             batches = min(self.max_samples // size - 1, batches)
@@ -441,10 +330,12 @@ class Task2Vec:
 
         Without a generator, the draws come from torch's global one.
         """
-        options = {"batch_size": BATCH, "num_workers": 0, "num_samples": 10_000, "drop_last": True, **self.loader_opts}
+        workers = PUBLIC_WORKERS if self.mode == "compat" else 0
+        defaults = {"batch_size": BATCH, "num_workers": workers, "num_samples": 10_000, "drop_last": True}
+        options = {**defaults, **self.loader_opts}
         if isinstance(dataset, TensorDataset):
             options["num_workers"] = 0
-        labels = np.asarray(_labels(dataset))
+        labels = np.asarray(labels_of(dataset))
         if labels.ndim != 1:
             raise ValueError(f"labels are {labels.shape}: balanced draws are for one label an example")
         if options["drop_last"] and options["num_samples"] < options["batch_size"]:
@@ -452,7 +343,7 @@ class Task2Vec:
                 f"{options['num_samples']} draws fill no batch of {options['batch_size']}: change num_samples or "
                 "batch_size, or pass drop_last=False"
             )
-        counts = np.bincount(labels)
+        counts = np.bincount(labels, minlength=int(getattr(dataset, "num_classes", 0)))
         chances = 1 / counts[labels] / len(counts)
         sampler = WeightedRandomSampler(chances / chances.sum(), options.pop("num_samples"), generator=generator)
         return DataLoader(dataset, sampler=sampler, generator=generator, **options)

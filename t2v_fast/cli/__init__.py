@@ -21,6 +21,8 @@ COMMANDS = {
     "demo": "embed, compare and draw real tasks that need no download",
     "profile": "where the time of a Fisher or of a job goes",
     "bank": "look at, search, repair and export a bank of embeddings",
+    "fisher": "the diagonal Fisher of a language model, as a checkpoint of the same keys",
+    "merge": "average checkpoints of one architecture, weighted by their Fishers",
     "info": "versions, and which backends run here or why not",
 }
 EPILOG = (

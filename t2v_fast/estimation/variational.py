@@ -123,18 +123,33 @@ class WeightNoise(TorchFunctionMode):
         if (name := self._names.get(id(weight))) is None:
             return output
         self.met.add(name)
-        axis, variance = _LAYERS[func], self.log_variance[name].exp()
-        energy = x.square() + _FLOOR
-        if axis is None:
-            energy = energy.sum(-1, keepdim=True)
-        else:
-            groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
-            ones = weight.detach().new_ones((groups, *weight.shape[1:]))
-            rest = {key: value for key, value in kwargs.items() if key not in ("input", "weight", "bias")}
-            energy = func(energy, ones, None, *args[3:], **rest).repeat_interleave(len(weight) // groups, 1)
-            variance = variance.view(-1, *[1] * (weight.dim() - 2))
+        rest = {key: value for key, value in kwargs.items() if key not in ("input", "weight", "bias")}
+        variance = self.output_variance(name, func, x.square() + _FLOOR, args[3:], rest)
         noise = torch.empty_like(output).normal_(generator=self.generator)
-        return output + (variance * energy).clamp_min(1e-30).sqrt() * noise
+        return output + variance.clamp_min(1e-30).sqrt() * noise
+
+    def output_variance(
+        self, name: str, func: Callable, energy: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        """Return the variance of a layer's outputs.
+
+        Args:
+            name: The name of the layer's weight.
+            func: The layer's function.
+            energy: The squared inputs.
+            args: The function's arguments after input, weight and bias.
+            kwargs: Its keyword arguments, without these three.
+
+        Returns:
+            A tensor that broadcasts to the outputs' shape.
+        """
+        variance, weight = self.log_variance[name].exp(), self.weights[name]
+        if _LAYERS[func] is None:
+            return variance * energy.sum(-1, keepdim=True)
+        groups = args[3] if len(args) > 3 else kwargs.get("groups", 1)
+        ones = weight.detach().new_ones((groups, *weight.shape[1:]))
+        energy = func(energy, ones, None, *args, **kwargs).repeat_interleave(len(weight) // groups, 1)
+        return variance.view(-1, *[1] * (weight.dim() - 2)) * energy
 
 
 @contextmanager
@@ -190,16 +205,34 @@ def variational_fisher(
         ValueError: An argument is not valid, no linear layer or convolution uses one of the weights, an epoch has no
             example, or the loss is not finite.
     """
-    if likelihood not in LOSSES:
-        raise ValueError(f"likelihood is {likelihood!r}, expected one of {', '.join(LOSSES)}")
-    if epochs < 1 or not beta > 0:
-        raise ValueError(f"epochs is {epochs} and beta {beta}, expected at least 1 and a positive number")
     head, named = list(head), dict(model.named_parameters())
     if parameters is None:
         parameters = [k for k, p in named.items() if p.dim() > 1 and all(p is not q for q in head)]
     if missing := [name for name in parameters if name not in named]:
         raise ValueError(f"the model has no parameter {missing[0]!r}")
     noise = WeightNoise({name: named[name] for name in parameters}, generator)
+    return learn_variances(
+        noise, model, batches, head, likelihood, epochs, beta, learning_rate, head_learning_rate, progress
+    )
+
+
+def learn_variances(
+    noise: WeightNoise,
+    model: nn.Module,
+    batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
+    head: Sequence[nn.Parameter] = (),
+    likelihood: str = "softmax",
+    epochs: int = 1,
+    beta: float = 1e-7,
+    learning_rate: float = 1e-2,
+    head_learning_rate: float = 5e-4,
+    progress: bool = False,
+) -> RobustFisher:
+    """Learn the variances of a given noise: :func:`variational_fisher` has the other arguments, and the errors."""
+    if likelihood not in LOSSES:
+        raise ValueError(f"likelihood is {likelihood!r}, expected one of {', '.join(LOSSES)}")
+    if epochs < 1 or not beta > 0:
+        raise ValueError(f"epochs is {epochs} and beta {beta}, expected at least 1 and a positive number")
     groups: list[dict[str, Any]] = [{"params": noise.parameters()}]
     if head:
         groups.append({"params": head, "lr": head_learning_rate})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from t2v_fast import distance
-from t2v_fast.adapters.language import diversity, embed_text
+from t2v_fast.adapters.language import diversity, embed_as_beyond_scale, embed_text
+from t2v_fast.adapters.patching import accelerate, restore
 
 transformers = pytest.importorskip("transformers", reason="the probes are its models")
 VOCABULARY = 7
@@ -122,6 +125,122 @@ def test_diversity() -> None:
     assert mixed > max(diversity(narrow)[0], 0)
     with pytest.raises(ValueError, match="at least 2 batches, got 1"):
         diversity(wide[:1])
+
+
+def test_the_steps_of_the_forks_for_text(gpt2: nn.Module) -> None:
+    """A fine-tuned copy of the head, every position but the last, and the tables: by plain steps, then per token."""
+    batches = [{"input_ids": t, "attention_mask": m} for t, m in zip(TOKENS.split(2), MASK.split(2), strict=True)]
+    before = copy.deepcopy(gpt2.state_dict())
+    for m in gpt2.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+    found = embed_as_beyond_scale(gpt2, batches, estimator="exact", epochs=2, learning_rate=0.1, ignored_token=3)
+    assert gpt2.training
+    assert all(torch.equal(value, before[key]) for key, value in gpt2.state_dict().items())
+    other = copy.deepcopy(gpt2)
+    adam = torch.optim.AdamW(other.lm_head.parameters(), lr=0.1, weight_decay=1e-4)
+    for _ in range(2):
+        for batch in batches:
+            adam.zero_grad()
+            logits = other(**batch).logits[:, :-1].flatten(0, 1)
+            wanted = batch["input_ids"][:, 1:].flatten()
+            torch.nn.functional.cross_entropy(logits[wanted != 3], wanted[wanted != 3]).backward()
+            adam.step()
+    module = ModuleType("task2vec")
+    module.Task2Vec = type("Task2Vec", (Task2Vec,), {})
+    accelerate(module, text_estimator="exact", floor=0)
+    task2vec = module.Task2Vec(other)
+    task2vec.montecarlo_fisher_autoregressive(Texts())
+    np.testing.assert_allclose(found.hessian, task2vec.extract_embedding(other).numpy(), rtol=1e-6)
+    assert "transformer.wte.weight" in found.layer_names
+    same = embed_text(gpt2, batches, estimator="exact")
+    with pytest.raises(ValueError, match="padding"):
+        distance.pdist([found, same])
+    with pytest.raises(ValueError, match="Linear has no module lm_head"):
+        embed_as_beyond_scale(nn.Linear(2, 2), batches)
+
+
+class Texts(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return len(TOKENS)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": TOKENS[index], "attention_mask": MASK[index]}
+
+
+class Task2Vec:
+    """As much of the forks for text as the Fisher concerns."""
+
+    def __init__(self, model: nn.Module, loader_opts: dict | None = None, classifier_opts: dict | None = None) -> None:
+        self.model, self.loader_opts, self.classifier_opts = model, loader_opts, classifier_opts
+        self.skip_layers, self.max_samples, self.bernoulli = 0, None, False
+
+    def montecarlo_fisher(self, dataset: Texts, epochs: int = 1) -> None:
+        raise AssertionError("this one is for images")
+
+    def montecarlo_fisher_autoregressive(self, dataset: Texts, epochs: int = 1) -> None:
+        raise AssertionError("not replaced")
+
+    def extract_embedding(self, model: nn.Module) -> Tensor:
+        weights = [m.weight for m in model.modules() if m is not model.lm_head and hasattr(m, "weight")]
+        return torch.cat([w.grad2_acc.flatten(1).mean(1) if w.dim() > 1 else w.grad2_acc for w in weights])
+
+
+@pytest.mark.parametrize("padding", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_accelerated_forks_for_text(tied: bool, padding: bool) -> None:
+    """Every weight that the forks read: tables, norms and layers; every position but the last of each text."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        n_positions=9,
+        bos_token_id=0,
+        eos_token_id=0,
+        tie_word_embeddings=tied,
+    )
+    model = transformers.GPT2LMHeadModel(config).double().train()
+    module = ModuleType("task2vec")
+    module.Task2Vec = type("Task2Vec", (Task2Vec,), {})
+    original = Task2Vec.montecarlo_fisher_autoregressive
+    accelerate(module, text_estimator="exact", padding=padding, granularity="parameter")
+    task2vec = module.Task2Vec(model, {"batch_size": 2})
+    task2vec.montecarlo_fisher_autoregressive(Texts(), epochs=3)
+    assert model.training
+    named = {k: p for k, p in model.named_parameters() if k != "lm_head.weight"}
+    want, count = {k: torch.zeros_like(p) for k, p in named.items()}, 0
+    model.eval()
+    for n in range(len(TOKENS)):
+        scores = model(input_ids=TOKENS[n : n + 1], attention_mask=MASK[n : n + 1]).logits[0].log_softmax(1)
+        for t in range(TOKENS.shape[1] - 1):
+            if not padding and not (MASK[n, t] and MASK[n, t + 1]):
+                continue
+            count += 1
+            for c in range(VOCABULARY):
+                gradients = torch.autograd.grad(scores[t, c], list(named.values()), retain_graph=True)
+                for key, g in zip(named, gradients, strict=True):
+                    want[key] += scores[t, c].exp().detach() * g.square()
+    for name, p in named.items():
+        torch.testing.assert_close(p.grad2_acc, want[name] / count, rtol=1e-9, atol=2e-8)
+        alive = want[name] > 1e-20  # the others have the floor
+        torch.testing.assert_close(p.grad2_acc[alive], (want[name] / count)[alive], rtol=1e-9, atol=0)
+        assert p.grad_counter == 3
+    assert hasattr(model.lm_head.weight, "grad2_acc") == tied
+    whole = task2vec.extract_embedding(model)
+    accelerate(module, text_estimator="exact", padding=padding, batch_scale=True)  # by filter
+    task2vec.montecarlo_fisher_autoregressive(Texts())
+    torch.testing.assert_close(task2vec.extract_embedding(model), whole / (count / 2), rtol=1e-9, atol=1e-15)
+    module.Task2Vec(model, classifier_opts={"break_early": True}).montecarlo_fisher_autoregressive(Texts())
+    assert model.transformer.wpe.weight.grad_counter == 3  # a batch of eight holds all texts
+    module.Task2Vec(model, {"batch_size": 2}, {"break_early": True}).montecarlo_fisher_autoregressive(Texts())
+    assert model.transformer.wpe.weight.grad_counter == 2
+    task2vec.bernoulli = True
+    with pytest.raises(ValueError, match="bernoulli=True has no meaning for a language model"):
+        task2vec.montecarlo_fisher_autoregressive(Texts())
+    restore(module)
+    assert module.Task2Vec.montecarlo_fisher_autoregressive is original
 
 
 def test_bad_text(gpt2: nn.Module) -> None:
