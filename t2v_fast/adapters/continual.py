@@ -92,7 +92,7 @@ def compute_importances(
         found = {name: squares / examples for name, squares in found.items()}
     else:
         task_type = _likelihood_of(criterion)
-        options = {"parameters": names, "forward": _avalanche_forward} | options
+        options = {"parameters": names, "forward": _avalanche_forward, **options}
         found = fim_diag(model, batches(), task_type, labels, device=device, **options)
     scale = sum(inverse_sizes) / len(inverse_sizes) if batch_scale else 1.0
     with torch.no_grad():
@@ -164,8 +164,8 @@ def online_ewc_fisher(
     Raises:
         ValueError: There are no examples, the mode is unknown, or a batch norm in training mode sees one value for each
             channel of an image.
-        UnsupportedError: A parameter has no exact per-example gradient, or the network is random (dropout in training
-            mode).
+        UnsupportedError: A parameter has no exact per-example gradient.
+        SelfCheckError: The network is random, as with dropout in training mode.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
@@ -272,14 +272,14 @@ def _own_statistics(net: nn.Module) -> Iterator[None]:
     for name, module in net.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             before.append((module, module.__dict__.get("forward")))
-            module.forward = functools.partial(_normalised_alone, module, name)
+            module.__dict__["forward"] = functools.partial(_normalised_alone, module, name)
     try:
         yield
     finally:
         for module, forward in before:
-            del module.forward
+            del module.__dict__["forward"]
             if forward is not None:
-                module.forward = forward
+                module.__dict__["forward"] = forward
 
 
 def _normalised_alone(norm: _BatchNorm, name: str, x: Tensor) -> Tensor:
