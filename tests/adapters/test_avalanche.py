@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,3 +134,12 @@ def test_at_batch_size_one_the_importances_are_the_plugins() -> None:
     assert list(got) == list(want)
     for name, value in want.items():  # the plugin's zeros, and so its sums, are float32
         torch.testing.assert_close(got[name].data.float(), value.data, rtol=1e-5, atol=1e-9)
+
+
+def test_the_page_runs() -> None:
+    import_avalanche()
+    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+    (block,) = re.findall(r"## Avalanche and Mammoth themselves\n.*?```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["plugin"].compute_importances.keywords == {"batch_scale": True}

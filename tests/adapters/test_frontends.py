@@ -127,15 +127,28 @@ def test_merging_on_real_digits() -> None:
     assert [list(parts) for parts in found.values()] == [list(PARTS)] * 6
 
 
+# The tests of the other frontends run the other sections.
+SECTIONS = (
+    "A Fisher as a dictionary",
+    "Continual learning",
+    "Merging fine-tuned models",
+    "mml-similarity",
+    "From BackPACK and Opacus",
+)
+
+
 def test_the_page_runs() -> None:
     page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
     model = network().float()
     names = {"model": model, "loader": DataLoader(TensorDataset(X.float(), Y), 3), "torch": torch}
+    names["images"], names["labels"] = X.float(), Y
     names |= {"dataset": TensorDataset(X.float(), Y), "first": copy.deepcopy(model), "second": copy.deepcopy(model)}
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 9
-    for block in [*blocks[:4], blocks[8]]:  # the others are in test_task2vec.py and test_language.py
-        exec(block, names)
+    sections = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE))
+    for title in SECTIONS:
+        blocks = re.findall(r"```python\n(.*?)```", sections[title], re.DOTALL)
+        assert blocks, title
+        for block in blocks:
+            exec(block, names)
     logits = model(X.float()).detach()
     squares = per_example_squares(model, X.float(), (logits.softmax(1) - F.one_hot(Y, logits.shape[1]))[None])
     for name, value in squares.items():

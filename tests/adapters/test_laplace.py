@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,3 +130,15 @@ def test_what_is_refused() -> None:
     tokens = nn.Linear(3, 2).double()
     with pytest.raises(ValueError, match=r"outputs are \[2, 5, 2\]"):
         T2VGGN(tokens, "classification").diag(torch.randn(2, 5, 3).double(), torch.zeros(2, 5).long())
+
+
+def test_the_page_runs() -> None:
+    """The sections on laplace-torch and on curvlinops."""
+    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+    model, loader = task("classification", 4)
+    names = {"model": model, "loader": loader, "torch": torch}
+    for title in ("laplace-torch", "curvlinops"):
+        (block,) = re.findall(rf"## {title}\n.*?```python\n(.*?)```", page, re.DOTALL)
+        exec(block, names)
+    diagonal = torch.cat([d.flatten() for d in names["diagonal"].diagonal])
+    torch.testing.assert_close(diagonal * 11, names["la"].H)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,3 +123,12 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             rank_pattern(model, scores, **options)
+
+
+def test_the_page_runs() -> None:
+    pytest.importorskip("peft", reason="compares with it")
+    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+    (block,) = re.findall(r"## Ranks for LoRA\n.*?```python\n(.*?)```", page, re.DOTALL)
+    names = {"gpt2": gpt2(), "batches": BATCHES}
+    exec(block, names)
+    assert len(names["patterns"]["alpha_pattern"]) == len(names["scores"]) == 6

@@ -3,8 +3,8 @@
     python -m bench.studies.frontends.mammoth CHECKOUT [--rounds 5]
 
 The files ``models/ewc_on.py``, ``models/tak_utils/fisher_diag.py`` and ``models/tak_utils/hooks.py`` and the folder
-``backbone`` of the checkout run as they are. What they import for the command line, for data sets and for the weights of
-CLIP is replaced by the few names that they use.
+``backbone`` of the checkout run as they are. What they import for the command line, for data sets and for the weights
+of CLIP is replaced by the few names that they use.
 """
 
 from __future__ import annotations

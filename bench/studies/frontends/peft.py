@@ -3,7 +3,8 @@
     python -m bench.studies.frontends.peft [--rounds 5]
 
 The proposal of a Fisher score in PEFT (huggingface/peft, issue 3203) squares gradients of batches, which is the Fisher
-for batches of one text. Both sides here have the squared gradients of each text's own loss. The reference is a loop over texts.
+for batches of one text. Both sides here have the squared gradients of each text's own loss. The reference is a loop
+over texts.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
     ratio = times(theirs, ours, arguments.rounds).ratio
     return [
         Row(
-            f"PEFT, scores of {len(names)} modules of a Llama of width 96 and 4 layers, {TEXTS} texts of {TOKENS} tokens",
+            f"PEFT, scores of {len(names)} modules of a Llama of width 96, {TEXTS} texts of {TOKENS} tokens",
             2,
             f"{worst:.0e} relative in float64; ranks {min(ranks)} to {max(ranks)} with {spent} trainable parameters of "
             f"{budget}",
