@@ -18,6 +18,7 @@ from t2v_fast.adapters.continual import (
     compute_importances,
     online_ewc_fisher,
 )
+from t2v_fast.adapters.fim import fim_diag
 
 X = torch.randn(7, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 2, 3, 0, 1, 2])
@@ -101,8 +102,13 @@ def test_the_data_sets_own_batches() -> None:
 
 
 def test_labels_of_the_model_need_a_likelihood() -> None:
-    exact = compute_importances(network(), nn.CrossEntropyLoss(), None, DATA, "cpu", 3, labels="all")
-    assert list(exact) == [name for name, _ in network().named_parameters()]
+    model = network()
+    for labels in ("all", "sample", "pred"):
+        found = compute_importances(model, nn.CrossEntropyLoss(), None, DATA, "cpu", 3, labels=labels)
+        want = fim_diag(model, DataLoader(DATA, 3), labels=labels)
+        assert list(found) == list(want) == [name for name, _ in model.named_parameters()]
+        for name, value in want.items():
+            close(found[name], value)
     for criterion in (nn.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss(torch.ones(4)), nn.MSELoss()):
         with pytest.raises(ValueError, match="criterion is"):
             compute_importances(network(), criterion, None, DATA, "cpu", 4, labels="all")

@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bench.studies.frontends.table import Row, main, times
 
-BATCH, CLASSES = 16, 10
+BATCH, CLASSES = 8, 10
 BACKENDS = {"T2VGGN": ("CurvlinopsGGN", "AsdlGGN"), "T2VEF": ("CurvlinopsEF", "AsdlEF")}
 
 
 class Residual(nn.Module):
-    def __init__(self, width: int = 32, depth: int = 3) -> None:
+    def __init__(self, width: int = 16, depth: int = 2) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, 2, 1)
         self.blocks = nn.ModuleList(

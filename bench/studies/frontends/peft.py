@@ -19,7 +19,7 @@ from torch import nn
 from bench.studies.frontends.table import Row, main, times
 from t2v_fast.adapters.peft import module_scores, rank_pattern
 
-TEXTS, TOKENS, VOCABULARY = 32, 32, 500
+TEXTS, TOKENS, VOCABULARY = 64, 32, 500
 
 
 def small() -> nn.Module:
@@ -51,7 +51,7 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
         return {name: float(t.mean()) / TEXTS for name, t in zip(names, total, strict=True)}
 
     def ours() -> dict[str, float]:
-        batches = [{"input_ids": part, "labels": shifted(part)} for part in tokens.split(8)]
+        batches = [{"input_ids": part, "labels": shifted(part)} for part in tokens.split(16)]
         return module_scores(model, batches, estimator="empirical", level="sequence")
 
     model.double()
