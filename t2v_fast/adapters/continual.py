@@ -191,10 +191,11 @@ def online_ewc_fisher(
                 raise ValueError("train_loader has no examples") from None
             raise
     count = examples if batch_size is None else batches * batch_size
-    parts = (
-        total[name].flatten() if name in total else torch.zeros_like(p).flatten() for name, p in net.named_parameters()
-    )
-    return torch.cat(list(parts)) / count
+    parts = [
+        total[name].to(p).flatten() if name in total else torch.zeros_like(p).flatten()
+        for name, p in net.named_parameters()
+    ]
+    return torch.cat(parts) / count
 
 
 def accelerate_mammoth(model: Any, **options: Any) -> Any:

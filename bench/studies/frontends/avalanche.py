@@ -79,8 +79,8 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
     torch.manual_seed(0)
     return [
         *(experiences(name) for name in test_avalanche.MODELS),
-        importances("`SlimResNet18`, 32 x 32", SlimResNet18(10), torch.randn(128, 3, 32, 32), arguments.rounds),
-        importances("`SimpleMLP`, 28 x 28", SimpleMLP(), torch.randn(1024, 784), arguments.rounds),
+        importances("`SlimResNet18`, 32 x 32", SlimResNet18(10), torch.randn(64, 3, 32, 32), arguments.rounds),
+        importances("`SimpleMLP`, 28 x 28", SimpleMLP(), torch.randn(512, 784), arguments.rounds),
     ]
 
 
