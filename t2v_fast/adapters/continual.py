@@ -53,8 +53,8 @@ def compute_importances(
         labels: Whose labels the gradients are of. ``"true"`` takes the data's, as Avalanche does. For ``"all"``,
             ``"sample"`` and ``"pred"``, see :func:`~t2v_fast.adapters.fim.fim_diag`; they need cross-entropy, or binary
             cross-entropy with logits, without class weights and label smoothing.
-        batch_scale: Divide by the batch size. Where the mean gradient is small, as it is after training, this is the
-            expectation of the plugin's squared batch means, so that ``ewc_lambda`` keeps its meaning.
+        batch_scale: Divide by the batch size. The expectation of the plugin's squared batch means is this, plus about
+            the square of the mean gradient, which vanishes only where training has converged.
         options: ``unsupported`` and ``self_check`` of :func:`t2v_fast.fisher`. For other ``labels``, all arguments of
             :func:`~t2v_fast.adapters.fim.fim_diag`.
 
@@ -113,8 +113,8 @@ def accelerate_avalanche(plugin: Any, *, batch_scale: bool = True, **options: An
 
     Args:
         plugin: An ``EWCPlugin``, or another object that calls its ``compute_importances`` with the same arguments.
-        batch_scale: As for :func:`compute_importances`. Here it is true by default, so that an ``ewc_lambda`` that was
-            chosen for the plugin's own importances fits.
+        batch_scale: As for :func:`compute_importances`. Here it is true by default: importances that are larger than
+            the plugin's own can make training diverge with an ``ewc_lambda`` that was chosen for the latter.
         options: More arguments of :func:`compute_importances`.
 
     Returns:

@@ -49,7 +49,9 @@ def with_task_labels() -> nn.Module:
 MODELS = {"growing head": growing, "frozen": lambda: growing(frozen=True), "task labels": with_task_labels}
 
 
-def run(name: str, ours: bool, mode: str = "separate") -> tuple[list[float], Any]:
+def run(
+    name: str, ours: bool, mode: str = "separate", ewc_lambda: float = 2.0, **options: Any
+) -> tuple[list[float], Any]:
     """Train on two experiences of five digits each; return the accuracies on both, and the plugin."""
     import_avalanche()
     from avalanche.benchmarks import nc_benchmark
@@ -65,12 +67,12 @@ def run(name: str, ours: bool, mode: str = "separate") -> tuple[list[float], Any
         data.targets = y[part].tolist()
         parts.append(data)
     by_task = name == "task labels"
-    options = {"task_labels": by_task, "class_ids_from_zero_in_each_exp": by_task, "shuffle": False}
-    benchmark = nc_benchmark(*parts, n_experiences=EXPERIENCES, **options)
+    kind = {"task_labels": by_task, "class_ids_from_zero_in_each_exp": by_task, "shuffle": False}
+    benchmark = nc_benchmark(*parts, n_experiences=EXPERIENCES, **kind)
     model = MODELS[name]()
-    plugin = EWCPlugin(2.0, mode, 0.9 if mode == "online" else None)
+    plugin = EWCPlugin(ewc_lambda, mode, 0.9 if mode == "online" else None)
     if ours:
-        plugin = accelerate_avalanche(plugin)
+        plugin = accelerate_avalanche(plugin, **options)
     strategy = Naive(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), 0.05),
