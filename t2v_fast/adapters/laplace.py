@@ -5,7 +5,7 @@ A backend takes the place of laplace-torch's own in the one argument that choose
     from laplace import Laplace
     from t2v_fast.adapters.laplace import T2VGGN
 
-    la = Laplace(model, "classification", hessian_structure="diag", backend=T2VGGN)
+    la = Laplace(model, "classification", "all", "diag", backend=T2VGGN)
 
 laplace-torch computes diagonals from the Jacobians of a batch, [N, C, P] for P parameters. The backends here compute
 the same diagonals inside C - 1 backward passes, and hold [P]. Other structures than diagonals are those of
