@@ -56,7 +56,7 @@ docs-data: pictures coverage ## Regenerate the tables and pictures in docs/ that
 test: setup ## Run the tests that end within minutes, and the examples in docstrings
 	$(PYTEST) -m "not slow and not weekly"
 
-slow: setup $(VENV)/.coverage ## Run the tests that are too long for `make test`
+slow: setup $(VENV)/.coverage $(VENV)/.frontends ## Run the tests that are too long for `make test`
 	$(PYTEST) -m slow
 
 # These tests take many minutes, and depend on the sources of the GPU kernels only. Last run: 2026-11-29, 3 passed in 5:26.
@@ -71,8 +71,8 @@ VERSION_INDEPENDENT := analysis bank bench ops/test_gpu_specs.py tasks/test_cach
 test-version: setup ## Run the tests that depend on torch; TORCH=2.13.0 takes that version
 	$(PYTEST) -m "not slow and not weekly" $(VERSION_INDEPENDENT:%=--ignore=tests/%)
 
-$(VENV)/.coverage: $(VENV)/.installed requirements/coverage.txt
-	$(BIN)/python -m pip install --quiet --progress-bar off --no-deps -r requirements/coverage.txt
+$(VENV)/.coverage $(VENV)/.frontends: $(VENV)/.%: $(VENV)/.installed requirements/%.txt
+	$(BIN)/python -m pip install --quiet --progress-bar off --no-deps -r requirements/$*.txt
 	touch $@
 
 # Hundreds of networks take an hour. After an interruption, the same command continues.

@@ -31,6 +31,8 @@ CHANGED: dict[str, str] = {
     "t2v_fast.transfers.transfer": "its default was the table itself, so that each new transfer changed the parameters",
     "t2v_fast.FisherDiagonal": _ENTRIES,
     "t2v_fast.fisher.FisherDiagonal": _ENTRIES,
+    "t2v_fast.adapters.continual.compute_importances": "batch_scale, which keeps the meaning of a plugin's ewc_lambda",
+    "t2v_fast.adapters.continual.online_ewc_fisher": "mode, whose default gives Mammoth's numbers",
 }
 # Names that are gone because nobody can have used them, each with the reason.
 REMOVED: dict[str, str] = {

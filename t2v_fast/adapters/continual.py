@@ -1,23 +1,29 @@
-"""Importances for elastic weight consolidation (Kirkpatrick et al., 2017), with the interfaces of two libraries."""
+"""Importances for elastic weight consolidation (Kirkpatrick et al., 2017), in Avalanche and in Mammoth."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
-from ..gradients.recorder import FisherRecorder
 from .fim import evaluating, fim_diag
+from .squares import summed_squares
 
 CRITERIA = {nn.CrossEntropyLoss: "classification", nn.BCEWithLogitsLoss: "multi-label"}
+MODES = ("own", "eval")
 
 
 def compute_importances(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor],
     optimizer: torch.optim.Optimizer | None,
     dataset: Dataset,
     device: str | torch.device,
@@ -25,76 +31,263 @@ def compute_importances(
     num_workers: int = 0,
     *,
     labels: str = "true",
+    batch_scale: bool = False,
     **options: Any,
-) -> dict[str, Tensor]:
-    """Compute importances with the argument list of Avalanche's EWC plugin.
+) -> dict[str, Any]:
+    """Compute importances with the argument list and the result of Avalanche's EWC plugin.
 
-    The plugins square the mean gradient of each batch. This function squares the gradient of each example, which is
-    what the plugins compute at batch size 1.
+    The plugin squares the mean gradient of each batch. This function squares the gradient of each example, which is
+    what the plugin computes at batch size 1. The model runs in evaluation mode and is left in its own mode.
+
+    A data set's ``collate_fn`` makes the batches if there is one. A model with task labels (Avalanche's
+    ``MultiTaskModule``) gets those of the batch.
 
     Args:
         model: The model, which is moved to ``device``.
-        criterion: The loss: cross-entropy, or binary cross-entropy with logits. Class weights and label smoothing are
-            refused, because they change the likelihood.
+        criterion: The loss: any function of outputs [n, ...] and targets that gives one number for one example.
         optimizer: Ignored.
-        dataset: A data set of (input, label, ...).
+        dataset: A data set of (input, label, ...), whose last entries are task labels for a model that takes them.
         device: The device to run on.
         batch_size: Examples in a batch.
         num_workers: Processes that load data.
         labels: Whose labels the gradients are of. ``"true"`` takes the data's, as Avalanche does. For ``"all"``,
-            ``"sample"`` and ``"pred"``, see :func:`~t2v_fast.adapters.fim.fim_diag`.
-        options: More arguments of :func:`~t2v_fast.adapters.fim.fim_diag`.
+            ``"sample"`` and ``"pred"``, see :func:`~t2v_fast.adapters.fim.fim_diag`; they need cross-entropy, or binary
+            cross-entropy with logits, without class weights and label smoothing.
+        batch_scale: Divide by the batch size. The expectation of the plugin's squared batch means is this, plus about
+            the square of the mean gradient, which vanishes only where training has converged.
+        options: ``unsupported`` and ``self_check`` of :func:`t2v_fast.fisher`. For other ``labels``, all arguments of
+            :func:`~t2v_fast.adapters.fim.fim_diag`.
 
     Returns:
-        The mean squared per-example gradient of each parameter, by name.
+        The mean squared per-example gradient of each parameter, by name, in the order of ``model.named_parameters()``.
+        Parameters that are frozen, or that no example uses, have zeros. Where Avalanche has been imported, each value
+        is its ``ParamData``, which grows with a growing head; otherwise it is a tensor.
 
     Raises:
-        ValueError: For another criterion.
+        ValueError: The criterion does not give one number for one example, or it is no likelihood and ``labels`` needs
+            one, or the data set is empty.
+        UnsupportedError: A parameter has no exact per-example gradient.
     """
-    task_type = next((kind for loss, kind in CRITERIA.items() if type(criterion) is loss), None)
-    weighted = getattr(criterion, "weight", None) is not None or getattr(criterion, "pos_weight", None) is not None
-    if task_type is None or weighted or getattr(criterion, "label_smoothing", False):
-        known = ", ".join(loss.__name__ for loss in CRITERIA)
-        raise ValueError(f"criterion is {criterion}, expected one of {known} without weights and label smoothing")
-    loader = DataLoader(dataset, batch_size, shuffle=False, num_workers=num_workers)
     model.to(device)
-    return fim_diag(model, loader, task_type, labels, device=device, **options)
+    collate = getattr(dataset, "collate_fn", None)
+    loader = DataLoader(dataset, batch_size, shuffle=False, num_workers=num_workers, collate_fn=collate)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    inverse_sizes: list[float] = []
+
+    def batches() -> Iterator[tuple[Any, Tensor]]:
+        for batch in loader:
+            inverse_sizes.append(1 / len(batch[1]))
+            yield (batch[0], batch[-1]), batch[1]
+
+    if labels == "true":
+
+        def gradients(outputs: Tensor, targets: Tensor | None) -> Tensor:
+            assert targets is not None  # batches() yields some
+            return _gradients_of_single_losses(criterion, outputs, targets)
+
+        with evaluating(model):
+            found, examples = summed_squares(
+                model, batches(), gradients, parameters=names, device=device, forward=_avalanche_forward, **options
+            )
+        found = {name: squares / examples for name, squares in found.items()}
+    else:
+        task_type = _likelihood_of(criterion)
+        options = {"parameters": names, "forward": _avalanche_forward, **options}
+        found = fim_diag(model, batches(), task_type, labels, device=device, **options)
+    scale = sum(inverse_sizes) / len(inverse_sizes) if batch_scale else 1.0
+    with torch.no_grad():
+        values = {
+            name: found[name].to(p) * scale if name in found else torch.zeros_like(p)
+            for name, p in model.named_parameters()
+        }
+    param_data = getattr(sys.modules.get("avalanche.training.utils"), "ParamData", None)
+    if param_data is None:
+        return values
+    return {
+        name: param_data(name, value.shape, init_tensor=value, device=value.device) for name, value in values.items()
+    }
+
+
+def accelerate_avalanche(plugin: Any, *, batch_scale: bool = True, **options: Any) -> Any:
+    """Let an EWC plugin of Avalanche compute its importances with :func:`compute_importances`.
+
+    Args:
+        plugin: An ``EWCPlugin``, or another object that calls its ``compute_importances`` with the same arguments.
+        batch_scale: As for :func:`compute_importances`. Here it is true by default: importances that are larger than
+            the plugin's own can make training diverge with an ``ewc_lambda`` that was chosen for the latter.
+        options: More arguments of :func:`compute_importances`.
+
+    Returns:
+        The plugin. ``del plugin.compute_importances`` undoes the change.
+
+    Raises:
+        TypeError: The object has no method ``compute_importances``.
+    """
+    if not callable(getattr(plugin, "compute_importances", None)) or isinstance(plugin, type):
+        raise TypeError(
+            f"plugin is {plugin!r}, expected an EWC plugin of Avalanche, that is an object with compute_importances()"
+        )
+    plugin.compute_importances = functools.partial(compute_importances, batch_scale=batch_scale, **options)
+    return plugin
 
 
 def online_ewc_fisher(
-    net: nn.Module, train_loader: Iterable, device: str | torch.device, batch_size: int | None = None
+    net: nn.Module,
+    train_loader: Iterable,
+    device: str | torch.device,
+    batch_size: int | None = None,
+    *,
+    mode: str = "own",
+    **options: Any,
 ) -> Tensor:
     """Compute what Mammoth's online EWC accumulates over a task, in its layout.
 
     It is the sum over examples of p(label) times the squared gradient of log p(label), divided by a number of examples.
-    The model runs in evaluation mode, in which batch norm does not mix examples, and is left in its own mode.
+
+    Mammoth runs the network on one image after the other, in the network's own mode. A batch norm in training mode then
+    normalises each image by the statistics of this image. This function does the same for all images of a batch at
+    once, but leaves the running statistics as they are.
 
     Args:
-        net: The model, which is moved to ``device``.
+        net: The model, which is moved to ``device`` and left in its own mode.
         train_loader: Batches of (inputs, labels, ...).
         device: The device to run on.
         batch_size: If given, the divisor is this number times the number of batches, as in Mammoth; otherwise it is
             the number of examples.
+        mode: ``"own"`` for Mammoth's numbers. ``"eval"`` runs the network in evaluation mode, in which batch norm uses
+            its running statistics, as it does for predictions.
+        options: ``unsupported`` and ``self_check`` of :func:`t2v_fast.fisher`.
 
     Returns:
-        One vector with all parameters, in the order of ``net.named_parameters()``.
+        One vector with all parameters, in the order of ``net.parameters()``. Frozen parameters have zeros.
 
     Raises:
-        ValueError: If there are no examples.
+        ValueError: There are no examples, the mode is unknown, or a batch norm in training mode sees one value for each
+            channel of an image.
+        UnsupportedError: A parameter has no exact per-example gradient.
+        SelfCheckError: The network is random, as with dropout in training mode.
     """
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
     net.to(device)
-    total: dict[str, Tensor] = {}
-    examples = batches = 0
-    with evaluating(net), FisherRecorder(net, granularity="parameter") as recorder:
-        for inputs, labels, *_ in train_loader:
-            logits, labels = net(inputs.to(device)), labels.to(device)
-            p = logits.detach().softmax(1)
-            chance = p.gather(1, labels[:, None])
-            cotangents = p.scatter_add(1, labels[:, None], -torch.ones_like(chance)) * chance.sqrt()
-            for name, squares in recorder.backward(logits, cotangents).items():
-                total[name] = total[name] + squares if name in total else squares
-            examples, batches = examples + len(labels), batches + 1
-    if not examples:
-        raise ValueError("train_loader has no examples")
+    batches = 0
+
+    def directions(logits: Tensor, labels: Tensor | None) -> Tensor:
+        nonlocal batches
+        batches += 1
+        if labels is None:
+            raise ValueError("train_loader yields no labels, expected (inputs, labels, ...)")
+        p = logits.softmax(1)
+        chance = p.gather(1, labels[:, None])
+        return p.scatter_add(1, labels[:, None], -torch.ones_like(chance)) * chance.sqrt()
+
+    wanted = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    pairs = ((batch[0], batch[1]) for batch in train_loader)
+    with evaluating(net) if mode == "eval" else _own_statistics(net):
+        try:
+            total, examples = summed_squares(net, pairs, directions, parameters=list(wanted), device=device, **options)
+        except ValueError as error:
+            if str(error) == "the loader gave no example":
+                raise ValueError("train_loader has no examples") from None
+            raise
     count = examples if batch_size is None else batches * batch_size
-    return torch.cat([total[name].flatten() for name, _ in net.named_parameters()]) / count
+    parts = [
+        total[name].to(p).flatten() if name in total else torch.zeros_like(p).flatten()
+        for name, p in net.named_parameters()
+    ]
+    return torch.cat(parts) / count
+
+
+def accelerate_mammoth(model: Any, **options: Any) -> Any:
+    """Let Mammoth's online EWC compute its Fisher with :func:`online_ewc_fisher`.
+
+    Args:
+        model: The class ``EwcOn``, or an object of it.
+        options: More arguments of :func:`online_ewc_fisher`.
+
+    Returns:
+        The class or object, whose ``end_task`` is replaced.
+
+    Raises:
+        TypeError: The object has not the methods of ``EwcOn``.
+    """
+    if not all(callable(getattr(model, name, None)) for name in ("end_task", "get_penalty_grads")):
+        raise TypeError(f"model is {model!r}, expected Mammoth's EwcOn, with end_task() and get_penalty_grads()")
+
+    def end_task(self: Any, dataset: Any) -> None:
+        found = online_ewc_fisher(self.net, dataset.train_loader, self.device, self.args.batch_size, **options)
+        self.fish = found if self.fish is None else self.args.gamma * self.fish + found
+        self.checkpoint = self.net.get_params().data.clone()
+
+    model.end_task = end_task if isinstance(model, type) else functools.partial(end_task, model)
+    return model
+
+
+def _avalanche_forward(model: nn.Module, inputs: Any) -> Tensor:
+    """Run the model on (inputs, task labels), as Avalanche does: only a ``MultiTaskModule`` takes the labels."""
+    x, task_labels = inputs
+    their_forward = getattr(sys.modules.get("avalanche.models.utils"), "avalanche_forward", None)
+    return model(x) if their_forward is None else their_forward(model, x, task_labels)
+
+
+def _likelihood_of(criterion: Any) -> str:
+    """Return the task type of a criterion that is a log-likelihood. Raise ValueError for another."""
+    task_type = next((kind for loss, kind in CRITERIA.items() if type(criterion) is loss), None)
+    weighted = getattr(criterion, "weight", None) is not None or getattr(criterion, "pos_weight", None) is not None
+    if task_type is None or weighted or getattr(criterion, "label_smoothing", False):
+        known = ", ".join(loss.__name__ for loss in CRITERIA)
+        raise ValueError(
+            f"criterion is {criterion}, expected one of {known} without weights and label smoothing: other losses have "
+            "no labels of their own to draw. Pass labels='true' for the squared gradients of the loss itself"
+        )
+    return task_type
+
+
+def _gradients_of_single_losses(criterion: Any, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the gradient [N, ...] of each example's loss, where the example is a batch of its own."""
+    z = outputs.detach().requires_grad_(True)
+    with torch.enable_grad():
+        if type(criterion) is nn.CrossEntropyLoss and criterion.weight is None and criterion.reduction != "none":
+            loss = F.cross_entropy(
+                z,
+                targets,
+                ignore_index=criterion.ignore_index,
+                reduction="sum",
+                label_smoothing=criterion.label_smoothing,
+            )
+        else:
+            each = [criterion(z[n : n + 1], targets[n : n + 1]) for n in range(len(z))]
+            if any(not isinstance(t, Tensor) or t.numel() != 1 for t in each):
+                raise ValueError(
+                    f"criterion {criterion} gives {each[0]!r} for one example, expected one number: set its reduction "
+                    "to 'mean' or 'sum'"
+                )
+            loss = torch.stack([t.reshape(()) for t in each]).sum()
+        return torch.autograd.grad(loss, z)[0]
+
+
+@contextmanager
+def _own_statistics(net: nn.Module) -> Iterator[None]:
+    """Let batch norms in training mode normalise each example by itself, as they do in batches of one example."""
+    before: list[tuple[nn.Module, Any]] = []
+    for name, module in net.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            before.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = functools.partial(_normalised_alone, module, name)
+    try:
+        yield
+    finally:
+        for module, forward in before:
+            del module.__dict__["forward"]
+            if forward is not None:
+                module.__dict__["forward"] = forward
+
+
+def _normalised_alone(norm: _BatchNorm, name: str, x: Tensor) -> Tensor:
+    """Return x [N, C, ...] with each channel of each example normalised: a group norm with one group a channel."""
+    if x.dim() < 3 or x[0, 0].numel() == 1:
+        raise ValueError(
+            f"the batch norm {name!r} is in training mode and sees one value for each channel of an example "
+            f"{list(x.shape)}, which has no variance: call eval() on it, or pass mode='eval'"
+        )
+    return F.group_norm(x, x.shape[1], norm.weight, norm.bias, norm.eps)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..estimation.estimator import fisher
 from ..gradients.recorder import ParameterFilter
@@ -74,7 +75,9 @@ def fim_diag(
     with evaluating(model):
         found = fisher(
             model,
-            _predicted(model, data_loader, task_type, device) if labels == "pred" else data_loader,
+            _predicted(model, data_loader, task_type, device, options.get("forward"))
+            if labels == "pred"
+            else data_loader,
             estimator or LABELS[labels],
             samples,
             "parameter",
@@ -101,8 +104,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _predicted(
-    model: nn.Module, data_loader: Iterable[Any], task_type: str, device: str | torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+    model: nn.Module,
+    data_loader: Iterable[Any],
+    task_type: str,
+    device: str | torch.device,
+    forward: Callable[[nn.Module, Any], Tensor] | None,
+) -> Iterator[tuple[Any, Tensor]]:
     """Yield the inputs with the model's most likely labels."""
     likeliest: Mapping[str, Callable[[Tensor], Tensor]] = {
         "classification": lambda z: z.argmax(1),
@@ -110,7 +117,8 @@ def _predicted(
         "regression": lambda z: z,
     }
     for batch in data_loader:
-        x = (batch[0] if isinstance(batch, (tuple, list)) else batch).to(device)
+        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        x = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, x)
         with torch.no_grad():
-            z = model(x)
+            z = model(x) if forward is None else forward(model, x)
         yield x, likeliest[task_type](z)

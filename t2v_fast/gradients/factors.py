@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.nn import functional as F
 
 from .. import ops
 from ..ops import planner, reference
@@ -131,7 +132,11 @@ class Outer(_Layer):
         return ops.sq_outer(self.x, self.g, path)
 
     def accumulate_(self, out: Tensor, weight: Tensor) -> None:
-        ops.sq_outer_acc_(out.view(self.g.shape[2], self.x.shape[2]), self.x, self.g, weight)
+        out = out.view(self.g.shape[2], self.x.shape[2])
+        if self.x.shape[1] != 1 or self.x.device.type != "cpu":
+            ops.sq_outer_acc_(out, self.x, self.g, weight)
+            return
+        _accumulate_rank_one_(out, self.x[:, 0], self.g[:, 0], weight)
 
     def gradients(self, start: int, stop: int) -> Tensor:
         x, g = (reference.widen(t[start:stop]) for t in (self.x, self.g))
@@ -139,6 +144,17 @@ class Outer(_Layer):
 
     def exchanged(self) -> Factors | None:
         return Outer(self.g, self.x, not self.of_input)
+
+
+def _accumulate_rank_one_(out: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> None:
+    """Add the weighted squares of gradients g x^T to ``out`` [O, I], from x [N, I], g [M, O] and weights [M].
+
+    A square of a product is a product of squares, so one matrix product serves all examples.
+    """
+    squares = reference.widen(g).square() * weight[:, None]
+    if len(g) > len(x):
+        squares = squares.unflatten(0, (-1, len(x))).sum(0)
+    out.addmm_(squares.T, reference.widen(x).square())
 
 
 @dataclass(frozen=True)
@@ -161,7 +177,12 @@ class Convolution(_Layer):
         return ops.sq_conv(self.x, self.g, *self.geometry, path)
 
     def accumulate_(self, out: Tensor, weight: Tensor) -> None:
-        kernel_size, *rest = self.geometry
+        kernel_size, stride, padding, dilation, groups = self.geometry
+        rest = stride, padding, dilation, groups
+        if self.g.shape[2:].numel() == 1 and groups == 1 and self.x.device.type == "cpu":
+            patches = F.unfold(reference.widen(self.x), kernel_size, dilation, padding, stride)[:, :, 0]
+            _accumulate_rank_one_(out.view(self.g.shape[1], -1), patches, self.g[:, :, 0, 0], weight)
+            return
         out = out.view(self.g.shape[1], -1, *kernel_size)
         ops.sq_conv_acc_(out, self.x, self.g, weight, *rest, planner.choose(self.conv, self.x, elementwise=True))
 

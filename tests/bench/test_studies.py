@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from small import small_probe
 
 ROOT = Path(__file__).resolve().parents[2]

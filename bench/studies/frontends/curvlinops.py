@@ -1,0 +1,64 @@
+"""curvlinops: the diagonal of its operators, multiplied out or estimated, and this library's.
+
+    python -m bench.studies.frontends.curvlinops [--rounds 5]
+
+curvlinops comes from ``requirements/frontends.txt``. It has no exact diagonal: multiplying an operator onto all unit
+vectors gives one, and ``hutchinson_diag`` an estimate. The time for the same error is that of the unit vectors. The
+time for the same images is that of one random vector of the estimate, whose relative error the row has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+
+import torch
+from torch import nn
+
+from bench.studies.frontends.table import Row, main, times
+from t2v_fast.adapters.curvlinops import diagonal_operator
+
+
+def rows(arguments: argparse.Namespace) -> list[Row]:
+    warnings.simplefilter("ignore")
+    from curvlinops import GGNLinearOperator, hutchinson_diag
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(392, 10))
+    params = list(model.parameters())
+    data = [(torch.randn(16, 1, 16, 16), torch.randint(0, 10, (16,))) for _ in range(2)]
+
+    def theirs() -> GGNLinearOperator:
+        return GGNLinearOperator(model, nn.CrossEntropyLoss(), params, data, check_deterministic=False)
+
+    def ours() -> torch.Tensor:
+        return torch.cat([d.flatten() for d in diagonal_operator(model, nn.CrossEntropyLoss(), params, data).diagonal])
+
+    def multiplied() -> torch.Tensor:
+        operator = theirs()
+        unit = torch.eye(operator.shape[0], dtype=params[0].dtype)
+        return torch.cat([(operator @ part.T)[k * 256 :].diagonal() for k, part in enumerate(unit.split(256))])
+
+    def estimated(vectors: int = 1) -> torch.Tensor:
+        return hutchinson_diag(theirs(), vectors)
+
+    model.double()
+    data = [(x.double(), y) for x, y in data]
+    exact = multiplied()
+    worst = float((ours() - exact).norm() / exact.norm())
+    error = float((estimated() - exact).norm() / exact.norm())
+    model.float()
+    data = [(x.float(), y) for x, y in data]
+    return [
+        Row(
+            f"curvlinops `GGNLinearOperator`, its diagonal, {len(exact)} parameters, 32 images of 16 x 16",
+            1,
+            f"{worst:.0e} relative in float64; `hutchinson_diag` with one vector is {error:.1f} off",
+            times(estimated, ours, arguments.rounds).ratio,
+            times(multiplied, ours, 1).ratio,
+        )
+    ]
+
+
+if __name__ == "__main__":
+    main(__doc__.splitlines()[0], rows, "curvlinops", needs=False)

@@ -1,0 +1,101 @@
+"""laplace-torch: diagonals from its own backends and from this library's, on a residual network with batch norms.
+
+    python -m bench.studies.frontends.laplace [--rounds 5]
+
+laplace-torch comes from ``requirements/frontends.txt``. Times are those of ``Laplace(...).fit``. The backends are
+exact, so the time for the same error is that for the same images. Memory is measured in processes of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from bench.studies.frontends.table import Row, main, times
+
+BATCH, CLASSES = 16, 10
+BACKENDS = {"T2VGGN": ("CurvlinopsGGN", "AsdlGGN"), "T2VEF": ("CurvlinopsEF", "AsdlEF")}
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int = 32, depth: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, 2, 1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+            for _ in range(depth)
+        )
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        for block in self.blocks:
+            x = (x + block(x)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def backend(name: str) -> type:
+    from laplace import curvature
+
+    from t2v_fast.adapters import laplace
+
+    return getattr(laplace if name.startswith("T2V") else curvature, name)
+
+
+def fit(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    from laplace import Laplace
+
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    model = Residual().to(dtype)
+    data = TensorDataset(torch.randn(2 * BATCH, 3, 32, 32, dtype=dtype), torch.arange(2 * BATCH) % CLASSES)
+    la = Laplace(model, "classification", "all", "diag", backend=backend(name))
+    la.fit(DataLoader(data, BATCH))
+    return la
+
+
+def megabytes(name: str) -> float:
+    """Return how much the largest size of a fresh process grows during a fit."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_growth, (name,))
+
+
+def _growth(name: str) -> float:
+    backend(name)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fit(name)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def rows(arguments: argparse.Namespace) -> list[Row]:
+    found = []
+    for ours, theirs in BACKENDS.items():
+        exact, needed = fit(ours, torch.float64), megabytes(ours)
+        for name in theirs:
+            la = fit(name, torch.float64)
+            worst = float((exact.H - la.H).norm() / la.H.norm())
+            evidence = float((exact.log_marginal_likelihood() - la.log_marginal_likelihood()).abs())
+            ratio = times(lambda name=name: fit(name), lambda ours=ours: fit(ours), arguments.rounds).ratio
+            found.append(
+                Row(
+                    f"laplace-torch `{name}`, diagonal of all weights, {la.n_params} parameters, {CLASSES} classes, "
+                    f"{2 * BATCH} images of 32 x 32",
+                    1,
+                    f"{worst:.0e} relative in float64, log marginal likelihood {evidence:.0e} apart; memory grows by "
+                    f"{megabytes(name):.0f} MB with its own and {needed:.0f} MB with ours",
+                    ratio,
+                    ratio,
+                )
+            )
+    return found
+
+
+if __name__ == "__main__":
+    main(__doc__.splitlines()[0], rows, "laplace", needs=False)

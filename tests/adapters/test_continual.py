@@ -1,0 +1,190 @@
+"""Importances for elastic weight consolidation against the frontends' loops, written out over single examples."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset, default_collate
+
+from t2v_fast import SelfCheckError
+from t2v_fast.adapters.continual import (
+    accelerate_avalanche,
+    accelerate_mammoth,
+    compute_importances,
+    online_ewc_fisher,
+)
+from t2v_fast.adapters.fim import fim_diag
+
+X = torch.randn(7, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+Y = torch.tensor([0, 1, 2, 3, 0, 1, 2])
+DATA = TensorDataset(X, Y, torch.zeros(7))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 2, bias=False), nn.BatchNorm2d(4)
+    return nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.Linear(16, 4)).double().eval()
+
+
+def one_by_one(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], weighted: bool = False) -> dict[str, Tensor]:
+    """Sum of squares over batches of one example, in the model's mode; the buffers are restored."""
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total = {name: torch.zeros_like(p) for name, p in named.items()}
+    for n in range(len(X)):
+        value = loss(model(X[n : n + 1]), Y[n : n + 1])
+        scale = (-value.detach()).exp() if weighted else 1.0
+        for name, g in zip(total, torch.autograd.grad(value, list(named.values())), strict=True):
+            total[name] += scale * g.square()
+    for name, b in model.named_buffers():
+        b.copy_(before[name])
+    return total
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        nn.CrossEntropyLoss(),
+        nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.1),
+        nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5, 3.0]).double(), reduction="sum"),
+        lambda z, y: (z - F.one_hot(y, 4)).abs().pow(3).mean(),
+    ],
+)
+def test_importances_are_those_of_the_criterion(criterion: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model = network()
+    want = one_by_one(model, criterion)
+    model.train()
+    for batch_size in (1, 3, 64):
+        got = compute_importances(model, criterion, None, DATA, "cpu", batch_size)
+        assert list(got) == list(want)
+        for name, value in want.items():
+            close(got[name], value / len(X))
+    assert all(m.training for m in model.modules())
+
+
+def test_frozen_parameters_have_zeros_and_the_scale_is_that_of_batches() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    model.unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    every = compute_importances(model, nn.CrossEntropyLoss(), None, DATA, "cpu", 3)
+    assert list(every) == [name for name, _ in model.named_parameters()]
+    assert [name for name, value in every.items() if not value.any()] == ["unused", "0.weight", "0.bias"]
+    assert not model[0].weight.requires_grad
+    scaled = compute_importances(model, nn.CrossEntropyLoss(), None, DATA, "cpu", 3, batch_scale=True)
+    for name, value in every.items():  # batches of 3, 3 and 1
+        close(scaled[name], value * (1 / 3 + 1 / 3 + 1) / 3)
+
+
+def test_the_data_sets_own_batches() -> None:
+    class Nested(TensorDataset):
+        def __getitem__(self, k: int) -> dict[str, Tensor]:
+            x, y, _ = super().__getitem__(k)
+            return {"x": x, "y": y}
+
+        @staticmethod
+        def collate_fn(items: list[dict[str, Tensor]]) -> tuple[Tensor, ...]:
+            batch = default_collate(items)
+            return batch["x"], batch["y"], torch.zeros(len(items))
+
+    want = compute_importances(network(), nn.CrossEntropyLoss(), None, DATA, "cpu", 3)
+    got = compute_importances(network(), nn.CrossEntropyLoss(), None, Nested(*DATA.tensors), "cpu", 3)
+    for name, value in want.items():
+        close(got[name], value)
+
+
+def test_labels_of_the_model_need_a_likelihood() -> None:
+    model = network()
+    for labels in ("all", "sample", "pred"):
+        found = compute_importances(model, nn.CrossEntropyLoss(), None, DATA, "cpu", 3, labels=labels)
+        want = fim_diag(model, DataLoader(DATA, 3), labels=labels)
+        assert list(found) == list(want) == [name for name, _ in model.named_parameters()]
+        for name, value in want.items():
+            close(found[name], value)
+    for criterion in (nn.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss(torch.ones(4)), nn.MSELoss()):
+        with pytest.raises(ValueError, match="criterion is"):
+            compute_importances(network(), criterion, None, DATA, "cpu", 4, labels="all")
+    with pytest.raises(ValueError, match="expected one number"):
+        compute_importances(network(), lambda z, y: z[0], None, DATA, "cpu", 4)
+
+
+def test_accelerating_a_plugin() -> None:
+    class Plugin:
+        def compute_importances(self) -> None:
+            raise AssertionError("replaced")
+
+    plugin = accelerate_avalanche(Plugin())
+    got = plugin.compute_importances(network(), nn.CrossEntropyLoss(), None, DATA, "cpu", 64, num_workers=0)
+    want = compute_importances(network(), nn.CrossEntropyLoss(), None, DATA, "cpu", 64)
+    for name, value in want.items():
+        close(got[name], value / len(X))
+    for wrong in (Plugin, nn.Linear(1, 1)):
+        with pytest.raises(TypeError, match="expected an EWC plugin"):
+            accelerate_avalanche(wrong)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_online_ewc_is_mammoths_loop(training: bool, frozen: bool) -> None:
+    """One image after the other, weighted by the probability of its label, in the network's own mode."""
+    model = network().train(training)
+    model[3].requires_grad_(not frozen)
+    want = one_by_one(model, F.cross_entropy, weighted=True)
+    flat = torch.cat([want.get(name, torch.zeros_like(p)).flatten() for name, p in model.named_parameters()])
+    loader = [(X[:3], Y[:3], "not used"), (X[3:], Y[3:], "not used")]
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    close(online_ewc_fisher(model, loader, "cpu"), flat / len(X))
+    close(online_ewc_fisher(model, loader, "cpu", 4), flat / 8)
+    assert all(m.training is training for m in model.modules())
+    assert all(b.equal(before[name]) for name, b in model.named_buffers())
+    assert all("forward" not in vars(m) for m in model.modules())
+    evaluated = online_ewc_fisher(model, loader, "cpu", mode="eval")
+    assert torch.allclose(evaluated, flat / len(X)) is not training
+
+
+def test_online_ewc_refuses() -> None:
+    loader = [(X, Y)]
+    with pytest.raises(ValueError, match="train_loader has no examples"):
+        online_ewc_fisher(network(), [], "cpu")
+    with pytest.raises(ValueError, match="mode is 'train'"):
+        online_ewc_fisher(network(), loader, "cpu", mode="train")
+    with pytest.raises(SelfCheckError, match="draws random numbers"):
+        online_ewc_fisher(nn.Sequential(network(), nn.Dropout()).double().train(), loader, "cpu")
+    narrow = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(50), nn.Linear(50, 4)).double().train()
+    with pytest.raises(ValueError, match="batch norm '1' is in training mode"):
+        online_ewc_fisher(narrow, loader, "cpu")
+    assert "forward" not in vars(narrow[1])
+
+
+def test_accelerating_mammoth() -> None:
+    """A stand-in with what the replaced method of EwcOn touches."""
+
+    class EwcOn:
+        def __init__(self) -> None:
+            self.net, self.device, self.fish = network(), "cpu", None
+            self.net.get_params = lambda: nn.utils.parameters_to_vector(self.net.parameters())
+            self.args = types.SimpleNamespace(batch_size=4, gamma=0.5)
+
+        def end_task(self, dataset: object) -> None:
+            raise AssertionError("replaced")
+
+        def get_penalty_grads(self) -> None: ...
+
+    dataset = types.SimpleNamespace(train_loader=DataLoader(DATA, 4))
+    first = online_ewc_fisher(network(), dataset.train_loader, "cpu", 4)
+    for model in (accelerate_mammoth(EwcOn()), accelerate_mammoth(type("Own", (EwcOn,), {}))()):
+        model.end_task(dataset)
+        close(model.fish, first)
+        close(model.checkpoint, nn.utils.parameters_to_vector(model.net.parameters()).detach())
+        model.end_task(dataset)
+        close(model.fish, 1.5 * first)
+    with pytest.raises(TypeError, match="expected Mammoth's EwcOn"):
+        accelerate_mammoth(nn.Linear(1, 1))
