@@ -106,9 +106,10 @@ class FastNetwork:
     """A forward function that uses :class:`~t2v_fast.gradients.fast_layers.FastLayers` and channels-last images.
 
     Within the context, channels-last copies replace the weights of the convolutions that torch computes, so that torch
-    does not copy them for every batch. The model gets its own weights back at the end. If the network refuses channels-last images, or torch
-    crashes on them, the images and the weights are left in their format. Norms and poolings gain most: see
-    docs/performance.md. The faster layers are for CPUs; a network on another device keeps torch's own.
+    does not copy them for every batch. The model gets its own weights back at the end. If the network refuses
+    channels-last images, or torch crashes on them, the images and the weights are left in their format. Norms and
+    poolings gain most: see docs/performance.md. The faster layers are for CPUs; a network on another device keeps
+    torch's own.
 
     Args:
         model: The network.
@@ -152,7 +153,8 @@ class FastNetwork:
         """
         if self.works is False or id(weight) in self._own or id(weight) in self._layers.written:
             return
-        if isinstance(weight, nn.Parameter) and weight.dim() == 4 and weight.is_contiguous() and not weight.is_inference():
+        usual = weight.dim() == 4 and weight.is_contiguous() and not weight.is_inference()
+        if usual and isinstance(weight, nn.Parameter):
             own, copy = weight.data, weight.data.contiguous(memory_format=torch.channels_last)
             weight.data = copy
             self._own[id(weight)] = weight, own, copy, weight._version

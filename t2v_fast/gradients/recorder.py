@@ -238,13 +238,11 @@ class FisherRecorder:
             >>> recorder.reduce("weight", torch.full((3, 4), 2.0))
             tensor([4., 4., 4.])
         """
-        square = gradient.square()
         if self.granularity == "parameter":
-            return square
-        if self.granularity == "tensor":
-            return square.sum() / max(1, square.numel())
-        rows = self._rows(name, square)
-        return rows.sum(1) / max(1, rows.shape[1])
+            return gradient.square()
+        rows = self._rows(name, gradient)
+        squares = torch.linalg.vector_norm(rows, dim=1).square()  # without a tensor of the squares
+        return squares / max(1, rows.shape[1]) if self.granularity == "filter" else squares.sum() / max(1, rows.numel())
 
     def plain_gradients(
         self, output: Tensor, cotangent: Tensor, example: int, names: Iterable[str]

@@ -394,6 +394,11 @@ def force(path: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced_path() -> str | None:
+    """Return the path that :func:`force` sets in this context; None where the cost model chooses."""
+    return _forced.get()
+
+
 @functools.cache
 def _best(conv: Conv, dtype: torch.dtype, capability: str, cotangents: int, elementwise: bool) -> str:
     return _costs(dtype, capability).best(conv, cotangents, elementwise)

@@ -95,9 +95,7 @@ def test_weights_are_channels_last_within() -> None:
     x, rest = torch.rand(2, 4, 9, 9), torch.arange(3)
     whole = nn.Sequential(model[:4], standardised)
     want = model[:4](x), standardised(x)
-    with FastNetwork(
-        whole, lambda whole, given: (whole[0](given["image"]), whole[1](given["image"])) and given
-    ) as run:
+    with FastNetwork(whole, lambda whole, given: (whole[0](given["image"]), whole[1](given["image"])) and given) as run:
         seen = run(whole, {"image": x, "rest": rest})
         for k in (0, 3):
             weight = model[k].weight
