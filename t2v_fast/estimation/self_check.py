@@ -263,7 +263,7 @@ class SelfCheck:
                 direction[own] = cotangent[row]
                 self._add_plain(want, k, alone, direction, own)
             wrong = wrong or self._wrong(got, want, logits)
-        if n == 1 or wrong is not None:
+        if got and (n == 1 or wrong is not None):
             want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
             for k, row in enumerate(rows):
                 self._add_plain(want, k, logits, cotangent, row)
@@ -273,6 +273,8 @@ class SelfCheck:
     def _add_plain(self, want: dict[str, Tensor], k: int, logits: Tensor, cotangent: Tensor, row: int) -> None:
         """Add the squared gradients of one row to the values of the k-th example. Only torch's autograd is used."""
         recorder = self.recorder
+        if not want:
+            return
         single = torch.zeros_like(cotangent)
         single[row] = cotangent[row]
         gradients = torch.autograd.grad(

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -34,8 +34,7 @@ _contexts = 0
 _release: threading.Timer | None = None  # gives kept memory back, some seconds after the last context ended
 
 
-@contextmanager
-def kept_memory(linger: float = 0) -> Iterator[None]:
+def kept_memory() -> AbstractContextManager[None]:
     """Keep freed memory in the process until the last of these contexts ends, and give it back to the system then.
 
     Otherwise glibc gives large blocks back when they are freed and requests them again for the next batch, and the
@@ -44,15 +43,30 @@ def kept_memory(linger: float = 0) -> Iterator[None]:
     The context has no effect without the compiled extension, with allocators other than glibc's, and where the
     environment configures glibc's allocator (MALLOC_..., GLIBC_TUNABLES).
 
-    Args:
-        linger: For how many seconds more the memory is kept after the last context has ended. A context that begins
-            in this time reuses the memory. A call over one batch would otherwise spend a third of its time on pages.
-
     Example:
         >>> with kept_memory():
         ...     for _ in range(2):
         ...         batch = torch.zeros(8, 3, 32, 32)
     """
+    return _kept_for(0)
+
+
+def lingering_memory() -> AbstractContextManager[None]:
+    """As :func:`kept_memory`, but keep the memory for ``LINGER`` seconds more after the last context has ended.
+
+    A context that begins in this time reuses the memory. Otherwise a call over one batch spends up to a third of its
+    time on new pages.
+
+    Example:
+        >>> for _ in range(2):
+        ...     with lingering_memory():
+        ...         batch = torch.zeros(8, 3, 32, 32)
+    """
+    return _kept_for(LINGER)
+
+
+@contextmanager
+def _kept_for(linger: float) -> Iterator[None]:
     global _contexts, _release
     with _lock:
         _contexts += 1
@@ -133,7 +147,8 @@ class FastNetwork:
         self.model, self.forward = model, forward
         self.works: bool | None = None if channels_last else False
         self._on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-        self._layers = FastLayers(self._put_back, self._make_channels_last)
+        self._layers = FastLayers(self._put_back)
+        self._layers.read = self._make_channels_last
         # By the weight's id: the weight, its own data, the channels-last copy, and the weight's version then.
         self._own: dict[int, tuple[Tensor, Tensor, Tensor, int]] = {}
 
@@ -235,8 +250,7 @@ def fast_forward(
 ) -> Iterator[Callable[[nn.Module, Any], Tensor]]:
     """Make a forward function as fast as the device allows, for a loop over batches.
 
-    On a CPU the function is a :class:`FastNetwork`, within :func:`kept_memory`, which keeps the memory for some seconds
-    more (``LINGER``). On a CUDA device it is a
+    On a CPU the function is a :class:`FastNetwork`, within :func:`lingering_memory`. On a CUDA device it is a
     :class:`FastNetwork` if ``channels_last`` is set, because the kernels there read channels-last images without a
     copy. Otherwise the function is ``forward``.
 
@@ -260,6 +274,6 @@ def fast_forward(
     if kind != "cpu" and not (kind == "cuda" and channels_last):
         yield forward
         return
-    memory = kept_memory(LINGER) if kind == "cpu" else nullcontext()
+    memory = lingering_memory() if kind == "cpu" else nullcontext()
     with memory, FastNetwork(model, forward, channels_last) as run:
         yield run

@@ -310,7 +310,8 @@ class FastLayers(TorchFunctionMode):
     """A context in which layers on a CPU use the implementations of this module.
 
     The matrices of convolutions are kept from call to call. ``replaced`` is called with each weight that a matrix
-    replaces, and ``read`` with the weight of each convolution that torch computes from channels-last images.
+    replaces. The attribute ``read`` may be set to a function that is called with the weight of each convolution that
+    torch computes from channels-last images.
 
     Example:
         >>> layer = torch.nn.Linear(2048, 2048)
@@ -321,13 +322,10 @@ class FastLayers(TorchFunctionMode):
         True
     """
 
-    def __init__(
-        self,
-        replaced: Callable[[Tensor], None] = lambda weight: None,
-        read: Callable[[Tensor], None] = lambda weight: None,
-    ) -> None:
+    def __init__(self, replaced: Callable[[Tensor], None] = lambda weight: None) -> None:
         super().__init__()
-        self._replaced, self._read = replaced, read
+        self._replaced = replaced
+        self.read: Callable[[Tensor], None] = lambda weight: None
         # By the weight's id, the image size and the geometry: the weight's version, the weight, and the matrix.
         self._matrices: dict[tuple, tuple[int, Tensor, Tensor]] = {}
         self._in_place: list[tuple[Tensor, int]] = []  # in-place outputs of the last forward pass, with their versions
@@ -421,7 +419,7 @@ class FastLayers(TorchFunctionMode):
 
     def _torch_convolution(self, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
         if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-            self._read(weight)
+            self.read(weight)
         return F.conv2d(x, weight, *options)
 
     def _matrix(self, x: Tensor, weight: Tensor, geometry: tuple[Pair, Pair, Pair]) -> Tensor | None:

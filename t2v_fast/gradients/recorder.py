@@ -341,12 +341,17 @@ class FisherRecorder:
         later: list[tuple[Use, Factors]] = []  # factors that can be computed only after the pass
 
         def visit(node: Node, cotangents: tuple[Tensor | None, ...]) -> None:
+            of_node = reuse[node]
             for use in taps.uses[node]:
+                if of_node.bias is not None and use.parameter in routes.single and self._is_norm_bias(use):
+                    q, of_node.bias = of_node.bias, None  # computed with the norm's weight
+                    sums[use.parameter] = sums[use.parameter].add_(q) if use.parameter in sums else q
+                    continue
                 factors = factors_of(use, cotangents, n)
                 if isinstance(factors, Called):
                     later.append((use, factors))
                 elif use.parameter in routes.single:
-                    self._add(use, factors, sums, weights, reuse[node])
+                    self._add(use, factors, sums, weights, of_node)
                     continue
                 for name in routes.summed.intersection(use.parameters):
                     kept.setdefault(name, []).append((use, factors))
@@ -373,7 +378,7 @@ class FisherRecorder:
         p, axis = self.parameters[name], self.filter_axes[name]
         if not p.numel():
             return
-        start = time.perf_counter()
+        start = 0.0 if self.observer is None else time.perf_counter()
         if self.granularity == "parameter":
             if name not in sums:
                 sums[name] = self._zeros(name, len(weights))
@@ -401,6 +406,11 @@ class FisherRecorder:
             sums[name] = sums[name].add_(q) if name in sums else q
         if self.observer is not None:
             self.observer(use, factors, reuse.cotangents, start, time.perf_counter())
+
+    def _is_norm_bias(self, use: Use) -> bool:
+        """Whether the filter sums of a norm's bias, computed with those of its weight, are those of this parameter."""
+        plain = use.slot == 2 and use.direct and not use.between and self.observer is None
+        return plain and self.parameters[use.parameter].dim() == 1
 
     def _formed(self, factors: Factors, name: str, n: int) -> Summed:
         """The same gradients, computed before they are squared, so that the filters may lie along any axis."""

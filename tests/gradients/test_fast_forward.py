@@ -19,7 +19,8 @@ from t2v_fast.gradients.fast_forward import FastNetwork, kept_memory
 MEMORY = """
 from pathlib import Path
 import torch
-from t2v_fast.gradients.fast_forward import kept_memory
+from t2v_fast.gradients import fast_forward
+from t2v_fast.gradients.fast_forward import kept_memory, lingering_memory
 
 BLOCK = 24 << 20  # bytes
 
@@ -52,17 +53,20 @@ def until(given_back):
         time.sleep(0.02)
     return (resident() - before < BLOCK) == given_back
 
-with kept_memory(1000):
+fast_forward.LINGER = 1000
+with lingering_memory():
     use_memory()
 assert resident() - before > 7 * BLOCK, "kept for the next context"
 if not os.fork():
     use_memory()
     os._exit(resident() - before > BLOCK)  # a child keeps no memory
 assert os.wait()[1] == 0
-with kept_memory(0.1):
+fast_forward.LINGER = 0.1
+with lingering_memory():
     assert resident() - before > 7 * BLOCK, "the next context has the memory"
 assert until(given_back=True), "given back after the time"
-with kept_memory(1000):
+fast_forward.LINGER = 1000
+with lingering_memory():
     use_memory()
 with kept_memory():
     pass
