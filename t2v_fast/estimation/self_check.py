@@ -45,7 +45,7 @@ from ..gradients.graph import fix_batch_norm_gradients
 from ..gradients.ownership import dense, nodes_of
 from ..gradients.recorder import FisherRecorder
 from ..gradients.rules import RULES
-from ..ops import dispatch, planner
+from ..ops import planner
 
 # How far the squares of two examples may differ from plain autograd, relative to the norm of a parameter's squares. The
 # error of a wrong rule is of order one. Rounding, and a rare ReLU that flips, stay far below these tolerances.
@@ -326,7 +326,7 @@ def _call_of(recorder: FisherRecorder, forward: Callable[[nn.Module, Any], Tenso
         (forward.forward, forward.works) if isinstance(forward, FastNetwork) else forward,
         tuple(recorder.parameters),
         (recorder.granularity, recorder.unsupported, *recorder.filter_axes.values()),
-        (dispatch.backend_for(next(iter(recorder.parameters.values()))), planner.forced_path()),
+        planner.forced(),
         tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
         (torch.is_autocast_cache_enabled(), torch.get_default_dtype(), torch._C._get_mkldnn_enabled()),
         tuple(f"{dtype}: {tolerance}" for dtype, tolerance in SELF_CHECK_TOLERANCE.items()),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from ..ops.reference import accumulate_dtype
-from .factors import Called, Factors, Reuse, Summed, concatenated
+from .factors import Called, Factors, Plan, Reuse, Summed, concatenated
 from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gradients
 from .ownership import dense
 from .parameters import FilterAxis, ParameterFilter, filter_axes_of, select_parameters
@@ -115,6 +115,7 @@ class FisherRecorder:
         self.skipped: frozenset[str] = frozenset()
         self.verified = False
         self.observer: Callable[[Use, Factors, int, float, float], None] | None = None
+        self._plans: dict[tuple[str, int], Plan] = {}  # of the layers, by the first parameter and input
         self._reported: set[str] = set()  # parameters whose slower route was logged
         self._looked_for_random_layers = False  # since the context was entered
         self._required: list[tuple[nn.Parameter, bool]] | None = None  # requires_grad of each parameter before
@@ -303,7 +304,11 @@ class FisherRecorder:
         sums: dict[str, Tensor] = {}
         w = torch.ones(n) if weights is None else weights
         reuse = {
-            node: Reuse(len(cotangents), sum(use.parameter in routes.single for use in uses))
+            node: Reuse(
+                len(cotangents),
+                sum(use.parameter in routes.single for use in uses),
+                plan=self._plans.setdefault((uses[0].parameter, uses[0].slot), Plan()),
+            )
             for node, uses in tapped.uses.items()
         }
         called = not all(map(has_rule, tapped))

@@ -394,9 +394,9 @@ def force(path: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def forced_path() -> str | None:
-    """Return the path that :func:`force` sets in this context; None where the cost model chooses."""
-    return _forced.get()
+def forced() -> tuple[str | None, str]:
+    """Return the path that :func:`force` sets in this context, if any, and the backend that ``use_backend`` sets."""
+    return _forced.get(), dispatch.forced_backend()
 
 
 @functools.cache
