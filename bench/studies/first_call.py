@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def called(model: nn.Module, x: Tensor, batches: int, estimator: str, samples: i
 
     start = time.process_time()
     fisher(model, loader(), estimator, samples)
-    return time.process_time() - start, [b - a for a, b in zip(times, times[1:], strict=False)]
+    return time.process_time() - start, [b - a for a, b in itertools.pairwise(times)]
 
 
 def of_calls(model: nn.Module, x: Tensor, rounds: int, batches: int, estimator: str, samples: int) -> list[float]:
@@ -108,7 +109,7 @@ def of_hooks(model: nn.Module, x: Tensor, rounds: int) -> list[float]:
                 ends = [GradientEdge(node, k) for node in taps.last for k in range(len(node._input_metadata))]
                 torch.autograd.grad([output], ends, [u], allow_unused=True)
                 times.append(time.process_time())
-                spent = [b - a for a, b in zip(times, times[1:], strict=False)]
+                spent = [b - a for a, b in itertools.pairwise(times)]
                 rows.append((inside[0] / 1e9, spent[2], spent[0], spent[3]))
     finally:
         dispatch.call, recorder_module.backpropagate = REAL, real

@@ -330,7 +330,7 @@ def _call_of(recorder: FisherRecorder, forward: Callable[[nn.Module, Any], Tenso
         tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
         (torch.is_autocast_cache_enabled(), torch.get_default_dtype(), torch._C._get_mkldnn_enabled()),
         tuple(f"{dtype}: {tolerance}" for dtype, tolerance in SELF_CHECK_TOLERANCE.items()),
-        RULES,
+        [network_state.ByIdentity(rule) for rule in RULES.values()],
     )
 
 

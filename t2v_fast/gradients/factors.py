@@ -26,6 +26,15 @@ MAX_GRADIENT_ENTRIES = 2**24  # entries of per-example gradients held at once, i
 
 
 @dataclass
+class Plan:
+    """The path that the planner chose for a layer, and everything that the choice depends on."""
+
+    key: tuple | None = None
+    path: str = ""
+    keeps_gram: bool = False  # whether the Gram matrices are kept for the next cotangents
+
+
+@dataclass
 class Reuse:
     """Values that are computed once at a node, for several cotangents of a batch or for several parameters."""
 
@@ -33,16 +42,7 @@ class Reuse:
     parameters: int = 1  # the number of wanted parameters that enter the node
     gram: Tensor | None = None  # Gram matrices of the layer's input, for all cotangents
     bias: Tensor | None = None  # filter sums of a norm's bias, computed with those of its weight, for this cotangent
-    plan: Plan = field(default_factory=lambda: Plan())  # lasts longer than a batch
-
-
-@dataclass
-class Plan:
-    """The path that the planner chose for a layer, and everything that the choice depends on."""
-
-    key: tuple | None = None
-    path: str = ""
-    keeps_gram: bool = False  # whether the Gram matrices are kept for the next cotangents
+    plan: Plan = field(default_factory=Plan, init=False)  # the recorder keeps it from batch to batch
 
 
 class Factors(ABC):

@@ -18,7 +18,7 @@ import functools
 import threading
 import types
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -41,6 +41,13 @@ _METHODS = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
 
 class Unreadable(Exception):
     """An attribute whose changes cannot be noticed, or too many attributes."""
+
+
+class ByIdentity:
+    """Stands for an object whose attributes never change, and are not looked at."""
+
+    def __init__(self, of: object) -> None:
+        self.of = of
 
 
 class Signature:
@@ -155,7 +162,7 @@ def signature_of(network: nn.Module, *more: Any) -> Signature | None:
         reader.network(network)
         for value in more:
             reader.value(value)
-    except Unreadable:
+    except Exception:  # whatever an object raises when it is looked at
         return None
     return Signature(reader.tokens, reader.objects)
 
@@ -167,7 +174,7 @@ def extended(signature: Signature | None, inputs: Any) -> Signature | None:
     reader = _Reader()
     try:
         reader.inputs(inputs)
-    except Unreadable:
+    except Exception:
         return None
     return Signature((*signature.tokens, *reader.tokens), (*signature.objects, *reader.objects))
 
@@ -243,7 +250,9 @@ class _Reader:
                 self.tokens.append(str(value.tolist()))
         elif isinstance(value, (nn.Module, type, types.ModuleType)):
             self._same(value)  # the modules of the network are looked at on their own
-        elif isinstance(value, (list, tuple, set, frozenset, Mapping)):
+        elif isinstance(value, ByIdentity):
+            self._same(value.of)
+        elif isinstance(value, (list, tuple, set, frozenset, dict, deque)):
             self._deeper(depth)
             for entry in _entries(value):
                 self.value(entry, depth + 1)
@@ -315,7 +324,7 @@ class _Reader:
 
 def _entries(value: Any) -> Iterator[Any]:
     """The entries of a container, with keys; sets of plain values in an order that depends on the values alone."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         for key, entry in value.items():
             yield key
             yield entry

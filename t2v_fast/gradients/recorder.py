@@ -303,14 +303,7 @@ class FisherRecorder:
         self.unused, self.skipped = taps.unused, routes.skipped
         sums: dict[str, Tensor] = {}
         w = torch.ones(n) if weights is None else weights
-        reuse = {
-            node: Reuse(
-                len(cotangents),
-                sum(use.parameter in routes.single for use in uses),
-                plan=self._plans.setdefault((uses[0].parameter, uses[0].slot), Plan()),
-            )
-            for node, uses in tapped.uses.items()
-        }
+        reuse = {node: self._reuse(len(cotangents), uses, routes) for node, uses in tapped.uses.items()}
         called = not all(map(has_rule, tapped))
         ends = set(accumulate(groups))
         first = 0
@@ -325,6 +318,12 @@ class FisherRecorder:
                 yield self._means({name: q for name, q in found.items() if name not in routes.skipped})
                 sums.clear()
                 first = k
+
+    def _reuse(self, cotangents: int, uses: Sequence[Use], routes: GradientRoutes) -> Reuse:
+        """What the cotangents of a batch share at a node, with the plan that the node's layer had in the last batch."""
+        reuse = Reuse(cotangents, sum(use.parameter in routes.single for use in uses))
+        reuse.plan = self._plans.setdefault((uses[0].parameter, uses[0].slot), reuse.plan)
+        return reuse
 
     def _taps(self, output: Tensor) -> Taps:
         return taps_of(output, self.parameters, self.verified or self.unsupported == "exact")

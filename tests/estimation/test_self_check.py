@@ -479,6 +479,30 @@ def test_what_cannot_be_described_is_checked_anew(checks: list[int]) -> None:
     assert checks == [3, 3]
 
 
+def test_a_scripted_network_is_checked_anew_or_once(checks: list[int]) -> None:
+    model = torch.jit.trace(network(), X[:3])
+    before = fisher(network(), X.split(3), "exact").vector()
+    for _ in range(2):
+        torch.testing.assert_close(fisher(model, X.split(3), "exact").vector(), before)
+    assert set(checks) == {3}
+
+
+def test_an_error_within_a_call_is_not_remembered_as_a_success(
+    checks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, real = network(), SelfCheck._halves
+
+    def interrupted(self: SelfCheck, *rest: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SelfCheck, "_halves", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fisher(model, X.split(3))
+    monkeypatch.setattr(SelfCheck, "_halves", real)
+    assert_right(model)
+    assert checks == [3, 3]
+
+
 def test_two_threads(checks: list[int]) -> None:
     """Networks of their own in two threads, which come and go."""
     errors: list[BaseException] = []
