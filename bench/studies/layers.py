@@ -60,7 +60,7 @@ def measure(cell: harness.Cell, rounds: int) -> tuple[float, dict[str, float]]:
     with kept_memory(), FastNetwork(cell.model, lambda model, x: model(x)) as run:
 
         def batch(mode: FastLayers) -> None:
-            run._layers = mode
+            run._layers, mode.read = mode, run._make_channels_last
             logits = run(cell.model, cell.x)
             torch.autograd.grad(logits, [first], torch.ones_like(logits))
 

@@ -6,31 +6,52 @@ watched:
 
 - *Every batch*: the forward pass must draw no random number. Comparing the states of torch's, Python's and NumPy's
   generators takes some microseconds, and finds a dropout of any probability.
-- *The first batch of two or more examples*: two halves of the batch and two single examples, run apart, must have the
-  logits of the batch. The two examples, as a batch of their own, must have the squared gradients of plain autograd.
+- *The first batch of two or more examples*: the other examples, in halves of the batch, and two examples, each alone
+  and both together, must have the logits of the batch. The two examples, as a batch of their own, must have the squared
+  gradients of plain autograd.
 - *Later batches*: the halves of the second batch must have its logits. In the 4th, 8th, 16th batch and so on, one
   example run alone must have the logits of the batch.
 
 An interaction that the graph does not show, and that occurs in few batches, may escape these checks.
+
+**Once a network.** A network that passed the check of a first batch is remembered
+(:mod:`t2v_fast.gradients.network_state`). If a later call meets the network again, one example of the first batch is
+run alone, another one in each call, and the second batch is not run in halves. The other checks stay as they are. The
+network must be unchanged: its modules and their classes, modes, attributes, hooks and forward methods, and the shapes,
+dtypes and devices of its parameters. The call must be unchanged, too: the forward function, the wanted parameters, and
+the shapes and dtypes of the first batch, with its number of examples.
+
+Weights may change in between, for two reasons. Which rule, which owner and which kernel takes part follows from the
+nodes and the shapes, so a rule that is right for some weights is right for others. And whether examples interact is
+decided by the code that runs. Code that asks the values of weights, of inputs or of global variables what to do may run
+differently in a later batch of the same call as well; there, too, only the example that is run alone can show it.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..gradients.ownership import nodes_of
+from ..gradients import network_state
+from ..gradients.fast_forward import FastNetwork
+from ..gradients.graph import fix_batch_norm_gradients
+from ..gradients.ownership import dense, nodes_of
 from ..gradients.recorder import FisherRecorder
+from ..gradients.rules import RULES
+from ..ops import planner
 
 # How far the squares of two examples may differ from plain autograd, relative to the norm of a parameter's squares. The
 # error of a wrong rule is of order one. Rounding, and a rare ReLU that flips, stay far below these tolerances.
 SELF_CHECK_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
+
+LEAST_FLOAT32 = 1e-24  # smaller squares of float32 gradients are computed in float64, where none becomes zero
 
 
 class SelfCheckError(RuntimeError):
@@ -75,9 +96,13 @@ class SelfCheck:
         self.recorder = recorder
         recorder.verified = True
         self._forward = forward
+        self._network: network_state.Signature | None = None  # of the network, before its first forward pass
+        self._looked = False  # whether the signature was taken
+        self._known = False  # whether the first batch was like one that passed the check in an earlier call
         self._batches = 0  # the number of batches with two or more examples
         self._single = False  # whether a batch of one example was checked
         self._drew = False  # whether the last forward pass drew random numbers
+        self._dtype: torch.dtype | None = None  # the least precise type among parameters and activations
 
     def forward(self, inputs: Any) -> Tensor:
         """Run the network, and note whether it draws random numbers.
@@ -88,13 +113,16 @@ class SelfCheck:
         Returns:
             The network's output.
         """
+        if not self._looked:  # before the network runs, which may change its attributes
+            self._looked = True
+            self._network = network_state.signature_of(self.recorder.model, *_call_of(self.recorder, self._forward))
         before = _random_state()
         output = self._forward(self.recorder.model, inputs)
         self._drew = before != _random_state()
         return output
 
     def batch(self, inputs: Any, logits: Tensor) -> None:
-        """Check one batch; how thoroughly depends on how many batches came before.
+        """Check one batch; how thoroughly depends on how many batches came before, in this call and in earlier ones.
 
         Args:
             inputs: The inputs of the batch.
@@ -112,7 +140,12 @@ class SelfCheck:
         # The caller reports logits that are not finite. On a CUDA device, to look at them is to wait for them.
         if not (due or drew) or not bool(logits.isfinite().all()):
             return
-        self.recorder.check(logits)
+        first = single or self._batches == 1
+        state = network_state.state_of(self.recorder.model)
+        key = network_state.extended(self._network, inputs) if due and first else None
+        verdict: _Verdict | None = state.get(key)
+        if drew or (due and verdict is None):
+            self.recorder.check(logits)
         if drew:
             # A network may draw random numbers once, for buffers that it creates at first use.
             with torch.no_grad():
@@ -123,42 +156,57 @@ class SelfCheck:
             return
         if single:
             self._single = True
-            self._gradients(inputs, [0], 1)
-        elif self._batches == 1:
+        if verdict is not None:
+            self._known, self._dtype = True, verdict.dtype
+            verdict.calls += 1
+            if n > 1:
+                self._alone(inputs, logits, verdict.calls * 7919 % n)
+        elif first:
             self._first(inputs, logits)
-        elif self._batches == 2:
-            self._halves(inputs, logits)
-        else:
+            state.put(key, _Verdict(self._coarsest(logits)))
+        elif self._batches > 2:
             self._alone(inputs, logits, self._batches * 7919 % n)
+        elif not self._known:
+            self._halves(inputs, logits, range(n))
 
     def _first(self, inputs: Any, logits: Tensor) -> None:
-        """Check the first batch of two or more examples."""
+        """Check the first batch of two or more examples, or the first batch of one."""
         n = logits.shape[0]
-        examples = [n // 2, n - 1] if n > 2 else [0, 1]
-        self._gradients(inputs, examples, n)
-        for e in examples:
-            self._alone(inputs, logits, e)
+        examples = [n // 2, n - 1] if n > 2 else list(range(n))
+        self._gradients(inputs, logits, examples)
         if n > 2:
-            self._halves(inputs, logits)
+            self._halves(inputs, logits, [e for e in range(n) if e not in examples])
 
-    def _halves(self, inputs: Any, logits: Tensor) -> None:
-        """Compare the logits of the two halves of a batch, run apart, with those of the batch."""
+    def _halves(self, inputs: Any, logits: Tensor, examples: Sequence[int]) -> None:
+        """Compare the logits of some examples, each half of the batch run apart, with those of the batch."""
         n = logits.shape[0]
         # In half precision, the worst of many examples may differ by more than the typical rounding error.
-        if SELF_CHECK_TOLERANCE[_coarsest(self.recorder, logits)] < 0.1:
+        if self._tolerance(logits) < 0.1:
             for half in (range(n // 2), range(n // 2, n)):
-                self._compare(inputs, logits, list(half), "with half of its batch" if n > 2 else "alone")
+                if some := [e for e in half if e in examples]:
+                    self._compare(inputs, logits, some, "with half of its batch" if n > 2 else "alone")
 
     def _alone(self, inputs: Any, logits: Tensor, example: int) -> None:
         self._compare(inputs, logits, [example], "alone")
+
+    def _coarsest(self, logits: Tensor) -> torch.dtype:
+        if self._dtype is None:
+            self._dtype = _coarsest(self.recorder, logits)
+        return self._dtype
+
+    def _tolerance(self, logits: Tensor) -> float:
+        return SELF_CHECK_TOLERANCE[self._coarsest(logits)]
 
     def _compare(self, inputs: Any, logits: Tensor, examples: list[int], how: str) -> None:
         """Compare the logits of some examples, run as a batch of their own, with those of the whole batch."""
         with torch.no_grad():
             found, rows = self._run(inputs, examples, logits.shape[0])
-        found = found[rows]
-        whole = logits.detach()[examples]
-        tolerance = SELF_CHECK_TOLERANCE[_coarsest(self.recorder, logits)]
+        self._agree(found[rows], logits, examples, how)
+
+    def _agree(self, found: Tensor, logits: Tensor, examples: list[int], how: str) -> None:
+        """Raise SelfCheckError unless the logits that were found for some examples are those of the whole batch."""
+        found, whole = found.detach(), logits.detach()[examples]
+        tolerance = self._tolerance(logits)
         if found.shape != whole.shape:
             raise SelfCheckError(
                 f"the logits of example {examples[0]} are {list(found.shape[1:])} when it is run {how}, and "
@@ -182,37 +230,107 @@ class SelfCheck:
             filled = [e if e in examples else examples[0] for e in range(n)]
             return self.forward(_part(inputs, filled, n)), examples
 
-    def _gradients(self, inputs: Any, examples: list[int], n: int) -> None:
-        """Compare squared gradients of some examples, as a batch of their own, with plain autograd of each example."""
-        recorder = self.recorder
+    def _gradients(self, inputs: Any, whole: Tensor, examples: list[int]) -> None:
+        """Compare squared gradients of some examples, as a batch of their own, with plain autograd of each example.
+
+        The logits of the batch of their own, and of each example alone, are compared with those of the ``whole`` batch.
+        """
+        recorder, n = self.recorder, whole.shape[0]
         logits, rows = self._run(inputs, examples, n)
+        if n > 1:
+            self._agree(logits[rows], whole, examples, "in a batch of two")
         cotangent = torch.zeros_like(logits)
         directions = torch.randn(logits.shape, generator=torch.Generator().manual_seed(n))
         cotangent[rows] = directions[rows].to(logits)
         got = recorder.backward(logits, cotangent, retain_graph=True)
-        if not got:
-            return
         summed = recorder.granularity == "parameter"
         got = {name: q[None] if summed else q[rows] for name, q in got.items()}
-        want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
-        for k, e in enumerate(rows):
-            # Differentiate one example's term through the activations of this batch. In a run of the example alone,
-            # rounding can push a pre-activation over a kink, which changes a narrow layer's gradient by percents.
-            for name, g in recorder.plain_gradients(logits, cotangent, e, want).items():
-                want[name][0 if summed else k] += recorder.reduce(name, g.double())
-        dtype = _coarsest(recorder, logits)
+        # Plain autograd of an example that is run alone costs least. But rounding can push a pre-activation of this run
+        # over a kink, which changes a narrow layer's gradient by percents, and more in half precision. So where the
+        # squares differ, the example is differentiated through the activations of the batch of two.
+        wrong = None
+        if n > 1:
+            want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
+            for k, (e, row) in enumerate(zip(examples, rows, strict=True)):
+                alone, (own,) = self._run(inputs, [e], n)
+                self._agree(alone[own : own + 1], whole, [e], "alone")
+                if alone.shape[1:] != logits.shape[1:] or not alone.requires_grad:
+                    wrong = "another graph"
+                    continue
+                fix_batch_norm_gradients(nodes_of(alone))
+                direction = torch.zeros_like(alone)
+                direction[own] = cotangent[row]
+                self._add_plain(want, k, alone, direction, own)
+            wrong = wrong or self._wrong(got, want, logits)
+        if got and (n == 1 or wrong is not None):
+            want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
+            for k, row in enumerate(rows):
+                self._add_plain(want, k, logits, cotangent, row)
+            if (wrong := self._wrong(got, want, logits)) is not None:
+                raise SelfCheckError(wrong)
+
+    def _add_plain(self, want: dict[str, Tensor], k: int, logits: Tensor, cotangent: Tensor, row: int) -> None:
+        """Add the squared gradients of one row to the values of the k-th example. Only torch's autograd is used."""
+        recorder = self.recorder
+        if not want:
+            return
+        single = torch.zeros_like(cotangent)
+        single[row] = cotangent[row]
+        gradients = torch.autograd.grad(
+            [logits],
+            [recorder.parameters[name] for name in want],
+            [single],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for (name, into), gradient in zip(want.items(), gradients, strict=True):
+            g = dense(gradient)
+            q = recorder.reduce(name, g if g.dtype == torch.float32 else g.double())
+            if g.dtype == torch.float32 and q.numel() and not float(q.amax()) > LEAST_FLOAT32:
+                q = recorder.reduce(name, g.double())
+            into[0 if recorder.granularity == "parameter" else k] += q
+
+    def _wrong(self, got: dict[str, Tensor], want: dict[str, Tensor], logits: Tensor) -> str | None:
+        """Say which parameter's squares differ from the wanted ones; None if none does."""
+        dtype = self._coarsest(logits)
         tolerance = SELF_CHECK_TOLERANCE[dtype]
         # Where the true gradient is zero (a bias that a softmax ignores), only rounding errors of larger ones remain.
-        floor = (1e3 * torch.finfo(dtype).eps) ** 2 * max(float(w.max()) for w in want.values() if w.numel())
+        floor = (1e3 * torch.finfo(dtype).eps) ** 2 * max(
+            (float(w.max()) for w in want.values() if w.numel()), default=0
+        )
         for name, wanted in want.items():
             for q, w in zip(got[name].double(), wanted, strict=True):
                 difference = float((q - w).norm()) if w.numel() else 0.0
                 if not difference <= tolerance * float(w.norm()) + floor * w.numel() ** 0.5:
-                    raise SelfCheckError(
+                    return (
                         f"self-check failed for {name!r}: its squared per-example gradients differ from plain autograd "
                         f"by {difference / max(float(w.norm()), 1e-300):.2g} relative (allowed {tolerance:.0e}). The "
                         "result would be wrong; please report the layer, and leave it out with parameters=..."
                     )
+        return None
+
+
+@dataclass
+class _Verdict:
+    """What is remembered of a network that passed the check of a first batch."""
+
+    dtype: torch.dtype  # the least precise type among parameters and activations
+    calls: int = 0  # how many calls have met the network since
+
+
+def _call_of(recorder: FisherRecorder, forward: Callable[[nn.Module, Any], Tensor]) -> tuple:
+    """What a verdict depends on beside the network and its inputs: how the network is called, and by which code."""
+    return (
+        (forward.forward, forward.works) if isinstance(forward, FastNetwork) else forward,
+        tuple(recorder.parameters),
+        (recorder.granularity, recorder.unsupported, *recorder.filter_axes.values()),
+        planner.forced(),
+        tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
+        (torch.is_autocast_cache_enabled(), torch.get_default_dtype(), torch._C._get_mkldnn_enabled()),
+        tuple(f"{dtype}: {tolerance}" for dtype, tolerance in SELF_CHECK_TOLERANCE.items()),
+        [network_state.ByIdentity(rule) for rule in RULES.values()],
+    )
 
 
 _RANDOM = (

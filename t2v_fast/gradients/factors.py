@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,15 @@ MAX_GRADIENT_ENTRIES = 2**24  # entries of per-example gradients held at once, i
 
 
 @dataclass
+class Plan:
+    """The path that the planner chose for a layer, and everything that the choice depends on."""
+
+    key: tuple | None = None
+    path: str = ""
+    keeps_gram: bool = False  # whether the Gram matrices are kept for the next cotangents
+
+
+@dataclass
 class Reuse:
     """Values that are computed once at a node, for several cotangents of a batch or for several parameters."""
 
@@ -33,6 +43,7 @@ class Reuse:
     parameters: int = 1  # the number of wanted parameters that enter the node
     gram: Tensor | None = None  # Gram matrices of the layer's input, for all cotangents
     bias: Tensor | None = None  # filter sums of a norm's bias, computed with those of its weight, for this cotangent
+    plan: Plan = field(default_factory=Plan, init=False)  # the recorder keeps it from batch to batch
 
 
 class Factors(ABC):
@@ -88,18 +99,33 @@ class _Layer(Factors):
         return planner.choose(self.conv, self.x, cotangents)
 
     def filter_sums(self, reuse: Reuse) -> Tensor:
-        path = self.path(reuse.cotangents)
-        # Keep the Gram matrices for the next cotangent only if they take no more memory than the layer itself.
-        if (
-            path == "gram"
-            and self.of_input
-            and reuse.cotangents > 1
-            and self.conv.gram_numel * len(self.x) <= self.x.numel() + self.g.numel()
-        ):
+        plan, path = self._planned(reuse)
+        if plan.keeps_gram:
             if reuse.gram is None:
                 reuse.gram = ops.conv_gram(self.images(self.x), *self.conv.arguments)
             return ops.sq_gram(reuse.gram, self.images(self.g))
         return self.sums(path)
+
+    def _planned(self, reuse: Reuse) -> tuple[Plan, str]:
+        """The plan of this layer, made anew only if something that the choice depends on has changed."""
+        plan, x = reuse.plan, self.x
+        key = (
+            x.shape,
+            self.g.shape,
+            x.dtype,
+            x.device,
+            self.geometry,
+            self.of_input,
+            reuse.cotangents,
+            planner.forced(),
+        )
+        if plan.key != key:
+            path = self.path(reuse.cotangents)
+            # Keep the Gram matrices for the next cotangent only if they take no more memory than the layer itself.
+            again = path == "gram" and self.of_input and reuse.cotangents > 1
+            keeps = again and self.conv.gram_numel * len(x) <= x.numel() + self.g.numel()
+            plan.key, plan.path, plan.keeps_gram = key, path, keeps
+        return plan, plan.path
 
     def work(self, cotangents: int) -> tuple[str, planner.Work]:
         path = self.path(cotangents)
@@ -116,6 +142,7 @@ class Outer(_Layer):
     x: Tensor  # [N, S, I]
     g: Tensor  # [N, S, O]
     of_input: bool = True
+    geometry: ClassVar[tuple] = ()
 
     @property
     def conv(self) -> planner.Conv:

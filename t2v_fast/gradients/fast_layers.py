@@ -310,7 +310,8 @@ class FastLayers(TorchFunctionMode):
     """A context in which layers on a CPU use the implementations of this module.
 
     The matrices of convolutions are kept from call to call. ``replaced`` is called with each weight that a matrix
-    replaces.
+    replaces. The attribute ``read`` may be set to a function that is called with the weight of each convolution that
+    torch computes from channels-last images.
 
     Example:
         >>> layer = torch.nn.Linear(2048, 2048)
@@ -324,6 +325,7 @@ class FastLayers(TorchFunctionMode):
     def __init__(self, replaced: Callable[[Tensor], None] = lambda weight: None) -> None:
         super().__init__()
         self._replaced = replaced
+        self.read: Callable[[Tensor], None] = lambda weight: None
         # By the weight's id, the image size and the geometry: the weight's version, the weight, and the matrix.
         self._matrices: dict[tuple, tuple[int, Tensor, Tensor]] = {}
         self._in_place: list[tuple[Tensor, int]] = []  # in-place outputs of the last forward pass, with their versions
@@ -337,6 +339,11 @@ class FastLayers(TorchFunctionMode):
         }
         if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
             self._faster |= {F.linear: self._linear, F.conv2d: self._convolution}
+
+    @property
+    def sees_convolutions(self) -> bool:
+        """Whether ``read`` is called for the convolutions that torch computes."""
+        return F.conv2d in self._faster
 
     def __enter__(self) -> FastLayers:
         self._in_place.clear()
@@ -398,7 +405,7 @@ class FastLayers(TorchFunctionMode):
     ) -> Tensor:
         x = input
         if isinstance(padding, str) or x.dim() != 4 or not _usable(x, weight):
-            return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+            return self._torch_convolution(x, weight, bias, stride, padding, dilation, groups)
         geometry = per_axis(stride, 2), per_axis(padding, 2), per_axis(dilation, 2)
         if groups == 1:
             matrix = self._matrix(x, weight, geometry)
@@ -408,7 +415,12 @@ class FastLayers(TorchFunctionMode):
                 return WinogradConvolution.apply(x, weight, bias, geometry)
         elif groups == x.shape[1] and x.dtype == torch.bfloat16 and max(geometry[0]) > 1:
             return StridedDepthwise.apply(x, weight, bias, geometry)
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return self._torch_convolution(x, weight, bias, stride, padding, dilation, groups)
+
+    def _torch_convolution(self, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+        if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+            self.read(weight)
+        return F.conv2d(x, weight, *options)
 
     def _matrix(self, x: Tensor, weight: Tensor, geometry: tuple[Pair, Pair, Pair]) -> Tensor | None:
         """The matrix of a convolution over images of this size, if a product with it is faster; otherwise None."""

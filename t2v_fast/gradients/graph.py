@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextvars import copy_context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from threading import get_ident
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +62,7 @@ class Use:
     shared: bool = True  # whether all examples use all of the input, as they use a weight
     chain: tuple[str, ...] = ()
     between: frozenset[str] = frozenset()
+    kept: dict[str, Any] = field(default_factory=dict, init=False)  # small things that serve all cotangents
 
     @property
     def parameter(self) -> str:
@@ -259,13 +262,17 @@ def backpropagate(
 
     # Autograd calls the hooks of CUDA nodes on a thread of its own, where context variables have their defaults. Hooks
     # of two devices may run at once, and only one thread at a time can be in a context: each call gets a copy.
-    context = copy_context()
+    context, caller = copy_context(), get_ident()
 
     def hook(node: Node) -> Callable[[tuple[Tensor | None, ...]], None]:
         def pre(gradients: tuple[Tensor | None, ...]) -> None:
-            if any(g is not None for g in gradients):
-                with torch.no_grad():
-                    context.copy().run(visit, node, gradients)
+            if gradients[0] is None and not any(g is not None for g in gradients):
+                return
+            if get_ident() == caller and not torch.is_grad_enabled():  # the usual case on a CPU
+                visit(node, gradients)
+                return
+            with torch.no_grad():
+                context.copy().run(visit, node, gradients)
 
         return pre
 

@@ -24,7 +24,7 @@ from torch.autograd.graph import Node
 from ..ops.asynchronous import to_device
 from ..ops.reference import accumulate_dtype
 from ..spans import backward_by_kind
-from .factors import Called, Factors, Reuse, Summed, concatenated
+from .factors import Called, Factors, Plan, Reuse, Summed, concatenated
 from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gradients
 from .ownership import dense
 from .parameters import FilterAxis, ParameterFilter, filter_axes_of, select_parameters
@@ -117,6 +117,7 @@ class FisherRecorder:
         self.skipped: frozenset[str] = frozenset()
         self.verified = False
         self.observer: Callable[[Use, Factors, int, float, float], None] | None = None
+        self._plans: dict[tuple[str, int], Plan] = {}  # of the layers, by the first parameter and input
         self._reported: set[str] = set()  # parameters whose slower route was logged
         self._looked_for_random_layers = False  # since the context was entered
         self._required: list[tuple[nn.Parameter, bool]] | None = None  # requires_grad of each parameter before
@@ -240,13 +241,11 @@ class FisherRecorder:
             >>> recorder.reduce("weight", torch.full((3, 4), 2.0))
             tensor([4., 4., 4.])
         """
-        square = gradient.square()
         if self.granularity == "parameter":
-            return square
-        if self.granularity == "tensor":
-            return square.sum() / max(1, square.numel())
-        rows = self._rows(name, square)
-        return rows.sum(1) / max(1, rows.shape[1])
+            return gradient.square()
+        rows = self._rows(name, gradient)
+        squares = torch.linalg.vector_norm(rows, dim=1).square()  # without a tensor of the squares
+        return squares / max(1, rows.shape[1]) if self.granularity == "filter" else squares.sum() / max(1, rows.numel())
 
     def plain_gradients(
         self, output: Tensor, cotangent: Tensor, example: int, names: Iterable[str]
@@ -306,10 +305,7 @@ class FisherRecorder:
         self.unused, self.skipped = taps.unused, routes.skipped
         sums: dict[str, Tensor] = {}
         w = torch.ones(n) if weights is None else to_device(weights, output.device)
-        reuse = {
-            node: Reuse(len(cotangents), sum(use.parameter in routes.single for use in uses))
-            for node, uses in tapped.uses.items()
-        }
+        reuse = {node: self._reuse(len(cotangents), uses, routes) for node, uses in tapped.uses.items()}
         called = not all(map(has_rule, tapped))
         ends = set(accumulate(groups))
         first = 0
@@ -324,6 +320,12 @@ class FisherRecorder:
                 yield self._means({name: q for name, q in found.items() if name not in routes.skipped})
                 sums.clear()
                 first = k
+
+    def _reuse(self, cotangents: int, uses: Sequence[Use], routes: GradientRoutes) -> Reuse:
+        """What the cotangents of a batch share at a node, with the plan that the node's layer had in the last batch."""
+        reuse = Reuse(cotangents, sum(use.parameter in routes.single for use in uses))
+        reuse.plan = self._plans.setdefault((uses[0].parameter, uses[0].slot), reuse.plan)
+        return reuse
 
     def _taps(self, output: Tensor) -> Taps:
         return taps_of(output, self.parameters, self.verified or self.unsupported == "exact")
@@ -346,12 +348,17 @@ class FisherRecorder:
 
         def visit(node: Node, cotangents: tuple[Tensor | None, ...]) -> None:
             begin(node)
+            of_node = reuse[node]
             for use in taps.uses[node]:
+                if of_node.bias is not None and use.parameter in routes.single and self._is_norm_bias(use):
+                    q, of_node.bias = of_node.bias, None  # computed with the norm's weight
+                    sums[use.parameter] = sums[use.parameter].add_(q) if use.parameter in sums else q
+                    continue
                 factors = factors_of(use, cotangents, n)
                 if isinstance(factors, Called):
                     later.append((use, factors))
                 elif use.parameter in routes.single:
-                    self._add(use, factors, sums, weights, reuse[node])
+                    self._add(use, factors, sums, weights, of_node)
                     continue
                 for name in routes.summed.intersection(use.parameters):
                     kept.setdefault(name, []).append((use, factors))
@@ -381,7 +388,7 @@ class FisherRecorder:
         p, axis = self.parameters[name], self.filter_axes[name]
         if not p.numel():
             return
-        start = time.perf_counter()
+        start = 0.0 if self.observer is None else time.perf_counter()
         if self.granularity == "parameter":
             if name not in sums:
                 sums[name] = self._zeros(name, len(weights))
@@ -409,6 +416,11 @@ class FisherRecorder:
             sums[name] = sums[name].add_(q) if name in sums else q
         if self.observer is not None:
             self.observer(use, factors, reuse.cotangents, start, time.perf_counter())
+
+    def _is_norm_bias(self, use: Use) -> bool:
+        """Whether the filter sums of a norm's bias, computed with those of its weight, are those of this parameter."""
+        plain = use.slot == 2 and use.direct and not use.between and self.observer is None
+        return plain and self.parameters[use.parameter].dim() == 1
 
     def _formed(self, factors: Factors, name: str, n: int) -> Summed:
         """The same gradients, computed before they are squared, so that the filters may lie along any axis."""

@@ -25,7 +25,7 @@ from ..ops.geometry import per_axis
 from .factors import Called, Convolution, Factors, Outer, Product, Scatter, Stacked
 from .fast_layers import NODES
 from .graph import Use
-from .owners import ListedRows, Owned, Owner, RowLayout, Shape, Sole
+from .owners import EACH, ListedRows, Owned, Owner, RowLayout, Shape, Sole
 from .transfers import output_shape
 
 
@@ -106,19 +106,25 @@ def register_rule(
 
 def factors_of(use: Use, cotangents: Sequence[Tensor | None], n: int) -> Factors:
     """The factors of a parameter's per-example gradients at a tap, from the cotangents of the node's outputs."""
-    if has_rule(use) and cotangents[0] is not None:
-        return RULES[use.node.name()].factors(use, cotangents[0], use.owners[0], n)
+    rule = _rule_of(use)
+    if rule is not None and cotangents[0] is not None:
+        return rule.factors(use, cotangents[0], use.owners[0], n)
     owners = (*use.owners, *[None] * (len(cotangents) - len(use.owners)))
     return Called(use.node, use.slot, use.shape, cotangents, owners, n, use.transposed)
 
 
 def has_rule(use: Use) -> bool:
     """Whether a rule handles this use; otherwise the node itself computes the gradients."""
-    rule = RULES.get(use.node.name())
-    owner = use.owners[0]
-    if rule is None or not (isinstance(owner, Sole) or (isinstance(owner, Owned) and use.shared)):
-        return False
-    return rule.knows(use)
+    return _rule_of(use) is not None
+
+
+def _rule_of(use: Use) -> Rule | None:
+    """The rule that handles this use, which is looked up once for all cotangents of a batch."""
+    if "rule" not in use.kept:
+        rule, owner = RULES.get(use.node.name()), use.owners[0]
+        owned = isinstance(owner, Sole) or (isinstance(owner, Owned) and use.shared)
+        use.kept["rule"] = rule if rule is not None and owned and rule.knows(use) else None
+    return use.kept["rule"]
 
 
 def unsupported_reason(use: Use) -> str | None:
@@ -155,6 +161,8 @@ def _convolution(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     x, of_input = node._saved_input, not node._saved_transposed
     if not of_input:  # a transposed convolution is a convolution from its output to its input
         x, g = g, x
+    if len(kernel) == 2 and _is_each(owner):
+        return _image_of_each(x, g, kernel, *geometry, node._saved_groups, of_input)
     x, g = (by_example(t, owner, n, 0) for t in (x, g))  # [N, F, C, *size], F images per example
     if len(kernel) == 1:  # a 2-d convolution over images of height 1
         x, g, kernel = x.unsqueeze(3), g.unsqueeze(3), (1, *kernel)
@@ -181,8 +189,11 @@ def _convolution(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
 def _fast_convolution(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     if use.slot == 2:
         return Product(_channels_by_example(g, owner, n))
-    x, g = (by_example(t, owner, n, 0) for t in (use.node.saved_tensors[0], g))
-    return _over_images(x, g, use.shape[2:], *use.node.geometry, use.node.groups, True)
+    x, geometry, groups = use.node.saved_tensors[0], use.node.geometry, use.node.groups
+    if _is_each(owner):
+        return _image_of_each(x, g, use.shape[2:], *geometry, groups, True)
+    x, g = (by_example(t, owner, n, 0) for t in (x, g))
+    return _over_images(x, g, use.shape[2:], *geometry, groups, True)
 
 
 def _over_images(
@@ -200,8 +211,14 @@ def _over_images(
         cotangent = g.new_zeros(n, g.shape[2], f, period // stride[0], g.shape[4])
         cotangent[:, :, :, :rows] = g.transpose(1, 2)
         x, g, padding = tall[:, None], cotangent.flatten(2, 3)[:, None], (0, padding[1])
-    x, g = x[:, 0], g[:, 0]
-    if kernel == (1, 1) and padding == (0, 0):  # here a stride only leaves out pixels
+    return _image_of_each(x[:, 0], g[:, 0], kernel, stride, padding, dilation, groups, of_input)
+
+
+def _image_of_each(
+    x: Tensor, g: Tensor, kernel: Shape, stride: Shape, padding: Shape, dilation: Shape, groups: int, of_input: bool
+) -> Convolution:
+    """The factors of a 2-d convolution of x [N, C, H, W] with cotangent g [N, O, Ho, Wo]."""
+    if kernel == (1, 1) and padding == (0, 0) and stride != (1, 1):  # here a stride only leaves out pixels
         x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
     return Convolution(x, g, (kernel, stride, padding, dilation, groups), of_input)
 
@@ -225,16 +242,18 @@ def _check_batch_norm(use: Use) -> str | None:
     check=_check_batch_norm,
 )
 def _batch_norm(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
-    node = use.node
+    g = _channels_by_example(g, owner, n)
     if use.slot == 2:
-        return Product(_channels_by_example(g, owner, n), norm=use.direct)
+        return Product(g, norm=use.direct)
+    node = use.node
     if node.name() in NODES:
         (x, _, mean, variance), eps = node.saved_tensors, node.eps
     else:
         x, mean, variance = node._saved_input, node._saved_running_mean, node._saved_running_var
         eps = node._saved_epsilon if hasattr(node, "_saved_epsilon") else node._saved_eps
-    g, x = _channels_by_example(g, owner, n), _channels_by_example(x, owner, n)
-    return Product(g, x, mean, (variance + eps).rsqrt(), norm=use.direct)
+    if "scale" not in use.kept:
+        use.kept["scale"] = (variance + eps).rsqrt()
+    return Product(g, _channels_by_example(x, owner, n), mean, use.kept["scale"], norm=use.direct)
 
 
 @register_rule("NativeGroupNormBackward0", knows=_of_rows)
@@ -474,6 +493,11 @@ def _prelu(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
 # ---- activations and cotangents arranged by example
 
 
+def _is_each(owner: Owner) -> bool:
+    """Whether example n owns row n along the first axis, which is the usual case."""
+    return isinstance(owner, Owned) and owner.axis == 0 and (owner.rows is EACH or owner.rows == EACH)
+
+
 def by_example(t: Tensor, owner: Owner, n: int, axis: int, fill: float = 0) -> Tensor:
     """Arrange ``t`` as [N, S, other axes of t], where S are the positions of each example along its owner's axis.
 
@@ -497,6 +521,8 @@ def tokens_by_example(t: Tensor, owner: Owner, n: int, trailing: int = 1, fill: 
 
 def _channels_by_example(t: Tensor, owner: Owner, n: int) -> Tensor:
     """[R, C] or [R, C, *spatial] -> [N, S, C]."""
+    if t.dim() > 2 and _is_each(owner):
+        return t.flatten(2).transpose(1, 2)
     if t.dim() == 2:
         return by_example(t, owner, n, 0)
     return tokens_by_example(t.flatten(2).transpose(1, 2), owner, n)

@@ -151,6 +151,11 @@ def use_backend(name: str) -> Iterator[None]:
         _backend.reset(token)
 
 
+def forced_backend() -> str:
+    """Return the backend that :func:`use_backend` sets in this context, which is "auto" by default."""
+    return _backend.get()
+
+
 def backend_for(t: Tensor) -> str:
     """Return the name of the backend that the ops run on for tensors on the device of ``t``."""
     if (forced := _backend.get()) != "auto":

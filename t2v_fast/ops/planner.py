@@ -394,6 +394,11 @@ def force(path: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> tuple[str | None, str]:
+    """Return the path that :func:`force` sets in this context, if any, and the backend that ``use_backend`` sets."""
+    return _forced.get(), dispatch.forced_backend()
+
+
 @functools.cache
 def _best(conv: Conv, dtype: torch.dtype, capability: str, cotangents: int, elementwise: bool) -> str:
     return _costs(dtype, capability).best(conv, cotangents, elementwise)

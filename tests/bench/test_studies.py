@@ -129,6 +129,15 @@ def test_sums_table(script: Script) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="counts instructions by valgrind")
+def test_first_call_table(script: Script) -> None:
+    found = script("studies.first_call", "--toy", "--rounds", "1", "--batches", "2")
+    rows = [line.split("|")[1:-1] for line in found.splitlines() if line.startswith("| toy")]
+    assert [len(row) for row in rows] == [8, 8, 5]
+    numbers = [float(cell) for row in rows for cell in row[3 if len(row) == 8 else 1 :]]
+    assert all(number > -1 for number in numbers)
+    assert "instruction set" in found
+
+
 def test_instructions_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     from bench.studies import instructions
 

@@ -19,7 +19,8 @@ from t2v_fast.gradients.fast_forward import FastNetwork, kept_memory
 MEMORY = """
 from pathlib import Path
 import torch
-from t2v_fast.gradients.fast_forward import kept_memory
+from t2v_fast.gradients import fast_forward
+from t2v_fast.gradients.fast_forward import kept_memory, lingering_memory
 
 BLOCK = 24 << 20  # bytes
 
@@ -43,6 +44,33 @@ try:
 except KeyError:
     pass
 assert resident() - before < BLOCK, "given back after an error"
+
+import os, time
+
+def until(given_back):
+    end = time.monotonic() + 30
+    while (resident() - before < BLOCK) != given_back and time.monotonic() < end:
+        time.sleep(0.02)
+    return (resident() - before < BLOCK) == given_back
+
+fast_forward.LINGER = 1000
+with lingering_memory():
+    use_memory()
+assert resident() - before > 7 * BLOCK, "kept for the next context"
+if not os.fork():
+    use_memory()
+    os._exit(resident() - before > BLOCK)  # a child keeps no memory
+assert os.wait()[1] == 0
+fast_forward.LINGER = 0.1
+with lingering_memory():
+    assert resident() - before > 7 * BLOCK, "the next context has the memory"
+assert until(given_back=True), "given back after the time"
+fast_forward.LINGER = 1000
+with lingering_memory():
+    use_memory()
+with kept_memory():
+    pass
+assert resident() - before < BLOCK, "a context that keeps nothing ends the time"
 """
 
 
@@ -68,13 +96,16 @@ def test_weights_are_channels_last_within() -> None:
     standardised = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))
     model = nn.Sequential(shared, nn.Conv2d(4, 4, 1), shared, nn.ConvTranspose2d(4, 6, 2), nn.Conv1d(6, 2, 3))
     own = {name: (p, p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
-    with FastNetwork(nn.Sequential(model, standardised), lambda model, x: x) as run:
+    x, rest = torch.rand(2, 4, 9, 9), torch.arange(3)
+    whole = nn.Sequential(model[:4], standardised)
+    want = model[:4](x), standardised(x)
+    with FastNetwork(whole, lambda whole, given: (whole[0](given["image"]), whole[1](given["image"])) and given) as run:
+        seen = run(whole, {"image": x, "rest": rest})
         for k in (0, 3):
             weight = model[k].weight
             assert weight.is_contiguous(memory_format=torch.channels_last)
             assert not weight.is_contiguous()
-        x, rest = torch.rand(2, 4, 5, 5), torch.arange(3)
-        seen = run(model, {"image": x, "rest": rest})
+        torch.testing.assert_close((model[:4](x), standardised(x)), want)
         assert seen["image"].is_contiguous(memory_format=torch.channels_last)
         assert seen["rest"] is rest
     assert {name: (p, p.data_ptr(), p.stride()) for name, p in model.named_parameters()} == own

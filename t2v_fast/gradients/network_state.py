@@ -1,0 +1,344 @@
+"""What is remembered about a network from call to call, and the signature that tells when the memory no longer holds.
+
+A *signature* (:class:`Signature`) describes everything about a network that decides which code a forward pass runs: the
+modules and their classes, modes, attributes, hooks and forward methods, and the shapes, dtypes and devices of
+parameters and buffers. The values of weights are left out. Two equal signatures of one network mean that the same code
+runs on tensors of the same shapes.
+
+:func:`state_of` returns the memory of a network. The memory is kept beside the network, not in it: a copy of the
+network, or one that was pickled, starts without. It holds no reference that keeps the network alive, and ends with it.
+
+A signature cannot see everything. A global variable, the contents of a file or the values of a large tensor may decide
+what a forward pass does, too. Whoever remembers something by signature says why this does no harm, or looks again.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+MAX_SIGNATURES = 16  # of one network: a network gets another head for each task
+MAX_TOKENS = 200_000  # a network with more attributes has no signature
+MAX_DEPTH = 6  # how deep objects within the attributes of modules are looked at
+MAX_FLAGS = 8  # the values of a tensor of integers are looked at up to this number of entries
+
+# Immutable values of these types stand for themselves.
+_PLAIN = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format}
+)
+_CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set, frozenset})
+_METHODS = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
+
+
+class Unreadable(Exception):
+    """An attribute whose changes cannot be noticed, or too many attributes."""
+
+
+class ByIdentity:
+    """Stands for an object whose attributes never change, and are not looked at."""
+
+    def __init__(self, of: object) -> None:
+        self.of = of
+
+
+class Signature:
+    """A description of objects that compares by value, and the objects that it names by identity.
+
+    An object that is no plain value is named by its address. The description holds as long as all these objects live,
+    because only then no other object can have the address.
+    """
+
+    def __init__(self, tokens: Iterable[Any], objects: Iterable[weakref.ref]) -> None:
+        self.tokens = tuple(tokens)
+        self.objects = tuple(objects)
+        self._hash = hash(self.tokens)
+
+    def holds(self) -> bool:
+        """Whether all objects that are named by their address still exist."""
+        return all(of() is not None for of in self.objects)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Signature) and self._hash == other._hash and self.tokens == other.tokens
+
+
+class NetworkState:
+    """What is remembered about one network: a value for each of its latest signatures. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: dict[Signature, Any] = {}
+
+    def get(self, signature: Signature | None) -> Any:
+        """The value that was kept for an equal signature; None if there is none."""
+        if signature is None:
+            return None
+        with self._lock:
+            before = next((kept for kept in self._kept if kept == signature), None)
+            if before is None:
+                return None
+            value = self._kept.pop(before)
+            if before.holds():
+                self._kept[before] = value  # now the latest
+                return value
+            return None
+
+    def put(self, signature: Signature | None, value: Any) -> None:
+        """Keep a value. The signature that was unused for longest is forgotten where there are too many."""
+        if signature is None:
+            return
+        with self._lock:
+            self._kept.pop(signature, None)
+            self._kept[signature] = value
+            while len(self._kept) > MAX_SIGNATURES:
+                del self._kept[next(iter(self._kept))]
+
+
+_lock = threading.RLock()  # a network may be freed, which removes its entry, while an entry is added
+_states: dict[int, tuple[weakref.ref, NetworkState]] = {}  # by the network's id: a network may define its own equality
+
+
+def state_of(network: nn.Module) -> NetworkState:
+    """The memory of a network, which lasts as long as the network.
+
+    Example:
+        >>> network = nn.Linear(2, 3)
+        >>> state_of(network) is state_of(network)
+        True
+    """
+    key = id(network)
+    with _lock:
+        found = _states.get(key)
+        if found is not None and found[0]() is network:
+            return found[1]
+        state = NetworkState()
+
+        def forget(ref: weakref.ref) -> None:
+            with _lock:
+                if key in _states and _states[key][0] is ref:
+                    del _states[key]
+
+        _states[key] = weakref.ref(network, forget), state
+        return state
+
+
+def signature_of(network: nn.Module, *more: Any) -> Signature | None:
+    """The signature of a network, and of further objects such as a forward function.
+
+    Functions are equal if they have the same code, defaults and closure, so that a lambda may be made anew for each
+    call.
+
+    Args:
+        network: The network.
+        *more: Values and objects that also decide what is computed.
+        inputs: The inputs of a batch.
+
+    Returns:
+        The signature, or None where an attribute of the network cannot be described.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        >>> before = signature_of(network)
+        >>> _ = network[0].weight.data.zero_()
+        >>> before == signature_of(network)
+        True
+        >>> network[0].stride = (2, 2)
+        >>> before == signature_of(network)
+        False
+    """
+    reader = _Reader()
+    try:
+        reader.network(network)
+        for value in more:
+            reader.value(value)
+    except Exception:  # whatever an object raises when it is looked at
+        return None
+    return Signature(reader.tokens, reader.objects)
+
+
+def extended(signature: Signature | None, inputs: Any) -> Signature | None:
+    """The same signature with inputs, described by their structure, shapes, strides, dtypes and devices."""
+    if signature is None:
+        return None
+    reader = _Reader()
+    try:
+        reader.inputs(inputs)
+    except Exception:
+        return None
+    return Signature((*signature.tokens, *reader.tokens), (*signature.objects, *reader.objects))
+
+
+class _Reader:
+    """Collects the tokens of a signature."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Any] = []
+        self.objects: list[weakref.ref] = []
+        self._places: dict[int, int] = {}  # by id: when an object was first met
+        self._alive: list[Any] = []  # the objects met, so that their ids stay their own
+
+    def network(self, network: nn.Module) -> None:
+        """All modules, in order. Names come with ``_modules``, and modules that occur twice with their places."""
+        stack = [network]
+        while stack:
+            module = stack.pop()
+            if self._met(module):
+                continue
+            self._class(type(module))
+            for key, value in vars(module).items():
+                if key in ("_parameters", "_buffers"):
+                    for name, t in value.items():
+                        self.tokens.append(name)
+                        self.value(t)
+                elif key == "_modules":
+                    self.tokens.extend(value)
+                    stack.extend(child for child in value.values() if child is not None)
+                elif type(value) in _PLAIN:
+                    self.tokens += (key, type(value), value)
+                elif type(value) in _CONTAINERS and not value:  # most are hooks that are not set
+                    self.tokens += (key, 0)
+                else:
+                    self.tokens.append(key)
+                    self.value(value)
+        for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
+            self.value(dict(hooks))
+
+    def inputs(self, inputs: Any) -> None:
+        """The structure of inputs, without the values of tensors."""
+        if isinstance(inputs, Mapping):
+            for key, value in inputs.items():
+                self.tokens.append(str(key))
+                self.inputs(value)
+        elif isinstance(inputs, (list, tuple)):
+            self.tokens.append(len(inputs))
+            for value in inputs:
+                self.inputs(value)
+        elif isinstance(inputs, Tensor):
+            self._tensor(inputs)
+            self.tokens.append(inputs.stride() if inputs.layout == torch.strided else inputs.layout)
+        else:
+            self.value(inputs)
+
+    def value(self, value: Any, depth: int = 0) -> None:
+        """Any attribute."""
+        kind = type(value)
+        if kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, value))):
+            self.tokens += (kind, value)
+            if len(self.tokens) > MAX_TOKENS:
+                raise Unreadable
+            return
+        self.tokens.append(kind.__name__)
+        if not self._met(value):
+            self._content(value, kind, depth)
+
+    def _content(self, value: Any, kind: type, depth: int) -> None:
+        if isinstance(value, Tensor):
+            self._tensor(value)
+            flags = not value.is_floating_point() and value.numel() <= MAX_FLAGS and value.device.type == "cpu"
+            if flags and kind in (Tensor, nn.Parameter):
+                self.tokens.append(str(value.tolist()))
+        elif isinstance(value, (nn.Module, type, types.ModuleType)):
+            self._same(value)  # the modules of the network are looked at on their own
+        elif isinstance(value, ByIdentity):
+            self._same(value.of)
+        elif isinstance(value, (list, tuple, set, frozenset, dict, deque)):
+            self._deeper(depth)
+            for entry in _entries(value):
+                self.value(entry, depth + 1)
+        elif isinstance(value, types.FunctionType):
+            self._same(value.__code__)
+            self.tokens.append(id(value.__globals__))
+            self._deeper(depth)
+            cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+            for part in (value.__defaults__, value.__kwdefaults__, cells, vars(value)):
+                self.value(part, depth + 1)
+        elif isinstance(value, _METHODS):
+            self.tokens.append(value.__name__)
+            self._deeper(depth)
+            self.value(value.__self__, depth + 1)
+            if isinstance(value, types.MethodType):
+                self.value(value.__func__, depth + 1)
+        elif isinstance(value, functools.partial):
+            self._deeper(depth)
+            for of in (value.func, value.args, value.keywords):
+                self.value(of, depth + 1)
+        elif isinstance(value, weakref.ref):
+            self._same(value())
+        else:
+            self._same(value)
+            if hasattr(value, "__dict__") and depth < MAX_DEPTH:
+                self.value(dict(vars(value)), depth + 1)
+
+    def _met(self, value: Any) -> bool:
+        """Whether an object was met before; the token is its place."""
+        place = self._places.get(id(value))
+        self.tokens.append(place)
+        if place is not None:
+            return True
+        self._places[id(value)] = len(self.tokens)
+        self._alive.append(value)
+        return False
+
+    def _deeper(self, depth: int) -> None:
+        if depth >= MAX_DEPTH:
+            raise Unreadable
+
+    def _same(self, value: Any) -> None:
+        """An object that is named by its address."""
+        if value is None:
+            return
+        try:
+            self.objects.append(weakref.ref(value))
+        except TypeError:
+            raise Unreadable from None
+        self.tokens.append(id(value))
+
+    def _tensor(self, t: Tensor) -> None:
+        self.tokens += (type(t).__name__, t.shape, t.dtype, t.device, t.requires_grad)
+
+    def _class(self, kind: type) -> None:
+        """A class: its own address, and those of its methods and the values that it gives to all its objects."""
+        for of in kind.__mro__[:-1]:
+            if self._met(of):
+                continue
+            self._same(of)
+            for key, value in list(vars(of).items()):
+                value = getattr(value, "__func__", value)  # a static method or a class method
+                if type(value) in _PLAIN and key not in ("__doc__", "__module__", "__qualname__"):
+                    self.tokens += (key, value)
+                elif isinstance(value, types.FunctionType):
+                    self.tokens.append(key)
+                    self._same(value)
+
+
+def _entries(value: Any) -> Iterator[Any]:
+    """The entries of a container, with keys; sets of plain values in an order that depends on the values alone."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield key
+            yield entry
+    elif isinstance(value, (set, frozenset)):
+        yield len(value)
+        yield from sorted(value, key=repr) if all(type(v) in _PLAIN for v in value) else value
+    else:
+        yield len(value)
+        yield from value
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:  # the variable has no value yet
+        return False
+    return True

@@ -1,0 +1,541 @@
+"""What the self-check remembers of a network from call to call, and attempts to fool this memory.
+
+A call over a network that was checked before runs one example of its first batch alone, and nothing else of the first
+check. Each attempt below changes something between two calls, and the second call must notice.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from oracle import per_example_squares, reduce
+from torch import Tensor, nn
+
+from t2v_fast import SelfCheckError, UnsupportedError, fisher
+from t2v_fast.estimation.cotangents import cotangents
+from t2v_fast.estimation.label_sets import Heads, LabelSet, fisher_of_label_sets
+from t2v_fast.estimation.self_check import SelfCheck
+from t2v_fast.gradients import network_state
+from t2v_fast.gradients.factors import Outer
+from t2v_fast.gradients.rules import RULES
+
+X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(256, 5)]
+    return nn.Sequential(*layers).eval().double()
+
+
+class Centred(nn.Tanh):
+    """Takes the mean over a batch away, in a way that the autograd graph does not show."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0).detach())
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of examples of the first batches that were checked in full."""
+    seen: list[int] = []
+    real = SelfCheck._first
+
+    def first(self: SelfCheck, inputs: Any, logits: Tensor) -> None:
+        seen.append(len(logits))
+        real(self, inputs, logits)
+
+    monkeypatch.setattr(SelfCheck, "_first", first)
+    return seen
+
+
+def assert_right(model: nn.Module, x: Tensor = X, **options: Any) -> None:
+    got = fisher(model, x.split(3), "exact", **options)
+    own = copy.deepcopy(model)
+    with torch.no_grad():
+        u = cotangents(own(x), "exact")
+    squares = per_example_squares(own, x, u)
+    for name, q in got.items():
+        want = reduce(squares[name], options.get("granularity", "filter")).mean(0)
+        torch.testing.assert_close(q, want, rtol=1e-9, atol=1e-12)
+
+
+# ---- what is remembered
+
+
+def test_a_network_is_checked_once(checks: list[int]) -> None:
+    model = network()
+    for _ in range(3):
+        assert_right(model)
+        fisher(model, [X[:3].clone()])  # other inputs of the same shape
+    assert checks == [3]
+
+
+def test_a_forward_function_may_be_made_anew(checks: list[int]) -> None:
+    model = network()
+
+    def scaled(by: float) -> Callable:
+        return lambda m, x: m(x) * by
+
+    for by in (1.0, 1.0, 2.0, 1.0):
+        fisher(model, [X], forward=scaled(by))
+    assert checks == [6, 6]
+
+
+def test_a_head_of_the_same_shape_may_take_the_place_of_another(checks: list[int]) -> None:
+    model = network()
+    for classes in (5, 3, 5, 3):
+        model[4] = nn.Linear(256, classes).double()
+        assert_right(model)
+    assert checks == [3, 3]
+
+
+def test_label_sets_share_the_memory(checks: list[int]) -> None:
+    model = network()
+    for _ in range(2):
+        sets = [LabelSet(nn.Linear(256, c).double(), torch.arange(6) % c) for c in (2, 3)]
+        model[4] = Heads(sets)
+        fisher_of_label_sets(model, X.split(3), sets)
+    assert checks == [3]
+
+
+def test_a_single_example_is_checked_once(monkeypatch: pytest.MonkeyPatch, checks: list[int]) -> None:
+    model = network()
+    for _ in range(2):
+        fisher(model, X[:2].split(1))
+    fisher(model, [X[:2]])
+    assert checks == [1, 2]
+
+
+def test_a_failed_check_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(network(), Centred(), nn.Linear(5, 4).double()).eval()
+    for _ in range(3):
+        with pytest.raises((SelfCheckError, UnsupportedError), match="examples interact"):
+            fisher(model, [X])
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
+def test_every_example_is_run_in_another_batch(n: int) -> None:
+    """An interaction that changes one example only is found wherever the example is."""
+
+    class Chosen(nn.Module):
+        def __init__(self, place: int) -> None:
+            super().__init__()
+            self.linear, self.place = nn.Linear(4, 3), place
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.linear(x)
+            if len(z) < n:
+                return z
+            mask = torch.arange(len(z)) == self.place
+            return torch.where(mask[:, None], z + 1, z)
+
+    for place in range(n):
+        with pytest.raises(SelfCheckError, match="examples interact"):
+            fisher(Chosen(place), [torch.randn(n, 4)])
+
+
+# ---- attempts to fool it: each changes a network so that its examples interact, or so that the result is another
+
+
+def replaced(model: nn.Module) -> None:
+    model[2] = Centred()
+
+
+def hooked(model: nn.Module) -> None:
+    model[2].register_forward_hook(lambda module, inputs, output: output - output.detach().mean(0))
+
+
+def pre_hooked(model: nn.Module) -> None:
+    model[2].register_forward_pre_hook(lambda module, inputs: (inputs[0] - inputs[0].detach().mean(0),))
+
+
+def patched(model: nn.Module) -> None:
+    own = model[2].forward
+    model[2].forward = lambda x: own(x - x.detach().mean(0))
+
+
+def bound(model: nn.Module) -> None:
+    model[2].forward = MethodType(Centred.forward, Centred())
+
+
+def other_class(model: nn.Module) -> None:
+    model[2].__class__ = Centred
+
+
+def appended(model: nn.Module) -> None:
+    model.insert(3, Centred())
+
+
+def axis_of_examples(model: nn.Module) -> None:
+    model.insert(3, nn.Identity())
+    model[3].forward = partial(torch.softmax, dim=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [replaced, hooked, pre_hooked, patched, bound, other_class, appended, axis_of_examples],
+    ids=lambda f: f.__name__,
+)
+def test_a_change_that_mixes_examples_is_noticed(change: Callable[[nn.Module], None]) -> None:
+    model = network()
+    assert_right(model)
+    change(model)
+    with pytest.raises((SelfCheckError, UnsupportedError), match="examples interact"):
+        fisher(model, X.split(3))
+
+
+def test_changes_that_one_example_cannot_show_are_noticed(checks: list[int]) -> None:
+    """The example that is run alone in later calls must not be needed to notice a change."""
+    model = network()
+    changes: list[Callable[[nn.Module], Any]] = [
+        lambda m: m.add_module("5", nn.Identity()),
+        lambda m: (
+            setattr(m[0], "padding", (1, 1)) or setattr(m[0], "stride", (2, 2)) or setattr(m[4], "weight", smaller)
+        ),
+        lambda m: setattr(m[1], "eps", 1e-3),
+        lambda m: setattr(m[3], "options", {"mix": [1, 2]}),
+        lambda m: m[3].options["mix"].append(3),
+        lambda m: m.register_buffer("open", torch.tensor(True)),
+        lambda m: m.open.fill_(False),
+        lambda m: m[0].register_forward_hook(lambda module, inputs, output: None),
+        lambda m: setattr(m[2], "forward", torch.tanh),
+        lambda m: delattr(m[2], "forward"),
+        lambda m: m[0].weight.requires_grad_(False) and None,
+    ]
+    smaller = nn.Parameter(torch.randn(5, 64, dtype=torch.float64) / 8)
+    assert_right(model)
+    for k, change in enumerate(changes[:-1], 2):
+        change(model)
+        assert_right(model)
+        if k != 11:  # the last of these changes goes back to a network that was checked
+            assert len(checks) == k, k
+
+
+def test_class_attributes_and_methods_are_part_of_a_network(checks: list[int]) -> None:
+    class Switch(nn.Module):
+        mix = False
+
+        def helper(self, x: Tensor) -> Tensor:
+            return x
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.helper(x)
+            return x - x.detach().mean(0) if self.mix else x
+
+    model = nn.Sequential(network(), Switch())
+    assert_right(model)
+    Switch.helper = lambda self, x: 2 * x
+    assert_right(model)
+    Switch.mix = True
+    with pytest.raises(SelfCheckError, match="examples interact"):
+        fisher(model, X.split(3))
+    assert checks == [3, 3, 3]
+
+
+def test_the_mode_belongs_to_the_network() -> None:
+    model = network()
+    assert_right(model)
+    model.train()
+    with pytest.raises(UnsupportedError, match="training mode"):
+        fisher(model, X.split(3))
+    model.eval()
+    assert_right(model)
+
+
+def test_weights_may_change_and_the_result_follows(checks: list[int]) -> None:
+    model, other = network(), network()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.3)
+
+    def in_place(m: nn.Module) -> None:
+        with torch.no_grad():
+            m[0].weight.mul_(1.5)
+
+    def through_data(m: nn.Module) -> None:
+        m[0].weight.data.mul_(0.5)
+        m[4].weight.data[0] += 1
+
+    def assigned(m: nn.Module) -> None:
+        m[0].weight.data = torch.randn_like(m[0].weight)
+
+    def buffers(m: nn.Module) -> None:
+        m[1].running_var.mul_(2)
+
+    assert_right(model)
+    for change in (in_place, through_data, assigned, buffers, lambda m: m.load_state_dict(other.state_dict())):
+        before = fisher(model, [X[:3]], "exact").vector()
+        change(model)
+        assert_right(model)
+        assert not torch.allclose(fisher(model, [X[:3]], "exact").vector(), before, rtol=1e-3)
+    assert checks == [3]
+
+
+def test_the_wanted_parameters_belong_to_the_check(checks: list[int]) -> None:
+    model = network()
+    assert_right(model)
+    assert_right(model, parameters=["4.weight"])
+    model[0].weight.requires_grad_(False)  # frozen parameters are wanted, too
+    assert_right(model)
+    assert model[0].weight.requires_grad is False
+    assert_right(model, granularity="parameter")
+    assert_right(model, unsupported="exact")
+    assert checks == [3] * 4
+
+
+def test_dtypes_shapes_and_batch_sizes_belong_to_the_check(checks: list[int]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    for _ in range(2):
+        for x in (X.float(), X.float()[:4], X.float()[..., :6]):
+            fisher(model.float(), [x])
+        fisher(model.double(), [X])
+        fisher(model.bfloat16(), [X.bfloat16()])
+        with torch.autocast("cpu"):
+            fisher(model.float(), [X.float()])
+    assert len(checks) == 6
+
+
+def test_a_batch_of_another_composition(checks: list[int]) -> None:
+    """Owners come from the graph of each batch, whatever is remembered: tokens sorted by expert, and padding."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            flat = x[mask]  # [tokens, 4]
+            chosen = (flat[:, 0] > 0).long()
+            out = torch.zeros_like(flat)
+            for k, expert in enumerate(self.experts):
+                at = (chosen == k).nonzero()[:, 0]
+                out = out.index_copy(0, at, expert(flat[at]))
+            padded = torch.zeros_like(x).masked_scatter(mask[..., None], out)
+            return self.head(padded.sum(1).tanh())
+
+    model = Experts().double()
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(5, 7, 4, generator=generator, dtype=torch.float64)
+        mask = torch.arange(7) < torch.randint(1, 8, (5, 1), generator=generator)
+        got = fisher(model, [{"x": x, "mask": mask}], "exact")
+        each = [fisher(copy.deepcopy(model), [{"x": x[n : n + 1], "mask": mask[n : n + 1]}], "exact") for n in range(5)]
+        for name, q in got.items():
+            torch.testing.assert_close(q, sum(e[name] for e in each) / 5, rtol=1e-9, atol=1e-12)
+    assert checks.count(5) == 1
+
+
+def test_a_broken_rule_is_found_after_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    assert_right(model)
+    rule = RULES["AddmmBackward0"]
+
+    def broken(*args: Any) -> Any:
+        factors = rule.factors(*args)
+        return Outer(factors.x * 1.01, factors.g) if isinstance(factors, Outer) else factors
+
+    monkeypatch.setitem(RULES, "AddmmBackward0", replace(rule, factors=broken))
+    with pytest.raises(SelfCheckError, match=r"self-check failed for '4\.weight'"):
+        fisher(model, X.split(3))
+
+
+class Later(nn.Module):
+    """Mixes examples once it has been called often enough; what counts the calls is hidden or is not."""
+
+    def __init__(self, calls: int, hidden: bool) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(4, 3), calls
+        left = iter(range(calls))
+        self.count = 0
+        self.left: Any = (lambda: next(left, None) is None) if hidden else self._counted
+
+    def _counted(self) -> bool:
+        self.count += 1
+        return self.count > self.calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x - x.mean(0) if self.left() else x)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("calls", [5, 9, 14, 30])
+def test_an_interaction_that_begins_after_some_calls(calls: int, hidden: bool) -> None:
+    torch.manual_seed(0)
+    model = Later(calls, hidden)
+    done = 0
+    with pytest.raises(SelfCheckError, match="examples interact"):  # noqa: PT012
+        for _ in range(calls + 1):
+            fisher(model, [torch.randn(4, 4)])
+            done += 1
+    # A call needs two forward passes at least, so the interaction began at most half as many calls before.
+    assert done <= calls
+
+
+def test_later_calls_run_each_example_alone_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, alone = network(), []
+    real = SelfCheck._alone
+
+    def noted(self: SelfCheck, inputs: Any, logits: Tensor, example: int) -> None:
+        alone.append(example)
+        real(self, inputs, logits, example)
+
+    monkeypatch.setattr(SelfCheck, "_alone", noted)
+    for _ in range(6):
+        fisher(model, [X[:5]])
+    assert sorted(alone) == list(range(5))
+
+
+def test_random_numbers_are_noticed_in_every_call() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, noise = nn.Linear(4, 3), [0.0]
+            self.noise: Callable[[], float] = lambda: noise[0]
+            self.set: Callable[[float], None] = lambda value: noise.__setitem__(0, value)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.linear(x)
+            return z + self.noise() * torch.randn_like(z) if self.noise() else z
+
+    model = Noisy()
+    fisher(model, [torch.randn(4, 4)])
+    model.set(1e-9)
+    with pytest.raises(SelfCheckError, match="random"):
+        fisher(model, [torch.randn(4, 4)])
+
+
+# ---- copies, threads, wrappers, memory
+
+
+def test_copies_and_pickles_carry_nothing(checks: list[int]) -> None:
+    model = network()
+    before = set(vars(model))
+    assert_right(model)
+    assert set(vars(model)) == before
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert network_state.state_of(other) is not network_state.state_of(model)
+        assert_right(other)
+    assert checks == [3, 3, 3]
+
+
+def test_a_wrapper_is_another_network(checks: list[int]) -> None:
+    model = network()
+    assert_right(model)
+    assert_right(nn.DataParallel(model))
+    with pytest.raises(UnsupportedError, match=r"torch\.compile"):
+        fisher(torch.compile(model, backend="aot_eager"), X.split(3))
+    assert_right(model)
+    assert checks[:2] == [3, 3]
+
+
+def test_the_memory_ends_with_the_network() -> None:
+    def cyclic() -> nn.Module:
+        model = network()
+        model[2].parent = [model]  # as some networks do
+        model[2].forward = lambda x, own=model: torch.tanh(x)
+        model.register_forward_hook(lambda module, inputs, output, own=model: output)
+        return model
+
+    for make in (network, cyclic):
+        model = make()
+        fisher(model, [X], forward=lambda m, x, own=model: own(x))
+        key, alive = id(model), weakref.ref(model)
+        assert key in network_state._states
+        del model
+        gc.collect()
+        assert alive() is None
+        assert key not in network_state._states
+
+
+def test_a_network_has_room_for_some_signatures(checks: list[int]) -> None:
+    model = network()
+    for k in (*range(network_state.MAX_SIGNATURES + 1), network_state.MAX_SIGNATURES, 0):
+        model.kind = k
+        fisher(model, [X[:2]])
+    assert len(checks) == network_state.MAX_SIGNATURES + 2  # 0 was forgotten
+
+
+def test_what_cannot_be_described_is_checked_anew(checks: list[int]) -> None:
+    class Slots:
+        __slots__ = ("flag",)
+
+    model = network()
+    model.options = Slots()  # nobody can tell whether this changes
+    for _ in range(2):
+        assert_right(model)
+    assert checks == [3, 3]
+
+
+def test_a_scripted_network_is_checked_anew_or_once(checks: list[int]) -> None:
+    model = torch.jit.trace(network(), X[:3])
+    before = fisher(network(), X.split(3), "exact").vector()
+    for _ in range(2):
+        torch.testing.assert_close(fisher(model, X.split(3), "exact").vector(), before)
+    assert set(checks) == {3}
+
+
+def test_an_error_within_a_call_is_not_remembered_as_a_success(
+    checks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, real = network(), SelfCheck._halves
+
+    def interrupted(self: SelfCheck, *rest: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SelfCheck, "_halves", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fisher(model, X.split(3))
+    monkeypatch.setattr(SelfCheck, "_halves", real)
+    assert_right(model)
+    assert checks == [3, 3]
+
+
+def test_two_threads(checks: list[int]) -> None:
+    """Networks of their own in two threads, which come and go."""
+    errors: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for _ in range(5):
+                model = network()
+                for _ in range(2):
+                    assert_right(model)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert checks == [3] * 10
+
+
+def test_a_mismatch_with_an_example_alone_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where plain autograd of an example alone differs (a kink), the batch's own activations decide."""
+    found: list[str | None] = []
+    real = SelfCheck._wrong
+
+    def noted(self: SelfCheck, got: Any, want: dict[str, Tensor], logits: Tensor) -> str | None:
+        if not found:
+            want = {name: 2 * w for name, w in want.items()}
+        found.append(real(self, got, want, logits))
+        return found[-1]
+
+    monkeypatch.setattr(SelfCheck, "_wrong", noted)
+    assert_right(network())
+    assert [why is None for why in found] == [False, True]
