@@ -15,6 +15,7 @@ from ..estimation.estimator import BATCH_MEAN
 from ..estimation.variational import RobustFisher
 from .assemble import embedding_of, family_of
 from .data import TASK_TYPES, DataError, TaskData, WithIndex
+from .memory import keep_memory_of, release_memory_of
 from .precision import dtype_of
 from .probe import Probe
 from .settings import Settings
@@ -303,6 +304,8 @@ class Task2Vec(Stages):
         """Call ``attempt``, and again with half the batch size each time memory runs out. Results agree to rounding."""
         while True:
             try:
+                if self.device.type == "cpu":
+                    keep_memory_of(self)
                 with torch.inference_mode(False):  # in inference mode a head would have no gradients
                     return attempt()
             except (MemoryError, RuntimeError) as error:
@@ -312,6 +315,7 @@ class Task2Vec(Stages):
             finally:
                 data.cache = None  # holds images that this probe's preprocessing prepared
             # Outside of the handler, whose traceback keeps the tensors of the failed attempt.
+            release_memory_of(self)  # which is in pieces that a larger tensor may not fit into
             size, self.batch_size = self.batch_size, self.batch_size // 2
             warnings.warn(
                 f"task {data.name!r}: out of memory with batches of {size} images, going on with {self.batch_size}",
