@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..estimation.allocation import Allocation
 from ..estimation.estimator import FisherDiagonal
+from ..estimation.one_forward import OneForward
 from ..estimation.variational import RobustFisher
 from .data import TaskData
 from .head import HeadFit, HeadTask
@@ -41,6 +42,7 @@ class TaskRun:
     fisher: FisherDiagonal | RobustFisher | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage
     waited: float = 0.0  # seconds in which the pipeline waited for images
+    passes: OneForward | None = None  # within `Stages.one_forward`: the forward pass that features and Fisher share
 
 
 @contextmanager
