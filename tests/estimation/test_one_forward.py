@@ -14,6 +14,8 @@ from t2v_fast import DataError, Embedding, Probe, SelfCheckError, Task2Vec
 from t2v_fast.estimation.allocation import FORWARD, OVERHEAD
 from t2v_fast.estimation.one_forward import FeatureTap, by_need, graph_bytes, packed, passes_through_graphs
 
+UNCERTAIN = {"head": "adam", "head_options": {"epochs": 1, "draws": 640}}  # a head under which needs differ
+
 
 def runs_of(probe: Probe) -> list[int]:
     """The sizes of the batches that the probe's network is run on from now on."""
@@ -37,7 +39,7 @@ def assert_same(got: Embedding, want: Embedding) -> None:
     [
         {"samples": 2},
         {"samples": 3, "balanced": False},
-        {"head": "adam", "head_options": {"epochs": 1, "draws": 64}},  # an uncertain head, so that needs differ
+        UNCERTAIN,
     ],
 )
 def test_it_equals_two_passes(estimator: str, graphs: int, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +55,30 @@ def test_it_equals_two_passes(estimator: str, graphs: int, options: dict, monkey
     assert sizes[:5] == [7, 7, 7, 7, 2]
     if estimator != "deflated":  # every image has as many cotangents as the others
         assert sum(sizes[5:]) == max(0, 30 - 7 * graphs)
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2, 3])
+@pytest.mark.parametrize("graphs", [5, 2])
+@pytest.mark.parametrize("task_type", ["multiclass", "multilabel"])
+def test_cotangents_that_are_left_go_through_new_graphs(
+    passes: int, graphs: int, task_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"batch_size": 7, "dtype": "float64", "samples": 3, "task_type": task_type, "self_check": False}
+    images, labels = shapes(30)[0], np.arange(30) % 6
+    if task_type == "multilabel":
+        labels = np.eye(6, dtype=np.int64)[labels]
+    want = Task2Vec(small_probe(), activation_megabytes=0, **options).embed((images, labels))
+    room = iter([0] * graphs + [math.inf] * 5)
+    monkeypatch.setattr("t2v_fast.estimation.one_forward.graph_bytes", lambda output: next(room))
+    monkeypatch.setattr("t2v_fast.estimation.one_forward.passes_through_graphs", lambda *counts: passes)
+    task2vec = Task2Vec(small_probe(), **options)
+    sizes = runs_of(task2vec.probe)
+    assert_same(task2vec.embed((images, labels)), want)
+    others = 0 if graphs == 5 else 16
+    again = sum(sizes[5:]) - others
+    if passes < 2:
+        assert again > 0
+    assert again == 30 - others if passes == 0 else again <= 30 - others
 
 
 def test_images_are_run_once_where_memory_allows() -> None:
@@ -134,10 +160,13 @@ def test_a_network_that_writes_over_its_input() -> None:
         network = small_probe().network
         return Probe(nn.Sequential(_InPlace(), *network), preprocessing=PREPROCESSING)
 
-    images, labels = shapes(30, classes=3)
-    options = {"dtype": "float64", "batch_size": 7, "self_check": False, "head_options": {"weight_decay": 1.0}}
+    images, labels = shapes(30)[0], np.arange(30) % 5
+    options = {"dtype": "float64", "batch_size": 7, "self_check": False, **UNCERTAIN}
     want = Task2Vec(probe(), activation_megabytes=0, **options).embed((images, labels))
-    assert_same(Task2Vec(probe(), **options).embed((images, labels)), want)
+    other = probe()
+    sizes = runs_of(other)
+    assert_same(Task2Vec(other, **options).embed((images, labels)), want)
+    assert sum(sizes) >= 60
 
 
 def test_the_network_is_put_back() -> None:
