@@ -33,6 +33,7 @@ from .cotangents import cotangents
 from .diagonal import FisherDiagonal, diagonal_of
 from .likelihoods import Likelihood, get_likelihood
 from .moments import NamedMoments, Units
+from .sketches import packed
 
 DIRECTIONS = 16  # outputs of a FeatureTap
 
@@ -182,6 +183,7 @@ class OneForward:
                 counts = torch.full((len(features),), len(u))
             else:
                 u, counts = packed(u)
+                u = u if len(u) else u.new_zeros(1, *u.shape[1:])
             precise = torch.promote_types(features.dtype, torch.float32)
             u, w = u.to(features.device, precise), weight.to(features.device, precise)
             return (u @ w).to(features.dtype), counts, draws
@@ -351,20 +353,3 @@ def passes_through_graphs(sizes: Sequence[int], counts: Tensor, size: int) -> in
         if cost < least:
             best, least = passes, cost
     return best
-
-
-def packed(u: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the cotangents of each example that are not zero to the front.
-
-    Args:
-        u: Cotangents [K, N, C].
-
-    Returns:
-        The cotangents [k, N, C], with k the most that an example has and at least one, and their numbers [N].
-    """
-    there = u.any(2)
-    counts = there.sum(0)
-    place, example = there.nonzero(as_tuple=True)
-    front = u.new_zeros(max(1, int(counts.max())), *u.shape[1:])
-    front[there.cumsum(0)[place, example] - 1, example] = u[place, example]
-    return front, counts
