@@ -6,8 +6,8 @@ backward pass. Let S_n be the Fisher of example n's logits, W the head's weights
 - The size of example n's part of the sum is approximated by a_n t_n with t_n = tr(W^T S_n W), the trace of the Fisher
   of the features.
 - The variance that k ``deflated`` cotangents leave, relative to the square of example n's part, is approximated by
-  v_n(k) = 4 sum_{i < j} l_i l_j / tr(S_n)^2, where l_i runs over all eigenvalues of S_n but the k - 1 largest. This is
-  the variance of one random-sign sketch of a diagonal matrix with traces l_i.
+  v_n(k), the least of :data:`~t2v_fast.estimation.sketches.ALIGNMENT` * T(l) / (k - l) over l from 0 to k - 1. The
+  cotangents are l eigenvectors and k - l sketches (:mod:`t2v_fast.estimation.sketches`).
 
 :func:`share_out` spends a fixed number of cotangents on all examples. :func:`draw` spends as little as a given error
 allows. The approximations only decide how good the choice is: the estimate is unbiased for every choice.
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .likelihoods import Likelihood, get_likelihood, mixed
+from .sketches import ALIGNMENT, least, tails
 
 if TYPE_CHECKING:
     from .diagonal import FisherDiagonal
@@ -37,6 +38,7 @@ OVERHEAD = 3.0  # fixed cost of a pass, in examples; measured with EfficientNet-
 COHERENCE = 0.7
 FLOOR = 0.01  # t_n is at least this part of its mean, which bounds the weights of examples that t_n underestimates
 MARGIN = 0.85  # aim at this part of the allowed error, as the errors that draws report vary by some ten percent
+MOST_SHARED = 64  # the most cotangents of an example, unless their mean is above a quarter of it
 MIN_DRAWN = 64  # the fewest examples that a draw expects to visit, so that normal confidence intervals hold
 
 
@@ -170,21 +172,21 @@ class SamplingStats:
             importance = a
         return cls(importance / importance.sum().clamp_min(tiny), spectrum / spectrum.sum(1, True).clamp_min(tiny))
 
-    def variances(self, samples: Tensor) -> Tensor:
-        """Return v_n(k) for each number of cotangents k in ``samples`` [K]: [N, K]. It is 0 for k above R."""
-        n, rank = self.spectrum.shape
-        zero = self.spectrum.new_zeros(n, 1)
-        tails = torch.cat([self.spectrum.flip(1).cumsum(1).flip(1), zero], 1)  # [N, R + 1]
-        # 4 sum_{i < j} l_i l_j as a sum over i, which does not cancel
-        pairs = torch.cat([(self.spectrum * tails[:, 1:]).flip(1).cumsum(1).flip(1), zero], 1)
-        return 4 * pairs[:, (samples - 1).clamp_max(rank)]
+    def variances(self, samples: Tensor, sketches: int = 1) -> Tensor:
+        """Return v_n for each number of cotangents k in ``samples`` [K]: [N, K]. It is 0 for k of at least R.
+
+        With more than one of the fewest ``sketches``, an example has k - 1 + ``sketches`` cotangents.
+        """
+        tail = tails(self.spectrum)
+        found = [least(tail, k, sketches)[0] for k in samples.tolist()]
+        return ALIGNMENT * torch.stack(found, 1)
 
 
 def share_out(need: SamplingStats, samples: float) -> Tensor:
     """Choose the numbers of cotangents that leave the least variance, for a fixed total.
 
-    One more eigenvector of example n reduces the variance of the sum by a_n^2 t_n^2 (v_n(k) - v_n(k + 1)). This
-    reduction falls with k, so the best choice is to take the largest reductions over all examples.
+    One more cotangent of example n reduces the variance of the sum by a_n^2 t_n^2 (v_n(k) - v_n(k + 1)). This
+    reduction nearly always falls with k, so the largest reductions over all examples are the best choice.
 
     Args:
         need: The statistics of the examples.
@@ -204,10 +206,12 @@ def share_out(need: SamplingStats, samples: float) -> Tensor:
     if not samples >= 1:
         raise ValueError(f"samples is {samples}, expected at least one cotangent for each example")
     n, rank = need.spectrum.shape
-    tails = need.spectrum.flip(1).cumsum(1).flip(1)
-    gains = need.importance[:, None].square() * need.spectrum[:, :-1] * tails[:, 1:]  # [N, R - 1]
-    count = min(int(n * (samples - 1) + 1e-6), gains.numel())
-    taken = gains.flatten().topk(count).indices // max(rank - 1, 1)
+    count = int(n * (samples - 1) + 1e-6)
+    most = max(1, min(rank, count + 1, max(MOST_SHARED, math.ceil(4 * samples))))
+    left = need.importance[:, None].square() * need.variances(torch.arange(1, most + 1))
+    # A step counts at most as much as the step before it, so that an example takes its steps in their order.
+    gains = (-left.diff(dim=1)).cummin(1).values if most > 1 else left[:, :0]  # [N, most - 1]
+    taken = gains.flatten().topk(min(count, gains.numel())).indices // max(most - 1, 1)
     return 1 + torch.bincount(taken, minlength=n)
 
 
@@ -215,9 +219,9 @@ def draw(need: SamplingStats, error: float, seed: int = 0) -> Allocation:
     """Choose the examples and their cotangents that cost the least for an expected relative error.
 
     An example with k cotangents costs k + :data:`FORWARD`, and one cotangent more where a second sketch estimates the
-    error. With inclusion probability p the example leaves the variance (a_n t_n)^2 ((1 / p - 1) + v_n(k) / (2 p)). One
-    price of variance for all examples determines p and k of each. The examples are drawn systematically (Madow, 1949)
-    in random order, and examples of probability one are always visited.
+    error. With inclusion probability p the example leaves the variance (a_n t_n)^2 ((1 / p - 1) + v_n / p), where v_n
+    counts the second sketch. One price of variance for all examples determines p and k of each. The examples are drawn
+    systematically (Madow, 1949) in random order, and examples of probability one are always visited.
 
     Args:
         need: The statistics of the examples.
@@ -235,7 +239,7 @@ def draw(need: SamplingStats, error: float, seed: int = 0) -> Allocation:
     n, rank = need.spectrum.shape
     steps = torch.unique((1.15 ** torch.arange(100)).round().long().clamp_max(rank))
     steps = steps if int(steps[-1]) == rank else torch.cat([steps, torch.tensor([rank])])
-    variances = need.variances(steps) / 2
+    variances = need.variances(steps, sketches=2)
     cost = FORWARD + steps + (steps < rank)
     squares = need.importance.square()[:, None]
 

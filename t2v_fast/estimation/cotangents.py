@@ -7,7 +7,9 @@ cotangents with E[sum_k u_k u_k^T] = S_n, the expectation of sum_k (J_n^T u_k)^2
 ===============  ================================================================================================
 ``exact``        the columns of a factor of S_n: no sampling error, C - 1 cotangents for a softmax over C classes
 ``deflated``     the leading ``samples`` - 1 eigenvectors of S_n, and one random-sign sketch of all others; unbiased.
-                 ``samples`` may differ between examples (:mod:`t2v_fast.estimation.allocation`)
+                 ``samples`` may differ between examples (:mod:`t2v_fast.estimation.allocation`). Examples with seeds of
+                 their own get fewer eigenvectors and the mean of more sketches where that is better
+                 (:mod:`t2v_fast.estimation.sketches`)
 ``hutchinson``   random-sign sketches of the whole factor (Hutchinson, 1989); unbiased
 ``monte_carlo``  scores of labels drawn from the model, as in Task2Vec's public code; unbiased
 ``empirical``    the score of the data set's own label; this is the empirical Fisher, which is another quantity
@@ -34,6 +36,7 @@ from torch import Tensor
 from ..ops.asynchronous import to_device
 from .deferred import DeferredChecks
 from .likelihoods import Likelihood, Softmax, get_likelihood, random_signs
+from .sketches import packed, sketches_of
 
 ESTIMATORS = ("exact", "deflated", "hutchinson", "monte_carlo", "empirical")
 LARGEST_EXACT = 2**30  # the most numbers in the exact cotangents of a batch of tokens
@@ -183,16 +186,32 @@ def _of_block(
 def _deflated(
     model: Likelihood, z: Tensor, samples: int | Tensor, source: torch.Generator | Tensor | None, sketches: int
 ) -> Tensor:
-    """Return leading eigenvectors and sketches, without sketches where all examples of the batch are exact."""
+    """Return leading eigenvectors and sketches, without sketches where all examples of the batch are exact.
+
+    Each example has ``samples`` - 1 + ``sketches`` cotangents. At least the last ``sketches`` are sketches.
+    """
     n, c = z.shape
     samples = samples.cpu() if isinstance(samples, Tensor) else torch.full((n,), samples)
     rank = model.rank(c)
     exact = samples >= rank
-    leading = torch.where(exact, rank, samples - 1)
-    signs = random_signs(n, sketches, c, source, z.device) / sketches**0.5
-    if exact.any():
-        signs = signs * to_device(~exact, z.device)[:, None]
-    return model.deflated(z, leading, signs[: 0 if exact.all() else sketches])
+    own = isinstance(source, Tensor)  # seeds of each example
+    counts = sketches_of(model, z, samples, sketches) if own else torch.where(exact, 0, sketches)
+    leading = torch.where(exact, rank, samples - 1 + sketches - counts)
+    most = max(sketches, int(counts.max())) if n else sketches
+    signs = random_signs(n, most, c, source, z.device)
+    if own or exact.any():
+        scale = counts.clamp_min(1).double().rsqrt() * (torch.arange(most)[:, None] < counts)  # [most, N]
+        signs = signs * to_device(scale, z.device)[:, :, None]
+    else:
+        signs = signs / sketches**0.5
+    if exact.all():
+        return model.deflated(z, leading, signs[:0])
+    u = model.deflated(z, leading, signs)
+    if most == sketches:
+        return u
+    # Sketches take the places of eigenvectors that other examples have.
+    vectors, last, more = u.split([len(u) - most, sketches, most - sketches])
+    return torch.cat([packed(torch.cat([vectors, more]))[0], last])
 
 
 def _of_tokens(

@@ -24,6 +24,7 @@ from .cotangents import check_estimator, cotangents
 from .diagonal import FisherDiagonal, diagonal_of
 from .likelihoods import Likelihood, get_likelihood
 from .moments import DrawnExamples, DrawnUnits, NamedMoments, Units
+from .sketches import sketches_of
 
 BATCH_MEAN = "batch_mean"
 IGNORED = -100  # the label of a token that does not count, as in torch's cross_entropy
@@ -274,6 +275,9 @@ class _Estimate:
             groups = list(self.recorder.backward_groups(batch.logits, u, sizes))
             values = {name: cast(Tensor, sum(g[name] for g in groups)) for name in groups[0]}
             apart = {name: groups[-1][name] - groups[-2][name] for name in values}
+            if isinstance(draws.source, Tensor):  # two of the sketches of an example tell the error of all
+                counts = sketches_of(self.likelihood, batch.logits, draws.samples, 2).double() / 2
+                apart = {name: q * counts.sqrt().to(q).view(-1, *(1,) * (q.dim() - 1)) for name, q in apart.items()}
         else:  # every example is exact
             values = self.recorder.backward(batch.logits, u)
             apart = {name: torch.zeros_like(q) for name, q in values.items()}

@@ -15,6 +15,7 @@ from ..estimation.estimator import BATCH_MEAN
 from ..estimation.variational import RobustFisher
 from .assemble import embedding_of, family_of
 from .data import TASK_TYPES, DataError, TaskData, WithIndex
+from .memory import keep_memory_of, release_memory_of
 from .precision import dtype_of
 from .probe import Probe
 from .settings import Settings
@@ -25,7 +26,7 @@ Result = TypeVar("Result")
 
 
 class Task2Vec(Stages):
-    """The paper's pipeline: features in one pass, a linear head fitted to them, the Fisher in a second pass.
+    """The paper's pipeline: features, a linear head fitted to them, and the Fisher of the network with this head.
 
     ``Task2Vec(probe, **options)`` checks its options as :class:`t2v_fast.tasks.settings.Settings` does;
     :meth:`from_settings` takes such an object. The stages of a task are public methods, from
@@ -62,6 +63,10 @@ class Task2Vec(Stages):
         cache_megabytes: memory, or disk space in ``cache_folder``, for decoded image files
             (:class:`t2v_fast.tasks.cache.ImageCache`). Files that fit are decoded once.
         cache_folder: see ``cache_megabytes``.
+        activation_megabytes: memory for activations that are kept from the pass for the features to the Fisher. Images
+            whose activations fit are read once, and are usually run through the network once
+            (:mod:`t2v_fast.estimation.one_forward`). Results agree to rounding. 0 stands for two passes over all
+            images, which an iterable, a ``feature_folder``, a ``tolerance`` and tasks over the same images take anyway.
         device: the device that the network runs on; by default the device that it is on.
         dtype: the precision in which the network runs, or its name; by default the network's own. ``torch.bfloat16``
             (:func:`t2v_fast.reduce_precision`) is faster on processors with instructions for it, and its embeddings
@@ -106,6 +111,7 @@ class Task2Vec(Stages):
         num_workers: int = 0,
         cache_megabytes: int = 512,
         cache_folder: str | os.PathLike | None = None,
+        activation_megabytes: int = 1024,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         skip_layers: int | str = 0,
@@ -130,6 +136,7 @@ class Task2Vec(Stages):
             num_workers=num_workers,
             cache_megabytes=cache_megabytes,
             cache_folder=cache_folder,
+            activation_megabytes=activation_megabytes,
             device=device,
             dtype=dtype,
             skip_layers=skip_layers,
@@ -171,14 +178,15 @@ class Task2Vec(Stages):
 
     def _embed(self, data: TaskData) -> Embedding:
         run = TaskRun(data)
-        with timed(run.seconds, "features"):
-            self.compute_features(run)
-        with timed(run.seconds, "head"):
-            self.encode_labels(run)
-            self.fit_heads([run])
-        with timed(run.seconds, "fisher"):
-            self.allocate(run)
-            self.compute_fisher(run)
+        with self.one_forward(run):
+            with timed(run.seconds, "features"):
+                self.compute_features(run)
+            with timed(run.seconds, "head"):
+                self.encode_labels(run)
+                self.fit_heads([run])
+            with timed(run.seconds, "fisher"):
+                self.allocate(run)
+                self.compute_fisher(run)
         return self.make_embedding(run)
 
     def embed_label_sets(
@@ -303,6 +311,8 @@ class Task2Vec(Stages):
         """Call ``attempt``, and again with half the batch size each time memory runs out. Results agree to rounding."""
         while True:
             try:
+                if self.device.type == "cpu":
+                    keep_memory_of(self)
                 with torch.inference_mode(False):  # in inference mode a head would have no gradients
                     return attempt()
             except (MemoryError, RuntimeError) as error:
@@ -312,6 +322,8 @@ class Task2Vec(Stages):
             finally:
                 data.cache = None  # holds images that this probe's preprocessing prepared
             # Outside of the handler, whose traceback keeps the tensors of the failed attempt.
+            release_memory_of(self)  # which is in pieces that a larger tensor may not fit into
+            self.activation_megabytes = 0
             size, self.batch_size = self.batch_size, self.batch_size // 2
             warnings.warn(
                 f"task {data.name!r}: out of memory with batches of {size} images, going on with {self.batch_size}",

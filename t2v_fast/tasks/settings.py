@@ -280,6 +280,15 @@ class Settings:
     cache_folder: str | os.PathLike | None = field(
         default=None, metadata=_about(FOLDER, "data", "folder whose disk holds the decoded images (default: memory)")
     )
+    activation_megabytes: int = field(
+        default=1024,
+        metadata=_about(
+            WHOLE,
+            "data",
+            "megabytes for activations that are kept from the features to the Fisher; 0 for two forward passes",
+            minimum=0,
+        ),
+    )
     skip_layers: int | str = field(
         default=0,
         metadata=_about(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch
@@ -18,6 +19,7 @@ from ..estimation.allocation import Allocation, SamplingStats, full_allocation, 
 from ..estimation.estimator import BATCH_MEAN, FisherDiagonal, fisher
 from ..estimation.label_sets import Heads, LabelSet, fisher_of_label_sets
 from ..estimation.moments import NamedMoments
+from ..estimation.one_forward import FeatureTap, one_forward
 from ..estimation.variational import RobustFisher, variational_fisher
 from ..gradients.fast_forward import fast_forward
 from .cache import ImageCache
@@ -54,6 +56,7 @@ class Stages:
         self.head, self.head_options = settings.head, settings.head_options or {}
         self.num_workers = settings.num_workers
         self.cache_megabytes, self.cache_folder = settings.cache_megabytes, settings.cache_folder
+        self.activation_megabytes = settings.activation_megabytes
         self.unsupported = settings.unsupported
         self.seed, self.self_check, self.progress = settings.seed, settings.self_check, settings.progress
         own_device = next(probe.network.parameters()).device
@@ -78,13 +81,44 @@ class Stages:
             return MAX_BATCH_SIZE
         return max(MIN_BATCH_SIZE, min(MAX_BATCH_SIZE, MAX_CPU_BATCH_PIXELS // self.probe.preprocessing.crop**2))
 
+    @contextmanager
+    def one_forward(self, run: TaskRun) -> Iterator[None]:
+        """Within this context, features and Fisher share a forward pass as far as ``activation_megabytes`` allow.
+
+        The stages of this run take place within the context, and no other run's. Without it, they give the same results
+        to rounding, from two passes over the images.
+        """
+        shared = self.method == "fisher" and self.tolerance is None and self.estimator != BATCH_MEAN
+        by_number = run.data.is_map_style and self._feature_cache is None
+        if not (shared and by_number and self.activation_megabytes):
+            yield
+            return
+        names = self.probe.embedding_parameters()
+        tap = FeatureTap(self.probe.feature_dim).to(self.device, dtype_of(self.probe.network))
+        options = {"unsupported": self.unsupported, "self_check": self.self_check}
+        budget = self.activation_megabytes << 20
+        with self.probe.with_head(tap) as network, one_forward(network, tap, names, budget=budget, **options) as passes:
+            run.passes = passes
+            try:
+                yield
+            finally:
+                run.passes = None
+
     def compute_features(self, run: TaskRun) -> None:
         """First pass over the images: fill in ``features`` and ``labels``."""
-        features, labels = [], []
-        with fast_forward(self.probe.network, lambda _, images: self.probe.features(images), self.device) as forward:
-            for images, targets in self._batches(run, run.data, "features"):
-                features.append(forward(self.probe.network, images).cpu())
+        labels: list[Tensor] = []
+
+        def images() -> Iterator[Tensor]:
+            for batch, targets in self._batches(run, run.data, "features"):
                 labels.append(targets)
+                yield batch
+
+        if run.passes is not None:
+            features = [f.cpu() for f in run.passes.features(images())]
+        else:
+            network = self.probe.network
+            with fast_forward(network, lambda _, batch: self.probe.features(batch), self.device) as forward:
+                features = [forward(network, batch).cpu() for batch in images()]
         run.features, run.labels = torch.cat(features), torch.cat(labels)
 
     def encode_labels(self, run: TaskRun) -> None:
@@ -131,9 +165,26 @@ class Stages:
         return SamplingStats.of(logits, weight, run.head_task.weights, TASK_TYPES[self.task_type])
 
     def compute_fisher(self, run: TaskRun) -> None:
-        """Second pass over the images, or several passes with a ``tolerance``: fill in ``fisher``."""
+        """Fill in ``fisher``. Within :meth:`one_forward` images may be visited again, otherwise all of them are.
+
+        With a ``tolerance`` there are several passes over images.
+        """
         if self.method == "variational":
             run.fisher = self._variational_fisher(run)
+        elif run.passes is not None:
+            run.fisher = run.passes.fisher(
+                run.fit.linear,
+                len(run.labels),
+                lambda order: (images for images, _ in self._batches(run, run.data, "Fisher", order)),
+                self.batch_size,
+                self.estimator,
+                self.samples,
+                likelihood=TASK_TYPES[self.task_type],
+                labels=run.head_task.labels,
+                weights=run.head_task.weights,
+                allocation=run.allocation,
+                seed=self.seed,
+            )
         elif self.tolerance is None:
             run.fisher = self._visit(run, run.allocation, self.self_check)
         else:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import spans
 from ..estimation.allocation import Allocation
 from ..estimation.estimator import FisherDiagonal
+from ..estimation.one_forward import OneForward
 from ..estimation.variational import RobustFisher
 from .data import TaskData
 from .head import HeadFit, HeadTask
@@ -42,6 +43,7 @@ class TaskRun:
     fisher: FisherDiagonal | RobustFisher | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage
     waited: float = 0.0  # seconds in which the pipeline waited for images
+    passes: OneForward | None = None  # within `Stages.one_forward`: the forward pass that features and Fisher share
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from t2v_fast.estimation.allocation import (
 )
 from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.estimation.likelihoods import LIKELIHOODS, get_likelihood
+from t2v_fast.estimation.sketches import ALIGNMENT
 
 
 def logits(n: int, classes: int, scale: float = 1.0, seed: int = 0) -> Tensor:
@@ -92,14 +93,17 @@ def need_of(n: int = 40, classes: int = 6, scale: float = 4) -> SamplingStats:
     return SamplingStats.of(logits(n, classes, scale), logits(classes, 3, seed=1), 1 + torch.arange(n) % 3)
 
 
-def test_variances_are_those_of_a_sketch() -> None:
+def test_variances_are_those_of_the_best_sketches() -> None:
     need = need_of(4)
-    got = need.variances(torch.arange(1, 8))
-    for n, k in itertools.product(range(4), range(1, 8)):
-        rest = need.spectrum[n, k - 1 :]
-        torch.testing.assert_close(
-            got[n, k - 1], 2 * (rest.sum().square() - rest.square().sum()), rtol=1e-6, atol=1e-15
-        )
+    for sketches in (1, 2):
+        got = need.variances(torch.arange(1, 8), sketches)
+        for n, k in itertools.product(range(4), range(1, 8)):
+            want = []
+            for leading in range(k) if k < 5 else ():
+                rest = need.spectrum[n, leading:]
+                want.append(2 * (rest.sum().square() - rest.square().sum()) / (k - 1 + sketches - leading))
+            best = ALIGNMENT * min(want, default=torch.zeros(()))
+            assert float(got[n, k - 1]) == pytest.approx(float(best), rel=1e-6, abs=1e-15)
 
 
 def test_cotangents_are_shared_out_best() -> None:

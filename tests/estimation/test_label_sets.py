@@ -108,7 +108,8 @@ def test_batches_are_halved_when_memory_runs_out() -> None:
     with pytest.warns(UserWarning, match="task 't': out of memory with batches of 8 images, going on with 4"):
         got = task2vec.embed((images, labels), name="t")
     assert got.meta["batch_size"] == 4
-    want = Task2Vec(small_probe(), batch_size=4).embed((images, labels))
+    # Activations that are kept may be why memory ran out.
+    want = Task2Vec(small_probe(), batch_size=4, activation_megabytes=0).embed((images, labels))
     np.testing.assert_array_equal(got.hessian, want.hessian)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

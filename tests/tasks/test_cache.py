@@ -68,7 +68,13 @@ def test_files_are_decoded_once_and_results_are_the_same(
     folder = write_folder(tmp_path / "task", images, labels)
     reads = tmp_path / "reads"
     real = data.open_image
-    want = Task2Vec(small_probe(), cache_megabytes=0, batch_size=5).embed(folder)
+    two_passes = {"activation_megabytes": 0}
+    want = {
+        megabytes: Task2Vec(small_probe(), cache_megabytes=0, batch_size=5, activation_megabytes=megabytes).embed(
+            folder
+        )
+        for megabytes in (0, 1024)
+    }
 
     def counted(path):
         with open(reads, "ab") as file:
@@ -76,12 +82,18 @@ def test_files_are_decoded_once_and_results_are_the_same(
         return real(path)
 
     monkeypatch.setattr(data, "open_image", counted)
-    for options, count in (({}, 12), ({"cache_folder": str(tmp_path)}, 12), ({"cache_megabytes": 0}, 24)):
+    for options, count in (
+        (two_passes, 12),
+        (two_passes | {"cache_folder": str(tmp_path)}, 12),
+        (two_passes | {"cache_megabytes": 0}, 24),
+        ({"cache_megabytes": 0}, 12),
+    ):
         reads.write_bytes(b"")
         task = data.TaskData.of(folder)
         got = Task2Vec(small_probe(), batch_size=5, num_workers=workers, **options).embed(task)
         assert len(reads.read_bytes()) == count
-        np.testing.assert_array_equal(got.hessian, want.hessian)
+        same = want[options.get("activation_megabytes", 1024)]
+        np.testing.assert_array_equal(got.hessian, same.hessian)
         assert 0 < got.meta["seconds_waiting_for_data"] < sum(got.meta["seconds"].values())
         assert task.cache is None
 

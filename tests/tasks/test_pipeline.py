@@ -60,7 +60,7 @@ def test_names_of_labels_change_nothing(estimator: str) -> None:
 
 def test_the_stages_one_by_one() -> None:
     """A task can be taken through the stages by hand; several runs at a time do not disturb each other."""
-    task2vec = Task2Vec(small_probe())
+    task2vec = Task2Vec(small_probe(), activation_megabytes=0)
     runs = [TaskRun(TaskData.of(shapes(20, seed=seed), name="t")) for seed in range(2)]
     for run in runs:
         task2vec.compute_features(run)

@@ -37,6 +37,7 @@ OTHERS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "num_workers": (1, "1", {}),
     "cache_megabytes": (7, "7", {}),
     "cache_folder": ("kept", "kept", {}),
+    "activation_megabytes": (9, "9", {}),
     "device": ("cpu", "cpu", {}),
     "dtype": ("float64", "float64", {}),
     "skip_layers": (2, "2", {}),
