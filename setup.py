@@ -1,7 +1,8 @@
 """Build the libraries t2v_fast/libt2v_*.so with CMake. The settings of the build are optional:
 
-T2V_FAST_CUDA=0|1          leave the CUDA sources out, or insist on them (default: build them where torch finds a GPU and
-                           nvcc is there)
+T2V_FAST_CUDA=0|1          leave the CUDA sources out, or insist on them (default: build them where torch finds a GPU
+                           and nvcc is there)
+T2V_FAST_REUSE=1           take the CPU library that is in t2v_fast/ already: it serves every torch
 T2V_FAST_REQUIRE_EXT=1     fail instead of installing without the extension where it cannot be compiled
 T2V_FAST_BUILD_DIR=FOLDER  where CMake works (default: build/cmake); kept, so that a second build compiles only changes
 T2V_FAST_SANITIZE=LIST     sanitizers, such as address,undefined
@@ -60,6 +61,13 @@ class CMakeBuild(build_ext):
         return f"{name.replace('.', '/')}.so"
 
     def build_extension(self, extension: Extension) -> None:
+        there = ROOT / "t2v_fast" / "libt2v_cpu.so"
+        if os.environ.get("T2V_FAST_REUSE") == "1" and there.exists():
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.resolve() != there:
+                shutil.copyfile(there, target)
+            return say(f"{there} is used as it is")
         try:
             cuda, why_not = cuda_choice()
             try:
@@ -97,12 +105,16 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True, env=environment, stdout=sys.stderr)
         subprocess.run([cmake, "--build", str(folder)], check=True, env=environment, stdout=sys.stderr)
         release = ".".join(torch.__version__.split(".")[:2])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for name in ["libt2v_cpu.so", *([f"libt2v_cuda_torch{release}.so"] if cuda else [])]:
-            # Replace the file instead of its contents, because a running process may have the old file mapped.
-            temporary = target.with_name(f"{name}.new")
-            shutil.copyfile(folder / name, temporary)
-            os.replace(temporary, target.with_name(name))
+        names = ["libt2v_cpu.so", *([f"libt2v_cuda_torch{release}.so"] if cuda else [])]
+        # An editable installation copies only the file that the extension is named after.
+        places = {target.parent, *([ROOT / "t2v_fast"] if self.editable_mode else [])}
+        for place in places:
+            place.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                # Replace the file instead of its contents, because a running process may have the old file mapped.
+                temporary = place / f"{name}.new"
+                shutil.copyfile(folder / name, temporary)
+                os.replace(temporary, place / name)
         cuda_part = f"cuda for torch {release}" if cuda else f"not cuda ({why_not})"
         say(f"built backends: cpu for torch 2.10 and later, {cuda_part}")
 

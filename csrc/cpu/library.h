@@ -11,6 +11,11 @@
 
 #include "../tensor.h"
 
+// The headers of LibTorch call dlsym. This is the oldest version of it, so that the library also loads with glibc 2.28.
+#if defined(__x86_64__) && defined(__GLIBC__)
+__asm__(".symver dlsym,dlsym@GLIBC_2.2.5");
+#endif
+
 namespace t2v {
 
 // A view that keeps its tensor.

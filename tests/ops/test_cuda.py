@@ -21,7 +21,6 @@ from oracle import per_example_squares, reduce, relative_error
 from resources import NVCC
 
 import t2v_fast
-from t2v_fast import ops
 from t2v_fast.ops import planner
 
 ROOT = Path(__file__).resolve().parents[2]
