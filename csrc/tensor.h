@@ -105,7 +105,7 @@ std::string text(const Parts&... parts) {
   return out.str();
 }
 
-// Raises ValueError with a message that is composed of the remaining arguments.
+// Raises ValueError (RuntimeError from torch 2.15 on) with a message that is composed of the remaining arguments.
 #define T2V_CHECK_VALUE(CONDITION, ...) \
   if (!(CONDITION)) [[unlikely]]        \
   throw std::invalid_argument(t2v::text(__VA_ARGS__))

@@ -14,6 +14,10 @@ from torch.nn import functional as F
 from t2v_fast import ops
 from t2v_fast.ops.reference import accumulate_dtype
 
+# What a wrong argument of a compiled operator raises, if it is called without the wrappers: torch 2.15 no longer
+# translates std::invalid_argument.
+OPERATOR_ERROR = ValueError if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15) else RuntimeError
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
