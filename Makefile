@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a virtual environment, pinned requirements, the compiled extension.
-# TORCH=2.13.0 does the same with the CPU-only build of that version, in a separate environment.
+# TORCH=2.11.0 does the same with that version, in a separate environment. The extension is compiled once for all.
 TORCH ?= 2.14.1
 PYTHON ?= python3
 VENV := $(if $(filter 2.14.1,$(TORCH)),.venv,.venv-$(TORCH))
@@ -17,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark
 BUILD_FILES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: help setup demo pictures docs-data test slow weekly test-version coverage lint format bench peers \
-	benchmarks wheel clean
+	benchmarks wheels audit test-matrix clean
 .DEFAULT_GOAL := help
 
 help: ## Print the targets
@@ -27,13 +27,22 @@ setup: $(VENV)/.built ## Install everything into .venv and compile the extension
 
 $(VENV)/.installed: $(REQUIREMENTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --progress-bar off $(foreach file,$(REQUIREMENTS),-r $(file))
+	set -e; for file in $(REQUIREMENTS); do \
+		$(BIN)/python -m pip install --quiet --progress-bar off -r $$file; done
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(BUILD_FILES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(BIN)/python -m t2v_fast.cli info
 	touch $@
+
+ifneq ($(VENV),.venv)
+export T2V_FAST_REUSE := 1
+$(VENV)/.built: .venv/.built
+
+.venv/.built: $(BUILD_FILES)
+	$(MAKE) setup TORCH=2.14.1 T2V_FAST_REUSE=0 T2V_FAST_BUILD_DIR=build/torch-2.14.1
+endif
 
 demo: setup ## Embed the demo's tasks and draw their distances into demo/
 	$(BIN)/t2v-fast demo --output demo
@@ -68,7 +77,7 @@ weekly: setup ## Run the sanitizers over the GPU kernels and compile them for tw
 VERSION_INDEPENDENT := analysis bank bench ops/test_gpu_specs.py tasks/test_cache.py test_demo.py test_embedding.py \
 	test_readme.py test_docs.py test_examples.py
 
-test-version: setup ## Run the tests that depend on torch; TORCH=2.13.0 takes that version
+test-version: setup ## Run the tests that depend on torch; TORCH=2.11.0 takes that version
 	$(PYTEST) -m "not slow and not weekly" $(VERSION_INDEPENDENT:%=--ignore=tests/%)
 
 $(VENV)/.coverage $(VENV)/.frontends: $(VENV)/.%: $(VENV)/.installed requirements/%.txt
@@ -114,8 +123,24 @@ format: $(VENV)/.installed ## Mend style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-wheel: setup ## Build a wheel into dist/
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+$(VENV)/.wheels: $(VENV)/.installed requirements/wheels.txt
+	$(BIN)/python -m pip install --quiet --progress-bar off --no-deps -r requirements/wheels.txt
+	touch $@
+
+audit: setup $(VENV)/.wheels ## Check that the CPU library uses only the stable interface of LibTorch
+	$(BIN)/torch-abi-audit --check torch t2v_fast/libt2v_cpu.so
+
+# One wheel for every Python and torch from 2.10 on. The CUDA library, which is for one torch, is left out.
+wheels: setup $(VENV)/.wheels ## Build the manylinux wheel and the source distribution into dist/
+	rm -rf build/wheel dist
+	T2V_FAST_CUDA=0 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --plat manylinux_2_28_x86_64 --exclude 'libtorch*.so' \
+		--exclude 'libc10*.so' --wheel-dir dist build/wheel/*.whl
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > /dev/null
+	ls -l dist
+
+test-matrix: wheels ## Test the wheel with four releases of Python and torch, and write the table of versions (20 GB)
+	$(BIN)/python tests/helpers/install_matrix.py dist/*.whl --write docs/guide/installing.md
 
 clean: ## Remove what was built
 	rm -rf build dist demo *.egg-info t2v_fast/*.so

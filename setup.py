@@ -1,6 +1,8 @@
-"""Build t2v_fast._C with CMake. The settings of the build are optional:
+"""Build the libraries t2v_fast/libt2v_*.so with CMake. The settings of the build are optional:
 
-T2V_FAST_CUDA=0|1          leave the CUDA sources out, or insist on them (default: when nvcc and a CUDA torch are found)
+T2V_FAST_CUDA=0|1          leave the CUDA sources out, or insist on them (default: build them where torch finds a GPU
+                           and nvcc is there)
+T2V_FAST_REUSE=1           take the CPU library that is in t2v_fast/ already: it serves every torch
 T2V_FAST_REQUIRE_EXT=1     fail instead of installing without the extension where it cannot be compiled
 T2V_FAST_BUILD_DIR=FOLDER  where CMake works (default: build/cmake); kept, so that a second build compiles only changes
 T2V_FAST_SANITIZE=LIST     sanitizers, such as address,undefined
@@ -15,6 +17,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -47,11 +50,24 @@ def cuda_choice() -> tuple[bool, str]:
             missing.append(f"{nvcc} is {release} but torch was built with CUDA {torch.version.cuda}")
     if missing and asked == "1":
         raise SystemExit(f"T2V_FAST_CUDA=1, but {' and '.join(missing)}")
+    if asked == "" and not missing and not torch.cuda.is_available():
+        missing.append("there is no GPU here; T2V_FAST_CUDA=1 builds them all the same")
     return not missing, " and ".join(missing)
 
 
 class CMakeBuild(build_ext):
+    def get_ext_filename(self, name: str) -> str:
+        """The libraries know nothing of Python, so that their names don't either."""
+        return f"{name.replace('.', '/')}.so"
+
     def build_extension(self, extension: Extension) -> None:
+        there = ROOT / "t2v_fast" / "libt2v_cpu.so"
+        if os.environ.get("T2V_FAST_REUSE") == "1" and there.exists():
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.resolve() != there:
+                shutil.copyfile(there, target)
+            return say(f"{there} is used as it is")
         try:
             cuda, why_not = cuda_choice()
             try:
@@ -78,7 +94,7 @@ class CMakeBuild(build_ext):
             "-GNinja",
             f"-S{ROOT}",
             f"-B{folder}",
-            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DT2V_PYTHON={sys.executable}",
             f"-DT2V_CUDA={'ON' if cuda else 'OFF'}",
             f"-DT2V_SANITIZE={os.environ.get('T2V_FAST_SANITIZE', '')}",
         ]
@@ -88,13 +104,25 @@ class CMakeBuild(build_ext):
         environment = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
         subprocess.run(configure, check=True, env=environment, stdout=sys.stderr)
         subprocess.run([cmake, "--build", str(folder)], check=True, env=environment, stdout=sys.stderr)
-        built = next(folder.glob("_C*.so"))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Replace the file instead of its contents, because a running process may have the old file mapped.
-        temporary = target.with_suffix(".new")
-        shutil.copyfile(built, temporary)
-        os.replace(temporary, target)
-        say(f"built backends: cpu, {'cuda' if cuda else f'not cuda ({why_not})'}; for torch {torch.__version__}")
+        release = ".".join(torch.__version__.split(".")[:2])
+        names = ["libt2v_cpu.so", *([f"libt2v_cuda_torch{release}.so"] if cuda else [])]
+        # An editable installation copies only the file that the extension is named after.
+        places = {target.parent, *([ROOT / "t2v_fast"] if self.editable_mode else [])}
+        for place in places:
+            place.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                # Replace the file instead of its contents, because a running process may have the old file mapped.
+                temporary = place / f"{name}.new"
+                shutil.copyfile(folder / name, temporary)
+                os.replace(temporary, place / name)
+        cuda_part = f"cuda for torch {release}" if cuda else f"not cuda ({why_not})"
+        say(f"built backends: cpu for torch 2.10 and later, {cuda_part}")
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        """One wheel for every Python: the libraries are loaded with ctypes."""
+        return "py3", "none", super().get_tag()[2]
 
 
 setup(
@@ -102,6 +130,6 @@ setup(
     package_dir={"t2v_fast.kernels": "kernels"},
     package_data={"t2v_fast": ["py.typed"]},
     # Optional, so that the installation continues where CMakeBuild has reported that it could not compile.
-    ext_modules=[Extension("t2v_fast._C", sources=[], optional=True)],
-    cmdclass={"build_ext": CMakeBuild},
+    ext_modules=[Extension("t2v_fast.libt2v_cpu", sources=[], optional=True)],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2v_fast import _C
-from t2v_fast.ops import dispatch
+from t2v_fast.ops import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,12 +24,11 @@ def run(*command: object, cwd: Path, **environment: str) -> subprocess.Completed
 
 
 def test_build_info() -> None:
-    info = _C.build_info()
-    assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
+    info = extension.build_info()
     assert "portable" in info["cpu"]
-    assert _C.cpu_capability() in info["cpu"].split()
+    assert extension.cpu_capability() in info["cpu"].split()
     with pytest.raises(ValueError, match="instruction set 'mmx' is not in this build"):
-        _C.set_cpu_capability("mmx")
+        extension.set_cpu_capability("mmx")
 
 
 def test_a_missing_extension_is_explained(tmp_path: Path) -> None:
@@ -42,15 +40,34 @@ def test_a_missing_extension_is_explained(tmp_path: Path) -> None:
     found = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert found.returncode == 0, found.stderr
     assert "reference: available" in found.stdout
-    assert "cpu: the compiled extension did not load: No module named 't2v_fast._C'" in found.stdout
+    assert "cpu: the compiled extension did not load: there is no libt2v_cpu.so in" in " ".join(found.stdout.split())
 
 
-def test_an_extension_of_another_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "__version__", "1.0.0")
-    why = dispatch._load_extension()
-    assert why is not None
-    assert "built for torch" in why
-    assert "install t2v-fast again" in why
+def test_a_broken_library_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "libt2v_cpu.so").write_text("no library")
+    monkeypatch.setattr(extension, "CPU_LIBRARY", tmp_path / "libt2v_cpu.so")
+    extension._cpu.cache_clear()
+    try:
+        assert "libt2v_cpu.so" in str(extension.why_no_cpu())
+    finally:
+        extension._cpu.cache_clear()
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a CPU build")
+def test_a_cuda_library_of_another_torch_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "libt2v_cuda_torch1.0.so").write_text("kernels for another torch")
+    monkeypatch.setattr(extension, "FOLDER", tmp_path)
+    release = ".".join(torch.__version__.split(".")[:2])
+    expected = f"there is no libt2v_cuda_torch{release}.so but libt2v_cuda_torch1.0.so"
+    assert extension.why_no_cuda.__wrapped__() == expected
+
+
+def test_the_library_needs_only_the_stable_interface() -> None:
+    """What the library takes from torch are C functions, and it takes nothing from Python."""
+    names = run("nm", "--dynamic", "--undefined-only", extension.CPU_LIBRARY, cwd=ROOT).stdout
+    taken = [line.split()[-1] for line in names.splitlines()]
+    assert [name for name in taken if "Py" in name or "3c10" in name or "2at" in name or "5torch" in name] == []
+    assert {"torch_parallel_for", "aoti_torch_get_sizes"} <= set(taken)
 
 
 def setup_py(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -94,7 +111,7 @@ def test_no_compiler(tmp_path: Path) -> None:
     found = setup_py(tmp_path / "out", **broken, T2V_FAST_REQUIRE_EXT="0")
     assert found.returncode == 0, found.stderr
     assert "built backends: none, the plain torch reference will be used" in found.stderr
-    if _C.build_info()["cuda"]:  # then the rest is tried without what only a GPU needs
+    if torch.cuda.is_available() and shutil.which("nvcc"):  # then the rest is tried without what only a GPU needs
         assert "the CUDA sources were not compiled: building without them" in found.stderr
     assert setup_py(tmp_path / "out", **broken, T2V_FAST_REQUIRE_EXT="1").returncode != 0
 
@@ -125,7 +142,8 @@ def test_a_wheel_runs_from_another_folder(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {"t2v_fast/kernels/__init__.py", "t2v_fast/py.typed"} <= set(names)
-    assert any(name.startswith("t2v_fast/_C.") for name in names)
+    assert "t2v_fast/libt2v_cpu.so" in names
+    assert wheel.name.startswith("t2v_fast-0.1.0-py3-none-linux_")
     assert not any(name.startswith(("tests/", "bench/", "csrc/")) for name in names)
     target = tmp_path / "site"
     assert run(*pip, "install", "--no-deps", "--target", target, wheel, cwd=tmp_path).returncode == 0

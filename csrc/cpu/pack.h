@@ -1,9 +1,6 @@
 // Copies of one example in the layouts that the tiles read, converted to the type of the sums.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <new>
@@ -11,6 +8,7 @@
 
 #include "../checks.h"
 #include "../geometry.h"
+#include "library.h"
 #include "tile.h"
 
 namespace t2v {
@@ -25,7 +23,7 @@ struct BitsOf {
   using type = S;
 };
 template <>
-struct BitsOf<at::BFloat16> {
+struct BitsOf<BFloat16> {
   using type = uint16_t;
 };
 template <class S>
@@ -228,7 +226,7 @@ struct Broadcast {
 // Whether the instruction set in use multiplies values of dtype S as bfloat16 pairs.
 template <class S>
 bool uses_pairs() {
-  if constexpr (std::is_same_v<S, at::BFloat16>) return kernels<float>().pair_square_sum != nullptr;
+  if constexpr (std::is_same_v<S, BFloat16>) return kernels<float>().pair_square_sum != nullptr;
   return false;
 }
 
@@ -241,8 +239,8 @@ inline void transpose_pairs(Pair* to, int64_t to_stride, const Pair* from, int64
 
 // to[c / 2][position] = {from[position, c], from[position, c + 1]}, rows `stride` apart. An odd last column is
 // paired with 0.
-inline void pack_column_pairs(Pair* to, int64_t stride, const Positions<at::BFloat16>& strided, int64_t columns) {
-  const Positions<at::BFloat16> from = strided.merged();
+inline void pack_column_pairs(Pair* to, int64_t stride, const Positions<BFloat16>& strided, int64_t columns) {
+  const Positions<BFloat16> from = strided.merged();
   for (int64_t y = 0; y < from.outer; ++y, to += from.inner) {
     const uint16_t* row = bits(from.data) + y * from.outer_stride;
     if (from.column_stride == 1 && columns % 2 == 0 && from.inner_stride % 2 == 0) {
@@ -265,7 +263,7 @@ inline void pack_column_pairs(Pair* to, int64_t stride, const Positions<at::BFlo
 // One zero-padded row of an image, [width][channels], as pairs of pixels `step` apart. `row` has 1 x inner positions,
 // and the first of them is pixel `left` of the padded row. `buffer` and `pairs` hold (width + step) * channels
 // elements.
-inline void pack_pixel_pairs(Pair* to, const Positions<at::BFloat16>& row, int64_t left, int64_t width, int64_t step,
+inline void pack_pixel_pairs(Pair* to, const Positions<BFloat16>& row, int64_t left, int64_t width, int64_t step,
                              int64_t channels, uint16_t* buffer, Pair* pairs) {
   // No position sees the pixels beyond `width`. They are zero because an odd last position is paired with one of them.
   const int64_t wide = width + step, begin = std::min(left, width), count = std::min(row.inner, width - begin);
@@ -294,7 +292,7 @@ struct PairBroadcast {
     return spread<float>(s.out_height * ((s.out_width + 1) / 2)) * s.filters;
   }
 
-  PairBroadcast(const Positions<at::BFloat16>& from, int64_t columns, const Scratch<Pair>& scratch) {
+  PairBroadcast(const Positions<BFloat16>& from, int64_t columns, const Scratch<Pair>& scratch) {
     const int64_t half = (from.inner + 1) / 2;
     const bool even = from.inner % 2 == 0;
     if (even && from.inner_stride == 1 && from.outer_stride == from.inner && from.column_stride % 2 == 0 &&
@@ -405,10 +403,10 @@ class QuadraticForms {
 // tiles of an example. The division of the work changes no result.
 template <class Work>
 void parallel_examples(int64_t examples, int64_t tiles, const Work& work) {
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = num_threads();
   const int64_t shares =
       examples >= threads ? 1 : std::min(tiles, (threads + examples - 1) / std::max<int64_t>(examples, 1));
-  at::parallel_for(0, examples * shares, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, examples * shares, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t share = unit % shares;
       work(unit / shares, share * tiles / shares, (share + 1) * tiles / shares);

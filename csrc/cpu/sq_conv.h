@@ -10,7 +10,7 @@ class Conv {
  public:
   using T = SumOf<S>;
 
-  Conv(const at::Tensor& x, const at::Tensor& g, const ConvGeometry& shape)
+  Conv(const View& x, const View& g, const ConvGeometry& shape)
       : s(shape),
         examples(x.size(0)),
         rows(g.size(0)),
@@ -64,7 +64,7 @@ class Conv {
   const std::vector<FilterTile> tiles;
 
  private:
-  const at::Tensor &x_, &g_;
+  const View &x_, &g_;
 };
 
 // The paths. `*_sums` computes q [M, O], which is zero before the call. `*_accumulate` adds sum_m weight[m] G_m^2 to
@@ -84,6 +84,6 @@ void depthwise_accumulate(const Conv<S>& conv, SumOf<S>* sums, const SumOf<S>* w
 template <class S>
 void gram_sums(const Conv<S>& conv, SumOf<S>* q);
 
-#define T2V_FOR_EACH_TYPE(USE) USE(double) USE(float) USE(at::BFloat16) USE(at::Half)
+#define T2V_FOR_EACH_TYPE(USE) USE(double) USE(float) USE(BFloat16) USE(Half)
 
 }  // namespace t2v

@@ -26,7 +26,7 @@ class Depthwise {
   }
 
   void accumulate(T* sums, const T* weight) const {
-    at::parallel_for(0, channel_blocks(), 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, channel_blocks(), 1, [&](int64_t first, int64_t last) {
       first *= kernels<T>().width;
       const int64_t count = std::min(last * kernels<T>().width, s.channels) - first;
       for (int64_t n = 0; n < conv_.examples; ++n)

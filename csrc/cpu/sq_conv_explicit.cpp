@@ -41,12 +41,12 @@ class Explicit {
         return sums_by_filters<T, Broadcast<T, S>>(
             q, cotangent_size(), s.out_width, step, [&](T* to, int64_t n) { conv_.pad(to, n); },
             kernels<T>().square_add);
-      if constexpr (std::is_same_v<S, at::BFloat16>)
+      if constexpr (std::is_same_v<S, BFloat16>)
         return sums_by_filters<Pair, PairBroadcast>(
             q, PairBroadcast::size(s), (s.out_width + 1) / 2, 2 * step, [&](Pair* to, int64_t n) { pad_pairs(to, n); },
             kernels<T>().pair_square_add);
     }
-    if constexpr (std::is_same_v<S, at::BFloat16>)
+    if constexpr (std::is_same_v<S, BFloat16>)
       if (uses_pairs<S>()) return pair_sums(q);
     parallel_examples(conv_.examples, tiles.size(), [&](int64_t n, int64_t first, int64_t last) {
       const Scratch<T> padded(conv_.padded_size()), scratch(cotangent_size());
@@ -64,7 +64,7 @@ class Explicit {
 
   // sums [O, kernel_h, kernel_w, C / groups] += sum_m weight[m] G_m^2; each worker owns a share of the filters.
   void accumulate(T* sums, const T* weight) const {
-    at::parallel_for(0, tiles.size(), 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, tiles.size(), 1, [&](int64_t first, int64_t last) {
       const Scratch<T> padded(conv_.padded_size()), scratch(cotangent_size());
       for (int64_t n = 0; n < conv_.examples; ++n) {
         conv_.pad(padded.get(), n);

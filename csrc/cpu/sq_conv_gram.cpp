@@ -1,6 +1,4 @@
 // The gram path of sq_conv, and its two halves as operators: conv_gram and sq_gram.
-#include <torch/library.h>
-
 #include "sq_conv.h"
 
 namespace t2v {
@@ -38,7 +36,7 @@ class PatchGram {
 
  private:
   void upper_pixel_gram(T* gram, const Positions<S>& input, int64_t channels, int64_t pixels) const {
-    if constexpr (std::is_same_v<S, at::BFloat16>)
+    if constexpr (std::is_same_v<S, BFloat16>)
       if (uses_pairs<S>()) {
         Pair* pairs = reinterpret_cast<Pair*>(image_.get());
         pack_column_pairs(pairs, pixels, input, channels);
@@ -109,30 +107,29 @@ class PatchGram {
 // grams [N, groups, positions, positions]
 template <class S>
 void form_grams(const Conv<S>& conv, SumOf<S>* grams) {
-  at::parallel_for(0, conv.examples * conv.s.groups, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, conv.examples * conv.s.groups, 1, [&](int64_t begin, int64_t end) {
     const PatchGram<S> patches(conv);
     for (int64_t unit = begin; unit < end; ++unit)
       patches.form(grams + unit * conv.s.positions() * conv.s.positions(), unit / conv.s.groups, unit % conv.s.groups);
   });
 }
 
-at::Tensor conv_gram(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
-                     at::IntArrayRef dilation, int64_t groups) {
+Tensor conv_gram(const Tensor& x, Sizes kernel, Sizes stride, Sizes padding, Sizes dilation, int64_t groups) {
   const ConvGeometry s = check_conv("conv_gram", x, groups, kernel, stride, padding, dilation, groups);
-  at::Tensor grams = at::empty({x.size(0), groups, s.positions(), s.positions()}, x.options().dtype(sum_type(x)));
+  const Tensor grams = empty({x.size(0), groups, s.positions(), s.positions()}, sum_type(x));
   if (grams.numel() == 0) return grams;
-  T2V_DISPATCH(x.scalar_type(), "conv_gram",
-               [&] { form_grams(Conv<scalar_t>(x, x, s), grams.mutable_data_ptr<SumOf<scalar_t>>()); });
+  with_type("conv_gram", x.scalar_type(),
+            [&]<class scalar_t>() { form_grams(Conv<scalar_t>(x, x, s), grams.mutable_data_ptr<SumOf<scalar_t>>()); });
   return grams;
 }
 
 // q[m, o] = d_o^T K d_o with the Gram matrices of conv_gram
-at::Tensor sq_gram(const at::Tensor& gram, const at::Tensor& g) {
+Tensor sq_gram(const Tensor& gram, const Tensor& g) {
   check_forms(gram, g);
-  at::Tensor q = at::zeros({g.size(0), g.size(1)}, g.options().dtype(sum_type(g)));
+  const Tensor q = zeros({g.size(0), g.size(1)}, sum_type(g));
   if (q.numel() == 0) return q;
-  const at::Tensor grams = gram.contiguous();
-  T2V_DISPATCH(g.scalar_type(), "sq_gram", [&] {
+  const Tensor grams = contiguous(gram);
+  with_type("sq_gram", g.scalar_type(), [&]<class scalar_t>() {
     using T = SumOf<scalar_t>;
     const int64_t examples = gram.size(0), groups = gram.size(1), positions = gram.size(2), filters = g.size(1);
     const int64_t group_filters = filters / groups;
@@ -160,9 +157,9 @@ at::Tensor sq_gram(const at::Tensor& gram, const at::Tensor& g) {
   return q;
 }
 
-TORCH_LIBRARY_IMPL(t2v_fast, CPU, m) {
-  m.impl("conv_gram", conv_gram);
-  m.impl("sq_gram", sq_gram);
+STABLE_TORCH_LIBRARY_IMPL(t2v_fast, CPU, m) {
+  T2V_IMPL(conv_gram);
+  T2V_IMPL(sq_gram);
 }
 
 }  // namespace

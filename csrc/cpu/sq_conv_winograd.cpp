@@ -25,7 +25,7 @@ class WinogradPath {
   }
 
   void accumulate(T* sums, const T* weight) const {
-    at::parallel_for(0, tiles.size(), 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, tiles.size(), 1, [&](int64_t first, int64_t last) {
       const WinogradExample example(conv_);
       for (int64_t n = 0; n < conv_.examples; ++n) {
         example.load_input(n);

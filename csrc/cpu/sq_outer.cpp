@@ -1,6 +1,4 @@
 // Squared per-example gradients of a linear layer, summed over tokens.
-#include <torch/library.h>
-
 #include "pack.h"
 
 namespace t2v {
@@ -11,7 +9,7 @@ class Outer {
  public:
   using T = SumOf<S>;
 
-  Outer(const at::Tensor& x, const at::Tensor& g)
+  Outer(const View& x, const View& g)
       : examples(x.size(0)),
         rows(g.size(0)),
         positions(x.size(1)),
@@ -21,13 +19,13 @@ class Outer {
         x_(x),
         g_(g) {}
 
-  static Positions<S> of(const at::Tensor& t, int64_t row) {
+  static Positions<S> of(const View& t, int64_t row) {
     return {t.const_data_ptr<S>() + row * t.stride(0), 1, t.size(1), 0, t.stride(1), t.stride(2)};
   }
 
   // For one token the gradient has rank one, so q = g^2 |x|^2.
   void single_sums(T* q) const {
-    at::parallel_for(0, examples, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, examples, 1, [&](int64_t begin, int64_t end) {
       const Scratch<T> input(inputs);
       for (int64_t n = begin; n < end; ++n) {
         pack_columns_last(input.get(), inputs, of(x_, n), inputs);
@@ -72,7 +70,7 @@ class Outer {
 
   // out [O, I] += sum_m weight[m] G_m^2; each worker owns a share of the filters.
   void accumulate(T* out, const T* weight) const {
-    at::parallel_for(0, tiles.size(), 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, tiles.size(), 1, [&](int64_t first, int64_t last) {
       const Scratch<T> input(positions * inputs), scratch(Broadcast<T, S>::size(positions, outputs));
       for (int64_t n = 0; n < examples; ++n) {
         pack_columns_last(input.get(), inputs, of(x_, n), inputs);
@@ -93,15 +91,15 @@ class Outer {
  private:
   Rows token_rows(const Broadcast<T, S>& g) const { return {1, positions, 0, inputs, g.stride, g.column}; }
 
-  const at::Tensor &x_, &g_;
+  const View &x_, &g_;
 };
 
-at::Tensor sq_outer(const at::Tensor& x, const at::Tensor& g, c10::string_view path) {
+Tensor sq_outer(const Tensor& x, const Tensor& g, std::string_view path) {
   check_path("sq_outer", path, {"explicit", "gram"});
   check_outer("sq_outer", x, g);
-  at::Tensor q = at::zeros({g.size(0), g.size(2)}, g.options().dtype(sum_type(g)));
+  const Tensor q = zeros({g.size(0), g.size(2)}, sum_type(g));
   if (q.numel() == 0 || x.numel() == 0) return q;
-  T2V_DISPATCH(g.scalar_type(), "sq_outer", [&] {
+  with_type("sq_outer", g.scalar_type(), [&]<class scalar_t>() {
     const Outer<scalar_t> outer(x, g);
     auto* sums = q.mutable_data_ptr<SumOf<scalar_t>>();
     if (path == "gram")
@@ -114,20 +112,20 @@ at::Tensor sq_outer(const at::Tensor& x, const at::Tensor& g, c10::string_view p
   return q;
 }
 
-void sq_outer_acc_(at::Tensor& out, const at::Tensor& x, const at::Tensor& g, const at::Tensor& weight) {
+void sq_outer_acc_(const Tensor& out, const Tensor& x, const Tensor& g, const Tensor& weight) {
   check_outer("sq_outer_acc_", x, g);
   check_accumulator("sq_outer_acc_", out, {g.size(2), x.size(2)}, g, weight);
   if (g.numel() == 0 || x.numel() == 0) return;
-  const at::Tensor w = weight.contiguous();
-  T2V_DISPATCH(g.scalar_type(), "sq_outer_acc_", [&] {
+  const Tensor w = contiguous(weight);
+  with_type("sq_outer_acc_", g.scalar_type(), [&]<class scalar_t>() {
     using T = SumOf<scalar_t>;
     Outer<scalar_t>(x, g).accumulate(out.mutable_data_ptr<T>(), w.const_data_ptr<T>());
   });
 }
 
-TORCH_LIBRARY_IMPL(t2v_fast, CPU, m) {
-  m.impl("sq_outer", sq_outer);
-  m.impl("sq_outer_acc_", sq_outer_acc_);
+STABLE_TORCH_LIBRARY_IMPL(t2v_fast, CPU, m) {
+  T2V_IMPL(sq_outer);
+  T2V_IMPL(sq_outer_acc_);
 }
 
 }  // namespace

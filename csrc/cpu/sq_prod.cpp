@@ -1,6 +1,4 @@
 // Squared per-example gradients of norm weights and of biases: one pass over the cotangent and the input.
-#include <torch/library.h>
-
 #include "pack.h"
 
 namespace t2v {
@@ -13,8 +11,15 @@ struct Affine {
   int64_t strides[3] = {0, 0, 0};
 
   Affine() = default;
-  Affine(const at::Tensor& broadcast)
-      : data(broadcast.const_data_ptr<T>()), strides{broadcast.stride(0), broadcast.stride(1), broadcast.stride(2)} {}
+  Affine(const char* op, const View& t, const View& x) : data(t.const_data_ptr<T>()) {
+    bool fits = t.dim() <= 3;
+    for (int64_t axis = t.dim(), to = 3; fits && axis-- > 0;) {
+      --to;
+      fits = t.size(axis) == 1 || t.size(axis) == x.size(to);
+      strides[to] = t.size(axis) == 1 ? 0 : t.stride(axis);
+    }
+    T2V_CHECK_VALUE(fits, op, ": a shift or scale is ", t.sizes(), ", expected what broadcasts to x ", x.sizes());
+  }
 
   bool per_channel() const { return !data || (strides[0] == 0 && strides[1] == 0); }
   bool per_position() const { return !data || strides[2] == 0; }
@@ -28,7 +33,7 @@ class Product {
  public:
   using T = SumOf<S>;
 
-  Product(const at::Tensor& g, const at::Tensor* x, const Affine<T>& shift, const Affine<T>& scale)
+  Product(const View& g, const View* x, const Affine<T>& shift, const Affine<T>& scale)
       : g_(g), x_(x), shift_(shift), scale_(scale), rows(g.size(0)), positions(g.size(1)), channels(g.size(2)) {}
 
   // sums[c] = sum_s g[m, s, c] (x[n, s, c] - shift) scale and, where `plain` is given, plain[c] = sum_s g[m, s, c]
@@ -107,7 +112,7 @@ class Product {
   template <class Run>
   void in_rows(T* sums, T* plain, const S* g, const S* x, const Run& run) const {
     const int64_t wide = std::max<int64_t>(channels, kernels<T>().width), x_stride = x ? x_->stride(1) : 0;
-    if constexpr (!std::is_same_v<S, at::Half>)
+    if constexpr (!std::is_same_v<S, Half>)
       if (wide == channels) return run(sums, plain, bits(g), g_.stride(1), bits(x), x_stride, channels);
     const Scratch<T> rows_of_g(positions * wide), rows_of_x(x ? positions * wide : 0), found(2 * wide);
     const auto copy = [&](T* to, const S* from, int64_t stride) {
@@ -157,32 +162,32 @@ class Product {
         });
   }
 
-  const at::Tensor& g_;
-  const at::Tensor* x_;
+  const View& g_;
+  const View* x_;
   const Affine<T>&shift_, &scale_;
 
  public:
   const int64_t rows, positions, channels;
 };
 
-// q [M, C]; with `both`, q [2, M, C], where the second part is computed without x
-at::Tensor products(const char* op, const at::Tensor& g, const std::optional<at::Tensor>& x,
-                    const std::optional<at::Tensor>& shift, const std::optional<at::Tensor>& scale, bool both) {
+// q [M, C], or q [2, M, C] if `both`, where the second part is computed without x
+Tensor products(const char* op, const Tensor& g, const std::optional<Tensor>& x, const std::optional<Tensor>& shift,
+                const std::optional<Tensor>& scale, bool both) {
   check_prod(op, g, x, shift, scale);
-  at::Tensor q = at::zeros({both ? 2 : 1, g.size(0), g.size(2)}, g.options().dtype(sum_type(g)));
+  const Tensor q = both ? zeros({2, g.size(0), g.size(2)}, sum_type(g)) : zeros({g.size(0), g.size(2)}, sum_type(g));
   if (g.numel() == 0) return q;
-  const auto broadcast = [&](const std::optional<at::Tensor>& t) {
-    return t ? t->to(sum_type(g)).expand(x->sizes()) : at::Tensor();
+  const auto wide = [&](const std::optional<Tensor>& t) {
+    return t ? std::optional(converted(*t, sum_type(g))) : std::nullopt;
   };
-  const at::Tensor wide_shift = broadcast(shift), wide_scale = broadcast(scale);
-  T2V_DISPATCH(g.scalar_type(), "sq_prod", [&] {
+  const std::optional<Tensor> wide_shift = wide(shift), wide_scale = wide(scale);
+  with_type("sq_prod", g.scalar_type(), [&]<class scalar_t>() {
     using T = SumOf<scalar_t>;
-    const Affine<T> by = wide_shift.defined() ? Affine<T>(wide_shift) : Affine<T>();
-    const Affine<T> times = wide_scale.defined() ? Affine<T>(wide_scale) : Affine<T>();
+    const Affine<T> by = wide_shift ? Affine<T>(op, *wide_shift, *x) : Affine<T>();
+    const Affine<T> times = wide_scale ? Affine<T>(op, *wide_scale, *x) : Affine<T>();
     const Product<scalar_t> product(g, x ? &*x : nullptr, by, times);
     T* sums = q.mutable_data_ptr<T>();
     const int64_t examples = x ? x->size(0) : g.size(0), rows = product.rows, channels = product.channels;
-    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m) {
         T *row = sums + m * channels, *plain = both ? row + rows * channels : nullptr;
         product.gradient(row, plain, m, m % examples);
@@ -195,27 +200,43 @@ at::Tensor products(const char* op, const at::Tensor& g, const std::optional<at:
   return q;
 }
 
-at::Tensor sq_prod(const at::Tensor& g, const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& shift,
-                   const std::optional<at::Tensor>& scale) {
-  return products("sq_prod", g, x, shift, scale, false)[0];
+// out [C] += sum_m weight[m] q[m, C]
+template <class T>
+void add_rows(const Tensor& out, const View& q, const View& weight) {
+  const int64_t rows = q.size(0), channels = q.size(1);
+  const T *from = q.const_data_ptr<T>(), *by = weight.const_data_ptr<T>();
+  std::vector<double> sums(channels);
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t c = 0; c < channels; ++c) sums[c] += static_cast<double>(by[m]) * from[m * channels + c];
+  T* to = out.mutable_data_ptr<T>();
+  for (int64_t c = 0; c < channels; ++c) to[c] += static_cast<T>(sums[c]);
 }
 
-at::Tensor sq_norm(const at::Tensor& g, const at::Tensor& x, const std::optional<at::Tensor>& shift,
-                   const std::optional<at::Tensor>& scale) {
+Tensor sq_prod(const Tensor& g, const std::optional<Tensor>& x, const std::optional<Tensor>& shift,
+               const std::optional<Tensor>& scale) {
+  return products("sq_prod", g, x, shift, scale, false);
+}
+
+Tensor sq_norm(const Tensor& g, const Tensor& x, const std::optional<Tensor>& shift,
+               const std::optional<Tensor>& scale) {
   return products("sq_norm", g, x, shift, scale, true);
 }
 
-void sq_prod_acc_(at::Tensor& out, const at::Tensor& g, const at::Tensor& weight, const std::optional<at::Tensor>& x,
-                  const std::optional<at::Tensor>& shift, const std::optional<at::Tensor>& scale) {
-  const at::Tensor q = sq_prod(g, x, shift, scale);
+void sq_prod_acc_(const Tensor& out, const Tensor& g, const Tensor& weight, const std::optional<Tensor>& x,
+                  const std::optional<Tensor>& shift, const std::optional<Tensor>& scale) {
+  check_prod("sq_prod_acc_", g, x, shift, scale);
   check_accumulator("sq_prod_acc_", out, {g.size(2)}, g, weight);
-  out.add_(at::mul(q, weight.unsqueeze(1)).sum(0));
+  const Tensor q = products("sq_prod_acc_", g, x, shift, scale, false), w = contiguous(weight);
+  if (sum_type(g) == ScalarType::Double)
+    add_rows<double>(out, q, w);
+  else
+    add_rows<float>(out, q, w);
 }
 
-TORCH_LIBRARY_IMPL(t2v_fast, CPU, m) {
-  m.impl("sq_norm", sq_norm);
-  m.impl("sq_prod", sq_prod);
-  m.impl("sq_prod_acc_", sq_prod_acc_);
+STABLE_TORCH_LIBRARY_IMPL(t2v_fast, CPU, m) {
+  T2V_IMPL(sq_norm);
+  T2V_IMPL(sq_prod);
+  T2V_IMPL(sq_prod_acc_);
 }
 
 }  // namespace

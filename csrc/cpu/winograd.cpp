@@ -1,7 +1,5 @@
 // 3x3 convolutions of stride 1 and their input gradients by Winograd's F(4x4, 3x3) (Lavin and Gray, 2016), which
 // computes 4x4 outputs from 36 products instead of 144.
-#include <torch/library.h>
-
 #include <limits>
 
 #include "pack.h"
@@ -24,7 +22,7 @@ class WinogradConvolution {
   static const WinogradSteps<Stored, T, E>& steps() {
     if constexpr (std::is_same_v<E, Fixed>)
       return kernels<T>().fixed_winograd_steps;
-    else if constexpr (std::is_same_v<S, at::BFloat16>)
+    else if constexpr (std::is_same_v<S, BFloat16>)
       return kernels<T>().wide_winograd_steps;
     else
       return kernels<T>().winograd_steps;
@@ -33,8 +31,8 @@ class WinogradConvolution {
  public:
   // x and y are [N, C, H, W], channels last. If `transposed`, weight [C, O, 3, 3] belongs to the convolution whose
   // input gradient is computed.
-  WinogradConvolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                      int64_t pad_h, int64_t pad_w, bool transposed, at::Tensor& y)
+  WinogradConvolution(const View& x, const View& weight, const S* bias, int64_t pad_h, int64_t pad_w, bool transposed,
+                      const Tensor& y)
       : x_(bits(x.const_data_ptr<S>())),
         weight_(weight),
         transposed_(transposed),
@@ -57,7 +55,7 @@ class WinogradConvolution {
         plane_(spread<E>(operands_ * block_)),
         bias_(blocks_ * block_) {
     std::fill(bias_.get(), bias_.get() + blocks_ * block_, T(0));
-    if (bias) std::copy_n(bias->const_data_ptr<S>(), outputs_, bias_.get());
+    if (bias) std::copy_n(bias, outputs_, bias_.get());
     run();
   }
 
@@ -129,8 +127,8 @@ class WinogradConvolution {
   }
 
   void run() const {
-    const int64_t threads = at::get_num_threads(), shares = block_shares(threads), tile_shares = threads / shares;
-    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const int64_t threads = num_threads(), shares = block_shares(threads), tile_shares = threads / shares;
+    parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t b = unit % shares, t = unit / shares;
         compute(b * blocks_ / shares, (b + 1) * blocks_ / shares, t * tiles_ / tile_shares,
@@ -177,7 +175,7 @@ class WinogradConvolution {
   }
 
   const Stored* x_;
-  const at::Tensor& weight_;
+  const View& weight_;
   const bool transposed_;
   Stored* y_;
   const int64_t channels_, height_, width_, outputs_, out_height_, out_width_, pad_h_, pad_w_;
@@ -188,43 +186,54 @@ class WinogradConvolution {
   const Scratch<T> bias_;
 };
 
-at::Tensor winograd_conv(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                         at::IntArrayRef padding, bool transposed) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 &&
-                        x.size(1) == weight.size(transposed ? 0 : 1),
-                    "winograd_conv: expected x [N, C, H, W] and a weight ",
-                    transposed ? "[C, O, 3, 3]" : "[O, C, 3, 3]", ", got ", x.sizes(), " and ", weight.sizes());
-  TORCH_CHECK_VALUE(
-      x.scalar_type() == weight.scalar_type() &&
-          (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble || x.scalar_type() == at::kBFloat16),
-      "winograd_conv: expected float32, float64 or bfloat16, got ", x.scalar_type(), " and ", weight.scalar_type());
-  TORCH_CHECK_VALUE(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0 &&
-                        (!transposed || (padding[0] <= 2 && padding[1] <= 2)),
-                    "winograd_conv: padding is ", padding, ", expected two numbers from 0, for a gradient to 2");
+// Without input channels, every pixel of the output is the bias.
+template <class S>
+void fill(const Tensor& y, const S* from) {
+  const int64_t outputs = y.size(1);
+  S* to = y.mutable_data_ptr<S>();
+  for (int64_t k = 0; k < y.numel(); ++k) to[k] = from ? from[k % outputs] : S(0);
+}
+
+Tensor winograd_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, Sizes padding,
+                     bool transposed) {
+  T2V_CHECK_VALUE(x.dim() == 4 && weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 &&
+                      x.size(1) == weight.size(transposed ? 0 : 1),
+                  "winograd_conv: expected x [N, C, H, W] and a weight ", transposed ? "[C, O, 3, 3]" : "[O, C, 3, 3]",
+                  ", got ", x.sizes(), " and ", weight.sizes());
+  T2V_CHECK_VALUE(x.scalar_type() == weight.scalar_type() &&
+                      (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double ||
+                       x.scalar_type() == ScalarType::BFloat16),
+                  "winograd_conv: expected float32, float64 or bfloat16, got ", x.scalar_type(), " and ",
+                  weight.scalar_type());
+  T2V_CHECK_VALUE(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0 &&
+                      (!transposed || (padding[0] <= 2 && padding[1] <= 2)),
+                  "winograd_conv: padding is ", padding, ", expected two numbers from 0, for a gradient to 2");
   const int64_t outputs = weight.size(transposed ? 1 : 0);
-  TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == outputs && bias->scalar_type() == x.scalar_type()),
-                    "winograd_conv: bias is ", bias ? bias->sizes() : at::IntArrayRef(), ", expected [", outputs, "]");
+  T2V_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == outputs && bias->scalar_type() == x.scalar_type()),
+                  "winograd_conv: bias is ", bias ? bias->sizes() : Sizes(), ", expected [", outputs, "]");
   const int64_t pad_h = transposed ? 2 - padding[0] : padding[0], pad_w = transposed ? 2 - padding[1] : padding[1];
   const int64_t out_height = x.size(2) + 2 * pad_h - 2, out_width = x.size(3) + 2 * pad_w - 2;
-  TORCH_CHECK_VALUE(out_height >= 1 && out_width >= 1, "winograd_conv: x ", x.sizes(), " with padding ", padding,
-                    " gives size ", out_height, " x ", out_width);
-  at::Tensor y =
-      at::empty({x.size(0), outputs, out_height, out_width}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  T2V_CHECK_VALUE(out_height >= 1 && out_width >= 1, "winograd_conv: x ", x.sizes(), " with padding ", padding,
+                  " gives size ", out_height, " x ", out_width);
+  const Tensor y = empty({x.size(0), outputs, out_height, out_width}, x.scalar_type(), {0, 2, 3, 1});
   if (y.numel() == 0) return y;
-  if (x.size(1) == 0) return bias ? y.copy_(bias->view({1, -1, 1, 1})) : y.zero_();
-  const at::Tensor images = x.contiguous(at::MemoryFormat::ChannelsLast);
-  const std::optional<at::Tensor> added = bias ? std::optional(bias->contiguous()) : std::nullopt;
-  if (kernels<float>().fixed_winograd_steps.outputs && x.scalar_type() == at::kBFloat16) {
-    WinogradConvolution<at::BFloat16, Fixed>(images, weight, added, pad_h, pad_w, transposed, y);
-    return y;
-  }
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "winograd_conv", [&] {
-    WinogradConvolution<scalar_t, SumOf<scalar_t>>(images, weight, added, pad_h, pad_w, transposed, y);
+  const Tensor images = channels_last(x);
+  const Tensor added = bias ? contiguous(*bias) : x;
+  with_type("winograd_conv", x.scalar_type(), [&]<class S>() {
+    const S* from = bias ? added.const_data_ptr<S>() : nullptr;
+    if (x.size(1) == 0) return fill(y, from);
+    if constexpr (std::is_same_v<S, BFloat16>)
+      if (kernels<float>().fixed_winograd_steps.outputs) {
+        WinogradConvolution<S, Fixed>(images, weight, from, pad_h, pad_w, transposed, y);
+        return;
+      }
+    if constexpr (!std::is_same_v<S, Half>)
+      WinogradConvolution<S, SumOf<S>>(images, weight, from, pad_h, pad_w, transposed, y);
   });
   return y;
 }
 
-TORCH_LIBRARY_IMPL(t2v_fast, CPU, m) { m.impl("winograd_conv", winograd_conv); }
+STABLE_TORCH_LIBRARY_IMPL(t2v_fast, CPU, m) { T2V_IMPL(winograd_conv); }
 
 }  // namespace
 }  // namespace t2v

@@ -1,4 +1,5 @@
 // The operators on CUDA tensors. Nothing here waits for the device, so that CUDA graphs can capture every operator.
+#include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "../checks.h"
@@ -160,7 +161,7 @@ at::Tensor filter_sums(const ConvGeometry& s, const at::Tensor& x, const at::Ten
   check_size("sq_conv", s, gram);
   const OnDevice device(g);
   at::Tensor q;
-  T2V_DISPATCH(g.scalar_type(), "sq_conv", [&] {
+  with_type("sq_conv", g.scalar_type(), [&]<class scalar_t>() {
     if (gram) {
       q = gram_sums<scalar_t>(s, x, g, *device);
     } else if (s.depthwise()) {
@@ -182,7 +183,7 @@ at::Tensor element_sums(const ConvGeometry& s, const at::Tensor& x, const at::Te
   const OnDevice device(g);
   const at::Tensor by = weight.contiguous();
   at::Tensor total;
-  T2V_DISPATCH(g.scalar_type(), "sq_conv_acc_", [&] {
+  with_type("sq_conv_acc_", g.scalar_type(), [&]<class scalar_t>() {
     if (s.depthwise()) {
       total = at::mul(depthwise<scalar_t>(s, x, g, *device).square_(), by.view({-1, 1, 1})).sum(0).t();
     } else {
@@ -219,7 +220,8 @@ at::Tensor conv_gram(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRe
   if (x.numel() == 0) return zero_sums({x.size(0), groups, s.positions(), s.positions()}, x);
   const OnDevice device(x);
   at::Tensor gram;
-  T2V_DISPATCH(x.scalar_type(), "conv_gram", [&] { gram = grams<scalar_t>(s, pixels_first(x), *device); });
+  with_type("conv_gram", x.scalar_type(),
+            [&]<class scalar_t>() { gram = grams<scalar_t>(s, pixels_first(x), *device); });
   return gram;
 }
 
@@ -278,7 +280,7 @@ at::Tensor product_sums(const char* op, const at::Tensor& g, const std::optional
   const at::Tensor by = broadcast(shift), times = broadcast(scale), input = x ? *x : at::Tensor();
   const int64_t parts = cuda::product_parts(g.size(1), channels, rows, *device);
   at::Tensor sums = empty_sums({kinds, parts, rows, channels}, g);
-  T2V_DISPATCH(g.scalar_type(), "sq_prod", [&] {
+  with_type("sq_prod", g.scalar_type(), [&]<class scalar_t>() {
     using T = SumOf<scalar_t>;
     T* const to = sums.mutable_data_ptr<T>();
     cuda::products<scalar_t>(x ? to : nullptr, plain ? to + (kinds - 1) * parts * rows * channels : nullptr, parts,
@@ -325,7 +327,7 @@ at::Tensor sq_scatter(const at::Tensor& index, const at::Tensor& g, int64_t num_
   if (g.numel() == 0) return q;
   const OnDevice device(g);
   with_lookups("sq_scatter", index, g, num_rows, [&](const cuda::Lookups& lookups) {
-    T2V_DISPATCH(g.scalar_type(), "sq_scatter", [&] {
+    with_type("sq_scatter", g.scalar_type(), [&]<class scalar_t>() {
       cuda::scatter_filter_sums<scalar_t>(q.mutable_data_ptr<SumOf<scalar_t>>(), lookups, tokens<scalar_t>(g), num_rows,
                                           g.size(2), *device);
     });
@@ -341,7 +343,7 @@ void sq_scatter_acc_(at::Tensor& out, const at::Tensor& index, const at::Tensor&
   const OnDevice device(g);
   const at::Tensor by = weight.contiguous();
   with_lookups("sq_scatter_acc_", index, g, out.size(0), [&](const cuda::Lookups& lookups) {
-    T2V_DISPATCH(g.scalar_type(), "sq_scatter_acc_", [&] {
+    with_type("sq_scatter_acc_", g.scalar_type(), [&]<class scalar_t>() {
       using T = SumOf<scalar_t>;
       cuda::scatter_element_sums<scalar_t>(out.mutable_data_ptr<T>(), lookups, tokens<scalar_t>(g),
                                            by.const_data_ptr<T>(), g.size(2), *device);

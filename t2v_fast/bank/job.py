@@ -29,7 +29,7 @@ from __future__ import annotations
 import difflib
 import os
 import stat
-import tomllib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +44,11 @@ from ..tasks.data import DataError, TaskData
 from ..tasks.pipeline import Task2Vec
 from ..tasks.settings import FOLDER, NOT_IN_JOBS, OPTIONS, SWITCH, SettingError, Settings, shown
 from .store import BankError, check_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 TOGETHER = 16  # tasks in one item that share images: more gain little, and a lost worker loses all of them
 LARGEST = 64 << 20  # bytes in a job file

@@ -89,4 +89,4 @@ def task_offset(task: str) -> int:
 
     Two tasks with the same byte cannot be claimed at the same time, which is harmless.
     """
-    return 1 + int.from_bytes(hashlib.blake2b(task.encode(), digest_size=8).digest()) % (1 << 62)
+    return 1 + int.from_bytes(hashlib.blake2b(task.encode(), digest_size=8).digest(), "big") % (1 << 62)

@@ -245,7 +245,7 @@ def _parameter_gradients(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> tupl
 @functools.cache
 def _has_bfloat16_tiles() -> bool:
     """Whether oneDNN multiplies bfloat16 matrices eight times as fast as float32 ones (AMX)."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return torch.cpu._is_amx_tile_supported()
 
 
 def _winograd_cost(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair]) -> float:

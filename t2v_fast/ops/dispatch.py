@@ -16,12 +16,12 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import extension, reference
 from .geometry import conv_output_size
 
 log = logging.getLogger(__name__)
@@ -53,25 +53,6 @@ _backend: contextvars.ContextVar[str] = contextvars.ContextVar("t2v_fast_backend
 
 
 @functools.cache
-def _extension() -> ModuleType:
-    return importlib.import_module("t2v_fast._C")
-
-
-def _load_extension() -> str | None:
-    """Import the compiled extension, which registers its kernels; return why it is missing, or None."""
-    try:
-        extension = _extension()
-    except ImportError as error:
-        return str(error)
-    if not hasattr(extension, "few_positions"):
-        return "it is older than this package: install t2v-fast again"
-    built, running = extension.build_info()["torch"], torch.__version__
-    if built.split(".")[:2] != running.split(".")[:2]:
-        return f"it was built for torch {built}, but this is torch {running}: install t2v-fast again"
-    return None
-
-
-@functools.cache
 def _triton() -> ModuleType:
     return importlib.import_module("t2v_fast.kernels.backend")
 
@@ -88,10 +69,8 @@ def _load_triton() -> str | None:
 
 def _missing_on_gpu(backend: str) -> str | None:
     """Why a backend cannot run on CUDA tensors, or None."""
-    if backend == "cuda" and _missing is not None:
-        return f"the compiled extension did not load: {_missing}"
-    if backend == "cuda" and not _extension().build_info()["cuda"]:
-        return "the compiled extension was built without CUDA"
+    if backend == "cuda" and (why := extension.why_no_cuda()) is not None:
+        return f"the compiled CUDA library did not load: {why}"
     if backend == "triton" and (why := _load_triton()) is not None:
         return why
     if backend == "triton" and _triton().interpreted():
@@ -179,7 +158,7 @@ def cpu_capability() -> str:
     Raises:
         ImportError: The compiled extension is missing.
     """
-    return _extension().cpu_capability()
+    return extension.cpu_capability()
 
 
 def vector_width(dtype: torch.dtype) -> int:
@@ -188,7 +167,7 @@ def vector_width(dtype: torch.dtype) -> int:
     Raises:
         ImportError: The compiled extension is missing.
     """
-    return _extension().vector_width(reference.accumulate_dtype(dtype) == torch.float64)
+    return extension.vector_width(reference.accumulate_dtype(dtype) == torch.float64)
 
 
 def few_positions() -> int:
@@ -196,7 +175,7 @@ def few_positions() -> int:
 
     Without the extension there are no such kernels, and the number is 0.
     """
-    return 0 if _missing is not None else _extension().few_positions
+    return 0 if _missing is not None else extension.few_positions()
 
 
 def keep_freed_memory(keep: bool) -> bool:
@@ -210,16 +189,16 @@ def keep_freed_memory(keep: bool) -> bool:
     Returns:
         False where the allocator has no such setting or the compiled extension is missing.
     """
-    return _missing is None and _extension().keep_freed_memory(keep)
+    return _missing is None and extension.keep_freed_memory(keep)
 
 
 def build_id() -> str:
     """Return a string that changes whenever the extension is built again.
 
     Raises:
-        ImportError: The compiled extension is missing.
+        FileNotFoundError: The compiled extension is missing.
     """
-    file = os.stat(cast(str, _extension().__file__))
+    file = os.stat(extension.CPU_LIBRARY)
     return f"{file.st_mtime_ns:x}-{file.st_size:x}"
 
 
@@ -245,7 +224,6 @@ def call(name: str, *args: object) -> Any:
     The result is a tensor, or None for an operator that works in place.
     """
     forced = _backend.get()
-    # An extension that loaded but does not fit this torch has registered its kernels: they must not be dispatched to.
     if forced == "reference" or (_missing is not None and not _on_gpu(args)):
         return getattr(reference, name)(*args)
     if forced == "auto":
@@ -322,8 +300,8 @@ def _register_triton(library: torch.library.Library) -> None:
 
 
 _library = _register()
-_missing = _load_extension()
-if _missing is not None or not _extension().build_info()["cuda"]:
+_missing = extension.why_no_cpu()
+if extension.why_no_cuda() is not None:
     _register_triton(_library)
 if _missing is not None:
     log.info("running on the reference ops: %s", _missing)

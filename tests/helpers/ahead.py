@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 import triton
+from t2v_fast.kernels import backend
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from t2v_fast.kernels import backend
 from t2v_fast.ops.reference import accumulate_dtype
 
 POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}

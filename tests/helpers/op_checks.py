@@ -14,6 +14,10 @@ from torch.nn import functional as F
 from t2v_fast import ops
 from t2v_fast.ops.reference import accumulate_dtype
 
+# What a wrong argument of a compiled operator raises, if it is called without the wrappers: torch 2.15 no longer
+# translates std::invalid_argument.
+OPERATOR_ERROR = ValueError if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15) else RuntimeError
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -21,16 +25,16 @@ def _variants() -> list[str]:
     """Every backend that can run here: the CPU backend once for each instruction set, the CUDA backend by emulation."""
     variants = ["reference", "emulated"]
     if ops.backend_status()["cpu"] == "available":
-        from t2v_fast import _C
+        from t2v_fast.ops import extension
 
-        best = _C.cpu_capability()
-        for name in _C.build_info()["cpu"].split():
+        best = extension.cpu_capability()
+        for name in extension.build_info()["cpu"].split():
             try:
-                _C.set_cpu_capability(name)
+                extension.set_cpu_capability(name)
             except ValueError:
                 continue  # this processor lacks it
             variants.append(f"cpu-{name}")
-        _C.set_cpu_capability(best)
+        extension.set_cpu_capability(best)
     return variants
 
 
@@ -48,15 +52,15 @@ def variant(name: str) -> Iterator[None]:
         with ops.use_backend(backend):
             yield
         return
-    from t2v_fast import _C
+    from t2v_fast.ops import extension
 
-    best = _C.cpu_capability()
-    _C.set_cpu_capability(capability)
+    best = extension.cpu_capability()
+    extension.set_cpu_capability(capability)
     try:
         with ops.use_backend(backend):
             yield
     finally:
-        _C.set_cpu_capability(best)
+        extension.set_cpu_capability(best)
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype, seed: int, layout: str = "contiguous") -> Tensor:
