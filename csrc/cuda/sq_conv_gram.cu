@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   T sum = 0;
   for (int t = 0; t < taps; ++t) {
     const Tap tap = tap_at(s, t * s.group_channels);
-    const int from_a = pixel_at(s, a, tap), from_b = pixel_at(s, b, tap);
-    if (from_a >= 0 && from_b >= 0) sum += from[from_a * count_pixels + from_b];
+    const Pixel from_a = pixel_at(s, a, tap), from_b = pixel_at(s, b, tap);
+    if (from_a.inside && from_b.inside) sum += from[from_a.at * count_pixels + from_b.at];
   }
   gram[entry] = sum;
 }
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const auto* const tile = Block::store(product);
     if (mine)
       for (int i = 0; i < Block::rows && i0 + i < positions; ++i)
-        sum += tile[i * Block::pitch + thread()] * *b.at(o, i0 + i);
+        sum += tile[i * Block::pitch + thread()] * b.data[static_cast<int64_t>(i0 + i) * filters + o];
   }
   if (mine) sums[(static_cast<int64_t>(part) * rows + m) * filters + group * group_filters + o] = sum;
 }
