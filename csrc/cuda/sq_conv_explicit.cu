@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const T* const cotangent = g + static_cast<int64_t>(m) * s.positions * s.filters;
     const Cotangents a{cotangent + group * s.group_filters, s.filters, s.group_filters, s.positions};
     const Columns b{s, image + group * s.group_channels};
-    Block::multiply(product, a, b, i0, tile * Block::columns, 0, s.positions);
+    product.clear();
+    Block::add(product, a, b, i0, tile * Block::columns, 0, s.positions);
     squares.add_squares(product, by);
   };
   if constexpr (Elements)

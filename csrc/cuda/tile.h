@@ -262,9 +262,8 @@ class Tiles {
   static constexpr size_t stored = sizeof(Sum) * rows * pitch, factors = sizeof(T) * kStages * (A::size + B::size);
   static constexpr size_t shared = stored > factors ? stored : factors;
 
-  // Computes the tile from (i0, j0) on, with k from k0, a multiple of the depth, to k1.
-  __device__ static void multiply(Product& product, const SourceA& a, const SourceB& b, int i0, int j0, int k0,
-                                  int k1) {
+  // Adds to the tile from (i0, j0) on the products with k from k0, a multiple of the depth, to k1.
+  __device__ static void add(Product& product, const SourceA& a, const SourceB& b, int i0, int j0, int k0, int k1) {
     T* const buffers = reinterpret_cast<T*>(shared_memory<shared>());
     const int steps = (k1 - k0 + depth - 1) / depth;
     const auto places_a = A::places(a, i0);
@@ -277,7 +276,6 @@ class Tiles {
       }
       group_copies();
     };
-    product.clear();
     __syncthreads();  // no thread reads the buffers any more: the last product's factors, or a stored tile
     for (int step = 0; step < kStages - 1; ++step) fill(step);
     for (int step = 0; step < steps; ++step) {

@@ -1,8 +1,8 @@
 """Compile the default configurations of the Triton kernels ahead of time, and print their resources as JSON.
 
 No GPU is needed. ``python tests/helpers/ahead.py 80 90`` prints a list of {kernel, case, arch, registers, shared,
-spills}. Each launch of the ops is caught with its arguments, specialised as Triton would specialise it, and compiled to
-PTX, for which ptxas reports the resources.
+spills, code, loop}, where the last two count machine instructions. Each launch of the ops is caught with its arguments,
+specialised as Triton would specialise it, and compiled to PTX, for which ptxas reports the resources.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import machine_code
 import torch
 import triton
 from t2v_fast.kernels import backend
@@ -103,6 +104,18 @@ def resources(ptx: str, arch: int) -> dict[str, int]:
     return {"registers": int(re.search(r"Used (\d+) registers", report)[1]), "spills": spills}
 
 
+def instructions(cubin: bytes) -> dict[str, dict[str, int]]:
+    """Return the counts of instructions in all of the code, and in its main loop."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        (code,) = machine_code.functions(Path(file.name)).values()
+    return {
+        "code": machine_code.counts(code),
+        "loop": machine_code.counts(machine_code.main_loop(code)),
+    }
+
+
 def main(archs: list[int]) -> None:
     caught: list[tuple[JITFunction, tuple, dict]] = []
     JITFunction.run = lambda self, *args, grid, warmup, **kwargs: caught.append((self, args, kwargs))
@@ -126,6 +139,7 @@ def main(archs: list[int]) -> None:
                         {"kernel": kernel.fn.__name__, "case": case, "dtype": kind, "arch": arch}
                         | {"warps": options["num_warps"], "shared": compiled.metadata.shared}
                         | resources(compiled.asm["ptx"], arch)
+                        | instructions(compiled.asm["cubin"])
                     )
     print(json.dumps(found))
 

@@ -75,8 +75,8 @@ def counts(code: list[Instruction]) -> Counter[str]:
     """How many instructions of each kind there are.
 
     ``tensor`` are products on tensor cores, ``matrix loads`` are LDSM, ``generic`` loads and stores find out at run
-    time which memory they access, ``local`` ones access what did not fit the registers, and ``copies N`` are asynchronous
-    copies of N bytes into shared memory, or of whole boxes (``box copies``).
+    time which memory they access, ``local`` ones access what did not fit the registers, and ``copies N`` are
+    asynchronous copies of N bytes into shared memory, or of whole boxes (``box copies``).
     """
     found: Counter[str] = Counter()
     for i in code:
