@@ -169,6 +169,14 @@ at::Tensor depthwise(const ConvGeometry& s, const at::Tensor& x, const at::Tenso
   return add_parts(gradients);
 }
 
+// Images of 3 channels get a fourth one of zeros, so that the kernels copy the values of a pixel together: without it,
+// half-precision values are copied one by one. x [N, H, W, C]
+at::Tensor whole_pixels(ConvGeometry& s, const at::Tensor& x) {
+  if (s.groups != 1 || s.channels != 3 || s.filters % 4 != 0) return x;
+  s.channels = 4;
+  return at::constant_pad_nd(x, {0, 1});
+}
+
 // x [N, H, W, C], g [M, Ho, Wo, O] -> [M, O]
 at::Tensor filter_sums(const ConvGeometry& s, const at::Tensor& x, const at::Tensor& g, bool gram) {
   check_size("sq_conv", s, gram);
@@ -179,6 +187,11 @@ at::Tensor filter_sums(const ConvGeometry& s, const at::Tensor& x, const at::Ten
       q = gram_sums<scalar_t>(s, x, g, *device);
     } else if (s.depthwise()) {
       q = depthwise<scalar_t>(s, x, g, *device).square_().sum(1);
+    } else if (const int64_t split = cuda::gradient_parts(s, g.size(0), g.element_size(), *device); split > 1) {
+      at::Tensor gradients = empty_sums({split, g.size(0), s.filters, s.kernel_h * s.kernel_w * s.group_channels()}, g);
+      cuda::conv_gradients<scalar_t>(gradients.mutable_data_ptr<SumOf<scalar_t>>(), split,
+                                     convolution<scalar_t>(s, x, g), *device);
+      q = add_parts(gradients).square_().sum(2);
     } else {
       const int64_t parts = cuda::filter_parts(s, g.size(0), *device);
       at::Tensor sums = empty_sums({parts, g.size(0), s.filters}, g);
@@ -215,7 +228,10 @@ at::Tensor sq_conv(const at::Tensor& x, const at::Tensor& g, at::IntArrayRef ker
   check_path("sq_conv", path, {"explicit", "gram", "winograd"});  // "winograd" runs as "explicit"
   const ConvGeometry s = check_conv("sq_conv", x, g, kernel, stride, padding, dilation, groups);
   if (g.numel() == 0 || x.numel() == 0) return zero_sums({g.size(0), g.size(1)}, g);
-  return filter_sums(s, pixels_first(x), pixels_first(g), path == "gram");
+  if (path == "gram") return filter_sums(s, pixels_first(x), pixels_first(g), true);
+  ConvGeometry padded = s;
+  const at::Tensor pixels = whole_pixels(padded, pixels_first(x));
+  return filter_sums(padded, pixels, pixels_first(g), false);
 }
 
 void sq_conv_acc_(at::Tensor& out, const at::Tensor& x, const at::Tensor& g, const at::Tensor& weight,
@@ -223,7 +239,10 @@ void sq_conv_acc_(at::Tensor& out, const at::Tensor& x, const at::Tensor& g, con
                   c10::string_view path) {
   const ConvGeometry s = check_conv_acc(out, x, g, weight, stride, padding, dilation, groups, path);
   if (g.numel() == 0 || x.numel() == 0) return;
-  out.add_(element_sums(s, pixels_first(x), pixels_first(g), weight).permute({0, 3, 1, 2}));
+  ConvGeometry padded = s;
+  const at::Tensor pixels = whole_pixels(padded, pixels_first(x));
+  const at::Tensor sums = element_sums(padded, pixels, pixels_first(g), weight);
+  out.add_(sums.narrow(3, 0, out.size(1)).permute({0, 3, 1, 2}));
 }
 
 at::Tensor conv_gram(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,

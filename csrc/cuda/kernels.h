@@ -45,6 +45,12 @@ int64_t element_parts(const ConvGeometry& s, int64_t rows, const Launch& l);
 template <class T>
 void conv_filter_sums(SumOf<T>* sums, int64_t parts, const Convolution<T>& c, const Launch& l);
 
+// gradients [parts, M, O, kh, kw, C / groups], to be summed over parts: each has some of the positions. More than one
+// part is worth while if there are few examples, of large images.
+int64_t gradient_parts(const ConvGeometry& s, int64_t rows, int64_t itemsize, const Launch& l);
+template <class T>
+void conv_gradients(SumOf<T>* gradients, int64_t parts, const Convolution<T>& c, const Launch& l);
+
 // sums [parts, O, kh, kw, C / groups]: the squares of the gradients times weight [M], summed over m
 template <class T>
 void conv_element_sums(SumOf<T>* sums, int64_t parts, const SumOf<T>* weight, const Convolution<T>& c, const Launch& l);

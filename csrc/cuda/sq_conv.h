@@ -67,21 +67,26 @@ struct Matrix {
   }
 };
 
-// Calls use(Math, V) with the arithmetic that the caller asked for; V makes reads of 16 bytes where they are possible.
+// Calls use(Math) with the arithmetic that the caller asked for.
+template <class T, class Use>
+void choose_math(bool tf32, const Use& use) {
+  if constexpr (std::is_same_v<T, double>)
+    use(Exact<double>());
+  else if constexpr (std::is_same_v<T, float>)
+    tf32 ? use(TensorCores<float>()) : use(Exact<float>());
+  else
+    use(TensorCores<T>());
+}
+
+// Calls use(Math, V). V makes reads of 16 bytes where they are possible.
 template <class T, class Use>
 void choose(bool wide, bool tf32, const Use& use) {
-  const auto with = [&](auto math) {
+  choose_math<T>(tf32, [&](auto math) {
     if (wide)
       use(math, std::integral_constant<int, kWide<T>>());
     else
       use(math, std::integral_constant<int, 1>());
-  };
-  if constexpr (std::is_same_v<T, double>)
-    with(Exact<double>());
-  else if constexpr (std::is_same_v<T, float>)
-    tf32 ? with(TensorCores<float>()) : with(Exact<float>());
-  else
-    with(TensorCores<T>());
+  });
 }
 
 // Rows and columns of a tile in every arithmetic but float64. They serve only to estimate the number of blocks.
