@@ -1,8 +1,8 @@
 """Compile the default configurations of the Triton kernels ahead of time, and print their resources as JSON.
 
 No GPU is needed. ``python tests/helpers/ahead.py 80 90`` prints a list of {kernel, case, arch, registers, shared,
-spills, code, loop}, where the last two count machine instructions. Each launch of the ops is caught with its arguments,
-specialised as Triton would specialise it, and compiled to PTX, for which ptxas reports the resources.
+spills, code, loop, multiply_adds}, where the last three are about the machine code. Each launch of the ops is caught
+with its arguments, specialised as Triton would specialise it, and compiled to PTX, for which ptxas reports resources.
 """
 
 from __future__ import annotations
@@ -104,15 +104,17 @@ def resources(ptx: str, arch: int) -> dict[str, int]:
     return {"registers": int(re.search(r"Used (\d+) registers", report)[1]), "spills": spills}
 
 
-def instructions(cubin: bytes) -> dict[str, dict[str, int]]:
-    """Return the counts of instructions in all of the code, and in its main loop."""
+def instructions(cubin: bytes) -> dict[str, object]:
+    """Return the counts of instructions in all of the code and in its main loop, and the loop's multiply-adds."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         (code,) = machine_code.functions(Path(file.name)).values()
+    loop = machine_code.main_loop(code)
     return {
         "code": machine_code.counts(code),
-        "loop": machine_code.counts(machine_code.main_loop(code)),
+        "loop": machine_code.counts(loop),
+        "multiply_adds": machine_code.multiply_adds(loop),
     }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 ADDRESS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);", re.MULTILINE)
 TARGET = re.compile(r"0x([0-9a-f]+)")
+SHAPE = re.compile(r"^H?G?D?MMA\.(\d+)x(\d+)x(\d+)")
 PRODUCTS = ("HMMA", "HGMMA", "DMMA", "FFMA", "DFMA")
 
 
@@ -69,6 +70,20 @@ def main_loop(code: list[Instruction]) -> list[Instruction]:
         if not inside and products(loop) > products(best):
             best = loop
     return best or code
+
+
+def multiply_adds(code: list[Instruction]) -> float:
+    """How many multiply-adds a warp's instructions make, on average: 32 where each of them is one for every lane."""
+    total = 0.0
+    for i in code:
+        if i.opcode in ("FFMA", "DFMA"):
+            total += 32
+        elif shape := SHAPE.search(i.name):
+            by_warps = 4 if i.opcode == "HGMMA" else 1
+            total += int(shape[1]) * int(shape[2]) * int(shape[3]) / by_warps
+        elif i.opcode == "HMMA":
+            total += 16 * 8 * (16 if ".16816." in i.name else 8)
+    return total / len(code)
 
 
 def counts(code: list[Instruction]) -> Counter[str]:
