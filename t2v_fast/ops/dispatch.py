@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import gpu_rates, reference
+from . import gpu_estimates, reference
 from .geometry import conv_output_size
 
 log = logging.getLogger(__name__)
@@ -237,12 +237,12 @@ def gpu_backend() -> str:
 def _gpu_backend_for(device: torch.device, dtype: torch.dtype) -> str:
     """The backend for CUDA tensors of ``dtype``.
 
-    Where both kinds of kernels can run, the faster ones do, by the rates of :mod:`t2v_fast.ops.gpu_rates`.
+    Where both kinds of kernels can run, the faster ones do, by the rates of :mod:`t2v_fast.ops.gpu_estimates`.
     """
     backend = gpu_backend()
     if backend != "cuda" or not torch.cuda.is_available() or _missing_on_gpu("triton") is not None:
         return backend
-    return gpu_rates.leader(device, dtype)
+    return gpu_estimates.leader(device, dtype)
 
 
 def _runs_triton(args: Sequence[object]) -> bool:

@@ -18,7 +18,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,7 +32,8 @@ from rich.text import Text
 from torch import Tensor
 
 from ..files import write_atomically
-from . import dispatch, gpu_rates, gpu_specs, primitives
+from . import dispatch, gpu_estimates, gpu_specs, primitives
+from .cache import cache_folder
 from .checks import CONV_PATHS
 from .geometry import conv_output_size, gram_by_pixels, winograd_fits
 
@@ -321,11 +321,6 @@ def fit(counts: np.ndarray, times: np.ndarray) -> np.ndarray:
     return costs
 
 
-def cache_folder() -> Path:
-    """Return the folder for measured costs: ``$T2V_FAST_CACHE``, or ``~/.cache/t2v_fast``."""
-    return Path(os.environ.get("T2V_FAST_CACHE") or Path.home() / ".cache" / "t2v_fast")
-
-
 def _processor() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -413,7 +408,7 @@ def _seconds_on_gpu(
     conv: Conv, device: torch.device, itemsize: int, backend: str, kind: str, path: str, k: int
 ) -> float:
     """The time of a path for one example with ``k`` cotangents."""
-    return gpu_rates.rates(device).seconds(gpu_work(conv, path, itemsize, k), backend, kind, path)
+    return gpu_estimates.rates(device).seconds(gpu_work(conv, path, itemsize, k), backend, kind, path)
 
 
 @functools.cache

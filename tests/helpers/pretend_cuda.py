@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from t2v_fast.gradients import recorder
 from t2v_fast.gradients.graph import Taps
 from t2v_fast.gradients.ownership import LEAF, call_node
-from t2v_fast.ops import dispatch, gpu_rates, gpu_specs
+from t2v_fast.ops import dispatch, gpu_estimates, gpu_specs
 
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -447,5 +447,5 @@ def pretended(kernel: str = "math") -> Iterator[None]:
         patch.setattr(torch.autograd, "grad", _grad)
         patch.setattr(F, "scaled_dot_product_attention", _sdpa(kernel))
         patch.setattr(dispatch, "gpu_backend", lambda: "cuda")
-        patch.setattr(gpu_rates, "rates", lambda device: gpu_rates.estimates(gpu_specs.named("H100")))
+        patch.setattr(gpu_estimates, "rates", lambda device: gpu_estimates.estimates(gpu_specs.named("H100")))
         yield

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from t2v_fast import ops
-from t2v_fast.ops import dispatch, gpu_rates, gpu_specs, planner, primitives
+from t2v_fast.ops import dispatch, gpu_estimates, gpu_rates, gpu_specs, planner, primitives
 from t2v_fast.ops.planner import Conv
 
 CARD = "NVIDIA H100 80GB HBM3"
@@ -28,7 +28,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(dispatch, "backend_status", lambda: status)
     monkeypatch.setattr(dispatch, "_missing_on_gpu", lambda backend: None)
     monkeypatch.setattr(dispatch, "gpu_backend", lambda: "cuda")
-    caches = (gpu_rates._rates, planner.best_on_gpu)
+    caches = (gpu_estimates._rates, planner.best_on_gpu)
     for cache in caches:
         cache.cache_clear()
     yield tmp_path
@@ -36,7 +36,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         cache.cache_clear()
 
 
-def pretend(truth: gpu_rates.Rates, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], float]:
+def pretend(truth: gpu_estimates.Rates, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], float]:
     """Let the ops take the time that they have at the rates of ``truth``; nothing is computed."""
 
     def sq_conv(x, g, kernel, stride, padding, dilation, groups, path):
@@ -53,19 +53,21 @@ def pretend(truth: gpu_rates.Rates, monkeypatch: pytest.MonkeyPatch) -> Callable
     return lambda run: run()
 
 
-def fast_cuda() -> gpu_rates.Rates:
+def fast_cuda() -> gpu_estimates.Rates:
     """Other rates than the estimates: CUDA leads in every kind. Bandwidth never binds."""
-    estimated = gpu_rates.estimates(gpu_specs.named("H100"))
+    estimated = gpu_estimates.estimates(gpu_specs.named("H100"))
     products = {k: v * (5 if k[0] == "cuda" else 0.5) for k, v in estimated.products.items()}
-    return gpu_rates.Rates(products, 1e6, True)
+    return gpu_estimates.Rates(products, 1e6, True)
 
 
 def test_estimates_are_below_the_published_rates() -> None:
     for card in gpu_specs.CARDS:
-        found = gpu_rates.estimates(card)
+        found = gpu_estimates.estimates(card)
         assert not found.measured
         assert found.bandwidth < card.bandwidth
-        assert {key[:2] for key in found.products} == {(b, k) for b in gpu_rates.BACKENDS for k in gpu_rates.KINDS}
+        assert {key[:2] for key in found.products} == {
+            (b, k) for b in gpu_estimates.BACKENDS for k in gpu_estimates.KINDS
+        }
         assert all(0 < rate < 0.7 * getattr(card, key[1]) for key, rate in found.products.items())
 
 
@@ -76,7 +78,7 @@ def test_measured_rates_are_found_again(card: Path, monkeypatch: pytest.MonkeyPa
     measured = gpu_rates.measure(DEVICE, pretend(truth, monkeypatch))
     assert torch.get_float32_matmul_precision() == precision
     for key, rate in truth.products.items():
-        want = rate if key[1] != "float64" else gpu_rates.estimates(gpu_specs.named("H100")).products[key]
+        want = rate if key[1] != "float64" else gpu_estimates.estimates(gpu_specs.named("H100")).products[key]
         assert measured.products[key] == pytest.approx(want, rel=1e-6), key
     assert measured.bandwidth == pytest.approx(1e6)
     (file,) = card.iterdir()
@@ -102,7 +104,7 @@ def test_the_planner_and_the_backend_follow_the_rates(card: Path, monkeypatch: p
     assert planner.choose(conv, Cuda()) == "gram"
     truth = fast_cuda()
     slow_grams = {k: v * (1e-3 if k[2] != "explicit" else 1) for k, v in truth.products.items()}
-    gpu_rates.measure(DEVICE, pretend(gpu_rates.Rates(slow_grams, 1e6, True), monkeypatch))
+    gpu_rates.measure(DEVICE, pretend(gpu_estimates.Rates(slow_grams, 1e6, True), monkeypatch))
     assert dispatch.backend_for(Cuda()) == "cuda"
     assert planner.choose(conv, Cuda()) == "explicit"
 
@@ -111,14 +113,14 @@ def test_a_backend_that_cannot_run_keeps_its_estimates(card: Path, monkeypatch: 
     status = dispatch.backend_status() | {"triton": "Triton's kernels did not load"}
     monkeypatch.setattr(dispatch, "backend_status", lambda: status)
     measured = gpu_rates.measure(DEVICE, pretend(fast_cuda(), monkeypatch))
-    estimated = gpu_rates.estimates(gpu_specs.named("H100"))
+    estimated = gpu_estimates.estimates(gpu_specs.named("H100"))
     for key, rate in measured.products.items():
         assert (rate == estimated.products[key]) == (key[0] == "triton" or key[1] == "float64"), key
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"key": 1, "products": {"a": -1}, "bandwidth": 1}'])
 def test_a_broken_file_gives_estimates(card: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
-    gpu_rates._file(CARD).write_text(text)
+    gpu_estimates.rates_file(CARD).write_text(text)
     with caplog.at_level(logging.WARNING):
         found = gpu_rates.rates(DEVICE)
     assert not found.measured
@@ -138,7 +140,7 @@ def test_a_failure_leaves_the_setting_and_no_file(card: Path) -> None:
 
 
 def test_times_are_of_products_or_of_memory() -> None:
-    found = gpu_rates.estimates(gpu_specs.named("H100"))
+    found = gpu_estimates.estimates(gpu_specs.named("H100"))
     rate = found.products["cuda", "half", "gram"] * 1e12
     forms = found.products["cuda", "half", "forms"] * 1e12
     assert found.seconds(gpu_specs.GpuWork(rate, forms, 0), "cuda", "half", "gram") == pytest.approx(2)

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from t2v_fast.ops import dispatch, gpu_rates, gpu_specs, planner
+from t2v_fast.ops import dispatch, gpu_estimates, gpu_specs, planner
 from t2v_fast.ops.planner import Conv
 
 LARGE = Conv(64, (56, 56), 64, (3, 3), padding=(1, 1))
@@ -74,12 +74,12 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
             return 4
 
     planner.best_on_gpu.cache_clear()
-    monkeypatch.setattr(gpu_rates, "rates", lambda device: gpu_rates.estimates(gpu_specs.named("H100")))
+    monkeypatch.setattr(gpu_estimates, "rates", lambda device: gpu_estimates.estimates(gpu_specs.named("H100")))
     monkeypatch.setattr(dispatch, "gpu_backend", lambda: "triton")
     assert planner.choose(LARGE, Cuda()) == "explicit"
     assert planner.choose(SMALL, Cuda()) == "gram"
     assert planner.choose(SMALL, Cuda(), elementwise=True) == "explicit"
-    rate = gpu_rates.estimates(gpu_specs.named("H100")).products["triton", "float32", "explicit"]
+    rate = gpu_estimates.estimates(gpu_specs.named("H100")).products["triton", "float32", "explicit"]
     assert planner.predict(LARGE, Cuda(), "explicit") == pytest.approx(2 * 64 * 576 * 56 * 56 / rate / 1e12)
     assert rate < 67  # the published rate
     monkeypatch.setattr(dispatch, "gpu_backend", lambda: "reference")
