@@ -18,7 +18,9 @@ from pathlib import Path
 import machine_code
 import torch
 import triton
-from t2v_fast.kernels import backend
+from t2v_fast.kernels import backend, sq_conv_boxes
+from t2v_fast.kernels.launch import precision
+from t2v_fast.kernels.sq_conv_geometry import conv_geometry
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -48,13 +50,34 @@ def convolution(dtype: torch.dtype, path: str, elementwise: bool, c: int, o: int
     return run
 
 
+def boxes(dtype: torch.dtype, c: int, o: int, size: int, kernel: int) -> Callable[[], object]:
+    """A launch that only sm_90 and later can run."""
+
+    def run() -> None:
+        x, g = (
+            rand(2, n, size, size, dtype=dtype, layout=torch.channels_last)
+            if kernel > 1
+            else rand(2, size * size, n, dtype=dtype).transpose(1, 2).unsqueeze(2)
+            for n in (c, o)
+        )
+        geometry = conv_geometry(x, (kernel, kernel), (1, 1), (kernel // 2, kernel // 2), (1, 1), 1)
+        sq_conv_boxes.boxes_sums(geometry, g)
+
+    return run
+
+
 def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Calls that launch every kernel, with sizes from the networks in docs/gpu.md."""
     sums = accumulate_dtype(dtype)
     tokens, out = rand(2, 197, 768, dtype=dtype), rand(2, 197, 3072, dtype=dtype)
     maps, shift = rand(2, 784, 128, dtype=dtype), torch.zeros(128, dtype=sums)
     index = torch.zeros(2, 197, dtype=torch.int64)
-    return {
+    on_tensor_cores = dtype.itemsize == 2 or (dtype == torch.float32 and precision() == "tf32")
+    return (
+        {"3x3 boxes": boxes(dtype, 128, 128, 28, 3), "linear boxes": boxes(dtype, 768, 768, 14, 1)}
+        if on_tensor_cores
+        else {}
+    ) | {
         "3x3 explicit": convolution(dtype, "explicit", False, 64, 64, 56, 1, 1),
         "3x3 explicit, elementwise": convolution(dtype, "explicit", True, 64, 64, 56, 1, 1),
         "3x3 gram": convolution(dtype, "gram", False, 256, 256, 14, 1, 1),
@@ -136,6 +159,8 @@ def main(archs: list[int]) -> None:
                     continue  # another case compiled the same kernel
                 seen.add(key)
                 for arch in archs:
+                    if kernel is sq_conv_boxes.boxes_kernel and arch < 90:
+                        continue
                     compiled = triton.compile(source, GPUTarget("cuda", arch, 32), options)
                     found.append(
                         {"kernel": kernel.fn.__name__, "case": case, "dtype": kind, "arch": arch}

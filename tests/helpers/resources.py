@@ -95,12 +95,15 @@ def of_triton_kernels(root: Path = ROOT) -> list[dict[str, Any]]:
 
 
 def triton_table(rows: list[dict[str, Any]]) -> list[list[object]]:
-    table = []
-    for launch in zip(rows[::2], rows[1::2], strict=True):  # one launch on both
-        first = launch[0]
-        about = [first["kernel"].removesuffix("_kernel"), first["case"], first["dtype"], first["warps"]]
-        table.append(about + [cell(r["arch"], 32 * r["warps"], r["registers"], r["shared"]) for r in launch])
-    return table
+    """One line for each launch. A launch that only one card can run has no cell for the other."""
+    launches: dict[tuple[object, ...], list[dict[int, str]]] = {}
+    for row in rows:
+        about = (row["kernel"].removesuffix("_kernel"), row["case"], row["dtype"], row["warps"])
+        found = launches.setdefault(about, [{}])
+        if row["arch"] in found[-1]:  # a case may launch a kernel twice
+            found.append({})
+        found[-1][row["arch"]] = cell(row["arch"], 32 * row["warps"], row["registers"], row["shared"])
+    return [[*about, *(cells.get(arch, "-") for arch in CARD)] for about, found in launches.items() for cells in found]
 
 
 # The counts that the table of main loops shows, and how it calls them.

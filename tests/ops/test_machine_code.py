@@ -49,7 +49,8 @@ def test_main_loops_of_the_cuda_kernels() -> None:
         if "Exact<double>" in instance:
             assert found["multiply-adds"] >= 128, (kernel, instance)
             continue
-        assert found["tensor"] and not found["multiply-adds"], (kernel, instance)
+        assert found["tensor"], (kernel, instance)
+        assert not found["multiply-adds"], (kernel, instance)
         if "float" in instance:
             assert machine_code.multiply_adds(loop) > 140, (kernel, instance)
         else:
@@ -72,6 +73,14 @@ def test_main_loops_of_the_triton_kernels() -> None:
         assert ("explicit_kernel", "3x3 explicit", arch) in kinds
         for case in ("3x3 gram", "linear gram", "sq_gram"):
             assert ("quadratic_kernel", case, arch) in kinds
+    boxes = [row for row in rows if row["kernel"] == "boxes_kernel"]
+    assert {(r["case"], r["dtype"]) for r in boxes} == {
+        (case, dtype) for case in ("3x3 boxes", "linear boxes") for dtype in ("bfloat16", "float16", "tf32")
+    }
+    for row in boxes:
+        assert row["loop"]["box copies"] == 2, row
+        assert row["loop"]["tensor"], row
+        assert not [kind for kind in row["loop"] if kind.startswith(("copies", "global"))], row
     for row in tensor:
         if row["kernel"] == "quadratic_kernel" and row["case"] == "linear gram" and row["dtype"] != "tf32":
             assert row["loop"]["copies 16"], row
