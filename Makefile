@@ -45,6 +45,7 @@ pictures: demo ## Copy the demo's pictures into docs/
 docs-data: pictures coverage ## Regenerate the tables and pictures in docs/ that commands write (hours)
 	$(BIN)/python tests/helpers/resources.py
 	$(BIN)/python -m bench.studies.roofline --write docs/gpu.md
+	$(BIN)/python -m bench.studies.gpu_model --write docs/gpu.md
 	$(BIN)/python -m bench.studies.adapters --write docs/adapters.md
 	$(BIN)/python -m bench.studies.merging --write docs/adapters.md
 	$(BIN)/python -m bench.studies.accuracy --tasks 4 --size 64 --plot docs/accuracy.png

@@ -245,13 +245,17 @@ def _gpu_backend_for(device: torch.device, dtype: torch.dtype) -> str:
     return gpu_estimates.leader(device, dtype)
 
 
-def _runs_triton(args: Sequence[object]) -> bool:
+def _runs_triton(name: str, args: Sequence[object]) -> bool:
     """Whether the Triton kernels take these CUDA tensors although the extension has kernels for them.
 
-    Tensors of other types, which trace or pretend, go through torch's dispatcher.
+    Tensors of other types, which trace or pretend, go through torch's dispatcher. Only the extension's kernels read the
+    three channels of a pixel together, so that they take every layer that reads images.
     """
     tensors = [a for a in args if isinstance(a, Tensor)]
     if any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
+        return False
+    images = {"sq_conv": 0, "sq_conv_acc_": 1}.get(name)
+    if images is not None and tensors[images].shape[1] == 3:
         return False
     # Accumulators and Gram matrices are wider than the layer's own tensors.
     own = min((t for t in tensors if t.is_floating_point()), key=lambda t: t.element_size())
@@ -268,7 +272,7 @@ def call(name: str, *args: object) -> Any:
     if forced == "reference" or (_missing is not None and not _on_gpu(args)):
         return getattr(reference, name)(*args)
     if forced == "auto":
-        if _on_gpu(args) and _runs_triton(args):
+        if _on_gpu(args) and _runs_triton(name, args):
             return getattr(_triton(), name)(*args)
         return getattr(torch.ops.t2v_fast, name)(*args)
     allowed = _DEVICES[forced]

@@ -128,10 +128,10 @@ def loop_cell(counts: dict[str, int], multiply_adds: float) -> str:
     return f"{counts['all']:,}: {shown}; {multiply_adds:.0f}"
 
 
-def main_loops(root: Path) -> dict[tuple[str, ...], str]:
+def main_loops(cuda: list[dict[str, Any]], triton: list[dict[str, Any]]) -> dict[tuple[str, ...], str]:
     """{(language, kernel, instance): cell of the table} of the kernels that multiply matrices, on sm_90."""
     cells: dict[tuple[str, ...], str] = {}
-    for row in of_cuda_kernels(root):
+    for row in cuda:
         name, arguments = instance(row)
         if name in ("squares", "gradient", "gram", "form") and row["arch"] == "90" and ", 1" not in arguments:
             loop = machine_code.main_loop(row["code"])
@@ -168,13 +168,15 @@ def main() -> None:
     parser.add_argument("--before", default="317f8b0", help="the commit that main loops are compared with")
     arguments = parser.parse_args()
     columns = ["sm_80: registers, shared bytes, occupancy", "sm_90"]
-    launches = cuda_launches(of_cuda_kernels())
+    cuda, triton = of_cuda_kernels(), of_triton_kernels()
+    launches = cuda_launches(cuda)
     rows = [[*key, *launches[key].values()] for key in sorted(launches)]
     write("cuda resources", ["kernel", "instance", *columns], rows)
-    rows = triton_table(of_triton_kernels())
-    write("triton resources", ["kernel", "launched by", "inputs", "warps", *columns], rows)
+    write("triton resources", ["kernel", "launched by", "inputs", "warps", *columns], triton_table(triton))
+    now = main_loops(cuda, triton)
     with tempfile.TemporaryDirectory() as folder:
-        before, now = main_loops(earlier(arguments.before, folder)), main_loops(ROOT)
+        root = earlier(arguments.before, folder)
+        before = main_loops(of_cuda_kernels(root), of_triton_kernels(root))
     rows = [[*key, before.get(key, "-"), now[key]] for key in sorted(now)]
     write("main loops", ["written in", "kernel", "instance", f"at {arguments.before}", "now"], rows)
 

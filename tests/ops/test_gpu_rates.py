@@ -109,6 +109,21 @@ def test_the_planner_and_the_backend_follow_the_rates(card: Path, monkeypatch: p
     assert planner.choose(conv, Cuda()) == "explicit"
 
 
+def test_images_stay_with_the_extension(card: Path) -> None:
+    x, g = torch.ones(1, 3, 4, 4, dtype=torch.bfloat16), torch.ones(1, 8, 4, 4, dtype=torch.bfloat16)
+    out = torch.zeros(8, 3, 3, 3)
+    assert not dispatch._runs_triton("sq_conv", (x, g))
+    assert not dispatch._runs_triton("sq_conv_acc_", (out, x, g))
+    assert dispatch._runs_triton("sq_conv", (g, g))
+    assert dispatch._runs_triton("sq_conv_acc_", (out, g, g))  # the accumulator's type does not count
+    assert not dispatch._runs_triton("sq_conv", (g.float(), g.float()))
+
+    class Traced(torch.Tensor):
+        pass
+
+    assert not dispatch._runs_triton("sq_conv", (g.as_subclass(Traced), g))
+
+
 def test_a_backend_that_cannot_run_keeps_its_estimates(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status = dispatch.backend_status() | {"triton": "Triton's kernels did not load"}
     monkeypatch.setattr(dispatch, "backend_status", lambda: status)
