@@ -4,8 +4,8 @@
 
 For a norm z = gamma (y - mean) rstd + beta behind a convolution y = W u + b, the weight's gradient is
 sum_s g_s (y_s - mean) rstd = rstd (<W_o, G_o> - (mean - b) sum_s g_s) with G_o = sum_s g_s u_s. The right side needs no
-pass over y. This script compares the errors of the squares of both sides against float64, for every norm of a ResNet-18 whose statistics
-are those of its inputs, and prints Markdown.
+pass over y. This script compares the errors of the squares of both sides against float64, for every norm of a ResNet-18
+whose statistics are those of its inputs, and prints Markdown.
 """
 
 from __future__ import annotations
