@@ -220,9 +220,10 @@ def build_id() -> str:
 
 @functools.cache
 def gpu_backend() -> str:
-    """Return the backend for CUDA tensors when none is forced: ``"cuda"``, ``"triton"`` or ``"reference"``.
+    """Return the first of ``"cuda"``, ``"triton"`` and ``"reference"`` that can run on CUDA tensors when none is forced.
 
-    The choice is made, and logged, once per process.
+    The choice is made, and logged, once per process. Where the first is ``"cuda"``, Triton's kernels may still take the
+    dtypes that they are faster for: see :func:`backend_for`.
     """
     reasons: list[str] = []
     for backend in ("cuda", "triton"):

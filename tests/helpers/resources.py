@@ -136,7 +136,7 @@ def main_loops(cuda: list[dict[str, Any]], triton: list[dict[str, Any]]) -> dict
         if name in ("squares", "gradient", "gram", "form") and row["arch"] == "90" and ", 1" not in arguments:
             loop = machine_code.main_loop(row["code"])
             cells["CUDA", name, arguments] = loop_cell(machine_code.counts(loop), machine_code.multiply_adds(loop))
-    for row in of_triton_kernels(root):
+    for row in triton:
         if (
             row["kernel"] in ("explicit_kernel", "gram_kernel", "quadratic_kernel", "boxes_kernel")
             and row["arch"] == 90
