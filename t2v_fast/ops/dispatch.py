@@ -220,7 +220,7 @@ def build_id() -> str:
 
 @functools.cache
 def gpu_backend() -> str:
-    """Return the first of ``"cuda"``, ``"triton"`` and ``"reference"`` that can run on CUDA tensors when none is forced.
+    """Return the first of ``"cuda"``, ``"triton"`` and ``"reference"`` that can run on CUDA tensors.
 
     The choice is made, and logged, once per process. Where the first is ``"cuda"``, Triton's kernels may still take the
     dtypes that they are faster for: see :func:`backend_for`.
