@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-ADDRESS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);", re.MULTILINE)
+ADDRESS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);", re.MULTILINE)
 TARGET = re.compile(r"0x([0-9a-f]+)")
 SHAPE = re.compile(r"^H?G?D?MMA\.(\d+)x(\d+)x(\d+)")
 PRODUCTS = ("HMMA", "HGMMA", "DMMA", "FFMA", "DFMA")
