@@ -14,6 +14,7 @@ from torch import Tensor
 from t2v_fast.ops.reference import accumulate_dtype
 
 from .launch import on_device_of, power_of_two, precision, row_chunks, run_best
+from .sq_conv_boxes import boxes_sums, fits_boxes
 from .sq_conv_geometry import ConvGeometry, cotangent_arguments, load_cotangents, load_patches
 
 
@@ -168,6 +169,8 @@ def explicit_blocks(dtype: torch.dtype, filters: int, columns: int, positions: i
 
 def explicit_sums(geometry: ConvGeometry, g: Tensor, weight: Tensor | None) -> Tensor:
     """Filter sums, or elementwise sums where there is a weight for each row."""
+    if weight is None and fits_boxes(geometry, g):
+        return boxes_sums(geometry, g)
     filters = g.shape[1] // geometry.groups
     candidates = explicit_blocks(g.dtype, filters, geometry.columns, geometry.positions)
     programs = (

@@ -19,7 +19,7 @@ from torch import Tensor
 from t2v_fast.ops.geometry import gram_by_pixels
 from t2v_fast.ops.reference import accumulate_dtype
 
-from .launch import on_device_of, power_of_two, precision, processors, run_best
+from .launch import on_device_of, operand_type, power_of_two, precision, processors, run_best, sum_type
 from .sq_conv_geometry import (
     POINTWISE,
     ConvGeometry,
@@ -197,6 +197,13 @@ def gram_kernel(
 
 
 @triton.jit
+def leading(values, DROPPED: tl.constexpr):
+    """The float32 values, rounded to as many bits as are left without the last DROPPED ones."""
+    bits = values.to(tl.int32, bitcast=True) + (1 << (DROPPED - 1))
+    return (bits & -(1 << DROPPED)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def quadratic_kernel(
     x,
     gram,
@@ -227,11 +234,18 @@ def quadratic_kernel(
     SUM: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    TERMS: tl.constexpr,
+    DROPPED: tl.constexpr,
+    FACTOR: tl.constexpr,
+    FORM_PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """g_i^T K[i, j] g_j for one pair of blocks, all cotangents and a share of the filters.  out [M, pairs, O]."""
+    """g_i^T K[i, j] g_j for one pair of blocks, all cotangents and a share of the filters.  out [M, pairs, O].
+
+    K is a sum of TERMS terms of the type FACTOR (see form_terms).
+    """
     tiles = tl.cdiv(positions, BLOCK_P)
     row = tl.program_id(0) % (tiles * tiles) // tiles
     column = tl.program_id(0) % tiles
@@ -269,6 +283,13 @@ def quadratic_kernel(
             tile = 2 * tile
         pair = row * tiles - (row * (row - 1)) // 2 + column - row
         pairs = tiles * (tiles + 1) // 2
+        first = tile
+        second = tile
+        third = tile
+        if TERMS > 1:
+            first = leading(tile, DROPPED)
+            second = leading(tile - first, DROPPED)
+            third = tile - first - second
         share = tl.cdiv(tl.cdiv(filters, BLOCK_O), tl.num_programs(1)) * BLOCK_O
         begin = tl.program_id(1) * share
         for k in range(cotangents):
@@ -278,16 +299,42 @@ def quadratic_kernel(
                 o = start + tl.arange(0, BLOCK_O)
                 a = load_cotangents(g_row, o, i, filters, positions, out_width, g_o, g_h, g_w, FLAT_G)
                 b = load_cotangents(g_row, o, j, filters, positions, out_width, g_o, g_h, g_w, FLAT_G)
-                product = tl.dot(a.to(SUM), tile, input_precision=PRECISION, out_dtype=SUM)
+                a = a.to(FACTOR)
+                product = tl.dot(a, first.to(FACTOR), input_precision=FORM_PRECISION, out_dtype=SUM)
+                if TERMS > 1:
+                    product = tl.dot(a, second.to(FACTOR), product, input_precision=FORM_PRECISION, out_dtype=SUM)
+                if TERMS > 2:
+                    product = tl.dot(a, third.to(FACTOR), product, input_precision=FORM_PRECISION, out_dtype=SUM)
                 form = tl.sum(product * b.to(SUM), 1)
                 place = (m * pairs + pair) * groups * filters + group * filters + o
                 tl.store(out + place, form, mask=o < filters)
+
+
+def form_terms(dtype: torch.dtype, positions: int) -> dict[str, object]:
+    """How quadratic forms of ``dtype`` cotangents multiply K, which is float32 (or float64 for float64 cotangents).
+
+    Half-precision cotangents are multiplied on tensor cores. K is split into terms, so that little or nothing of it is
+    lost. Three bfloat16 terms hold all bits of a float32 value. Two have an error of at most 2^-18, and errors of many
+    entries cancel, so that two are used for 64 positions or more: forms of independent values then have a relative
+    error of 1e-6, and 6e-5 where the cotangents of a filter sum to zero and all inputs are positive. Plain torch has
+    4e-3 in either case (tests/ops/test_forms.py). float16 cotangents and K in two terms are multiplied in TF32, which
+    has all bits of float16 and the range of float32.
+    """
+    if dtype == torch.bfloat16:
+        terms, dropped, factor, exactness = 2 if positions >= 64 else 3, 16, operand_type(dtype), "ieee"
+    elif dtype == torch.float16:
+        terms, dropped, factor, exactness = 2, 13, sum_type(dtype), "tf32"
+    else:
+        terms, dropped, factor, exactness = 1, 0, sum_type(dtype), precision()
+    return {"TERMS": terms, "DROPPED": dropped, "FACTOR": factor, "FORM_PRECISION": exactness}
 
 
 def gram_blocks(dtype: torch.dtype, filters: int, positions: int, columns: int) -> list[tuple[int, ...]]:
     """Candidates (filters, positions, columns, warps, stages), the default first."""
     if dtype == torch.float64:
         sizes = [(32, 32, 16, 4, 2)]
+    elif dtype != torch.float32:
+        sizes = [(128, 64, 32, 8, 3), (64, 64, 64, 4, 3), (64, 64, 32, 8, 2), (32, 64, 32, 4, 3)]
     elif precision() == "ieee":
         sizes = [(16, 64, 16, 8, 2), (32, 32, 16, 2, 2)]
     else:
@@ -365,6 +412,7 @@ def _quadratic(geometry: ConvGeometry, g: Tensor, source: int, gram: Tensor | No
             **cotangent_arguments(g),
             **geometry.constants(),
             **geometry.products(),
+            **form_terms(g.dtype, geometry.positions),
         )
     return out.sum(1) if pairs > 1 else out[:, 0]
 

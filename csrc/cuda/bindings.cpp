@@ -117,15 +117,30 @@ at::Tensor grams(const ConvGeometry& s, const at::Tensor& x, const Launch& launc
   return gram;
 }
 
-// gram [N, groups, P, P] and g [M, Ho, Wo, O] -> [M, O]
+// gram [N, groups, P, P] and g [M, Ho, Wo, O] -> [M, O]. Half-precision cotangents are multiplied on tensor cores, and
+// the Gram matrices are split into terms, so that little or nothing of them is lost (kernels/sq_conv_gram.py:
+// form_terms). float16 cotangents are multiplied in TF32, which has all of their bits and the range of float32.
 template <class T>
 at::Tensor forms(const at::Tensor& gram, const at::Tensor& g, const Launch& launch) {
-  const at::Tensor wide = g.to(gram.scalar_type());
+  using Factor = std::conditional_t<std::is_same_v<T, c10::Half>, float, T>;
+  constexpr bool split = sizeof(T) == 2;
   const int64_t groups = gram.size(1), positions = gram.size(2), rows = g.size(0), filters = g.size(-1);
+  const at::ScalarType factor = c10::CppTypeToScalarType<Factor>::value;
+  const at::Tensor cotangents = g.to(factor);
+  cuda::Grams<Factor> grams{nullptr, gram.size(0), groups, 1, positions, positions};
+  at::Tensor terms = gram;
+  if constexpr (split) {
+    grams.terms = std::is_same_v<T, c10::BFloat16> && positions < 64 ? 3 : 2;
+    grams.pitch = (positions + 7) / 8 * 8;
+    terms = at::empty({gram.size(0), groups, grams.terms, positions, grams.pitch}, gram.options().dtype(factor));
+    cuda::split_grams<Factor>(terms.mutable_data_ptr<Factor>(), grams.terms, grams.pitch, gram.const_data_ptr<float>(),
+                              gram.size(0) * groups, positions, launch);
+  }
+  grams.data = terms.const_data_ptr<Factor>();
   const int64_t parts = cuda::form_parts(positions, filters, groups, rows, launch);
   at::Tensor sums = empty_sums({parts, rows, filters}, g);
-  cuda::quadratic_forms(sums.mutable_data_ptr<T>(), parts, gram.const_data_ptr<T>(), wide.const_data_ptr<T>(),
-                        positions, filters, groups, gram.size(0), rows, launch);
+  cuda::quadratic_forms<Factor>(sums.mutable_data_ptr<SumOf<T>>(), parts, grams, cotangents.const_data_ptr<Factor>(),
+                                filters, rows, launch);
   return add_parts(sums);
 }
 
@@ -134,15 +149,14 @@ template <class T>
 at::Tensor gram_sums(const ConvGeometry& s, const at::Tensor& x, const at::Tensor& g, const Launch& launch) {
   const int64_t examples = x.size(0), filters = g.size(-1);
   const int64_t at_once = std::max<int64_t>(kLargestWorkspace / gram_bytes(s, x), 1);
-  if (examples <= at_once) return forms<SumOf<T>>(grams<T>(s, x, launch), g, launch);
+  if (examples <= at_once) return forms<T>(grams<T>(s, x, launch), g, launch);
   const at::Tensor by_cotangent = g.unflatten(0, {-1, examples});
   at::Tensor q = empty_sums({by_cotangent.size(0), examples, filters}, g);
   for (int64_t first = 0; first < examples; first += at_once) {
     const int64_t last = std::min(first + at_once, examples);
     const at::Tensor some = by_cotangent.slice(1, first, last).flatten(0, 1).contiguous();
     q.slice(1, first, last)
-        .copy_(forms<SumOf<T>>(grams<T>(s, x.slice(0, first, last), launch), some, launch)
-                   .unflatten(0, {-1, last - first}));
+        .copy_(forms<T>(grams<T>(s, x.slice(0, first, last), launch), some, launch).unflatten(0, {-1, last - first}));
   }
   return q.flatten(0, 1);
 }
@@ -156,6 +170,14 @@ at::Tensor depthwise(const ConvGeometry& s, const at::Tensor& x, const at::Tenso
   return add_parts(gradients);
 }
 
+// Images of 3 channels get a fourth one of zeros, so that the kernels copy the values of a pixel together: without it,
+// half-precision values are copied one by one. x [N, H, W, C]
+at::Tensor whole_pixels(ConvGeometry& s, const at::Tensor& x) {
+  if (s.groups != 1 || s.channels != 3 || s.filters % 4 != 0) return x;
+  s.channels = 4;
+  return at::constant_pad_nd(x, {0, 1});
+}
+
 // x [N, H, W, C], g [M, Ho, Wo, O] -> [M, O]
 at::Tensor filter_sums(const ConvGeometry& s, const at::Tensor& x, const at::Tensor& g, bool gram) {
   check_size("sq_conv", s, gram);
@@ -166,6 +188,11 @@ at::Tensor filter_sums(const ConvGeometry& s, const at::Tensor& x, const at::Ten
       q = gram_sums<scalar_t>(s, x, g, *device);
     } else if (s.depthwise()) {
       q = depthwise<scalar_t>(s, x, g, *device).square_().sum(1);
+    } else if (const int64_t split = cuda::gradient_parts(s, g.size(0), g.element_size(), *device); split > 1) {
+      at::Tensor gradients = empty_sums({split, g.size(0), s.filters, s.kernel_h * s.kernel_w * s.group_channels()}, g);
+      cuda::conv_gradients<scalar_t>(gradients.mutable_data_ptr<SumOf<scalar_t>>(), split,
+                                     convolution<scalar_t>(s, x, g), *device);
+      q = add_parts(gradients).square_().sum(2);
     } else {
       const int64_t parts = cuda::filter_parts(s, g.size(0), *device);
       at::Tensor sums = empty_sums({parts, g.size(0), s.filters}, g);
@@ -202,7 +229,10 @@ at::Tensor sq_conv(const at::Tensor& x, const at::Tensor& g, at::IntArrayRef ker
   check_path("sq_conv", path, {"explicit", "gram", "winograd"});  // "winograd" runs as "explicit"
   const ConvGeometry s = check_conv("sq_conv", x, g, kernel, stride, padding, dilation, groups);
   if (g.numel() == 0 || x.numel() == 0) return zero_sums({g.size(0), g.size(1)}, g);
-  return filter_sums(s, pixels_first(x), pixels_first(g), path == "gram");
+  if (path == "gram") return filter_sums(s, pixels_first(x), pixels_first(g), true);
+  ConvGeometry padded = s;
+  const at::Tensor pixels = whole_pixels(padded, pixels_first(x));
+  return filter_sums(padded, pixels, pixels_first(g), false);
 }
 
 void sq_conv_acc_(at::Tensor& out, const at::Tensor& x, const at::Tensor& g, const at::Tensor& weight,
@@ -210,7 +240,10 @@ void sq_conv_acc_(at::Tensor& out, const at::Tensor& x, const at::Tensor& g, con
                   c10::string_view path) {
   const ConvGeometry s = check_conv_acc(out, x, g, weight, stride, padding, dilation, groups, path);
   if (g.numel() == 0 || x.numel() == 0) return;
-  out.add_(element_sums(s, pixels_first(x), pixels_first(g), weight).permute({0, 3, 1, 2}));
+  ConvGeometry padded = s;
+  const at::Tensor pixels = whole_pixels(padded, pixels_first(x));
+  const at::Tensor sums = element_sums(padded, pixels, pixels_first(g), weight);
+  out.add_(sums.narrow(3, 0, out.size(1)).permute({0, 3, 1, 2}));
 }
 
 at::Tensor conv_gram(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
@@ -230,8 +263,9 @@ at::Tensor sq_gram(const at::Tensor& gram, const at::Tensor& g) {
   if (g.numel() == 0) return zero_sums({g.size(0), g.size(1)}, g);
   const OnDevice device(g);
   const at::Tensor grams = gram.contiguous(), cotangents = pixels_first(g);
-  return g.scalar_type() == at::kDouble ? forms<double>(grams, cotangents, *device)
-                                        : forms<float>(grams, cotangents, *device);
+  at::Tensor q;
+  T2V_DISPATCH(g.scalar_type(), "sq_gram", [&] { q = forms<scalar_t>(grams, cotangents, *device); });
+  return q;
 }
 
 // For a single token, the square of the outer product is the outer product of the squares.

@@ -28,17 +28,17 @@ __device__ inline unsigned char* shared_memory() {
   return bytes;
 }
 
-// Starts a copy of 4, 8 or 16 bytes from global to shared memory, or of zeros if `from` is null.
+// Starts a copy of 4, 8 or 16 bytes from global to shared memory, or of zeros if not `inside`.
 template <int Bytes>
-__device__ inline void copy_async(void* to, const void* from) {
+__device__ inline void copy_async(void* to, const void* from, bool inside) {
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  // A size of zero reads nothing, but the address must still be in global memory. Null is accepted.
+  // A size of zero reads nothing, but the address must still be in global memory.
   if constexpr (Bytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(from), "r"(from ? 16 : 0)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(from), "r"(inside ? 16 : 0)
                  : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(address), "l"(from), "n"(Bytes),
-                 "r"(from ? Bytes : 0)
+                 "r"(inside ? Bytes : 0)
                  : "memory");
 }
 

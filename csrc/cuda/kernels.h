@@ -45,6 +45,12 @@ int64_t element_parts(const ConvGeometry& s, int64_t rows, const Launch& l);
 template <class T>
 void conv_filter_sums(SumOf<T>* sums, int64_t parts, const Convolution<T>& c, const Launch& l);
 
+// gradients [parts, M, O, kh, kw, C / groups], to be summed over parts: each has some of the positions. More than one
+// part is worth while if there are few examples, of large images.
+int64_t gradient_parts(const ConvGeometry& s, int64_t rows, int64_t itemsize, const Launch& l);
+template <class T>
+void conv_gradients(SumOf<T>* gradients, int64_t parts, const Convolution<T>& c, const Launch& l);
+
 // sums [parts, O, kh, kw, C / groups]: the squares of the gradients times weight [M], summed over m
 template <class T>
 void conv_element_sums(SumOf<T>* sums, int64_t parts, const SumOf<T>* weight, const Convolution<T>& c, const Launch& l);
@@ -63,11 +69,24 @@ void conv_grams(SumOf<T>* gram, const Convolution<T>& c, const Launch& l);
 template <class T>
 void shifted_grams(T* gram, const T* pixels, const ConvGeometry& s, int64_t examples, const Launch& l);
 
+// Gram matrices [N, groups, terms, P, P] whose rows lie `pitch` apart; each matrix is the sum of its terms.
+template <class T>
+struct Grams {
+  const T* data;
+  int64_t examples, groups, terms, positions, pitch;
+};
+
+// to [matrices, terms, P, pitch]: gram [matrices, P, P] as a sum of bfloat16 terms, or of TF32 terms if Term is float.
+// Padding is zero. Each bfloat16 term holds 8 bits of a value, and each TF32 term 11.
+template <class Term>
+void split_grams(Term* to, int64_t terms, int64_t pitch, const float* gram, int64_t matrices, int64_t positions,
+                 const Launch& l);
+
 // sums [parts, M, O]: g_o^T gram g_o; g [M, P, O] dense
 int64_t form_parts(int64_t positions, int64_t filters, int64_t groups, int64_t rows, const Launch& l);
 template <class T>
-void quadratic_forms(T* sums, int64_t parts, const T* gram, const T* g, int64_t positions, int64_t filters,
-                     int64_t groups, int64_t examples, int64_t rows, const Launch& l);
+void quadratic_forms(SumOf<T>* sums, int64_t parts, const Grams<T>& gram, const T* g, int64_t filters, int64_t rows,
+                     const Launch& l);
 
 // A tensor [rows, positions, channels] with any strides, also zero for broadcasting; or null.
 template <class T>

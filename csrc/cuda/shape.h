@@ -42,24 +42,27 @@ struct Tap {
   int y, x, channel;  // relative to the corner
 };
 
+// Neither function branches, so that the compiler moves them out of loops.
 __device__ inline Position position_at(const Shape& s, int p) {
-  if (p >= s.positions) return {kOutside, 0};
   const int y = s.by_out_width.quotient(p), x = s.by_out_width.remainder(p, y);
-  return {y * s.stride_h - s.pad_h, x * s.stride_w - s.pad_w};
+  return {p < s.positions ? y * s.stride_h - s.pad_h : kOutside, x * s.stride_w - s.pad_w};
 }
 
 __device__ inline Tap tap_at(const Shape& s, int d) {
-  if (d >= s.columns) return {kOutside, 0, 0};
   const int tap = s.by_channels.quotient(d), y = s.by_kernel_w.quotient(tap), x = s.by_kernel_w.remainder(tap, y);
-  return {y * s.dilation_h, x * s.dilation_w, s.by_channels.remainder(d, tap)};
+  return {d < s.columns ? y * s.dilation_h : kOutside, x * s.dilation_w, s.by_channels.remainder(d, tap)};
 }
 
-// The pixel that the tap reads; negative outside the image.
-__device__ inline int pixel_at(const Shape& s, const Position& position, const Tap& tap) {
-  const int y = position.y + tap.y, x = position.x + tap.x;
-  const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(s.height) &&
-                      static_cast<unsigned>(x) < static_cast<unsigned>(s.width);
-  return inside ? y * s.width + x : -1;
+struct Pixel {
+  uint32_t at;  // 0 outside the image
+  bool inside;
+};
+
+// The pixel that the tap reads.
+__device__ inline Pixel pixel_at(const Shape& s, const Position& position, const Tap& tap) {
+  const auto y = static_cast<uint32_t>(position.y + tap.y), x = static_cast<uint32_t>(position.x + tap.x);
+  const bool inside = y < static_cast<uint32_t>(s.height) && x < static_cast<uint32_t>(s.width);
+  return {inside ? y * s.width + x : 0, inside};
 }
 
 }  // namespace t2v::cuda

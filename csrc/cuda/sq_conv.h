@@ -27,11 +27,12 @@ struct Patches {
     else
       return position_at(shape, k);
   }
-  __device__ const T* at(const Position& position, const Tap& tap) const {
-    const int pixel = pixel_at(shape, position, tap);
-    return pixel < 0 ? nullptr : image + (static_cast<int64_t>(pixel) * shape.channels + tap.channel);
+  __device__ Read<T> at(const Position& position, const Tap& tap) const {
+    const Pixel pixel = pixel_at(shape, position, tap);
+    return {image + (static_cast<uint64_t>(pixel.at) * static_cast<uint32_t>(shape.channels) + tap.channel),
+            pixel.inside};
   }
-  __device__ const T* at(const Tap& tap, const Position& position) const { return at(position, tap); }
+  __device__ Read<T> at(const Tap& tap, const Position& position) const { return at(position, tap); }
 
   const Shape& shape;
   const T* image;  // starts at the group's first channel
@@ -44,32 +45,48 @@ struct Matrix {
   static constexpr int vector = V;
   static constexpr bool along_depth = AlongDepth;
 
-  __device__ int outer(int i) const { return i < outer_size ? i : -1; }
-  __device__ int inner(int k) const { return k < inner_size ? k : -1; }
-  __device__ const T* at(int i, int k) const {
-    if (i < 0 || k < 0) return nullptr;
-    return data + (AlongDepth ? static_cast<int64_t>(i) * pitch + k : static_cast<int64_t>(k) * pitch + i);
+  struct Place {
+    uint32_t at;
+    bool inside;
+  };
+
+  __device__ Place outer(int i) const { return place(i, outer_size); }
+  __device__ Place inner(int k) const { return place(k, inner_size); }
+  __device__ Read<T> at(const Place& i, const Place& k) const {
+    const Place &row = AlongDepth ? i : k, &column = AlongDepth ? k : i;
+    return {data + (static_cast<uint64_t>(row.at) * static_cast<uint32_t>(pitch) + column.at), i.inside && k.inside};
   }
 
   const T* data;
   int pitch, outer_size, inner_size;
+
+ private:
+  __device__ static Place place(int at, int size) {
+    const bool inside = at < size;
+    return {inside ? static_cast<uint32_t>(at) : 0, inside};
+  }
 };
 
-// Calls use(Math, V) with the arithmetic that the caller asked for; V makes reads of 16 bytes where they are possible.
+// Calls use(Math) with the arithmetic that the caller asked for.
+template <class T, class Use>
+void choose_math(bool tf32, const Use& use) {
+  if constexpr (std::is_same_v<T, double>)
+    use(Exact<double>());
+  else if constexpr (std::is_same_v<T, float>)
+    tf32 ? use(TensorCores<float>()) : use(Exact<float>());
+  else
+    use(TensorCores<T>());
+}
+
+// Calls use(Math, V). V makes reads of 16 bytes where they are possible.
 template <class T, class Use>
 void choose(bool wide, bool tf32, const Use& use) {
-  const auto with = [&](auto math) {
+  choose_math<T>(tf32, [&](auto math) {
     if (wide)
       use(math, std::integral_constant<int, kWide<T>>());
     else
       use(math, std::integral_constant<int, 1>());
-  };
-  if constexpr (std::is_same_v<T, double>)
-    with(Exact<double>());
-  else if constexpr (std::is_same_v<T, float>)
-    tf32 ? with(TensorCores<float>()) : with(Exact<float>());
-  else
-    with(TensorCores<T>());
+  });
 }
 
 // Rows and columns of a tile in every arithmetic but float64. They serve only to estimate the number of blocks.

@@ -32,9 +32,9 @@ __global__ void __launch_bounds__(kLaneThreads, 2)
       const auto from_g = *reinterpret_cast<const Vector<T, V>*>(cotangent + static_cast<int64_t>(p) * s.filters);
 #pragma unroll
       for (int t = 0; t < kTaps; ++t) {
-        const int pixel = pixel_at(s, position, taps[t]);
-        if (pixel < 0) continue;
-        const auto from_x = *reinterpret_cast<const Vector<T, V>*>(image + static_cast<int64_t>(pixel) * s.channels);
+        const Pixel pixel = pixel_at(s, position, taps[t]);
+        if (!pixel.inside) continue;
+        const auto from_x = *reinterpret_cast<const Vector<T, V>*>(image + static_cast<int64_t>(pixel.at) * s.channels);
 #pragma unroll
         for (int v = 0; v < V; ++v)
           sums[t][v] += static_cast<Sum>(from_g.values[v]) * static_cast<Sum>(from_x.values[v]);

@@ -1,4 +1,6 @@
 // Gram matrices of the patches of a convolution, and the quadratic forms of cotangents with them.
+#include <cstring>
+
 #include "sq_conv.h"
 
 namespace t2v::cuda {
@@ -19,7 +21,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const Windows patches{s, x + static_cast<int64_t>(n) * s.height * s.width * s.channels + group * s.group_channels};
   typename Block::Product product;
-  Block::multiply(product, patches, patches, i0, j0, 0, s.columns);
+  product.clear();
+  Block::add(product, patches, patches, i0, j0, 0, s.columns);
   const Sum* const tile = Block::store(product);
   Sum* const to = gram + (static_cast<int64_t>(n) * s.groups + group) * s.positions * s.positions;
   for (int e = thread(); e < Block::rows * Block::columns; e += kThreads) {
@@ -46,18 +49,47 @@ __global__ void __launch_bounds__(kThreads, 2)
   T sum = 0;
   for (int t = 0; t < taps; ++t) {
     const Tap tap = tap_at(s, t * s.group_channels);
-    const int from_a = pixel_at(s, a, tap), from_b = pixel_at(s, b, tap);
-    if (from_a >= 0 && from_b >= 0) sum += from[from_a * count_pixels + from_b];
+    const Pixel from_a = pixel_at(s, a, tap), from_b = pixel_at(s, b, tap);
+    if (from_a.inside && from_b.inside) sum += from[from_a.at * count_pixels + from_b.at];
   }
   gram[entry] = sum;
+}
+
+// Rounds a value to `Term`, or to TF32 if that is float: the last 13 bits become zero.
+template <class Term>
+__device__ inline Term leading(float value) {
+  if constexpr (!std::is_same_v<Term, float>) return Term(value);
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  bits = (bits + 0x1000u) & ~0x1fffu;
+  memcpy(&value, &bits, sizeof bits);
+  return Term(value);
+}
+
+// Each value of a Gram matrix as a sum of terms, in matrices one after another. Rows are padded with zeros.
+template <class Term>
+__global__ void __launch_bounds__(kThreads, 2)
+    split_kernel(int positions, int terms, int pitch, int64_t count, const float* gram, Term* to) {
+  const int64_t entry = static_cast<int64_t>(blockIdx.x) * kThreads + thread();
+  if (entry >= count) return;
+  const int64_t row = entry / pitch, matrix = row / positions;
+  const int column = static_cast<int>(entry - row * pitch);
+  float rest = column < positions ? gram[row * positions + column] : 0.0f;
+  const int64_t square = static_cast<int64_t>(positions) * pitch, within = entry - matrix * square;
+  for (int t = 0; t < terms; ++t) {
+    const Term term = leading<Term>(rest);
+    to[(matrix * terms + t) * square + within] = term;
+    rest -= static_cast<float>(term);
+  }
 }
 
 // sum_{p <= p'} g[p, o] gram[p, p'] g[p', o]: each thread sums one column of (gram g) g.
 template <class Math, int V>
 __global__ void __launch_bounds__(kThreads, 2)
-    form_kernel(int positions, int filters, int groups, int examples, int rows, int parts,
+    form_kernel(int positions, int filters, int groups, int examples, int rows, int parts, int terms, int pitch,
                 const typename Math::Value* gram, const typename Math::Value* g, typename Math::Sum* sums) {
   using T = typename Math::Value;
+  using Sum = typename Math::Sum;
   using Block = Tiles<Math, Matrix<T, V, true>, Matrix<T, V, false>>;
 
   const int group_filters = filters / groups;
@@ -65,21 +97,23 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int j0 = share.of((group_filters + Block::columns - 1) / Block::columns) * Block::columns;
   const int group = share.of(groups), part = share.of(parts), m = share.rest();
 
-  const int64_t square = static_cast<int64_t>(positions) * positions;
-  const Matrix<T, V, true> a{gram + (static_cast<int64_t>(m % examples) * groups + group) * square, positions,
-                             positions, positions};
+  const int64_t square = static_cast<int64_t>(positions) * pitch;
+  const T* const matrices = gram + (static_cast<int64_t>(m % examples) * groups + group) * terms * square;
   const Matrix<T, V, false> b{g + static_cast<int64_t>(m) * positions * filters + group * group_filters, filters,
                               group_filters, positions};
   const int o = j0 + thread();
   const bool mine = thread() < Block::columns && o < group_filters;
-  typename Math::Sum sum = 0;
+  Sum sum = 0;
   typename Block::Product product;
   for (int i0 = part * Block::rows; i0 < positions; i0 += parts * Block::rows) {
-    Block::multiply(product, a, b, i0, j0, i0, positions);
-    const auto* const tile = Block::store(product);
+    product.clear();
+    for (int t = 0; t < terms; ++t)
+      Block::add(product, Matrix<T, V, true>{matrices + t * square, pitch, positions, positions}, b, i0, j0, i0,
+                 positions);
+    const Sum* const tile = Block::store(product);
     if (mine)
       for (int i = 0; i < Block::rows && i0 + i < positions; ++i)
-        sum += tile[i * Block::pitch + thread()] * *b.at(o, i0 + i);
+        sum += tile[i * Block::pitch + thread()] * static_cast<Sum>(b.data[static_cast<int64_t>(i0 + i) * filters + o]);
   }
   if (mine) sums[(static_cast<int64_t>(part) * rows + m) * filters + group * group_filters + o] = sum;
 }
@@ -109,15 +143,26 @@ void shifted_grams(T* gram, const T* pixels, const ConvGeometry& s, int64_t exam
          static_cast<int>(s.kernel_h * s.kernel_w), count, pixels, gram);
 }
 
+template <class Term>
+void split_grams(Term* to, int64_t terms, int64_t pitch, const float* gram, int64_t matrices, int64_t positions,
+                 const Launch& l) {
+  const int64_t count = matrices * positions * pitch;
+  launch("sq_gram", split_kernel<Term>, ceil_div(count, kThreads), kThreads, l.stream, positions, terms, pitch, count,
+         gram, to);
+}
+
 template <class T>
-void quadratic_forms(T* sums, int64_t parts, const T* gram, const T* g, int64_t positions, int64_t filters,
-                     int64_t groups, int64_t examples, int64_t rows, const Launch& l) {
-  const bool wide = positions % kWide<T> == 0 && filters / groups % kWide<T> == 0 && aligned(gram) && aligned(g);
-  choose<T>(wide, l.tf32, [&](auto math, auto vector) {
+void quadratic_forms(SumOf<T>* sums, int64_t parts, const Grams<T>& gram, const T* g, int64_t filters, int64_t rows,
+                     const Launch& l) {
+  const bool wide =
+      gram.pitch % kWide<T> == 0 && filters / gram.groups % kWide<T> == 0 && aligned(gram.data) && aligned(g);
+  choose<T>(wide, l.tf32 || gram.terms > 1, [&](auto math, auto vector) {
     using Math = decltype(math);
     using Block = Tiles<Math, Matrix<T, vector, true>, Matrix<T, vector, false>>;
-    launch("sq_gram", form_kernel<Math, vector>, ceil_div(filters / groups, Block::columns) * groups * parts * rows,
-           kThreads, l.stream, positions, filters, groups, examples, rows, parts, gram, g, sums);
+    launch("sq_gram", form_kernel<Math, vector>,
+           ceil_div(filters / gram.groups, Block::columns) * gram.groups * parts * rows, kThreads, l.stream,
+           gram.positions, filters, gram.groups, gram.examples, rows, parts, gram.terms, gram.pitch, gram.data, g,
+           sums);
   });
 }
 
@@ -125,12 +170,22 @@ void quadratic_forms(T* sums, int64_t parts, const T* gram, const T* g, int64_t 
 T2V_FOR_EACH_TYPE(T2V_INSTANTIATE)
 #undef T2V_INSTANTIATE
 
-#define T2V_INSTANTIATE(T)                                                                                       \
-  template void shifted_grams<T>(T*, const T*, const ConvGeometry&, int64_t, const Launch&);                     \
-  template void quadratic_forms<T>(T*, int64_t, const T*, const T*, int64_t, int64_t, int64_t, int64_t, int64_t, \
-                                   const Launch&);
+#define T2V_INSTANTIATE(T) template void shifted_grams<T>(T*, const T*, const ConvGeometry&, int64_t, const Launch&);
 T2V_INSTANTIATE(float)
 T2V_INSTANTIATE(double)
+#undef T2V_INSTANTIATE
+
+#define T2V_INSTANTIATE(T) \
+  template void quadratic_forms<T>(SumOf<T>*, int64_t, const Grams<T>&, const T*, int64_t, int64_t, const Launch&);
+T2V_INSTANTIATE(float)
+T2V_INSTANTIATE(double)
+T2V_INSTANTIATE(c10::BFloat16)
+#undef T2V_INSTANTIATE
+
+#define T2V_INSTANTIATE(T) \
+  template void split_grams<T>(T*, int64_t, int64_t, const float*, int64_t, int64_t, const Launch&);
+T2V_INSTANTIATE(float)
+T2V_INSTANTIATE(c10::BFloat16)
 #undef T2V_INSTANTIATE
 
 }  // namespace t2v::cuda

@@ -5,14 +5,24 @@
 //   vector                    how many values are copied at once: they are contiguous, or all zero
 //   along_depth               whether they are contiguous along k, or along i (or j)
 //   outer(i), inner(k)        what `at` needs of a place on either axis, computed once for many values
-//   at(outer, inner)          the address of the values from there on; null for zeros
+//   at(outer, inner)          where the values from there on are, or that they are zero
 #pragma once
 
+#include <utility>
+
 #include "device.h"
+#include "fragment.h"
 
 namespace t2v::cuda {
 
 constexpr int kThreads = 128, kStages = 3;
+
+// Where values are read, in global memory; or zeros, if not inside. The address is one that may be read in either case.
+template <class T>
+struct Read {
+  const T* from;
+  bool inside;
+};
 
 // The tile of one factor in shared memory: `extent` values of i by `depth` values of k. The pitch is 16 bytes longer
 // than a row, so that rows start in different banks.
@@ -24,28 +34,53 @@ struct Factor {
   static constexpr int pitch = (along_depth ? depth : extent) + kWide<T>;
   static constexpr int size = (along_depth ? extent : depth) * pitch;
 
-  __device__ static void fill(T* to, const Source& source, int i0, int k0) {
-    constexpr int across = (along_depth ? depth : extent) / vector, rows = along_depth ? extent : depth;
-    static_assert(kThreads % across == 0);
-    const int column = thread() % across * vector;
-    // A thread stays in one column, so the column's place is computed once.
-    if constexpr (along_depth) {
-      const auto inner = source.inner(k0 + column);
-      for (int row = thread() / across; row < rows; row += kThreads / across)
-        copy(to + row * pitch + column, source.at(source.outer(i0 + row), inner));
+  // Threads fill a row side by side, as many rows as there are threads for at the same time.
+  static constexpr int across = (along_depth ? depth : extent) / vector, together = kThreads / across;
+  static constexpr int rows = along_depth ? extent : depth;
+  static_assert(kThreads % across == 0 && rows % together == 0);
+  // Reads of single values have so many rows that their places would not fit the registers.
+  static constexpr bool keeps_rows = along_depth && rows / together <= 8;
+
+  // What a thread needs of its places on the axis that is not summed, which it visits again at every step.
+  using Outer = decltype(std::declval<const Source&>().outer(0));
+  struct Places {
+    Outer at[keeps_rows ? rows / together : 1];
+  };
+  __device__ static Places places(const Source& source, int i0) {
+    Places found;
+    if constexpr (keeps_rows) {
+#pragma unroll
+      for (int r = 0; r < rows / together; ++r) found.at[r] = source.outer(i0 + first() + r * together);
     } else {
-      const auto outer = source.outer(i0 + column);
-      for (int row = thread() / across; row < rows; row += kThreads / across)
-        copy(to + row * pitch + column, source.at(outer, source.inner(k0 + row)));
+      found.at[0] = source.outer(i0 + column());
+    }
+    return found;
+  }
+
+  __device__ static void fill(T* to, const Source& source, const Places& outer, int i0, int k0) {
+    to += first() * pitch + column();
+    if constexpr (along_depth) {
+      const auto inner = source.inner(k0 + column());
+#pragma unroll
+      for (int r = 0; r < rows / together; ++r)
+        copy(to + r * together * pitch,
+             source.at(keeps_rows ? outer.at[r] : source.outer(i0 + first() + r * together), inner));
+    } else {
+#pragma unroll
+      for (int r = 0; r < rows / together; ++r)
+        copy(to + r * together * pitch, source.at(outer.at[0], source.inner(k0 + first() + r * together)));
     }
   }
 
  private:
-  __device__ static void copy(T* to, const T* from) {
+  __device__ static int column() { return thread() % across * vector; }
+  __device__ static int first() { return thread() / across; }
+
+  __device__ static void copy(T* to, const Read<T>& values) {
     if constexpr (vector * sizeof(T) >= 4)
-      copy_async<vector * sizeof(T)>(to, from);
+      copy_async<vector * sizeof(T)>(to, values.from, values.inside);
     else
-      *to = from ? *from : T(0.0f);
+      *to = values.inside ? *values.from : T(0.0f);
   }
 };
 
@@ -191,8 +226,7 @@ struct TensorCores {
       for (int r = 0; r < down; ++r)
 #pragma unroll
         for (int c = 0; c < across; ++c)
-          nvcuda::wmma::store_matrix_sync(to + (row() + 16 * r) * pitch + column() + 16 * c, c_[r][c], pitch,
-                                          nvcuda::wmma::mem_row_major);
+          store_shared(to + (row() + 16 * r) * pitch + column() + 16 * c, c_[r][c], pitch);
     }
 
    private:
@@ -202,7 +236,7 @@ struct TensorCores {
     template <class F, class Fragment>
     __device__ static void load(Fragment& fragment, const T* from, int i, int k) {
       const T* at = from + (F::along_depth ? i * F::pitch + k : k * F::pitch + i);
-      nvcuda::wmma::load_matrix_sync(fragment, reinterpret_cast<const Stored*>(at), F::pitch);
+      load_shared(fragment, reinterpret_cast<const Stored*>(at), F::pitch);
       if constexpr (tf32)
 #pragma unroll
         for (int e = 0; e < fragment.num_elements; ++e) fragment.x[e] = nvcuda::wmma::__float_to_tf32(fragment.x[e]);
@@ -228,20 +262,20 @@ class Tiles {
   static constexpr size_t stored = sizeof(Sum) * rows * pitch, factors = sizeof(T) * kStages * (A::size + B::size);
   static constexpr size_t shared = stored > factors ? stored : factors;
 
-  // Computes the tile from (i0, j0) on, with k from k0, a multiple of the depth, to k1.
-  __device__ static void multiply(Product& product, const SourceA& a, const SourceB& b, int i0, int j0, int k0,
-                                  int k1) {
+  // Adds to the tile from (i0, j0) on the products with k from k0, a multiple of the depth, to k1.
+  __device__ static void add(Product& product, const SourceA& a, const SourceB& b, int i0, int j0, int k0, int k1) {
     T* const buffers = reinterpret_cast<T*>(shared_memory<shared>());
     const int steps = (k1 - k0 + depth - 1) / depth;
+    const auto places_a = A::places(a, i0);
+    const auto places_b = B::places(b, j0);
     const auto fill = [&](int step) {
       if (step < steps) {
         T* const to = buffers + step % kStages * (A::size + B::size);
-        A::fill(to, a, i0, k0 + step * depth);
-        B::fill(to + A::size, b, j0, k0 + step * depth);
+        A::fill(to, a, places_a, i0, k0 + step * depth);
+        B::fill(to + A::size, b, places_b, j0, k0 + step * depth);
       }
       group_copies();
     };
-    product.clear();
     __syncthreads();  // no thread reads the buffers any more: the last product's factors, or a stored tile
     for (int step = 0; step < kStages - 1; ++step) fill(step);
     for (int step = 0; step < steps; ++step) {

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import extension, reference
+from . import extension, gpu_estimates, reference
 from .geometry import conv_output_size
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def backend_for(t: Tensor) -> str:
     if (forced := _backend.get()) != "auto":
         return forced
     if t.is_cuda:
-        return gpu_backend()
+        return _gpu_backend_for(t.device, t.dtype)
     return "cpu" if t.device.type == "cpu" and _missing is None else "reference"
 
 
@@ -204,9 +204,10 @@ def build_id() -> str:
 
 @functools.cache
 def gpu_backend() -> str:
-    """Return the backend for CUDA tensors when none is forced: ``"cuda"``, ``"triton"`` or ``"reference"``.
+    """Return the first of ``"cuda"``, ``"triton"`` and ``"reference"`` that can run on CUDA tensors.
 
-    The choice is made, and logged, once per process.
+    The choice is made, and logged, once per process. Where the first is ``"cuda"``, Triton's kernels may still take the
+    dtypes that they are faster for: see :func:`backend_for`.
     """
     reasons: list[str] = []
     for backend in ("cuda", "triton"):
@@ -218,6 +219,34 @@ def gpu_backend() -> str:
     return "reference"
 
 
+def _gpu_backend_for(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for CUDA tensors of ``dtype``.
+
+    Where both kinds of kernels can run, the faster ones do, by the rates of :mod:`t2v_fast.ops.gpu_estimates`.
+    """
+    backend = gpu_backend()
+    if backend != "cuda" or not torch.cuda.is_available() or _missing_on_gpu("triton") is not None:
+        return backend
+    return gpu_estimates.leader(device, dtype)
+
+
+def _runs_triton(name: str, args: Sequence[object]) -> bool:
+    """Whether the Triton kernels take these CUDA tensors although the extension has kernels for them.
+
+    Tensors of other types, which trace or pretend, go through torch's dispatcher. Only the extension's kernels read the
+    three channels of a pixel together, so that they take every layer that reads images.
+    """
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
+        return False
+    images = {"sq_conv": 0, "sq_conv_acc_": 1}.get(name)
+    if images is not None and tensors[images].shape[1] == 3:
+        return False
+    # Accumulators and Gram matrices are wider than the layer's own tensors.
+    own = min((t for t in tensors if t.is_floating_point()), key=lambda t: t.element_size())
+    return _gpu_backend_for(own.device, own.dtype) == "triton"
+
+
 def call(name: str, *args: object) -> Any:
     """Run the operator ``name`` of :data:`SCHEMAS` on the backend in force; the arguments have been checked.
 
@@ -227,6 +256,8 @@ def call(name: str, *args: object) -> Any:
     if forced == "reference" or (_missing is not None and not _on_gpu(args)):
         return getattr(reference, name)(*args)
     if forced == "auto":
+        if _on_gpu(args) and _runs_triton(name, args):
+            return getattr(_triton(), name)(*args)
         return getattr(torch.ops.t2v_fast, name)(*args)
     allowed = _DEVICES[forced]
     if forced == "triton" and _triton().interpreted():

@@ -1,6 +1,6 @@
-"""Published peak rates of GPUs, which the planner uses as unit costs: nothing is measured on a GPU.
+"""Published peak rates of GPUs, from which :mod:`t2v_fast.ops.gpu_estimates` estimates the rates that kernels achieve.
 
-Only ratios of the rates affect a choice between paths. A card that is not listed is treated as an A100, with a warning.
+A card that is not listed is treated as an A100, with a warning.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,7 +32,8 @@ from rich.text import Text
 from torch import Tensor
 
 from ..files import write_atomically
-from . import dispatch, gpu_specs, primitives
+from . import dispatch, gpu_estimates, gpu_specs, primitives
+from .cache import cache_folder
 from .checks import CONV_PATHS
 from .geometry import conv_output_size, gram_by_pixels, winograd_fits
 
@@ -222,6 +222,16 @@ _SAMPLES = {
 }
 
 
+# Geometries on which gpu_rates.measure() times the explicit path; and the Gram path, with more products of inputs or
+# more forms.
+EXPLICIT_SAMPLES = (
+    Conv(64, (56, 56), 64, (3, 3), padding=(1, 1)),
+    Conv(128, (28, 28), 128, (3, 3), padding=(1, 1)),
+    Conv(512, (14, 14), 256),
+)
+GRAM_SAMPLES = (Conv(3072, (1, 192), 256), Conv(256, (1, 192), 3072), Conv(768, (1, 192), 768))
+
+
 def _kernel(conv: Conv, path: str) -> str:
     return "depthwise" if conv.depthwise else path
 
@@ -271,7 +281,7 @@ def calibrate(dtype: torch.dtype = torch.float32, repeats: int = 5) -> Costs:
                 times.append(fastest(run, repeats) / n)
                 todo = work(conv, path, width=width)
                 counts.append(np.add(todo.once, todo.each))
-            seconds[kernel] = tuple(_fit(np.array(counts), np.array(times)).tolist())
+            seconds[kernel] = tuple(fit(np.array(counts), np.array(times)).tolist())
     finally:
         torch.set_num_threads(threads)
     return Costs(width, seconds)
@@ -293,7 +303,7 @@ def fastest(run: Callable[[], object], repeats: int) -> float:
     return best
 
 
-def _fit(counts: np.ndarray, times: np.ndarray) -> np.ndarray:
+def fit(counts: np.ndarray, times: np.ndarray) -> np.ndarray:
     """Nonnegative costs that minimise the squared relative errors of ``counts @ costs`` against ``times``."""
     rows = counts / times[:, None]
     used = np.flatnonzero(rows.max(0))
@@ -309,11 +319,6 @@ def _fit(counts: np.ndarray, times: np.ndarray) -> np.ndarray:
     costs = np.zeros(counts.shape[1])
     costs[used] = best / scale
     return costs
-
-
-def cache_folder() -> Path:
-    """Return the folder for measured costs: ``$T2V_FAST_CACHE``, or ``~/.cache/t2v_fast``."""
-    return Path(os.environ.get("T2V_FAST_CACHE") or Path.home() / ".cache" / "t2v_fast")
 
 
 def _processor() -> str:
@@ -404,12 +409,21 @@ def _best(conv: Conv, dtype: torch.dtype, capability: str, cotangents: int, elem
     return _costs(dtype, capability).best(conv, cotangents, elementwise)
 
 
+def _seconds_on_gpu(
+    conv: Conv, device: torch.device, itemsize: int, backend: str, kind: str, path: str, k: int
+) -> float:
+    """The time of a path for one example with ``k`` cotangents."""
+    return gpu_estimates.rates(device).seconds(gpu_work(conv, path, itemsize, k), backend, kind, path)
+
+
 @functools.cache
-def _best_on_card(
-    conv: Conv, card: gpu_specs.Card, rate: str, itemsize: int, cotangents: int, elementwise: bool
+def best_on_gpu(
+    conv: Conv, device: torch.device, itemsize: int, backend: str, kind: str, cotangents: int, elementwise: bool
 ) -> str:
+    """The path that takes the least time on a device; cached until the device's rates are measured."""
     paths = [path for path in conv.paths(elementwise) if path != "winograd"]  # GPUs run "winograd" as "explicit"
-    return min(paths, key=lambda path: card.seconds(gpu_work(conv, path, itemsize, cotangents), rate))
+    rest = (device, itemsize, backend, kind)
+    return min(paths, key=lambda path: _seconds_on_gpu(conv, *rest, path, cotangents))
 
 
 def choose(conv: Conv, x: Tensor, cotangents: int = 1, elementwise: bool = False) -> str:
@@ -427,9 +441,8 @@ def choose(conv: Conv, x: Tensor, cotangents: int = 1, elementwise: bool = False
     if (forced := _forced.get()) is not None:
         return forced if forced in conv.paths(elementwise) else "explicit"
     if x.is_cuda and dispatch.backend_for(x) != "reference":
-        return _best_on_card(
-            conv, gpu_specs.card_of(x.device), gpu_specs.rate_of(x.dtype), x.element_size(), cotangents, elementwise
-        )
+        kind = gpu_specs.rate_of(x.dtype)
+        return best_on_gpu(conv, x.device, x.element_size(), dispatch.backend_for(x), kind, cotangents, elementwise)
     if not dispatch.uses_cpu_extension(x):
         return "explicit"  # the reference ops have one path only
     return _best(conv, x.dtype, dispatch.cpu_capability(), cotangents, elementwise)
@@ -441,9 +454,8 @@ def predict(conv: Conv, x: Tensor, path: str, cotangents: int = 1) -> float | No
     On a CPU the prediction is for all threads, each of which computes examples of its own.
     """
     if x.is_cuda and dispatch.backend_for(x) != "reference":
-        path = "explicit" if path == "winograd" else path
-        todo = gpu_work(conv, path, x.element_size(), cotangents)
-        return gpu_specs.card_of(x.device).seconds(todo, gpu_specs.rate_of(x.dtype))
+        path, kind = "explicit" if path == "winograd" else path, gpu_specs.rate_of(x.dtype)
+        return _seconds_on_gpu(conv, x.device, x.element_size(), dispatch.backend_for(x), kind, path, cotangents)
     if not dispatch.uses_cpu_extension(x):
         return None
     return costs(x.dtype).predict(conv, path, cotangents) / torch.get_num_threads()

@@ -1,8 +1,8 @@
 """Compile the default configurations of the Triton kernels ahead of time, and print their resources as JSON.
 
 No GPU is needed. ``python tests/helpers/ahead.py 80 90`` prints a list of {kernel, case, arch, registers, shared,
-spills}. Each launch of the ops is caught with its arguments, specialised as Triton would specialise it, and compiled to
-PTX, for which ptxas reports the resources.
+spills, code, loop, multiply_adds}, where the last three are about the machine code. Each launch of the ops is caught
+with its arguments, specialised as Triton would specialise it, and compiled to PTX, for which ptxas reports resources.
 """
 
 from __future__ import annotations
@@ -15,15 +15,22 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import machine_code
 import torch
 import triton
-from t2v_fast.kernels import backend
+from t2v_fast.kernels import backend, launch
+from t2v_fast.kernels.sq_conv_geometry import conv_geometry
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from t2v_fast.ops.reference import accumulate_dtype
+
+try:
+    from t2v_fast.kernels import sq_conv_boxes
+except ImportError:  # resources.py compares with an earlier commit, which has no such file
+    sq_conv_boxes = None
 
 POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 POINTERS[torch.int64] = "*i64"
@@ -47,13 +54,34 @@ def convolution(dtype: torch.dtype, path: str, elementwise: bool, c: int, o: int
     return run
 
 
+def boxes(dtype: torch.dtype, c: int, o: int, size: int, kernel: int) -> Callable[[], object]:
+    """A launch that only sm_90 and later can run."""
+
+    def run() -> None:
+        x, g = (
+            rand(2, n, size, size, dtype=dtype, layout=torch.channels_last)
+            if kernel > 1
+            else rand(2, size * size, n, dtype=dtype).transpose(1, 2).unsqueeze(2)
+            for n in (c, o)
+        )
+        geometry = conv_geometry(x, (kernel, kernel), (1, 1), (kernel // 2, kernel // 2), (1, 1), 1)
+        sq_conv_boxes.boxes_sums(geometry, g)
+
+    return run
+
+
 def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Calls that launch every kernel, with sizes from the networks in docs/gpu.md."""
     sums = accumulate_dtype(dtype)
     tokens, out = rand(2, 197, 768, dtype=dtype), rand(2, 197, 3072, dtype=dtype)
     maps, shift = rand(2, 784, 128, dtype=dtype), torch.zeros(128, dtype=sums)
     index = torch.zeros(2, 197, dtype=torch.int64)
-    return {
+    on_tensor_cores = dtype.itemsize == 2 or (dtype == torch.float32 and launch.precision() == "tf32")
+    return (
+        {"3x3 boxes": boxes(dtype, 128, 128, 28, 3), "linear boxes": boxes(dtype, 768, 768, 14, 1)}
+        if on_tensor_cores and sq_conv_boxes
+        else {}
+    ) | {
         "3x3 explicit": convolution(dtype, "explicit", False, 64, 64, 56, 1, 1),
         "3x3 explicit, elementwise": convolution(dtype, "explicit", True, 64, 64, 56, 1, 1),
         "3x3 gram": convolution(dtype, "gram", False, 256, 256, 14, 1, 1),
@@ -103,6 +131,20 @@ def resources(ptx: str, arch: int) -> dict[str, int]:
     return {"registers": int(re.search(r"Used (\d+) registers", report)[1]), "spills": spills}
 
 
+def instructions(cubin: bytes) -> dict[str, object]:
+    """Return the counts of instructions in all of the code and in its main loop, and the loop's multiply-adds."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        (code,) = machine_code.functions(Path(file.name)).values()
+    loop = machine_code.main_loop(code)
+    return {
+        "code": machine_code.counts(code),
+        "loop": machine_code.counts(loop),
+        "multiply_adds": machine_code.multiply_adds(loop),
+    }
+
+
 def main(archs: list[int]) -> None:
     caught: list[tuple[JITFunction, tuple, dict]] = []
     JITFunction.run = lambda self, *args, grid, warmup, **kwargs: caught.append((self, args, kwargs))
@@ -121,11 +163,14 @@ def main(archs: list[int]) -> None:
                     continue  # another case compiled the same kernel
                 seen.add(key)
                 for arch in archs:
+                    if kernel.fn.__name__ == "boxes_kernel" and arch < 90:
+                        continue
                     compiled = triton.compile(source, GPUTarget("cuda", arch, 32), options)
                     found.append(
                         {"kernel": kernel.fn.__name__, "case": case, "dtype": kind, "arch": arch}
                         | {"warps": options["num_warps"], "shared": compiled.metadata.shared}
                         | resources(compiled.asm["ptx"], arch)
+                        | instructions(compiled.asm["cubin"])
                     )
     print(json.dumps(found))
 

@@ -37,6 +37,10 @@ def conv_check(case: ConvCase, path: str, dtype: torch.dtype) -> Callable[[], fl
 TILED = ConvCase("tiled", 2, 40, (9, 10), 72)
 
 
+# Few examples of a large image, whose positions are split over blocks; and three channels, which are padded to four.
+STEM = ConvCase("stem", 1, 3, (66, 64), 12, (7, 7), (2, 2), (3, 3))
+
+
 DEPTHWISE = ConvCase("depthwise", 2, 48, (16, 15), 48, groups=48)
 
 
@@ -57,6 +61,8 @@ CHECKS = {
         for path in ("explicit", "gram", "elementwise")
         for dtype in DTYPES
     },
+    "stem": conv_check(STEM, "explicit", torch.bfloat16),
+    "stem, elementwise": conv_check(STEM, "elementwise", torch.float16),
     "depthwise": conv_check(DEPTHWISE, "explicit", torch.float32),
     "scatter": scatter_check,
     "prod": prod_check,

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from t2v_fast.gradients import recorder
 from t2v_fast.gradients.graph import Taps
 from t2v_fast.gradients.ownership import LEAF, call_node
-from t2v_fast.ops import dispatch, gpu_specs
+from t2v_fast.ops import dispatch, gpu_estimates, gpu_specs
 
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -554,6 +554,7 @@ def pretended(kernel: str = "math") -> Iterator[None]:
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
         patch.setattr(torch.cuda, "stream", lambda stream: _on_stream(current, stream))
+        patch.setattr(gpu_estimates, "rates", lambda device: gpu_estimates.estimates(gpu_specs.named("H100")))
         yield
 
 

@@ -1,12 +1,13 @@
-"""Registers and shared memory that the compiled GPU kernels use. As a script, writes both tables of docs/gpu.md.
+"""Registers, shared memory and machine code of the compiled GPU kernels. As a script, writes the tables of docs/gpu.md.
 
-    python tests/helpers/resources.py
+    python tests/helpers/resources.py [--before 317f8b0]
 
-Needs nvcc and Triton, but no GPU.
+The main loops are compared with those of an earlier commit. Needs nvcc and Triton, but no GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import machine_code
 from torch.utils import cpp_extension
 
 from t2v_fast.ops import gpu_specs
@@ -46,39 +48,46 @@ def cell(arch: int, threads: int, registers: int, shared: int) -> str:
     return f"{registers}, {shared:,}, {100 * occupancy(arch, threads, registers, shared):.0f} %"
 
 
-def _compile(source: Path, folder: str) -> list[dict[str, str]]:
-    command = [NVCC, "-std=c++20", "-O3", "-c", "-Xptxas=-v", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CARD]
+def _compile(source: Path, arch: int, folder: str) -> list[dict[str, Any]]:
+    cubin = Path(folder) / f"{source.stem}.{arch}.cubin"
+    command = [NVCC, "-std=c++20", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v", "--expt-relaxed-constexpr"]
     command += [f"-isystem={p}" for p in cpp_extension.include_paths()]
-    command += [str(source), "-o", f"{folder}/{source.stem}.o"]
+    command += [str(source), "-o", str(cubin)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [match.groupdict() for match in ENTRY.finditer(done.stderr)]
     names = subprocess.check_output(["c++filt"], input="\n".join(row["name"] for row in found), text=True).splitlines()
-    return [row | {"name": name} for row, name in zip(found, names, strict=True)]
+    code = machine_code.functions(cubin)
+    return [row | {"name": name, "code": code[name]} for row, name in zip(found, names, strict=True)]
 
 
-def of_cuda_kernels() -> list[dict[str, str]]:
-    """What ptxas reports of each kernel in csrc/cuda."""
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+def of_cuda_kernels(root: Path = ROOT) -> list[dict[str, Any]]:
+    """What ptxas reports of each kernel in csrc/cuda, and the kernel's instructions."""
+    sources = sorted((root / "csrc" / "cuda").glob("*.cu"))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [row for rows in pool.map(lambda source: _compile(source, folder), sources) for row in rows]
+        jobs = [pool.submit(_compile, source, arch, folder) for source in sources for arch in CARD]
+        return [row for job in jobs for row in job.result()]
+
+
+def instance(row: dict[str, Any]) -> tuple[str, str]:
+    """(kernel, template arguments) of a kernel in csrc/cuda."""
+    name, arguments = re.search(r"(\w+)_kernel<(.*)>\(", row["name"]).groups()
+    arguments = re.sub(r"t2v::cuda::|c10::", "", arguments).replace("true", "elements").replace("false", "filters")
+    return name, arguments
 
 
 def cuda_launches(rows: list[dict[str, str]]) -> dict[tuple[str, str], dict[int, str]]:
     """{(kernel, instance): {architecture: cell of the table}}."""
     launches: dict[tuple[str, str], dict[int, str]] = {}
     for row in rows:
-        name, arguments = re.search(r"(\w+)_kernel<(.*)>\(", row["name"]).groups()
-        arguments = re.sub(r"t2v::cuda::|c10::", "", arguments).replace("true", "elements").replace("false", "filters")
         text = cell(int(row["arch"]), 128, int(row["registers"]), int(row["shared"] or 0))
-        launches.setdefault((name, arguments), {})[int(row["arch"])] = text
+        launches.setdefault(instance(row), {})[int(row["arch"])] = text
     return launches
 
 
-def of_triton_kernels() -> list[dict[str, Any]]:
+def of_triton_kernels(root: Path = ROOT) -> list[dict[str, Any]]:
     """What ptxas reports of each default configuration in kernels/, in a process that does not interpret Triton."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "ahead.py"), *map(str, CARD)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -86,12 +95,63 @@ def of_triton_kernels() -> list[dict[str, Any]]:
 
 
 def triton_table(rows: list[dict[str, Any]]) -> list[list[object]]:
-    table = []
-    for launch in zip(rows[::2], rows[1::2], strict=True):  # one launch on both
-        first = launch[0]
-        about = [first["kernel"].removesuffix("_kernel"), first["case"], first["dtype"], first["warps"]]
-        table.append(about + [cell(r["arch"], 32 * r["warps"], r["registers"], r["shared"]) for r in launch])
-    return table
+    """One line for each launch. A launch that only one card can run has no cell for the other."""
+    launches: dict[tuple[object, ...], list[dict[int, str]]] = {}
+    for row in rows:
+        about = (row["kernel"].removesuffix("_kernel"), row["case"], row["dtype"], row["warps"])
+        found = launches.setdefault(about, [{}])
+        if row["arch"] in found[-1]:  # a case may launch a kernel twice
+            found.append({})
+        found[-1][row["arch"]] = cell(row["arch"], 32 * row["warps"], row["registers"], row["shared"])
+    return [[*about, *(cells.get(arch, "-") for arch in CARD)] for about, found in launches.items() for cells in found]
+
+
+# The counts that the table of main loops shows, and how it calls them.
+SHOWN = {
+    "tensor": "tensor",
+    "multiply-adds": "FMA",
+    "matrix loads": "LDSM",
+    "shared loads": "LDS",
+    "transposes": "MOVM",
+    "generic": "generic",
+    "local": "local",
+    "copies 16": "copies of 16 B",
+    "copies 8": "copies of 8 B",
+    "copies 4": "copies of 4 B",
+    "box copies": "copies of boxes",
+    "global loads 2": "loads of 2 B",
+}
+
+
+def loop_cell(counts: dict[str, int], multiply_adds: float) -> str:
+    shown = ", ".join(f"{counts[kind]} {text}" for kind, text in SHOWN.items() if counts.get(kind))
+    return f"{counts['all']:,}: {shown}; {multiply_adds:.0f}"
+
+
+def main_loops(cuda: list[dict[str, Any]], triton: list[dict[str, Any]]) -> dict[tuple[str, ...], str]:
+    """{(language, kernel, instance): cell of the table} of the kernels that multiply matrices, on sm_90."""
+    cells: dict[tuple[str, ...], str] = {}
+    for row in cuda:
+        name, arguments = instance(row)
+        if name in ("squares", "gradient", "gram", "form") and row["arch"] == "90" and ", 1" not in arguments:
+            loop = machine_code.main_loop(row["code"])
+            cells["CUDA", name, arguments] = loop_cell(machine_code.counts(loop), machine_code.multiply_adds(loop))
+    for row in triton:
+        if (
+            row["kernel"] in ("explicit_kernel", "gram_kernel", "quadratic_kernel", "boxes_kernel")
+            and row["arch"] == 90
+        ):
+            key = ("Triton", row["kernel"].removesuffix("_kernel"), f"{row['case']}, {row['dtype']}")
+            cells.setdefault(key, loop_cell(row["loop"], row["multiply_adds"]))
+    return cells
+
+
+def earlier(commit: str, folder: str) -> Path:
+    """The sources of a commit, unpacked into a folder."""
+    archive = subprocess.run(["git", "archive", commit, "csrc", "kernels", "t2v_fast"], cwd=ROOT, capture_output=True)
+    subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+    (Path(folder) / "t2v_fast" / "kernels").symlink_to("../kernels")
+    return Path(folder)
 
 
 def write(section: str, header: list[str], rows: list[list[object]]) -> None:
@@ -104,12 +164,21 @@ def write(section: str, header: list[str], rows: list[list[object]]) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--before", default="317f8b0", help="the commit that main loops are compared with")
+    arguments = parser.parse_args()
     columns = ["sm_80: registers, shared bytes, occupancy", "sm_90"]
-    launches = cuda_launches(of_cuda_kernels())
+    cuda, triton = of_cuda_kernels(), of_triton_kernels()
+    launches = cuda_launches(cuda)
     rows = [[*key, *launches[key].values()] for key in sorted(launches)]
     write("cuda resources", ["kernel", "instance", *columns], rows)
-    rows = triton_table(of_triton_kernels())
-    write("triton resources", ["kernel", "launched by", "inputs", "warps", *columns], rows)
+    write("triton resources", ["kernel", "launched by", "inputs", "warps", *columns], triton_table(triton))
+    now = main_loops(cuda, triton)
+    with tempfile.TemporaryDirectory() as folder:
+        root = earlier(arguments.before, folder)
+        before = main_loops(of_cuda_kernels(root), of_triton_kernels(root))
+    rows = [[*key, before.get(key, "-"), now[key]] for key in sorted(now)]
+    write("main loops", ["written in", "kernel", "instance", f"at {arguments.before}", "now"], rows)
 
 
 if __name__ == "__main__":

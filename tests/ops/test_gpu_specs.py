@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from t2v_fast.ops import dispatch, gpu_specs, planner
+from t2v_fast.ops import dispatch, gpu_estimates, gpu_specs, planner
 from t2v_fast.ops.planner import Conv
 
 LARGE = Conv(64, (56, 56), 64, (3, 3), padding=(1, 1))
@@ -73,12 +73,16 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         def element_size(self) -> int:
             return 4
 
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    planner.best_on_gpu.cache_clear()
+    monkeypatch.setattr(gpu_estimates, "rates", lambda device: gpu_estimates.estimates(gpu_specs.named("H100")))
     monkeypatch.setattr(dispatch, "gpu_backend", lambda: "triton")
     assert planner.choose(LARGE, Cuda()) == "explicit"
     assert planner.choose(SMALL, Cuda()) == "gram"
     assert planner.choose(SMALL, Cuda(), elementwise=True) == "explicit"
-    assert planner.predict(LARGE, Cuda(), "explicit") == pytest.approx(2 * 64 * 576 * 56 * 56 / 67e12)
+    rate = gpu_estimates.estimates(gpu_specs.named("H100")).products["triton", "float32", "explicit"]
+    assert planner.predict(LARGE, Cuda(), "explicit") == pytest.approx(2 * 64 * 576 * 56 * 56 / rate / 1e12)
+    assert rate < 67  # the published rate
     monkeypatch.setattr(dispatch, "gpu_backend", lambda: "reference")
     assert planner.choose(SMALL, Cuda()) == "explicit"
     assert planner.predict(SMALL, Cuda(), "gram") is None
+    planner.best_on_gpu.cache_clear()

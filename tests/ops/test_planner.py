@@ -59,8 +59,8 @@ def test_fitted_costs_are_found_again_and_never_negative() -> None:
     rng = np.random.default_rng(0)
     counts = rng.uniform(1, 100, (12, 5)) * [1e6, 1e4, 0, 1e3, 1]
     costs = np.array([2e-10, 3e-9, 0, 5e-9, 1e-5])
-    np.testing.assert_allclose(planner._fit(counts, counts @ costs), costs, rtol=1e-6, atol=1e-15)
-    noisy = planner._fit(counts, counts @ costs * rng.uniform(0.5, 2, 12))
+    np.testing.assert_allclose(planner.fit(counts, counts @ costs), costs, rtol=1e-6, atol=1e-15)
+    noisy = planner.fit(counts, counts @ costs * rng.uniform(0.5, 2, 12))
     assert (noisy >= 0).all()
     assert noisy.any()
 

@@ -257,11 +257,12 @@ unsigned char* shared_memory() {
 }
 
 template <int Bytes>
-void copy_async(void* to, const void* from) {
+void copy_async(void* to, const void* from, bool inside) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
   if (reinterpret_cast<uintptr_t>(to) % Bytes || reinterpret_cast<uintptr_t>(from) % Bytes)
     emulation::fail("a copy of " + std::to_string(Bytes) + " bytes is not aligned");
-  const emulation::Copy copy{to, from, Bytes};
+  if (!from) emulation::fail("a copy reads from null, which no GPU accepts");
+  const emulation::Copy copy{to, inside ? from : nullptr, Bytes};
   if (emulation::settings.eager)
     copy.run();
   else

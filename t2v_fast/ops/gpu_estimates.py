@@ -1,0 +1,164 @@
+"""The rates that the GPU kernels achieve: estimated, or measured by :func:`t2v_fast.ops.gpu_rates.measure`.
+
+The planner and the choice between the CUDA and the Triton kernels need the time that a kernel takes, which is far above
+the least time at a card's published rates. :func:`rates` returns what was measured for a card, or else the estimates of
+this module. Nothing is measured unasked.
+
+A convolution or a linear layer is computed by one of two paths. The explicit path has products of inputs only. The Gram
+path has products of inputs too (the Gram matrices), and products with sums (the quadratic forms). Each kind of product
+has a rate of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from . import gpu_specs
+from .cache import cache_folder
+from .gpu_specs import Card, GpuWork
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("cuda", "triton")
+KERNELS = ("explicit", "gram", "forms")
+# What is multiplied: the names of the rates of a card.
+KINDS = ("float64", "float32", "tf32", "half")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """TFLOP/s of each (backend, kind of product, kernel), and GB/s of passes over memory.
+
+    Attributes:
+        products: The rates. A kernel that multiplies every term of a Gram matrix apart counts its products once.
+        bandwidth: GB/s that kernels move which are bound by memory.
+        measured: Whether the rates were measured on the card; otherwise they are estimated.
+    """
+
+    products: Mapping[tuple[str, str, str], float]
+    bandwidth: float
+    measured: bool
+
+    def seconds(self, work: GpuWork, backend: str, kind: str, path: str) -> float:
+        """The time for ``work``: of its products, or of its passes over memory if that is longer.
+
+        Args:
+            work: What :func:`t2v_fast.ops.planner.gpu_work` counts for ``path``.
+            backend: ``"cuda"`` or ``"triton"``.
+            kind: What is multiplied, as :func:`t2v_fast.ops.gpu_specs.rate_of` names it.
+            path: ``"explicit"`` or ``"gram"``.
+        """
+        inputs, forms = (1e12 * self.products[backend, kind, kernel] for kernel in (path, "forms"))
+        # Depthwise convolutions count as products with sums. They are bound by memory.
+        sums = work.sum_flops / forms if path == "gram" else 0.0
+        return max(work.flops / inputs + sums, work.bytes / (1e9 * self.bandwidth))
+
+    def leader(self, kind: str) -> str:
+        """The backend that takes less time for a flop of each kernel together."""
+        return min(BACKENDS, key=lambda name: sum(1 / self.products[name, kind, kernel] for kernel in KERNELS))
+
+
+# The share of a card's published rate that a kernel achieves, by generation, backend and kind: (explicit, Gram, forms).
+# All of them are estimates: no card has been measured. They are the least of these bounds, and half of it where blocks
+# of 128 threads or fewer than three blocks a processor leave waits uncovered:
+# - instructions issued: multiply-adds an instruction of the main loop (docs/gpu.md, "Main loops") times one instruction
+#   a cycle and scheduler;
+# - shared memory: 128 bytes a cycle and processor, against the bytes that matrix loads and copies move;
+# - the second cache: 5.5 TB/s on an H100 and 4 TB/s on an A100, against the bytes of a tile's factors.
+# CUDA in half precision on an H100, as an example: 202 instructions a warp for 65,536 multiply-adds allow 600 TFLOP/s,
+# shared memory 420, and the second cache, with 43 flops a byte of a 64 x 128 tile, 236. Estimate: 150, or 0.15 of 989.
+# Ordinary multiply-adds (float32, float64) are bound by issue: 0.9 of instructions are products, and two blocks a
+# processor cover most waits.
+_ESTIMATES: dict[str, dict[tuple[str, str], tuple[float, float, float]]] = {
+    "sm_90": {
+        ("cuda", "float64"): (0.35, 0.35, 0.30),
+        ("cuda", "float32"): (0.60, 0.50, 0.50),
+        ("cuda", "tf32"): (0.18, 0.14, 0.12),
+        ("cuda", "half"): (0.15, 0.10, 0.05),
+        ("triton", "float64"): (0.30, 0.25, 0.25),
+        ("triton", "float32"): (0.45, 0.35, 0.45),
+        ("triton", "tf32"): (0.26, 0.12, 0.14),  # boxes; the Gram kernel's copies are 4 bytes each
+        ("triton", "half"): (0.30, 0.15, 0.10),  # boxes, with tiles of 128 x 128 and 64 flops a byte
+    },
+    "sm_80": {
+        ("cuda", "float64"): (0.35, 0.35, 0.30),
+        ("cuda", "float32"): (0.65, 0.55, 0.55),
+        ("cuda", "tf32"): (0.35, 0.28, 0.24),
+        ("cuda", "half"): (0.35, 0.25, 0.12),
+        ("triton", "float64"): (0.30, 0.25, 0.25),
+        ("triton", "float32"): (0.50, 0.40, 0.50),
+        ("triton", "tf32"): (0.32, 0.25, 0.25),
+        ("triton", "half"): (0.45, 0.30, 0.20),
+    },
+}
+_OF_BANDWIDTH = 0.75  # a pass that reads 16 bytes a thread, as norms and depthwise convolutions do
+
+
+@functools.cache
+def estimates(card: Card) -> Rates:
+    """Estimated rates of a card: shares of its published rates, which are those of its generation.
+
+    Cards other than the H100 and the H200 get the shares that were estimated for the A100.
+    """
+    shares = _ESTIMATES["sm_90" if card.name.startswith(("H100", "H200")) else "sm_80"]
+    products = {
+        (backend, kind, kernel): share * getattr(card, kind)
+        for (backend, kind), three in shares.items()
+        for kernel, share in zip(KERNELS, three, strict=True)
+    }
+    return Rates(products, _OF_BANDWIDTH * card.bandwidth, measured=False)
+
+
+def rates_key(name: str) -> dict[str, str]:
+    """What measured rates depend on: the card, this library, and torch, which brings Triton along."""
+    try:
+        library = version("t2v-fast")
+    except PackageNotFoundError:  # the sources are on the path, and nothing is installed
+        library = "not installed"
+    return {"card": name, "library": library, "torch": torch.__version__}
+
+
+def rates_file(name: str) -> Path:
+    """The file of the measured rates of the card with this name."""
+    return cache_folder() / f"gpu-rates-{hashlib.sha256(json.dumps(rates_key(name)).encode()).hexdigest()[:16]}.json"
+
+
+def rates(device: torch.device) -> Rates:
+    """The rates of a CUDA device: measured ones where :func:`measure` has kept them, else estimates."""
+    return _rates(torch.cuda.get_device_name(device), gpu_specs.card_of(device))
+
+
+@functools.cache
+def _rates(name: str, card: Card) -> Rates:
+    estimated, path = estimates(card), rates_file(name)
+    try:
+        stored = json.loads(path.read_text())
+        if stored["key"] != rates_key(name):
+            return estimated
+        found = {cast(tuple[str, str, str], tuple(k.split(", "))): float(v) for k, v in stored["products"].items()}
+        bandwidth = float(stored["bandwidth"])
+        if not all(v > 0 and math.isfinite(v) for v in (bandwidth, *found.values())):
+            raise ValueError("a rate is not positive")
+        # Backends and kinds that could not be measured, and the exact rates that nobody measures, stay estimates.
+        return Rates({**estimated.products, **found}, bandwidth, measured=True)
+    except FileNotFoundError:
+        return estimated
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s cannot be read (%s): the planner uses estimates until measure() runs again", path, error)
+        return estimated
+
+
+def leader(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend, ``"cuda"`` or ``"triton"``, that is faster for ``dtype`` values on a CUDA device."""
+    return rates(device).leader(gpu_specs.rate_of(dtype))
