@@ -93,9 +93,10 @@ def test_commands(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert (tmp_path / "arrays" / "hessian.npy").exists()
 
 
-def test_every_command_is_in_the_guide() -> None:
+def test_every_command_is_documented() -> None:
     documented = {line.split()[1] for page in GUIDE for block in blocks(page, "sh") for line in block.splitlines()}
     documented.add("demo")  # in the README
+    documented |= set(re.findall(r"^t2v-fast (\w+)", (DOCS / "adapters.md").read_text(), re.MULTILINE))
     assert documented == set(cli._parser()._subparsers._group_actions[0].choices)
 
 

@@ -34,7 +34,7 @@ LAYERS = {  # path, channels, filters, size, kernel, stride
 # The function that is counted, of what is not a path of sq_conv.
 FUNCTIONS = {
     "torch": "at::_ops::conv2d::call(*",
-    "winograd_conv": "t2v::(anonymous namespace)::winograd_conv(at::Tensor const&*",
+    "winograd_conv": "t2v::(anonymous namespace)::winograd_conv(t2v::Tensor const&*",
 }
 CALL = """
 import torch
@@ -61,7 +61,7 @@ def output_size(layer: tuple) -> int:
 
 def count(layer: tuple) -> int:
     """Instructions of one call."""
-    function = FUNCTIONS.get(layer[0], "t2v::(anonymous namespace)::sq_conv(at::Tensor const&*")
+    function = FUNCTIONS.get(layer[0], "t2v::(anonymous namespace)::sq_conv(t2v::Tensor const&*")
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [
@@ -75,7 +75,10 @@ def count(layer: tuple) -> int:
         )
     if done.stdout.strip() != "avx2":
         raise RuntimeError(f"expected the AVX2 kernels, got {done.stdout.strip()!r}")
-    return int(re.search(r"Collected : (\d+)", done.stderr)[1])
+    found = int(re.search(r"Collected : (\d+)", done.stderr)[1])
+    if not found:
+        raise RuntimeError(f"no function of the library is {function!r}: nothing was counted")
+    return found
 
 
 def main() -> None:

@@ -264,7 +264,7 @@ at::Tensor sq_gram(const at::Tensor& gram, const at::Tensor& g) {
   const OnDevice device(g);
   const at::Tensor grams = gram.contiguous(), cotangents = pixels_first(g);
   at::Tensor q;
-  T2V_DISPATCH(g.scalar_type(), "sq_gram", [&] { q = forms<scalar_t>(grams, cotangents, *device); });
+  with_type("sq_gram", g.scalar_type(), [&]<class scalar_t>() { q = forms<scalar_t>(grams, cotangents, *device); });
   return q;
 }
 

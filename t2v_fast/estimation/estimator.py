@@ -277,7 +277,8 @@ class _Estimate:
             apart = {name: groups[-1][name] - groups[-2][name] for name in values}
             if isinstance(draws.source, Tensor):  # two of the sketches of an example tell the error of all
                 counts = sketches_of(self.likelihood, batch.logits, draws.samples, 2).double() / 2
-                apart = {name: q * counts.sqrt().to(q).view(-1, *(1,) * (q.dim() - 1)) for name, q in apart.items()}
+                scale = to_device(counts.sqrt(), batch.logits.device)
+                apart = {name: q * scale.to(q.dtype).view(-1, *(1,) * (q.dim() - 1)) for name, q in apart.items()}
         else:  # every example is exact
             values = self.recorder.backward(batch.logits, u)
             apart = {name: torch.zeros_like(q) for name, q in values.items()}

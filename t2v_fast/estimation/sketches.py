@@ -55,7 +55,7 @@ def least(tail: Tensor, samples: int, sketches: int = 1) -> tuple[Tensor, Tensor
     Example:
         A steep and a flat spectrum:
 
-        >>> spectrum = torch.tensor([[0.9, 0.09, 0.009, 0.001], [0.25, 0.25, 0.25, 0.25]])
+        >>> spectrum = torch.stack([9 * 0.1 ** torch.arange(1.0, 11), torch.full((10,), 0.1)])
         >>> least(tails(spectrum), samples=3)[1]
         tensor([2, 0])
     """

@@ -302,4 +302,8 @@ def test_bars_of_a_folder_know_their_total(
     monkeypatch.setattr("t2v_fast.tasks.stages.tqdm", bar)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert run("embed", folders[0], "--output", tmp_path / "a", "--batch-size", "7") == 0
-    assert totals == [(4, False), (4, False)]  # 24 images in each pass
+    assert totals == [(4, False)]  # 24 images in one pass for features and Fisher
+    totals.clear()
+    two_passes = ("--activation-megabytes", "0")
+    assert run("embed", folders[0], "--output", tmp_path / "two", "--batch-size", "7", *two_passes) == 0
+    assert totals == [(4, False), (4, False)]

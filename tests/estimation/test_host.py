@@ -104,6 +104,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[Any], dict[str, Any]]] = {
     ),
     "batch mean": (images, batches_of_images(), {"estimator": "batch_mean"}),
 }
+# With an allocation, the spectra of a batch decide on the host how many sketches each example gets: once for the
+# cotangents, and once for the error of the estimate.
+ALLOWED = {"an allocation": {"estimation/sketches.py": 2}}
 # Eigenvectors are combined on a CPU, classes on a GPU: these are other draws of the same estimate.
 OTHER_DRAWS = {"deflated", "with errors", "an allocation", "tokens"}
 
@@ -117,9 +120,10 @@ def test_a_steady_batch_waits_for_nothing(name: str) -> None:
         there = moved(make())
         with Counted() as counted:
             got = fisher(there, steady(batches, counted), device="cuda:0", **options)
-    assert {place: n for place, n in counted.places.items() if place[0] == WAIT} == {}
-    # What goes to the host says whether inputs and logits are finite: ten numbers each.
-    assert counted.numbers[TO_HOST] <= 20
+    waits = {place[2].partition(":")[0]: n for place, n in counted.places.items() if place[0] == WAIT}
+    assert waits == ALLOWED.get(name, {})
+    # What goes to the host says whether inputs and logits are finite: ten numbers each. Spectra come from logits [8, 5].
+    assert counted.numbers[TO_HOST] <= 20 + 8 * 5 * sum(waits.values())
     assert 1 <= counted.kinds[TO_DEVICE] <= 9
     for key, value in want.items():
         assert not isinstance(got[key], Pretend)
