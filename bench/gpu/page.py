@@ -14,20 +14,12 @@ from typing import Any
 
 from bench.gpu.measure import LAYERS
 from bench.pages import markdown, replace_section
+from bench.studies import gpu_model
 from t2v_fast.ops import gpu_specs, planner
 
 CARD = "H200"
 NONE = "no card yet"
 RATES = {"bfloat16": ("half", 2), "TF32": ("tf32", 4), "float32": ("float32", 4)}
-# Milliseconds for 64 images at 224 pixels on an H100, from flops, bytes and instruction counts of the compiled kernels:
-# the floor, what the squares add, and a training step.
-NETWORKS = {
-    ("resnet50", "bfloat16"): (11, 7.4, 21),
-    ("resnet50", "TF32"): (26, 11, 47),
-    ("vit_b_16", "bfloat16"): (13.5, 21.5, 22),
-    ("vit_b_16", "TF32"): (22, 14, 35),
-    ("vit_b_16", "float32"): (110, 18, 170),
-}
 BACKENDS = ("cuda", "triton")
 
 
@@ -49,13 +41,13 @@ def rates(results: dict[str, Any]) -> str:
 
 def networks(results: dict[str, Any]) -> str:
     """Whole networks: the floor, a step, and this library's ratio to both."""
-    rows = [["network", "products", "floor, ms", "step, ms", "squares, ms", "squares / floor"]]
+    rows = [["network", "products", "floor, ms", "squares, ms", "squares / floor"]]
     rows[0] += [
         f"{what}, measured"
         for what in ("floor", "step", "compiled step", "squares", "fisher()", "host", "fisher() / floor")
     ]
     found = results.get("networks", {})
-    for (name, kind), (floor, own, step) in NETWORKS.items():
+    for (name, kind), (floor, _, own) in gpu_model.predictions().items():
         title = f"{name}, 224, batch 64, {kind}: "
 
         def time(what: str, field: str = "ms", title: str = title) -> float | None:
@@ -67,7 +59,7 @@ def networks(results: dict[str, Any]) -> str:
         whole, least = time("fisher()"), time("floor")
         ratio = None if whole is None or least is None else whole / least
         measured = [least, time("step"), time("compiled step"), best[0], whole, host, ratio]
-        predicted = [f"{floor:g}", f"{step:g}", f"{floor + own:g}", f"{(floor + own) / floor:.2f}"]
+        predicted = [f"{floor:.1f}", f"{floor + own:.1f}", f"{(floor + own) / floor:.2f}"]
         rows.append([name, kind, *predicted, *map(_number, measured)])
     return markdown(rows)
 
