@@ -251,7 +251,8 @@ class _Driver:
     def close(self) -> None:
         self.engine.close()
         if self.clock.tasks:
-            job_profile.append(self.bank.folder, [self.clock.run()])
+            # After an interruption the summary has no profile yet.
+            job_profile.append(self.bank.folder, self.summary.profile.runs or [self.clock.run()])
         for work in self.assigned.values():
             for task in work.tasks if work else ():
                 self.bank.release(task)

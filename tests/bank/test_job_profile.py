@@ -36,7 +36,8 @@ def test_the_seconds_of_a_job_add_up(tmp_path: Path, workers: int) -> None:
     assert profile.seconds == pytest.approx(summary.seconds, abs=0.05)
     stored = job_profile.read(tmp_path / "bank")
     assert stored.tasks == profile.tasks
-    assert {k: round(v, 1) for k, v in stored.totals().items()} == {k: round(v, 1) for k, v in totals.items()}
+    # Files have rounded numbers. What is left of the whole time is idle, and the sum of all the roundings is there.
+    assert stored.totals() == pytest.approx(totals, abs=0.02)
     assert Bank(tmp_path / "bank").verify() == {}
     # A second run adds to what is there, and a line that was cut is left out.
     with open(tmp_path / "bank" / job_profile.FILE, "a") as file:

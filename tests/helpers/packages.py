@@ -9,8 +9,17 @@ from types import ModuleType
 
 
 def import_avalanche() -> ModuleType:
-    """Import Avalanche with an empty module in place of wandb, which only one of its loggers uses."""
+    """Import Avalanche with an empty module in place of wandb, which only one of its loggers uses.
+
+    The empty module is taken away afterwards, because other packages look whether wandb is there.
+    """
+    absent = "wandb" not in sys.modules
     sys.modules.setdefault("wandb", ModuleType("wandb"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return importlib.import_module("avalanche")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("avalanche.training.supervised")
+            return importlib.import_module("avalanche")
+    finally:
+        if absent:
+            del sys.modules["wandb"]

@@ -75,6 +75,12 @@ def test_more_cotangents_favour_the_gram_matrix() -> None:
 
 
 @needs_extension
+def test_measuring_leaves_the_random_state_alone(fresh: Path) -> None:
+    before = torch.get_rng_state()
+    planner.calibrate(repeats=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_costs_are_measured_once_and_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     measured = planner.costs(torch.float32)
