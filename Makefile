@@ -133,7 +133,7 @@ audit: setup $(VENV)/.wheels ## Check that the CPU library uses only the stable 
 
 # One wheel for every Python and torch from 2.10 on. The CUDA library, which is for one torch, is left out.
 wheels: setup $(VENV)/.wheels ## Build the manylinux wheel and the source distribution into dist/
-	rm -rf build/wheel dist
+	rm -rf build/wheel build/lib* build/bdist* dist  # what an earlier build left there would get into the wheel
 	T2V_FAST_CUDA=0 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --plat manylinux_2_28_x86_64 --exclude 'libtorch*.so' \
 		--exclude 'libc10*.so' --wheel-dir dist build/wheel/*.whl

@@ -56,7 +56,8 @@ html_css_files = ["tables.css"]
 def load_types() -> None:
     """Import what modules import for type checkers only, so that their annotations can be resolved."""
     for found in pkgutil.walk_packages(t2v_fast.__path__, "t2v_fast."):
-        if found.name.rpartition(".")[2].startswith("_"):
+        # The compiled libraries are no modules, though their names look so.
+        if found.name.rpartition(".")[2].startswith(("_", "libt2v_")):
             continue
         module = importlib.import_module(found.name)
         for node in ast.parse(inspect.getsource(module)).body:
