@@ -104,6 +104,11 @@ class NetworkState:
             while len(self._kept) > MAX_SIGNATURES:
                 del self._kept[next(iter(self._kept))]
 
+    def clear(self) -> None:
+        """Forget all values."""
+        with self._lock:
+            self._kept.clear()
+
 
 _lock = threading.RLock()  # a network may be freed, which removes its entry, while an entry is added
 _states: dict[int, tuple[weakref.ref, NetworkState]] = {}  # by the network's id: a network may define its own equality

@@ -122,7 +122,7 @@ def test_a_steady_batch_waits_for_nothing(name: str) -> None:
             got = fisher(there, steady(batches, counted), device="cuda:0", **options)
     waits = {place[2].partition(":")[0]: n for place, n in counted.places.items() if place[0] == WAIT}
     assert waits == ALLOWED.get(name, {})
-    # What goes to the host says whether inputs and logits are finite: ten numbers each. Spectra come from logits [8, 5].
+    # What goes to the host says whether inputs and logits are finite: ten numbers each. Spectra: of logits [8, 5].
     assert counted.numbers[TO_HOST] <= 20 + 8 * 5 * sum(waits.values())
     assert 1 <= counted.kinds[TO_DEVICE] <= 9
     for key, value in want.items():

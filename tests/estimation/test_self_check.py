@@ -539,3 +539,46 @@ def test_a_mismatch_with_an_example_alone_is_looked_at_again(monkeypatch: pytest
     monkeypatch.setattr(SelfCheck, "_wrong", noted)
     assert_right(network())
     assert [why is None for why in found] == [False, True]
+
+
+class Coupled(nn.Linear):
+    """Adds the mean of a batch, unseen by the graph, wherever the batch has a large entry."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + x.mean() if float(x.max()) > 50 else y
+
+
+def coupled_in_the_second_batch() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model, x = Coupled(4, 3), torch.randn(16, 4)
+    x[9, 0] = 100
+    return model, x
+
+
+def test_a_call_that_failed_is_not_trusted_later() -> None:
+    """The first batch of the call passed its check before the second one failed."""
+    model, x = coupled_in_the_second_batch()
+    for _ in range(3):
+        with pytest.raises(SelfCheckError, match="examples interact"):
+            fisher(model, x.split(8))
+
+
+def test_the_second_batch_is_checked_once_whichever_call_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = coupled_in_the_second_batch()
+    fisher(model, [x[:8]])
+    with pytest.raises(SelfCheckError, match="half of its batch"):
+        fisher(model, x.split(8))
+
+    halves: list[int] = []
+    real = SelfCheck._halves
+
+    def noted(self: SelfCheck, inputs: Any, logits: Tensor, examples: Any) -> None:
+        halves.append(len(examples))
+        real(self, inputs, logits, examples)
+
+    monkeypatch.setattr(SelfCheck, "_halves", noted)
+    fine = network()
+    for batches in ([X[:3]], X.split(3), X.split(3)):
+        fisher(fine, batches)
+    assert halves == [1, 3]
