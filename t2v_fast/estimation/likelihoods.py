@@ -153,6 +153,9 @@ class Softmax(Likelihood):
         if p.shape[1] <= DENSE_CLASSES and not there:
             values, vectors = torch.linalg.eigh(_covariance(p))
             values, vectors = values.flip(1)[:, :-1], vectors.flip(2)[:, :, :-1]  # without the smallest, which is 0
+            # The solver's choice between v and -v depends on rounding. A sketch of several eigenvectors would, too.
+            turned = torch.arange(1, p.shape[1] + 1, dtype=z.dtype).cos() @ vectors < 0  # [N, C - 1]
+            vectors = torch.where(turned[:, None], -vectors, vectors)
             columns = vectors * values.clamp_min(0).sqrt()[:, None, :]  # [N, C, C - 1]
             first = _first(columns.shape[2], leading, z)
             rest = torch.einsum("ncr,snr->snc", columns * ~first, signs[:, :, :-1])

@@ -67,8 +67,11 @@ class FeatureTap(nn.Module):
         return output
 
     def features_of(self, output: Tensor) -> Tensor:
-        """Return the features that gave an output of this module."""
-        return self._features[output]
+        """Return the features that gave an output of this module, or a view of an output."""
+        whole = output if output._base is None else output._base
+        if whole.shape != output.shape or whole not in self._features:
+            raise ValueError("the network's output is not that of its head: a probe must end with its head")
+        return self._features[whole]
 
 
 @dataclass

@@ -16,10 +16,11 @@ An interaction that the graph does not show, and that occurs in few batches, may
 
 **Once a network.** A network that passed the check of a first batch is remembered
 (:mod:`t2v_fast.gradients.network_state`). If a later call meets the network again, one example of the first batch is
-run alone, another one in each call, and the second batch is not run in halves. The other checks stay as they are. The
-network must be unchanged: its modules and their classes, modes, attributes, hooks and forward methods, and the shapes,
-dtypes and devices of its parameters. The call must be unchanged, too: the forward function, the wanted parameters, and
-the shapes and dtypes of the first batch, with its number of examples.
+run alone, another one in each call, and the second batch is not run in halves once that of an earlier call was. The
+other checks stay as they are. A network that fails a check is forgotten. The network must be unchanged: its modules and
+their classes, modes, attributes, hooks and forward methods, and the shapes, dtypes and devices of its parameters. The
+call must be unchanged, too: the forward function, the wanted parameters, and the shapes and dtypes of the first batch,
+with its number of examples.
 
 Weights may change in between, for two reasons. Which rule, which owner and which kernel takes part follows from the
 nodes and the shapes, so a rule that is right for some weights is right for others. And whether examples interact is
@@ -98,7 +99,7 @@ class SelfCheck:
         self._forward = forward
         self._network: network_state.Signature | None = None  # of the network, before its first forward pass
         self._looked = False  # whether the signature was taken
-        self._known = False  # whether the first batch was like one that passed the check in an earlier call
+        self._verdict = _Verdict(None)  # of the first batch, in this call or in an earlier one
         self._batches = 0  # the number of batches with two or more examples
         self._single = False  # whether a batch of one example was checked
         self._drew = False  # whether the last forward pass drew random numbers
@@ -131,6 +132,13 @@ class SelfCheck:
         Raises:
             SelfCheckError: Examples interact, the network is random, or squared gradients are wrong.
         """
+        try:
+            self._check_batch(inputs, logits)
+        except SelfCheckError:  # the next call must not trust what an earlier batch or call showed
+            network_state.state_of(self.recorder.model).clear()
+            raise
+
+    def _check_batch(self, inputs: Any, logits: Tensor) -> None:
         n = logits.shape[0]
         if n > 1:
             self._batches += 1
@@ -157,17 +165,19 @@ class SelfCheck:
         if single:
             self._single = True
         if verdict is not None:
-            self._known, self._dtype = True, verdict.dtype
+            self._verdict, self._dtype = verdict, verdict.dtype
             verdict.calls += 1
             if n > 1:
                 self._alone(inputs, logits, verdict.calls * 7919 % n)
         elif first:
             self._first(inputs, logits)
-            state.put(key, _Verdict(self._coarsest(logits)))
+            self._verdict = _Verdict(self._coarsest(logits))
+            state.put(key, self._verdict)
         elif self._batches > 2:
             self._alone(inputs, logits, self._batches * 7919 % n)
-        elif not self._known:
+        elif not self._verdict.second:
             self._halves(inputs, logits, range(n))
+            self._verdict.second = True
 
     def _first(self, inputs: Any, logits: Tensor) -> None:
         """Check the first batch of two or more examples, or the first batch of one."""
@@ -315,8 +325,9 @@ class SelfCheck:
 class _Verdict:
     """What is remembered of a network that passed the check of a first batch."""
 
-    dtype: torch.dtype  # the least precise type among parameters and activations
+    dtype: torch.dtype | None  # the least precise type among parameters and activations
     calls: int = 0  # how many calls have met the network since
+    second: bool = False  # whether the second batch of a call passed, too
 
 
 def _call_of(recorder: FisherRecorder, forward: Callable[[nn.Module, Any], Tensor]) -> tuple:

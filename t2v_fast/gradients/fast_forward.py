@@ -29,7 +29,8 @@ LINGER = 5.0
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
-_lock = threading.Lock()
+# A thread that has the lock may collect garbage, which ends the contexts of objects that are deleted.
+_lock = threading.RLock()
 _contexts = 0
 _release: threading.Timer | None = None  # gives kept memory back, some seconds after the last context ended
 
@@ -100,7 +101,7 @@ def _give_back_memory() -> None:
 def _after_fork() -> None:
     """A child process has no timer: restore the allocator's usual behaviour there."""
     global _lock, _release
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     if _release is not None:
         _release = None
         _keep(False)

@@ -8,12 +8,14 @@ runs on tensors of the same shapes.
 :func:`state_of` returns the memory of a network. The memory is kept beside the network, not in it: a copy of the
 network, or one that was pickled, starts without. It holds no reference that keeps the network alive, and ends with it.
 
-A signature cannot see everything. A global variable, the contents of a file or the values of a large tensor may decide
-what a forward pass does, too. Whoever remembers something by signature says why this does no harm, or looks again.
+A signature cannot see everything. A global variable, the contents of a file, the values of a large tensor or the
+attributes of an object that a class holds may decide what a forward pass does, too. Whoever remembers something by
+signature says why this does no harm, or looks again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import types
@@ -22,6 +24,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -104,6 +107,11 @@ class NetworkState:
             while len(self._kept) > MAX_SIGNATURES:
                 del self._kept[next(iter(self._kept))]
 
+    def clear(self) -> None:
+        """Forget all values."""
+        with self._lock:
+            self._kept.clear()
+
 
 _lock = threading.RLock()  # a network may be freed, which removes its entry, while an entry is added
 _states: dict[int, tuple[weakref.ref, NetworkState]] = {}  # by the network's id: a network may define its own equality
@@ -162,6 +170,7 @@ def signature_of(network: nn.Module, *more: Any) -> Signature | None:
         reader.network(network)
         for value in more:
             reader.value(value)
+        reader.rest()
     except Exception:  # whatever an object raises when it is looked at
         return None
     return Signature(reader.tokens, reader.objects)
@@ -187,14 +196,29 @@ class _Reader:
         self.objects: list[weakref.ref] = []
         self._places: dict[int, int] = {}  # by id: when an object was first met
         self._alive: list[Any] = []  # the objects met, so that their ids stay their own
+        self._looked: set[int] = set()  # the ids of the modules that were looked at
+        self._found: list[nn.Module] = []  # modules in attributes, which may be no part of a network
 
     def network(self, network: nn.Module) -> None:
         """All modules, in order. Names come with ``_modules``, and modules that occur twice with their places."""
+        self._modules(network)
+        for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
+            self.value(dict(hooks))
+        self.rest()
+
+    def rest(self) -> None:
+        """The modules that were found in attributes, closures and lists only."""
+        while self._found:
+            self._modules(self._found.pop())
+
+    def _modules(self, network: nn.Module) -> None:
         stack = [network]
         while stack:
             module = stack.pop()
-            if self._met(module):
+            self._met(module)
+            if id(module) in self._looked:
                 continue
+            self._looked.add(id(module))
             self._class(type(module))
             for key, value in vars(module).items():
                 if key in ("_parameters", "_buffers"):
@@ -211,8 +235,6 @@ class _Reader:
                 else:
                     self.tokens.append(key)
                     self.value(value)
-        for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
-            self.value(dict(hooks))
 
     def inputs(self, inputs: Any) -> None:
         """The structure of inputs, without the values of tensors."""
@@ -245,17 +267,25 @@ class _Reader:
     def _content(self, value: Any, kind: type, depth: int) -> None:
         if isinstance(value, Tensor):
             self._tensor(value)
-            flags = not value.is_floating_point() and value.numel() <= MAX_FLAGS and value.device.type == "cpu"
-            if flags and kind in (Tensor, nn.Parameter):
-                self.tokens.append(str(value.tolist()))
-        elif isinstance(value, (nn.Module, type, types.ModuleType)):
-            self._same(value)  # the modules of the network are looked at on their own
+            flags = not value.is_floating_point() and value.numel() <= MAX_FLAGS
+            if (flags or (kind is Tensor and not value.dim())) and value.device.type == "cpu":
+                self.tokens.append(str(value.tolist()) if kind in (Tensor, nn.Parameter) else None)
+        elif isinstance(value, np.ndarray):
+            self._same(value)
+            self.tokens += (value.shape, value.dtype.str, str(value.tolist()) if value.size <= MAX_FLAGS else None)
+        elif isinstance(value, nn.Module):
+            self._same(value)
+            self._found.append(value)  # the modules of the network are looked at on their own
+        elif isinstance(value, (type, types.ModuleType)):
+            self._same(value)
         elif isinstance(value, ByIdentity):
             self._same(value.of)
         elif isinstance(value, (list, tuple, set, frozenset, dict, deque)):
             self._deeper(depth)
             for entry in _entries(value):
                 self.value(entry, depth + 1)
+            if own := _attributes(value):  # of a class that extends a container
+                self.value(own, depth + 1)
         elif isinstance(value, types.FunctionType):
             self._same(value.__code__)
             self.tokens.append(id(value.__globals__))
@@ -277,8 +307,9 @@ class _Reader:
             self._same(value())
         else:
             self._same(value)
-            if hasattr(value, "__dict__") and depth < MAX_DEPTH:
-                self.value(dict(vars(value)), depth + 1)
+            if own := _attributes(value):
+                self._deeper(depth)
+                self.value(own, depth + 1)
 
     def _met(self, value: Any) -> bool:
         """Whether an object was met before; the token is its place."""
@@ -315,11 +346,31 @@ class _Reader:
             self._same(of)
             for key, value in list(vars(of).items()):
                 value = getattr(value, "__func__", value)  # a static method or a class method
-                if type(value) in _PLAIN and key not in ("__doc__", "__module__", "__qualname__"):
-                    self.tokens += (key, value)
-                elif isinstance(value, types.FunctionType):
-                    self.tokens.append(key)
+                if isinstance(value, types.FunctionType):
+                    self.tokens += (key, id(value.__code__))
                     self._same(value)
+                    cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+                    self._briefly((value.__defaults__, value.__kwdefaults__, cells))
+                elif isinstance(value, property):
+                    self.tokens.append(key)
+                    self._briefly((value.fget,))
+                elif not (key.startswith("__") and key.endswith("__")):
+                    self.tokens.append(key)
+                    self._briefly(value)
+
+    def _briefly(self, value: Any, depth: int = 0) -> None:
+        """A value that belongs to a class: plain values and containers of them, other objects by identity alone."""
+        kind = type(value)
+        if kind in _PLAIN:
+            self.tokens += (kind, value)
+        elif kind in _CONTAINERS and depth < MAX_DEPTH:
+            self.tokens.append(kind)
+            for entry in _entries(value):
+                self._briefly(entry, depth + 1)
+        else:
+            self.tokens.append(kind.__name__)
+            with contextlib.suppress(Unreadable):
+                self._same(value)
 
 
 def _entries(value: Any) -> Iterator[Any]:
@@ -334,6 +385,17 @@ def _entries(value: Any) -> Iterator[Any]:
     else:
         yield len(value)
         yield from value
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """The attributes of an object, also those that its class keeps in slots."""
+    found = dict(vars(value)) if hasattr(value, "__dict__") else {}
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                found[name] = getattr(value, name)
+    return found
 
 
 def _is_filled(cell: types.CellType) -> bool:

@@ -195,3 +195,16 @@ def test_tokens_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match=r"'exact' needs about .* cotangents"):
         cotangents(torch.zeros(1, 64, 5000), "exact")
     assert not cotangents(logits, mask=torch.zeros(2, 3)).any()
+
+
+@pytest.mark.parametrize("classes", [3, 10, 64, 70])
+def test_rounding_of_the_logits_changes_no_sign(classes: int) -> None:
+    """Otherwise the draws of a seed would depend on the batch that an example is in."""
+    z = 3 * torch.randn(100, classes, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rounded = z * (1 + 1e-14 * torch.randn(z.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
+    seeds = torch.arange(100)
+    for samples in (1, 2):
+        each = torch.full((100,), samples)
+        u, again = (cotangents(logits, "deflated", each, generator=seeds) for logits in (z, rounded))
+        squares, others = (torch.einsum("knc,knd->ncd", t, t) for t in (u, again))
+        torch.testing.assert_close(others, squares, rtol=1e-6, atol=1e-8)

@@ -256,3 +256,34 @@ def test_the_estimate_of_memory_is_high() -> None:
     inputs = sum(t.numel() * t.element_size() for t in (x, *network.parameters()))
     assert sum(saved.values()) - inputs <= graph_bytes(output)
     assert graph_bytes(output) == 4 * 2 * (2 * 8 * 10 * 10 + 2 * 4 * 4 * 4)  # of the layers but Flatten
+
+
+class Viewed(nn.Module):
+    """A network whose output is a view of its head's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)).view(len(x), -1)
+
+
+def test_an_output_that_is_a_view_of_the_head_s() -> None:
+    torch.manual_seed(0)
+    probe = Probe(Viewed().double(), preprocessing=PREPROCESSING)
+    data = shapes(12)[0], np.arange(12) % 3
+    want = Task2Vec(probe, activation_megabytes=0).embed(data)
+    assert_same(Task2Vec(probe).embed(data), want)
+
+
+def test_a_tap_knows_its_own_outputs_only() -> None:
+    tap = FeatureTap(3)
+    features = torch.randn(2, 3, requires_grad=True)
+    output = tap(features)
+    assert tap.features_of(output) is features
+    assert tap.features_of(output.view(2, -1)) is features
+    for other in (output * 1, output[:, :3]):
+        with pytest.raises(ValueError, match="must end with its head"):
+            tap.features_of(other)

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from oracle import per_example_squares, reduce
@@ -539,3 +540,143 @@ def test_a_mismatch_with_an_example_alone_is_looked_at_again(monkeypatch: pytest
     monkeypatch.setattr(SelfCheck, "_wrong", noted)
     assert_right(network())
     assert [why is None for why in found] == [False, True]
+
+
+class Coupled(nn.Linear):
+    """Adds the mean of a batch, unseen by the graph, wherever the batch has a large entry."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + x.mean() if float(x.max()) > 50 else y
+
+
+def coupled_in_the_second_batch() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model, x = Coupled(4, 3), torch.randn(16, 4)
+    x[9, 0] = 100
+    return model, x
+
+
+def test_a_call_that_failed_is_not_trusted_later() -> None:
+    """The first batch of the call passed its check before the second one failed."""
+    model, x = coupled_in_the_second_batch()
+    for _ in range(3):
+        with pytest.raises(SelfCheckError, match="examples interact"):
+            fisher(model, x.split(8))
+
+
+def test_the_second_batch_is_checked_once_whichever_call_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = coupled_in_the_second_batch()
+    fisher(model, [x[:8]])
+    with pytest.raises(SelfCheckError, match="half of its batch"):
+        fisher(model, x.split(8))
+
+    halves: list[int] = []
+    real = SelfCheck._halves
+
+    def noted(self: SelfCheck, inputs: Any, logits: Tensor, examples: Any) -> None:
+        halves.append(len(examples))
+        real(self, inputs, logits, examples)
+
+    monkeypatch.setattr(SelfCheck, "_halves", noted)
+    fine = network()
+    for batches in ([X[:3]], X.split(3), X.split(3)):
+        fisher(fine, batches)
+    assert halves == [1, 3]
+
+
+class Slotted:
+    __slots__ = ("__weakref__", "mix")
+
+    def __init__(self) -> None:
+        self.mix = False
+
+
+class Chain:
+    def __init__(self, length: int) -> None:
+        self.mix, self.after = False, Chain(length - 1) if length else None
+
+    def last(self) -> Chain:
+        return self if self.after is None else self.after.last()
+
+
+class Keys(dict):
+    mix = False
+
+
+def switches(kind: str) -> tuple[nn.Module, Callable[[], Any]]:
+    """A network with a switch at some place, and a function that turns it on."""
+    closed = {"mix": False}
+
+    class Switch(nn.Module):
+        names: Any = ("plain",)
+        table: ClassVar[dict[str, bool]] = {"mix": False}
+        asked: Any = property(lambda self: False)
+
+        def forward(self, x: Tensor, how: tuple = ("plain",)) -> Tensor:
+            on = closed["mix"] or how[0] == "mix" or self.names[0] == "mix" or self.table["mix"] or self.asked
+            held = vars(self).get("held")
+            if isinstance(held, list):
+                on = on or held[0].training
+            elif isinstance(held, Chain):
+                on = on or held.last().mix
+            elif isinstance(held, (np.ndarray, Tensor)):
+                on = on or bool(held.any())
+            elif held is not None:
+                on = on or held.mix
+            elif "flag" in self._buffers:
+                on = on or bool(self.flag)
+            return torch.cat([x[:1] + x[1:].detach().sum(0), x[1:]]) if on else x
+
+    switch = Switch().eval()
+    held = {
+        "slots": Slotted(),
+        "deep": Chain(6),
+        "attribute of a dict": Keys(),
+        "array": np.zeros(1),
+        "module in a list": [nn.Identity().eval()],
+    }
+    if kind in held:
+        switch.held = held[kind]
+    turn_on = {
+        "closure of a method": lambda: closed.update(mix=True),
+        "default of a method": lambda: setattr(Switch.forward, "__defaults__", (("mix",),)),
+        "tuple of a class": lambda: setattr(Switch, "names", ("mix",)),
+        "dict of a class": lambda: Switch.table.update(mix=True),
+        "property of a class": lambda: setattr(Switch, "asked", property(lambda self: True)),
+        "slots": lambda: setattr(switch.held, "mix", True),
+        "deep": lambda: setattr(switch.held.last(), "mix", True),
+        "attribute of a dict": lambda: setattr(switch.held, "mix", True),
+        "array": lambda: switch.held.fill(1),
+        "module in a list": lambda: switch.held[0].train(),
+        "buffer": lambda: switch.flag.fill_(1),
+    }
+    if kind == "buffer":
+        switch.register_buffer("flag", torch.tensor(0.0))
+    return nn.Sequential(nn.Linear(4, 3), switch).eval(), turn_on[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "closure of a method",
+        "default of a method",
+        "tuple of a class",
+        "dict of a class",
+        "property of a class",
+        "slots",
+        "deep",
+        "attribute of a dict",
+        "array",
+        "module in a list",
+        "buffer",
+    ],
+)
+def test_a_switch_is_noticed_wherever_it_is(kind: str) -> None:
+    """It mixes the first example with the others; the example that is run alone does not show it."""
+    model, turn_on = switches(kind)
+    x = torch.randn(3, 4)
+    fisher(model, [x])
+    turn_on()
+    with pytest.raises(SelfCheckError, match="examples interact"):
+        fisher(model, [x])

@@ -74,3 +74,38 @@ def test_an_owner_keeps_memory_once(told: list[bool]) -> None:
         keep_memory_of(owner)
         release_memory_of(owner)
     assert told == [True, False] * 4
+
+
+def test_a_pipeline_that_is_collected_while_a_context_begins_or_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection of garbage may begin anywhere, also in a thread that changes the number of contexts."""
+    lock = fast_forward._lock
+
+    class Collecting:
+        def __enter__(self) -> None:
+            assert lock.acquire(timeout=5), "waits for itself"
+            gc.collect()
+
+        def __exit__(self, *error: object) -> None:
+            lock.release()
+
+    class Owner:
+        pass
+
+    def leave_garbage() -> None:
+        owner = Owner()
+        owner.itself = owner
+        keep_memory_of(owner)
+
+    gc.collect()
+    before = fast_forward._contexts
+    gc.disable()
+    try:
+        leave_garbage()
+        with monkeypatch.context() as changed:
+            changed.setattr(fast_forward, "_lock", Collecting())
+            with fast_forward.kept_memory():
+                assert fast_forward._contexts == before + 1
+                leave_garbage()
+    finally:
+        gc.enable()
+    assert fast_forward._contexts == before
