@@ -135,7 +135,7 @@ def rates_file(name: str) -> Path:
 
 
 def rates(device: torch.device) -> Rates:
-    """The rates of a CUDA device: measured ones where :func:`t2v_fast.ops.gpu_rates.measure` has kept them, else estimates."""
+    """The rates of a CUDA device: those that :func:`t2v_fast.ops.gpu_rates.measure` has kept, or else estimates."""
     return _rates(torch.cuda.get_device_name(device), gpu_specs.card_of(device))
 
 
