@@ -38,6 +38,11 @@ from .sketches import packed
 DIRECTIONS = 16  # outputs of a FeatureTap
 
 
+# The features behind each output of a tap, as long as the output exists. They are no attribute of the tap: all taps of a
+# network are then alike, so that the verdict of its self-check serves the next task, too.
+_FEATURES = WeakTensorKeyDictionary()
+
+
 class FeatureTap(nn.Module):
     """A head that remembers its input, the features. Its own output is only for the self-check.
 
@@ -54,7 +59,6 @@ class FeatureTap(nn.Module):
         super().__init__()
         directions = torch.randn(DIRECTIONS, dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("directions", directions)
-        self._features = WeakTensorKeyDictionary()  # of each output that still exists
 
     def forward(self, features: Tensor) -> Tensor:
         if features.dim() != 2 or features.shape[1] != self.directions.shape[1]:
@@ -63,15 +67,15 @@ class FeatureTap(nn.Module):
                 f"[{len(features)}, {self.directions.shape[1]}]: one feature vector for each example"
             )
         output = F.linear(features, self.directions)
-        self._features[output] = features
+        _FEATURES[output] = features
         return output
 
     def features_of(self, output: Tensor) -> Tensor:
         """Return the features that gave an output of this module, or a view of an output."""
         whole = output if output._base is None else output._base
-        if whole.shape != output.shape or whole not in self._features:
+        if whole.shape != output.shape or whole not in _FEATURES:
             raise ValueError("the network's output is not that of its head: a probe must end with its head")
-        return self._features[whole]
+        return _FEATURES[whole]
 
 
 @dataclass

@@ -287,3 +287,13 @@ def test_a_tap_knows_its_own_outputs_only() -> None:
     for other in (output * 1, output[:, :3]):
         with pytest.raises(ValueError, match="must end with its head"):
             tap.features_of(other)
+
+
+def test_the_verdict_of_the_self_check_serves_the_next_task() -> None:
+    probe = small_probe()
+    task2vec, runs, counts = Task2Vec(probe, batch_size=8), runs_of(probe), []
+    for seed in range(3):
+        before = sum(runs)
+        task2vec.embed(shapes(24, seed=seed), name=f"task {seed}")
+        counts.append(sum(runs) - before)
+    assert counts[1] == counts[2] < counts[0]
