@@ -38,8 +38,8 @@ from .sketches import packed
 DIRECTIONS = 16  # outputs of a FeatureTap
 
 
-# The features behind each output of a tap, as long as the output exists. They are no attribute of the tap: all taps of a
-# network are then alike, so that the verdict of its self-check serves the next task, too.
+# The features behind each output of a tap, as long as the output exists. They are no attribute of the tap, so that all
+# taps of a network are alike: the verdict of its self-check then serves the next task, too.
 _FEATURES = WeakTensorKeyDictionary()
 
 
