@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from t2v_fast.files import write_atomically
@@ -22,3 +23,14 @@ def replace_section(path: Path, name: str, text: str) -> None:
     after = rest.partition(end)[2] if rest else ""
     separator = "" if rest or not page else "\n"
     write_atomically(path, f"{before}{separator}{start}\n{text.strip()}\n{end}{after or chr(10)}".encode())
+
+
+def print_or_write(page: Callable[[], str], name: str, description: str) -> None:
+    """Print the table that ``page`` makes. The script's only option, ``--write``, also puts it into a document."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--write", type=Path, help="the page whose table is replaced")
+    arguments = parser.parse_args()
+    text = page()
+    print(text)
+    if arguments.write:
+        replace_section(arguments.write, name, text)

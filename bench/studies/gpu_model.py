@@ -7,12 +7,10 @@ Prints Markdown; --write puts it into the page. The assumptions are in the const
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections import Counter
-from pathlib import Path
 
-from bench.pages import markdown, replace_section
+from bench.pages import markdown, print_or_write
 from bench.studies.planner import layers
 from t2v_fast.ops import gpu_estimates, gpu_specs, planner
 
@@ -107,13 +105,7 @@ def page() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, help="the page whose table is replaced")
-    arguments = parser.parse_args()
-    text = page()
-    print(text)
-    if arguments.write:
-        replace_section(arguments.write, "gpu model", text)
+    print_or_write(page, "gpu model", __doc__)
 
 
 if __name__ == "__main__":

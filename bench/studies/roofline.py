@@ -7,13 +7,11 @@ Prints Markdown; --write puts it into the page.
 
 from __future__ import annotations
 
-import argparse
 import math
-from pathlib import Path
 
 import torchvision
 
-from bench.pages import replace_section
+from bench.pages import print_or_write
 from bench.studies.planner import layers
 from t2v_fast.ops import gpu_specs, planner
 
@@ -83,13 +81,7 @@ def page() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, help="the page whose table is replaced")
-    arguments = parser.parse_args()
-    text = page()
-    print(text)
-    if arguments.write:
-        replace_section(arguments.write, "roofline", text)
+    print_or_write(page, "roofline", __doc__)
 
 
 if __name__ == "__main__":

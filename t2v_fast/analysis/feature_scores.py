@@ -4,6 +4,8 @@ Each score needs one forward pass of a network over the task's images, and no tr
 :data:`SCORES` is the table of them, and :func:`score_networks` ranks networks by any entry of it. Higher is better for
 every score. LEEP and LogME are in :mod:`t2v_fast.analysis.transferability`. This module needs scikit-learn.
 
+The file is long because it is a table of scores, one function each.
+
 Letters for shapes: N (images), C (classes of the task), D (features), Z (classes of a network), M (networks).
 """
 

@@ -106,7 +106,7 @@ def heatmap(
         _colour_names(axes, [*axes.get_xticklabels(), *axes.get_yticklabels()], ordered * 2)
     if title:
         axes.text(0.5, 1 + title_at / side, title, transform=axes.transAxes, ha="center", va="bottom", fontsize=11)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def _check_distances(distances: np.ndarray, t: int) -> np.ndarray:
@@ -167,7 +167,7 @@ def dendrogram(
     axes.spines[["left", "right", "top"]].set_visible(False)
     if families is not None:
         _colour_names(axes, axes.get_yticklabels(), [families[k] for k in order])
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def coordinates(distances: np.ndarray) -> np.ndarray:
@@ -235,7 +235,7 @@ def task_map(
         for k, handle in enumerate(handles):
             handle.set_marker(MARKERS[family_style(k)[1]])
         axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, fontsize=8)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def layer_means(embeddings: Sequence[Embedding]) -> np.ndarray:
@@ -267,7 +267,7 @@ def layer_profile(embeddings: Sequence[Embedding], names: Sequence[str], path: s
     axes.set(yscale="log", xlabel="layer", ylabel="mean Fisher value")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(names) // 30)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def _handles(kinds: Sequence[str]) -> list:
@@ -331,7 +331,7 @@ def contact_sheet(
             if c == 0:
                 text = name if captions is None else f"{name}\n{captions[r]}"
                 axes.text(-0.15, 0.5, text, ha="right", va="center", transform=axes.transAxes, fontsize=8)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 class MeasuredProfile(Protocol):
@@ -389,10 +389,11 @@ def roofline(profile: MeasuredProfile, path: str | os.PathLike) -> None:
     )
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
-def _write(figure: Figure, path: str | os.PathLike) -> None:
+def write_figure(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a figure as PNG or SVG, by the suffix of the path; ValueError for another suffix."""
     kind = Path(path).suffix.lower().removeprefix(".")
     if kind not in FORMATS:
         raise ValueError(f"{path}: a picture's suffix must be {' or '.join(FORMATS)}")

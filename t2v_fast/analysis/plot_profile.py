@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..embedding import escaped
-from .plot import DPI, FAMILY_COLOURS, _write
+from .plot import DPI, FAMILY_COLOURS, write_figure
 
 MOST_TASKS = 40  # bars of single tasks; of more tasks, every k-th is shown
 GROUP_COLOURS = {
@@ -64,7 +64,7 @@ def job_times(profile: MeasuredJob, names: dict[str, str], path: str | os.PathLi
     over_time.set(xlabel="seconds of the job", ylabel="images/s", ylim=(0, None), title="stored over time")
     over_time.grid(alpha=0.3)
     figure.suptitle(profile.headline(), fontsize=11)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def _draw_stages(axes: Any, totals: dict[str, float], names: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .plot import DPI, _write
+from .plot import DPI, write_figure
 
 COLOURS = {"finished": "#1b7837", "dropped": "#b2182b", "budget": "#ef8a62"}
 LABELS = {
@@ -70,4 +70,4 @@ def race(entries: Sequence[RaceEntry], classes: int, path: str | os.PathLike) ->
     axes.invert_yaxis()
     axes.set(xlim=(0, 1.02), xlabel="probability of a held-out label (geometric mean)")
     axes.legend(loc="lower right", fontsize=8)
-    _write(figure, path)
+    write_figure(figure, path)
