@@ -19,17 +19,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .diagonal import FisherDiagonal, combined
 from .likelihoods import Likelihood, get_likelihood, mixed
 from .sketches import ALIGNMENT, least, tails
-
-if TYPE_CHECKING:
-    from .diagonal import FisherDiagonal
 
 FORWARD = 0.5  # time to read and run an example, relative to backpropagating one cotangent
 OVERHEAD = 3.0  # fixed cost of a pass, in examples; measured with EfficientNet-Lite0 at 64 pixels on a CPU
@@ -181,6 +178,13 @@ class SamplingStats:
         found = [least(tail, k, sketches)[0] for k in samples.tolist()]
         return ALIGNMENT * torch.stack(found, 1)
 
+    def predicted_error(self, allocation: Allocation) -> float:
+        """Return the relative error that the approximations predict for an allocation with two sketches an example."""
+        steps, place = allocation.samples.unique(return_inverse=True)
+        v = self.variances(steps, sketches=2).gather(1, place[:, None])[:, 0]
+        p = allocation.inclusion
+        return math.sqrt(float((self.importance.square() * ((1 - p) + v) / p).nan_to_num(0).sum())) / COHERENCE
+
 
 def share_out(need: SamplingStats, samples: float) -> Tensor:
     """Choose the numbers of cotangents that leave the least variance, for a fixed total.
@@ -269,34 +273,58 @@ def draw(need: SamplingStats, error: float, seed: int = 0) -> Allocation:
 
 
 def sample_until(
-    need: SamplingStats, tolerance: float, visit: Callable[[Allocation], FisherDiagonal], seed: int = 0
+    need: SamplingStats,
+    tolerance: float,
+    visit: Callable[[Allocation, int], FisherDiagonal],
+    seed: int = 0,
+    every_example: bool = False,
 ) -> FisherDiagonal:
-    """Estimate the Fisher from larger and larger draws, until the estimated error is small enough.
+    """Estimate the Fisher from one draw after the other, until the estimated error of their mean is small enough.
 
-    Each draw aims at a smaller error than the last, by a factor of at most :data:`MARGIN`. Each draw starts anew: to
-    keep the examples of an earlier draw because of its error would bias the result.
+    The draws are independent. The weight of a draw in the mean is proportional to the precision that the approximations
+    predict for it. The weights do not depend on the errors that draws report, since an estimate and its reported error
+    are not independent. The reported errors only decide how large the next draw is: it is as large as the missing
+    precision asks for, if it is as much better or worse than predicted as the draws before it.
 
     Args:
         need: The statistics of the examples.
         tolerance: The largest ``estimator_error`` relative to the norm of the Fisher, above 0.
-        visit: Returns the Fisher of an allocation, with its ``estimator_error``.
-        seed: Fixes which examples are drawn.
+        visit: Returns the Fisher of an allocation, with its ``estimator_error``, from random signs of a seed.
+        seed: Fixes the examples and the random signs of all draws.
+        every_example: Visit every example in each draw, with the numbers of cotangents that the draw chose.
 
     Returns:
-        The first result of ``visit`` whose relative error is at most ``tolerance``.
+        The mean over the draws. Its relative error is at most ``tolerance``.
 
     Raises:
         ValueError: ``tolerance`` is not above zero.
     """
     if not tolerance > 0:
         raise ValueError(f"tolerance is {tolerance}, expected a relative error above 0")
+    found: list[FisherDiagonal] = []
+    predicted: list[float] = []
+    visited = torch.zeros(len(need.importance), dtype=torch.bool)
     target = MARGIN * tolerance
     while True:
-        found = visit(draw(need, target, seed))
-        error = found.relative_error()
+        own_seed = seed if not found else int(mixed(mixed(torch.tensor(seed)) + len(found)))
+        allocation = draw(need, target, own_seed)
+        if every_example:
+            allocation = full_allocation(allocation.samples)
+        found.append(visit(allocation, own_seed))
+        predicted.append(need.predicted_error(allocation))
+        visited[allocation.examples] = True
+        if predicted[-1] == 0:  # nothing is left to chance, unless small eigenvalues were taken for zero
+            everything = full_allocation(torch.full_like(allocation.samples, need.spectrum.shape[1]))
+            return found[-1] if found[-1].relative_error() <= tolerance else visit(everything, own_seed)
+        weights = 1 / torch.tensor(predicted, dtype=torch.float64).square()
+        mean = combined(found, weights / weights.sum(), int(visited.sum()))
+        error = mean.relative_error()
         if error <= tolerance:
-            return found
-        target *= MARGIN * min(tolerance / error, 1)
+            return mean
+        # Precisions add up, and all draws are taken to be as much worse than predicted as their mean is.
+        # Only the error of the next draw is unknown, which asks for half the margin.
+        missing = float(weights.sum()) * ((error / ((1 + MARGIN) / 2 * tolerance)) ** 2 - 1)
+        target = missing**-0.5
 
 
 def _at_least(inclusion: Tensor, importance: Tensor, least: int) -> Tensor:

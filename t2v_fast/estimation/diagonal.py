@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,37 @@ class FisherDiagonal(Mapping[str, Tensor]):
             f"FisherDiagonal({len(self)} parameters, granularity={self.granularity!r}, estimator={self.estimator!r}, "
             f"samples={self.samples}, num_examples={self.num_examples})"
         )
+
+
+def combined(parts: Sequence[FisherDiagonal], weights: Tensor, visited: int) -> FisherDiagonal:
+    """Return the weighted mean of independent estimates of the Fisher of one data set.
+
+    Args:
+        parts: The estimates, of the same parameters, each with its ``estimator_error``.
+        weights: The weight of each estimate, [parts]; their sum is one.
+        visited: The number of different examples that were backpropagated for any of them.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    w = weights.tolist()
+    entries, errors, standard = {}, {}, {}
+    for name in parts[0]:
+        values = [part.entries[name] for part in parts]
+        own = [(part.estimator_error or {})[name].square() for part in parts]
+        both = [part.standard_error[name].square() for part in parts]
+        entries[name] = sum((a * q for a, q in zip(w, values, strict=True)), torch.zeros_like(values[0]))
+        draws = sum((a * a * e for a, e in zip(w, own, strict=True)), torch.zeros_like(own[0]))
+        # The spread of the data is the same in every estimate, and averaging does not reduce it.
+        data = sum((a * (s - e).clamp_min(0) for a, s, e in zip(w, both, own, strict=True)), torch.zeros_like(own[0]))
+        errors[name], standard[name] = draws.sqrt(), (data + draws).sqrt()
+    return replace(
+        parts[0],
+        entries=entries,
+        standard_error=standard,
+        estimator_error=errors,
+        samples=sum(part.samples * part.visited for part in parts) / max(1, visited),
+        visited=visited,
+    )
 
 
 def diagonal_of(

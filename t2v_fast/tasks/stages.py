@@ -186,21 +186,20 @@ class Stages:
                 seed=self.seed,
             )
         elif self.tolerance is None:
-            run.fisher = self._visit(run, run.allocation, self.self_check)
+            run.fisher = self._visit(run, run.allocation, self.self_check, self.seed)
         else:
             self_check = self.self_check
 
-            def visit(allocation: Allocation) -> FisherDiagonal:
+            def visit(allocation: Allocation, seed: int) -> FisherDiagonal:
                 nonlocal self_check
-                if not self._reorders(run.data):  # every image has to be visited
-                    allocation = full_allocation(allocation.samples)
-                found = self._visit(run, allocation, self_check)
+                found = self._visit(run, allocation, self_check, seed)
                 self_check = False
                 return found
 
-            run.fisher = sample_until(self._need(run), self.tolerance, visit, self.seed)
+            in_order = not self._reorders(run.data)
+            run.fisher = sample_until(self._need(run), self.tolerance, visit, self.seed, every_example=in_order)
 
-    def _visit(self, run: TaskRun, allocation: Allocation | None, self_check: bool) -> FisherDiagonal:
+    def _visit(self, run: TaskRun, allocation: Allocation | None, self_check: bool, seed: int) -> FisherDiagonal:
         """The Fisher of the images of an allocation, or of all."""
         order, targets = None, run.head_task.labels
         if allocation is not None and self._reorders(run.data):
@@ -223,7 +222,7 @@ class Stages:
                 parameters=self.probe.embedding_parameters(),
                 unsupported=self.unsupported,
                 weights=run.head_task.weights,
-                seed=self.seed,
+                seed=seed,
                 self_check=self_check,
                 estimator_error=self.tolerance is not None,
                 allocation=allocation,
