@@ -52,3 +52,38 @@ def test_sides_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = times(lambda: calls.append("theirs"), lambda: calls.append("ours"), rounds=3)
     assert calls == ["theirs", "ours"] * 4  # the first two are not counted
     assert measured == Times(6, 2, 2)  # ratios 3, 2 and 2
+
+
+def test_all_studies_make_one_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    studies = importlib.import_module("bench.studies.frontends.__main__")
+    assert {path.stem for path in Path(studies.__file__).parent.glob("[!_]*.py")} == {*studies.STUDIES, "table"}
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> None:
+        asked.append(command)
+        name = command[2].rpartition(".")[2]
+        if name == "peft":
+            raise subprocess.CalledProcessError(1, command)
+        Path(command[command.index("--json") + 1]).write_text(f'[{{"frontend": "{name}", "lines": 1, "agreement": "a"}}]')
+
+    monkeypatch.setattr("subprocess.run", run)
+    page = tmp_path / "page.md"
+    (tmp_path / "mats").mkdir()
+
+    def call(*names: str) -> int:
+        arguments = ["x", "--checkouts", str(tmp_path), "--write", str(page), "--only", *names]
+        monkeypatch.setattr("sys.argv", arguments)
+        return studies.main()
+
+    assert call("merging", "laplace") == 0
+    assert "| merging | 1 | a | - | - |\n| laplace | 1 | a |" in page.read_text()
+    assert asked[0][3:6] == [str(tmp_path / "mats"), "--rounds", "5"]
+    before = page.read_text()
+    assert call("peft", "mammoth", "curvlinops") == 1
+    said = capsys.readouterr()
+    assert "| curvlinops | 1 | a |" in said.out
+    assert "peft: Command" in said.err
+    assert "mammoth needs clones of mammoth in --checkouts" in said.err
+    assert page.read_text() == before

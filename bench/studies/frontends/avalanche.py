@@ -85,4 +85,4 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(__doc__.splitlines()[0], rows, "avalanche", needs=False)
+    main(__doc__.splitlines()[0], rows, needs=False)

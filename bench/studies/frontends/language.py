@@ -1,6 +1,6 @@
 """The forks of Task2Vec for text, unmodified, with and without this library.
 
-    python -m bench.studies.frontends.language CHECKOUT [CHECKOUT] [--rounds 5] [--write docs/adapters.md]
+    python -m bench.studies.frontends.language CHECKOUT [CHECKOUT] [--rounds 5]
 
 A CHECKOUT is a clone of github.com/alycialee/beyond-scale-language-data-diversity or of github.com/OpenDCAI/DataFlow,
 or a bare git directory. A GPT-2 of 4 layers and width 192 with random weights embeds 32 texts of 64 tokens. The
@@ -128,4 +128,4 @@ def of_checkout(path: Path, rounds: int) -> Row:
 
 
 if __name__ == "__main__":
-    main(__doc__.splitlines()[0], rows, "frontends-language")
+    main(__doc__.splitlines()[0], rows)

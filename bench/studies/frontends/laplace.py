@@ -98,4 +98,4 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(__doc__.splitlines()[0], rows, "laplace", needs=False)
+    main(__doc__.splitlines()[0], rows, needs=False)

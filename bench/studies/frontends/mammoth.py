@@ -210,4 +210,4 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(__doc__.splitlines()[0], rows, "mammoth")
+    main(__doc__.splitlines()[0], rows)

@@ -1,6 +1,6 @@
 """Fisher merging by r-three/mats, unmodified, against the merge of checkpoints in pieces.
 
-    python -m bench.studies.frontends.merging CHECKOUT [--rounds 5] [--write docs/adapters.md]
+    python -m bench.studies.frontends.merging CHECKOUT [--rounds 5]
 
 CHECKOUT is a clone of github.com/r-three/mats, or its bare git directory. Packages that its modules import for other
 purposes (promptsource, wandb, ...) are replaced by empty ones. Two GPT-2 models of 4 layers and width 512 are
@@ -135,4 +135,4 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(__doc__.splitlines()[0], rows, "frontends-merging")
+    main(__doc__.splitlines()[0], rows)

@@ -2,7 +2,9 @@
 
 Each study is a module with a function that returns rows:
 
-    python -m bench.studies.frontends.task2vec CHECKOUT [--rounds 5] [--write docs/adapters.md]
+    python -m bench.studies.frontends.task2vec CHECKOUT [--rounds 5]
+
+``python -m bench.studies.frontends`` runs all of them, and writes one table.
 
 CHECKOUT is a clone of the frontend's repository, or a bare git directory whose HEAD is unpacked into a temporary
 folder. Frontends that are packages need none. Times are of one process and one thread (``time.process_time``). The two
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import statistics
 import subprocess
 import sys
@@ -20,13 +23,13 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 
 import torch
 
-from bench.pages import markdown, replace_section
+from bench.pages import markdown
 
 SOURCES = {".py", ".yaml", ".yml", ".toml", ".cfg"}
 HEADER = (
@@ -130,24 +133,21 @@ def checkout(path: Path, source: str = ".") -> Iterator[Path]:
                     del sys.modules[name]
 
 
-def main(
-    description: str, rows: Callable[[argparse.Namespace], Sequence[Row]], section: str, needs: bool = True
-) -> None:
-    """Parse the command line, print the table, and with ``--write`` put it into a page.
+def main(description: str, rows: Callable[[argparse.Namespace], Sequence[Row]], needs: bool = True) -> None:
+    """Parse the command line of one study, and print its table.
 
     Args:
         description: The first line of the study's docstring.
         rows: Makes the rows from ``checkout`` (a path) and ``rounds``.
-        section: The name of the page's section, as in ``<!-- section -->``.
         needs: Whether the study needs a checkout.
     """
     parser = argparse.ArgumentParser(description=description)
     if needs:
         parser.add_argument("checkout", type=Path, nargs="+", help="a clone of the frontend, or its bare git directory")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--write", type=Path, help="the page whose table is replaced")
+    parser.add_argument("--json", type=Path, help="the file that gets the rows")
     arguments = parser.parse_args()
-    text = table(rows(arguments))
-    print(text)
-    if arguments.write:
-        replace_section(arguments.write, section, text)
+    found = rows(arguments)
+    print(table(found))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(row) for row in found]))

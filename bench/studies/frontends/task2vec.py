@@ -1,6 +1,6 @@
 """aws-cv-task2vec, unmodified, with and without this library.
 
-    python -m bench.studies.frontends.task2vec CHECKOUT [--rounds 5] [--write docs/adapters.md]
+    python -m bench.studies.frontends.task2vec CHECKOUT [--rounds 5]
 
 CHECKOUT is a clone of github.com/awslabs/aws-cv-task2vec, or its bare git directory. Its own ResNet-18 (random
 weights, ten classes) embeds 128 handwritten digits of 64 x 64 pixels (scikit-learn's). `mode="compat"` starts from
@@ -175,4 +175,4 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(__doc__.splitlines()[0], rows, "frontends-task2vec")
+    main(__doc__.splitlines()[0], rows)
