@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,8 @@ def test_all_studies_make_one_table(
         name = command[2].rpartition(".")[2]
         if name == "peft":
             raise subprocess.CalledProcessError(1, command)
-        Path(command[command.index("--json") + 1]).write_text(f'[{{"frontend": "{name}", "lines": 1, "agreement": "a"}}]')
+        rows = [{"frontend": name, "lines": 1, "agreement": "a"}]
+        Path(command[command.index("--json") + 1]).write_text(json.dumps(rows))
 
     monkeypatch.setattr("subprocess.run", run)
     page = tmp_path / "page.md"
