@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
-from torch.utils.checkpoint import CheckpointError
 
 from .owners import OWNERS, Interacting, Owned, Owner, RowLayout, Shape, Shared, Unknown
 from .ownership import LEAF, Ownership
@@ -293,10 +292,6 @@ def backpropagate(
                 gradients = tuple(next(found) for _ in node._input_metadata)
                 if any(g is not None for g in gradients):
                     visit(node, gradients)
-    except CheckpointError as error:
-        raise UnsupportedError(
-            "activation checkpointing recomputes what the layers saw, and lets it be read only once: switch it off"
-        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -315,15 +310,15 @@ def fix_batch_norm_gradients(nodes: Iterable[Node]) -> None:
         metadata = node._input_metadata[0]
         if metadata.device.type != "cpu" or len(metadata.shape) != 4 or metadata.shape[0] != 1:
             continue
-        node.register_prehook(partial(_in_format_of, node._saved_input))
+        x = node._saved_input
+        last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        node.register_prehook(partial(_in_format, torch.channels_last if last else torch.contiguous_format))
 
 
-def _in_format_of(x: Tensor, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients, the first of them in the memory format of ``x``."""
+def _in_format(wanted: torch.memory_format, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients, the first of them in the wanted memory format."""
     if gradients[0] is None:
         return gradients
-    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    wanted = torch.channels_last if last else torch.contiguous_format
     return gradients[0].contiguous(memory_format=wanted), *gradients[1:]
 
 

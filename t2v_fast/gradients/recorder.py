@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import accumulate
 from types import TracebackType
@@ -24,6 +25,7 @@ from torch.autograd.graph import Node
 from ..ops.asynchronous import to_device
 from ..ops.reference import accumulate_dtype
 from ..spans import backward_by_kind
+from .checkpointing import Regions
 from .factors import Called, Factors, Plan, Reuse, Summed, concatenated
 from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gradients
 from .ownership import dense
@@ -74,6 +76,7 @@ class FisherRecorder:
         skipped: Parameters that ``unsupported="skip"`` left out of the last result.
         verified: Whether the caller runs examples alone to verify that they do not interact, as
             :func:`t2v_fast.fisher` does. Owners are then found entry by entry, as with ``unsupported="exact"``.
+        regions: The regions of activation checkpointing in the forward passes.
         observer: Called after each op with the use, its factors, the number of cotangents, and the times in seconds at
             which the op began and ended.
 
@@ -117,6 +120,8 @@ class FisherRecorder:
         self.skipped: frozenset[str] = frozenset()
         self.verified = False
         self.observer: Callable[[Use, Factors, int, float, float], None] | None = None
+        self.regions = Regions()
+        self._contexts = ExitStack()
         self._plans: dict[tuple[str, int], Plan] = {}  # of the layers, by the first parameter and input
         self._reported: set[str] = set()  # parameters whose slower route was logged
         self._looked_for_random_layers = False  # since the context was entered
@@ -132,6 +137,7 @@ class FisherRecorder:
                     "gradients do not pass through: remove the hook, or leave the parameter out with parameters=..."
                 )
         self._looked_for_random_layers = False
+        self.regions = self._contexts.enter_context(self.regions.followed())
         self._required = [(p, p.requires_grad) for p in self.model.parameters()]
         wanted = {id(p) for p in self.parameters.values()}
         for p, _ in self._required:
@@ -143,6 +149,7 @@ class FisherRecorder:
         for p, required in self._required:
             p.requires_grad_(required)
         self._required = None
+        self._contexts.close()
 
     def backward(
         self, output: Tensor, cotangents: Tensor, weights: Tensor | None = None, retain_graph: bool = False
@@ -223,7 +230,8 @@ class FisherRecorder:
         Raises:
             UnsupportedError: There is no exact answer for a parameter.
         """
-        routes_of(self._taps(output), self.unsupported, self._reported)
+        with self.regions.reading():
+            routes_of(self._taps(output), self.unsupported, self._reported)
 
     def reduce(self, name: str, gradient: Tensor) -> Tensor:
         """Square one gradient of a parameter, and take means at the recorder's granularity.
@@ -265,9 +273,10 @@ class FisherRecorder:
         single = torch.zeros_like(cotangent)
         single[example] = cotangent[example]
         wanted = [self.parameters[name] for name in names]
-        gradients = torch.autograd.grad(
-            [output], wanted, [single], retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+        with self.regions.reading():
+            gradients = torch.autograd.grad(
+                [output], wanted, [single], retain_graph=True, allow_unused=True, materialize_grads=True
+            )
         return {name: dense(g) for name, g in zip(names, gradients, strict=True)}
 
     def _backward(
@@ -298,21 +307,23 @@ class FisherRecorder:
             raise ValueError(
                 "the output has no autograd graph: run the forward inside the recorder, with gradients enabled"
             )
-        taps = self._taps(output)
-        fix_batch_norm_gradients(taps.order)
-        routes = routes_of(taps, self.unsupported, self._reported)
-        tapped = taps.of(routes.single | routes.summed)
+        with self.regions.reading():
+            taps = self._taps(output)
+            fix_batch_norm_gradients(taps.order)
+            routes = routes_of(taps, self.unsupported, self._reported)
+            tapped = taps.of(routes.single | routes.summed)
+            called = not all(map(has_rule, tapped))
         self.unused, self.skipped = taps.unused, routes.skipped
         sums: dict[str, Tensor] = {}
         w = torch.ones(n) if weights is None else to_device(weights, output.device)
         reuse = {node: self._reuse(len(cotangents), uses, routes) for node, uses in tapped.uses.items()}
-        called = not all(map(has_rule, tapped))
         ends = set(accumulate(groups))
         first = 0
         for k, cotangent in enumerate(cotangents, 1):
             more = retain_graph or bool(routes.plain) or called or k < len(cotangents)
             if tapped.uses:
-                self._pass(output, cotangent, tapped, routes, sums, w, reuse, more)
+                with self.regions.reading():
+                    self._pass(output, cotangent, tapped, routes, sums, w, reuse, more)
             if k in ends:
                 if routes.plain:
                     sums |= self._one_by_one(output, cotangents[first:k], routes.plain, w)
