@@ -41,7 +41,8 @@ _Hook: type[saved_tensors_hooks] = getattr(torch_checkpoint, "_checkpoint_hook",
 _Reentrant = torch_checkpoint.CheckpointFunction
 _can_follow = hasattr(torch_checkpoint, "_checkpoint_hook") and hasattr(torch._C, "_set_graph_exec_group")
 
-_following: ContextVar[Regions | None] = ContextVar("regions", default=None)
+# The regions that new ones belong to; False where none are made. None leaves checkpointing as it is.
+_following: ContextVar[Regions | bool | None] = ContextVar("regions", default=None)
 
 
 class Regions:
@@ -66,7 +67,7 @@ class Regions:
         self._alive: WeakSet[_Region] = WeakSet()  # the outermost regions, as long as their graphs are kept
         self._innermost: _Region | None = None  # the region whose forward pass runs
         self._held: _Region | None = None
-        self._key: object | None = None  # under which torch files what it recomputes, within ``reading``
+        self._key: Any = None  # under which torch files what it recomputes, within ``reading``
         self._running = 0  # regions that are being recomputed, one within the other
         self._failure: UnsupportedError | None = None
 
@@ -76,14 +77,10 @@ class Regions:
 
         Within the context of other regions, those take the new ones too.
         """
-        regions = _following.get() or self
-        with _patched if _can_follow else nullcontext():
-            before = _following.get()
-            _following.set(regions)
-            try:
-                yield regions
-            finally:
-                _following.set(before)
+        before = _following.get()
+        regions = before if isinstance(before, Regions) else self
+        with _patched if _can_follow else nullcontext(), _set(regions):
+            yield regions
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -110,7 +107,10 @@ class Regions:
             self._key = self._failure = None
 
     def region_of(self) -> Callable[[Node], object | None]:
-        """A function that gives the outermost region of a node, or None for a node outside of all regions."""
+        """A function that gives the outermost region of a node, or None for a node outside of all regions.
+
+        A leaf counts as outside: it has no number.
+        """
         # A region is what one thread computed between two points of time, and autograd numbers the nodes in order.
         regions = sorted((r for r in self._alive), key=lambda region: region.begin)
         begins = [region.begin for region in regions]
@@ -171,8 +171,8 @@ class Regions:
     def _failed(self, region: _Region, why: str) -> UnsupportedError:
         if self._failure is None:
             self._failure = UnsupportedError(
-                f"activation checkpointing: the region {region.name!r} {why}. A region must compute the same each time, "
-                "also more often than a training step asks for; otherwise switch checkpointing off for it"
+                f"activation checkpointing: the region {region.name!r} {why}. A region must compute the same each "
+                "time, also more often than a training step asks for. Otherwise switch checkpointing off for it"
             )
         return self._failure
 
@@ -182,7 +182,7 @@ class _Region(_Hook):  # type: ignore[misc, valid-type]
 
     def __init__(self, frame: Any, regions: Regions) -> None:
         super().__init__(frame)
-        unpack = self.unpack_hook
+        unpack: Callable[[Any], Tensor] = self.unpack_hook  # type: ignore[has-type]
         self.unpack_hook = lambda holder: regions._read(self, holder, unpack)
         self.frame, self.regions = frame, regions
         self.parent = regions._innermost
@@ -251,21 +251,42 @@ class _NotReentrant(_Reentrant):
         if regions is None:
             return _Reentrant.apply(function, preserve_rng_state, *args)
 
+        if not isinstance(regions, Regions):
+            return function(*args)
+
         @functools.wraps(function, updated=())
         def run(*args: Any) -> Any:  # also where another thread recomputes it
-            token = _following.set(regions)
-            try:
+            with _set(regions):
                 return function(*args)
-            finally:
-                _following.reset(token)
 
         return torch_checkpoint.checkpoint(run, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
 
-def _hook_of(frame: Any) -> saved_tensors_hooks:
+def _hook_of(frame: Any) -> AbstractContextManager:
     """Stands for torch's hooks of a region. A region within one that is recomputed ends with the recomputation."""
     regions = _following.get()
-    return _Hook(frame) if regions is None or regions._running else _Region(frame, regions)  # type: ignore[call-arg]
+    if regions is False:
+        return nullcontext()
+    if not isinstance(regions, Regions) or regions._running:
+        return _Hook(frame)  # type: ignore[call-arg]
+    return _Region(frame, regions)
+
+
+@contextmanager
+def not_checkpointed() -> Iterator[None]:
+    """Within this context, regions of activation checkpointing are computed and kept as any other layers."""
+    with _patched if _can_follow else nullcontext(), _set(False):
+        yield
+
+
+@contextmanager
+def _set(regions: Regions | bool) -> Iterator[None]:
+    before = _following.get()
+    _following.set(regions)
+    try:
+        yield
+    finally:
+        _following.set(before)
 
 
 def _captured(function: Callable, variable: str) -> Any:

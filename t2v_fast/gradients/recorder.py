@@ -26,8 +26,9 @@ from ..ops.asynchronous import to_device
 from ..ops.reference import accumulate_dtype
 from ..spans import backward_by_kind
 from .checkpointing import Regions
+from .compiled import eager, say_once
 from .factors import Called, Factors, Plan, Reuse, Summed, concatenated
-from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gradients
+from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gradients, onward
 from .ownership import dense
 from .parameters import FilterAxis, ParameterFilter, filter_axes_of, select_parameters
 from .refusals import random_layer, taps_of
@@ -137,11 +138,13 @@ class FisherRecorder:
                     "gradients do not pass through: remove the hook, or leave the parameter out with parameters=..."
                 )
         self._looked_for_random_layers = False
-        self.regions = self._contexts.enter_context(self.regions.followed())
         self._required = [(p, p.requires_grad) for p in self.model.parameters()]
         wanted = {id(p) for p in self.parameters.values()}
         for p, _ in self._required:
             p.requires_grad_(id(p) in wanted)
+        say_once(self.model)
+        self._contexts.enter_context(eager)
+        self.regions = self._contexts.enter_context(self.regions.followed())
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -388,7 +391,7 @@ class FisherRecorder:
                         whole = concatenated([factors for _, factors in found])
                     if whole is None:
                         p = self.parameters[name]
-                        parts = [(factors, _onward(use, p)) for use, factors in found]
+                        parts = [(factors, onward(use, p)) for use, factors in found]
                         whole = Summed(parts, tuple(p.shape), n, self.filter_axes[name])
                     use = replace(found[0][0], parameters=(name,))
                     self._add(use, whole, sums, weights, Reuse(reuse[use.node].cotangents))
@@ -478,24 +481,3 @@ class FisherRecorder:
                 list(sums.values()), [max(1, sizes[name]) / max(1, q.shape[1]) for name, q in sums.items()]
             )
         return sums
-
-
-def _onward(use: Use, parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
-    """The map from gradients [k, entries] of a node's input to those of a parameter that the input is computed from."""
-    if use.direct:
-        return lambda t: t
-
-    def pull(t: Tensor) -> Tensor:
-        child, number = use.node.next_functions[use.slot]
-        assert child is not None  # parameters enter this input
-        dtype = child._input_metadata[number].dtype
-        gradients = t.view(-1, *use.shape).to(dtype)
-        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        try:
-            (g,) = torch.autograd.grad([use.source], [parameter], [gradients], is_grads_batched=True, **options)
-        except (RuntimeError, NotImplementedError):  # a function that does not support batched gradients
-            each = [torch.autograd.grad([use.source], [parameter], [g], **options)[0] for g in gradients]
-            g = torch.stack([dense(part) for part in each])
-        return g.reshape(len(g), parameter.numel()).to(t.dtype)
-
-    return pull
