@@ -177,39 +177,22 @@ class Regions:
         return self._failure
 
 
-class _Region(_Hook):  # type: ignore[misc, valid-type]
-    """torch's hooks of one region, whose saved tensors are read through :class:`Regions`."""
+class _Region:
+    """One region, with what torch knows of it (its *frame*)."""
 
-    def __init__(self, frame: Any, regions: Regions) -> None:
-        super().__init__(frame)
-        unpack: Callable[[Any], Tensor] = self.unpack_hook  # type: ignore[has-type]
-        self.unpack_hook = lambda holder: regions._read(self, holder, unpack)
-        self.frame, self.regions = frame, regions
-        self.parent = regions._innermost
+    def __init__(self, frame: Any, parent: _Region | None) -> None:
+        self.frame, self.parent = frame, parent
         self.kept: dict[Any, Tensor] = {}  # what was read, while the region is held
         self.begin = self.end = 0  # the numbers of the first node, and of the first one after the region
         modes = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, FastLayers)]
         self._layers = modes[-1] if modes else None
 
-    def __enter__(self) -> _Region:
-        self.begin = torch.autograd._get_sequence_nr()
-        self.regions._innermost = self
-        super().__enter__()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        super().__exit__(*args)
-        self.regions._innermost = self.parent
-        self.end = torch.autograd._get_sequence_nr()
-        if self.parent is None:
-            self.regions._alive.add(self)
-
     @property
     def name(self) -> str:
         """The name of the function, or of the module's class."""
         function = _captured(self.frame.recompute_fn, "fn")
-        while isinstance(function, functools.partial):
-            function = function.func
+        while (inner := getattr(function, "func", None) or getattr(function, "__wrapped__", None)) is not None:
+            function = inner  # of a partial function, or of one with a decorator
         function = getattr(function, "__self__", function)  # the module of a method
         return getattr(function, "__qualname__", type(function).__name__)
 
@@ -242,6 +225,30 @@ class _Region(_Hook):  # type: ignore[misc, valid-type]
         return contexts
 
 
+class _RegionHook(_Hook):  # type: ignore[misc, valid-type]
+    """torch's hooks of a region, whose saved tensors are read through :class:`Regions`."""
+
+    def __init__(self, frame: Any, regions: Regions) -> None:
+        super().__init__(frame)
+        self.regions, self.region = regions, _Region(frame, regions._innermost)
+        # The graph keeps this function, which must not lead back to the graph, nor to itself.
+        region, unpack = self.region, self.unpack_hook  # type: ignore[has-type]
+        self.unpack_hook = lambda holder: regions._read(region, holder, unpack)
+
+    def __enter__(self) -> _RegionHook:
+        self.region.begin = torch.autograd._get_sequence_nr()
+        self.regions._innermost = self.region
+        super().__enter__()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        super().__exit__(*args)
+        self.regions._innermost = self.region.parent
+        self.region.end = torch.autograd._get_sequence_nr()
+        if self.region.parent is None:
+            self.regions._alive.add(self.region)
+
+
 class _NotReentrant(_Reentrant):
     """Stands for torch's reentrant checkpointing, where regions are followed."""
 
@@ -254,10 +261,14 @@ class _NotReentrant(_Reentrant):
         if not isinstance(regions, Regions):
             return function(*args)
 
+        # A tensor that is given twice is one tensor when the region runs again, too: attention looks at this.
+        places = {id(arg): k for k, arg in reversed(list(enumerate(args)))}
+        given = [places[id(arg)] for arg in args]
+
         @functools.wraps(function, updated=())
         def run(*args: Any) -> Any:  # also where another thread recomputes it
             with _set(regions):
-                return function(*args)
+                return function(*(args[k] for k in given))
 
         return torch_checkpoint.checkpoint(run, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
@@ -269,7 +280,7 @@ def _hook_of(frame: Any) -> AbstractContextManager:
         return nullcontext()
     if not isinstance(regions, Regions) or regions._running:
         return _Hook(frame)  # type: ignore[call-arg]
-    return _Region(frame, regions)
+    return _RegionHook(frame, regions)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+from torch.utils.checkpoint import CheckpointError
 
 from .owners import OWNERS, Interacting, Owned, Owner, RowLayout, Shape, Shared, Unknown
 from .ownership import LEAF, Ownership, dense
@@ -292,6 +293,11 @@ def backpropagate(
                 gradients = tuple(next(found) for _ in node._input_metadata)
                 if any(g is not None for g in gradients):
                     visit(node, gradients)
+    except CheckpointError as error:
+        raise UnsupportedError(
+            "activation checkpointing lets what the layers saw be read only once, because the forward pass did not run "
+            "in the thread and the context of the recorder: run it there, or switch checkpointing off"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
