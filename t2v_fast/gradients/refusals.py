@@ -15,8 +15,8 @@ from .graph import Taps, UnsupportedError, find_taps
 HIDING = {
     "CompiledFunctionBackward": "a compiled function hides its layers. Run the forward pass within the recorder's "
     "context, and call torch.compile before that; or pass the function as it was before it was compiled",
-    "CheckpointFunctionBackward": "activation checkpointing hides the layers, because it is not torch.utils.checkpoint, "
-    "or the forward pass did not run in the thread and the context of the recorder. Switch it off otherwise",
+    "CheckpointFunctionBackward": "activation checkpointing hides the layers. It is not torch.utils.checkpoint, or "
+    "the forward pass did not run in the thread and the context of the recorder. Switch it off otherwise",
     "RegisterPostBackwardFunctionBackward": "FSDP2 (fully_shard) gathers the parameters outside of the graph: pass the "
     "network before it is sharded",
 }

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..gradients.compiled import eager, named_modules, original, original_name
+from ..gradients.compiled import WRAPPED, eager, named_modules, original, original_name
 from .precision import dtype_of
 from .split_network import Cut
 
@@ -465,7 +465,11 @@ def _load_weights(probe: Probe, path: str | os.PathLike) -> None:
             f"{path} is no weights file: it holds {type(state).__name__}, expected a state dict of tensors"
         )
     wanted = {k: v for k, v in _state_of(probe.network).items() if not k.startswith(f"{probe.head}.")}
-    state = {k.removeprefix("module."): v for k, v in state.items()}
+    if any(WRAPPED in k.split(".") for k in wanted):  # the network has a module of this name
+        state = {k.removeprefix("module."): v for k, v in state.items()}
+    else:  # DataParallel and torch.compile add to the names
+        parts = {k: k.removeprefix("module.").split(".") for k in state}
+        state = {".".join(part for part in parts[k] if part != WRAPPED): v for k, v in state.items()}
     missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in wanted and not k.startswith(f"{probe.head}.")]
     wrong = [

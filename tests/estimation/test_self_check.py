@@ -438,7 +438,7 @@ def test_a_wrapper_is_another_network(checks: list[int]) -> None:
     assert_right(nn.DataParallel(model))
     assert fisher(torch.compile(model, backend="aot_eager"), X.split(3))
     assert_right(model)
-    assert checks == [3, 3, 3]
+    assert checks[:3] == [3, 3, 3]
 
 
 def test_the_memory_ends_with_the_network() -> None:

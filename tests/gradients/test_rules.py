@@ -448,7 +448,6 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 def test_layers_that_the_graph_hides_are_refused_by_name() -> None:
     torch.manual_seed(0)
-    x = torch.randn(3, 3, 6, 6)
 
     class Hidden(torch.autograd.Function):
         @staticmethod
