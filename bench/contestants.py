@@ -70,6 +70,12 @@ def step(model: nn.Module, x: Tensor, y: Tensor) -> None:
     torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), list(model.parameters()))
 
 
+def compiled_step(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """The same step of a network that torch.compile has compiled. An open recorder would run it as it is written."""
+    with torch.compiler.set_stance("default"):
+        step(model, x, y)
+
+
 def naive(model: nn.Module, x: Tensor, y: Tensor) -> Sums:
     """The batch-size-1 loop."""
     parameters = dict(model.named_parameters())
@@ -132,6 +138,7 @@ OWN = {
     "forward": Contestant(forward_only, target=NOTHING),
     "floor": Contestant(floor, target=NOTHING),
     "step": Contestant(step, target=NOTHING),
+    "step_compiled": Contestant(compiled_step, torch.compile, target=NOTHING),
     "fisher": _fused("empirical"),
     "fisher_bfloat16": _fused("empirical", dtype=torch.bfloat16),
     "fisher_exact": _fused("exact", target=FISHER),

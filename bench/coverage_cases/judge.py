@@ -425,11 +425,18 @@ def judge(case: Case) -> Verdict:
 
 
 def copied(question: Question, doubled: bool) -> nn.Module:
-    """A copy that the library does not see; a network that cannot be copied is made again."""
+    """A copy that the library does not see; a network that cannot be copied is made again.
+
+    It runs without activation checkpointing and torch.compile, which refuse some of the judge's backward passes.
+    """
     try:
-        return copy.deepcopy(question.network)
+        network = copy.deepcopy(question.network)
     except Exception:
-        return ask(question.case, doubled).network
+        network = ask(question.case, doubled).network
+    for module in network.modules():
+        if hasattr(module, "as_written"):
+            module.as_written = True
+    return network
 
 
 def _judge(case: Case, verdict: Verdict) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from .case import COUPLED, EXACT, RANDOM, Case, Inputs, Made
 
@@ -1452,34 +1452,49 @@ def hooked(network: nn.Module) -> nn.Module:
 HIDING = r"checkpoint|compile|hid|custom function|custom autograd"
 
 
-@case("checkpointing, not reentrant", may_refuse=HIDING)
+class Checkpointed(Function):
+    """A network that runs ``run(function, x)`` for each of its two regions; the judge's own copy runs without it."""
+
+    def __init__(self, run: Callable[[Callable, Tensor], Tensor]) -> None:
+        super().__init__(lambda self, x: self.run_all(x), zero=nn.Linear(5, 5), **two_layers())
+        self.run, self.as_written = run, False
+
+    def run_all(self, x: Tensor) -> Tensor:
+        run = (lambda function, x: function(x)) if self.as_written else self.run
+        x = run(lambda x: self.one(x.sin()).tanh(), self.zero(x))
+        return run(lambda x: self.two(x).sin(), x).exp()
+
+
+def once(reentrant: bool, **options: Any) -> Callable[[Callable, Tensor], Tensor]:
+    return lambda function, x: checkpoint(function, x, use_reentrant=reentrant, **options)
+
+
+KEPT = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+for _name, _run in {
+    "not reentrant": once(False),
+    "reentrant": once(True),
+    "not reentrant, to the end of each region": once(False, early_stop=False),
+    "selective": once(False, context_fn=KEPT),
+    "one region within another": lambda function, x: checkpoint(once(True), function, x, use_reentrant=False),
+}.items():
+    case(f"checkpointing, {_name}")(lambda run=_run: (Checkpointed(run), rows(5)))
+
+
+@case("torch.compile", vary=False)
 def _() -> Made:
-    return Function(
-        lambda self, x: self.two(checkpoint(self.one, x, use_reentrant=False).tanh()), **two_layers()
-    ), rows(5)
+    return Function(lambda self, x: compiled(self, x), inner=small(), as_written=False), rows(5)
 
 
-@case("checkpointing, reentrant", "the layers are hidden in the checkpoint's own node", message=HIDING)
+@case("torch.compile in place", vary=False)
 def _() -> Made:
-    def forward(self: Function, x: Tensor) -> Tensor:
-        x = self.zero(x)
-        return self.two(checkpoint(self.one, x, use_reentrant=True).tanh())
-
-    return Function(forward, zero=nn.Linear(5, 5), **two_layers()), rows(5)
-
-
-@case(
-    "torch.compile",
-    "the layers are hidden in the compiled graph's node",
-    message=HIDING,
-    vary=False,
-    ways=("recorder",),
-)
-def _() -> Made:
-    return Function(lambda self, x: compiled(self, x), inner=small()), rows(5)
+    network = small()
+    network.compile(backend="aot_eager")
+    return Function(lambda self, x: self.inner(x), inner=network), rows(5)
 
 
 def compiled(self: Function, x: Tensor) -> Tensor:
+    if self.as_written:
+        return self.inner(x)
     if "_compiled" not in self.__dict__:
         self.__dict__["_compiled"] = torch.compile(self.inner, backend="aot_eager")
     return self.__dict__["_compiled"](x)

@@ -14,7 +14,10 @@ import pytest
 
 from bench import harness
 
-CONTESTANTS = ("forward", "floor", "step", "fisher", "fisher_bfloat16", "vmap", "backpack", "backpack_save_memory")
+CONTESTANTS = (
+    *("forward", "floor", "step", "step_compiled", "fisher", "fisher_bfloat16", "vmap", "backpack"),
+    "backpack_save_memory",
+)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process's memory")

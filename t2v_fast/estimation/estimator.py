@@ -301,11 +301,12 @@ class _Estimate:
         )[0]
         total = draws.weights.sum() if tokens is None else (draws.weights * tokens).sum()
         u = u * to_device((draws.weights / total).to(u.dtype), u.device).view(-1, *(1,) * (u.dim() - 1))
-        fix_batch_norm_gradients(nodes_of(batch.logits))
         parameters = self.recorder.parameters
-        gradients = torch.autograd.grad(
-            [batch.logits], list(parameters.values()), [u], allow_unused=True, materialize_grads=True
-        )
+        with self.recorder.regions.reading():
+            fix_batch_norm_gradients(nodes_of(batch.logits))
+            gradients = torch.autograd.grad(
+                [batch.logits], list(parameters.values()), [u], allow_unused=True, materialize_grads=True
+            )
         return {name: self.recorder.reduce(name, g.detach()) for name, g in zip(parameters, gradients, strict=True)}
 
     def _accumulate(self, values: dict[str, Tensor], draws: Draws, tokens: Tensor | None) -> None:

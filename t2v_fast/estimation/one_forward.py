@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..gradients.checkpointing import Regions
 from ..gradients.graph import VIEWS
 from ..gradients.ownership import nodes_of
 from ..gradients.recorder import FisherRecorder, ParameterFilter
@@ -123,7 +124,7 @@ class OneForward:
         """
         left: float = self._budget
         for inputs, features in self._passes(loader):
-            left -= graph_bytes(features) + inputs.numel() * inputs.element_size()
+            left -= graph_bytes(features, self._recorder.regions) + inputs.numel() * inputs.element_size()
             if left < 0 or self._written:
                 left = -math.inf  # no later batch either, so that the kept examples are the first ones
             else:
@@ -297,14 +298,19 @@ def _run(network: nn.Module, inputs: Tensor) -> Tensor:
     return network(inputs)
 
 
-def graph_bytes(output: Tensor) -> int:
+def graph_bytes(output: Tensor, regions: Regions | None = None) -> int:
     """Estimate the memory that the graph of ``output`` keeps: the outputs of all nodes that are not views.
 
-    The estimate is high. It counts the outputs that no node saves, and layers that work in place twice.
+    The estimate is high. It counts the outputs that no node saves, and layers that work in place twice. Of a
+    checkpointed region, it counts what is used outside.
     """
-    total = 0
-    for node in nodes_of(output):
-        if node.name() not in VIEWS and node.next_functions:
+    region_of = (regions or Regions()).region_of()
+    total, nodes = 0, nodes_of(output)
+    inside = {node: region for node in nodes if (region := region_of(node)) is not None}
+    edges = [(node, child) for node in nodes for child, _ in node.next_functions if child is not None]
+    used_outside = {child for node, child in edges if inside.get(child) is not inside.get(node)}
+    for node in nodes:
+        if node.name() not in VIEWS and node.next_functions and (node not in inside or node in used_outside):
             total += sum(math.prod(of.shape) * of.dtype.itemsize for of in node._input_metadata)
     return total
 

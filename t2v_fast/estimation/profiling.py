@@ -320,7 +320,8 @@ class _Rounds:
         """Run one forward pass and as many backward passes as the Fisher has, without weight gradients."""
         start, count = time.perf_counter(), self.cotangents
         logits = self.logits()
-        taps = taps_of(logits, self.recorder.parameters)
+        with self.recorder.regions.reading():
+            taps = taps_of(logits, self.recorder.parameters)
         for k in range(count):
             backpropagate(logits, torch.ones_like(logits), taps, lambda node, g: None, retain_graph=k + 1 < count)
         self.seconds["floor"].append(time.perf_counter() - start)

@@ -30,8 +30,6 @@ differently in a later batch of the same call as well; there, too, only the exam
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +42,7 @@ from ..gradients import network_state
 from ..gradients.fast_forward import FastNetwork
 from ..gradients.graph import fix_batch_norm_gradients
 from ..gradients.ownership import dense, nodes_of
+from ..gradients.random_state import random_state
 from ..gradients.recorder import FisherRecorder
 from ..gradients.rules import RULES
 from ..ops import planner
@@ -117,9 +116,9 @@ class SelfCheck:
         if not self._looked:  # before the network runs, which may change its attributes
             self._looked = True
             self._network = network_state.signature_of(self.recorder.model, *_call_of(self.recorder, self._forward))
-        before = _random_state()
+        before = random_state()
         output = self._forward(self.recorder.model, inputs)
-        self._drew = before != _random_state()
+        self._drew = before != random_state()
         return output
 
     def batch(self, inputs: Any, logits: Tensor) -> None:
@@ -267,7 +266,8 @@ class SelfCheck:
                 if alone.shape[1:] != logits.shape[1:] or not alone.requires_grad:
                     wrong = "another graph"
                     continue
-                fix_batch_norm_gradients(nodes_of(alone))
+                with recorder.regions.reading():
+                    fix_batch_norm_gradients(nodes_of(alone))
                 direction = torch.zeros_like(alone)
                 direction[own] = cotangent[row]
                 self._add_plain(want, k, alone, direction, own)
@@ -275,7 +275,8 @@ class SelfCheck:
         if got and (n == 1 or wrong is not None):
             want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
             for k, row in enumerate(rows):
-                self._add_plain(want, k, logits, cotangent, row)
+                with recorder.regions.reading():  # the graph serves several passes
+                    self._add_plain(want, k, logits, cotangent, row)
             if (wrong := self._wrong(got, want, logits)) is not None:
                 raise SelfCheckError(wrong)
 
@@ -379,14 +380,3 @@ def _coarsest(recorder: FisherRecorder, logits: Tensor) -> torch.dtype:
     found = {p.dtype for p in recorder.parameters.values()}
     found |= {of.dtype for node in nodes_of(logits) for of in node._input_metadata}
     return max((d for d in found if d in SELF_CHECK_TOLERANCE), key=lambda d: torch.finfo(d).eps)
-
-
-def _random_state() -> tuple:
-    """The states of the generators that a network may draw random numbers from: torch's, Python's and NumPy's."""
-    states: list[object] = [torch.get_rng_state().numpy().tobytes(), random.getstate()]
-    if (numpy_random := sys.modules.get("numpy.random")) is not None:
-        _, keys, *rest = numpy_random.get_state()
-        states += [keys.tobytes(), *rest]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states += [g.get_offset() for g in torch.cuda.default_generators]
-    return tuple(states)

@@ -24,6 +24,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+from ..gradients.checkpointing import not_checkpointed
+from ..gradients.compiled import eager, named_parameters, original_name
+
 # Functions whose second argument is a weight with filters along its first axis, and the axis of their channels.
 _LAYERS: dict[Callable, int | None] = {F.linear: None, F.conv1d: 1, F.conv2d: 1, F.conv3d: 1}
 # Added to squared inputs, as in Task2Vec's public code, so that a filter without input has noise too.
@@ -205,9 +208,10 @@ def variational_fisher(
         ValueError: An argument is not valid, no linear layer or convolution uses one of the weights, an epoch has no
             example, or the loss is not finite.
     """
-    head, named = list(head), dict(model.named_parameters())
+    head, named = list(head), dict(named_parameters(model))
     if parameters is None:
         parameters = [k for k, p in named.items() if p.dim() > 1 and all(p is not q for q in head)]
+    parameters = [original_name(model, name) for name in parameters]
     if missing := [name for name in parameters if name not in named]:
         raise ValueError(f"the model has no parameter {missing[0]!r}")
     noise = WeightNoise({name: named[name] for name in parameters}, generator)
@@ -238,7 +242,7 @@ def learn_variances(
         groups.append({"params": head, "lr": head_learning_rate})
     optimizer = torch.optim.Adam(groups, lr=learning_rate)
     losses, seen = [], 0
-    with _only(model, head):
+    with _only(model, head), eager, not_checkpointed():  # noise is drawn anew where a layer runs again
         for epoch in range(epochs):
             total, seen = 0.0, 0
             for x, y in tqdm(batches(epoch), desc=f"variances, epoch {epoch + 1}", disable=not progress, leave=False):

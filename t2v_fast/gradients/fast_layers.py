@@ -346,8 +346,12 @@ class FastLayers(TorchFunctionMode):
         return F.conv2d in self._faster
 
     def __enter__(self) -> FastLayers:
-        self._in_place.clear()
+        self.forget()
         return super().__enter__()
+
+    def forget(self) -> None:
+        """Forget the in-place outputs of the last forward pass, so that their memory is free."""
+        self._in_place.clear()
 
     def overwritten(self) -> bool:
         """Whether the network wrote over an output of :class:`InPlaceHardtanh`, which the backward pass would read.
@@ -355,7 +359,7 @@ class FastLayers(TorchFunctionMode):
         If so, the context uses torch's own layer from now on, and the forward pass must be run again.
         """
         changed = any(t._version != version for t, version in self._in_place)
-        self._in_place.clear()
+        self.forget()
         if changed:
             del self._faster[F.hardtanh]
         return changed

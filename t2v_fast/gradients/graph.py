@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils.checkpoint import CheckpointError
 
 from .owners import OWNERS, Interacting, Owned, Owner, RowLayout, Shape, Shared, Unknown
-from .ownership import LEAF, Ownership
+from .ownership import LEAF, Ownership, dense
 from .transfers import ELEMENTWISE, input_shape, kind_of
 
 
@@ -295,7 +295,8 @@ def backpropagate(
                     visit(node, gradients)
     except CheckpointError as error:
         raise UnsupportedError(
-            "activation checkpointing recomputes what the layers saw, and lets it be read only once: switch it off"
+            "activation checkpointing lets what the layers saw be read only once, because the forward pass did not run "
+            "in the thread and the context of the recorder: run it there, or switch checkpointing off"
         ) from error
     finally:
         for handle in handles:
@@ -315,16 +316,37 @@ def fix_batch_norm_gradients(nodes: Iterable[Node]) -> None:
         metadata = node._input_metadata[0]
         if metadata.device.type != "cpu" or len(metadata.shape) != 4 or metadata.shape[0] != 1:
             continue
-        node.register_prehook(partial(_in_format_of, node._saved_input))
+        x = node._saved_input
+        last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        node.register_prehook(partial(_in_format, torch.channels_last if last else torch.contiguous_format))
 
 
-def _in_format_of(x: Tensor, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients, the first of them in the memory format of ``x``."""
+def _in_format(wanted: torch.memory_format, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients, the first of them in the wanted memory format."""
     if gradients[0] is None:
         return gradients
-    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    wanted = torch.channels_last if last else torch.contiguous_format
     return gradients[0].contiguous(memory_format=wanted), *gradients[1:]
+
+
+def onward(use: Use, parameter: Tensor) -> Callable[[Tensor], Tensor]:
+    """The map from gradients [k, entries] of a node's input to those of a parameter that the input is computed from."""
+    if use.direct:
+        return lambda t: t
+
+    def pull(t: Tensor) -> Tensor:
+        child, number = use.node.next_functions[use.slot]
+        assert child is not None  # parameters enter this input
+        dtype = child._input_metadata[number].dtype
+        gradients = t.view(-1, *use.shape).to(dtype)
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        try:
+            (g,) = torch.autograd.grad([use.source], [parameter], [gradients], is_grads_batched=True, **options)
+        except (RuntimeError, NotImplementedError):  # a function that does not support batched gradients
+            each = [torch.autograd.grad([use.source], [parameter], [g], **options)[0] for g in gradients]
+            g = torch.stack([dense(part) for part in each])
+        return g.reshape(len(g), parameter.numel()).to(t.dtype)
+
+    return pull
 
 
 # ---- names of autograd nodes

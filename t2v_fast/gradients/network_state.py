@@ -39,6 +39,9 @@ _PLAIN = frozenset(
     {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format}
 )
 _CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set, frozenset})
+# What torch.compile keeps in a module, and in one that it wraps around another. The network runs without it.
+_COMPILED = frozenset({"_compiled_call_impl"})
+_WRAPPER = _COMPILED | {"dynamo_ctx", "forward", "_forward", "_torchdynamo_orig_callable", "get_compiler_config"}
 _METHODS = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
 
 
@@ -82,6 +85,14 @@ class NetworkState:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: dict[Signature, Any] = {}
+        self._met: set[str] = set()
+
+    def is_first(self, what: str) -> bool:
+        """Whether something is met for the first time with this network."""
+        with self._lock:
+            first = what not in self._met
+            self._met.add(what)
+            return first
 
     def get(self, signature: Signature | None) -> Any:
         """The value that was kept for an equal signature; None if there is none."""
@@ -220,7 +231,10 @@ class _Reader:
                 continue
             self._looked.add(id(module))
             self._class(type(module))
+            left_out = _WRAPPER if "dynamo_ctx" in vars(module) else _COMPILED
             for key, value in vars(module).items():
+                if key in left_out:
+                    continue
                 if key in ("_parameters", "_buffers"):
                     for name, t in value.items():
                         self.tokens.append(name)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
+from .compiled import named_parameters, original_name
+
 ParameterFilter = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 FilterAxis = Mapping[str, int] | Callable[[str, nn.Parameter], int] | None
 
@@ -20,7 +22,8 @@ def select_parameters(model: nn.Module, parameters: ParameterFilter = None) -> d
 
     Returns:
         The parameters by name, in the order of the given names, otherwise in the model's order. A parameter that
-        several layers share appears once, under its first name.
+        several layers share appears once, under its first name. The names are those without torch.compile; the given
+        ones may be either.
 
     Raises:
         ValueError: The model has no floating-point parameter of a given name, or no parameter is left.
@@ -30,7 +33,7 @@ def select_parameters(model: nn.Module, parameters: ParameterFilter = None) -> d
         >>> list(select_parameters(network, lambda name, p: p.dim() > 1))
         ['0.weight', '2.weight']
     """
-    everything = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    everything = {name: p for name, p in named_parameters(model) if p.is_floating_point()}
     if isinstance(parameters, str):
         raise ValueError(f"parameters is the string {parameters!r}, expected a list of names: [{parameters!r}]")
     if parameters is None:
@@ -38,7 +41,7 @@ def select_parameters(model: nn.Module, parameters: ParameterFilter = None) -> d
     elif callable(parameters):
         chosen = {name: p for name, p in everything.items() if parameters(name, p)}
     else:
-        names = list(parameters)
+        names = [original_name(model, name) for name in parameters]
         unknown = [name for name in names if name not in everything]
         if unknown:
             raise ValueError(

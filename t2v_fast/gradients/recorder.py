@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import accumulate
 from types import TracebackType
@@ -24,8 +25,10 @@ from torch.autograd.graph import Node
 from ..ops.asynchronous import to_device
 from ..ops.reference import accumulate_dtype
 from ..spans import backward_by_kind
+from .checkpointing import Regions
+from .compiled import eager, say_once
 from .factors import Called, Factors, Plan, Reuse, Summed, concatenated
-from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gradients
+from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gradients, onward
 from .ownership import dense
 from .parameters import FilterAxis, ParameterFilter, filter_axes_of, select_parameters
 from .refusals import random_layer, taps_of
@@ -74,6 +77,7 @@ class FisherRecorder:
         skipped: Parameters that ``unsupported="skip"`` left out of the last result.
         verified: Whether the caller runs examples alone to verify that they do not interact, as
             :func:`t2v_fast.fisher` does. Owners are then found entry by entry, as with ``unsupported="exact"``.
+        regions: The regions of activation checkpointing in the forward passes.
         observer: Called after each op with the use, its factors, the number of cotangents, and the times in seconds at
             which the op began and ended.
 
@@ -117,6 +121,8 @@ class FisherRecorder:
         self.skipped: frozenset[str] = frozenset()
         self.verified = False
         self.observer: Callable[[Use, Factors, int, float, float], None] | None = None
+        self.regions = Regions()
+        self._contexts = ExitStack()
         self._plans: dict[tuple[str, int], Plan] = {}  # of the layers, by the first parameter and input
         self._reported: set[str] = set()  # parameters whose slower route was logged
         self._looked_for_random_layers = False  # since the context was entered
@@ -136,6 +142,9 @@ class FisherRecorder:
         wanted = {id(p) for p in self.parameters.values()}
         for p, _ in self._required:
             p.requires_grad_(id(p) in wanted)
+        say_once(self.model)
+        self._contexts.enter_context(eager)
+        self.regions = self._contexts.enter_context(self.regions.followed())
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -143,6 +152,7 @@ class FisherRecorder:
         for p, required in self._required:
             p.requires_grad_(required)
         self._required = None
+        self._contexts.close()
 
     def backward(
         self, output: Tensor, cotangents: Tensor, weights: Tensor | None = None, retain_graph: bool = False
@@ -223,7 +233,8 @@ class FisherRecorder:
         Raises:
             UnsupportedError: There is no exact answer for a parameter.
         """
-        routes_of(self._taps(output), self.unsupported, self._reported)
+        with self.regions.reading():
+            routes_of(self._taps(output), self.unsupported, self._reported)
 
     def reduce(self, name: str, gradient: Tensor) -> Tensor:
         """Square one gradient of a parameter, and take means at the recorder's granularity.
@@ -265,9 +276,10 @@ class FisherRecorder:
         single = torch.zeros_like(cotangent)
         single[example] = cotangent[example]
         wanted = [self.parameters[name] for name in names]
-        gradients = torch.autograd.grad(
-            [output], wanted, [single], retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+        with self.regions.reading():
+            gradients = torch.autograd.grad(
+                [output], wanted, [single], retain_graph=True, allow_unused=True, materialize_grads=True
+            )
         return {name: dense(g) for name, g in zip(names, gradients, strict=True)}
 
     def _backward(
@@ -298,21 +310,23 @@ class FisherRecorder:
             raise ValueError(
                 "the output has no autograd graph: run the forward inside the recorder, with gradients enabled"
             )
-        taps = self._taps(output)
-        fix_batch_norm_gradients(taps.order)
-        routes = routes_of(taps, self.unsupported, self._reported)
-        tapped = taps.of(routes.single | routes.summed)
+        with self.regions.reading():
+            taps = self._taps(output)
+            fix_batch_norm_gradients(taps.order)
+            routes = routes_of(taps, self.unsupported, self._reported)
+            tapped = taps.of(routes.single | routes.summed)
+            called = not all(map(has_rule, tapped))
         self.unused, self.skipped = taps.unused, routes.skipped
         sums: dict[str, Tensor] = {}
         w = torch.ones(n) if weights is None else to_device(weights, output.device)
         reuse = {node: self._reuse(len(cotangents), uses, routes) for node, uses in tapped.uses.items()}
-        called = not all(map(has_rule, tapped))
         ends = set(accumulate(groups))
         first = 0
         for k, cotangent in enumerate(cotangents, 1):
             more = retain_graph or bool(routes.plain) or called or k < len(cotangents)
             if tapped.uses:
-                self._pass(output, cotangent, tapped, routes, sums, w, reuse, more)
+                with self.regions.reading():
+                    self._pass(output, cotangent, tapped, routes, sums, w, reuse, more)
             if k in ends:
                 if routes.plain:
                     sums |= self._one_by_one(output, cotangents[first:k], routes.plain, w)
@@ -377,7 +391,7 @@ class FisherRecorder:
                         whole = concatenated([factors for _, factors in found])
                     if whole is None:
                         p = self.parameters[name]
-                        parts = [(factors, _onward(use, p)) for use, factors in found]
+                        parts = [(factors, onward(use, p)) for use, factors in found]
                         whole = Summed(parts, tuple(p.shape), n, self.filter_axes[name])
                     use = replace(found[0][0], parameters=(name,))
                     self._add(use, whole, sums, weights, Reuse(reuse[use.node].cotangents))
@@ -467,24 +481,3 @@ class FisherRecorder:
                 list(sums.values()), [max(1, sizes[name]) / max(1, q.shape[1]) for name, q in sums.items()]
             )
         return sums
-
-
-def _onward(use: Use, parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
-    """The map from gradients [k, entries] of a node's input to those of a parameter that the input is computed from."""
-    if use.direct:
-        return lambda t: t
-
-    def pull(t: Tensor) -> Tensor:
-        child, number = use.node.next_functions[use.slot]
-        assert child is not None  # parameters enter this input
-        dtype = child._input_metadata[number].dtype
-        gradients = t.view(-1, *use.shape).to(dtype)
-        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        try:
-            (g,) = torch.autograd.grad([use.source], [parameter], [gradients], is_grads_batched=True, **options)
-        except (RuntimeError, NotImplementedError):  # a function that does not support batched gradients
-            each = [torch.autograd.grad([use.source], [parameter], [g], **options)[0] for g in gradients]
-            g = torch.stack([dense(part) for part in each])
-        return g.reshape(len(g), parameter.numel()).to(t.dtype)
-
-    return pull

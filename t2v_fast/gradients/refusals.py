@@ -13,8 +13,10 @@ from .graph import Taps, UnsupportedError, find_taps
 
 # Nodes that hide the parameters used behind them from the graph, and what the user can do.
 HIDING = {
-    "CompiledFunctionBackward": "torch.compile hides the layers: pass the module that was compiled (its _orig_mod)",
-    "CheckpointFunctionBackward": "activation checkpointing hides the layers: switch it off",
+    "CompiledFunctionBackward": "a compiled function hides its layers. Run the forward pass within the recorder's "
+    "context, and call torch.compile before that; or pass the function as it was before it was compiled",
+    "CheckpointFunctionBackward": "activation checkpointing hides the layers. It is not torch.utils.checkpoint, or "
+    "the forward pass did not run in the thread and the context of the recorder. Switch it off otherwise",
     "RegisterPostBackwardFunctionBackward": "FSDP2 (fully_shard) gathers the parameters outside of the graph: pass the "
     "network before it is sharded",
 }

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..gradients.compiled import WRAPPED, eager, named_modules, original, original_name
 from .precision import dtype_of
 from .split_network import Cut
 
@@ -151,7 +152,8 @@ class Probe:
     """A network in evaluation mode whose last layer, the head, is linear. Each task puts its own head there.
 
     Args:
-        network: the network, which is switched to evaluation mode.
+        network: the network, which is switched to evaluation mode. What torch.compile has compiled runs without it, so
+            that a probe gives the same numbers either way.
         head: the name of the head in the network; by default it is found by running an image through the network.
         preprocessing: how images are prepared, as the network was trained.
         name: the probe's name in fingerprints, by default the network's class.
@@ -172,7 +174,7 @@ class Probe:
         preprocessing: Preprocessing | None = None,
         name: str | None = None,
     ) -> None:
-        self.network = network.eval()
+        self.network = network = original(network).eval()
         self.preprocessing = preprocessing or Preprocessing()
         self.name = name or type(network).__name__
         self.head = _find_head(self.network, self.preprocessing.crop, head)
@@ -194,14 +196,18 @@ class Probe:
         example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
         example = example.to(next(self.network.parameters()).device, dtype_of(self.network))
         probe = copy.copy(self)
-        probe.cut = Cut(self.network, layers, example)
+        with eager:
+            probe.cut = Cut(self.network, layers, example)
         if not probe.embedding_parameters():
             raise ValueError(f"no layer is left behind {probe.cut.name!r}: skip fewer")
         return probe
 
     def at_cut(self, images: Tensor) -> Tensor:
         """The input of :meth:`features` and of the network with a head: images, or the output of the skipped layers."""
-        return images if self.cut is None else self.cut.features(self.network, images)
+        if self.cut is None:
+            return images
+        with eager:
+            return self.cut.features(self.network, images)
 
     @contextmanager
     def with_head(self, head: nn.Module) -> Iterator[nn.Module]:
@@ -209,7 +215,7 @@ class Probe:
         own = self.network.get_submodule(self.head)
         self.network.set_submodule(self.head, head.eval())
         try:
-            with nullcontext() if self.cut is None else self.cut.first(self.network):
+            with eager, nullcontext() if self.cut is None else self.cut.first(self.network):
                 yield self.network
         finally:
             self.network.set_submodule(self.head, own)
@@ -232,7 +238,7 @@ class Probe:
         """
         head = self.network.get_submodule(self.head).weight
         names, seen = [], {id(head)}
-        for name, module in self.network.named_modules():
+        for name, module in named_modules(self.network).items():
             weight = module._parameters.get("weight")
             key = f"{name}.weight" if name else "weight"
             if weight is not None and weight.is_floating_point() and id(weight) not in seen:
@@ -245,9 +251,14 @@ class Probe:
         """The SHA-256 of all weights and buffers but the head's, the same on every device and in every process."""
         if self._fingerprint is None:
             self._fingerprint = digest_of(
-                {key: v for key, v in self.network.state_dict().items() if not key.startswith(f"{self.head}.")}
+                {key: v for key, v in _state_of(self.network).items() if not key.startswith(f"{self.head}.")}
             )
         return self._fingerprint
+
+
+def _state_of(network: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers, by the names that they have without torch.compile."""
+    return {original_name(network, key): value for key, value in network.state_dict().items()}
 
 
 def _version(output: Any) -> int:
@@ -256,7 +267,7 @@ def _version(output: Any) -> int:
 
 def _find_head(network: nn.Module, size: int, name: str | None) -> str:
     """Find the linear layer whose output is the network's, or check that ``name`` is that layer; else ValueError."""
-    leaves = {key: m for key, m in network.named_modules() if not list(m.children())}
+    leaves = {key: m for key, m in named_modules(network).items() if not list(m.children())}
     linear = ", ".join(key for key, m in leaves.items() if isinstance(m, nn.Linear)) or "none"
     if name is not None and not isinstance(leaves.get(name), nn.Linear):
         kind = type(leaves[name]).__name__ if name in leaves else "no layer of the network"
@@ -268,7 +279,7 @@ def _find_head(network: nn.Module, size: int, name: str | None) -> str:
     ]
     parameter = next(network.parameters(), torch.empty(0))
     try:
-        with torch.no_grad():
+        with eager, torch.no_grad():
             result = network(torch.zeros(1, 3, size, size, dtype=dtype_of(network), device=parameter.device))
     finally:
         for handle in handles:
@@ -453,8 +464,12 @@ def _load_weights(probe: Probe, path: str | os.PathLike) -> None:
         raise ValueError(
             f"{path} is no weights file: it holds {type(state).__name__}, expected a state dict of tensors"
         )
-    wanted = {k: v for k, v in probe.network.state_dict().items() if not k.startswith(f"{probe.head}.")}
-    state = {k.removeprefix("module."): v for k, v in state.items()}
+    wanted = {k: v for k, v in _state_of(probe.network).items() if not k.startswith(f"{probe.head}.")}
+    if any(WRAPPED in k.split(".") for k in wanted):  # the network has a module of this name
+        state = {k.removeprefix("module."): v for k, v in state.items()}
+    else:  # DataParallel and torch.compile add to the names
+        parts = {k: k.removeprefix("module.").split(".") for k in state}
+        state = {".".join(part for part in parts[k] if part != WRAPPED): v for k, v in state.items()}
     missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in wanted and not k.startswith(f"{probe.head}.")]
     wrong = [
@@ -466,4 +481,5 @@ def _load_weights(probe: Probe, path: str | os.PathLike) -> None:
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise ValueError(f"{path} does not fit {probe.name!r}: it {problem} {', '.join(keys[:3])}{more}")
-    probe.network.load_state_dict({k: state[k] for k in wanted if k in state}, strict=False)
+    own = {original_name(probe.network, key): key for key in probe.network.state_dict()}
+    probe.network.load_state_dict({own[k]: state[k] for k in wanted if k in state}, strict=False)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..files import write_atomically
+from ..gradients.compiled import named_modules, original_name
 
 
 class _Reached(BaseException):
@@ -38,7 +39,7 @@ class Cut:
         runs: list[tuple[str, Any]] = []  # every call of a module, in the order in which the calls ended
         handles = [
             module.register_forward_hook(lambda m, i, output, key=key: runs.append((key, output)))
-            for key, module in network.named_modules()
+            for key, module in named_modules(network).items()
             if key
         ]
         try:
@@ -69,7 +70,7 @@ class Cut:
         below = {self.name, *outputs}
         self.below = frozenset(
             name
-            for name, _ in network.named_parameters(remove_duplicate=False)
+            for name in (original_name(network, key) for key, _ in network.named_parameters(remove_duplicate=False))
             if any(name.startswith(f"{key}.") for key in below)
         )
         with torch.no_grad():

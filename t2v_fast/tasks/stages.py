@@ -21,6 +21,7 @@ from ..estimation.label_sets import Heads, LabelSet, fisher_of_label_sets
 from ..estimation.moments import NamedMoments
 from ..estimation.one_forward import FeatureTap, one_forward
 from ..estimation.variational import RobustFisher, variational_fisher
+from ..gradients.compiled import named_parameters
 from ..gradients.fast_forward import fast_forward
 from .cache import ImageCache
 from .data import TASK_TYPES, DataError, TaskData, balanced_weights
@@ -301,7 +302,7 @@ class Stages:
 
         linear = run.fit.linear.to(self.device, dtype_of(self.probe.network))
         with self.probe.with_head(linear) as network:
-            named = dict(network.named_parameters())
+            named = dict(named_parameters(network))
             return variational_fisher(
                 network,
                 batches,

@@ -292,7 +292,7 @@ MUTATIONS = [
     ),
     Mutation(
         "what flows on through a transformation doubled",
-        function(t2v_fast.gradients.recorder, "_onward", onward_doubled),
+        function(t2v_fast.gradients.recorder, "onward", onward_doubled),
         case("parameters/weight_norm", unsupported="exact"),
         SELF_CHECK,
     ),
@@ -376,7 +376,7 @@ MUTATIONS = [
     ),
     Mutation(
         "random numbers that are not noticed",
-        function(t2v_fast.estimation.self_check, "_random_state", lambda real: lambda: ()),
+        function(t2v_fast.estimation.self_check, "random_state", lambda real: lambda: ()),
         case(extra=RANDOM["skipped_by_torch/0.01"], recorder=False),
         UNSEEN,
     ),

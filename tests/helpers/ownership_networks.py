@@ -278,8 +278,13 @@ class Outcome:
         (self.refused if ours else self.crashed).append(text)
 
 
-def examine(recipe: Recipe, model: nn.Module | None = None, recorder: bool = True) -> Outcome:
-    """Run the recorder and fisher() over the recipe's batches, and compare with plain autograd."""
+def examine(
+    recipe: Recipe, model: nn.Module | None = None, recorder: bool = True, plain: nn.Module | None = None
+) -> Outcome:
+    """Run the recorder and fisher() over the recipe's batches, and compare with plain autograd.
+
+    ``plain`` is the network of plain autograd where it is another one.
+    """
     model = Network(recipe) if model is None else model
     batches = batches_of(recipe)
     g = torch.Generator().manual_seed(recipe.seed + 1)
@@ -291,9 +296,9 @@ def examine(recipe: Recipe, model: nn.Module | None = None, recorder: bool = Tru
     cotangents = [torch.randn((1 + recipe.seed % 2, *s), generator=g, dtype=torch.float64) for s in shapes]
     labels = [torch.randint(0, CLASSES, s[:-1], generator=g) for s in shapes]
     weights = [torch.rand(s[0], generator=g, dtype=torch.float64) + 0.1 for s in shapes]
-    truth = truth_of(model, recipe, batches, cotangents, labels)
+    truth = truth_of(model if plain is None else plain, recipe, batches, cotangents, labels)
     with torch.no_grad():
-        check = copy.deepcopy(model)
+        check = copy.deepcopy(model if plain is None else plain)
         with torch.enable_grad():
             together = [check(**batch).detach() for batch in batches]
     outcome.unsound = any(

@@ -176,7 +176,9 @@ def test_weights_from_files(tmp_path: Path) -> None:
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "checkpoint.pt")
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
     torch.save({**state, "_fc.weight": torch.zeros(3, 1280), "_fc.bias": torch.zeros(3)}, tmp_path / "head.pt")
-    for file in ("w.pt", "checkpoint.pt", "w.safetensors", "head.pt"):
+    torch.save({f"_orig_mod.{k}": v for k, v in state.items()}, tmp_path / "compiled.pt")
+    torch.save({f"module._orig_mod.{k}": v for k, v in state.items()}, tmp_path / "both.pt")
+    for file in ("w.pt", "checkpoint.pt", "w.safetensors", "head.pt", "compiled.pt", "both.pt"):
         assert load_probe(weights=tmp_path / file).fingerprint() == packaged.fingerprint(), file
 
 
