@@ -175,6 +175,8 @@ class Ownership:
                     return Interacting(USED_BOTH_WAYS)
                 if bad:
                     return SHARED if kind is Shared else bad[0]
+        if name == PASSING:
+            return [outputs.get(number) for number in range(len(node.next_functions))]
         if self.n == 1:
             return first
         kind = kind_of(name)
@@ -200,6 +202,8 @@ class Ownership:
 
 
 LEAF = "torch::autograd::AccumulateGrad"
+# FSDP2's mark at the inputs of a module, which passes each cotangent on.
+PASSING = "RegisterPostBackwardFunctionBackward"
 # The field in which a layer saves its input, by kind of node and number of the input.
 _SAVED_DATA = {
     ("Addmm", 1): "_saved_mat1",

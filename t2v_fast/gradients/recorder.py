@@ -10,6 +10,7 @@ per-example gradient of a weight is stored on the usual route.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ from .parameters import FilterAxis, ParameterFilter, filter_axes_of, select_para
 from .refusals import random_layer, taps_of
 from .routes import GradientRoutes, routes_of
 from .rules import factors_of, has_rule
+from .sharding import sharding_of
+from .wrappers import network_of
 
 GRANULARITIES = ("filter", "parameter", "tensor")
 UNSUPPORTED = ("error", "exact", "skip")
@@ -108,10 +111,11 @@ class FisherRecorder:
             raise ValueError(f"unknown granularity {granularity!r}: expected one of {', '.join(GRANULARITIES)}")
         if unsupported not in UNSUPPORTED:
             raise ValueError(f"unsupported is {unsupported!r}, expected one of {', '.join(UNSUPPORTED)}")
-        self.model = model
+        self.model = network_of(model)
+        self.sharding = sharding_of(self.model)  # before the parameters are named, because gathered ones are others
         self.granularity = granularity
         self.unsupported = unsupported
-        self.parameters = select_parameters(model, parameters)
+        self.parameters = select_parameters(self.model, parameters)
         self.filter_axes = filter_axes_of(self.parameters, filter_axis)
         self.unused: frozenset[str] = frozenset()
         self.skipped: frozenset[str] = frozenset()
@@ -132,6 +136,8 @@ class FisherRecorder:
                     "gradients do not pass through: remove the hook, or leave the parameter out with parameters=..."
                 )
         self._looked_for_random_layers = False
+        if self.sharding is not None:
+            self.sharding.__enter__()
         self._required = [(p, p.requires_grad) for p in self.model.parameters()]
         wanted = {id(p) for p in self.parameters.values()}
         for p, _ in self._required:
@@ -140,9 +146,13 @@ class FisherRecorder:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._required is not None  # since the context was entered
-        for p, required in self._required:
-            p.requires_grad_(required)
-        self._required = None
+        try:
+            if self.sharding is not None:
+                self.sharding.__exit__(kind, error, trace)
+        finally:
+            for p, required in self._required:
+                p.requires_grad_(required)
+            self._required = None
 
     def backward(
         self, output: Tensor, cotangents: Tensor, weights: Tensor | None = None, retain_graph: bool = False
@@ -264,11 +274,30 @@ class FisherRecorder:
         names = list(names)
         single = torch.zeros_like(cotangent)
         single[example] = cotangent[example]
-        wanted = [self.parameters[name] for name in names]
+        leaves = self.leaves()
+        wanted = [leaves[name] for name in names]
         gradients = torch.autograd.grad(
             [output], wanted, [single], retain_graph=True, allow_unused=True, materialize_grads=True
         )
         return {name: dense(g) for name, g in zip(names, gradients, strict=True)}
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the tensors that the autograd graph has for the wanted parameters.
+
+        Returns:
+            By name, the parameter itself, or what FSDP2 (``fully_shard``) gathered of it.
+        """
+        return dict(self.parameters) if self.sharding is None else self.sharding.leaves(self.parameters)
+
+    def portions(self, names: Iterable[str]) -> list[list[str]]:
+        """Divide the names of parameters into those whose gradients may be in memory together."""
+        if self.sharding is None:
+            return [list(names)]
+        return self.sharding.portions({name: self.parameters[name] for name in names})
+
+    def _reading(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which what the graph has saved may be read."""
+        return contextlib.nullcontext() if self.sharding is None else self.sharding.read()
 
     def _backward(
         self, output: Tensor, cotangents: Tensor, groups: Sequence[int], weights: Tensor | None, retain_graph: bool
@@ -328,7 +357,8 @@ class FisherRecorder:
         return reuse
 
     def _taps(self, output: Tensor) -> Taps:
-        return taps_of(output, self.parameters, self.verified or self.unsupported == "exact")
+        with self._reading():
+            return taps_of(output, self.leaves(), self.verified or self.unsupported == "exact")
 
     def _pass(
         self,
@@ -347,6 +377,10 @@ class FisherRecorder:
         later: list[tuple[Use, Factors]] = []  # factors that can be computed only after the pass
 
         def visit(node: Node, cotangents: tuple[Tensor | None, ...]) -> None:
+            with self._reading():
+                at(node, cotangents)
+
+        def at(node: Node, cotangents: tuple[Tensor | None, ...]) -> None:
             begin(node)
             of_node = reuse[node]
             for use in taps.uses[node]:
@@ -365,7 +399,7 @@ class FisherRecorder:
 
         with backward_by_kind(taps.order, n) as begin:
             backpropagate(output, cotangent, taps, visit, retain_graph)
-            with torch.no_grad():
+            with torch.no_grad(), self._reading():
                 for use, factors in later:
                     begin(use.node)
                     if use.parameter in routes.single:
@@ -376,7 +410,7 @@ class FisherRecorder:
                     if all(use.direct for use, _ in found):
                         whole = concatenated([factors for _, factors in found])
                     if whole is None:
-                        p = self.parameters[name]
+                        p = self.leaves()[name]
                         parts = [(factors, _onward(use, p)) for use, factors in found]
                         whole = Summed(parts, tuple(p.shape), n, self.filter_axes[name])
                     use = replace(found[0][0], parameters=(name,))
@@ -469,7 +503,7 @@ class FisherRecorder:
         return sums
 
 
-def _onward(use: Use, parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
+def _onward(use: Use, parameter: Tensor) -> Callable[[Tensor], Tensor]:
     """The map from gradients [k, entries] of a node's input to those of a parameter that the input is computed from."""
     if use.direct:
         return lambda t: t

@@ -10,13 +10,12 @@ from torch.autograd.graph import Node
 
 from .fast_layers import NODES
 from .graph import Taps, UnsupportedError, find_taps
+from .ownership import PASSING
 
 # Nodes that hide the parameters used behind them from the graph, and what the user can do.
 HIDING = {
     "CompiledFunctionBackward": "torch.compile hides the layers: pass the module that was compiled (its _orig_mod)",
     "CheckpointFunctionBackward": "activation checkpointing hides the layers: switch it off",
-    "RegisterPostBackwardFunctionBackward": "FSDP2 (fully_shard) gathers the parameters outside of the graph: pass the "
-    "network before it is sharded",
 }
 
 
@@ -35,7 +34,7 @@ def taps_of(output: Tensor, parameters: Mapping[str, Tensor], tell_apart: bool =
                 "the recurrent layers of cuDNN and MIOpen (LSTM, GRU, RNN) have no backward pass in eval mode: run the "
                 "network within `with torch.backends.cudnn.flags(enabled=False):`"
             )
-        if isinstance(node, torch.autograd.function.BackwardCFunction) and name not in NODES:
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and name not in (*NODES, PASSING):
             custom.append(name)
 
     taps = find_taps(output, parameters, met, tell_apart)
@@ -53,7 +52,7 @@ def taps_of(output: Tensor, parameters: Mapping[str, Tensor], tell_apart: bool =
     if sharded:
         raise UnsupportedError(
             f"the parameter {sharded[0]!r} is a DTensor that the output does not depend on, as where FSDP2 "
-            "(fully_shard) gathers parameters outside of the graph: pass the network before it is sharded"
+            "(fully_shard) gathers parameters outside of the graph: run the forward pass inside the recorder's context"
         )
     if parameters and taps.unused == parameters.keys():
         raise UnsupportedError(
