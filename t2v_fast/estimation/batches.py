@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..gradients.fast_forward import fast_forward
 from ..gradients.recorder import FisherRecorder
+from ..gradients.tensor_parallel import whole
 from ..ops.asynchronous import to_device
 from ..spans import forward_by_kind, stage
 from .allocation import seeds_of
@@ -97,9 +98,9 @@ def forward_passes(
 def _forward_of(
     recorder: FisherRecorder, forward: Forward, device: str | torch.device, channels_last: bool
 ) -> contextlib.AbstractContextManager[Forward]:
-    """The forward function as fast as the device allows; unchanged where FSDP2 owns the memory of the weights."""
-    if recorder.sharding is not None:
-        return contextlib.nullcontext(forward)
+    """The forward function as fast as the device allows; with whole logits where processes share the weights."""
+    if recorder.divided:
+        return contextlib.nullcontext(lambda model, inputs: whole(forward(model, inputs)))
     return fast_forward(recorder.model, forward, device, channels_last)
 
 

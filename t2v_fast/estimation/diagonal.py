@@ -129,6 +129,7 @@ def diagonal_of(
     values = moments.mean()
     for name, mean in values.items():
         check_finite(name, mean)
+
     return FisherDiagonal(
         values,
         moments.standard_error(),

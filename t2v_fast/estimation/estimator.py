@@ -23,8 +23,8 @@ from .batches import Batch, Draws, Schedule, forward_passes
 from .cotangents import check_estimator, cotangents
 from .diagonal import FisherDiagonal, check_finite, diagonal_of
 from .likelihoods import Likelihood, get_likelihood
-from .moments import DrawnExamples, DrawnUnits, Moments, NamedMoments, Units
-from .processes import add_up, in_shards, together
+from .moments import DrawnExamples, DrawnUnits, NamedMoments, Units
+from .processes import add_up, shards_of, together
 from .sketches import sketches_of
 
 BATCH_MEAN = "batch_mean"
@@ -352,18 +352,10 @@ class _Estimate:
 
         for name, moments in found.items():
             check_finite(name, moments.mean())
-
-        def shards_of(values: Callable[[Moments], Tensor]) -> dict[str, Tensor]:
-            parameters, axes = recorder.parameters, recorder.filter_axes
-            return {
-                name: in_shards(values(moments), parameters[name], recorder.granularity, axes[name])
-                for name, moments in found.items()
-            }
-
         with_examples = [unused for seen, unused, _ in told if seen]
         return FisherDiagonal(
-            shards_of(Moments.mean),
-            shards_of(Moments.standard_error),
+            shards_of({name: moments.mean() for name, moments in found.items()}, recorder),
+            shards_of({name: moments.standard_error() for name, moments in found.items()}, recorder),
             recorder.granularity,
             self.estimator,
             schedule.mean_samples(),
@@ -382,12 +374,16 @@ class _Estimate:
             raise ValueError("the weights of all examples are zero")
         samples, visited = schedule.mean_samples(), schedule.seen
         diagonal = diagonal_of(self.moments, self.recorder, self.estimator, samples, visited, self.skipped)
+        if self.recorder.divided:  # among processes with the same examples
+            entries, errors = diagonal.entries, diagonal.standard_error
+            entries, errors = shards_of(entries, self.recorder), shards_of(errors, self.recorder)
+            diagonal = replace(diagonal, entries=entries, standard_error=errors)
         if allocation is not None:
             diagonal = replace(diagonal, num_examples=len(allocation.samples))
         if self.drawn is None:
             return diagonal
         errors = {name: self.drawn[name].variance().sqrt() / self.moments.weight for name in diagonal}
-        return replace(diagonal, estimator_error=errors)
+        return replace(diagonal, estimator_error=shards_of(errors, self.recorder))
 
 
 @contextlib.contextmanager

@@ -82,6 +82,12 @@ def in_shards(values: Tensor, parameter: Tensor, granularity: str, axis: int) ->
     return distribute_tensor(values, parameter.device_mesh, placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
+def shards_of(values: Mapping[str, Tensor], recorder: FisherRecorder) -> dict[str, Tensor]:
+    """:func:`in_shards` of the values of each parameter."""
+    of, axes = recorder.parameters, recorder.filter_axes
+    return {name: in_shards(t, of[name], recorder.granularity, axes[name]) for name, t in values.items()}
+
+
 def _moved(placement: Any) -> Any:
     """The placement of values [O] whose parameter is sharded along its filter axis."""
     from torch.distributed.tensor import Shard

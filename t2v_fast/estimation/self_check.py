@@ -46,6 +46,7 @@ from ..gradients.graph import fix_batch_norm_gradients
 from ..gradients.ownership import dense, nodes_of
 from ..gradients.recorder import FisherRecorder
 from ..gradients.rules import RULES
+from ..gradients.tensor_parallel import whole
 from ..ops import planner
 
 # How far the squares of two examples may differ from plain autograd, relative to the norm of a parameter's squares. The
@@ -116,7 +117,7 @@ class SelfCheck:
         """
         if not self._looked:  # before the network runs, which may change its attributes
             self._looked = True
-            if self.recorder.sharding is None:  # FSDP2's state changes in each pass
+            if not self.recorder.divided:  # the processes must come to the same decisions
                 of_call = _call_of(self.recorder, self._forward)
                 self._network = network_state.signature_of(self.recorder.model, *of_call)
         before = _random_state()
@@ -299,7 +300,7 @@ class SelfCheck:
                 materialize_grads=True,
             )
             for name, gradient in zip(names, gradients, strict=True):
-                g = dense(gradient)
+                g = dense(whole(gradient))
                 q = recorder.reduce(name, g if g.dtype == torch.float32 else g.double())
                 if g.dtype == torch.float32 and q.numel() and not float(q.amax()) > LEAST_FLOAT32:
                     q = recorder.reduce(name, g.double())

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,6 +149,7 @@ class Ownership:
             t = getattr(node, saved) if saved != "saved_tensors" else node.saved_tensors[0]
         except RuntimeError:  # for example where activation checkpointing holds the tensor
             return
+        t = _in_memory(t)
         if t is None or not t.numel():  # not saved, because no gradient needs it
             return
         if isinstance(state, Owned) and t.stride(state.axis) == 0:  # expanded: all examples read the same memory
@@ -218,6 +220,12 @@ _SAVED_DATA = {
         for layer in ("OneDnnLinear", "MatrixConvolution", "WinogradConvolution", "StridedDepthwise", "BatchNorm")
     },
 }
+
+
+def _in_memory(t: Any) -> Any:
+    """The part of a DTensor that this process has, when it has arrived; any other tensor unchanged."""
+    t = getattr(t, "_local_tensor", t)
+    return t.trigger_wait() if hasattr(t, "trigger_wait") else t
 
 
 def call_node(node: Node, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

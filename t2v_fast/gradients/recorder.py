@@ -33,6 +33,7 @@ from .refusals import random_layer, taps_of
 from .routes import GradientRoutes, routes_of
 from .rules import factors_of, has_rule
 from .sharding import sharding_of
+from .tensor_parallel import check_parameters, is_distributed, whole, with_whole_tensors
 from .wrappers import network_of
 
 GRANULARITIES = ("filter", "parameter", "tensor")
@@ -116,6 +117,7 @@ class FisherRecorder:
         self.granularity = granularity
         self.unsupported = unsupported
         self.parameters = select_parameters(self.model, parameters)
+        check_parameters(self.parameters)
         self.filter_axes = filter_axes_of(self.parameters, filter_axis)
         self.unused: frozenset[str] = frozenset()
         self.skipped: frozenset[str] = frozenset()
@@ -279,7 +281,12 @@ class FisherRecorder:
         gradients = torch.autograd.grad(
             [output], wanted, [single], retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        return {name: dense(g) for name, g in zip(names, gradients, strict=True)}
+        return {name: dense(whole(g)) for name, g in zip(names, gradients, strict=True)}
+
+    @property
+    def divided(self) -> bool:
+        """Whether several processes share the network's parameters, so that each has a part of some of them."""
+        return self.sharding is not None or any(map(is_distributed, self.model.parameters()))
 
     def leaves(self) -> dict[str, Tensor]:
         """Return the tensors that the autograd graph has for the wanted parameters.
@@ -323,6 +330,8 @@ class FisherRecorder:
                 f"weights are {list(weights.shape)} at granularity {self.granularity!r}, expected [{n}] at 'parameter' "
                 "(other values are per example: weigh those)"
             )
+        if is_distributed(output) or is_distributed(cotangents):
+            raise ValueError("the output or a cotangent is a DTensor: take its full_tensor()")
         if output.grad_fn is None:
             raise ValueError(
                 "the output has no autograd graph: run the forward inside the recorder, with gradients enabled"
@@ -388,7 +397,7 @@ class FisherRecorder:
                     q, of_node.bias = of_node.bias, None  # computed with the norm's weight
                     sums[use.parameter] = sums[use.parameter].add_(q) if use.parameter in sums else q
                     continue
-                factors = factors_of(use, cotangents, n)
+                factors = _factors_of(use, cotangents, n)
                 if isinstance(factors, Called):
                     later.append((use, factors))
                 elif use.parameter in routes.single:
@@ -411,6 +420,11 @@ class FisherRecorder:
                         whole = concatenated([factors for _, factors in found])
                     if whole is None:
                         p = self.leaves()[name]
+                        if is_distributed(p):
+                            raise UnsupportedError(
+                                f"the parameter {name!r} is divided over processes and transformed before use, or used "
+                                "in different ways: leave it out with parameters=..., or its layer undivided"
+                            )
                         parts = [(factors, _onward(use, p)) for use, factors in found]
                         whole = Summed(parts, tuple(p.shape), n, self.filter_axes[name])
                     use = replace(found[0][0], parameters=(name,))
@@ -501,6 +515,18 @@ class FisherRecorder:
                 list(sums.values()), [max(1, sizes[name]) / max(1, q.shape[1]) for name, q in sums.items()]
             )
         return sums
+
+
+def _factors_of(use: Use, cotangents: Sequence[Tensor | None], n: int) -> Factors:
+    """The factors of a use, from whole tensors where the layer is divided over processes."""
+    if not any(map(is_distributed, cotangents)):
+        return factors_of(use, cotangents, n)
+    if not has_rule(use):
+        raise UnsupportedError(
+            f"the parameter {use} is divided over processes, and its layer has no rule: leave it out with "
+            "parameters=..., or the layer undivided"
+        )
+    return factors_of(with_whole_tensors(use), [whole(g) for g in cotangents], n)
 
 
 def _onward(use: Use, parameter: Tensor) -> Callable[[Tensor], Tensor]:

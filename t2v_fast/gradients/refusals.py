@@ -11,6 +11,7 @@ from torch.autograd.graph import Node
 from .fast_layers import NODES
 from .graph import Taps, UnsupportedError, find_taps
 from .ownership import PASSING
+from .tensor_parallel import BETWEEN, check_local_parts
 
 # Nodes that hide the parameters used behind them from the graph, and what the user can do.
 HIDING = {
@@ -34,7 +35,7 @@ def taps_of(output: Tensor, parameters: Mapping[str, Tensor], tell_apart: bool =
                 "the recurrent layers of cuDNN and MIOpen (LSTM, GRU, RNN) have no backward pass in eval mode: run the "
                 "network within `with torch.backends.cudnn.flags(enabled=False):`"
             )
-        if isinstance(node, torch.autograd.function.BackwardCFunction) and name not in (*NODES, PASSING):
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and name not in (*NODES, *BETWEEN, PASSING):
             custom.append(name)
 
     taps = find_taps(output, parameters, met, tell_apart)
@@ -59,6 +60,7 @@ def taps_of(output: Tensor, parameters: Mapping[str, Tensor], tell_apart: bool =
             f"the output depends on none of the wanted parameters ({min(parameters)!r}, ...): run the forward pass "
             "inside the recorder's context, with the same network, and without detaching"
         )
+    check_local_parts(taps, parameters)
     for name, why in taps.interacting.items():
         raise UnsupportedError(
             f"the parameter {name!r} has no per-example gradient: {why}. Leave it out with parameters=..., or change "

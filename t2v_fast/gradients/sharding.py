@@ -212,6 +212,23 @@ class Sharding:
         self.meet()
         return self._exchange(value)
 
+    def group_of_examples(self, group: Any = None) -> Any:
+        """The group of the processes with examples of their own.
+
+        Args:
+            group: A group that a user gave, or None.
+
+        Returns:
+            The group. It can exchange tensors on the CPU.
+
+        Raises:
+            ValueError: The user's group has other processes.
+        """
+        if group is not None and tuple(sorted(dist.get_process_group_ranks(group))) != tuple(sorted(self.ranks)):
+            ranks = dist.get_process_group_ranks(group)
+            raise ValueError(f"the group has the processes {ranks}, but the network is sharded over {list(self.ranks)}")
+        return _cpu_group(self.ranks)
+
     def sum_(self, t: Tensor) -> Tensor:
         """Sum a CPU tensor over all processes in place, where all have met."""
         dist.all_reduce(t, group=self._group)

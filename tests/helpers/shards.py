@@ -121,9 +121,10 @@ def sentences(count: int = 7) -> list[dict[str, Tensor]]:
     return found
 
 
-def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One padded batch."""
+def joined(parts: list[dict[str, Tensor]], even: bool = False) -> dict[str, Tensor]:
+    """One padded batch, whose positions divide by two if wanted."""
     width = max(p["tokens"].shape[1] for p in parts)
+    width += even and width % 2
     return {
         key: torch.cat([nn.functional.pad(p[key], (0, width - p[key].shape[1])) for p in parts]) for key in parts[0]
     }
