@@ -41,7 +41,8 @@ def network_of(model: Any) -> nn.Module:
     fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
     for name, module in model.named_modules():
         if fsdp1 is not None and isinstance(module, fsdp1):
-            first = next((key for key, _ in module.named_parameters(prefix=name)), name)
+            flat = getattr(module, "_flat_param", None)  # which knows the names of its parts
+            first = ".".join(filter(None, (name, *getattr(flat, "_fqns", ())[:1])))
             raise UnsupportedError(
                 f"the parameter {first!r} is flattened together with others by FSDP1 (FullyShardedDataParallel), so "
                 "that its own gradient does not exist: shard the network with fully_shard (FSDP2), or pass the network "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import t2v_fast
+from t2v_fast.adapters.sharded_checkpoints import load_shards, load_whole, save_shards, save_whole
 
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
@@ -129,16 +131,83 @@ def _local(network: nn.Module) -> list[tuple[str, Any]]:
     return [(key, p) for key, p in network.named_parameters() if hasattr(p, "to_local")]
 
 
-def _cases(rank: int, size: int, names: list[str]) -> dict[str, Any]:
+def _cases(rank: int, names: list[str]) -> dict[str, Any]:
     return {name: _case(name, rank) for name in names}
 
 
-def quick(rank: int, size: int) -> dict[str, Any]:
-    return _cases(rank, size, [name for name in CASES if name not in SLOW]) | {"loop": _loop(rank)}
+def quick(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    found = _cases(rank, [name for name in CASES if name not in SLOW])
+    return found | {"loop": _loop(rank), "errors": _errors(rank), "saved": _save(rank, folder)}
 
 
-def all_cases(rank: int, size: int) -> dict[str, Any]:
-    return _cases(rank, size, list(CASES)) | {"mesh": _mesh(rank)}
+def all_cases(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    return _cases(rank, list(CASES)) | {"mesh": _mesh(rank), "loaded": _load(folder)}
+
+
+def _save(rank: int, folder: Path) -> dict[str, Any]:
+    """Checkpoints of a Fisher, by parameter and by filter."""
+    for granularity in ("parameter", "filter"):
+        network = nested(seeded(convolutional))
+        found = t2v_fast.fisher(network, _batches("images", rank), granularity=granularity)
+        save_shards(found, folder / f"shards by {granularity}")
+        save_whole(found, folder / f"whole by {granularity}", shard_bytes=2000)
+        try:
+            save_whole(found, folder / f"whole by {granularity}")
+        except RuntimeError as error:
+            text = str(error)
+        entries = found.full().entries
+    return {"entries": entries, "text": text}
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    """The checkpoints on this number of processes."""
+    network = nested(seeded(convolutional))
+    found: dict[str, Any] = {}
+    for granularity in ("parameter", "filter"):
+        loaded = load_shards(folder / f"shards by {granularity}", network)
+        whole = load_whole(folder / f"whole by {granularity}", network)
+        for name, values in loaded.items():
+            assert values.placements == whole[name].placements
+            assert torch.equal(values.to_local(), whole[name].to_local())
+        found[granularity] = loaded.full()
+    return found
+
+
+def _errors(rank: int) -> dict[str, Any]:
+    """An error of one process, in different places, is an error of both."""
+    found = {}
+    for name, cause in {"data": _bad_data, "check": _bad_check, "empty": _no_data, "weights": _bad_weights}.items():
+        network = nested(seeded(convolutional))
+        try:
+            cause(network, rank)
+            found[name] = "no error"
+        except (RuntimeError, ValueError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+        result = t2v_fast.fisher(network, _batches("images", rank), "exact")  # and the network works as before
+        found[name, "after"] = result.full().entries
+    return found
+
+
+def _bad_data(network: nn.Module, rank: int) -> None:
+    batches = _batches("images", rank)
+    if rank == 0:
+        batches[2][1] = float("nan")
+    t2v_fast.fisher(network, batches)
+
+
+def _bad_check(network: nn.Module, rank: int) -> None:
+    def forward(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return network(x - x.mean(0) if rank == 1 else x)
+
+    t2v_fast.fisher(network, _batches("images", rank), forward=forward)
+
+
+def _no_data(network: nn.Module, rank: int) -> None:
+    t2v_fast.fisher(network, [])
+
+
+def _bad_weights(network: nn.Module, rank: int) -> None:
+    t2v_fast.fisher(network, _batches("images", rank), weights=torch.ones(8))  # rank 1 has 3 examples
 
 
 def _mesh(rank: int) -> dict[str, Any]:
@@ -169,8 +238,13 @@ def _loop(rank: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(tmp_path_factory.mktemp("two"), quick, 2)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> list[dict[str, Any]]:
+    return run(folder, quick, 2)
 
 
 def _alone(name: str) -> t2v_fast.FisherDiagonal:
@@ -229,9 +303,53 @@ def test_own_loop_and_training_after_it(two: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(two[0]["loop"]["gradients"][name], p.grad)
 
 
+def test_an_error_of_one_process_is_an_error_of_both(two: list[dict[str, Any]]) -> None:
+    first, second = (of["errors"] for of in two)
+    assert first["data"].startswith("ValueError: batch 2, example 1: the input has NaN")
+    assert second["data"].startswith("ProcessError: process 0: ValueError: batch 2, example 1: the input has NaN")
+    assert "examples interact" in second["check"]
+    assert first["check"].startswith("ProcessError: process 1: SelfCheckError: the logits of example")
+    assert first["empty"] == second["empty"] == "ValueError: the loaders of all processes gave no example"
+    assert second["weights"] == "ValueError: weights has 8 entries but the loader gave 3"
+    assert first["weights"] == f"ProcessError: process 1: {second['weights']}"
+    want = t2v_fast.fisher(seeded(convolutional), [images()], "exact")
+    for of_rank in (first, second):
+        for name in ("data", "check", "empty", "weights"):
+            for key, values in want.items():
+                torch.testing.assert_close(of_rank[name, "after"][key], values, rtol=1e-9, atol=1e-15)
+
+
+def test_checkpoints_load_on_one_process(two: list[dict[str, Any]], folder: Path) -> None:
+    network = seeded(convolutional)
+    assert "FileExistsError" in two[0]["saved"]["text"]
+    assert two[0]["saved"]["text"] == two[1]["saved"]["text"]
+    assert len(list((folder / "whole by parameter").glob("*.safetensors"))) > 1
+    for granularity in ("parameter", "filter"):
+        found = load_shards(folder / f"shards by {granularity}")
+        assert (found.granularity, found.num_examples, found.estimator) == (granularity, 11, "deflated")
+        whole = load_whole(folder / f"whole by {granularity}", network)
+        again = load_shards(folder / f"shards by {granularity}", network)
+        for name, values in found.items():
+            assert torch.equal(whole[name], values)
+            assert torch.equal(again[name], values)
+            assert found.standard_error[name].shape == values.shape
+    for name, values in two[0]["saved"]["entries"].items():
+        assert torch.equal(found[name], values)
+    with pytest.raises(ValueError, match=r"no parameter '0\.0\.weight'"):
+        load_shards(folder / "shards by filter", nn.Linear(2, 3))
+    network[3].weight = nn.Parameter(torch.ones(4, 28))
+    with pytest.raises(ValueError, match=r"values of '3\.weight' are \[9, 28\], but the parameter is \[4, 28\]"):
+        load_whole(folder / "whole by parameter", network)
+
+
 @pytest.mark.slow
-def test_four_processes_equal_one(tmp_path: Any) -> None:
-    found = run(tmp_path, all_cases, 4)
+def test_four_processes_equal_one(two: list[dict[str, Any]], folder: Path) -> None:
+    found = run(folder, all_cases, 4)
+    for of_rank in found:
+        for granularity in ("parameter", "filter"):
+            want = load_shards(folder / f"shards by {granularity}")
+            for name, values in want.items():
+                assert torch.equal(of_rank["loaded"][granularity][name], values)
     for name in CASES:
         if name != "half" and name != "along axis 1":
             _compare(name, found)

@@ -92,7 +92,7 @@ def plain(options: dict[str, Any], estimator: str) -> t2v_fast.FisherDiagonal:
     return t2v_fast.fisher(network(), batches(), estimator, **options)
 
 
-def _divided(rank: int, size: int) -> dict[str, Any]:
+def _divided(rank: int, size: int, folder: Path) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (size,))
     found: dict[str, Any] = {}
     for name, (divide, options) in CASES.items():
@@ -158,7 +158,7 @@ def _refused(mesh: DeviceMesh) -> dict[str, str]:
     return found
 
 
-def _square(rank: int, size: int) -> dict[str, Any]:
+def _square(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """FSDP2 over the first axis of a mesh, tensor parallelism over the second."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "layer"))
     found = {}

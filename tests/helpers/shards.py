@@ -130,22 +130,22 @@ def joined(parts: list[dict[str, Tensor]], even: bool = False) -> dict[str, Tens
     }
 
 
-def _process(rank: int, size: int, folder: str, work: Callable[[int, int], Mapping[str, Any]]) -> None:
+def _process(rank: int, size: int, folder: str, work: Callable[[int, int, Path], Mapping[str, Any]]) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/meeting",
+        init_method=f"file://{folder}/meeting-{size}",
         rank=rank,
         world_size=size,
         timeout=datetime.timedelta(seconds=SECONDS),
     )
-    torch.save(dict(work(rank, size)), f"{folder}/{rank}.pt")
+    torch.save(dict(work(rank, size, Path(folder))), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def run(folder: Path, work: Callable[[int, int], Mapping[str, Any]], size: int) -> list[dict[str, Any]]:
-    """What ``work(rank, size)`` returns on each of some processes."""
+def run(folder: Path, work: Callable[[int, int, Path], Mapping[str, Any]], size: int) -> list[dict[str, Any]]:
+    """What ``work(rank, size, folder)`` returns on each of some processes."""
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     mp.start_processes(_process, (size, str(folder), work), size, start_method="spawn")
