@@ -14,7 +14,7 @@ def network_of(model: Any) -> nn.Module:
     """Follow wrappers that keep the whole network in every process to the network itself.
 
     Args:
-        model: The network, or a ``DistributedDataParallel`` or ``DataParallel`` module of it.
+        model: The network, or a ``DistributedDataParallel`` module of it.
 
     Returns:
         The network, whose parameters have names without ``module.``.
@@ -25,10 +25,10 @@ def network_of(model: Any) -> nn.Module:
 
     Example:
         >>> network = nn.Linear(2, 3)
-        >>> network_of(nn.DataParallel(network)) is network
+        >>> network_of(network) is network
         True
     """
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+    while isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     stages = getattr(sys.modules.get("torch.distributed.pipelining.stage"), "_PipelineStageBase", None)
     if stages is not None and isinstance(model, stages):
@@ -48,9 +48,9 @@ def network_of(model: Any) -> nn.Module:
                 "that its own gradient does not exist: shard the network with fully_shard (FSDP2), or pass the network "
                 "before it is wrapped"
             )
-        if module is not model and isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        if module is not model and isinstance(module, nn.parallel.DistributedDataParallel):
             raise UnsupportedError(
-                f"the layer {name!r} is a {type(module).__name__}, which runs its part of the network by itself: wrap "
+                f"the layer {name!r} is a DistributedDataParallel, which exchanges tensors in its forward pass: wrap "
                 "the whole network, or pass it before it is wrapped"
             )
     for name, p in model.named_parameters():
