@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from networks import Model
 from small import shapes, small_probe, write_folder
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.parametrizations import weight_norm
 
 from t2v_fast import Bank, Task2Vec, cli
@@ -44,9 +48,23 @@ def names_of(page: str) -> dict[str, Any]:
     if page == "refusals":
         names["normalised"] = Model()
         weight_norm(names["normalised"].conv)
+    if page == "sharded":
+        names["model"] = fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     return names
 
 
+@pytest.fixture
+def process_group(page: str) -> Iterator[None]:
+    """This process alone, for the page on networks that several share."""
+    own = page == "sharded" and not dist.is_initialized()
+    if own:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if own:
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("page", [page for page in GUIDE if blocks(page, "python")])
 def test_python(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
@@ -64,6 +82,9 @@ def test_python(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         assert Bank(tmp_path / "bank").tasks == ["task 0", "task 1", "task 2"]
     if page == "accuracy":
         assert names["embedding"].meta["relative_error"] <= 0.1
+    if page == "sharded":
+        assert names["whole"].num_examples == 6
+        assert names["values"].keys() == names["F"].keys()
     if page == "refusals":
         assert "conv.parametrizations.weight.original0" in capsys.readouterr().out
 

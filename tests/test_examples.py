@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,7 @@ def said_on_its_page(name: str, printed: str) -> bool:
 
 
 def test_each_example_has_a_page() -> None:
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
     assert sorted(p.stem for p in (ROOT / "docs" / "tutorials").glob("*.md")) == EXAMPLES
 
 
@@ -59,6 +61,16 @@ def test_choose_expert(capsys: pytest.CaptureFixture) -> None:
     assert said_on_its_page("choose_expert", printed)
     means = dict(re.findall(r"^(chance|Task2Vec, symmetric) +([\d.]+) %", printed, re.MULTILINE))
     assert float(means["Task2Vec, symmetric"]) < float(means["chance"])
+
+
+@pytest.mark.slow
+def test_sharded_network() -> None:
+    script = [str(ROOT / "examples" / "sharded_network.py")]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", *script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert said_on_its_page("sharded_network", done.stdout)
+    assert "equal to one process: True\nequal after loading: True" in done.stdout
 
 
 def test_own_loop(capsys: pytest.CaptureFixture) -> None:

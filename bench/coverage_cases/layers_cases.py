@@ -1808,28 +1808,17 @@ def _() -> Made:
     return network, [(torch.randn(2, 4, 8), torch.randint(0, 3, (2, 4))) for _ in range(3)]
 
 
-def sharded(network: nn.Sequential) -> nn.Module:
-    """A network whose layers FSDP2 shards, over one process."""
+def one_process() -> None:
+    """A group of this process alone, which wrappers for several processes ask for."""
     from torch import distributed
-    from torch.distributed.fsdp import fully_shard
 
     if not distributed.is_initialized():
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
-    for layer in network:
-        if isinstance(layer, nn.Linear):
-            fully_shard(layer, mesh=mesh)
-    return fully_shard(network, mesh=mesh)
 
 
-FSDP = {"message": r"fsdp|fully_shard|shard", "vary": False, "double": False}
-
-
-@case("FSDP2", "its parameters are gathered outside of the graph, and its hooks stand in it", **FSDP)
+@case("FSDP1", "its parameters are flattened together", message=r"FSDP1", vary=False, double=False)
 def _() -> Made:
-    return sharded(small()), rows(5)
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
-
-@case("FSDP2, without hooks in the graph", "its parameters are gathered outside of the graph", **FSDP)
-def _() -> Made:
-    return sharded(nn.Sequential(nn.Linear(5, 4), nn.Tanh())), rows(5)
+    one_process()
+    return FullyShardedDataParallel(small(), device_id=torch.device("cpu")), rows(5)

@@ -200,21 +200,34 @@ def save_sharded(
         FileExistsError: If the folder has such files already.
     """
     folder = empty_folder(folder)
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
     entries = {name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    names = [f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
-    files = dict(zip(names if len(shards) > 1 else ["model.safetensors"], shards, strict=True))
+    files = files_of(entries, shard_bytes)
     for file, inside in files.items():
         write_file(folder / file, {name: entries[name] for name in inside}, (tensors[name].cpu() for name in inside))
     write_index(folder, files, entries)
     return [folder / name for name in files]
+
+
+def files_of(entries: Mapping[str, Entry], shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
+    """Divide tensors among files of at most ``shard_bytes``; a larger tensor gets a file of its own.
+
+    Args:
+        entries: The tensors' types and shapes.
+        shard_bytes: The most bytes of a file.
+
+    Returns:
+        The names of the tensors in each file.
+    """
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, entry in entries.items():
+        if shards[-1] and size + entry.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += entry.nbytes
+    names = [f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
+    return dict(zip(names if len(shards) > 1 else ["model.safetensors"], shards, strict=True))
 
 
 def empty_folder(folder: str | os.PathLike) -> Path:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..gradients.fast_forward import fast_forward
 from ..gradients.recorder import FisherRecorder
+from ..gradients.tensor_parallel import whole
 from ..ops.asynchronous import to_device
 from ..spans import forward_by_kind, stage
 from .allocation import seeds_of
@@ -65,7 +66,7 @@ def forward_passes(
         torch.enable_grad(),
         recorder,
         _unchanged_buffers(recorder.model),
-        fast_forward(recorder.model, forward, device, channels_last) as fast,
+        _forward_of(recorder, forward, device, channels_last) as fast,
     ):
         check = SelfCheck(recorder, fast) if self_check else None
 
@@ -92,6 +93,15 @@ def forward_passes(
             checks.finish()
 
         yield run
+
+
+def _forward_of(
+    recorder: FisherRecorder, forward: Forward, device: str | torch.device, channels_last: bool
+) -> contextlib.AbstractContextManager[Forward]:
+    """The forward function as fast as the device allows; with whole logits where processes share the weights."""
+    if recorder.divided:
+        return contextlib.nullcontext(lambda model, inputs: whole(forward(model, inputs)))
+    return fast_forward(recorder.model, forward, device, channels_last)
 
 
 @dataclass(frozen=True)
@@ -150,9 +160,9 @@ class Schedule:
             return Draws(examples, weights, inclusion, self.samples[examples], seeds_of(examples, self.seed))
         return Draws(examples, weights, inclusion, self.samples, self.generator)
 
-    def check_finished(self) -> None:
+    def check_finished(self, at_least_one: bool = True) -> None:
         """Raise ValueError unless the loader gave at least one example, and as many as expected."""
-        if self.seen == 0:
+        if at_least_one and self.seen == 0:
             raise ValueError("the loader gave no example")
         if self.examples is not None and len(self.examples) != self.seen:
             raise ValueError(f"the allocation visits {len(self.examples)} examples but the loader gave {self.seen}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..gradients.recorder import FisherRecorder
 from .moments import NamedMoments
+from .processes import whole_of
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,20 @@ class FisherDiagonal(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def full(self) -> FisherDiagonal:
+        """Return the whole result on this process, where the network is sharded over several.
+
+        Every process must call this method, because each of them has a shard of the values. :meth:`vector`,
+        :meth:`to_numpy` and the vectors of errors need all processes, too.
+
+        Returns:
+            The same result with all values in ordinary tensors on the CPU; equal on all processes.
+        """
+        errors = None if self.estimator_error is None else whole_of(self.estimator_error)
+        return replace(
+            self, entries=whole_of(self.entries), standard_error=whole_of(self.standard_error), estimator_error=errors
+        )
+
     def vector(self) -> Tensor:
         """Return all values in one vector, parameter after parameter."""
         return _joined(self.entries)
@@ -144,8 +159,8 @@ def diagonal_of(
     """Return the result that the moments of all examples give. Raise ValueError where a value is not finite."""
     values = moments.mean()
     for name, mean in values.items():
-        if not mean.isfinite().all():
-            raise ValueError(f"the Fisher of {name!r} is not finite: the network's activations or gradients overflow")
+        check_finite(name, mean)
+
     return FisherDiagonal(
         values,
         moments.standard_error(),
@@ -159,5 +174,11 @@ def diagonal_of(
     )
 
 
+def check_finite(name: str, values: Tensor) -> None:
+    """Raise ValueError where a value of a parameter is infinite or, with more than one unit, NaN."""
+    if not values.isfinite().all():
+        raise ValueError(f"the Fisher of {name!r} is not finite: the network's activations or gradients overflow")
+
+
 def _joined(values: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([v.reshape(-1) for v in values.values()])
+    return torch.cat([v.reshape(-1) for v in whole_of(values).values()])

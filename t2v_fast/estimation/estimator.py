@@ -21,9 +21,10 @@ from ..ops.asynchronous import to_device
 from .allocation import Allocation
 from .batches import Batch, Draws, Schedule, forward_passes
 from .cotangents import check_estimator, cotangents
-from .diagonal import FisherDiagonal, diagonal_of
+from .diagonal import FisherDiagonal, check_finite, diagonal_of
 from .likelihoods import Likelihood, get_likelihood
 from .moments import DrawnExamples, DrawnUnits, NamedMoments, Units
+from .processes import add_up, shards_of, together
 from .sketches import sketches_of
 
 BATCH_MEAN = "batch_mean"
@@ -175,22 +176,30 @@ def fisher(
         check_estimator(estimator, samples)
     likelihood = get_likelihood(likelihood)
     _check_options(estimator, granularity, estimator_error, allocation)
-    schedule = _schedule(estimator, samples, weights, seed, allocation)
     recorder = FisherRecorder(model, parameters, granularity, unsupported=unsupported, filter_axis=filter_axis)
+    if recorder.sharding is not None:
+        if estimator_error or allocation is not None:
+            raise ValueError("estimator_error and an allocation have no form for a network that processes share")
+        seed += recorder.sharding.rank  # each process draws for examples of its own
+        device = recorder.sharding.device if device is None else device
+    schedule = _schedule(estimator, samples, weights, seed, allocation)
     if device is None:
         device = next(iter(recorder.parameters.values())).device
     estimate = _Estimate(recorder, estimator, likelihood, level, estimator_error)
     self_check = self_check and estimator != BATCH_MEAN
-    with forward_passes(
-        recorder, forward, device, mask, channels_last=channels_last, self_check=self_check
-    ) as batches_of:
-        for batch in batches_of(tqdm(loader, desc="Fisher", unit="batch", disable=not progress, leave=False)):
-            explained = explain and schedule.seen == 0 and estimator != BATCH_MEAN
-            draws = schedule.take(batch.size)
-            with _explained(recorder, batch.size) if explained else contextlib.nullcontext():
-                estimate.add(batch, draws)
-    schedule.check_finished()
-    return estimate.result(schedule, allocation)
+    with together(recorder):
+        with forward_passes(
+            recorder, forward, device, mask, channels_last=channels_last, self_check=self_check
+        ) as batches_of:
+            for batch in batches_of(tqdm(loader, desc="Fisher", unit="batch", disable=not progress, leave=False)):
+                explained = explain and schedule.seen == 0 and estimator != BATCH_MEAN
+                draws = schedule.take(batch.size)
+                with _explained(recorder, batch.size) if explained else contextlib.nullcontext():
+                    estimate.add(batch, draws)
+        if recorder.sharding is not None:
+            return estimate.result_of_all(schedule)
+        schedule.check_finished()
+        return estimate.result(schedule, allocation)
 
 
 def _check_options(estimator: str, granularity: str, estimator_error: bool, allocation: Allocation | None) -> None:
@@ -301,7 +310,7 @@ class _Estimate:
         )[0]
         total = draws.weights.sum() if tokens is None else (draws.weights * tokens).sum()
         u = u * to_device((draws.weights / total).to(u.dtype), u.device).view(-1, *(1,) * (u.dim() - 1))
-        parameters = self.recorder.parameters
+        parameters = self.recorder.leaves()
         with self.recorder.regions.reading():
             fix_batch_norm_gradients(nodes_of(batch.logits))
             gradients = torch.autograd.grad(
@@ -332,6 +341,31 @@ class _Estimate:
                 }
         self.moments.add(values, units)
 
+    def result_of_all(self, schedule: Schedule) -> FisherDiagonal:
+        """Return the means over the examples of all processes of a sharded network, in shards as its parameters are."""
+        recorder, sharding = self.recorder, self.recorder.sharding
+        assert sharding is not None
+        schedule.check_finished(at_least_one=False)
+        found = add_up(self.moments, sharding)
+        told = sharding.exchange((schedule.seen, recorder.unused, self.skipped))
+        if not next(iter(found.values())).weight > 0:
+            raise ValueError("the weights of all examples are zero")
+
+        for name, moments in found.items():
+            check_finite(name, moments.mean())
+        with_examples = [unused for seen, unused, _ in told if seen]
+        return FisherDiagonal(
+            shards_of({name: moments.mean() for name, moments in found.items()}, recorder),
+            shards_of({name: moments.standard_error() for name, moments in found.items()}, recorder),
+            recorder.granularity,
+            self.estimator,
+            schedule.mean_samples(),
+            sum(seen for seen, _, _ in told),
+            frozenset(set.intersection(*map(set, with_examples))),
+            frozenset().union(*(skipped for _, _, skipped in told)),
+            visited=sum(seen for seen, _, _ in told),
+        )
+
     def result(self, schedule: Schedule, allocation: Allocation | None) -> FisherDiagonal:
         """Return the means over all examples and their errors. Raise ValueError where all weights are zero."""
         if allocation is not None:
@@ -341,12 +375,16 @@ class _Estimate:
             raise ValueError("the weights of all examples are zero")
         samples, visited = schedule.mean_samples(), schedule.seen
         diagonal = diagonal_of(self.moments, self.recorder, self.estimator, samples, visited, self.skipped)
+        if self.recorder.divided:  # among processes with the same examples
+            entries, errors = diagonal.entries, diagonal.standard_error
+            entries, errors = shards_of(entries, self.recorder), shards_of(errors, self.recorder)
+            diagonal = replace(diagonal, entries=entries, standard_error=errors)
         if allocation is not None:
             diagonal = replace(diagonal, num_examples=len(allocation.samples))
         if self.drawn is None:
             return diagonal
         errors = {name: self.drawn[name].variance().sqrt() / self.moments.weight for name in diagonal}
-        return replace(diagonal, estimator_error=errors)
+        return replace(diagonal, estimator_error=shards_of(errors, self.recorder))
 
 
 @contextlib.contextmanager

@@ -126,6 +126,15 @@ class NamedMoments:
         """The sum of the units' weights."""
         return self._parts[0].weight if self._parts else 0.0
 
+    @property
+    def scalars(self) -> tuple[float, float, float]:
+        """The number of units, the sum of their weights, and the sum of the weights' squares."""
+        return (self._parts[0].units, self._parts[0].weight, self._parts[0].weight2) if self._parts else (0, 0.0, 0.0)
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return the three sums of each quantity that every batch had, [3, ...] on the CPU."""
+        return self._apart([torch.stack([part.first, part.cross, part.second]) for part in self.parts])
+
     def set_weights(self, weights: Tensor) -> None:
         """Divide by the sum of these weights, one for each unit of the data set, instead of the added weights."""
         a = weights.double()
@@ -176,8 +185,8 @@ class NamedMoments:
         """Split the results of the parts into those of the quantities."""
         apart: dict[str, Tensor] = {}
         for t, names in zip(found, self._names, strict=True):
-            pieces = t.split(self._sizes(names))
-            apart |= {n: q.reshape(self._shapes[n]).clone() for n, q in zip(names, pieces, strict=True)}
+            pieces = zip(names, t.split(self._sizes(names), -1), strict=True)
+            apart |= {n: q.reshape((*t.shape[:-1], *self._shapes[n])).clone() for n, q in pieces}
         return {name: apart[name] for name in self._shapes if name not in self._missed}
 
 

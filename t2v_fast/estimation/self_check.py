@@ -45,6 +45,7 @@ from ..gradients.ownership import dense, nodes_of
 from ..gradients.random_state import random_state
 from ..gradients.recorder import FisherRecorder
 from ..gradients.rules import RULES
+from ..gradients.tensor_parallel import whole
 from ..ops import planner
 
 # How far the squares of two examples may differ from plain autograd, relative to the norm of a parameter's squares. The
@@ -115,7 +116,9 @@ class SelfCheck:
         """
         if not self._looked:  # before the network runs, which may change its attributes
             self._looked = True
-            self._network = network_state.signature_of(self.recorder.model, *_call_of(self.recorder, self._forward))
+            if not self.recorder.divided:  # the processes must come to the same decisions
+                of_call = _call_of(self.recorder, self._forward)
+                self._network = network_state.signature_of(self.recorder.model, *of_call)
         before = random_state()
         output = self._forward(self.recorder.model, inputs)
         self._drew = before != random_state()
@@ -287,20 +290,22 @@ class SelfCheck:
             return
         single = torch.zeros_like(cotangent)
         single[row] = cotangent[row]
-        gradients = torch.autograd.grad(
-            [logits],
-            [recorder.parameters[name] for name in want],
-            [single],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        for (name, into), gradient in zip(want.items(), gradients, strict=True):
-            g = dense(gradient)
-            q = recorder.reduce(name, g if g.dtype == torch.float32 else g.double())
-            if g.dtype == torch.float32 and q.numel() and not float(q.amax()) > LEAST_FLOAT32:
-                q = recorder.reduce(name, g.double())
-            into[0 if recorder.granularity == "parameter" else k] += q
+        leaves = recorder.leaves()
+        for names in recorder.portions(want):
+            gradients = torch.autograd.grad(
+                [logits],
+                [leaves[name] for name in names],
+                [single],
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for name, gradient in zip(names, gradients, strict=True):
+                g = dense(whole(gradient))
+                q = recorder.reduce(name, g if g.dtype == torch.float32 else g.double())
+                if g.dtype == torch.float32 and q.numel() and not float(q.amax()) > LEAST_FLOAT32:
+                    q = recorder.reduce(name, g.double())
+                want[name][0 if recorder.granularity == "parameter" else k] += q
 
     def _wrong(self, got: dict[str, Tensor], want: dict[str, Tensor], logits: Tensor) -> str | None:
         """Say which parameter's squares differ from the wanted ones; None if none does."""

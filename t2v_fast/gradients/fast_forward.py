@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from .. import ops
 from .fast_layers import FastLayers
 from .ownership import nodes_of
+from .tensor_parallel import is_distributed
 
 log = logging.getLogger(__name__)
 
@@ -272,6 +273,9 @@ def fast_forward(
         (2, 2)
     """
     kind = torch.device(device).type
+    if any(map(is_distributed, model.parameters())):  # processes share the weights, which have a memory of their own
+        yield forward
+        return
     if kind != "cpu" and not (kind == "cuda" and channels_last):
         yield forward
         return

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,6 +149,7 @@ class Ownership:
             t = getattr(node, saved) if saved != "saved_tensors" else node.saved_tensors[0]
         except RuntimeError:  # for example where activation checkpointing holds the tensor
             return
+        t = _in_memory(t)
         if t is None or not t.numel():  # not saved, because no gradient needs it
             return
         if isinstance(state, Owned) and t.stride(state.axis) == 0:  # expanded: all examples read the same memory
@@ -175,6 +177,8 @@ class Ownership:
                     return Interacting(USED_BOTH_WAYS)
                 if bad:
                     return SHARED if kind is Shared else bad[0]
+        if name == PASSING:
+            return [outputs.get(number) for number in range(len(node.next_functions))]
         if self.n == 1:
             return first
         kind = kind_of(name)
@@ -200,6 +204,8 @@ class Ownership:
 
 
 LEAF = "torch::autograd::AccumulateGrad"
+# FSDP2's mark at the inputs of a module, which passes each cotangent on.
+PASSING = "RegisterPostBackwardFunctionBackward"
 # The field in which a layer saves its input, by kind of node and number of the input.
 _SAVED_DATA = {
     ("Addmm", 1): "_saved_mat1",
@@ -214,6 +220,12 @@ _SAVED_DATA = {
         for layer in ("OneDnnLinear", "MatrixConvolution", "WinogradConvolution", "StridedDepthwise", "BatchNorm")
     },
 }
+
+
+def _in_memory(t: Any) -> Any:
+    """The part of a DTensor that this process has, when it has arrived; any other tensor unchanged."""
+    t = getattr(t, "_local_tensor", t)
+    return t.trigger_wait() if hasattr(t, "trigger_wait") else t
 
 
 def call_node(node: Node, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

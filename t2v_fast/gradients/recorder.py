@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from itertools import accumulate
 from types import TracebackType
@@ -34,6 +34,9 @@ from .parameters import FilterAxis, ParameterFilter, filter_axes_of, select_para
 from .refusals import random_layer, taps_of
 from .routes import GradientRoutes, routes_of
 from .rules import factors_of, has_rule
+from .sharding import sharding_of
+from .tensor_parallel import check_parameters, is_distributed, whole, with_whole_tensors
+from .wrappers import network_of
 
 GRANULARITIES = ("filter", "parameter", "tensor")
 UNSUPPORTED = ("error", "exact", "skip")
@@ -112,10 +115,12 @@ class FisherRecorder:
             raise ValueError(f"unknown granularity {granularity!r}: expected one of {', '.join(GRANULARITIES)}")
         if unsupported not in UNSUPPORTED:
             raise ValueError(f"unsupported is {unsupported!r}, expected one of {', '.join(UNSUPPORTED)}")
-        self.model = model
+        self.model = network_of(model)
+        self.sharding = sharding_of(self.model)  # before the parameters are named, because gathered ones are others
         self.granularity = granularity
         self.unsupported = unsupported
-        self.parameters = select_parameters(model, parameters)
+        self.parameters = select_parameters(self.model, parameters)
+        check_parameters(self.parameters)
         self.filter_axes = filter_axes_of(self.parameters, filter_axis)
         self.unused: frozenset[str] = frozenset()
         self.skipped: frozenset[str] = frozenset()
@@ -138,6 +143,8 @@ class FisherRecorder:
                     "gradients do not pass through: remove the hook, or leave the parameter out with parameters=..."
                 )
         self._looked_for_random_layers = False
+        if self.sharding is not None:
+            self._contexts.enter_context(self.sharding)
         self._required = [(p, p.requires_grad) for p in self.model.parameters()]
         wanted = {id(p) for p in self.parameters.values()}
         for p, _ in self._required:
@@ -149,10 +156,12 @@ class FisherRecorder:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._required is not None  # since the context was entered
-        for p, required in self._required:
-            p.requires_grad_(required)
-        self._required = None
-        self._contexts.close()
+        try:
+            self._contexts.close()
+        finally:
+            for p, required in self._required:
+                p.requires_grad_(required)
+            self._required = None
 
     def backward(
         self, output: Tensor, cotangents: Tensor, weights: Tensor | None = None, retain_graph: bool = False
@@ -275,12 +284,36 @@ class FisherRecorder:
         names = list(names)
         single = torch.zeros_like(cotangent)
         single[example] = cotangent[example]
-        wanted = [self.parameters[name] for name in names]
+        leaves = self.leaves()
+        wanted = [leaves[name] for name in names]
         with self.regions.reading():
             gradients = torch.autograd.grad(
                 [output], wanted, [single], retain_graph=True, allow_unused=True, materialize_grads=True
             )
-        return {name: dense(g) for name, g in zip(names, gradients, strict=True)}
+        return {name: dense(whole(g)) for name, g in zip(names, gradients, strict=True)}
+
+    @property
+    def divided(self) -> bool:
+        """Whether several processes share the network's parameters, so that each has a part of some of them."""
+        return self.sharding is not None or any(map(is_distributed, self.model.parameters()))
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the tensors that the autograd graph has for the wanted parameters.
+
+        Returns:
+            By name, the parameter itself, or what FSDP2 (``fully_shard``) gathered of it.
+        """
+        return dict(self.parameters) if self.sharding is None else self.sharding.leaves(self.parameters)
+
+    def portions(self, names: Iterable[str]) -> list[list[str]]:
+        """Divide the names of parameters into those whose gradients may be in memory together."""
+        if self.sharding is None:
+            return [list(names)]
+        return self.sharding.portions({name: self.parameters[name] for name in names})
+
+    def _reading(self) -> AbstractContextManager[None]:
+        """A context in which what the graph has saved may be read."""
+        return nullcontext() if self.sharding is None else self.sharding.read()
 
     def _backward(
         self, output: Tensor, cotangents: Tensor, groups: Sequence[int], weights: Tensor | None, retain_graph: bool
@@ -306,6 +339,8 @@ class FisherRecorder:
                 f"weights are {list(weights.shape)} at granularity {self.granularity!r}, expected [{n}] at 'parameter' "
                 "(other values are per example: weigh those)"
             )
+        if is_distributed(output) or is_distributed(cotangents):
+            raise ValueError("the output or a cotangent is a DTensor: take its full_tensor()")
         if output.grad_fn is None:
             raise ValueError(
                 "the output has no autograd graph: run the forward inside the recorder, with gradients enabled"
@@ -342,7 +377,8 @@ class FisherRecorder:
         return reuse
 
     def _taps(self, output: Tensor) -> Taps:
-        return taps_of(output, self.parameters, self.verified or self.unsupported == "exact")
+        with self._reading():
+            return taps_of(output, self.leaves(), self.verified or self.unsupported == "exact")
 
     def _pass(
         self,
@@ -361,6 +397,10 @@ class FisherRecorder:
         later: list[tuple[Use, Factors]] = []  # factors that can be computed only after the pass
 
         def visit(node: Node, cotangents: tuple[Tensor | None, ...]) -> None:
+            with self._reading():
+                at(node, cotangents)
+
+        def at(node: Node, cotangents: tuple[Tensor | None, ...]) -> None:
             begin(node)
             of_node = reuse[node]
             for use in taps.uses[node]:
@@ -368,7 +408,7 @@ class FisherRecorder:
                     q, of_node.bias = of_node.bias, None  # computed with the norm's weight
                     sums[use.parameter] = sums[use.parameter].add_(q) if use.parameter in sums else q
                     continue
-                factors = factors_of(use, cotangents, n)
+                factors = _factors_of(use, cotangents, n)
                 if isinstance(factors, Called):
                     later.append((use, factors))
                 elif use.parameter in routes.single:
@@ -379,7 +419,7 @@ class FisherRecorder:
 
         with backward_by_kind(taps.order, n) as begin:
             backpropagate(output, cotangent, taps, visit, retain_graph)
-            with torch.no_grad():
+            with torch.no_grad(), self._reading():
                 for use, factors in later:
                     begin(use.node)
                     if use.parameter in routes.single:
@@ -390,7 +430,12 @@ class FisherRecorder:
                     if all(use.direct for use, _ in found):
                         whole = concatenated([factors for _, factors in found])
                     if whole is None:
-                        p = self.parameters[name]
+                        p = self.leaves()[name]
+                        if is_distributed(p):
+                            raise UnsupportedError(
+                                f"the parameter {name!r} is divided over processes and transformed before use, or used "
+                                "in different ways: leave it out with parameters=..., or its layer undivided"
+                            )
                         parts = [(factors, onward(use, p)) for use, factors in found]
                         whole = Summed(parts, tuple(p.shape), n, self.filter_axes[name])
                     use = replace(found[0][0], parameters=(name,))
@@ -481,3 +526,15 @@ class FisherRecorder:
                 list(sums.values()), [max(1, sizes[name]) / max(1, q.shape[1]) for name, q in sums.items()]
             )
         return sums
+
+
+def _factors_of(use: Use, cotangents: Sequence[Tensor | None], n: int) -> Factors:
+    """The factors of a use, from whole tensors where the layer is divided over processes."""
+    if not any(map(is_distributed, cotangents)):
+        return factors_of(use, cotangents, n)
+    if not has_rule(use):
+        raise UnsupportedError(
+            f"the parameter {use} is divided over processes, and its layer has no rule: leave it out with "
+            "parameters=..., or the layer undivided"
+        )
+    return factors_of(with_whole_tensors(use), [whole(g) for g in cotangents], n)

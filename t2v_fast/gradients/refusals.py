@@ -10,6 +10,8 @@ from torch.autograd.graph import Node
 
 from .fast_layers import NODES
 from .graph import Taps, UnsupportedError, find_taps
+from .ownership import PASSING
+from .tensor_parallel import BETWEEN, check_local_parts
 
 # Nodes that hide the parameters used behind them from the graph, and what the user can do.
 HIDING = {
@@ -37,7 +39,7 @@ def taps_of(output: Tensor, parameters: Mapping[str, Tensor], tell_apart: bool =
                 "the recurrent layers of cuDNN and MIOpen (LSTM, GRU, RNN) have no backward pass in eval mode: run the "
                 "network within `with torch.backends.cudnn.flags(enabled=False):`"
             )
-        if isinstance(node, torch.autograd.function.BackwardCFunction) and name not in NODES:
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and name not in (*NODES, *BETWEEN, PASSING):
             custom.append(name)
 
     taps = find_taps(output, parameters, met, tell_apart)
@@ -55,13 +57,14 @@ def taps_of(output: Tensor, parameters: Mapping[str, Tensor], tell_apart: bool =
     if sharded:
         raise UnsupportedError(
             f"the parameter {sharded[0]!r} is a DTensor that the output does not depend on, as where FSDP2 "
-            "(fully_shard) gathers parameters outside of the graph: pass the network before it is sharded"
+            "(fully_shard) gathers parameters outside of the graph: run the forward pass inside the recorder's context"
         )
     if parameters and taps.unused == parameters.keys():
         raise UnsupportedError(
             f"the output depends on none of the wanted parameters ({min(parameters)!r}, ...): run the forward pass "
             "inside the recorder's context, with the same network, and without detaching"
         )
+    check_local_parts(taps, parameters)
     for name, why in taps.interacting.items():
         raise UnsupportedError(
             f"the parameter {name!r} has no per-example gradient: {why}. Leave it out with parameters=..., or change "

@@ -13,12 +13,14 @@ from torch import nn
 from ..embedding import Embedding, network_fingerprint
 from ..estimation.estimator import BATCH_MEAN
 from ..estimation.variational import RobustFisher
+from ..gradients.sharding import sharding_of
 from .assemble import embedding_of, family_of
 from .data import TASK_TYPES, DataError, TaskData, WithIndex
 from .memory import keep_memory_of, release_memory_of
 from .precision import dtype_of
 from .probe import Probe
 from .settings import Settings
+from .shares import embed_in_shares
 from .stages import Stages
 from .task_run import TaskRun, timed
 
@@ -158,6 +160,10 @@ class Task2Vec(Stages):
 
         If memory runs out, the task starts again with half the batch size, and a warning says so.
 
+        Where FSDP2 (``fully_shard``) shards the probe's network, all processes that share it call this method with the
+        same data, and each of them reads a part of the images
+        (:func:`t2v_fast.tasks.distributed.embed_distributed`).
+
         Args:
             data: a :class:`TaskData`; a map-style or re-iterable torch data set of (image, label); a folder with one
                 sub-folder of images for each class; or arrays (images, labels).
@@ -172,6 +178,8 @@ class Task2Vec(Stages):
             ValueError: no head can be fitted (:func:`t2v_fast.tasks.head.fit_heads`), or no Fisher computed
                 (:func:`t2v_fast.fisher`).
         """
+        if sharding_of(self.probe.network) is not None:
+            return embed_in_shares(self, self.make_embedding, data, name=name, skip_unreadable=skip_unreadable)
         if not isinstance(data, TaskData):
             data = TaskData.of(data, name=name, task_type=self.task_type, skip_unreadable=skip_unreadable)
         return self._within_memory(data, lambda: self._embed(data))
@@ -210,8 +218,8 @@ class Task2Vec(Stages):
 
         Raises:
             DataError: the data or labels cannot be used; the message names the task.
-            ValueError: there are no label sets, or the pipeline uses a tolerance, ``method="variational"`` or the
-                estimator ``"batch_mean"``, which tasks cannot share.
+            ValueError: there are no label sets, the pipeline uses a tolerance, ``method="variational"`` or the
+                estimator ``"batch_mean"``, which tasks cannot share, or processes share the probe's network.
         """
         if not label_sets:
             raise ValueError("label_sets is empty, expected labels for at least one task")
@@ -220,6 +228,8 @@ class Task2Vec(Stages):
             raise ValueError(f"{what} has no shared form: embed the tasks one by one")
         if self.estimator == BATCH_MEAN:
             raise ValueError(f"estimator {BATCH_MEAN!r} has no shared form: embed the tasks one by one")
+        if sharding_of(self.probe.network) is not None:
+            raise ValueError("the probe's network is sharded over processes: embed the tasks one by one")
         if not isinstance(data, TaskData):
             data = TaskData.of(data, name=", ".join(label_sets), skip_unreadable=skip_unreadable)
         if not data.is_map_style:

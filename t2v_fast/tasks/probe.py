@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..gradients.compiled import WRAPPED, eager, named_modules, original, original_name
+from ..gradients.tensor_parallel import whole
 from .precision import dtype_of
 from .split_network import Cut
 
@@ -142,7 +143,7 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
     for key, value in sorted(state.items()):
         if key.endswith("num_batches_tracked"):
             continue  # a counter of training steps, which changes no feature and which weight files may lack
-        value = value.detach().cpu().contiguous()
+        value = whole(value).detach().cpu().contiguous()
         digest.update(f"{key} {list(value.shape)} {value.dtype};".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,17 @@ def test_layers_table(script: Script) -> None:
     assert len(next(line for line in lines if line.startswith("| toy, 32 |")).split("|")) == 9
     assert any(line.startswith("| 1 images of 6x6, 8 channels |") for line in lines)
     assert any(line.startswith("| 5 x 16 to 24 |") for line in lines)
+
+
+@pytest.mark.slow
+def test_sharding_table(script: Script) -> None:
+    small = ("--width", "16", "--blocks", "2", "--tokens", "4", "--rounds", "1")
+    lines = script("studies.sharding", *small).splitlines()
+    assert [re.sub(r"[\d.]+", "#", line.split("|")[3]).strip() for line in lines[3:]] == [
+        "step (# ms)",
+        "Fisher by filter",
+        "Fisher by parameter",
+    ] * 2
 
 
 def test_sums_table(script: Script) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from jobs import dying_pipeline, folders, pipeline, plain
 from small import shapes, small_probe, write_folder
+from torch.distributed.fsdp import fully_shard
 
 from t2v_fast import Bank, Embedding, Task2Vec
 from t2v_fast.bank.driver import run_job
@@ -25,7 +26,13 @@ def _process(rank: int, size: int, folder: str, cases: list[dict], data: list) -
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     for number, (options, task) in enumerate(zip(cases, data, strict=True)):
         try:
-            embedding = embed_distributed(Task2Vec(small_probe(), **options), task, name="t", skip_unreadable=True)
+            probe, embed = small_probe(), embed_distributed
+            if options.pop("sharded", False):
+                for layer in probe.network.children():
+                    fully_shard(layer) if list(layer.parameters()) else None
+                fully_shard(probe.network)
+                embed = Task2Vec.embed
+            embedding = embed(Task2Vec(probe, **options), task, name="t", skip_unreadable=True)
             embedding.save(f"{folder}/{number}-{rank}.safetensors")
         except (ValueError, RuntimeError) as error:
             Path(f"{folder}/{number}-{rank}.txt").write_text(str(error))
@@ -51,10 +58,14 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         {"task_type": "multilabel", "samples": 1},
         {"estimator": "deflated"},
         {},
+        {"estimator": "exact", "batch_size": 4, "sharded": True},
+        {"sharded": True, "batch_size": 5},
     ]
     data = [(images, labels)] * 5 + [(images, targets), (shapes(210, 2)[0], many), str(folder)]
+    data += [(images, labels), str(folder)]
     together(tmp_path, cases, data)
     for number, (options, task) in enumerate(zip(cases, data, strict=True)):
+        options.pop("sharded", None)
         alone = Task2Vec(small_probe(), **options).embed(task, name="t", skip_unreadable=True)
         first, second = (Embedding.load(tmp_path / f"{number}-{rank}.safetensors") for rank in range(2))
         np.testing.assert_array_equal(first.hessian, second.hessian)

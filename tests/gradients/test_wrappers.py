@@ -1,0 +1,95 @@
+"""Wrappers for several processes are followed to the network, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from shards import Twice, convolutional, images, rows, seeded
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+import t2v_fast
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process() -> Iterator[None]:
+    own = not dist.is_initialized()
+    if own:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if own:
+        dist.destroy_process_group()
+
+
+def test_whole_copies_are_followed_to_the_network() -> None:
+    network = seeded(convolutional)
+    want = t2v_fast.fisher(network, [images()], "exact")
+    wrapped = nn.parallel.DistributedDataParallel(seeded(convolutional))
+    found = t2v_fast.fisher(wrapped, [images()], "exact")
+    assert list(found) == list(want)
+    torch.testing.assert_close(found.entries, want.entries)
+    with t2v_fast.FisherRecorder(wrapped) as recorder:
+        squares = recorder.backward(wrapped(images()), torch.ones(11, 3).double())
+    with t2v_fast.FisherRecorder(network) as recorder:
+        torch.testing.assert_close(squares, recorder.backward(network(images()), torch.ones(11, 3).double()))
+
+
+def test_a_part_that_is_wrapped_is_refused() -> None:
+    network = nn.Sequential(nn.Linear(4, 3), nn.parallel.DistributedDataParallel(nn.Linear(3, 2)))
+    with pytest.raises(t2v_fast.UnsupportedError, match="the layer '1' is a DistributedDataParallel"):
+        t2v_fast.fisher(network, [torch.ones(2, 4)])
+
+
+def test_fsdp1_is_refused_by_name() -> None:
+    network = FullyShardedDataParallel(seeded(convolutional), device_id=torch.device("cpu"))
+    for model in (network, nn.Sequential(network)):
+        with pytest.raises(t2v_fast.UnsupportedError, match=r"0\.0\.weight' is flattened.*fully_shard"):
+            t2v_fast.FisherRecorder(model)
+
+
+def test_deepspeed_and_pipelines_are_refused_by_name() -> None:
+    network = nn.Linear(4, 3)
+    network.weight.ds_id = 0  # as DeepSpeed marks what it partitions
+    with pytest.raises(t2v_fast.UnsupportedError, match="'weight' is partitioned by DeepSpeed"):
+        t2v_fast.FisherRecorder(network)
+    from torch.distributed.pipelining import PipelineStage
+
+    stage = PipelineStage(nn.Linear(4, 3), 0, 1, torch.device("cpu"))
+    with pytest.raises(t2v_fast.UnsupportedError, match="PipelineStage has some of the network's layers"):
+        t2v_fast.fisher(stage, [torch.ones(2, 4)])
+    with pytest.raises(TypeError, match="the network is a int"):
+        t2v_fast.FisherRecorder(3)
+
+
+@pytest.mark.parametrize("granularity", ["filter", "parameter"])
+def test_fsdp2_over_one_process(granularity: str) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    network = seeded(Twice)
+    for layer in (network.again, network.head):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh)
+    options = {"granularity": granularity, "unsupported": "exact"}
+    for x in (rows(), rows()[:5]):
+        found = t2v_fast.fisher(network, x.split(4), "exact", **options)
+        want = t2v_fast.fisher(seeded(Twice), x.split(4), "exact", **options)
+        assert found.unused == want.unused == {"idle.weight", "idle.bias"}
+        torch.testing.assert_close(found.full().entries, want.entries)
+        torch.testing.assert_close(found.full().standard_error, want.standard_error, rtol=1e-6, atol=1e-12)
+    found = t2v_fast.fisher(network, x.split(4), "batch_mean", seed=3, **options)
+    want = t2v_fast.fisher(seeded(Twice), x.split(4), "batch_mean", seed=3, **options)
+    torch.testing.assert_close(found.to_numpy(), want.to_numpy())
+    network(rows()).sum().backward()
+    with pytest.raises(ValueError, match="an allocation have no form"):
+        t2v_fast.fisher(network, x.split(4), estimator_error=True)
+
+
+def test_a_gradient_that_is_not_reduced_is_refused() -> None:
+    network = fully_shard(seeded(convolutional), mesh=init_device_mesh("cpu", (1,)))
+    network.set_requires_gradient_sync(False)
+    network(images()).sum().backward()
+    with pytest.raises(t2v_fast.UnsupportedError, match=r"'0\.0\.weight' has a gradient that FSDP2 has not reduced"):
+        t2v_fast.FisherRecorder(network)
