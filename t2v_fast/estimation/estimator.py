@@ -117,7 +117,8 @@ def fisher(
             whole parameter; ``"parameter"``: one value for each entry.
         likelihood: ``"softmax"``, ``"sigmoid"`` (C yes-or-no labels), ``"gaussian"`` (regression with unit variance),
             or a :class:`t2v_fast.estimation.likelihoods.Likelihood`.
-        parameters: Names, or a function of name and parameter that says which to take; by default all.
+        parameters: Names, or a function of name and parameter that says which to take; ``"trainable"`` takes those that
+            require gradients; by default all, frozen or not.
         unsupported: ``"error"``, ``"exact"`` or ``"skip"``: what to do with a parameter without an exact fast path, as
             for :class:`t2v_fast.FisherRecorder`.
         filter_axis: The axis of a parameter's filters where it is not the first, as for
