@@ -46,6 +46,10 @@ def _default_mask(inputs: Any, labels: Tensor | None) -> Tensor | None:
     return mask
 
 
+# The defaults of other functions that run a network over a loader.
+default_forward, default_mask = _default_forward, _default_mask
+
+
 def fisher(
     model: nn.Module,
     loader: Iterable[Any],
