@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -345,6 +346,35 @@ def test_adapters_of_8_bit_bases(adapter: str) -> None:
     want = truth(model, [(x[n : n + 1],) for x in batches() for n in range(len(x))], list(found))
     assert all(q.any() for q in want.values())
     assert largest_error(found, want) < 1e-4
+
+
+def test_outliers_of_8_bit_layers_make_examples_interact() -> None:
+    """A threshold lets layers look for columns with large activations in the whole batch."""
+    with pytest.raises(SelfCheckError, match="examples interact"):
+        fisher(adapted(llama(eight_bit(threshold=0.5)), lora()), batches(), parameters="trainable")
+    far = fisher(adapted(llama(eight_bit(threshold=100.0)), lora()), batches(), parameters="trainable")
+    without = fisher(adapted(llama(eight_bit()), lora()), batches(), parameters="trainable")
+    assert torch.allclose(far.vector(), without.vector(), rtol=1e-4)
+
+
+def test_a_checkpoint_that_transformers_quantises(tmp_path: Path) -> None:
+    """As users come by a quantised base, prepared for training, which lets the embeddings require gradients."""
+    pytest.importorskip("bitsandbytes", reason="the quantised layers are its own")
+    llama().save_pretrained(tmp_path)
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
+    )
+    model = adapted(peft.prepare_model_for_kbit_training(base), lora())
+    found = fisher(model, batches(), **EXACT)
+    each = [(x[n : n + 1],) for x in batches() for n in range(len(x))]
+    assert len(found) == 8
+    assert largest_error(found, truth(dequantised(model), each, list(found))) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "IntxWeightOnlyConfig", "Float8WeightOnlyConfig"])
