@@ -76,7 +76,9 @@ class Scored(nn.Module):
 def llama(quantise: Callable[[nn.Module], None] | None = None, layers: int = 2) -> nn.Module:
     torch.manual_seed(0)
     sizes = {**WIDE, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, **sizes)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, attention_bias=True, **sizes
+    )
     model = transformers.LlamaForCausalLM(config)
     if quantise is not None:
         quantise(model)
@@ -240,6 +242,7 @@ def four_bit(kind: str, twice: bool = False) -> Callable[[nn.Module], None]:
             layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=torch.float32, quant_type=kind
         )
         quantised.weight = weight
+        quantised.bias = layer.bias
         return quantised.to("cpu")
 
     def quantise(model: nn.Module) -> None:
@@ -254,8 +257,9 @@ def eight_bit(threshold: float = 0.0) -> Callable[[nn.Module], None]:
 
     def made(layer: nn.Linear) -> nn.Module:
         quantised = bitsandbytes.nn.Linear8bitLt(
-            layer.in_features, layer.out_features, False, has_fp16_weights=False, threshold=threshold
+            layer.in_features, layer.out_features, has_fp16_weights=False, threshold=threshold
         )
+        quantised.bias = layer.bias
         quantised.weight = bitsandbytes.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
         return quantised.to("cpu")
 
@@ -273,7 +277,8 @@ def dequantised(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            plain = nn.Linear(layer.in_features, layer.out_features)
+            plain.bias = layer.bias
             weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
             plain.weight = nn.Parameter(weight)
             model.set_submodule(name, plain)
@@ -290,6 +295,7 @@ IA3 = {"target_modules": ["q_proj", "up_proj"], "feedforward_modules": ["up_proj
         ("LoRA", "nf4", False),
         ("LoRA", "fp4", False),
         ("LoRA", "nf4", True),
+        ("LoRA and biases", "nf4", False),
         ("DoRA", "nf4", True),
         ("IA3", "nf4", False),
         ("VeRA", "nf4", False),
@@ -299,6 +305,7 @@ def test_adapters_of_4_bit_bases(adapter: str, kind: str, twice: bool) -> None:
     """Against a network in float64 with the same weights, also after an evaluation without gradients."""
     config = {
         "LoRA": lambda: lora(),
+        "LoRA and biases": lambda: lora(bias="all"),
         "DoRA": lambda: lora(use_dora=True),
         "IA3": lambda: peft.IA3Config(**IA3),
         "VeRA": lambda: peft.VeraConfig(**VERA),
@@ -337,10 +344,14 @@ def test_packed_4_bit_weights_are_unpacked_without_loss() -> None:
     assert model(batches()[0]).requires_grad
 
 
-@pytest.mark.parametrize("adapter", ["LoRA", "VeRA"])
+@pytest.mark.parametrize("adapter", ["LoRA", "LoRA and biases", "VeRA"])
 def test_adapters_of_8_bit_bases(adapter: str) -> None:
     """The layers round activations to 8 bits, and pass gradients on as if they did not: torch says which gradients."""
-    config = {"LoRA": lambda: lora(), "VeRA": lambda: peft.VeraConfig(**VERA)}[adapter]()
+    config = {
+        "LoRA": lambda: lora(),
+        "LoRA and biases": lambda: lora(bias="all"),
+        "VeRA": lambda: peft.VeraConfig(**VERA),
+    }[adapter]()
     model = adapted(llama(eight_bit()), config)
     found = fisher(model, batches(), **EXACT)
     want = truth(model, [(x[n : n + 1],) for x in batches() for n in range(len(x))], list(found))
