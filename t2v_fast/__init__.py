@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .embedding import Embedding, FingerprintMismatch
     from .estimation.diagonal import FisherDiagonal
     from .estimation.estimator import fisher
+    from .estimation.norms import GradientNorms, gradient_norms
     from .estimation.profiling import Profile, profile
     from .estimation.self_check import SelfCheckError
     from .gradients.graph import UnsupportedError
@@ -39,6 +40,7 @@ __all__ = [
     "FingerprintMismatch",
     "FisherDiagonal",
     "FisherRecorder",
+    "GradientNorms",
     "Preprocessing",
     "Probe",
     "Profile",
@@ -48,6 +50,7 @@ __all__ = [
     "UnsupportedError",
     "distance",
     "fisher",
+    "gradient_norms",
     "load_probe",
     "ops",
     "profile",
@@ -64,6 +67,7 @@ _HOMES = {
     "FingerprintMismatch": "embedding",
     "FisherDiagonal": "estimation.diagonal",
     "FisherRecorder": "gradients.recorder",
+    "GradientNorms": "estimation.norms",
     "Preprocessing": "tasks.probe",
     "Probe": "tasks.probe",
     "Profile": "estimation.profiling",
@@ -72,6 +76,7 @@ _HOMES = {
     "TaskData": "tasks.data",
     "UnsupportedError": "gradients.graph",
     "fisher": "estimation.estimator",
+    "gradient_norms": "estimation.norms",
     "load_probe": "tasks.probe",
     "profile": "estimation.profiling",
     "rank_zoo": "zoo",

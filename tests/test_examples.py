@@ -80,3 +80,17 @@ def test_own_loop(capsys: pytest.CaptureFixture) -> None:
     assert found >= 20  # of 30, where chance finds one
     fast, plain = re.search(r"first: ([\d.e+]+), by plain autograd ([\d.e+]+)", printed).groups()
     assert float(fast) == pytest.approx(float(plain), rel=1e-2)
+
+
+def test_outliers(capsys: pytest.CaptureFixture) -> None:
+    printed = run("outliers", capsys)
+    assert said_on_its_page("outliers", printed)
+    found = {
+        name: [float(v) for v in values.split()] for name, values in re.findall(r"^(\S.*?)  +([\d. ]+)$", printed, re.M)
+    }
+    norms, loss = found["gradient norm of all parameters"], found["loss"]
+    for score in (norms, loss, found["gradient norm of the second convolution"]):
+        assert score[0] >= 0.9  # of 30, where chance finds one in twenty
+        assert score[2] >= 0.8
+    fast, plain = re.search(r"norm: ([\d.e+]+), by plain autograd ([\d.e+]+)", printed).groups()
+    assert float(fast) == pytest.approx(float(plain), rel=1e-2)

@@ -246,9 +246,11 @@ def truth(question: Question, network: nn.Module) -> Truth:
             score[0, labels[n]] -= 1
             squares = dict.fromkeys(question.wanted, 0.0)
             for u in (*cotangents[:, n : n + 1], score.view(output.shape)):
-                gradients = torch.autograd.grad(
-                    output, wanted, u.to(output), retain_graph=True, allow_unused=True, materialize_grads=True
-                )
+                gradients = [torch.zeros_like(p) for p in wanted]
+                if output.requires_grad:  # this example may depend on no wanted parameter, where others do
+                    gradients = torch.autograd.grad(
+                        output, wanted, u.to(output), retain_graph=True, allow_unused=True, materialize_grads=True
+                    )
                 latest = {name: squared(g) for name, g in zip(question.wanted, gradients, strict=True)}
                 del gradients
                 if u.data_ptr() != score.data_ptr():

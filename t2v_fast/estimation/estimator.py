@@ -47,6 +47,10 @@ def _default_mask(inputs: Any, labels: Tensor | None) -> Tensor | None:
     return mask
 
 
+# The defaults of other functions that run a network over a loader.
+default_forward, default_mask = _default_forward, _default_mask
+
+
 def fisher(
     model: nn.Module,
     loader: Iterable[Any],
@@ -118,7 +122,8 @@ def fisher(
             whole parameter; ``"parameter"``: one value for each entry.
         likelihood: ``"softmax"``, ``"sigmoid"`` (C yes-or-no labels), ``"gaussian"`` (regression with unit variance),
             or a :class:`t2v_fast.estimation.likelihoods.Likelihood`.
-        parameters: Names, or a function of name and parameter that says which to take; by default all.
+        parameters: Names, or a function of name and parameter that says which to take; ``"trainable"`` takes those that
+            require gradients; by default all, frozen or not.
         unsupported: ``"error"``, ``"exact"`` or ``"skip"``: what to do with a parameter without an exact fast path, as
             for :class:`t2v_fast.FisherRecorder`.
         filter_axis: The axis of a parameter's filters where it is not the first, as for

@@ -44,6 +44,7 @@ from ..gradients.graph import fix_batch_norm_gradients
 from ..gradients.ownership import dense, nodes_of
 from ..gradients.random_state import random_state
 from ..gradients.recorder import FisherRecorder
+from ..gradients.refusals import random_layer
 from ..gradients.rules import RULES
 from ..gradients.tensor_parallel import whole
 from ..ops import planner
@@ -161,7 +162,7 @@ class SelfCheck:
             with torch.no_grad():
                 self._run(inputs, [n - 1], n)
             if self._drew:
-                raise SelfCheckError(_RANDOM)
+                raise SelfCheckError(_random(self.recorder.model))
         if not due:
             return
         if single:
@@ -227,7 +228,7 @@ class SelfCheck:
         apart = (found - whole).abs().reshape(len(examples), -1).amax(1)
         if not bool((apart <= tolerance * _spread(logits.detach(), robust=tolerance < 0.1)).all()):
             if self._drew:
-                raise SelfCheckError(_RANDOM)
+                raise SelfCheckError(_random(self.recorder.model))
             worst = int(apart.nan_to_num(torch.inf).argmax())
             raise SelfCheckError(
                 f"the logits of example {examples[worst]} change by {float(apart[worst]):.2g} when it is run {how}: "
@@ -350,10 +351,14 @@ def _call_of(recorder: FisherRecorder, forward: Callable[[nn.Module, Any], Tenso
     )
 
 
-_RANDOM = (
-    "the network is random: it draws random numbers in its forward pass, so that no example has a gradient of its own; "
-    "call eval() on it"
-)
+def _random(model: nn.Module) -> str:
+    """Say that a network is random, and which layer makes it so, if a layer in training mode is known to."""
+    layer = random_layer(model)
+    where = "" if layer is None else f" (the layer {layer} is in training mode)"
+    return (
+        f"the network is random: it draws random numbers in its forward pass{where}, so that no example has a gradient "
+        "of its own; call eval() on it"
+    )
 
 
 def _spread(logits: Tensor, robust: bool) -> float:

@@ -182,7 +182,7 @@ def find_taps(
                 continue
             else:
                 if child not in below:
-                    below[child] = _parameters_below(child, names)
+                    below[child] = parameters_below(child, names)
                 (wanted, between), chain = below[child], ()
             if wanted and (is_complex or child._input_metadata[edge[1]].dtype.is_complex):
                 why = f"it enters {node.name()} with complex numbers, whose gradients are not squared by example here"
@@ -221,7 +221,7 @@ def _parameter_views(ownership: Ownership) -> dict[Node, tuple[Tensor, tuple[str
     return found
 
 
-def _parameters_below(root: Node, names: Mapping[int, str]) -> tuple[tuple[str, ...], frozenset[str]]:
+def parameters_below(root: Node, names: Mapping[int, str]) -> tuple[tuple[str, ...], frozenset[str]]:
     """The wanted parameters below ``root``, and the names of ``root`` and of all nodes below it except the leaves."""
     wanted: dict[str, None] = {}
     nodes: set[Node] = set()

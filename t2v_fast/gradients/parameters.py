@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import nn
 
 from .compiled import named_parameters, original_name
+from .quantised import is_quantised
 
-ParameterFilter = Iterable[str] | Callable[[str, nn.Parameter], bool] | None
+TRAINABLE = "trainable"
+ParameterFilter = Iterable[str] | Callable[[str, nn.Parameter], bool] | None  # or TRAINABLE, which is a str
 FilterAxis = Mapping[str, int] | Callable[[str, nn.Parameter], int] | None
 
 
@@ -17,8 +19,9 @@ def select_parameters(model: nn.Module, parameters: ParameterFilter = None) -> d
 
     Args:
         model: The network.
-        parameters: Names, or a function of name and parameter that is true for the wanted ones. None selects every
-            floating-point parameter, frozen or not.
+        parameters: Names, or a function of name and parameter that is true for the wanted ones. ``"trainable"`` selects
+            the floating-point parameters that require gradients now, such as adapters on a frozen network. None selects
+            every floating-point parameter, frozen or not.
 
     Returns:
         The parameters by name, in the order of the given names, otherwise in the model's order. A parameter that
@@ -32,11 +35,23 @@ def select_parameters(model: nn.Module, parameters: ParameterFilter = None) -> d
         >>> network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> list(select_parameters(network, lambda name, p: p.dim() > 1))
         ['0.weight', '2.weight']
+        >>> _ = network[0].requires_grad_(False)
+        >>> list(select_parameters(network, "trainable"))
+        ['2.weight', '2.bias']
     """
-    everything = {name: p for name, p in named_parameters(model) if p.is_floating_point()}
-    if isinstance(parameters, str):
-        raise ValueError(f"parameters is the string {parameters!r}, expected a list of names: [{parameters!r}]")
-    if parameters is None:
+    everything = {name: p for name, p in named_parameters(model) if p.is_floating_point() and not is_quantised(p)}
+    if isinstance(parameters, str) and parameters != TRAINABLE:
+        raise ValueError(
+            f"parameters is the string {parameters!r}, expected a list of names, [{parameters!r}], or {TRAINABLE!r}"
+        )
+    if parameters == TRAINABLE:
+        chosen = {name: p for name, p in everything.items() if p.requires_grad}
+        if not chosen:
+            raise ValueError(
+                "no parameter is trainable: all floating-point parameters have requires_grad=False. A PEFT adapter is "
+                "frozen while it is not active (set_adapter), or where it was loaded without is_trainable=True"
+            )
+    elif parameters is None:
         chosen = everything
     elif callable(parameters):
         chosen = {name: p for name, p in everything.items() if parameters(name, p)}

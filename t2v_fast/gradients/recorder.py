@@ -31,6 +31,7 @@ from .factors import Called, Factors, Plan, Reuse, Summed, concatenated
 from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gradients, onward
 from .ownership import dense
 from .parameters import FilterAxis, ParameterFilter, filter_axes_of, select_parameters
+from .quantised import allow_packing, unpack
 from .refusals import random_layer, taps_of
 from .routes import GradientRoutes, routes_of
 from .rules import factors_of, has_rule
@@ -59,8 +60,8 @@ class FisherRecorder:
 
     Args:
         model: The network.
-        parameters: Names of parameters, or a function of name and parameter; None takes every floating-point
-            parameter, frozen or not.
+        parameters: Names of parameters, or a function of name and parameter; ``"trainable"`` takes those that require
+            gradients now; None takes every floating-point parameter, frozen or not.
         granularity: ``"filter"`` for the mean of the squares over all axes of a parameter except its filter axis;
             ``"tensor"`` for the mean over all axes; ``"parameter"`` for the squares of all entries, summed over
             examples.
@@ -132,6 +133,7 @@ class FisherRecorder:
         self._reported: set[str] = set()  # parameters whose slower route was logged
         self._looked_for_random_layers = False  # since the context was entered
         self._required: list[tuple[nn.Parameter, bool]] | None = None  # requires_grad of each parameter before
+        self._packing: list[nn.Module] = []  # quantised layers that may pack their weights outside of the context
 
     def __enter__(self) -> FisherRecorder:
         if self._required is not None:
@@ -149,6 +151,7 @@ class FisherRecorder:
         wanted = {id(p) for p in self.parameters.values()}
         for p, _ in self._required:
             p.requires_grad_(id(p) in wanted)
+        self._contexts.callback(allow_packing, unpack(self.model))
         say_once(self.model)
         self._contexts.enter_context(eager)
         self.regions = self._contexts.enter_context(self.regions.followed())

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from .fast_layers import NODES
-from .graph import Taps, UnsupportedError, find_taps
+from .graph import Taps, UnsupportedError, find_taps, parameters_below
 from .ownership import PASSING
+from .quantised import LINEAR
 from .tensor_parallel import BETWEEN, check_local_parts
 
 # Nodes that hide the parameters used behind them from the graph, and what the user can do.
@@ -23,6 +24,11 @@ HIDING = {
     "network before it is sharded",
 }
 
+# The node of an operator without a derivative. Autograd warns, and sends no gradient to what is below.
+WITHOUT_DERIVATIVE = "torch::autograd::WarnNotImplemented"
+# Functions written in Python that use no other parameters than those that enter them.
+_OPEN = {*NODES, *BETWEEN, PASSING, *(f"{kind}Backward" for kind in LINEAR)}
+
 
 def taps_of(output: Tensor, parameters: Mapping[str, Tensor], tell_apart: bool = False) -> Taps:
     """Find every use of ``parameters`` in the graph of ``output`` [N, ...]; ``tell_apart`` as in :func:`find_taps`.
@@ -30,6 +36,7 @@ def taps_of(output: Tensor, parameters: Mapping[str, Tensor], tell_apart: bool =
     Raises UnsupportedError where a node of the graph hides layers, or where examples interact.
     """
     custom: list[str] = []
+    names = {id(p): name for name, p in parameters.items()}
 
     def met(node: Node, name: str) -> None:
         if why := HIDING.get(name):
@@ -39,7 +46,14 @@ def taps_of(output: Tensor, parameters: Mapping[str, Tensor], tell_apart: bool =
                 "the recurrent layers of cuDNN and MIOpen (LSTM, GRU, RNN) have no backward pass in eval mode: run the "
                 "network within `with torch.backends.cudnn.flags(enabled=False):`"
             )
-        if isinstance(node, torch.autograd.function.BackwardCFunction) and name not in (*NODES, *BETWEEN, PASSING):
+        if name == WITHOUT_DERIVATIVE and (below := parameters_below(node, names)[0]):
+            raise UnsupportedError(
+                f"the parameter {below[0]!r} lies below an operator without a derivative, which keeps a part of its "
+                "gradient back (autograd only warns): replace the operator, or leave the parameter out with "
+                "parameters=.... A 4-bit layer of bitsandbytes has such an operator once its weight is packed: run the "
+                "forward pass inside the recorder's context, which unpacks it"
+            )
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and name not in _OPEN:
             custom.append(name)
 
     taps = find_taps(output, parameters, met, tell_apart)

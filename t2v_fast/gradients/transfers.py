@@ -35,6 +35,7 @@ from .owners import (
     owner_along,
     owners_of_field,
 )
+from .quantised import LINEAR
 
 # A transfer takes the node, the owner of its output and the number of examples. It returns the state of each input, or
 # None for an input that no cotangent reaches. It returns None instead of a list where the node must be called.
@@ -194,7 +195,7 @@ keeps(
     acts=lambda node, dims: range(dims - len(node._saved_normalized_shape), dims),
 )
 keeps("NativeGroupNorm", acts=lambda node, dims: range(1, dims))
-keeps("OneDnnLinear", acts=lambda node, dims: [dims - 1])
+keeps("OneDnnLinear", *LINEAR, acts=lambda node, dims: [dims - 1])
 
 
 @transfer("Flip")

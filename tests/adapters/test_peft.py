@@ -132,3 +132,8 @@ def test_the_page_runs() -> None:
     names = {"gpt2": gpt2(), "batches": BATCHES}
     exec(block, names)
     assert len(names["patterns"]["alpha_pattern"]) == len(names["scores"]) == 6
+    (block,) = re.findall(r"## The Fisher of PEFT's adapters\n.*?```python\n(.*?)```", page, re.DOTALL)
+    names = {"gpt2": gpt2(), "batches": BATCHES}
+    exec(block, names)
+    assert len(names["F"]) == 4
+    assert all("lora" in name for name in names["F"])

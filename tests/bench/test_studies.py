@@ -260,6 +260,27 @@ def test_throughput_tables(tmp_path: Path, script: Script, monkeypatch: pytest.M
     sys.modules.pop("task2vec", None)
 
 
+@pytest.mark.slow
+def test_adapted_table(script: Script) -> None:
+    pytest.importorskip("peft", reason="the adapters are its own")
+    rows = script("studies.adapted", "--rounds", "1", "--layers", "2", "--width", "64").splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in cells][:2] == ["all weights", "LoRA, rank 8"]
+    assert len(cells) == 7
+    assert all(float(row[-1]) < 1e-4 for row in cells)  # the squares are those of the loop
+    parameters = {row[0]: int(row[1].replace(",", "")) for row in cells}
+    assert parameters["LoRA of the upper half"] * 2 == parameters["LoRA, rank 8"]
+
+
+@pytest.mark.slow
+def test_ghost_norms_table(script: Script) -> None:
+    pytest.importorskip("opacus", reason="compares with it")
+    rows = script("studies.ghost_norms", "--rounds", "1", "--size", "4").splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[1] for row in cells] == ["t2v-fast", "Opacus", "loop", "step"] * 2
+    assert all(float(row[-1]) < 1e-4 for row in cells if row[1] != "step")
+
+
 def test_enumerated_labels_are_the_exact_fisher() -> None:
     from bench.studies.throughput import enumerate_labels
     from t2v_fast import fisher

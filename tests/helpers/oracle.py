@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 def per_example_squares(model: nn.Module, x: Tensor, cotangents: Tensor) -> dict[str, Tensor]:
     """{name: [N, *shape]}: sum over k of squared gradients of u[k, n] . logits(x_n), cotangents u [K, N, C]."""
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     required = {name: p.requires_grad for name, p in parameters.items()}
     squares = {name: torch.zeros(len(x), *p.shape, dtype=p.dtype) for name, p in parameters.items()}
     try:
