@@ -34,6 +34,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ from ..ops import planner
 # error of a wrong rule is of order one. Rounding, and a rare ReLU that flips, stay far below these tolerances.
 SELF_CHECK_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
 
+LARGEST_FLOAT64 = 2**22  # the most numbers of a gradient that are brought to float64 at once
 LEAST_FLOAT32 = 1e-24  # smaller squares of float32 gradients are computed in float64, where none becomes zero
 
 
@@ -246,12 +248,13 @@ class SelfCheck:
         The logits of the batch of their own, and of each example alone, are compared with those of the ``whole`` batch.
         """
         recorder, n = self.recorder, whole.shape[0]
-        logits, rows = self._run(inputs, examples, n)
+        logits, rows = self._run(inputs, examples, n) if n > 1 else (whole, examples)
         if n > 1:
             self._agree(logits[rows], whole, examples, "in a batch of two")
         cotangent = torch.zeros_like(logits)
-        directions = torch.randn(logits.shape, generator=torch.Generator().manual_seed(n))
-        cotangent[rows] = directions[rows].to(logits)
+        generator = torch.Generator().manual_seed(n)
+        for row in rows:
+            cotangent[row] = torch.randn(logits.shape[1:], generator=generator, dtype=logits.dtype).to(logits.device)
         got = recorder.backward(logits, cotangent, retain_graph=True)
         summed = recorder.granularity == "parameter"
         got = {name: q[None] if summed else q[rows] for name, q in got.items()}
@@ -286,20 +289,21 @@ class SelfCheck:
             return
         single = torch.zeros_like(cotangent)
         single[row] = cotangent[row]
-        gradients = torch.autograd.grad(
-            [logits],
-            [recorder.parameters[name] for name in want],
-            [single],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        for (name, into), gradient in zip(want.items(), gradients, strict=True):
-            g = dense(gradient)
-            q = recorder.reduce(name, g if g.dtype == torch.float32 else g.double())
-            if g.dtype == torch.float32 and q.numel() and not float(q.amax()) > LEAST_FLOAT32:
-                q = recorder.reduce(name, g.double())
-            into[0 if recorder.granularity == "parameter" else k] += q
+        at = 0 if recorder.granularity == "parameter" else k
+
+        def take(name: str, gradient: Tensor) -> Tensor:
+            want[name][at] += _squares(recorder, name, dense(gradient))
+            return gradient.new_zeros(()).expand(gradient.shape)
+
+        # The hooks square each gradient when it is there, and pass on one that takes no memory: a large network's
+        # gradients would not fit beside its activations.
+        wanted = [recorder.parameters[name] for name in want]
+        hooks = [p.register_hook(partial(take, name)) for name, p in zip(want, wanted, strict=True)]
+        try:
+            torch.autograd.grad([logits], wanted, [single], retain_graph=True, allow_unused=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _wrong(self, got: dict[str, Tensor], want: dict[str, Tensor], logits: Tensor) -> str | None:
         """Say which parameter's squares differ from the wanted ones; None if none does."""
@@ -350,13 +354,29 @@ _RANDOM = (
 )
 
 
+def _squares(recorder: FisherRecorder, name: str, gradient: Tensor) -> Tensor:
+    """The squares of a gradient at the recorder's granularity, in float64, or in float32 where none becomes zero."""
+    if gradient.dtype == torch.float32:
+        q = recorder.reduce(name, gradient)
+        if not q.numel() or float(q.amax()) > LEAST_FLOAT32:
+            return q
+    if recorder.granularity == "parameter" or gradient.numel() <= LARGEST_FLOAT64:
+        return recorder.reduce(name, gradient.double())
+    # All filters have the same number of entries, so the mean over the parameter is the mean over its filters' means.
+    filters = gradient.movedim(recorder.filter_axes[name], 0).flatten(1)
+    some = filters.split(max(1, LARGEST_FLOAT64 // filters.shape[1]))
+    q = torch.cat([part.double().square_().mean(1) for part in some])
+    return q if recorder.granularity == "filter" else q.mean()
+
+
 def _spread(logits: Tensor, robust: bool) -> float:
     """How far the logits of an example spread around their median; at least a multiple of their rounding error.
 
     ``robust`` takes the median spread, so that a masked class does not count. Otherwise the largest spread is taken,
     which half precision needs.
     """
-    z = logits.double().reshape(-1, logits.shape[-1])
+    z = logits.reshape(-1, logits.shape[-1])
+    z = z[:: -(-z.numel() // 2**22)].double()  # of a language model's tokens, some are enough
     # In the middle between the lower and the upper median: at the lower one of two logits, the spread would be the
     # smallest margin of all examples.
     centre = (z.median(1, keepdim=True).values - (-z).median(1, keepdim=True).values) / 2
