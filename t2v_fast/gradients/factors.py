@@ -476,6 +476,8 @@ def concatenated(factors: Sequence[Factors]) -> Factors | None:
     first = factors[0]
     if len(factors) == 1:
         return first
+    if (joined := getattr(first, "joined", None)) is not None:
+        return joined(factors[1:])
     kinds = {type(f) for f in factors}
     if kinds == {Outer, Scatter}:
         return _tied(*(concatenated([f for f in factors if isinstance(f, kind)]) for kind in (Outer, Scatter)))

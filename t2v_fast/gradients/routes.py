@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .graph import Taps, UnsupportedError
+import torch
+from torch import Tensor, nn
+
+from .graph import Taps, UnsupportedError, Use
+from .ownership import dense
 from .rules import unsupported_reason
 
 log = logging.getLogger(__name__)
@@ -65,3 +69,24 @@ def routes_of(taps: Taps, unsupported: str, reported: set[str]) -> GradientRoute
     rest = count.keys() - plain - skipped
     single = {name for name in rest if count[name] == 1 and direct[name]}
     return GradientRoutes(frozenset(single), frozenset(rest - single), frozenset(plain - skipped), frozenset(skipped))
+
+
+def onward(use: Use, parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
+    """The map from gradients [k, entries] of a node's input to those of a parameter that the input is computed from."""
+    if use.direct:
+        return lambda t: t
+
+    def pull(t: Tensor) -> Tensor:
+        child, number = use.node.next_functions[use.slot]
+        assert child is not None  # parameters enter this input
+        dtype = child._input_metadata[number].dtype
+        gradients = t.view(-1, *use.shape).to(dtype)
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        try:
+            (g,) = torch.autograd.grad([use.source], [parameter], [gradients], is_grads_batched=True, **options)
+        except (RuntimeError, NotImplementedError):  # a function that does not support batched gradients
+            each = [torch.autograd.grad([use.source], [parameter], [g], **options)[0] for g in gradients]
+            g = torch.stack([dense(part) for part in each])
+        return g.reshape(len(g), parameter.numel()).to(t.dtype)
+
+    return pull
