@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -32,7 +33,14 @@ BATCH_MEAN = "batch_mean"
 
 def _default_forward(model: nn.Module, inputs: Any) -> Tensor:
     """Run the model, mappings as keyword arguments; return its output, or the output's ``logits``."""
-    output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    if isinstance(inputs, Mapping):
+        # A cache copies keys and values, and Hugging Face's models keep packed sequences apart only without one.
+        cached = getattr(getattr(model, "config", None), "use_cache", False)
+        if cached and "use_cache" in inspect.signature(model.forward).parameters:
+            inputs = {"use_cache": False, **inputs}
+        output = model(**inputs)
+    else:
+        output = model(inputs)
     return getattr(output, "logits", output)
 
 

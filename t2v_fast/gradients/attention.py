@@ -21,7 +21,7 @@ BLOCK = 1024  # queries whose masks are looked at together
 
 APART = (
     "packed sequences must not attend to each other: the attention needs a mask that is block-diagonal, as Hugging "
-    "Face's models make it from position_ids that begin anew in each sequence where no attention_mask is given"
+    "Face's models make it from position_ids that begin anew in each sequence, without an attention_mask and a cache"
 )
 
 

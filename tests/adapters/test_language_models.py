@@ -80,10 +80,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.fixture(params=MODELS)
-def model(request: pytest.FixtureRequest) -> nn.Module:
+def network(name: str) -> nn.Module:
     torch.manual_seed(0)
-    model = MODELS[request.param]().double().eval()
+    model = MODELS[name]().double().eval()
     with torch.no_grad():
         for p in model.parameters():  # so that norms are not ones, and logits not nearly equal
             p.add_(torch.randn_like(p), alpha=0.3)
@@ -105,14 +104,23 @@ FORMS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form(model: nn.Module, form: str) -> None:
+# These softmax in float32, where a finite mask in float64 is -inf: a token that sees nobody becomes NaN.
+WITHOUT_LEFT = ("llama eager", "gemma2")
+# Norms and eager attention compute in float32 within these models.
+TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [(name, form) for name in MODELS for form in FORMS if form != "left" or name not in WITHOUT_LEFT]
+)
+def test_every_form(name: str, form: str) -> None:
+    model = network(name)
     options: dict[str, Any] = {"shift_labels": True, "packed": form in ("packed", "flattened")}
     found = fisher(model, FORMS[form](), "empirical", 1, level="sequence", **options)
     want = {name: by_filter(q.mean(0)) for name, q in empirical(model, TEXTS).items()}
     assert found.keys() == want.keys()
-    for name, q in want.items():
-        torch.testing.assert_close(found[name], q, rtol=1e-8, atol=1e-8 * float(q.max()) + 1e-15)
+    for key, q in want.items():
+        torch.testing.assert_close(found[key], q, rtol=TOLERANCE, atol=TOLERANCE * float(q.max()))
 
 
 @pytest.mark.parametrize("form", ["left", "flattened"])
@@ -122,12 +130,16 @@ def test_every_token_and_label(form: str) -> None:
     tokens = sum(LENGTHS) - len(LENGTHS)
     found = fisher(model, FORMS[form](), "exact", shift_labels=True, packed=form == "flattened")
     for name, q in every_token(model, TEXTS).items():
-        torch.testing.assert_close(found[name], by_filter(q.sum(0) / tokens), rtol=1e-8, atol=1e-12)
+        want = by_filter(q.sum(0) / tokens)
+        torch.testing.assert_close(found[name], want, rtol=TOLERANCE, atol=TOLERANCE * float(want.max()))
 
 
-def test_rows_whose_sequences_see_each_other(model: nn.Module) -> None:
-    """An attention mask switches off the masks that the models make from position_ids."""
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("change", ["attention_mask", "use_cache"])
+@pytest.mark.parametrize("self_check", [True, False])
+def test_rows_whose_sequences_see_each_other(name: str, change: str, self_check: bool) -> None:
+    """An attention mask and a cache switch off the masks that the models make from position_ids."""
     batch = packed(TEXTS)
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch |= {"attention_mask": torch.ones_like(batch["input_ids"])} if change == "attention_mask" else {change: True}
     with pytest.raises((UnsupportedError, SelfCheckError), match="must not attend to each other"):
-        fisher(model, [batch], "empirical", 1, shift_labels=True, packed=True)
+        fisher(network(name), [batch], "empirical", 1, shift_labels=True, packed=True, self_check=self_check)
