@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from texts import TOKENS, alone, by_filter, empirical, every_token, packed, padded, sequences
 from torch import Tensor, nn
 
-from helpers.texts import TOKENS, alone, by_filter, empirical, every_token, packed, padded, sequences
 from t2v_fast import SelfCheckError, UnsupportedError, fisher
 
 transformers = pytest.importorskip("transformers", reason="the networks are its models")

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from texts import Decoder, alone, by_filter, empirical, every_token, packed, padded, sequences
 from torch import Tensor, nn
 
 from t2v_fast import FisherRecorder, SelfCheckError, UnsupportedError, fisher
 from t2v_fast.estimation.packing import part_of, segments_of, shifted
-from helpers.texts import Decoder, alone, by_filter, empirical, every_token, packed, padded, sequences
 
 LENGTHS = (3, 6, 2, 4, 1, 5)
 TEXTS = sequences(LENGTHS)
@@ -114,7 +114,7 @@ def test_rows_and_padding_within_a_packed_batch() -> None:
     torch.manual_seed(0)
     model = Decoder().double()
     segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, -1], [2, 2, 3, 3, 3, 3, 4, -1, -1, -1]])
-    texts = [t for t in TEXTS[:5]]
+    texts = list(TEXTS[:5])
     tokens, labels = torch.zeros(2, 10, dtype=torch.long), torch.full((2, 10), -100)
     tokens[segments >= 0] = labels[segments >= 0] = torch.cat(texts)
     positions = torch.zeros_like(tokens)
@@ -278,7 +278,10 @@ def test_helpers() -> None:
         "use_cache": False,
     }
     part, theirs = part_of(inputs, segments, [2, 0])
-    assert part["input_ids"].tolist() == [[3, 4, 5, 0, 1]] and theirs.tolist() == [0, 0, 0, 1, 1]
-    assert part["cu_seq_lens_q"].tolist() == [0, 3, 5] and part["cu_seq_lens_q"].dtype == torch.int32
-    assert part["max_length_q"] == 3 and part["use_cache"] is False
+    assert part["input_ids"].tolist() == [[3, 4, 5, 0, 1]]
+    assert theirs.tolist() == [0, 0, 0, 1, 1]
+    assert part["cu_seq_lens_q"].tolist() == [0, 3, 5]
+    assert part["cu_seq_lens_q"].dtype == torch.int32
+    assert part["max_length_q"] == 3
+    assert part["use_cache"] is False
     assert part["attention_mask"][0, 0, 0].tolist() == [21, 22, 23, 18, 19]
