@@ -417,7 +417,8 @@ def _squares(recorder: FisherRecorder, name: str, gradient: Tensor) -> Tensor:
     if recorder.granularity == "parameter" or gradient.numel() <= LARGEST_FLOAT64:
         return recorder.reduce(name, gradient.double())
     # All filters have the same number of entries, so the mean over the parameter is the mean over its filters' means.
-    filters = gradient.movedim(recorder.filter_axes[name], 0).flatten(1)
+    filters = gradient.movedim(recorder.filter_axes[name], 0)
+    filters = filters.reshape(len(filters), -1)
     some = filters.split(max(1, LARGEST_FLOAT64 // filters.shape[1]))
     q = torch.cat([part.double().square_().mean(1) for part in some])
     return q if recorder.granularity == "filter" else q.mean()

@@ -12,7 +12,9 @@ from texts import Decoder, alone, by_filter, empirical, every_token, packed, pad
 from torch import Tensor, nn
 
 from t2v_fast import FisherRecorder, SelfCheckError, UnsupportedError, fisher
+from t2v_fast.estimation import self_check
 from t2v_fast.estimation.packing import part_of, segments_of, shifted
+from t2v_fast.gradients.factors import Tied
 
 LENGTHS = (3, 6, 2, 4, 1, 5)
 TEXTS = sequences(LENGTHS)
@@ -262,6 +264,25 @@ def test_plain_autograd_goes_by_sequence(granularity: str) -> None:
     found = estimate(model, "packed", "empirical", 1, granularity, level="sequence", unsupported="exact")
     want = {name: q.mean(0) for name, q in empirical(model, TEXTS).items()}
     agree(found, {name: by_filter(q) for name, q in want.items()} if granularity == "filter" else want)
+
+
+@pytest.mark.parametrize("granularity", ["filter", "tensor", "parameter"])
+def test_the_check_squares_a_gradient_at_a_time(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts, without gradients in ``grad`` and without the hooks of those who train. A wrong rule is found."""
+    monkeypatch.setattr(self_check, "LARGEST_FLOAT64", 12)
+    torch.manual_seed(0)
+    model = Decoder().double()
+    before, called = torch.randn_like(model.tokens.weight), []
+    model.tokens.weight.grad = before.clone()
+    model.tokens.weight.register_post_accumulate_grad_hook(called.append)
+    axis = {"blocks.0.up.weight": 1}
+    estimate(model, "packed", "empirical", 1, granularity, filter_axis=axis)
+    assert torch.equal(model.tokens.weight.grad, before)
+    assert not called
+    monkeypatch.setattr(Tied, "_looked_up", lambda self, n: iter(()))  # the lookups are left out
+    for form in ("packed", "right", "a row each"):
+        with pytest.raises(SelfCheckError, match=r"self-check failed for 'tokens\.weight'"):
+            estimate(Decoder().double(), form, "empirical", 1, granularity)
 
 
 def test_helpers() -> None:
