@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from networks import Model
 from small import shapes, small_probe, write_folder
+from texts import Decoder, packed, padded, sequences
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.parametrizations import weight_norm
@@ -45,6 +46,10 @@ def names_of(page: str) -> dict[str, Any]:
     if page in ("jobs", "distances"):
         task2vec = Task2Vec(small_probe())
         names["embeddings"] = [task2vec.embed(shapes(seed=seed), name=f"task {seed}") for seed in range(3)]
+    if page == "language":
+        texts = sequences((3, 6, 2, 4))
+        batches, rows = [padded(texts[:2]), padded(texts[2:])], [packed(texts[:3]), packed(texts[3:])]
+        names |= {"model": Decoder(), "torch": torch, "batches": batches, "packed": rows}
     if page == "refusals":
         names["normalised"] = Model()
         weight_norm(names["normalised"].conv)
@@ -85,6 +90,10 @@ def test_python(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     if page == "sharded":
         assert names["whole"].num_examples == 6
         assert names["values"].keys() == names["F"].keys()
+    if page == "language":
+        assert names["F"].num_examples == 4
+        assert names["q"]["tokens.weight"].shape == (3, 7)
+        assert "must not attend to each other" in capsys.readouterr().out
     if page == "refusals":
         assert "conv.parametrizations.weight.original0" in capsys.readouterr().out
 

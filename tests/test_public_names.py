@@ -25,7 +25,19 @@ from t2v_fast.tasks import stages
 NAMES: dict[str, dict[str, str | None]] = json.loads((Path(__file__).parent / "data" / "public_names.json").read_text())
 # Internals whose parameters changed, each with its reason; CHANGELOG.md says so to whoever calls them.
 _ENTRIES = "its first field is entries, which values_ still reads; only the library makes these objects"
+_SEGMENTS = "it takes segments last, for rows of packed sequences"
+_TEXTS = "shift_labels and packed, keywords of their own"
 CHANGED: dict[str, str] = {
+    **dict.fromkeys(("t2v_fast.fisher", "t2v_fast.fisher.fisher"), _TEXTS),
+    **dict.fromkeys(
+        (
+            *("t2v_fast.FisherRecorder.backward", "t2v_fast.FisherRecorder.check"),
+            *("t2v_fast.recorder.FisherRecorder.backward", "t2v_fast.recorder.FisherRecorder.check"),
+            *("t2v_fast.graph.find_taps", "t2v_fast.ownership.Ownership", "t2v_fast.rules.taps_of"),
+            "t2v_fast.selfcheck.SelfCheck.batch",
+        ),
+        _SEGMENTS,
+    ),
     "t2v_fast.cotangents.cotangents": "it takes checks last, where the host need not wait for the device",
     "t2v_fast.moments.DrawnExamples.add": "it takes factors that are computed once a batch, for all parameters",
     "t2v_fast.transfers.transfer": "its default was the table itself, so that each new transfer changed the parameters",

@@ -163,6 +163,7 @@ def _embed(
             parameters=parameters,
             mask=_predicting,
             level=quantity["level"],
+            shift_labels=False,
             device=next(model.parameters()).device,
             seed=seed,
             **options,

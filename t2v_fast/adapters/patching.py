@@ -230,6 +230,7 @@ def text_fisher(task2vec: Any, dataset: Dataset, epochs: int, settings: Settings
             many if estimator in ("exact", "empirical") else many * epochs,
             parameters=_names(model, wanted),
             mask=lambda inputs, labels: None if labels is None else labels.cpu() != -100,
+            shift_labels=False,
             device=next(model.parameters()).device,
             **settings.options,
         )

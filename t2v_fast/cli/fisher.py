@@ -74,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         seed=arguments.seed,
         progress=arguments.progress,
+        shift_labels=False,
     )
     values = {key_of[name]: value.float().contiguous() for name, value in diagonal.items()}
     files = save_sharded(values, arguments.output, arguments.shard_bytes)

@@ -23,6 +23,7 @@ from ..ops.asynchronous import to_device
 from ..spans import forward_by_kind, stage
 from .allocation import seeds_of
 from .deferred import DeferredChecks
+from .packing import AS_GIVEN, Texts
 from .self_check import SelfCheck
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -34,13 +35,17 @@ class Batch:
     """One batch after its forward pass. The inputs are not kept, so that their memory is free for the next batch."""
 
     size: int  # N, the number of examples
-    logits: Tensor  # [N, C], or [N, T, C] for tokens
+    logits: Tensor  # [N, C], or [N, T, C] for tokens, or [1, T, C] for the tokens of a packed row
     labels: Tensor | None
     mask: Tensor | None  # [N, T], true where a token counts; None where every token does, and for logits [N, C]
     checks: DeferredChecks  # of values of this batch that the host need not wait for
+    segments: Tensor | None = None  # [T], the example of each token of a packed row, on the CPU; -1 for padding
 
     def count_tokens(self) -> Tensor:
         """Count the tokens of each example that the mask keeps, float64 [N]."""
+        if self.segments is not None:
+            assert self.mask is not None  # a packed row has one
+            return torch.bincount(self.segments[self.mask[0].cpu()], minlength=self.size).double()
         if self.mask is None:
             return torch.full((self.size,), self.logits.shape[1], dtype=torch.float64)
         return self.mask.cpu().bool().sum(1).double()
@@ -55,11 +60,12 @@ def forward_passes(
     *,
     channels_last: bool = True,
     self_check: bool = True,
+    texts: Texts = AS_GIVEN,
 ) -> Iterator[Callable[[Iterable[Any]], Iterator[Batch]]]:
     """Prepare the recorder's network; yield a function that runs the network over a loader, batch after batch.
 
     The network is as it was when the context ends. With ``self_check``, every forward pass is checked by
-    :class:`t2v_fast.estimation.self_check.SelfCheck`.
+    :class:`t2v_fast.estimation.self_check.SelfCheck`. ``texts`` says how batches of text are read.
     """
     with (
         torch.inference_mode(False),
@@ -72,10 +78,7 @@ def forward_passes(
 
         def run(loader: Iterable[Any]) -> Iterator[Batch]:
             checks, copies = DeferredChecks(), DeviceCopies(torch.device(device))
-            for batch in loader:
-                inputs, labels = _split_batch(batch)
-                if labels is not None and not isinstance(labels, Tensor):
-                    labels = torch.as_tensor(labels)
+            for inputs, labels, segments in _rows(loader, texts):
                 checks.begin_batch()
                 there = copies.of(inputs)
                 n = _check_inputs(there, checks)
@@ -85,11 +88,13 @@ def forward_passes(
                     output = check.forward(there) if check else fast(recorder.model, there)
                 logits = _check_logits(output, n)
                 valid = _check_mask(mask(inputs, labels), labels, logits) if logits.dim() == 3 else None
+                if segments is not None:
+                    n, valid = int(segments.max()) + 1, _mask_of_row(valid, segments, logits)
                 if check:
                     with stage("check", whole=True):
-                        check.batch(there, logits)
+                        check.batch(there, logits, segments)
                 del there, output  # so that their memory is free for the next batch
-                yield Batch(n, logits, labels, valid, checks)
+                yield Batch(n, logits, labels, valid, checks, segments)
             checks.finish()
 
         yield run
@@ -175,6 +180,23 @@ class Schedule:
             return self.samples
         samples = self.samples if self.examples is None else self.samples[self.examples]
         return float(samples.double().mean())
+
+
+def _rows(loader: Iterable[Any], texts: Texts) -> Iterator[tuple[Any, Tensor | None, Tensor | None]]:
+    """Yield the inputs and labels of each batch of a loader, or of each packed row, with the segments of the row."""
+    for batch in loader:
+        inputs, labels = _split_batch(batch)
+        if labels is not None and not isinstance(labels, Tensor):
+            labels = torch.as_tensor(labels)
+        yield from texts.rows(inputs, labels)
+
+
+def _mask_of_row(valid: Tensor | None, segments: Tensor, logits: Tensor) -> Tensor:
+    """Return which tokens of a packed row count, [1, T]: none of the padding does."""
+    if list(logits.shape[:2]) != [1, len(segments)] or logits.dim() != 3:
+        raise ValueError(f"the logits of a packed row are {list(logits.shape)}, expected [1, {len(segments)}, C]")
+    theirs = (segments >= 0)[None]
+    return theirs if valid is None else theirs & valid.cpu().bool()
 
 
 def _split_batch(batch: Any) -> tuple[Any, Tensor | None]:

@@ -27,6 +27,7 @@ a wait. Both are unbiased.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import cast
 
@@ -40,7 +41,7 @@ from .sketches import packed, sketches_of
 
 ESTIMATORS = ("exact", "deflated", "hutchinson", "monte_carlo", "empirical")
 LARGEST_EXACT = 2**30  # the most numbers in the exact cotangents of a batch of tokens
-LARGEST_BLOCK = 2**22  # the most logits that are brought to float64 at once on a CUDA device
+LARGEST_BLOCK = 2**22  # the most logits that are brought to float64 at once
 LEVELS = ("token", "sequence")
 
 
@@ -122,13 +123,33 @@ def cotangents(
     for name, each in (("samples", samples), ("generator", generator)):
         if isinstance(each, Tensor) and (list(each.shape) != [len(logits)] or each.dtype != torch.int64):
             raise ValueError(f"{name} are {list(each.shape)} {each.dtype}, expected int64 [{len(logits)}]")
-    # For everything but 'deflated' cotangents of logits [N, C].
-    count, one_generator = cast(int, samples), cast(torch.Generator | None, generator)
     if logits.dim() == 3:
+        # Tokens have one number of cotangents and one generator.
+        count, one_generator = cast(int, samples), cast(torch.Generator | None, generator)
         return _of_tokens(logits, estimator, count, model, labels, one_generator, mask, level, checks)
     if mask is not None:
         raise ValueError(f"a mask {list(mask.shape)} is for logits [N, T, C], got logits {list(logits.shape)}")
-    if isinstance(model, Softmax) and logits.shape[1] < 2:
+    u = [part for _, part in _blocks(logits, None, estimator, samples, model, labels, generator, sketches, checks)]
+    return u[0] if len(u) == 1 else torch.cat(u, 1)
+
+
+def _blocks(
+    logits: Tensor,
+    at: tuple[Tensor, ...] | None,
+    estimator: str,
+    samples: int | Tensor,
+    model: Likelihood,
+    labels: Tensor | None,
+    generator: torch.Generator | Tensor | None,
+    sketches: int,
+    checks: DeferredChecks | None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the cotangents [K, n, C] of some examples at a time, with the examples' slice.
+
+    The examples are the rows of logits [..., C] with the indices ``at``; by default all rows of logits [N, C].
+    """
+    count, classes = len(logits if at is None else at[0]), logits.shape[-1]
+    if isinstance(model, Softmax) and classes < 2:
         raise ValueError(
             "a softmax over one class has no Fisher information: use likelihood='sigmoid', or more classes"
         )
@@ -137,26 +158,26 @@ def cotangents(
     elif labels is None:
         raise ValueError("estimator 'empirical' needs the labels of the batch, got none")
     else:
-        labels = _check_labels(labels.cpu(), logits, model)
+        labels = _check_labels(labels.cpu(), count, classes, model)
     reported = DeferredChecks() if checks is None else checks
-    reported.finite(logits.detach(), partial(_not_finite, checks))
+    on_device = logits.is_cuda and vars(type(model)).get("on_device", False)
+    own = isinstance(samples, Tensor) or isinstance(generator, Tensor)
+    width = max(1, classes) ** (2 if estimator == "exact" else 1)  # numbers of an example
+    size = max(1, count if own else LARGEST_BLOCK // width)
+    for start in range(0, max(1, count), size):
+        rows = slice(start, min(start + size, count))
+        z = logits.detach()[rows if at is None else tuple(index[rows] for index in at)]
+        reported.finite(z, partial(_not_finite, checks, start))
+        z = z.to(logits.device if on_device else "cpu", torch.float64)
+        y = None if labels is None else labels[rows]
+        yield rows, _of_block(z, estimator, samples, model, y, generator, sketches).to(logits.device, logits.dtype)
     if checks is None:
         reported.finish()
-    on_device = logits.is_cuda and vars(type(model)).get("on_device", False)
-    u = []
-    width = max(1, logits.shape[1]) ** (2 if estimator == "exact" else 1)  # numbers of an example
-    size = max(1, LARGEST_BLOCK // width if on_device and not own else len(logits))
-    for start in range(0, max(1, len(logits)), size):
-        rows = slice(start, start + size)
-        z = logits[rows].detach().to(logits.device if on_device else "cpu", torch.float64)
-        y = None if labels is None else labels[rows]
-        u.append(_of_block(z, estimator, samples, model, y, generator, sketches).to(logits.device, logits.dtype))
-    return u[0] if len(u) == 1 else torch.cat(u, 1)
 
 
-def _not_finite(checks: DeferredChecks | None, example: int, values: list[float]) -> str:
+def _not_finite(checks: DeferredChecks | None, start: int, example: int, values: list[float]) -> str:
     batch = "the batch" if checks is None else f"batch {checks.batch}"
-    return f"the logits of example {example} of {batch} are not finite: {values}"
+    return f"the logits of example {start + example} of {batch} are not finite: {values}"
 
 
 def _of_block(
@@ -242,29 +263,24 @@ def _of_tokens(
     if labels is not None and list(labels.shape[:2]) != [n, t]:
         raise ValueError(f"labels are {list(labels.shape)}, expected one a token: {[n, t]}")
     sequence, place = (to_device(index, logits.device) for index in mask.nonzero(as_tuple=True))
-    of_each = cotangents(
-        logits.detach()[sequence, place],
-        estimator,
-        samples,
-        likelihood,
-        None if labels is None else labels.cpu()[mask],
-        generator,
-        checks=checks,
-    )  # [K, tokens, C]
+    at = sequence, place
+    chosen = None if labels is None else labels.cpu()[mask]
+    u = logits.new_zeros((0, *logits.shape))
+    for rows, part in _blocks(logits, at, estimator, samples, likelihood, chosen, generator, 1, checks):
+        u = u if len(u) else logits.new_zeros((len(part), *logits.shape))
+        u[:, sequence[rows], place[rows]] = part
     if estimator == "deflated" or (estimator == "empirical" and level == "token"):
-        signs = random_signs(of_each.shape[1], len(of_each), 1, generator, logits.device)
-        of_each = of_each * signs.to(of_each.dtype)
-    u = logits.new_zeros((len(of_each), *logits.shape))
-    u[:, sequence, place] = of_each
+        signs = logits.new_ones((len(u), n, t))
+        signs[:, sequence, place] = random_signs(len(place), len(u), 1, generator, logits.device)[:, :, 0].to(u.dtype)
+        u *= signs[..., None]
     if estimator == "exact":  # [K, N, T, C] to [K T, N, T, C]: one token in each cotangent
-        at = torch.eye(t, dtype=u.dtype, device=u.device)
-        u = (u[:, None] * at[None, :, None, :, None]).flatten(0, 1)
+        single = torch.eye(t, dtype=u.dtype, device=u.device)
+        u = (u[:, None] * single[None, :, None, :, None]).flatten(0, 1)
     return u
 
 
-def _check_labels(labels: Tensor, logits: Tensor, model: Likelihood) -> Tensor:
+def _check_labels(labels: Tensor, n: int, c: int, model: Likelihood) -> Tensor:
     """Return the labels in the dtype that the likelihood needs. Raise ValueError where they do not fit."""
-    n, c = logits.shape
     if isinstance(model, Softmax):
         whole = not labels.is_floating_point() and labels.dtype != torch.bool
         if list(labels.shape) != [n] or not whole:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -24,22 +25,31 @@ from .cotangents import check_estimator, cotangents
 from .diagonal import FisherDiagonal, check_finite, diagonal_of
 from .likelihoods import Likelihood, get_likelihood
 from .moments import DrawnExamples, DrawnUnits, NamedMoments, Units
+from .packing import IGNORED, Texts
 from .processes import add_up, shards_of, together
 from .sketches import sketches_of
 
 BATCH_MEAN = "batch_mean"
-IGNORED = -100  # the label of a token that does not count, as in torch's cross_entropy
 
 
 def _default_forward(model: nn.Module, inputs: Any) -> Tensor:
     """Run the model, mappings as keyword arguments; return its output, or the output's ``logits``."""
-    output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    if isinstance(inputs, Mapping):
+        # A cache copies keys and values, and Hugging Face's models keep packed sequences apart only without one.
+        cached = getattr(getattr(model, "config", None), "use_cache", False)
+        if cached and "use_cache" in inspect.signature(model.forward).parameters:
+            inputs = {"use_cache": False, **inputs}
+        output = model(**inputs)
+    else:
+        output = model(inputs)
     return getattr(output, "logits", output)
 
 
 def _default_mask(inputs: Any, labels: Tensor | None) -> Tensor | None:
     """Return which tokens count, [N, T]: all but padding and tokens with label -100. None means all tokens."""
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if mask is not None and mask.dim() == 4 and mask.shape[0] == 1:  # of queries and keys, and labels are [1, T]
+        mask = None
     mask = None if mask is None else mask.bool().cpu()
     if labels is not None and not labels.is_floating_point():
         wanted = (labels != IGNORED).cpu()
@@ -69,6 +79,8 @@ def fisher(
     forward: Callable[[nn.Module, Any], Tensor] = _default_forward,
     mask: Callable[[Any, Tensor | None], Tensor | None] = _default_mask,
     level: str = "token",
+    shift_labels: bool | None = None,
+    packed: bool | None = None,
     channels_last: bool = True,
     progress: bool = False,
     explain: bool = False,
@@ -142,6 +154,12 @@ def fisher(
         level: For token models: ``"token"`` is the mean over tokens of each token's Fisher; ``"sequence"`` is the mean
             over sequences of a whole sequence's Fisher, which is the sum over its tokens. The standard error counts
             sequences in both.
+        shift_labels: True for labels [N, T] that are the tokens themselves, as Hugging Face's collators make them: the
+            label of logits[n, t] is then labels[n, t + 1]. Neither padding nor the last token of a sequence counts.
+            By default labels are taken as they are, and labels that equal the ``input_ids`` are refused.
+        packed: True for rows that hold several sequences one after the other, each of which is an example
+            (``DataCollatorWithFlattening``). They are found by ``segments``, ``seq_idx``, ``cu_seq_lens_q``,
+            ``cu_seqlens`` or ``position_ids`` in the batch. By default, batches that look so are refused.
         channels_last: On a CPU or a GPU, convert images [N, C, H, W] and convolution weights to that memory format,
             which is faster. A network that fails with such inputs gets the original ones.
         progress: Show a progress bar.
@@ -194,7 +212,13 @@ def fisher(
     self_check = self_check and estimator != BATCH_MEAN
     with together(recorder):
         with forward_passes(
-            recorder, forward, device, mask, channels_last=channels_last, self_check=self_check
+            recorder,
+            forward,
+            device,
+            mask,
+            channels_last=channels_last,
+            self_check=self_check,
+            texts=Texts(shift_labels, packed),
         ) as batches_of:
             for batch in batches_of(tqdm(loader, desc="Fisher", unit="batch", disable=not progress, leave=False)):
                 explained = explain and schedule.seen == 0 and estimator != BATCH_MEAN
@@ -274,7 +298,7 @@ class _Estimate:
         if self.drawn is not None:
             return self._with_estimator_error(batch, draws, u, self.drawn)
         summed = self.recorder.granularity == "parameter"
-        return self.recorder.backward(batch.logits, u, draws.weights if summed else None)
+        return self.recorder.backward(batch.logits, u, draws.weights if summed else None, segments=batch.segments)
 
     def _with_estimator_error(
         self, batch: Batch, draws: Draws, u: Tensor, drawn: dict[str, DrawnExamples]
@@ -314,7 +338,10 @@ class _Estimate:
             checks=batch.checks,
         )[0]
         total = draws.weights.sum() if tokens is None else (draws.weights * tokens).sum()
-        u = u * to_device((draws.weights / total).to(u.dtype), u.device).view(-1, *(1,) * (u.dim() - 1))
+        share = (draws.weights / total).to(u.dtype)
+        if batch.segments is not None:  # [1, T, 1]; padding has no cotangent
+            share = share[batch.segments.clamp_min(0)][None]
+        u = u * to_device(share, u.device).view(*share.shape, *(1,) * (u.dim() - share.dim()))
         parameters = self.recorder.leaves()
         with self.recorder.regions.reading():
             fix_batch_norm_gradients(nodes_of(batch.logits))

@@ -32,13 +32,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..gradients import network_state
+from ..gradients.attention import APART
 from ..gradients.fast_forward import FastNetwork
 from ..gradients.graph import fix_batch_norm_gradients
 from ..gradients.ownership import dense, nodes_of
@@ -48,11 +50,13 @@ from ..gradients.refusals import random_layer
 from ..gradients.rules import RULES
 from ..gradients.tensor_parallel import whole
 from ..ops import planner
+from .packing import part_of
 
 # How far the squares of two examples may differ from plain autograd, relative to the norm of a parameter's squares. The
 # error of a wrong rule is of order one. Rounding, and a rare ReLU that flips, stay far below these tolerances.
 SELF_CHECK_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
 
+LARGEST_FLOAT64 = 2**22  # the most numbers of a gradient that are brought to float64 at once
 LEAST_FLOAT32 = 1e-24  # smaller squares of float32 gradients are computed in float64, where none becomes zero
 
 
@@ -101,6 +105,7 @@ class SelfCheck:
         self._network: network_state.Signature | None = None  # of the network, before its first forward pass
         self._looked = False  # whether the signature was taken
         self._verdict = _Verdict(None)  # of the first batch, in this call or in an earlier one
+        self._whole = _NOTHING  # the batch that is checked
         self._batches = 0  # the number of batches with two or more examples
         self._single = False  # whether a batch of one example was checked
         self._drew = False  # whether the last forward pass drew random numbers
@@ -125,24 +130,29 @@ class SelfCheck:
         self._drew = before != random_state()
         return output
 
-    def batch(self, inputs: Any, logits: Tensor) -> None:
+    def batch(self, inputs: Any, logits: Tensor, segments: Tensor | None = None) -> None:
         """Check one batch; how thoroughly depends on how many batches came before, in this call and in earlier ones.
 
         Args:
             inputs: The inputs of the batch.
             logits: The output that :meth:`forward` gave for them.
+            segments: The examples of a packed row, whose logits are [1, T, C], as for
+                :meth:`t2v_fast.FisherRecorder.backward`.
 
         Raises:
             SelfCheckError: Examples interact, the network is random, or squared gradients are wrong.
         """
         try:
-            self._check_batch(inputs, logits)
+            self._check_batch(inputs, logits, segments)
         except SelfCheckError:  # the next call must not trust what an earlier batch or call showed
             network_state.state_of(self.recorder.model).clear()
             raise
+        finally:
+            self._whole = _NOTHING  # the graph takes memory
 
-    def _check_batch(self, inputs: Any, logits: Tensor) -> None:
-        n = logits.shape[0]
+    def _check_batch(self, inputs: Any, logits: Tensor, segments: Tensor | None) -> None:
+        n = logits.shape[0] if segments is None else int(segments.max()) + 1
+        self._whole = whole = _Run(logits, _places(n, segments), segments)
         if n > 1:
             self._batches += 1
         single = n == 1 and not (self._batches or self._single)
@@ -156,11 +166,11 @@ class SelfCheck:
         key = network_state.extended(self._network, inputs) if due and first else None
         verdict: _Verdict | None = state.get(key)
         if drew or (due and verdict is None):
-            self.recorder.check(logits)
+            self.recorder.check(logits, segments)
         if drew:
             # A network may draw random numbers once, for buffers that it creates at first use.
             with torch.no_grad():
-                self._run(inputs, [n - 1], n)
+                self._run(inputs, [n - 1])
             if self._drew:
                 raise SelfCheckError(_random(self.recorder.model))
         if not due:
@@ -171,36 +181,36 @@ class SelfCheck:
             self._verdict, self._dtype = verdict, verdict.dtype
             verdict.calls += 1
             if n > 1:
-                self._alone(inputs, logits, verdict.calls * 7919 % n)
+                self._alone(inputs, whole, verdict.calls * 7919 % n)
         elif first:
-            self._first(inputs, logits)
+            self._first(inputs, whole)
             self._verdict = _Verdict(self._coarsest(logits))
             state.put(key, self._verdict)
         elif self._batches > 2:
-            self._alone(inputs, logits, self._batches * 7919 % n)
+            self._alone(inputs, whole, self._batches * 7919 % n)
         elif not self._verdict.second:
-            self._halves(inputs, logits, range(n))
+            self._halves(inputs, whole, range(n))
             self._verdict.second = True
 
-    def _first(self, inputs: Any, logits: Tensor) -> None:
+    def _first(self, inputs: Any, whole: _Run) -> None:
         """Check the first batch of two or more examples, or the first batch of one."""
-        n = logits.shape[0]
+        n = len(whole)
         examples = [n // 2, n - 1] if n > 2 else list(range(n))
-        self._gradients(inputs, logits, examples)
+        self._gradients(inputs, whole, examples)
         if n > 2:
-            self._halves(inputs, logits, [e for e in range(n) if e not in examples])
+            self._halves(inputs, whole, [e for e in range(n) if e not in examples])
 
-    def _halves(self, inputs: Any, logits: Tensor, examples: Sequence[int]) -> None:
+    def _halves(self, inputs: Any, whole: _Run, examples: Sequence[int]) -> None:
         """Compare the logits of some examples, each half of the batch run apart, with those of the batch."""
-        n = logits.shape[0]
+        n = len(whole)
         # In half precision, the worst of many examples may differ by more than the typical rounding error.
-        if self._tolerance(logits) < 0.1:
+        if self._tolerance(whole.logits) < 0.1:
             for half in (range(n // 2), range(n // 2, n)):
                 if some := [e for e in half if e in examples]:
-                    self._compare(inputs, logits, some, "with half of its batch" if n > 2 else "alone")
+                    self._compare(inputs, whole, some, "with half of its batch" if n > 2 else "alone")
 
-    def _alone(self, inputs: Any, logits: Tensor, example: int) -> None:
-        self._compare(inputs, logits, [example], "alone")
+    def _alone(self, inputs: Any, whole: _Run, example: int) -> None:
+        self._compare(inputs, whole, [example], "alone")
 
     def _coarsest(self, logits: Tensor) -> torch.dtype:
         if self._dtype is None:
@@ -210,53 +220,63 @@ class SelfCheck:
     def _tolerance(self, logits: Tensor) -> float:
         return SELF_CHECK_TOLERANCE[self._coarsest(logits)]
 
-    def _compare(self, inputs: Any, logits: Tensor, examples: list[int], how: str) -> None:
+    def _compare(self, inputs: Any, whole: _Run, examples: list[int], how: str) -> None:
         """Compare the logits of some examples, run as a batch of their own, with those of the whole batch."""
         with torch.no_grad():
-            found, rows = self._run(inputs, examples, logits.shape[0])
-        self._agree(found[rows], logits, examples, how)
+            found = self._run(inputs, examples)
+        self._agree(found, whole, examples, how)
 
-    def _agree(self, found: Tensor, logits: Tensor, examples: list[int], how: str) -> None:
+    def _agree(self, found: _Run, whole: _Run, examples: list[int], how: str) -> None:
         """Raise SelfCheckError unless the logits that were found for some examples are those of the whole batch."""
-        found, whole = found.detach(), logits.detach()[examples]
-        tolerance = self._tolerance(logits)
-        if found.shape != whole.shape:
-            raise SelfCheckError(
-                f"the logits of example {examples[0]} are {list(found.shape[1:])} when it is run {how}, and "
-                f"{list(whole.shape[1:])} in the batch: examples interact"
-            )
-        apart = (found - whole).abs().reshape(len(examples), -1).amax(1)
-        if not bool((apart <= tolerance * _spread(logits.detach(), robust=tolerance < 0.1)).all()):
+        logits = whole.logits.detach()
+        tolerance = self._tolerance(whole.logits)
+        pairs = list(zip(found.each(), whole.each(examples), strict=True))
+        for one, other in pairs:
+            if one.shape != other.shape:
+                raise SelfCheckError(
+                    f"the logits of example {examples[0]} are {list(one.shape[1:])} when it is run {how}, and "
+                    f"{list(other.shape[1:])} in the batch: examples interact"
+                )
+        apart = torch.cat([(one - other).abs().reshape(len(one), -1).amax(1) for one, other in pairs])
+        if not bool((apart <= tolerance * _spread(logits, robust=tolerance < 0.1)).all()):
             if self._drew:
                 raise SelfCheckError(_random(self.recorder.model))
             worst = int(apart.nan_to_num(torch.inf).argmax())
             raise SelfCheckError(
                 f"the logits of example {examples[worst]} change by {float(apart[worst]):.2g} when it is run {how}: "
                 "examples interact, or the network is random; call eval() on it, or change the layer that mixes them"
+                + ("" if whole.segments is None else f" ({APART})")
             )
 
-    def _run(self, inputs: Any, examples: list[int], n: int) -> tuple[Tensor, list[int]]:
-        """Run some of n examples as a batch of their own; return the output, and the rows of the examples in it."""
+    def _run(self, inputs: Any, examples: list[int]) -> _Run:
+        """Run some examples of the batch as a batch of their own."""
+        if self._whole.segments is not None:
+            part, segments = part_of(inputs, self._whole.segments, examples)
+            return _Run(self.forward(part), _places(len(examples), segments), segments)
+        n = len(self._whole)
         try:
-            return self.forward(_part(inputs, examples, n)), list(range(len(examples)))
+            return _Run(self.forward(_part(inputs, examples, n)), list(range(len(examples))))
         except Exception:  # the network may need n examples: fill the batch with copies of the first of these
             filled = [e if e in examples else examples[0] for e in range(n)]
-            return self.forward(_part(inputs, filled, n)), examples
+            return _Run(self.forward(_part(inputs, filled, n)), list(examples))
 
-    def _gradients(self, inputs: Any, whole: Tensor, examples: list[int]) -> None:
+    def _gradients(self, inputs: Any, whole: _Run, examples: list[int]) -> None:
         """Compare squared gradients of some examples, as a batch of their own, with plain autograd of each example.
 
         The logits of the batch of their own, and of each example alone, are compared with those of the ``whole`` batch.
         """
-        recorder, n = self.recorder, whole.shape[0]
-        logits, rows = self._run(inputs, examples, n)
+        recorder, n = self.recorder, len(whole)
+        both = self._run(inputs, examples) if n > 1 else whole
         if n > 1:
-            self._agree(logits[rows], whole, examples, "in a batch of two")
+            self._agree(both, whole, examples, "in a batch of two")
+        logits = both.logits
         cotangent = torch.zeros_like(logits)
-        directions = torch.randn(logits.shape, generator=torch.Generator().manual_seed(n))
-        cotangent[rows] = directions[rows].to(logits)
-        got = recorder.backward(logits, cotangent, retain_graph=True)
-        summed = recorder.granularity == "parameter"
+        generator = torch.Generator().manual_seed(n)
+        for place in both.places:
+            shape = cotangent[place].shape
+            cotangent[place] = torch.randn(shape, generator=generator, dtype=logits.dtype).to(logits.device)
+        got = recorder.backward(logits, cotangent, retain_graph=True, segments=both.segments)
+        summed, rows = recorder.granularity == "parameter", both.rows
         got = {name: q[None] if summed else q[rows] for name, q in got.items()}
         # Plain autograd of an example that is run alone costs least. But rounding can push a pre-activation of this run
         # over a kink, which changes a narrow layer's gradient by percents, and more in half precision. So where the
@@ -264,49 +284,59 @@ class SelfCheck:
         wrong = None
         if n > 1:
             want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
-            for k, (e, row) in enumerate(zip(examples, rows, strict=True)):
-                alone, (own,) = self._run(inputs, [e], n)
-                self._agree(alone[own : own + 1], whole, [e], "alone")
-                if alone.shape[1:] != logits.shape[1:] or not alone.requires_grad:
+            for k, (e, place) in enumerate(zip(examples, both.places, strict=True)):
+                alone = self._run(inputs, [e])
+                self._agree(alone, whole, [e], "alone")
+                (own,) = alone.places
+                if alone.logits[own].shape != cotangent[place].shape or not alone.logits.requires_grad:
                     wrong = "another graph"
                     continue
                 with recorder.regions.reading():
-                    fix_batch_norm_gradients(nodes_of(alone))
-                direction = torch.zeros_like(alone)
-                direction[own] = cotangent[row]
-                self._add_plain(want, k, alone, direction, own)
+                    fix_batch_norm_gradients(nodes_of(alone.logits))
+                direction = torch.zeros_like(alone.logits)
+                direction[own] = cotangent[place]
+                self._add_plain(want, k, alone.logits, direction, own)
             wrong = wrong or self._wrong(got, want, logits)
         if got and (n == 1 or wrong is not None):
             want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
-            for k, row in enumerate(rows):
+            for k, place in enumerate(both.places):
                 with recorder.regions.reading():  # the graph serves several passes
-                    self._add_plain(want, k, logits, cotangent, row)
+                    self._add_plain(want, k, logits, cotangent, place)
             if (wrong := self._wrong(got, want, logits)) is not None:
                 raise SelfCheckError(wrong)
 
-    def _add_plain(self, want: dict[str, Tensor], k: int, logits: Tensor, cotangent: Tensor, row: int) -> None:
-        """Add the squared gradients of one row to the values of the k-th example. Only torch's autograd is used."""
+    def _add_plain(self, want: dict[str, Tensor], k: int, logits: Tensor, cotangent: Tensor, place: Place) -> None:
+        """Add the squared gradients of one example's logits to the k-th values. Only torch's autograd is used."""
         recorder = self.recorder
         if not want:
             return
         single = torch.zeros_like(cotangent)
-        single[row] = cotangent[row]
+        single[place] = cotangent[place]
+        at = 0 if recorder.granularity == "parameter" else k
+        options = {"retain_graph": True, "allow_unused": True}
         leaves = recorder.leaves()
-        for names in recorder.portions(want):
-            gradients = torch.autograd.grad(
-                [logits],
-                [leaves[name] for name in names],
-                [single],
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            for name, gradient in zip(names, gradients, strict=True):
-                g = dense(whole(gradient))
-                q = recorder.reduce(name, g if g.dtype == torch.float32 else g.double())
-                if g.dtype == torch.float32 and q.numel() and not float(q.amax()) > LEAST_FLOAT32:
-                    q = recorder.reduce(name, g.double())
-                want[name][0 if recorder.granularity == "parameter" else k] += q
+        if recorder.divided:  # what hooks would do to gradients is not theirs alone
+            for names in recorder.portions(want):
+                gradients = torch.autograd.grad(
+                    [logits], [leaves[name] for name in names], [single], materialize_grads=True, **options
+                )
+                for name, gradient in zip(names, gradients, strict=True):
+                    want[name][at] += _squares(recorder, name, dense(whole(gradient)))
+            return
+
+        def take(name: str, gradient: Tensor) -> Tensor:
+            want[name][at] += _squares(recorder, name, dense(gradient))
+            return gradient.new_zeros(()).expand(gradient.shape)
+
+        # The hooks square each gradient when it is there, and pass on one that takes no memory: a large network's
+        # gradients would not fit beside its activations.
+        wanted = [leaves[name] for name in want]
+        hooks = [p.register_hook(partial(take, name)) for name, p in zip(want, wanted, strict=True)]
+        try:
+            torch.autograd.grad([logits], wanted, [single], **options)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _wrong(self, got: dict[str, Tensor], want: dict[str, Tensor], logits: Tensor) -> str | None:
         """Say which parameter's squares differ from the wanted ones; None if none does."""
@@ -326,6 +356,42 @@ class SelfCheck:
                         "result would be wrong; please report the layer, and leave it out with parameters=..."
                     )
         return None
+
+
+Place = int | tuple[int, Tensor]  # where an example's logits lie: a row, or positions of a packed row
+
+
+def _places(n: int, segments: Tensor | None) -> list[Place]:
+    if segments is None:
+        return list(range(n))
+    return [(0, (segments == e).nonzero()[:, 0]) for e in range(n)]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The logits of a batch, and where those of each example lie."""
+
+    logits: Tensor
+    places: list[Place]
+    segments: Tensor | None = None  # of a packed row
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.places)
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows of the examples among the recorder's results."""
+        return [place if isinstance(place, int) else e for e, place in enumerate(self.places)]
+
+    def each(self, examples: Sequence[int] | None = None) -> list[Tensor]:
+        """The logits of some examples, without a graph: all in one tensor, or one for each sequence of a packed row."""
+        places = self.places if examples is None else [self.places[e] for e in examples]
+        logits = self.logits.detach()
+        return [logits[cast(list[int], places)]] if self.segments is None else [logits[place][None] for place in places]
+
+
+_NOTHING = _Run(torch.empty(0), [])
 
 
 @dataclass
@@ -361,13 +427,30 @@ def _random(model: nn.Module) -> str:
     )
 
 
+def _squares(recorder: FisherRecorder, name: str, gradient: Tensor) -> Tensor:
+    """The squares of a gradient at the recorder's granularity, in float64, or in float32 where none becomes zero."""
+    if gradient.dtype == torch.float32:
+        q = recorder.reduce(name, gradient)
+        if not q.numel() or float(q.amax()) > LEAST_FLOAT32:
+            return q
+    if recorder.granularity == "parameter" or gradient.numel() <= LARGEST_FLOAT64:
+        return recorder.reduce(name, gradient.double())
+    # All filters have the same number of entries, so the mean over the parameter is the mean over its filters' means.
+    filters = gradient.movedim(recorder.filter_axes[name], 0)
+    filters = filters.reshape(len(filters), -1)
+    some = filters.split(max(1, LARGEST_FLOAT64 // filters.shape[1]))
+    q = torch.cat([part.double().square_().mean(1) for part in some])
+    return q if recorder.granularity == "filter" else q.mean()
+
+
 def _spread(logits: Tensor, robust: bool) -> float:
     """How far the logits of an example spread around their median; at least a multiple of their rounding error.
 
     ``robust`` takes the median spread, so that a masked class does not count. Otherwise the largest spread is taken,
     which half precision needs.
     """
-    z = logits.double().reshape(-1, logits.shape[-1])
+    z = logits.reshape(-1, logits.shape[-1])
+    z = z[:: -(-z.numel() // 2**22)].double()  # of a language model's tokens, some are enough
     # In the middle between the lower and the upper median: at the lower one of two logits, the spread would be the
     # smallest margin of all examples.
     centre = (z.median(1, keepdim=True).values - (-z).median(1, keepdim=True).values) / 2

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.checkpoint import CheckpointError
 
+from .attention import APART
 from .owners import OWNERS, Interacting, Owned, Owner, RowLayout, Shape, Shared, Unknown
 from .ownership import LEAF, Ownership, dense
 from .transfers import ELEMENTWISE, input_shape, kind_of
@@ -146,6 +147,7 @@ def find_taps(
     parameters: Mapping[str, Tensor],
     met: Callable[[Node, str], None] = lambda node, name: None,
     tell_apart: bool = False,
+    segments: Tensor | None = None,
 ) -> Taps:
     """Find every use of ``parameters`` (name -> tensor that requires gradients) in the graph of ``output``.
 
@@ -154,11 +156,13 @@ def find_taps(
     ``tell_apart`` decides what happens where one example reads a part of another example's activations. Without
     ``tell_apart`` the examples are taken to interact. With it, the owners are found entry by entry, because the part
     that is read may hold nothing of the other example (a class token, for instance).
+
+    ``segments`` [T] are the examples of a packed row, whose output is [1, T, ...], as in :class:`Ownership`.
     """
     names = {id(p): name for name, p in parameters.items()}
-    ownership = Ownership(output, met)
+    ownership = Ownership(output, met, segments=segments)
     if tell_apart and (ownership.conflict or ownership.interacting):
-        ownership = Ownership(output, met, exact=True)
+        ownership = Ownership(output, met, exact=True, segments=segments)
     states = ownership.states
     uses: dict[Node, list[Use]] = {}
     unknown: dict[str, str] = {}
@@ -200,6 +204,8 @@ def find_taps(
                 shared = isinstance(state, Shared)
                 use = Use(wanted, node, slot, input_shape(node, slot), owners, shared, chain, between)
                 uses.setdefault(node, []).append(use)
+    if segments is not None:
+        interacting = {name: why if APART in why else f"{why} ({APART})" for name, why in interacting.items()}
     reached = {name for found in uses.values() for use in found for name in use.parameters}
     unused = frozenset(names.values()) - reached - unknown.keys() - interacting.keys()
     return Taps(uses, unused, ownership.order, ownership, unknown, interacting)

@@ -1,9 +1,9 @@
 """Which example owns which entries of a tensor: the possible answers, and how to merge two of them.
 
 Example n *owns* an entry of a tensor if a cotangent of row n of the network's output can reach the entry in a backward
-pass, and a cotangent of no other row can. An *owner* (:class:`Owned`, :class:`Scattered` or :class:`Sole`) describes
-who owns each entry of a tensor. A tensor whose entries have no single owner is :class:`Shared` or :class:`Unknown`, or
-examples are :class:`Interacting` in it. A *state* is any of these answers.
+pass, and a cotangent of no other row can. An *owner* (:class:`Owned`, :class:`Scattered`, :class:`Crossed` or
+:class:`Sole`) describes who owns each entry of a tensor. A tensor whose entries have no single owner is :class:`Shared`
+or :class:`Unknown`, or examples are :class:`Interacting` in it. A *state* is any of these answers.
 """
 
 from __future__ import annotations
@@ -86,6 +86,22 @@ class Scattered:
         return self.each
 
 
+@dataclass(frozen=True, eq=False)
+class Crossed:
+    """Entries [..., T, S] of attention weights or scores belong to the owner of the query if it is that of the key.
+
+    Nobody owns the other entries: no gradient reaches them.
+    """
+
+    queries: Tensor  # [T], the example that owns each query, or -1
+    keys: Tensor  # [S]
+
+    def field(self, dims: int, n: int) -> Tensor:
+        """As :meth:`Owned.field`."""
+        queries, keys = along(self.queries, dims - 2, dims), along(self.keys, dims - 1, dims)
+        return torch.where(queries == keys, queries, -1)
+
+
 @dataclass(frozen=True)
 class Sole:
     """One example owns all entries."""
@@ -118,9 +134,9 @@ class Interacting:
     reason: str
 
 
-Owner = Owned | Scattered | Sole
-OWNERS = (Owned, Scattered, Sole)
-State = Owned | Scattered | Sole | Shared | Unknown | Interacting
+Owner = Owned | Scattered | Crossed | Sole
+OWNERS = (Owned, Scattered, Crossed, Sole)
+State = Owned | Scattered | Crossed | Sole | Shared | Unknown | Interacting
 SHARED, BY_LOOPS = Shared(), Shared(by_loops=True)
 
 
@@ -185,6 +201,8 @@ def is_complete(state: Owner) -> bool:
     """Whether every entry has an owner."""
     if isinstance(state, Sole) or (isinstance(state, Owned) and isinstance(state.rows, RowLayout)):
         return True
+    if isinstance(state, Crossed):
+        return False
     return int((state.rows.listed if isinstance(state, Owned) else state.each).amin()) >= 0
 
 

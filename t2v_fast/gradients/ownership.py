@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from .attention import PACKED
 from .owners import (
     EACH,
     OWNERS,
@@ -46,6 +47,7 @@ from .owners import (
     State,
     Unknown,
     merge,
+    owner_along,
     owners_of_field,
 )
 from .transfers import MIXING, SELECTING, TRANSFERS, input_shape, interacting_inputs, kind_of
@@ -71,7 +73,9 @@ def nodes_of(output: Tensor) -> list[Node]:
 class Ownership:
     """The owners of all activations in the graph below an output [N, ...], whose row n belongs to example n.
 
-    If the output has no axes, or N is one, example 0 owns everything. ``met(node, name)`` is called for each node
+    If the output has no axes, or N is one, example 0 owns everything. With ``segments`` [T] the examples are segments
+    of a packed row: the output is [1, T, ...], and position t belongs to example segments[t], or to none if that is -1.
+    ``met(node, name)`` is called for each node
     before the node's inputs are looked at.
 
     Where a node reads a part of a tensor, the entries beside that part along other axes are taken to have the same
@@ -80,11 +84,21 @@ class Ownership:
     """
 
     def __init__(
-        self, output: Tensor, met: Callable[[Node, str], None] = lambda node, name: None, exact: bool = False
+        self,
+        output: Tensor,
+        met: Callable[[Node, str], None] = lambda node, name: None,
+        exact: bool = False,
+        segments: Tensor | None = None,
     ) -> None:
         self.exact = exact
+        self.packed = segments is not None
         self.conflict = False  # whether two uses of a tensor disagree about its owners
-        self.n = output.shape[0] if output.dim() else 1
+        start: State | None = Owned(0, EACH)
+        if segments is None:
+            self.n = output.shape[0] if output.dim() else 1
+        else:
+            self.n = int(segments.max()) + 1
+            start = owner_along(1, segments.cpu(), self.n)
         self.order = nodes_of(output)  # each node before the nodes that its gradients flow to
         self.names = [node.name() for node in self.order]
         self.states: dict[tuple[Node, int], State] = {}  # of the outputs that cotangents reach, by node and number
@@ -95,7 +109,7 @@ class Ownership:
         self._storages: dict[int, object] = {}  # whether the memory of such a tensor is shared or owned
         if output.grad_fn is None:
             return
-        self.states[output.grad_fn, output.output_nr] = Sole(0) if self.n == 1 else Owned(0, EACH)
+        self.states[output.grad_fn, output.output_nr] = Sole(0) if self.n == 1 or start is None else start
         if output.output_nr:
             self._several.add(output.grad_fn)
         for node, name in zip(self.order, self.names, strict=True):
@@ -186,6 +200,10 @@ class Ownership:
             return first
         try:
             found = None
+            if self.packed and kind in PACKED and len(outputs) == 1:
+                found = PACKED[kind](node, first, self.n)
+            if found is not None:
+                return found
             if kind in SELECTING and not self.exact:
                 found = SELECTING[kind](node, outputs, self.n)
             elif kind in TRANSFERS and isinstance(first, Owned) and len(outputs) == 1:

@@ -32,7 +32,7 @@ from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gr
 from .ownership import dense
 from .parameters import FilterAxis, ParameterFilter, filter_axes_of, select_parameters
 from .quantised import allow_packing, unpack
-from .refusals import random_layer, taps_of
+from .refusals import check_segments, random_layer, taps_of
 from .routes import GradientRoutes, routes_of
 from .rules import factors_of, has_rule
 from .sharding import sharding_of
@@ -167,7 +167,12 @@ class FisherRecorder:
             self._required = None
 
     def backward(
-        self, output: Tensor, cotangents: Tensor, weights: Tensor | None = None, retain_graph: bool = False
+        self,
+        output: Tensor,
+        cotangents: Tensor,
+        weights: Tensor | None = None,
+        retain_graph: bool = False,
+        segments: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Backpropagate ``cotangents`` and return squares of per-example gradients, summed over the cotangents.
 
@@ -177,6 +182,8 @@ class FisherRecorder:
             weights: Weights [N] of the examples in the sums of granularity ``"parameter"``; one each if None. Other
                 granularities take no weights.
             retain_graph: Whether to keep the graph for another backward pass.
+            segments: For a row of packed sequences, whose output is [1, T, ...]: the number of the example of each
+                position, int64 [T], or -1 for padding. N is then the number of sequences.
 
         Returns:
             One tensor for each parameter. A parameter with O filters gets [N, O] at granularity ``"filter"``, [N] at
@@ -204,7 +211,7 @@ class FisherRecorder:
             raise ValueError(f"the output is {what}, expected a tensor [N, ...] with the examples along its first axis")
         if cotangents.shape == output.shape:
             cotangents = cotangents[None]
-        (found,) = self._backward(output, cotangents, [len(cotangents)], weights, retain_graph)
+        (found,) = self._backward(output, cotangents, [len(cotangents)], weights, retain_graph, segments)
         return found
 
     def backward_groups(self, output: Tensor, cotangents: Tensor, groups: Sequence[int]) -> Iterator[dict[str, Tensor]]:
@@ -236,17 +243,18 @@ class FisherRecorder:
             raise ValueError(f"groups are {list(groups)}, expected whole numbers that add up to {len(cotangents)}")
         return self._backward(output, cotangents, groups, None, False)
 
-    def check(self, output: Tensor) -> None:
+    def check(self, output: Tensor, segments: Tensor | None = None) -> None:
         """Raise UnsupportedError where :meth:`backward` would, from the graph of ``output`` alone.
 
         Args:
             output: The output [N, ...] of the model's forward pass inside the recorder's context.
+            segments: As for :meth:`backward`.
 
         Raises:
             UnsupportedError: There is no exact answer for a parameter.
         """
         with self.regions.reading():
-            routes_of(self._taps(output), self.unsupported, self._reported)
+            routes_of(self._taps(output, segments), self.unsupported, self._reported)
 
     def reduce(self, name: str, gradient: Tensor) -> Tensor:
         """Square one gradient of a parameter, and take means at the recorder's granularity.
@@ -319,7 +327,13 @@ class FisherRecorder:
         return nullcontext() if self.sharding is None else self.sharding.read()
 
     def _backward(
-        self, output: Tensor, cotangents: Tensor, groups: Sequence[int], weights: Tensor | None, retain_graph: bool
+        self,
+        output: Tensor,
+        cotangents: Tensor,
+        groups: Sequence[int],
+        weights: Tensor | None,
+        retain_graph: bool,
+        segments: Tensor | None = None,
     ) -> Iterator[dict[str, Tensor]]:
         """The results of the groups, one after the other."""
         if self._required is None:
@@ -336,7 +350,7 @@ class FisherRecorder:
                 raise UnsupportedError(
                     f"the layer {layer} is in training mode and draws random numbers: call eval() on the network"
                 )
-        n = output.shape[0]
+        n = output.shape[0] if segments is None else check_segments(segments, output, cotangents)
         if weights is not None and (self.granularity != "parameter" or list(weights.shape) != [n]):
             raise ValueError(
                 f"weights are {list(weights.shape)} at granularity {self.granularity!r}, expected [{n}] at 'parameter' "
@@ -349,7 +363,7 @@ class FisherRecorder:
                 "the output has no autograd graph: run the forward inside the recorder, with gradients enabled"
             )
         with self.regions.reading():
-            taps = self._taps(output)
+            taps = self._taps(output, segments)
             fix_batch_norm_gradients(taps.order)
             routes = routes_of(taps, self.unsupported, self._reported)
             tapped = taps.of(routes.single | routes.summed)
@@ -364,10 +378,10 @@ class FisherRecorder:
             more = retain_graph or bool(routes.plain) or called or k < len(cotangents)
             if tapped.uses:
                 with self.regions.reading():
-                    self._pass(output, cotangent, tapped, routes, sums, w, reuse, more)
+                    self._pass(output, cotangent, n, tapped, routes, sums, w, reuse, more)
             if k in ends:
                 if routes.plain:
-                    sums |= self._one_by_one(output, cotangents[first:k], routes.plain, w)
+                    sums |= self._one_by_one(output, cotangents[first:k], routes.plain, w, segments)
                 found = {name: sums[name] if name in sums else self._zeros(name, n) for name in self.parameters}
                 yield self._means({name: q for name, q in found.items() if name not in routes.skipped})
                 sums.clear()
@@ -379,14 +393,15 @@ class FisherRecorder:
         reuse.plan = self._plans.setdefault((uses[0].parameter, uses[0].slot), reuse.plan)
         return reuse
 
-    def _taps(self, output: Tensor) -> Taps:
+    def _taps(self, output: Tensor, segments: Tensor | None = None) -> Taps:
         with self._reading():
-            return taps_of(output, self.leaves(), self.verified or self.unsupported == "exact")
+            return taps_of(output, self.leaves(), self.verified or self.unsupported == "exact", segments)
 
     def _pass(
         self,
         output: Tensor,
         cotangent: Tensor,
+        n: int,
         taps: Taps,
         routes: GradientRoutes,
         sums: dict[str, Tensor],
@@ -395,7 +410,6 @@ class FisherRecorder:
         retain_graph: bool,
     ) -> None:
         """Backpropagate one cotangent, and add the squares of single and summed parameters to ``sums``."""
-        n = output.shape[0]
         kept: dict[str, list[tuple[Use, Factors]]] = {}  # factors of the summed parameters
         later: list[tuple[Use, Factors]] = []  # factors that can be computed only after the pass
 
@@ -489,14 +503,22 @@ class FisherRecorder:
         return Summed([(factors, lambda t: t)], tuple(self.parameters[name].shape), n, self.filter_axes[name])
 
     def _one_by_one(
-        self, output: Tensor, cotangents: Tensor, names: Iterable[str], weights: Tensor
+        self,
+        output: Tensor,
+        cotangents: Tensor,
+        names: Iterable[str],
+        weights: Tensor,
+        segments: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Sums of squares by plain autograd, for one example and one cotangent at a time."""
         totals = {name: self._zeros(name, len(weights)) for name in names}
         numbers = weights.tolist()
-        for e in range(output.shape[0]):
+        for e in range(len(weights)):
             for cotangent in cotangents:
-                for name, g in self.plain_gradients(output, cotangent, e, totals).items():
+                row, own = e, cotangent
+                if segments is not None:  # one row, with zeros for the other sequences
+                    row, own = 0, cotangent.movedim(1, -1).mul((segments == e).to(cotangent)).movedim(-1, 1)
+                for name, g in self.plain_gradients(output, own, row, totals).items():
                     square = g.to(totals[name].dtype).square()
                     if self.granularity == "parameter":
                         totals[name] += numbers[e] * square

@@ -30,8 +30,10 @@ WITHOUT_DERIVATIVE = "torch::autograd::WarnNotImplemented"
 _OPEN = {*NODES, *BETWEEN, PASSING, *(f"{kind}Backward" for kind in LINEAR)}
 
 
-def taps_of(output: Tensor, parameters: Mapping[str, Tensor], tell_apart: bool = False) -> Taps:
-    """Find every use of ``parameters`` in the graph of ``output`` [N, ...]; ``tell_apart`` as in :func:`find_taps`.
+def taps_of(
+    output: Tensor, parameters: Mapping[str, Tensor], tell_apart: bool = False, segments: Tensor | None = None
+) -> Taps:
+    """Find every use of ``parameters`` in the graph of ``output`` [N, ...]; other arguments as in :func:`find_taps`.
 
     Raises UnsupportedError where a node of the graph hides layers, or where examples interact.
     """
@@ -56,7 +58,7 @@ def taps_of(output: Tensor, parameters: Mapping[str, Tensor], tell_apart: bool =
         if isinstance(node, torch.autograd.function.BackwardCFunction) and name not in _OPEN:
             custom.append(name)
 
-    taps = find_taps(output, parameters, met, tell_apart)
+    taps = find_taps(output, parameters, met, tell_apart, segments)
     if taps.unused and custom:
         raise UnsupportedError(
             f"the parameter {min(taps.unused)!r} is nowhere in the autograd graph, and the custom function "
@@ -107,3 +109,18 @@ def random_layer(model: nn.Module) -> str | None:
             if isinstance(value, (int, float)) and value > 0:
                 return f"{name!r} ({kind}, {attribute}={value})"
     return None
+
+
+def check_segments(segments: Tensor, output: Tensor, cotangents: Tensor) -> int:
+    """Return the number of sequences of a packed row. Raise ValueError where the segments do not fit the output."""
+    if output.dim() < 2 or list(output.shape[:2]) != [1, len(segments)] or segments.dtype != torch.int64:
+        raise ValueError(
+            f"segments are {list(segments.shape)} {segments.dtype} for an output {list(output.shape)}, expected int64 "
+            "[T] for [1, T, ...]"
+        )
+    n = int(segments.max()) + 1 if len(segments) else 0
+    if n < 1 or int(segments.min()) < -1 or len(segments.unique()) < n + int((segments < 0).any()):
+        raise ValueError(f"segments are numbered {segments.unique().tolist()}, expected 0, 1, ..., or -1 for padding")
+    if bool((cotangents[:, 0, segments < 0] != 0).any()):
+        raise ValueError("a cotangent is not zero at a position that belongs to no sequence (-1 in segments)")
+    return n

@@ -26,6 +26,7 @@ from .factors import Called, Convolution, Factors, Outer, Product, Scatter, Stac
 from .fast_layers import NODES
 from .graph import Use
 from .owners import EACH, ListedRows, Owned, Owner, RowLayout, Shape, Sole
+from .ragged import Ragged, groups_of
 from .transfers import output_shape
 
 
@@ -108,7 +109,10 @@ def factors_of(use: Use, cotangents: Sequence[Tensor | None], n: int) -> Factors
     """The factors of a parameter's per-example gradients at a tap, from the cotangents of the node's outputs."""
     rule = _rule_of(use)
     if rule is not None and cotangents[0] is not None:
-        return rule.factors(use, cotangents[0], use.owners[0], n)
+        g, owner = cotangents[0], use.owners[0]
+        if groups := groups_of(owner, n):
+            return Ragged([(examples, rule.factors(use, g, own, len(examples))) for examples, own in groups])
+        return rule.factors(use, g, owner, n)
     owners = (*use.owners, *[None] * (len(cotangents) - len(use.owners)))
     return Called(use.node, use.slot, use.shape, cotangents, owners, n, use.transposed)
 

@@ -130,6 +130,15 @@ def test_sharding_table(script: Script) -> None:
     ] * 2
 
 
+def test_language_models_table(script: Script) -> None:
+    pytest.importorskip("transformers")
+    lines = script("studies.language_models", "--only", "toy: fisher", "toy: loop").splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| toy")]
+    assert [row[1] for row in rows] == ["fisher", "loop"]
+    assert all(float(row[2]) > 0 for row in rows)
+    assert "1b: training step" in script("studies.language_models", "--list").splitlines()
+
+
 def test_sums_table(script: Script) -> None:
     lines = script("studies.sums", "--rounds", "1", "--values", "700", "--examples", "3").splitlines()
     assert [line.split("|")[1].strip() for line in lines[3:]] == [
