@@ -11,6 +11,7 @@ part. Per-example gradients are computed at the taps, from the cotangents that r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
@@ -23,8 +24,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.checkpoint import CheckpointError
 
-from .owners import OWNERS, Interacting, Owned, Owner, RowLayout, Shape, Shared, Unknown
-from .ownership import LEAF, Ownership
+from .owners import OWNERS, Interacting, Owned, Owner, RowLayout, Scattered, Shape, Shared, Unknown
+from .ownership import LEAF, Ownership, dense
+from .stacks import Stack, stack_of
 from .transfers import ELEMENTWISE, input_shape, kind_of
 
 
@@ -62,6 +64,7 @@ class Use:
     shared: bool = True  # whether all examples use all of the input, as they use a weight
     chain: tuple[str, ...] = ()
     between: frozenset[str] = frozenset()
+    stack: Stack | None = None  # which matrices of the parameter a matrix product reads, if it is a stack of them
     kept: dict[str, Any] = field(default_factory=dict, init=False)  # small things that serve all cotangents
 
     @property
@@ -165,7 +168,10 @@ def find_taps(
     interacting: dict[str, str] = {}
     below: dict[Node, tuple[tuple[str, ...], frozenset[str]]] = {}
     views = _parameter_views(ownership)
+    lookups = _Lookups(ownership)
     for node, owners in ownership.owners.items():
+        if node in lookups.passed:
+            continue  # the product that uses the looked-up matrices is the tap
         is_complex = node._input_metadata[0].dtype.is_complex
         for slot, edge in enumerate(node.next_functions):
             child = edge[0]
@@ -179,6 +185,11 @@ def find_taps(
                     continue
                 wanted, chain, between = (name,), found[1], frozenset()
             elif state is None or isinstance(state, OWNERS):
+                if (looked_up := lookups.at(node, slot)) is not None and id(looked_up[0]) in names:
+                    variable, stack, between = looked_up
+                    name = names[id(variable)]
+                    use = Use((name,), node, slot, input_shape(node, slot), owners, True, (), between, stack)
+                    uses.setdefault(node, []).append(use)
                 continue
             else:
                 if child not in below:
@@ -198,11 +209,47 @@ def find_taps(
                 )
             elif wanted:
                 shared = isinstance(state, Shared)
-                use = Use(wanted, node, slot, input_shape(node, slot), owners, shared, chain, between)
+                read = stack_of(node, slot, lambda node: True) if shared else None
+                stack = read[1] if read is not None and (names.get(id(read[0])),) == wanted else None
+                use = Use(wanted, node, slot, input_shape(node, slot), owners, shared, chain, between, stack)
                 uses.setdefault(node, []).append(use)
     reached = {name for found in uses.values() for use in found for name in use.parameters}
     unused = frozenset(names.values()) - reached - unknown.keys() - interacting.keys()
     return Taps(uses, unused, ownership.order, ownership, unknown, interacting)
+
+
+class _Lookups:
+    """Batched products with matrices that are looked up in a stack, one for each example's row: ``weight[index]``.
+
+    Such a product is a tap in place of the look-up. The gradients of the looked-up matrices are never formed then.
+    """
+
+    def __init__(self, ownership: Ownership) -> None:
+        self.passed: set[Node] = set()  # the look-ups that need no tap of their own
+        self._order = ownership.order
+        self._owners = ownership.owners
+
+    @cached_property
+    def _consumers(self) -> Counter[Node]:
+        return Counter(child for node in self._order for child, _ in node.next_functions if child is not None)
+
+    def at(self, node: Node, slot: int) -> tuple[Tensor, Stack, frozenset[str]] | None:
+        """The parameter, the stack and the nodes in between, if the input of a product was looked up."""
+        if kind_of(node.name()) != "Bmm":
+            return None
+        owner = self._owners[node][0]
+        if isinstance(owner, Scattered) or (isinstance(owner, Owned) and owner.axis != 0):
+            return None
+        passed: list[Node] = []
+
+        def only_here(step: Node) -> bool:
+            passed.append(step)
+            return self._consumers[step] == 1
+
+        found = stack_of(node, slot, only_here)
+        if found is not None:
+            self.passed.update(passed)
+        return found
 
 
 def _parameter_views(ownership: Ownership) -> dict[Node, tuple[Tensor, tuple[str, ...]]]:
@@ -245,6 +292,27 @@ def views_of(node: Node | None) -> tuple[Tensor, tuple[str, ...]] | None:
         node = node.next_functions[0][0]
     variable = getattr(node, "variable", None)  # only AccumulateGrad has one
     return None if variable is None else (variable, tuple(chain))
+
+
+def onward(use: Use, parameter: Tensor) -> Callable[[Tensor], Tensor]:
+    """The map from gradients [k, entries] of a node's input to those of a parameter that the input is computed from."""
+    if use.direct:
+        return lambda t: t
+
+    def pull(t: Tensor) -> Tensor:
+        child, number = use.node.next_functions[use.slot]
+        assert child is not None  # parameters enter this input
+        dtype = child._input_metadata[number].dtype
+        gradients = t.view(-1, *use.shape).to(dtype)
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        try:
+            (g,) = torch.autograd.grad([use.source], [parameter], [gradients], is_grads_batched=True, **options)
+        except (RuntimeError, NotImplementedError):  # a function that does not support batched gradients
+            each = [torch.autograd.grad([use.source], [parameter], [g], **options)[0] for g in gradients]
+            g = torch.stack([dense(part) for part in each])
+        return g.reshape(len(g), parameter.numel()).to(t.dtype)
+
+    return pull
 
 
 def backpropagate(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -24,8 +25,9 @@ from torch.autograd.graph import Node
 from ..ops.asynchronous import to_device
 from ..ops.reference import accumulate_dtype
 from ..spans import backward_by_kind
-from .factors import Called, Factors, Plan, Reuse, Summed, concatenated
-from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gradients
+from .factors import Called, Factors, Plan, Reuse, Summed
+from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gradients, onward
+from .grouped import Grouped, concatenated
 from .ownership import dense
 from .parameters import FilterAxis, ParameterFilter, filter_axes_of, select_parameters
 from .refusals import random_layer, taps_of
@@ -344,6 +346,7 @@ class FisherRecorder:
         """Backpropagate one cotangent, and add the squares of single and summed parameters to ``sums``."""
         n = output.shape[0]
         kept: dict[str, list[tuple[Use, Factors]]] = {}  # factors of the summed parameters
+        missing = Counter(name for use in taps for name in routes.summed.intersection(use.parameters))
         later: list[tuple[Use, Factors]] = []  # factors that can be computed only after the pass
 
         def visit(node: Node, cotangents: tuple[Tensor | None, ...]) -> None:
@@ -362,6 +365,9 @@ class FisherRecorder:
                     continue
                 for name in routes.summed.intersection(use.parameters):
                     kept.setdefault(name, []).append((use, factors))
+                    missing[name] -= 1
+                    if not missing[name] and not any(isinstance(f, Called) for _, f in kept[name]):
+                        self._add_summed(name, kept.pop(name), sums, weights, reuse)
 
         with backward_by_kind(taps.order, n) as begin:
             backpropagate(output, cotangent, taps, visit, retain_graph)
@@ -372,15 +378,27 @@ class FisherRecorder:
                         self._add(use, factors, sums, weights, reuse[use.node])
                 for name, found in kept.items():
                     begin(found[0][0].node)
-                    whole = None
-                    if all(use.direct for use, _ in found):
-                        whole = concatenated([factors for _, factors in found])
-                    if whole is None:
-                        p = self.parameters[name]
-                        parts = [(factors, _onward(use, p)) for use, factors in found]
-                        whole = Summed(parts, tuple(p.shape), n, self.filter_axes[name])
-                    use = replace(found[0][0], parameters=(name,))
-                    self._add(use, whole, sums, weights, Reuse(reuse[use.node].cotangents))
+                    self._add_summed(name, found, sums, weights, reuse)
+
+    def _add_summed(
+        self,
+        name: str,
+        found: Sequence[tuple[Use, Factors]],
+        sums: dict[str, Tensor],
+        weights: Tensor,
+        reuse: Mapping[Node, Reuse],
+    ) -> None:
+        """Add the squares of the gradients of a parameter, summed over all its uses."""
+        whole = None
+        in_place = [use.direct or (use.stack is not None and isinstance(f, Grouped)) for use, f in found]
+        if all(in_place):
+            whole = concatenated([f for _, f in found])
+        if whole is None:
+            p = self.parameters[name]
+            parts = [(f, (lambda t: t) if own else onward(use, p)) for own, (use, f) in zip(in_place, found, strict=True)]
+            whole = Summed(parts, tuple(p.shape), len(weights), self.filter_axes[name])
+        use = replace(found[0][0], parameters=(name,))
+        self._add(use, whole, sums, weights, Reuse(reuse[use.node].cotangents))
 
     def _add(self, use: Use, factors: Factors, sums: dict[str, Tensor], weights: Tensor, reuse: Reuse) -> None:
         """Add the squares that follow from a use's factors to the sums of its parameter."""
@@ -405,7 +423,7 @@ class FisherRecorder:
             if isinstance(factors, Called):
                 factors = self._formed(factors, name, len(weights))
             elif axis != 0 and not isinstance(factors, Summed):
-                factors = (factors.exchanged() if p.dim() == 2 else None) or self._formed(factors, name, len(weights))
+                factors = factors.along(axis, p.dim()) or self._formed(factors, name, len(weights))
             q = factors.filter_sums(reuse)
             if q.shape[1] % filters:  # the layer sees the parameter through a view with fewer and longer rows
                 factors = self._formed(factors, name, len(weights))
@@ -467,24 +485,3 @@ class FisherRecorder:
                 list(sums.values()), [max(1, sizes[name]) / max(1, q.shape[1]) for name, q in sums.items()]
             )
         return sums
-
-
-def _onward(use: Use, parameter: nn.Parameter) -> Callable[[Tensor], Tensor]:
-    """The map from gradients [k, entries] of a node's input to those of a parameter that the input is computed from."""
-    if use.direct:
-        return lambda t: t
-
-    def pull(t: Tensor) -> Tensor:
-        child, number = use.node.next_functions[use.slot]
-        assert child is not None  # parameters enter this input
-        dtype = child._input_metadata[number].dtype
-        gradients = t.view(-1, *use.shape).to(dtype)
-        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        try:
-            (g,) = torch.autograd.grad([use.source], [parameter], [gradients], is_grads_batched=True, **options)
-        except (RuntimeError, NotImplementedError):  # a function that does not support batched gradients
-            each = [torch.autograd.grad([use.source], [parameter], [g], **options)[0] for g in gradients]
-            g = torch.stack([dense(part) for part in each])
-        return g.reshape(len(g), parameter.numel()).to(t.dtype)
-
-    return pull
