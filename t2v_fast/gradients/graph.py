@@ -11,7 +11,6 @@ part. Per-example gradients are computed at the taps, from the cotangents that r
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
@@ -24,9 +23,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.checkpoint import CheckpointError
 
-from .owners import OWNERS, Interacting, Owned, Owner, RowLayout, Scattered, Shape, Shared, Unknown
+from .owners import OWNERS, Interacting, Owned, Owner, RowLayout, Shape, Shared, Unknown
 from .ownership import LEAF, Ownership, dense
-from .stacks import Stack, stack_of
+from .stacks import Stack, stacks_of
 from .transfers import ELEMENTWISE, input_shape, kind_of
 
 
@@ -168,10 +167,10 @@ def find_taps(
     interacting: dict[str, str] = {}
     below: dict[Node, tuple[tuple[str, ...], frozenset[str]]] = {}
     views = _parameter_views(ownership)
-    lookups = _Lookups(ownership)
+    stacks, passed = stacks_of(ownership)
     for node, owners in ownership.owners.items():
-        if node in lookups.passed:
-            continue  # the product that uses the looked-up matrices is the tap
+        if node in passed:
+            continue  # the products that read the matrices of a stack are the taps
         is_complex = node._input_metadata[0].dtype.is_complex
         for slot, edge in enumerate(node.next_functions):
             child = edge[0]
@@ -185,11 +184,11 @@ def find_taps(
                     continue
                 wanted, chain, between = (name,), found[1], frozenset()
             elif state is None or isinstance(state, OWNERS):
-                if (looked_up := lookups.at(node, slot)) is not None and id(looked_up[0]) in names:
-                    variable, stack, between = looked_up
-                    name = names[id(variable)]
-                    use = Use((name,), node, slot, input_shape(node, slot), owners, True, (), between, stack)
-                    uses.setdefault(node, []).append(use)
+                read = stacks.get((node, slot))
+                if read is not None and read.alone and id(read.variable) in names:
+                    shape, between = input_shape(node, slot), frozenset(step.name() for step in read.path)
+                    of = (names[id(read.variable)],)
+                    uses.setdefault(node, []).append(Use(of, node, slot, shape, owners, True, (), between, read.stack))
                 continue
             else:
                 if child not in below:
@@ -200,6 +199,9 @@ def find_taps(
                 unknown.update(dict.fromkeys(wanted, why))
             elif isinstance(state, Unknown):
                 unknown.update(dict.fromkeys(wanted, state.reason))
+            elif not all(owner is None or isinstance(owner, OWNERS) for owner in owners):
+                why = f"{node.name()} shows some of its parts to all examples, and others to one of them"
+                unknown.update(dict.fromkeys(wanted, why))
             elif isinstance(state, Interacting) and found is None:
                 interacting.update(dict.fromkeys(wanted, state.reason))
             elif isinstance(state, Owned) and isinstance(state.rows, RowLayout) and kind_of(node.name()) in ELEMENTWISE:
@@ -209,47 +211,13 @@ def find_taps(
                 )
             elif wanted:
                 shared = isinstance(state, Shared)
-                read = stack_of(node, slot, lambda node: True) if shared else None
-                stack = read[1] if read is not None and (names.get(id(read[0])),) == wanted else None
+                read = stacks.get((node, slot)) if shared else None
+                stack = read.stack if read is not None and (names.get(id(read.variable)),) == wanted else None
                 use = Use(wanted, node, slot, input_shape(node, slot), owners, shared, chain, between, stack)
                 uses.setdefault(node, []).append(use)
     reached = {name for found in uses.values() for use in found for name in use.parameters}
     unused = frozenset(names.values()) - reached - unknown.keys() - interacting.keys()
     return Taps(uses, unused, ownership.order, ownership, unknown, interacting)
-
-
-class _Lookups:
-    """Batched products with matrices that are looked up in a stack, one for each example's row: ``weight[index]``.
-
-    Such a product is a tap in place of the look-up. The gradients of the looked-up matrices are never formed then.
-    """
-
-    def __init__(self, ownership: Ownership) -> None:
-        self.passed: set[Node] = set()  # the look-ups that need no tap of their own
-        self._order = ownership.order
-        self._owners = ownership.owners
-
-    @cached_property
-    def _consumers(self) -> Counter[Node]:
-        return Counter(child for node in self._order for child, _ in node.next_functions if child is not None)
-
-    def at(self, node: Node, slot: int) -> tuple[Tensor, Stack, frozenset[str]] | None:
-        """The parameter, the stack and the nodes in between, if the input of a product was looked up."""
-        if kind_of(node.name()) != "Bmm":
-            return None
-        owner = self._owners[node][0]
-        if isinstance(owner, Scattered) or (isinstance(owner, Owned) and owner.axis != 0):
-            return None
-        passed: list[Node] = []
-
-        def only_here(step: Node) -> bool:
-            passed.append(step)
-            return self._consumers[step] == 1
-
-        found = stack_of(node, slot, only_here)
-        if found is not None:
-            self.passed.update(passed)
-        return found
 
 
 def _parameter_views(ownership: Ownership) -> dict[Node, tuple[Tensor, tuple[str, ...]]]:
@@ -264,6 +232,8 @@ def _parameter_views(ownership: Ownership) -> dict[Node, tuple[Tensor, tuple[str
                 variable, chain = found[child]
                 if name == "TransposeBackward0" and (node._saved_dim0 - node._saved_dim1) % max(1, variable.dim()) == 0:
                     name = "AliasBackward0"  # the transpose exchanges an axis with itself
+                elif name == "PermuteBackward0" and len(node._saved_dims) == 2:  # from matrix.T, for instance
+                    name = "TBackward0" if node._saved_dims[0] % 2 else "AliasBackward0"
                 found[node] = variable, (name, *chain)
     return found
 

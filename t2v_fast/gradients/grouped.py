@@ -135,6 +135,7 @@ def _joined(factors: Sequence[Factors]) -> Grouped | None:
     x, g, key = (torch.cat([getattr(f, name) for f in parts]) for name in ("x", "g", "key"))
     return Grouped(x, g, key, first.examples, first.experts)
 
+
 def concatenated(factors: Sequence[Factors]) -> Factors | None:
     """Join the factors of several uses into those of one use with all positions; None where their forms differ."""
     first = factors[0]

@@ -395,7 +395,9 @@ class FisherRecorder:
             whole = concatenated([f for _, f in found])
         if whole is None:
             p = self.parameters[name]
-            parts = [(f, (lambda t: t) if own else onward(use, p)) for own, (use, f) in zip(in_place, found, strict=True)]
+            parts = [
+                (f, (lambda t: t) if own else onward(use, p)) for own, (use, f) in zip(in_place, found, strict=True)
+            ]
             whole = Summed(parts, tuple(p.shape), len(weights), self.filter_axes[name])
         use = replace(found[0][0], parameters=(name,))
         self._add(use, whole, sums, weights, Reuse(reuse[use.node].cotangents))

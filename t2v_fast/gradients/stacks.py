@@ -7,21 +7,23 @@ between. They are followed here by sizes and strides, as torch follows them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from .owners import Shape
+from .owners import Owned, Shape, Sole
+from .ownership import Ownership
 from .transfers import kind_of, output_shape, saved_axis, signed
 
 # Products of groups of rows with a matrix for each group; their second input is the stack.
 GROUPED_PRODUCTS = frozenset({"GroupedMm", "GeneratedBackwardFor_transformers_grouped_mm_fallback_default"})
-# Other products with a matrix, and the number of the first input that may be one.
-_PRODUCTS = {"Mm": 0, "Bmm": 0, "Addmm": 1}
+# Products with a matrix or a stack, and the number of the first input that may be one.
+_FIRST_MATRIX = {"Mm": 0, "Bmm": 0, "Addmm": 1, **dict.fromkeys(GROUPED_PRODUCTS, 1)}
 _UNCHANGED = frozenset({"Clone", "ToCopy", "Alias"})
 _RESHAPED = frozenset({"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Expand"})
 _PICKING = frozenset({"Select", "Unbind", "Index", "IndexSelect"})
@@ -50,39 +52,67 @@ class _Entries(NamedTuple):
     index: Tensor | None = None  # looked up along the first axis, whose stride counts looked-up matrices then
 
 
-def stack_of(node: Node, slot: int, passed: Callable[[Node], bool]) -> tuple[Tensor, Stack, frozenset[str]] | None:
-    """The parameter, the stack and the names of the nodes in between, if an input of a product reads such matrices.
+@dataclass
+class Read:
+    """An input of a product that reads matrices of a stack."""
 
-    ``passed(node)`` says whether the product may stand for a node in between. None where the input reads no stack.
+    variable: Tensor  # the parameter
+    stack: Stack
+    path: list[Node]  # the nodes between the product and the parameter
+    alone: bool = False  # whether such products alone read what these nodes show, and may be taps in their place
+
+
+def stacks_of(ownership: Ownership) -> tuple[dict[tuple[Node, int], Read], set[Node]]:
+    """The inputs of products that read matrices of a stack, by node and slot, and nodes that need no taps of their own.
+
+    A node that picks matrices belongs to an example if only one example uses what it picks, as in ``weight[index]`` with
+    an index for each row. A tap at the product costs less than one at this node: the gradients of the picked matrices
+    are never formed.
     """
-    kind = kind_of(node.name())
+    reads: dict[tuple[Node, int], Read] = {}
+    readers: dict[Node, set[Node]] = {}  # of the nodes on the paths: the nodes that such a path comes from
+    for node, (owner, *_) in ownership.owners.items():
+        kind = kind_of(node.name())
+        if kind not in _FIRST_MATRIX or not isinstance(owner, (Owned, Sole)):
+            continue
+        for slot in range(_FIRST_MATRIX[kind], min(len(node.next_functions), 3)):
+            read = _read(node, kind, slot)
+            if read is None or (kind == "Bmm" and isinstance(owner, Owned) and owner.axis != 0):
+                continue
+            reads[node, slot] = read
+            for consumer, step in pairwise([node, *read.path]):
+                readers.setdefault(step, set()).add(consumer)
+    reached = {node for node, _ in ownership.states} if readers else ()
+    consumers = Counter(child for node in reached for child, _ in node.next_functions if child in readers)
+    for read in reads.values():
+        read.alone = all(consumers[step] == len(readers[step]) for step in read.path)
+    return reads, {step for read in reads.values() if read.alone for step in read.path}
+
+
+def _read(node: Node, kind: str, slot: int) -> Read | None:
+    """What an input of a product reads of a stack; None where it reads none."""
     whole = kind in GROUPED_PRODUCTS
     if whole and (slot != 1 or len(output_shape(node)) != 2):
-        return None
-    if not whole and slot < _PRODUCTS.get(kind, math.inf):
         return None
     path: list[tuple[Node, int]] = []
     picked = whole
     child, number = node.next_functions[slot]
     while child is not None and (variable := getattr(child, "variable", None)) is None:
-        kind = kind_of(child.name())
-        if kind not in _FOLLOWED or (kind in _PICKING and picked):
+        step = kind_of(child.name())
+        if step not in _FOLLOWED or (step in _PICKING and picked):
             return None
-        picked = picked or kind in _PICKING
+        picked = picked or step in _PICKING
         path.append((child, number))
         child, number = child.next_functions[0]
     if child is None or not picked or not 2 <= variable.dim() <= 3 or not variable.numel():
         return None
-    if not all(passed(step) for step, _ in path):
-        return None
-    entries = _Entries(list(variable.shape), list(_contiguous(variable.shape)))
-    for step, number in reversed(path):
-        found = _follow(step, number, entries)
-        if found is None:
+    entries: _Entries | None = _Entries(list(variable.shape), list(_contiguous(variable.shape)))
+    for of, number in reversed(path):
+        entries = _follow(of, number, entries)
+        if entries is None:
             return None
-        entries = found
-    stack = _stack(variable, entries, kind_of(node.name()))
-    return None if stack is None else (variable, stack, frozenset(step.name() for step, _ in path))
+    stack = _stack(variable, entries, kind)
+    return None if stack is None else Read(variable, stack, [of for of, _ in path])
 
 
 def _stack(variable: Tensor, entries: _Entries, kind: str) -> Stack | None:
@@ -90,7 +120,7 @@ def _stack(variable: Tensor, entries: _Entries, kind: str) -> Stack | None:
     columns = variable.shape[-1]
     shape, strides, offset, index = entries
     single = kind in ("Mm", "Addmm")
-    if len(shape) != (2 if single else 3) or single == (index is not None) and kind not in GROUPED_PRODUCTS:
+    if len(shape) != (2 if single else 3) or (single == (index is not None) and kind not in GROUPED_PRODUCTS):
         return None
     size = math.prod(shape[-2:])
     if not size or variable.numel() % size or (variable.dim() == 3 and size != math.prod(variable.shape[1:])):
@@ -144,7 +174,7 @@ def _follow(node: Node, number: int, entries: _Entries) -> _Entries | None:
     found = [node._saved_index] if kind == "IndexSelect" else list(node._saved_indices)
     if len(found) != 1 or found[0] is None or found[0].dtype in (torch.bool, torch.uint8):
         return None
-    if kind == "IndexSelect" and saved_axis(node._saved_dim, dims) or offset or dims != 3:
+    if (kind == "IndexSelect" and saved_axis(node._saved_dim, dims)) or offset or dims != 3:
         return None
     (where,) = found
     inner = [stride * strides[0] for stride in _contiguous(where.shape)]
@@ -154,4 +184,3 @@ def _follow(node: Node, number: int, entries: _Entries) -> _Entries | None:
 def _contiguous(shape: Shape) -> Shape:
     """The strides of a contiguous tensor."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-

@@ -169,9 +169,7 @@ def test_offsets_out_of_range(name: str) -> None:
                 ops.sq_grouped(x, g, torch.tensor(bad))
         for bad in ([1, 0], [0, 3], [-1, 2]):
             with pytest.raises((IndexError, RuntimeError), match="out of range"):
-                ops.sq_grouped_acc_(
-                    torch.zeros(1, 2, 3), x, g, torch.tensor([0, 2, 4]), torch.tensor(bad), weight
-                )
+                ops.sq_grouped_acc_(torch.zeros(1, 2, 3), x, g, torch.tensor([0, 2, 4]), torch.tensor(bad), weight)
         ops.sq_grouped_acc_(torch.zeros(1, 2, 3), x, g, torch.tensor([0, 2, 4]), groups, weight)
 
 

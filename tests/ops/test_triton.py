@@ -8,8 +8,8 @@ import pytest
 import torch
 from cases import CONVOLUTIONS, OUTERS, ConvCase, OuterCase
 from op_checks import (
-    GROUPED,
     DTYPES,
+    GROUPED,
     LAYOUTS,
     assert_close,
     check,
