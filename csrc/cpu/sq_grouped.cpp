@@ -157,9 +157,8 @@ Tensor sq_grouped(const Tensor& x, const Tensor& g, const Tensor& offsets) {
   check_offsets("sq_grouped", "offsets", at, x.size(0));
   const Tensor q = zeros({cotangents * (offsets.size(0) - 1), g.size(1)}, sum_type(g));
   if (q.numel() == 0 || x.numel() == 0) return q;
-  with_type("sq_grouped", g.scalar_type(), [&]<class scalar_t>() {
-    Grouped<scalar_t>(x, g, at).sums(q.mutable_data_ptr<SumOf<scalar_t>>());
-  });
+  with_type("sq_grouped", g.scalar_type(),
+            [&]<class scalar_t>() { Grouped<scalar_t>(x, g, at).sums(q.mutable_data_ptr<SumOf<scalar_t>>()); });
   return q;
 }
 

@@ -1,7 +1,7 @@
 """Factors of weights whose rows belong to examples in any order, and of the matrices of a mixture of experts.
 
-In a mixture of experts, each expert sees some tokens of some examples. The per-example gradient of an expert's matrix is
-a sum over the rows of one expert and one example: a *segment*. Segments differ in length, and most are short.
+In a mixture of experts, each expert sees some tokens of some examples. The per-example gradient of an expert's matrix
+is a sum over the rows of one expert and one example: a *segment*. Segments differ in length, and most are short.
 :class:`Grouped` sorts the rows by segment, and squares all segments in one call, without padding.
 
 The matrices of the experts lie in a *stack* [E, ...], which a network reads in three ways: by products with all of the

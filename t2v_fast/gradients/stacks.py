@@ -65,9 +65,9 @@ class Read:
 def stacks_of(ownership: Ownership) -> tuple[dict[tuple[Node, int], Read], set[Node]]:
     """The inputs of products that read matrices of a stack, by node and slot, and nodes that need no taps of their own.
 
-    A node that picks matrices belongs to an example if only one example uses what it picks, as in ``weight[index]`` with
-    an index for each row. A tap at the product costs less than one at this node: the gradients of the picked matrices
-    are never formed.
+    A node that picks matrices belongs to an example if only one example uses what it picks, as in ``weight[index]``
+    with an index for each row. A tap at the product costs less than one at this node: the gradients of the picked
+    matrices are never formed.
     """
     reads: dict[tuple[Node, int], Read] = {}
     readers: dict[Node, set[Node]] = {}  # of the nodes on the paths: the nodes that such a path comes from
