@@ -12,7 +12,11 @@ watched:
 - *Later batches*: the halves of the second batch must have its logits. In the 4th, 8th, 16th batch and so on, one
   example run alone must have the logits of the batch.
 
-An interaction that the graph does not show, and that occurs in few batches, may escape these checks.
+- *Every batch of two or more examples, in networks with a capacity*: each example alone must have the logits of the
+  batch. Routers of experts that drop the tokens beyond a capacity do so in some batches only
+  (:mod:`t2v_fast.estimation.counting`).
+
+Another interaction that the graph does not show, and that occurs in few batches, may escape these checks.
 
 **Once a network.** A network that passed the check of a first batch is remembered
 (:mod:`t2v_fast.gradients.network_state`). If a later call meets the network again, one example of the first batch is
@@ -47,6 +51,7 @@ from ..gradients.ownership import dense, nodes_of
 from ..gradients.recorder import FisherRecorder
 from ..gradients.rules import RULES
 from ..ops import planner
+from .counting import Count, Counting, counting_over_examples, described, is_half, layer_with_capacity
 
 # How far the squares of two examples may differ from plain autograd, relative to the norm of a parameter's squares. The
 # error of a wrong rule is of order one. Rounding, and a rare ReLU that flips, stay far below these tolerances.
@@ -99,10 +104,14 @@ class SelfCheck:
         self._forward = forward
         self._network: network_state.Signature | None = None  # of the network, before its first forward pass
         self._looked = False  # whether the signature was taken
+        self._watches = True  # whether forward passes note what they count: until a batch was checked
         self._verdict = _Verdict(None)  # of the first batch, in this call or in an earlier one
         self._batches = 0  # the number of batches with two or more examples
         self._single = False  # whether a batch of one example was checked
         self._drew = False  # whether the last forward pass drew random numbers
+        self._counts: list[Count] = []  # what the last forward pass counted, as long as no batch was checked
+        self._whole: list[Count] = []  # what the forward pass of the first batch counted
+        self._counting: str | None = None  # the layer that counts over the tokens of all examples
         self._dtype: torch.dtype | None = None  # the least precise type among parameters and activations
 
     def forward(self, inputs: Any) -> Tensor:
@@ -118,7 +127,12 @@ class SelfCheck:
             self._looked = True
             self._network = network_state.signature_of(self.recorder.model, *_call_of(self.recorder, self._forward))
         before = _random_state()
-        output = self._forward(self.recorder.model, inputs)
+        if self._watches:
+            with Counting() as counting:
+                output = self._forward(self.recorder.model, inputs)
+            self._counts = counting.counts
+        else:
+            output = self._forward(self.recorder.model, inputs)
         self._drew = before != _random_state()
         return output
 
@@ -145,8 +159,9 @@ class SelfCheck:
         single = n == 1 and not (self._batches or self._single)
         due = single or (n > 1 and self._batches & (self._batches - 1) == 0)
         drew = self._drew
+        mixing = n > 1 and self._verdict.mixing
         # The caller reports logits that are not finite. On a CUDA device, to look at them is to wait for them.
-        if not (due or drew) or not bool(logits.isfinite().all()):
+        if not (due or drew or mixing) or not bool(logits.isfinite().all()):
             return
         first = single or self._batches == 1
         state = network_state.state_of(self.recorder.model)
@@ -160,18 +175,24 @@ class SelfCheck:
                 self._run(inputs, [n - 1], n)
             if self._drew:
                 raise SelfCheckError(_RANDOM)
+        if mixing:
+            self._each_alone(inputs, logits)
         if not due:
             return
         if single:
             self._single = True
         if verdict is not None:
-            self._verdict, self._dtype = verdict, verdict.dtype
+            self._verdict, self._dtype, self._watches = verdict, verdict.dtype, single
             verdict.calls += 1
-            if n > 1:
+            if n > 1 and verdict.mixing:
+                self._counting = verdict.mixing
+                self._each_alone(inputs, logits)
+            elif n > 1:
                 self._alone(inputs, logits, verdict.calls * 7919 % n)
         elif first:
             self._first(inputs, logits)
-            self._verdict = _Verdict(self._coarsest(logits))
+            self._watches, self._whole = single, []
+            self._verdict = _Verdict(self._coarsest(logits), mixing=self._counting)
             state.put(key, self._verdict)
         elif self._batches > 2:
             self._alone(inputs, logits, self._batches * 7919 % n)
@@ -183,9 +204,29 @@ class SelfCheck:
         """Check the first batch of two or more examples, or the first batch of one."""
         n = logits.shape[0]
         examples = [n // 2, n - 1] if n > 2 else list(range(n))
+        self._whole = self._counts
+        if n > 1 and (layer := layer_with_capacity(self.recorder.model)) is not None:
+            self._counting = described(self.recorder.model, layer)
         self._gradients(inputs, logits, examples)
-        if n > 2:
+        if self._counting is not None:
+            self._each_alone(inputs, logits)
+        elif n > 2:
             self._halves(inputs, logits, [e for e in range(n) if e not in examples])
+
+    def _look_for_counting(self, logits: Tensor) -> None:
+        """Note a layer that counts along a longer axis in the whole batch than in the last forward pass."""
+        if (count := counting_over_examples(self._whole, self._counts)) is None:
+            return
+        self._counting = described(self.recorder.model, count.layer)
+        if "capacity" in self._counting and is_half(self._coarsest(logits)):
+            raise SelfCheckError(
+                f"{self._counting} counts over the tokens of all examples ({count.operator}), so that an example may "
+                f"depend on others, and {self._coarsest(logits)} is too coarse to tell: {_NO_CAPACITY}, or use float32"
+            )
+
+    def _each_alone(self, inputs: Any, logits: Tensor) -> None:
+        for example in range(logits.shape[0]):
+            self._alone(inputs, logits, example)
 
     def _halves(self, inputs: Any, logits: Tensor, examples: Sequence[int]) -> None:
         """Compare the logits of some examples, each half of the batch run apart, with those of the batch."""
@@ -215,6 +256,7 @@ class SelfCheck:
 
     def _agree(self, found: Tensor, logits: Tensor, examples: list[int], how: str) -> None:
         """Raise SelfCheckError unless the logits that were found for some examples are those of the whole batch."""
+        self._look_for_counting(logits)
         found, whole = found.detach(), logits.detach()[examples]
         tolerance = self._tolerance(logits)
         if found.shape != whole.shape:
@@ -227,6 +269,12 @@ class SelfCheck:
             if self._drew:
                 raise SelfCheckError(_RANDOM)
             worst = int(apart.nan_to_num(torch.inf).argmax())
+            if self._counting is not None:
+                raise SelfCheckError(
+                    f"the logits of example {examples[worst]} change by {float(apart[worst]):.2g} when it is run {how}: "
+                    f"examples interact, probably in {self._counting}, which counts over the tokens of all examples or "
+                    f"has a capacity: tokens of one example take the places of another's. {_NO_CAPACITY.capitalize()}"
+                )
             raise SelfCheckError(
                 f"the logits of example {examples[worst]} change by {float(apart[worst]):.2g} when it is run {how}: "
                 "examples interact, or the network is random; call eval() on it, or change the layer that mixes them"
@@ -328,6 +376,7 @@ class _Verdict:
     dtype: torch.dtype | None  # the least precise type among parameters and activations
     calls: int = 0  # how many calls have met the network since
     second: bool = False  # whether the second batch of a call passed, too
+    mixing: str | None = None  # a layer that may mix examples in some batches, so that each example is run alone
 
 
 def _call_of(recorder: FisherRecorder, forward: Callable[[nn.Module, Any], Tensor]) -> tuple:
@@ -344,6 +393,7 @@ def _call_of(recorder: FisherRecorder, forward: Callable[[nn.Module, Any], Tenso
     )
 
 
+_NO_CAPACITY = "pass batches of one example, or switch the capacity off"
 _RANDOM = (
     "the network is random: it draws random numbers in its forward pass, so that no example has a gradient of its own; "
     "call eval() on it"
