@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.checkpoint import CheckpointError
 
-from .owners import OWNERS, Interacting, Owned, Owner, RowLayout, Shape, Shared, Unknown
+from .owners import OWNERS, Interacting, Owned, Owner, RowLayout, Shape, Shared, Sole, Unknown
 from .ownership import LEAF, Ownership, dense
 from .stacks import Stack, stacks_of
 from .transfers import ELEMENTWISE, input_shape, kind_of
@@ -211,7 +211,7 @@ def find_taps(
                 )
             elif wanted:
                 shared = isinstance(state, Shared)
-                read = stacks.get((node, slot)) if shared else None
+                read = stacks.get((node, slot)) if shared or isinstance(owners[0], Sole) else None
                 stack = read.stack if read is not None and (names.get(id(read.variable)),) == wanted else None
                 use = Use(wanted, node, slot, input_shape(node, slot), owners, shared, chain, between, stack)
                 uses.setdefault(node, []).append(use)
