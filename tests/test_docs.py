@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mixtures import Mixture, tokens
 from networks import Model
 from small import shapes, small_probe, write_folder
 from torch.nn.utils.parametrizations import weight_norm
@@ -41,6 +42,8 @@ def names_of(page: str) -> dict[str, Any]:
     if page in ("jobs", "distances"):
         task2vec = Task2Vec(small_probe())
         names["embeddings"] = [task2vec.embed(shapes(seed=seed), name=f"task {seed}") for seed in range(3)]
+    if page == "fisher":
+        names |= {"mixture": Mixture("loop"), "texts": [tokens(3, 4)]}
     if page == "refusals":
         names["normalised"] = Model()
         weight_norm(names["normalised"].conv)
@@ -55,6 +58,8 @@ def test_python(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         exec(compile(block, f"{page}.md", "exec"), names)
     if page == "fisher":
         assert names["q"]["conv.weight"].shape == (6, 4)
+        assert names["by_expert"]["up"].shape == names["by_expert"]["down"].shape == (4,)
+        assert names["by_output"]["up"].shape == (32,)
     if page == "embeddings":
         assert names["D"].shape == (1, 2)
     if page == "distances":

@@ -13,6 +13,9 @@ the products of the experts alone: what the flops of both forms predict, against
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
+import gc
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -99,6 +102,8 @@ def ways(network: nn.Module, tokens: Tensor, u: Tensor) -> dict[str, Callable[[]
 
 def megabytes(run: Callable[[], object]) -> float:
     """The memory of a run beyond what the process has."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = harness.memory()
     run()
@@ -134,9 +139,9 @@ def products(sizes: dict[str, int], texts: int, tokens: int, rounds: int) -> Seq
         out, weight = torch.zeros(EXPERTS, outputs, inputs), torch.ones(segments)
         by_expert = [t.view(EXPERTS, -1, t.shape[1]) for t in (x, g)]
         runs: list[Callable[[], object]] = [
-            lambda x=by_expert[0], g=by_expert[1]: torch.bmm(g.mT, x),
-            lambda x=x, g=g, o=offsets: ops.sq_grouped(x, g, o),
-            lambda x=x, g=g, o=offsets: ops.sq_grouped_acc_(out, x, g, o, groups, weight),
+            functools.partial(torch.bmm, by_expert[1].mT, by_expert[0]),
+            functools.partial(ops.sq_grouped, x, g, offsets),
+            functools.partial(ops.sq_grouped_acc_, out, x, g, offsets, groups, weight),
         ]
         seconds: list[list[float]] = [[] for _ in runs]
         for _ in range(rounds + 1):

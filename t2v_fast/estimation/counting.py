@@ -2,13 +2,14 @@
 
 A router with a capacity numbers the tokens of the whole batch that want an expert (``cumsum``), and drops those beyond
 the capacity; or an expert chooses the best tokens of the batch (``topk``). What an example gets then depends on the
-others, in some batches and not in the next. The numbers need no gradient, so that the autograd graph does not show them.
+others, in some batches and not in the next. The numbers need no gradient, so the autograd graph does not show them.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ class Counting(TorchFunctionMode):
 
 def _calling_layer() -> nn.Module | None:
     """The innermost module whose method is running."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module):

@@ -269,15 +269,14 @@ class SelfCheck:
             if self._drew:
                 raise SelfCheckError(_RANDOM)
             worst = int(apart.nan_to_num(torch.inf).argmax())
+            change = f"the logits of example {examples[worst]} change by {float(apart[worst]):.2g} when it is run {how}"
             if self._counting is not None:
                 raise SelfCheckError(
-                    f"the logits of example {examples[worst]} change by {float(apart[worst]):.2g} when it is run {how}: "
-                    f"examples interact, probably in {self._counting}, which counts over the tokens of all examples or "
+                    f"{change}: examples interact, probably in {self._counting}, which counts over the tokens of all examples or "
                     f"has a capacity: tokens of one example take the places of another's. {_NO_CAPACITY.capitalize()}"
                 )
             raise SelfCheckError(
-                f"the logits of example {examples[worst]} change by {float(apart[worst]):.2g} when it is run {how}: "
-                "examples interact, or the network is random; call eval() on it, or change the layer that mixes them"
+                f"{change}: examples interact, or the network is random; call eval() on it, or change the layer that mixes them"
             )
 
     def _run(self, inputs: Any, examples: list[int], n: int) -> tuple[Tensor, list[int]]:

@@ -49,7 +49,7 @@ class _Entries(NamedTuple):
     shape: list[int]
     strides: list[int]
     offset: int = 0
-    index: Tensor | None = None  # looked up along the first axis, whose stride counts looked-up matrices then
+    chosen: Tensor | None = None  # the matrices that are looked up along the first axis, whose stride counts them then
 
 
 @dataclass
@@ -118,9 +118,9 @@ def _read(node: Node, kind: str, slot: int) -> Read | None:
 def _stack(variable: Tensor, entries: _Entries, kind: str) -> Stack | None:
     """The stack that a product of this kind reads."""
     columns = variable.shape[-1]
-    shape, strides, offset, index = entries
+    shape, strides, offset, chosen = entries
     single = kind in ("Mm", "Addmm")
-    if len(shape) != (2 if single else 3) or (single == (index is not None) and kind not in GROUPED_PRODUCTS):
+    if len(shape) != (2 if single else 3) or (single == (chosen is not None) and kind not in GROUPED_PRODUCTS):
         return None
     size = math.prod(shape[-2:])
     if not size or variable.numel() % size or (variable.dim() == 3 and size != math.prod(variable.shape[1:])):
@@ -140,12 +140,12 @@ def _stack(variable: Tensor, entries: _Entries, kind: str) -> Stack | None:
     count = variable.numel() // size
     if kind in GROUPED_PRODUCTS:
         return Stack(count, None, transposed) if offset == 0 and shape[0] == count else None
-    return Stack(count, offset // size if single else index, transposed)
+    return Stack(count, offset // size if single else chosen, transposed)
 
 
 def _follow(node: Node, number: int, entries: _Entries) -> _Entries | None:
     """The entries that an output of a node shows, from those of its input."""
-    kind, (shape, strides, offset, index) = kind_of(node.name()), entries
+    kind, (shape, strides, offset, chosen) = kind_of(node.name()), entries
     dims = len(shape)
     if kind in _UNCHANGED:
         return entries
@@ -156,7 +156,7 @@ def _follow(node: Node, number: int, entries: _Entries) -> _Entries | None:
         elif dims > 1:
             a, b = (0, 1) if kind == "T" else (saved_axis(d, dims) for d in (node._saved_dim0, node._saved_dim1))
             order[a], order[b] = b, a
-        return _Entries([shape[a] for a in order], [strides[a] for a in order], offset, index)
+        return _Entries([shape[a] for a in order], [strides[a] for a in order], offset, chosen)
     if kind in _RESHAPED:
         wanted = output_shape(node)
         if math.prod(wanted) != math.prod(shape):
@@ -165,12 +165,12 @@ def _follow(node: Node, number: int, entries: _Entries) -> _Entries | None:
             seen = torch.empty_strided(shape, strides, device="meta").view(wanted)
         except RuntimeError:  # the entries must be copied
             return None
-        return _Entries(list(seen.shape), list(seen.stride()), offset, index)
+        return _Entries(list(seen.shape), list(seen.stride()), offset, chosen)
     if kind in ("Select", "Unbind"):
         axis = saved_axis(node._saved_dim, dims)
         at = number if kind == "Unbind" else node._saved_index
         offset += signed(int(at)) % shape[axis] * strides[axis]
-        return _Entries(shape[:axis] + shape[axis + 1 :], strides[:axis] + strides[axis + 1 :], offset, index)
+        return _Entries(shape[:axis] + shape[axis + 1 :], strides[:axis] + strides[axis + 1 :], offset, chosen)
     found = [node._saved_index] if kind == "IndexSelect" else list(node._saved_indices)
     if len(found) != 1 or found[0] is None or found[0].dtype in (torch.bool, torch.uint8):
         return None

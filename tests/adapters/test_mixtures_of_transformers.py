@@ -112,8 +112,14 @@ def of_decoder(of: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 SWITCH = {"num_layers": 2, "num_decoder_layers": 2, "num_heads": 2, "d_kv": 8, "num_sparse_encoder_layers": 1}
 NLLB = {
-    **{"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2},
-    **{"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_sparse_step": 2, "decoder_sparse_step": 2},
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "encoder_sparse_step": 2,
+    "decoder_sparse_step": 2,
     "max_position_embeddings": 32,
 }
 
@@ -128,7 +134,9 @@ def test_a_capacity_of_each_sequence_is_exact() -> None:
         for n in range(4):
             alone = of_decoder(of, {key: t[[n]] for key, t in inputs.items()})
             for key, q in got.items():
-                g = torch.autograd.grad(alone, recorder.parameters[key], u[[n]], retain_graph=True, allow_unused=True)[0]
+                g = torch.autograd.grad(alone, recorder.parameters[key], u[[n]], retain_graph=True, allow_unused=True)[
+                    0
+                ]
                 w = torch.zeros_like(q[n]) if g is None else g.square().reshape(len(q[n]), -1).mean(1)
                 torch.testing.assert_close(q[n], w, rtol=1e-6, atol=1e-9)  # its router computes in float32
     fisher(of, [inputs], forward=of_decoder)  # the self-check agrees
@@ -139,6 +147,8 @@ def test_a_capacity_that_examples_share_is_refused() -> None:
     inputs = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}
     fisher(seq2seq("NllbMoe", **NLLB), [inputs], forward=of_decoder)
     of = seq2seq("NllbMoe", **NLLB, moe_eval_capacity_token_fraction=0.2)
-    with pytest.raises(SelfCheckError, match=r"'model\.\w+coder\.layers\.1\.ffn\.router' \(NllbMoeTop2Router, expert_cap"):
+    with pytest.raises(
+        SelfCheckError, match=r"'model\.\w+coder\.layers\.1\.ffn\.router' \(NllbMoeTop2Router, expert_cap"
+    ):
         fisher(of, [inputs], forward=of_decoder)
     fisher(of, [{key: t[[n]] for key, t in inputs.items()} for n in range(2)], forward=of_decoder)

@@ -69,7 +69,7 @@ def batch(n: int, share: float, seed: int = 0, t: int = 4) -> Tensor:
     """[N, T, W]: about this share of all tokens wants the second expert."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, t, WIDTH, generator=generator, dtype=torch.float64)
-    wants = torch.arange(n * t).view(t, n).T < share * n * t
+    wants = share * n * t > torch.arange(n * t).view(t, n).T
     x[:, :, 0] = torch.where(wants, 1.0, -1.0) * x[:, :, 0].abs()
     return x
 
