@@ -38,6 +38,8 @@ class Counting(TorchFunctionMode):
         self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name in _COUNTING and args and isinstance(args[0], Tensor) and args[0].dim():
             place = 2 if name == "topk" else 1

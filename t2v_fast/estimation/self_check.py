@@ -104,13 +104,10 @@ class SelfCheck:
         self._forward = forward
         self._network: network_state.Signature | None = None  # of the network, before its first forward pass
         self._looked = False  # whether the signature was taken
-        self._watches = True  # whether forward passes note what they count: until a batch was checked
         self._verdict = _Verdict(None)  # of the first batch, in this call or in an earlier one
         self._batches = 0  # the number of batches with two or more examples
         self._single = False  # whether a batch of one example was checked
         self._drew = False  # whether the last forward pass drew random numbers
-        self._counts: list[Count] = []  # what the last forward pass counted, as long as no batch was checked
-        self._whole: list[Count] = []  # what the forward pass of the first batch counted
         self._counting: str | None = None  # the layer that counts over the tokens of all examples
         self._dtype: torch.dtype | None = None  # the least precise type among parameters and activations
 
@@ -127,12 +124,7 @@ class SelfCheck:
             self._looked = True
             self._network = network_state.signature_of(self.recorder.model, *_call_of(self.recorder, self._forward))
         before = _random_state()
-        if self._watches:
-            with Counting() as counting:
-                output = self._forward(self.recorder.model, inputs)
-            self._counts = counting.counts
-        else:
-            output = self._forward(self.recorder.model, inputs)
+        output = self._forward(self.recorder.model, inputs)
         self._drew = before != _random_state()
         return output
 
@@ -182,7 +174,7 @@ class SelfCheck:
         if single:
             self._single = True
         if verdict is not None:
-            self._verdict, self._dtype, self._watches = verdict, verdict.dtype, single
+            self._verdict, self._dtype = verdict, verdict.dtype
             verdict.calls += 1
             if n > 1 and verdict.mixing:
                 self._counting = verdict.mixing
@@ -191,7 +183,6 @@ class SelfCheck:
                 self._alone(inputs, logits, verdict.calls * 7919 % n)
         elif first:
             self._first(inputs, logits)
-            self._watches, self._whole = single, []
             self._verdict = _Verdict(self._coarsest(logits), mixing=self._counting)
             state.put(key, self._verdict)
         elif self._batches > 2:
@@ -204,7 +195,6 @@ class SelfCheck:
         """Check the first batch of two or more examples, or the first batch of one."""
         n = logits.shape[0]
         examples = [n // 2, n - 1] if n > 2 else list(range(n))
-        self._whole = self._counts
         if n > 1 and (layer := layer_with_capacity(self.recorder.model)) is not None:
             self._counting = described(self.recorder.model, layer)
         self._gradients(inputs, logits, examples)
@@ -213,15 +203,18 @@ class SelfCheck:
         elif n > 2:
             self._halves(inputs, logits, [e for e in range(n) if e not in examples])
 
-    def _look_for_counting(self, logits: Tensor) -> None:
-        """Note a layer that counts along a longer axis in the whole batch than in the last forward pass."""
-        if (count := counting_over_examples(self._whole, self._counts)) is None:
+    def _look_for_counting(self, inputs: Any, counts: Sequence[Count], example: int, logits: Tensor) -> None:
+        """Note a layer that counts along a longer axis for two examples, which gave ``counts``, than for one."""
+        with Counting() as counting, torch.no_grad():
+            self._run(inputs, [example], len(logits))
+        if (count := counting_over_examples(counts, counting.counts)) is None:
             return
         self._counting = described(self.recorder.model, count.layer)
-        if "capacity" in self._counting and is_half(self._coarsest(logits)):
+        dtype = self._coarsest(logits)
+        if "capacity" in self._counting and is_half(dtype):
             raise SelfCheckError(
                 f"{self._counting} counts over the tokens of all examples ({count.operator}), so that an example may "
-                f"depend on others, and {self._coarsest(logits)} is too coarse to tell: {_NO_CAPACITY}, or use float32"
+                f"depend on others, and {dtype} is too coarse to tell: {_NO_CAPACITY}, or use float32"
             )
 
     def _each_alone(self, inputs: Any, logits: Tensor) -> None:
@@ -256,7 +249,6 @@ class SelfCheck:
 
     def _agree(self, found: Tensor, logits: Tensor, examples: list[int], how: str) -> None:
         """Raise SelfCheckError unless the logits that were found for some examples are those of the whole batch."""
-        self._look_for_counting(logits)
         found, whole = found.detach(), logits.detach()[examples]
         tolerance = self._tolerance(logits)
         if found.shape != whole.shape:
@@ -272,11 +264,13 @@ class SelfCheck:
             change = f"the logits of example {examples[worst]} change by {float(apart[worst]):.2g} when it is run {how}"
             if self._counting is not None:
                 raise SelfCheckError(
-                    f"{change}: examples interact, probably in {self._counting}, which counts over the tokens of all examples or "
-                    f"has a capacity: tokens of one example take the places of another's. {_NO_CAPACITY.capitalize()}"
+                    f"{change}: examples interact, probably in {self._counting}, which counts over the tokens of all "
+                    "examples or has a capacity: tokens of one example take the places of another's. "
+                    f"{_NO_CAPACITY.capitalize()}"
                 )
             raise SelfCheckError(
-                f"{change}: examples interact, or the network is random; call eval() on it, or change the layer that mixes them"
+                f"{change}: examples interact, or the network is random; call eval() on it, or change the layer that "
+                "mixes them"
             )
 
     def _run(self, inputs: Any, examples: list[int], n: int) -> tuple[Tensor, list[int]]:
@@ -293,8 +287,11 @@ class SelfCheck:
         The logits of the batch of their own, and of each example alone, are compared with those of the ``whole`` batch.
         """
         recorder, n = self.recorder, whole.shape[0]
-        logits, rows = self._run(inputs, examples, n)
+        with Counting() as counting:  # a compiled layer, which the mode would disturb, was refused before
+            logits, rows = self._run(inputs, examples, n)
         if n > 1:
+            if counting.counts:
+                self._look_for_counting(inputs, counting.counts, examples[0], whole)
             self._agree(logits[rows], whole, examples, "in a batch of two")
         cotangent = torch.zeros_like(logits)
         directions = torch.randn(logits.shape, generator=torch.Generator().manual_seed(n))
