@@ -125,4 +125,30 @@ inline void check_scatter(const char* op, const View& index, const View& g, int6
   check_rows(op, index, g);
 }
 
+// The arguments of sq_grouped, except the values of the offsets, which the backend checks. Returns the number of
+// cotangents.
+inline int64_t check_grouped(const char* op, const View& x, const View& g, const View& offsets) {
+  check_pair(op, "x", x, g, 2);
+  T2V_CHECK_VALUE(offsets.dim() == 1 && offsets.size(0) >= 1 && offsets.scalar_type() == ScalarType::Long, op,
+                  ": expected offsets [B + 1] int64, got ", offsets.sizes(), " ", offsets.scalar_type());
+  check_rows(op, x, g);
+  return x.size(0) == 0 ? 1 : g.size(0) / x.size(0);
+}
+
+// The arguments of sq_grouped_acc_.
+inline void check_grouped_acc(const View& out, const View& x, const View& g, const View& offsets, const View& groups,
+                              const View& weight) {
+  const char* op = "sq_grouped_acc_";
+  const int64_t rows = check_grouped(op, x, g, offsets) * (offsets.size(0) - 1);
+  T2V_CHECK_VALUE(out.dim() == 3 && out.size(1) == g.size(1) && out.size(2) == x.size(1) &&
+                      out.scalar_type() == sum_type(g) && out.is_contiguous(),
+                  op, ": out is ", out.sizes(), " ", out.scalar_type(), ", expected contiguous [E, ", g.size(1), ", ",
+                  x.size(1), "] ", sum_type(g));
+  T2V_CHECK_VALUE(groups.dim() == 1 && groups.size(0) == out.size(0) + 1 && groups.scalar_type() == ScalarType::Long,
+                  op, ": groups is ", groups.sizes(), " ", groups.scalar_type(), ", expected [", out.size(0) + 1,
+                  "] int64");
+  T2V_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == rows && weight.scalar_type() == sum_type(g), op,
+                  ": weight is ", weight.sizes(), " ", weight.scalar_type(), ", expected [", rows, "] ", sum_type(g));
+}
+
 }  // namespace t2v

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from mixtures import Mixture, tokens
 from networks import Model
 from small import shapes, small_probe, write_folder
 from texts import Decoder, packed, padded, sequences
@@ -50,6 +51,8 @@ def names_of(page: str) -> dict[str, Any]:
         texts = sequences((3, 6, 2, 4))
         batches, rows = [padded(texts[:2]), padded(texts[2:])], [packed(texts[:3]), packed(texts[3:])]
         names |= {"model": Decoder(), "torch": torch, "batches": batches, "packed": rows}
+    if page == "fisher":
+        names |= {"mixture": Mixture("loop"), "texts": [tokens(3, 4)]}
     if page == "refusals":
         names["normalised"] = Model()
         weight_norm(names["normalised"].conv)
@@ -78,6 +81,8 @@ def test_python(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         exec(compile(block, f"{page}.md", "exec"), names)
     if page == "fisher":
         assert names["q"]["conv.weight"].shape == (6, 4)
+        assert names["by_expert"]["up"].shape == names["by_expert"]["down"].shape == (4,)
+        assert names["by_output"]["up"].shape == (32,)
     if page == "embeddings":
         assert names["D"].shape == (1, 2)
     if page == "distances":

@@ -862,6 +862,47 @@ simple(
 simple("mixture of experts, one token each", lambda: Mixture("sparse", 2), lambda: rows(1, 5, counts=(4, 4, 2)))
 
 
+class Stacked(nn.Module):
+    """Experts in two parameters, as newer networks have them; each token goes to two of four."""
+
+    def __init__(self, how: str, capacity: int | None = None) -> None:
+        super().__init__()
+        self.how, self.capacity = how, capacity
+        self.router = nn.Linear(5, 4)
+        self.up = nn.Parameter(torch.randn(4, 6, 5))
+        self.down = nn.Parameter(torch.randn(4, 5, 6))
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        weight, chosen = self.router(tokens).softmax(-1).topk(2)
+        if self.capacity is not None:
+            place = nn.functional.one_hot(chosen.flatten(), 4).cumsum(0).gather(1, chosen.flatten()[:, None])
+            weight = weight * (place <= self.capacity).view_as(weight)
+        if self.how == "looked up":
+            hidden = (self.up[chosen] @ tokens[:, None, :, None]).tanh()
+            y = ((self.down[chosen] @ hidden)[..., 0] * weight[..., None]).sum(1)
+        else:
+            y = torch.zeros_like(tokens)
+            for e, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+                place, choice = (chosen == e).nonzero(as_tuple=True)
+                expert = (tokens[place] @ up.T).tanh() @ down.T
+                y = y.index_add(0, place, expert * weight[place, choice, None])
+        return self.head(y.tanh().view_as(x).mean(1))
+
+
+for _how in ("looked up", "in a loop"):
+    simple(f"mixture of experts, a stack {_how}", lambda how=_how: Stacked(how), lambda: rows(3, 5, counts=(2, 2, 3)))
+simple(
+    "mixture of experts, a capacity of the batch",
+    lambda: Stacked("in a loop", capacity=2),
+    lambda: rows(3, 5, counts=(3, 3)),
+    expect="examples take the places of others at an expert",
+    message="interact.*capacity",
+    ways=("fisher",),
+)
+
+
 @case("an expert with as many rows as examples, of other examples")
 def _() -> Made:
     def forward(self: Function, x: Tensor, chosen: Tensor) -> Tensor:

@@ -724,7 +724,36 @@ for name, (stem, options) in MIXTURES.items():
     if name in GROUPED:
         grouped = {**options, "experts_implementation": "grouped_mm"}
         language(f"{name} grouped", stem, grouped, double=False, tolerance=1e-3)
-language("mixtral batched", "Mixtral", {**MOE, "experts_implementation": "batched_mm"})
+for name in GROUPED:
+    stem, options = MIXTURES[name]
+    language(f"{name} batched", stem, {**options, "experts_implementation": "batched_mm"})
+NLLB = {
+    "vocab_size": TOKENS,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "num_experts": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "encoder_sparse_step": 2,
+    "decoder_sparse_step": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
+add("nllb-moe", "NllbMoeModel", "NllbMoeConfig", NLLB, "mean", both_sides, double=False, tolerance=1e-3)
+add(
+    "nllb-moe, a capacity of the batch",
+    "NllbMoeModel",
+    "NllbMoeConfig",
+    {**NLLB, "moe_eval_capacity_token_fraction": 0.1},
+    "mean",
+    both_sides,
+    expect="tokens of all examples share the capacity of an expert",
+    message="interact.*NllbMoeTop2Router.*capacity",
+    ways=("fisher",),
+)
 language("qwen2", "Qwen2")
 language("qwen3", "Qwen3", {**ROTARY, "head_dim": 8})
 language("gemma", "Gemma", {**ROTARY, "head_dim": 8})

@@ -12,7 +12,11 @@ watched:
 - *Later batches*: the halves of the second batch must have its logits. In the 4th, 8th, 16th batch and so on, one
   example run alone must have the logits of the batch.
 
-An interaction that the graph does not show, and that occurs in few batches, may escape these checks.
+- *Every batch of two or more examples, in networks with a capacity*: each example alone must have the logits of the
+  batch. Routers of experts that drop the tokens beyond a capacity do so in some batches only
+  (:mod:`t2v_fast.estimation.counting`).
+
+Another interaction that the graph does not show, and that occurs in few batches, may escape these checks.
 
 **Once a network.** A network that passed the check of a first batch is remembered
 (:mod:`t2v_fast.gradients.network_state`). If a later call meets the network again, one example of the first batch is
@@ -50,6 +54,7 @@ from ..gradients.refusals import random_layer
 from ..gradients.rules import RULES
 from ..gradients.tensor_parallel import whole
 from ..ops import planner
+from .counting import Count, Counting, counting_over_examples, described, is_half, layer_with_capacity
 from .packing import part_of
 
 # How far the squares of two examples may differ from plain autograd, relative to the norm of a parameter's squares. The
@@ -109,6 +114,7 @@ class SelfCheck:
         self._batches = 0  # the number of batches with two or more examples
         self._single = False  # whether a batch of one example was checked
         self._drew = False  # whether the last forward pass drew random numbers
+        self._counting: str | None = None  # the layer that counts over the tokens of all examples
         self._dtype: torch.dtype | None = None  # the least precise type among parameters and activations
 
     def forward(self, inputs: Any) -> Tensor:
@@ -158,8 +164,9 @@ class SelfCheck:
         single = n == 1 and not (self._batches or self._single)
         due = single or (n > 1 and self._batches & (self._batches - 1) == 0)
         drew = self._drew
+        mixing = n > 1 and self._verdict.mixing
         # The caller reports logits that are not finite. On a CUDA device, to look at them is to wait for them.
-        if not (due or drew) or not bool(logits.isfinite().all()):
+        if not (due or drew or mixing) or not bool(logits.isfinite().all()):
             return
         first = single or self._batches == 1
         state = network_state.state_of(self.recorder.model)
@@ -173,6 +180,8 @@ class SelfCheck:
                 self._run(inputs, [n - 1])
             if self._drew:
                 raise SelfCheckError(_random(self.recorder.model))
+        if mixing:
+            self._each_alone(inputs, whole)
         if not due:
             return
         if single:
@@ -180,11 +189,14 @@ class SelfCheck:
         if verdict is not None:
             self._verdict, self._dtype = verdict, verdict.dtype
             verdict.calls += 1
-            if n > 1:
+            if n > 1 and verdict.mixing:
+                self._counting = verdict.mixing
+                self._each_alone(inputs, whole)
+            elif n > 1:
                 self._alone(inputs, whole, verdict.calls * 7919 % n)
         elif first:
             self._first(inputs, whole)
-            self._verdict = _Verdict(self._coarsest(logits))
+            self._verdict = _Verdict(self._coarsest(logits), mixing=self._counting)
             state.put(key, self._verdict)
         elif self._batches > 2:
             self._alone(inputs, whole, self._batches * 7919 % n)
@@ -196,9 +208,31 @@ class SelfCheck:
         """Check the first batch of two or more examples, or the first batch of one."""
         n = len(whole)
         examples = [n // 2, n - 1] if n > 2 else list(range(n))
+        if n > 1 and (layer := layer_with_capacity(self.recorder.model)) is not None:
+            self._counting = described(self.recorder.model, layer)
         self._gradients(inputs, whole, examples)
-        if n > 2:
+        if self._counting is not None:
+            self._each_alone(inputs, whole)
+        elif n > 2:
             self._halves(inputs, whole, [e for e in range(n) if e not in examples])
+
+    def _look_for_counting(self, inputs: Any, counts: Sequence[Count], example: int, whole: _Run) -> None:
+        """Note a layer that counts along a longer axis for two examples, which gave ``counts``, than for one."""
+        with Counting() as counting, torch.no_grad():
+            self._run(inputs, [example])
+        if (count := counting_over_examples(counts, counting.counts)) is None:
+            return
+        self._counting = described(self.recorder.model, count.layer)
+        dtype = self._coarsest(whole.logits)
+        if "capacity" in self._counting and is_half(dtype):
+            raise SelfCheckError(
+                f"{self._counting} counts over the tokens of all examples ({count.operator}), so that an example may "
+                f"depend on others, and {dtype} is too coarse to tell: {_NO_CAPACITY}, or use float32"
+            )
+
+    def _each_alone(self, inputs: Any, whole: _Run) -> None:
+        for example in range(len(whole)):
+            self._alone(inputs, whole, example)
 
     def _halves(self, inputs: Any, whole: _Run, examples: Sequence[int]) -> None:
         """Compare the logits of some examples, each half of the batch run apart, with those of the batch."""
@@ -242,10 +276,16 @@ class SelfCheck:
             if self._drew:
                 raise SelfCheckError(_random(self.recorder.model))
             worst = int(apart.nan_to_num(torch.inf).argmax())
+            change = f"the logits of example {examples[worst]} change by {float(apart[worst]):.2g} when it is run {how}"
+            if self._counting is not None:
+                raise SelfCheckError(
+                    f"{change}: examples interact, probably in {self._counting}, which counts over the tokens of all "
+                    "examples or has a capacity: tokens of one example take the places of another's. "
+                    f"{_NO_CAPACITY.capitalize()}"
+                )
             raise SelfCheckError(
-                f"the logits of example {examples[worst]} change by {float(apart[worst]):.2g} when it is run {how}: "
-                "examples interact, or the network is random; call eval() on it, or change the layer that mixes them"
-                + ("" if whole.segments is None else f" ({APART})")
+                f"{change}: examples interact, or the network is random; call eval() on it, or change the layer that "
+                "mixes them" + ("" if whole.segments is None else f" ({APART})")
             )
 
     def _run(self, inputs: Any, examples: list[int]) -> _Run:
@@ -266,8 +306,11 @@ class SelfCheck:
         The logits of the batch of their own, and of each example alone, are compared with those of the ``whole`` batch.
         """
         recorder, n = self.recorder, len(whole)
-        both = self._run(inputs, examples) if n > 1 else whole
+        with Counting() as counting:  # a compiled layer, which the mode would disturb, was refused before
+            both = self._run(inputs, examples) if n > 1 else whole
         if n > 1:
+            if counting.counts:
+                self._look_for_counting(inputs, counting.counts, examples[0], whole)
             self._agree(both, whole, examples, "in a batch of two")
         logits = both.logits
         cotangent = torch.zeros_like(logits)
@@ -401,6 +444,7 @@ class _Verdict:
     dtype: torch.dtype | None  # the least precise type among parameters and activations
     calls: int = 0  # how many calls have met the network since
     second: bool = False  # whether the second batch of a call passed, too
+    mixing: str | None = None  # a layer that may mix examples in some batches, so that each example is run alone
 
 
 def _call_of(recorder: FisherRecorder, forward: Callable[[nn.Module, Any], Tensor]) -> tuple:
@@ -441,6 +485,9 @@ def _squares(recorder: FisherRecorder, name: str, gradient: Tensor) -> Tensor:
     some = filters.split(max(1, LARGEST_FLOAT64 // filters.shape[1]))
     q = torch.cat([part.double().square_().mean(1) for part in some])
     return q if recorder.granularity == "filter" else q.mean()
+
+
+_NO_CAPACITY = "pass batches of one example, or switch the capacity off"
 
 
 def _spread(logits: Tensor, robust: bool) -> float:

@@ -70,6 +70,10 @@ class Factors(ABC):
         """Seconds that the planner predicts for one example and all its cotangents; None where it predicts nothing."""
         return None
 
+    def along(self, axis: int, dims: int) -> Factors | None:
+        """Factors whose filters lie along another axis than the first of ``dims``; None where no form fits."""
+        return self.exchanged() if (axis, dims) == (1, 2) else None
+
     def exchanged(self) -> Factors | None:
         """Factors of the transposed gradients, with the filters along the second axis; None where no form fits."""
         return None
@@ -469,32 +473,3 @@ class Called(Factors):
 
     def work(self, cotangents: int) -> tuple[str, planner.Work]:
         return "node by example", planner.Work((), (), 0, 0)
-
-
-def concatenated(factors: Sequence[Factors]) -> Factors | None:
-    """Join the factors of several uses into those of one use with all positions; None where their forms differ."""
-    first = factors[0]
-    if len(factors) == 1:
-        return first
-    if (joined := getattr(first, "joined", None)) is not None:
-        return joined(factors[1:])
-    kinds = {type(f) for f in factors}
-    if kinds == {Outer, Scatter}:
-        return _tied(*(concatenated([f for f in factors if isinstance(f, kind)]) for kind in (Outer, Scatter)))
-    if len(kinds) > 1 or len({f.g.shape[2:] for f in factors if isinstance(f, (Outer, Scatter))}) > 1:
-        return None  # one of the layers sees the parameter in another shape
-    if all(isinstance(f, Outer) and f.of_input == first.of_input and f.x.shape[2] == first.x.shape[2] for f in factors):
-        return Outer(torch.cat([f.x for f in factors], 1), torch.cat([f.g for f in factors], 1), first.of_input)
-    if all(isinstance(f, Scatter) and f.rows == first.rows for f in factors):
-        return Scatter(torch.cat([f.index for f in factors], 1), torch.cat([f.g for f in factors], 1), first.rows)
-    if all(isinstance(f, Product) for f in factors):
-        return Product(torch.cat([f.terms(0, len(f.g)) for f in factors], 1))
-    return None
-
-
-def _tied(layer: Factors | None, table: Factors | None) -> Tied | None:
-    """Join a linear layer and the lookups of a table with the same entries; None where sums of gradients are better."""
-    if not isinstance(layer, Outer) or not isinstance(table, Scatter):
-        return None
-    fits = layer.g.shape[2] == table.rows and layer.x.shape[2] == table.g.shape[2] and len(layer.g) == len(table.g)
-    return Tied(layer, table) if fits and table.index.shape[1] < table.rows else None

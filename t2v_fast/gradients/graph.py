@@ -24,8 +24,9 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils.checkpoint import CheckpointError
 
 from .attention import APART
-from .owners import OWNERS, Interacting, Owned, Owner, RowLayout, Shape, Shared, Unknown
+from .owners import OWNERS, Interacting, Owned, Owner, RowLayout, Shape, Shared, Sole, Unknown
 from .ownership import LEAF, Ownership, dense
+from .stacks import Stack, stacks_of
 from .transfers import ELEMENTWISE, input_shape, kind_of
 
 
@@ -63,6 +64,7 @@ class Use:
     shared: bool = True  # whether all examples use all of the input, as they use a weight
     chain: tuple[str, ...] = ()
     between: frozenset[str] = frozenset()
+    stack: Stack | None = None  # which matrices of the parameter a matrix product reads, if it is a stack of them
     kept: dict[str, Any] = field(default_factory=dict, init=False)  # small things that serve all cotangents
 
     @property
@@ -169,7 +171,10 @@ def find_taps(
     interacting: dict[str, str] = {}
     below: dict[Node, tuple[tuple[str, ...], frozenset[str]]] = {}
     views = _parameter_views(ownership)
+    stacks, passed = stacks_of(ownership)
     for node, owners in ownership.owners.items():
+        if node in passed:
+            continue  # the products that read the matrices of a stack are the taps
         is_complex = node._input_metadata[0].dtype.is_complex
         for slot, edge in enumerate(node.next_functions):
             child = edge[0]
@@ -183,6 +188,11 @@ def find_taps(
                     continue
                 wanted, chain, between = (name,), found[1], frozenset()
             elif state is None or isinstance(state, OWNERS):
+                read = stacks.get((node, slot))
+                if read is not None and read.alone and id(read.variable) in names:
+                    shape, between = input_shape(node, slot), frozenset(step.name() for step in read.path)
+                    of = (names[id(read.variable)],)
+                    uses.setdefault(node, []).append(Use(of, node, slot, shape, owners, True, (), between, read.stack))
                 continue
             else:
                 if child not in below:
@@ -193,6 +203,9 @@ def find_taps(
                 unknown.update(dict.fromkeys(wanted, why))
             elif isinstance(state, Unknown):
                 unknown.update(dict.fromkeys(wanted, state.reason))
+            elif not all(owner is None or isinstance(owner, OWNERS) for owner in owners):
+                why = f"{node.name()} shows some of its parts to all examples, and others to one of them"
+                unknown.update(dict.fromkeys(wanted, why))
             elif isinstance(state, Interacting) and found is None:
                 interacting.update(dict.fromkeys(wanted, state.reason))
             elif isinstance(state, Owned) and isinstance(state.rows, RowLayout) and kind_of(node.name()) in ELEMENTWISE:
@@ -202,7 +215,9 @@ def find_taps(
                 )
             elif wanted:
                 shared = isinstance(state, Shared)
-                use = Use(wanted, node, slot, input_shape(node, slot), owners, shared, chain, between)
+                read = stacks.get((node, slot)) if shared or isinstance(owners[0], Sole) else None
+                stack = read.stack if read is not None and (names.get(id(read.variable)),) == wanted else None
+                use = Use(wanted, node, slot, input_shape(node, slot), owners, shared, chain, between, stack)
                 uses.setdefault(node, []).append(use)
     if segments is not None:
         interacting = {name: why if APART in why else f"{why} ({APART})" for name, why in interacting.items()}
@@ -223,6 +238,8 @@ def _parameter_views(ownership: Ownership) -> dict[Node, tuple[Tensor, tuple[str
                 variable, chain = found[child]
                 if name == "TransposeBackward0" and (node._saved_dim0 - node._saved_dim1) % max(1, variable.dim()) == 0:
                     name = "AliasBackward0"  # the transpose exchanges an axis with itself
+                elif name == "PermuteBackward0" and len(node._saved_dims) == 2:  # from matrix.T, for instance
+                    name = "TBackward0" if node._saved_dims[0] % 2 else "AliasBackward0"
                 found[node] = variable, (name, *chain)
     return found
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..ops import planner
-from .factors import Factors, Reuse, concatenated
+from .factors import Factors, Reuse
+from .grouped import concatenated
 from .owners import ListedRows, Owned, Owner
 
 PADDED = 1.5  # how many positions, padding among them, may come on one that belongs to an example

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
@@ -27,8 +28,9 @@ from ..ops.reference import accumulate_dtype
 from ..spans import backward_by_kind
 from .checkpointing import Regions
 from .compiled import eager, say_once
-from .factors import Called, Factors, Plan, Reuse, Summed, concatenated
+from .factors import Called, Factors, Plan, Reuse, Summed
 from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gradients, onward
+from .grouped import Grouped, concatenated
 from .ownership import dense
 from .parameters import FilterAxis, ParameterFilter, filter_axes_of, select_parameters
 from .quantised import allow_packing, unpack
@@ -411,6 +413,7 @@ class FisherRecorder:
     ) -> None:
         """Backpropagate one cotangent, and add the squares of single and summed parameters to ``sums``."""
         kept: dict[str, list[tuple[Use, Factors]]] = {}  # factors of the summed parameters
+        missing = Counter(name for use in taps for name in routes.summed.intersection(use.parameters))
         later: list[tuple[Use, Factors]] = []  # factors that can be computed only after the pass
 
         def visit(node: Node, cotangents: tuple[Tensor | None, ...]) -> None:
@@ -433,6 +436,9 @@ class FisherRecorder:
                     continue
                 for name in routes.summed.intersection(use.parameters):
                     kept.setdefault(name, []).append((use, factors))
+                    missing[name] -= 1
+                    if not missing[name] and not any(isinstance(f, Called) for _, f in kept[name]):
+                        self._add_summed(name, kept.pop(name), sums, weights, reuse)
 
         with backward_by_kind(taps.order, n) as begin:
             backpropagate(output, cotangent, taps, visit, retain_graph)
@@ -443,20 +449,34 @@ class FisherRecorder:
                         self._add(use, factors, sums, weights, reuse[use.node])
                 for name, found in kept.items():
                     begin(found[0][0].node)
-                    whole = None
-                    if all(use.direct for use, _ in found):
-                        whole = concatenated([factors for _, factors in found])
-                    if whole is None:
-                        p = self.leaves()[name]
-                        if is_distributed(p):
-                            raise UnsupportedError(
-                                f"the parameter {name!r} is divided over processes and transformed before use, or used "
-                                "in different ways: leave it out with parameters=..., or its layer undivided"
-                            )
-                        parts = [(factors, onward(use, p)) for use, factors in found]
-                        whole = Summed(parts, tuple(p.shape), n, self.filter_axes[name])
-                    use = replace(found[0][0], parameters=(name,))
-                    self._add(use, whole, sums, weights, Reuse(reuse[use.node].cotangents))
+                    self._add_summed(name, found, sums, weights, reuse)
+
+    def _add_summed(
+        self,
+        name: str,
+        found: Sequence[tuple[Use, Factors]],
+        sums: dict[str, Tensor],
+        weights: Tensor,
+        reuse: Mapping[Node, Reuse],
+    ) -> None:
+        """Add the squares of the gradients of a parameter, summed over all its uses."""
+        whole = None
+        in_place = [use.direct or (use.stack is not None and isinstance(f, Grouped)) for use, f in found]
+        if all(in_place):
+            whole = concatenated([f for _, f in found])
+        if whole is None:
+            p = self.leaves()[name]
+            if is_distributed(p):
+                raise UnsupportedError(
+                    f"the parameter {name!r} is divided over processes and transformed before use, or used in "
+                    "different ways: leave it out with parameters=..., or its layer undivided"
+                )
+            parts = [
+                (f, (lambda t: t) if own else onward(use, p)) for own, (use, f) in zip(in_place, found, strict=True)
+            ]
+            whole = Summed(parts, tuple(p.shape), len(weights), self.filter_axes[name])
+        use = replace(found[0][0], parameters=(name,))
+        self._add(use, whole, sums, weights, Reuse(reuse[use.node].cotangents))
 
     def _add(self, use: Use, factors: Factors, sums: dict[str, Tensor], weights: Tensor, reuse: Reuse) -> None:
         """Add the squares that follow from a use's factors to the sums of its parameter."""
@@ -481,7 +501,7 @@ class FisherRecorder:
             if isinstance(factors, Called):
                 factors = self._formed(factors, name, len(weights))
             elif axis != 0 and not isinstance(factors, Summed):
-                factors = (factors.exchanged() if p.dim() == 2 else None) or self._formed(factors, name, len(weights))
+                factors = factors.along(axis, p.dim()) or self._formed(factors, name, len(weights))
             q = factors.filter_sums(reuse)
             if q.shape[1] % filters:  # the layer sees the parameter through a view with fewer and longer rows
                 factors = self._formed(factors, name, len(weights))

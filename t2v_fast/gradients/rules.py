@@ -25,6 +25,7 @@ from ..ops.geometry import per_axis
 from .factors import Called, Convolution, Factors, Outer, Product, Scatter, Stacked
 from .fast_layers import NODES
 from .graph import Use
+from .grouped import grouped, is_listed
 from .owners import EACH, ListedRows, Owned, Owner, RowLayout, Shape, Sole
 from .ragged import Ragged, groups_of
 from .transfers import output_shape
@@ -317,6 +318,8 @@ def _examples_axis(use: Use) -> int:
 
 def _knows_product(use: Use) -> bool:
     node, owner = use.node, use.owners[0]
+    if use.stack is not None and isinstance(use.stack.index, Tensor):
+        return True
     if node.name() == "AddmmBackward0":
         if (node._saved_alpha, node._saved_beta) != (1, 1):
             return False
@@ -332,6 +335,15 @@ def _linear(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     if added and use.slot == 0:
         return Product(_broadcast_by_example(g, _with_leading_ones(use.shape, g.shape), owner, n))
     right, axis = use.slot == _right_factor(node), _examples_axis(use)
+    if use.stack is not None and isinstance(use.stack.index, Tensor):
+        return _looked_up(use, g, owner, n)
+    if g.dim() == 2 and (use.stack is not None or is_listed(owner)):
+        x = (node._saved_mat1 if added else node._saved_self) if right else node._saved_mat2
+        x, g = (t if axis == -2 else t.T for t in (x, g))  # [R, I], [R, O]
+        if use.stack is not None:
+            swap = use.stack.transposed != right
+            return grouped(*((g, x) if swap else (x, g)), owner, n, use.stack.index, use.stack.count)
+        return grouped(*((x, g) if use.transposed == right else (g, x)), owner, n)
     if right:
         x, g = (by_example(t, owner, n, axis) for t in (node._saved_mat1 if added else node._saved_self, g))
         return _matrix(g, x, of_input=False, exchange=use.transposed)
@@ -341,6 +353,8 @@ def _linear(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
 
 @register_rule("OneDnnLinearBackward", knows=lambda use: use.slot > 0 and _before_axis(use, -1))
 def _onednn_linear(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    if use.slot == 1 and is_listed(owner) and g.dim() == 2:
+        return grouped(use.node.saved_tensors[0], g, owner, n)
     g = tokens_by_example(g, owner, n)
     return Product(g) if use.slot == 2 else Outer(tokens_by_example(use.node.saved_tensors[0], owner, n), g)
 
@@ -355,6 +369,37 @@ def _matrix(x: Tensor, g: Tensor, of_input: bool, exchange: bool) -> Factors:
     groups = x.shape[2]
     x, g = (t.flatten(2).transpose(1, 2).unsqueeze(2) for t in (x, g))  # [N, B I, 1, S]
     return Convolution(x, g, ((1, 1), (1, 1), (0, 0), (1, 1), groups), of_input)
+
+
+def _looked_up(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    """A batched product [S, A, B] [S, B, C] with a matrix of a stack for each of S, which is looked up."""
+    x = use.node._saved_self if use.slot else use.node._saved_mat2
+    if use.slot:  # the gradient of matrix s is x_s^T g_s
+        left, right = x, g
+    else:  # g_s x_s^T
+        left, right = g.mT, x.mT
+    each = left.shape[1]
+    if isinstance(owner, Owned):
+        owner = Owned(0, ListedRows(owner.rows.owners(n).repeat_interleave(each)))
+    experts = use.stack.index.cpu().repeat_interleave(each)
+    left, right = (t.flatten(0, 1) for t in (left, right))
+    return grouped(*((left, right) if use.stack.transposed else (right, left)), owner, n, experts, use.stack.count)
+
+
+@register_rule(
+    "GroupedMmBackward0",
+    "GeneratedBackwardFor_transformers_grouped_mm_fallback_defaultBackward",
+    knows=lambda use: use.stack is not None and _before_axis(use, 1),
+)
+def _grouped_product(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
+    """Groups of rows [R, A], each times its own matrix of a stack [E, A, B]; ``offs`` says where the groups end."""
+    node, count = use.node, use.stack.count
+    if hasattr(node, "_saved_offs"):
+        x, ends = node._saved_self, node._saved_offs
+    else:
+        x, ends = node.saved_tensors[0], node.offs
+    experts = torch.bucketize(torch.arange(len(g)), ends.cpu().long(), right=True)
+    return grouped(*((x, g) if use.stack.transposed else (g, x)), owner, n, experts, count)
 
 
 # ---- tables that are looked up

@@ -83,14 +83,14 @@ def selecting(*names: str) -> Callable[[Callable], Callable]:
     return transfer(*names, table=SELECTING)
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """A saved integer with its sign; torch shows some negative numbers as unsigned ones."""
     return value - 2**64 if value >= 2**63 else value
 
 
-def _axis(value: int, dims: int) -> int:
+def saved_axis(value: int, dims: int) -> int:
     """An axis counted from 0, from a saved one."""
-    value = _signed(value)
+    value = signed(value)
     return value + dims if value < 0 else value
 
 
@@ -99,7 +99,7 @@ def _axes(values: Iterable[int] | int | None, dims: int) -> list[int]:
     if values is None:
         return list(range(dims))
     values = [values] if isinstance(values, int) else list(values)
-    return [_axis(v, dims) for v in values] or list(range(dims))
+    return [saved_axis(v, dims) for v in values] or list(range(dims))
 
 
 @transfer(
@@ -172,7 +172,7 @@ def interacting_inputs(node: Node) -> list[State]:
 # Softmax and similar nodes act along one axis; poolings, paddings and resizings of images along the last axes.
 keeps(
     *("Softmax", "LogSoftmax", "SafeSoftmax", "Cumsum", "Cumprod", "Logcumsumexp", "Sort", "Topk", "Glu"),
-    acts=lambda node, dims: [_axis(node._saved_dim, dims)],
+    acts=lambda node, dims: [saved_axis(node._saved_dim, dims)],
     mixes=True,
 )
 keeps("ConstantPadNd", acts=lambda node, dims: [dims - 1 - k // 2 for k, by in enumerate(node._saved_pad) if by])
@@ -210,7 +210,7 @@ def _roll(node: Node, own: Owned, n: int) -> list[State | None] | None:
     if len(dims) != len(shifts):
         return None  # the flattened tensor is rolled
     by = sum(
-        _signed(shift) for a, shift in zip(_axes(dims, len(output_shape(node))), shifts, strict=True) if a == own.axis
+        signed(shift) for a, shift in zip(_axes(dims, len(output_shape(node))), shifts, strict=True) if a == own.axis
     )
     return [owner_along(own.axis, own.rows.owners(n).roll(-by), n) if by else own]
 
@@ -303,7 +303,7 @@ def _range_around(axis: int, whole: Shape, shape: Shape) -> tuple[int, int, int,
 @transfer("Transpose")
 def _transpose(node: Node, own: Owned, n: int) -> list[State]:
     dims = len(output_shape(node))
-    a, b = _axis(node._saved_dim0, dims), _axis(node._saved_dim1, dims)
+    a, b = saved_axis(node._saved_dim0, dims), saved_axis(node._saved_dim1, dims)
     return [Owned(b if own.axis == a else a, own.rows) if own.axis in (a, b) else own]
 
 
@@ -314,7 +314,7 @@ def _t(node: Node, own: Owned, n: int) -> list[State]:
 
 @transfer("Permute")
 def _permute(node: Node, own: Owned, n: int) -> list[State]:
-    axis = _axis(node._saved_dims[own.axis], len(output_shape(node)))
+    axis = saved_axis(node._saved_dims[own.axis], len(output_shape(node)))
     return [own if axis == own.axis else Owned(axis, own.rows)]
 
 
@@ -348,6 +348,14 @@ def _product(node: Node, own: Owned, n: int) -> list[State | None]:
         return factors
     child, number = node.next_functions[0]
     return [None if child is None else _aligned(child, number, own, output_shape(node)), *factors]
+
+
+@transfer("GroupedMm", "GeneratedBackwardFor_transformers_grouped_mm_fallback_default")
+def _grouped_product(node: Node, own: Owned, n: int) -> list[State | None] | None:
+    """Groups of rows [R, A], each times its own matrix of a stack [E, A, B]."""
+    if own.axis != 0 or len(output_shape(node)) != 2 or len(input_shape(node, 0)) != 2:
+        return None
+    return [own, SHARED, *[None] * (len(node.next_functions) - 2)]
 
 
 @transfer("Mv")
@@ -415,14 +423,14 @@ def _repeat(node: Node, own: Owned, n: int) -> list[State] | None:
 def _unfold(node: Node, own: Owned, n: int) -> list[State] | None:
     """Windows are taken along one axis; the entries of a window lie along a new last axis."""
     dims = len(output_shape(node)) - 1
-    return [own] if own.axis not in (_axis(node._saved_dimension, dims), dims) else None
+    return [own] if own.axis not in (saved_axis(node._saved_dimension, dims), dims) else None
 
 
 @transfer("Scatter", "ScatterAdd", "IndexAdd", "IndexCopy")
 def _scatter(node: Node, own: Owned, n: int) -> list[State | None] | None:
     """The node writes one tensor into another along one axis."""
     dims = len(output_shape(node))
-    axis = _axis(node._saved_dim, dims)
+    axis = saved_axis(node._saved_dim, dims)
     if len(node.next_functions) != 2:
         return None
     if axis != own.axis:
@@ -455,8 +463,8 @@ def _of_parts(parts: Sequence[tuple[Owner, Tensor]], axis: int, size: int, n: in
 @selecting("Slice")
 def _slice(node: Node, outputs: Mapping[int, Owner], n: int) -> Sequence[State | None] | None:
     shape = tuple(node._saved_self_sym_sizes)
-    axis = _axis(node._saved_dim, len(shape))
-    start, stop = (_signed(v) for v in (node._saved_start, node._saved_end))
+    axis = saved_axis(node._saved_dim, len(shape))
+    start, stop = (signed(v) for v in (node._saved_start, node._saved_end))
     positions = torch.arange(shape[axis])[start : min(stop, shape[axis]) : node._saved_step]
     return _of_parts([(outputs[0], positions)], axis, shape[axis], n)
 
@@ -464,14 +472,14 @@ def _slice(node: Node, outputs: Mapping[int, Owner], n: int) -> Sequence[State |
 @selecting("Select")
 def _select(node: Node, outputs: Mapping[int, Owner], n: int) -> Sequence[State | None] | None:
     shape = tuple(node._saved_self_sym_sizes)
-    axis = _axis(node._saved_dim, len(shape))
-    return _picked(outputs, {0: _signed(node._saved_index)}, axis, shape, n)
+    axis = saved_axis(node._saved_dim, len(shape))
+    return _picked(outputs, {0: signed(node._saved_index)}, axis, shape, n)
 
 
 @selecting("Unbind")
 def _unbind(node: Node, outputs: Mapping[int, Owner], n: int) -> Sequence[State | None] | None:
     shape = input_shape(node, 0)
-    return _picked(outputs, {k: k for k in outputs}, _axis(node._saved_dim, len(shape)), shape, n)
+    return _picked(outputs, {k: k for k in outputs}, saved_axis(node._saved_dim, len(shape)), shape, n)
 
 
 def _picked(
@@ -493,7 +501,7 @@ def _picked(
 @selecting("Split", "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes")
 def _split(node: Node, outputs: Mapping[int, Owner], n: int) -> Sequence[State | None] | None:
     shape = input_shape(node, 0)
-    axis = _axis(node._saved_dim, len(shape))
+    axis = saved_axis(node._saved_dim, len(shape))
     sizes = [of.shape[axis] for of in node._input_metadata]
     starts = [sum(sizes[:k]) for k in outputs]
     parts = [
@@ -545,7 +553,7 @@ def _index(node: Node, outputs: Mapping[int, Owner], n: int) -> list[State | Non
 @selecting("IndexSelect")
 def _index_select(node: Node, outputs: Mapping[int, Owner], n: int) -> list[State | None]:
     own, shape = outputs[0], tuple(node._saved_self_sym_sizes)
-    axis = _axis(node._saved_dim, len(shape))
+    axis = saved_axis(node._saved_dim, len(shape))
     where = node._saved_index.cpu().reshape(-1)
     owners = list_along(own, axis, len(where), n)
     if owners is None:
@@ -559,7 +567,7 @@ def _index_select(node: Node, outputs: Mapping[int, Owner], n: int) -> list[Stat
 @selecting("Gather")
 def _gather(node: Node, outputs: Mapping[int, Owner], n: int) -> list[State | None] | None:
     own, shape, whole = outputs[0], input_shape(node, 0), output_shape(node)
-    axis = _axis(node._saved_dim, max(1, len(shape)))
+    axis = saved_axis(node._saved_dim, max(1, len(shape)))
     if isinstance(own, Owned) and own.axis != axis and whole[own.axis] == shape[own.axis]:
         return [own] if _is_axis(own) else None
     return None
@@ -568,7 +576,7 @@ def _gather(node: Node, outputs: Mapping[int, Owner], n: int) -> list[State | No
 @transfer("Cat")
 def _cat(node: Node, own: Owned, n: int) -> list[State | None] | None:
     whole = output_shape(node)
-    axis = _axis(node._saved_dim, len(whole))
+    axis = saved_axis(node._saved_dim, len(whole))
     if own.axis != axis:
         return [own] * len(node.next_functions)
     children = [child for child, _ in node.next_functions]
@@ -582,7 +590,7 @@ def _cat(node: Node, own: Owned, n: int) -> list[State | None] | None:
 
 @transfer("Stack")
 def _stack(node: Node, own: Owned, n: int) -> list[State | None]:
-    axis = _axis(node._saved_dim, len(output_shape(node)))
+    axis = saved_axis(node._saved_dim, len(output_shape(node)))
     count = len(node.next_functions)
     if own.axis != axis:
         return [Owned(own.axis - (own.axis > axis), own.rows)] * count

@@ -1,4 +1,4 @@
-"""The four primitives behind every weighted layer, as registered torch operators.
+"""The primitives behind every weighted layer, as registered torch operators.
 
 ===============  ===========================================================  ======================================
 op               per-example gradient G_m                                     layers
@@ -7,10 +7,12 @@ op               per-example gradient G_m                                     la
 ``sq_conv``      the same over the patches of x, which is never unfolded      convolution
 ``sq_prod``      sum_s g[m, s, :] (x[n, s, :] - shift) scale, shape [C]       norm weights; biases (without x)
 ``sq_scatter``   sum of g[m, s, :] over the s with index[n, s] = v, [V, O]    embedding tables
+``sq_grouped``   sum of g[r, :] x[r, :]^T over a segment of rows, [O, I]      linear, ragged: mixtures of experts
 ===============  ===========================================================  ======================================
 
 ``name(...)`` returns ``q[M, O]``, the sum of squares over each filter (a row of G_m) for every cotangent row.
 ``name_acc_(out, ..., weight)`` adds ``sum_m weight[m] G_m^2`` to ``out``, elementwise, and returns nothing.
+``sq_grouped`` has a gradient for each segment of rows, and ``sq_grouped_acc_`` a sum for each group of segments.
 
 M = K * N: K cotangents of a batch of N examples share one ``x``. The rows are ordered cotangent by cotangent, so row m
 belongs to example n = m % N. Inputs are float64, float32, bfloat16 or float16, and may be contiguous, channels-last or
@@ -31,6 +33,7 @@ from .checks import CONV_ACC_PATHS, CONV_PATHS, OUTER_PATHS, WINOGRAD_DTYPES
 from .dispatch import (
     BACKENDS,
     SCHEMAS,
+    TRITON_ONLY,
     WINOGRAD_CONV,
     backend_for,
     backend_status,
@@ -48,6 +51,8 @@ from .primitives import (
     sq_conv,
     sq_conv_acc_,
     sq_gram,
+    sq_grouped,
+    sq_grouped_acc_,
     sq_norm,
     sq_outer,
     sq_outer_acc_,
@@ -64,6 +69,7 @@ __all__ = [
     "CONV_PATHS",
     "OUTER_PATHS",
     "SCHEMAS",
+    "TRITON_ONLY",
     "WINOGRAD_CONV",
     "WINOGRAD_DTYPES",
     "backend_for",
@@ -78,6 +84,8 @@ __all__ = [
     "sq_conv",
     "sq_conv_acc_",
     "sq_gram",
+    "sq_grouped",
+    "sq_grouped_acc_",
     "sq_norm",
     "sq_outer",
     "sq_outer_acc_",

@@ -55,18 +55,30 @@ def check_rows(name: str, key: str, examples: Tensor, g: Tensor) -> None:
     )
 
 
-def check_accumulator(name: str, out: Tensor, shape: Sequence[int], g: Tensor, weight: Tensor) -> None:
-    """Check that ``out`` can be added to in place, and that ``weight`` has one entry for each row of ``g``."""
+def check_accumulator(
+    name: str,
+    out: Tensor,
+    shape: Sequence[int],
+    g: Tensor,
+    weight: Tensor,
+    rows: int | None = None,
+    each: str = "row of g",
+) -> None:
+    """Check that ``out`` can be added to in place, and that ``weight`` has one entry for each of ``rows`` gradients.
+
+    There is one gradient for each row of ``g``, unless ``rows`` is given; ``each`` names what has a gradient.
+    """
     dtype = reference.accumulate_dtype(g.dtype)
+    rows = g.shape[0] if rows is None else rows
     require(
         list(out.shape) == list(shape) and out.dtype == dtype and out.device == g.device and out.is_contiguous(),
         name,
         lambda: f"out is {show(out)}, expected contiguous {list(shape)} {dtype} on {g.device}",
     )
     require(
-        list(weight.shape) == [g.shape[0]] and weight.dtype == dtype and weight.device == g.device,
+        list(weight.shape) == [rows] and weight.dtype == dtype and weight.device == g.device,
         name,
-        lambda: f"weight is {show(weight)}, expected [{g.shape[0]}] {dtype} on {g.device}: one weight a row of g",
+        lambda: f"weight is {show(weight)}, expected [{rows}] {dtype} on {g.device}: one weight a {each}",
     )
 
 
@@ -231,6 +243,38 @@ def check_scatter_acc(name: str, out: Tensor, index: Tensor, g: Tensor, weight: 
     require(out.dim() == 2, name, lambda: f"out must be [V, O], got {show(out)}")
     check_scatter(name, index, g, out.shape[0])
     check_accumulator(name, out, (out.shape[0], g.shape[2]), g, weight)
+
+
+def check_grouped(name: str, x: Tensor, g: Tensor, offsets: Tensor) -> int:
+    """Check the arguments of ``sq_grouped``, except the values of ``offsets``; return the number of cotangents."""
+    check_floating(name, x=x, g=g)
+    require(
+        x.dim() == 2 and g.dim() == 2,
+        name,
+        lambda: f"expected x [R, I] and g [M, O], got x {show(x)} and g {show(g)}",
+    )
+    _check_bounds(name, "offsets", offsets, "B", g)
+    check_rows(name, "x", x, g)
+    return g.shape[0] // x.shape[0] if x.shape[0] else 1
+
+
+def check_grouped_acc(
+    name: str, out: Tensor, x: Tensor, g: Tensor, offsets: Tensor, groups: Tensor, weight: Tensor
+) -> None:
+    """Check the arguments of ``sq_grouped_acc_``, except the values of ``offsets`` and ``groups``."""
+    rows = check_grouped(name, x, g, offsets) * (offsets.shape[0] - 1)
+    _check_bounds(name, "groups", groups, "E", g)
+    check_accumulator(
+        name, out, (groups.shape[0] - 1, g.shape[1], x.shape[1]), g, weight, rows, "segment and cotangent"
+    )
+
+
+def _check_bounds(name: str, key: str, bounds: Tensor, letter: str, g: Tensor) -> None:
+    require(
+        bounds.dim() == 1 and bounds.shape[0] >= 1 and bounds.dtype == torch.int64 and bounds.device == g.device,
+        name,
+        lambda: f"expected {key} [{letter} + 1] int64 on {g.device}, got {show(bounds)}",
+    )
 
 
 def check_winograd_conv(

@@ -14,7 +14,7 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -42,7 +42,11 @@ SCHEMAS = {
     "Tensor? scale=None) -> ()",
     "sq_scatter": "(Tensor index, Tensor g, int num_rows) -> Tensor",
     "sq_scatter_acc_": "(Tensor(a!) out, Tensor index, Tensor g, Tensor weight) -> ()",
+    "sq_grouped": "(Tensor x, Tensor g, Tensor offsets) -> Tensor",
+    "sq_grouped_acc_": "(Tensor(a!) out, Tensor x, Tensor g, Tensor offsets, Tensor groups, Tensor weight) -> ()",
 }
+# The operators that the compiled CUDA library has no kernels for: Triton runs them on CUDA tensors.
+TRITON_ONLY = frozenset({"sq_grouped", "sq_grouped_acc_"})
 # Not in SCHEMAS because only the CPU extension has a kernel of its own; other devices run torch's convolution.
 WINOGRAD_CONV = "(Tensor x, Tensor weight, Tensor? bias, int[2] padding, bool transposed) -> Tensor"
 
@@ -259,6 +263,8 @@ def call(name: str, *args: object) -> Any:
         if _on_gpu(args) and _runs_triton(name, args):
             return getattr(_triton(), name)(*args)
         return getattr(torch.ops.t2v_fast, name)(*args)
+    if forced == "cuda" and name in TRITON_ONLY:
+        raise RuntimeError(f"{name}: backend 'cuda' was asked for, which has no kernel for it: use 'auto' or 'triton'")
     allowed = _DEVICES[forced]
     if forced == "triton" and _triton().interpreted():
         allowed = ("cpu",)
@@ -283,6 +289,11 @@ def _register() -> torch.library.Library:
         "sq_scatter": lambda index, g, num_rows: (g, num_rows),
     }
 
+    def fake_grouped(x: Tensor, g: Tensor, offsets: Tensor) -> Tensor:
+        segments = offsets.shape[0] - 1
+        cotangents = g.shape[0] // x.shape[0] if x.shape[0] else 1
+        return g.new_empty((cotangents * segments, g.shape[1]), dtype=reference.accumulate_dtype(g.dtype))
+
     def fake(columns: Callable[..., tuple[Tensor, int]]) -> Callable[..., Tensor]:
         def q(*args: Any, **kwargs: Any) -> Tensor:
             g, width = columns(*args, **kwargs)
@@ -304,7 +315,7 @@ def _register() -> torch.library.Library:
     def fake_norm(g: Tensor, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         return g.new_empty((2, g.shape[0], g.shape[2]), dtype=reference.accumulate_dtype(g.dtype))
 
-    others: dict[str, Callable] = {"conv_gram": fake_gram, "sq_norm": fake_norm}
+    others: dict[str, Callable] = {"conv_gram": fake_gram, "sq_norm": fake_norm, "sq_grouped": fake_grouped}
     for name, schema in SCHEMAS.items():
         library.define(name + schema)
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
@@ -317,22 +328,21 @@ def _register() -> torch.library.Library:
     return library
 
 
-def _register_triton(library: torch.library.Library) -> None:
-    """Register CUDA kernels that import Triton's kernels at their first call, for an extension without CUDA."""
+def _register_triton(library: torch.library.Library, names: Iterable[str]) -> None:
+    """Register CUDA kernels that import Triton's kernels at their first call, where the extension has no kernels."""
 
     def late(name: str) -> Callable[..., Tensor | None]:
         def run(*args: object) -> Tensor | None:
-            return getattr(_triton() if gpu_backend() == "triton" else reference, name)(*args)
+            return getattr(reference if _missing_on_gpu("triton") else _triton(), name)(*args)
 
         return run
 
-    for name in SCHEMAS:
+    for name in names:
         library.impl(name, late(name), "CUDA")
 
 
 _library = _register()
 _missing = extension.why_no_cpu()
-if extension.why_no_cuda() is not None:
-    _register_triton(_library)
+_register_triton(_library, SCHEMAS if extension.why_no_cuda() is not None else TRITON_ONLY)
 if _missing is not None:
     log.info("running on the reference ops: %s", _missing)

@@ -17,6 +17,8 @@ from .checks import (
     check_conv_acc,
     check_conv_gram,
     check_gram,
+    check_grouped,
+    check_grouped_acc,
     check_outer,
     check_prod,
     check_scatter,
@@ -390,6 +392,70 @@ def sq_scatter_acc_(out: Tensor, index: Tensor, g: Tensor, weight: Tensor) -> No
     """
     check_scatter_acc("sq_scatter_acc_", out, index, g, weight)
     dispatch.call("sq_scatter_acc_", out, index, g, weight)
+
+
+def sq_grouped(x: Tensor, g: Tensor, offsets: Tensor) -> Tensor:
+    """Sum squared gradients of linear layers that each see a segment of the rows, over each row of the weight.
+
+    ``q[k B + b, o] = sum_i (sum over rows r of segment b of g[k R + r, o] x[r, i])^2``. A segment has the rows from
+    ``offsets[b]`` to ``offsets[b + 1]``. For a mixture of experts, a segment has the tokens of one example that one
+    expert sees. Segments differ in length, nothing is padded, and a segment without rows gets zeros.
+
+    Args:
+        x: Input rows ``[R, I]`` of all segments.
+        g: Cotangents of the outputs, ``[M, O]`` with M = K R: row m belongs to row m % R of ``x``.
+        offsets: ``[B + 1]`` int64, from 0 to R and never falling. Rows before the first and after the last are left
+            out.
+
+    Returns:
+        ``[K B, O]`` in float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices don't fit together.
+        IndexError: The offsets fall, or leave the rows. On a GPU this is not checked.
+
+    Example:
+        >>> import torch
+        >>> from t2v_fast import ops
+        >>> x, g = torch.rand(5, 3), torch.rand(5, 4)
+        >>> q = ops.sq_grouped(x, g, torch.tensor([0, 2, 5]))
+        >>> gradients = torch.stack([g[:2].T @ x[:2], g[2:].T @ x[2:]])
+        >>> torch.allclose(q, gradients.square().sum(2))
+        True
+    """
+    check_grouped("sq_grouped", x, g, offsets)
+    return dispatch.call("sq_grouped", x, g, offsets)
+
+
+def sq_grouped_acc_(out: Tensor, x: Tensor, g: Tensor, offsets: Tensor, groups: Tensor, weight: Tensor) -> None:
+    """Add the weighted squares of the gradients of :func:`sq_grouped` to ``out``, in place, group by group.
+
+    ``out[e, o, i] += sum over k and the segments b of group e of weight[k B + b] G[k B + b, o, i]^2``. A group has the
+    segments from ``groups[e]`` to ``groups[e + 1]``. For a mixture of experts, a group is an expert.
+
+    Args:
+        out: Contiguous ``[E, O, I]``, float32, or float64 for float64 inputs.
+        x: Input rows ``[R, I]`` of all segments.
+        g: Cotangents of the outputs, ``[M, O]`` with M = K R: row m belongs to row m % R of ``x``.
+        offsets: ``[B + 1]`` int64, as for :func:`sq_grouped`.
+        groups: ``[E + 1]`` int64, from 0 to B and never falling.
+        weight: One weight for each segment and cotangent, ``[K B]``, in the dtype of ``out``.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices don't fit together.
+        IndexError: The offsets or groups fall, or leave their range. On a GPU this is not checked.
+
+    Example:
+        >>> import torch
+        >>> from t2v_fast import ops
+        >>> x, g, out = torch.rand(5, 3), torch.rand(5, 4), torch.zeros(1, 4, 3)
+        >>> offsets, weight = torch.tensor([0, 2, 5]), torch.tensor([0.5, 2.0])
+        >>> ops.sq_grouped_acc_(out, x, g, offsets, torch.tensor([0, 2]), weight)
+        >>> torch.allclose(out[0], 0.5 * (g[:2].T @ x[:2]) ** 2 + 2.0 * (g[2:].T @ x[2:]) ** 2)
+        True
+    """
+    check_grouped_acc("sq_grouped_acc_", out, x, g, offsets, groups, weight)
+    dispatch.call("sq_grouped_acc_", out, x, g, offsets, groups, weight)
 
 
 def winograd_conv(

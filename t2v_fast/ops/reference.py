@@ -8,7 +8,9 @@ output features. Per-example gradients are computed one at a time, and squared a
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -179,6 +181,32 @@ def sq_scatter(index: Tensor, g: Tensor, num_rows: int) -> Tensor:
 def sq_scatter_acc_(out: Tensor, index: Tensor, g: Tensor, weight: Tensor) -> None:
     for m, gradient in enumerate(scatter_gradients(index, g, out.shape[0])):
         out.add_(gradient.square_().mul_(weight[m]))
+
+
+def grouped_gradients(x: Tensor, g: Tensor, offsets: Tensor) -> Iterator[Tensor]:
+    """Yield the gradients of the segments, one cotangent and one segment at a time: [O, I]."""
+    x, g = widen(x), widen(g)
+    bounds = offsets.tolist()
+    if bounds != sorted(bounds) or not 0 <= bounds[0] <= bounds[-1] <= len(x):
+        raise IndexError(f"sq_grouped: offsets {bounds} are out of range: expected growing numbers up to {len(x)}")
+    for first in range(0, len(g), len(x)) if len(x) else (0,):
+        for start, stop in pairwise(bounds):
+            yield g[first + start : first + stop].T @ x[start:stop]
+
+
+def sq_grouped(x: Tensor, g: Tensor, offsets: Tensor) -> Tensor:
+    squares = [gradient.square().sum(1) for gradient in grouped_gradients(x, g, offsets)]
+    return torch.stack(squares) if squares else g.new_zeros((0, g.shape[1]), dtype=accumulate_dtype(g.dtype))
+
+
+def sq_grouped_acc_(out: Tensor, x: Tensor, g: Tensor, offsets: Tensor, groups: Tensor, weight: Tensor) -> None:
+    bounds, segments = groups.tolist(), len(offsets) - 1
+    if bounds != sorted(bounds) or not 0 <= bounds[0] <= bounds[-1] <= segments:
+        raise IndexError(f"sq_grouped_acc_: groups {bounds} are out of range: expected growing numbers to {segments}")
+    for m, gradient in enumerate(grouped_gradients(x, g, offsets)):
+        group = bisect_right(bounds, m % segments) - 1
+        if 0 <= group < len(out):
+            out[group].add_(gradient.square_().mul_(weight[m]))
 
 
 def winograd_conv(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], transposed: bool) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import t2v_fast.estimation.moments
 import t2v_fast.estimation.self_check
 import t2v_fast.gradients.factors
+import t2v_fast.gradients.grouped
 import t2v_fast.gradients.recorder
 import t2v_fast.ops
 from t2v_fast import FisherRecorder
@@ -26,6 +27,13 @@ from t2v_fast.gradients.rules import RULES
 from t2v_fast.ops import planner
 
 # ---- networks to break the library under
+
+
+def experts(stack: Tensor, x: Tensor) -> Tensor:
+    """Each token goes through one of three matrices, in an order that depends on the tokens."""
+    tokens = x.flatten(0, 1)
+    index = (tokens.detach()[:, 0] * 10).long() % 3
+    return torch.bmm(stack[index], tokens[:, :, None])[:, :, 0].view_as(x)
 
 
 def layer(run: Callable[..., Tensor], **makes: Callable[[], Any]) -> Callable[[], nn.Module]:
@@ -46,6 +54,7 @@ DEPTHWISE = case(
 )
 SCALE = case(extra=layer(lambda m, x, b: x * m.w, w=lambda: parameter(WIDTH)))
 QUOTIENT = case(extra=layer(lambda m, x, b: x / m.w, w=lambda: parameter(WIDTH)))
+MIXTURE = case(extra=layer(lambda m, x, b: (x + experts(m.w, x)).sin(), w=lambda: parameter(3, WIDTH, WIDTH)))
 # Parameters among complex numbers get their gradients by plain autograd.
 SPECTRUM = layer(lambda m, x, b: torch.fft.irfft(torch.fft.rfft(x) * m.w, WIDTH), w=lambda: parameter(WIDTH // 2 + 1))
 SEVERAL = case("twice@batch_first")
@@ -89,7 +98,7 @@ class Apart(Factors):
         self.parts = parts
 
     def filter_sums(self, reuse: Any) -> Tensor:
-        return sum(t2v_fast.gradients.factors.concatenated([part]).filter_sums(reuse) for part in self.parts)
+        return sum(t2v_fast.gradients.grouped.concatenated([part]).filter_sums(reuse) for part in self.parts)
 
     def accumulate_(self, out: Tensor, weight: Tensor) -> None:
         for part in self.parts:
@@ -258,6 +267,24 @@ MUTATIONS = [
         "only one of two kinds of uses of a parameter counted",
         function(t2v_fast.gradients.factors.Summed, "gradients", first_part),
         TWO_KINDS,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "the rows of an expert given to the next",
+        factors_of("BmmBackward0", 0, lambda f: replace(f, key=(f.key + f.examples) % (f.experts * f.examples))),
+        MIXTURE,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "a row of an expert given to the next row's owner",
+        factors_of("BmmBackward0", 0, lambda f: replace(f, key=f.key.roll(1))),
+        MIXTURE,
+        SELF_CHECK,
+    ),
+    Mutation(
+        "rows of experts squared in their first order",
+        function(t2v_fast.gradients.grouped.Segments, "arrange", lambda real: lambda self, t: t),
+        MIXTURE,
         SELF_CHECK,
     ),
     Mutation(

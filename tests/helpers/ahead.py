@@ -76,6 +76,8 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     tokens, out = rand(2, 197, 768, dtype=dtype), rand(2, 197, 3072, dtype=dtype)
     maps, shift = rand(2, 784, 128, dtype=dtype), torch.zeros(128, dtype=sums)
     index = torch.zeros(2, 197, dtype=torch.int64)
+    offsets, groups = torch.arange(17) * 32, torch.arange(9) * 2  # 8 experts of 2 examples
+    rows, hidden = rand(512, 768, dtype=dtype), rand(512, 1536, dtype=dtype)
     on_tensor_cores = dtype.itemsize == 2 or (dtype == torch.float32 and launch.precision() == "tf32")
     return (
         {"3x3 boxes": boxes(dtype, 128, 128, 28, 3), "linear boxes": boxes(dtype, 768, 768, 14, 1)}
@@ -98,6 +100,10 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "embedding": lambda: backend.sq_scatter(index, tokens, 1000),
         "embedding, elementwise": lambda: backend.sq_scatter_acc_(
             torch.zeros(1000, 768, dtype=sums), index, tokens, torch.ones(2, dtype=sums)
+        ),
+        "experts": lambda: backend.sq_grouped(rows, hidden, offsets),
+        "experts, elementwise": lambda: backend.sq_grouped_acc_(
+            torch.zeros(8, 1536, 768, dtype=sums), rows, hidden, offsets, groups, torch.ones(16, dtype=sums)
         ),
     }
 

@@ -81,7 +81,11 @@ def running(backwards: bool = False, eager: bool = False, left_out: str = "") ->
     """
     library, call = load(), dispatch.call
     library.emulation_set(backwards, eager, left_out.encode())
-    dispatch.call = lambda name, *args: getattr(getattr(torch.ops, LIBRARY), name)(*args)
+
+    def emulated(name: str, *args: object) -> object:
+        return call(name, *args) if name in dispatch.TRITON_ONLY else getattr(getattr(torch.ops, LIBRARY), name)(*args)
+
+    dispatch.call = emulated
     try:
         yield
     finally:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 
 import emulated
 import torch
@@ -114,6 +116,77 @@ def scatter_gradients(index: Tensor, g: Tensor, num_rows: int) -> Tensor:
     return torch.einsum("msv,mso->mvo", one_hot, g.double())
 
 
+def grouped_gradients(x: Tensor, g: Tensor, offsets: Tensor) -> Tensor:
+    """[K B, O, I], one segment after the other."""
+    x, g = x.double(), g.double()
+    each = [
+        torch.einsum("ro,ri->oi", g[k * len(x) + start : k * len(x) + stop], x[start:stop])
+        for k in range(len(g) // len(x) if len(x) else 1)
+        for start, stop in pairwise(offsets.tolist())
+    ]
+    return torch.stack(each) if each else x.new_zeros(0, g.shape[1], x.shape[1])
+
+
+@dataclass(frozen=True)
+class GroupedCase:
+    """Segments of rows in groups: sizes[e] has the rows of each segment of group e."""
+
+    name: str
+    sizes: tuple[tuple[int, ...], ...]
+    i: int
+    o: int
+    cotangents: int = 1
+    before: int = 0  # rows before the first segment and after the last
+    after: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+    def offsets(self) -> Tensor:
+        sizes = torch.tensor([self.before, *(size for group in self.sizes for size in group)])
+        return sizes.cumsum(0)
+
+    def groups(self) -> Tensor:
+        return torch.tensor([0, *map(len, self.sizes)]).cumsum(0)
+
+    def check(self, name: str, dtype: torch.dtype, layout: str) -> None:
+        """Compare both forms of the op with the oracle."""
+        offsets, groups = self.offsets(), self.groups()
+        rows = int(offsets[-1]) + self.after
+        x = guarded((rows, self.i), dtype, 1, layout)
+        g = guarded((rows * self.cotangents, self.o), dtype, 2, layout)
+        gradients = grouped_gradients(x, g, offsets)
+        terms = max((size for group in self.sizes for size in group), default=1)
+        with variant(name):
+            q = ops.sq_grouped(x, g, offsets)
+            assert_close(q, gradients.square().sum(2), dtype, terms)
+            assert torch.equal(q, ops.sq_grouped(x, g, offsets))
+            wide = accumulate_dtype(dtype)
+            weight = torch.rand(len(gradients), generator=torch.Generator().manual_seed(9), dtype=wide)
+            out = torch.rand(len(self.sizes), self.o, self.i, generator=torch.Generator().manual_seed(8), dtype=wide)
+            want = out.double()
+            group = torch.arange(len(self.sizes)).repeat_interleave(groups.diff()).repeat(self.cotangents)
+            want.index_add_(0, group, weight.double()[:, None, None] * gradients.square())
+            ops.sq_grouped_acc_(out, x, g, offsets, groups, weight)
+            assert_close(out, want, dtype, terms)
+
+
+GROUPED = [
+    GroupedCase("two_experts", ((3, 1, 4), (2, 0, 5)), 9, 7),
+    GroupedCase("one_row_each", ((1, 1), (1,), (1, 1, 1)), 33, 20),
+    GroupedCase("an_expert_without_segments", ((2, 3), (), (4,)), 16, 32),
+    GroupedCase("an_expert_without_rows", ((2, 3), (0, 0), (4,)), 18, 5),
+    GroupedCase("one_example_has_nearly_all_rows", ((150, 1), (0, 70)), 12, 19),
+    GroupedCase("more_rows_than_features", ((30,), (9, 40)), 3, 2),
+    GroupedCase("one_feature", ((3, 4),), 1, 1),
+    GroupedCase("rows_of_nobody", ((3, 4), (2,)), 8, 6, before=2, after=3),
+    GroupedCase("three_cotangents", ((3, 0, 4), (2, 70)), 24, 13, cotangents=3, before=1, after=2),
+    GroupedCase("no_rows", ((0, 0),), 4, 5),
+    GroupedCase("no_segments", ((), ()), 4, 5, after=2),
+    GroupedCase("many_filters", ((5, 2), (9,)), 48, 130),
+]
+
+
 def filter_sums(gradients: Tensor) -> Tensor:
     return gradients.square().flatten(2).sum(2) if gradients.dim() > 2 else gradients.square()
 
@@ -184,4 +257,13 @@ OPCHECKS = {
     "sq_prod_acc_": lambda: (torch.zeros(5), torch.randn(4, 3, 5), torch.ones(4), torch.randn(2, 3, 5)),
     "sq_scatter": lambda: (torch.randint(0, 4, (2, 3)), torch.randn(4, 3, 5), 4),
     "sq_scatter_acc_": lambda: (torch.zeros(4, 5), torch.randint(0, 4, (2, 3)), torch.randn(4, 3, 5), torch.ones(4)),
+    "sq_grouped": lambda: (torch.randn(5, 3), torch.randn(10, 4), torch.tensor([0, 2, 2, 5])),
+    "sq_grouped_acc_": lambda: (
+        torch.zeros(2, 4, 3),
+        torch.randn(5, 3),
+        torch.randn(10, 4),
+        torch.tensor([0, 2, 2, 5]),
+        torch.tensor([0, 2, 3]),
+        torch.ones(6),
+    ),
 }

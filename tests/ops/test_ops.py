@@ -7,10 +7,12 @@ import torch
 from cases import CONVOLUTIONS, OUTERS, ConvCase, OuterCase
 from op_checks import (
     DTYPES,
+    GROUPED,
     LAYOUTS,
     OPCHECKS,
     OPERATOR_ERROR,
     VARIANTS,
+    GroupedCase,
     assert_close,
     check,
     conv_gradients,
@@ -150,6 +152,27 @@ def test_sq_scatter(dtype: torch.dtype, name: str) -> None:
             )
 
 
+@pytest.mark.parametrize("name", QUICK)  # CUDA tensors run on Triton's kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", GROUPED, ids=str)
+def test_sq_grouped(case: GroupedCase, dtype: torch.dtype, name: str) -> None:
+    for layout in ("contiguous", "channels_last", "sliced"):
+        case.check(name, dtype, layout)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_offsets_out_of_range(name: str) -> None:
+    x, g, groups, weight = torch.ones(4, 3), torch.ones(4, 2), torch.tensor([0, 2]), torch.ones(2)
+    with variant(name):
+        for bad in ([0, 3, 2], [0, 2, 5], [-1, 2, 4]):
+            with pytest.raises((IndexError, RuntimeError), match="out of range"):
+                ops.sq_grouped(x, g, torch.tensor(bad))
+        for bad in ([1, 0], [0, 3], [-1, 2]):
+            with pytest.raises((IndexError, RuntimeError), match="out of range"):
+                ops.sq_grouped_acc_(torch.zeros(1, 2, 3), x, g, torch.tensor([0, 2, 4]), torch.tensor(bad), weight)
+        ops.sq_grouped_acc_(torch.zeros(1, 2, 3), x, g, torch.tensor([0, 2, 4]), groups, weight)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_expanded_inputs(name: str) -> None:
     """Cotangents with a stride of zero, like the gradient of a mean."""
@@ -178,6 +201,13 @@ def test_thread_counts_change_nothing(name: str) -> None:
                     out = torch.zeros(case.o, case.c // case.groups, *case.kernel)
                     ops.sq_conv_acc_(out, x, g, torch.ones(len(g)), *case.geometry[1:])
                     found += [ops.sq_conv(x, g, *case.geometry, path) for path in conv_paths(case)] + [out]
+                for grouped in GROUPED if name != "emulated" else ():
+                    offsets, groups = grouped.offsets(), grouped.groups()
+                    x = guarded((int(offsets[-1]), grouped.i), torch.float32, 1)
+                    g = guarded((int(offsets[-1]), grouped.o), torch.float32, 2)
+                    out = torch.zeros(len(grouped.sizes), grouped.o, grouped.i)
+                    ops.sq_grouped_acc_(out, x, g, offsets, groups, torch.ones(len(offsets) - 1))
+                    found += [ops.sq_grouped(x, g, offsets), out]
             results.append(found)
     finally:
         torch.set_num_threads(before)
@@ -250,6 +280,46 @@ BAD = {
     "prod_shift": (lambda o: o.sq_prod(torch.ones(2, 3, 4), None, torch.ones(4)), "act on x"),
     "scatter_index": (lambda o: o.sq_scatter(torch.ones(2, 3), torch.ones(2, 3, 4), 3), "index .* int64"),
     "scatter_rows": (lambda o: o.sq_scatter(torch.ones(2, 3).long(), torch.ones(2, 3, 4), 0), "num_rows is 0"),
+    "grouped_axes": (
+        lambda o: o.sq_grouped(torch.ones(1, 2, 3), torch.ones(2, 3), torch.tensor([0, 2])),
+        r"\[1, 2, 3\]",
+    ),
+    "grouped_rows": (
+        lambda o: o.sq_grouped(torch.ones(2, 3), torch.ones(3, 3), torch.tensor([0, 2])),
+        "g has 3 rows, expected a multiple of the 2",
+    ),
+    "grouped_offsets": (
+        lambda o: o.sq_grouped(torch.ones(2, 3), torch.ones(2, 3), torch.tensor([0, 2], dtype=torch.int32)),
+        r"offsets \[B \+ 1\] int64",
+    ),
+    "grouped_groups": (
+        lambda o: o.sq_grouped_acc_(
+            torch.zeros(2, 3, 3), torch.ones(2, 3), torch.ones(2, 3), torch.tensor([0, 2]), torch.ones(3), torch.ones(1)
+        ),
+        r"groups .*\[3\]",
+    ),
+    "grouped_out": (
+        lambda o: o.sq_grouped_acc_(
+            torch.zeros(2, 3, 4),
+            torch.ones(2, 3),
+            torch.ones(2, 3),
+            torch.tensor([0, 2]),
+            torch.tensor([0, 1, 1]),
+            torch.ones(1),
+        ),
+        r"out is \[2, 3, 4\]",
+    ),
+    "grouped_weight": (
+        lambda o: o.sq_grouped_acc_(
+            torch.zeros(2, 3, 3),
+            torch.ones(2, 3),
+            torch.ones(2, 3),
+            torch.tensor([0, 2]),
+            torch.tensor([0, 1, 1]),
+            torch.ones(2),
+        ),
+        r"weight is \[2\]",
+    ),
     "acc_shape": (
         lambda o: o.sq_conv_acc_(torch.zeros(6, 4, 3, 2), X, G, torch.ones(2), *SAME[1:]),
         r"kernel(_size)? \[3, 2\]",

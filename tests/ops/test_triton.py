@@ -9,6 +9,7 @@ import torch
 from cases import CONVOLUTIONS, OUTERS, ConvCase, OuterCase
 from op_checks import (
     DTYPES,
+    GROUPED,
     LAYOUTS,
     assert_close,
     check,
@@ -262,6 +263,13 @@ def test_sq_scatter(dtype: torch.dtype) -> None:
             scatter_gradients(index, g, v),
             s,
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_sq_grouped(dtype: torch.dtype) -> None:
+    for case in GROUPED:
+        if case.name != "one_example_has_nearly_all_rows" or dtype == torch.float32:  # slow in the interpreter
+            case.check("triton", dtype, "sliced")
 
 
 def test_an_index_beyond_the_table() -> None:

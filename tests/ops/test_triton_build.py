@@ -12,7 +12,8 @@ pytest.importorskip("triton", reason="this torch comes without Triton")
 def test_no_kernel_spills() -> None:
     rows = resources.of_triton_kernels()
     assert {row["kernel"] for row in rows} == {
-        f"{name}_kernel" for name in ("explicit", "boxes", "depthwise", "gram", "quadratic", "prod", "scatter")
+        f"{name}_kernel"
+        for name in ("explicit", "boxes", "depthwise", "gram", "quadratic", "prod", "scatter", "grouped")
     }
     assert {row["dtype"] for row in rows} == {"float64", "float32", "bfloat16", "float16", "tf32"}
     assert [row for row in rows if row["spills"]] == []

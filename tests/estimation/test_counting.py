@@ -1,0 +1,172 @@
+"""Mixtures of experts in which examples take places from each other are refused by name, in whichever batch they do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import per_example_squares, relative_error
+from oracle import reduce as reduced
+from torch import Tensor, nn
+
+from t2v_fast import SelfCheckError, fisher
+from t2v_fast.estimation.counting import Count, Counting, counting_over_examples
+
+WIDTH, EXPERTS, CLASSES = 6, 2, 3
+
+
+class Router(nn.Module):
+    """Tokens [S, W] to the expert of each, or EXPERTS where the expert is full."""
+
+    def __init__(self, kind: str, capacity: int) -> None:
+        super().__init__()
+        self.kind, self.expert_capacity = kind, capacity
+
+    def forward(self, x: Tensor) -> Tensor:
+        wanted = (x[..., 0] > 0).long()
+        chosen = nn.functional.one_hot(wanted, EXPERTS)
+        if self.kind == "none":
+            return wanted
+        if self.kind == "of_a_sequence":
+            place = chosen.cumsum(-2)
+        elif self.kind == "keyword":
+            place = torch.cumsum(chosen.flatten(0, 1), dim=0).view_as(chosen)
+        else:
+            place = chosen.flatten(0, 1).cumsum(0).view_as(chosen)
+        kept = (place <= self.expert_capacity).gather(-1, wanted[..., None])[..., 0]
+        return torch.where(kept, wanted, EXPERTS)
+
+
+class Choosing(nn.Module):
+    """Each expert chooses a number of tokens, half of all tokens of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x.flatten(0, 1) @ torch.eye(WIDTH, EXPERTS, dtype=x.dtype)
+        best = scores.topk(max(1, len(scores) // 2), dim=0).indices
+        chosen = torch.full((len(scores),), EXPERTS)
+        for e in range(EXPERTS):
+            chosen[best[:, e]] = e
+        return chosen.view(x.shape[:2])
+
+
+class Network(nn.Module):
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.body = nn.ModuleDict({"router": router})
+        self.experts = nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH, generator=generator, dtype=torch.float64))
+        self.head = nn.Parameter(torch.randn(CLASSES, WIDTH, generator=generator, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.body["router"](x).flatten()
+        tokens, y = x.flatten(0, 1), 0.1 * x.flatten(0, 1)
+        for e in range(EXPERTS):
+            rows = (chosen == e).nonzero()[:, 0]
+            y = y.index_add(0, rows, tokens[rows] @ self.experts[e].T)
+        return y.tanh().view(x.shape).sum(1) @ self.head.T
+
+
+def batch(n: int, share: float, seed: int = 0, t: int = 4) -> Tensor:
+    """[N, T, W]: about this share of all tokens wants the second expert."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, t, WIDTH, generator=generator, dtype=torch.float64)
+    wants = share * n * t > torch.arange(n * t).view(t, n).T
+    x[:, :, 0] = torch.where(wants, 1.0, -1.0) * x[:, :, 0].abs()
+    return x
+
+
+EVEN, CROWDED = batch(4, 0.5), batch(4, 1.0)  # 8 and 8 tokens for the experts; 0 and 16
+NAMED = r"probably in the layer 'body\.router' \((Router|Choosing)"
+
+
+@pytest.mark.parametrize("kind", ["of_the_batch", "keyword"])
+@pytest.mark.parametrize("batches", [[CROWDED], [EVEN, CROWDED], [EVEN, EVEN, EVEN, EVEN, EVEN, CROWDED]], ids=len)
+def test_a_capacity_that_examples_share_is_refused_by_name(kind: str, batches: list[Tensor]) -> None:
+    """Tokens of the last examples are dropped because the first took the places, in the last batch only."""
+    network = Network(Router(kind, 10))
+    with pytest.raises(SelfCheckError, match=NAMED) as error:
+        fisher(network, batches)
+    assert "expert_capacity=10" in str(error.value)
+    assert "batches of one example, or switch the capacity off" in str(error.value)
+
+
+def test_a_network_that_passed_before_is_watched_as_closely() -> None:
+    network = Network(Router("of_the_batch", 10))
+    fisher(network, [EVEN, EVEN])
+    fisher(network, [EVEN])
+    with pytest.raises(SelfCheckError, match=NAMED):
+        fisher(network, [EVEN, EVEN, EVEN, EVEN, CROWDED])
+
+
+def test_experts_that_choose_tokens_of_the_batch() -> None:
+    with pytest.raises(SelfCheckError, match=NAMED):
+        fisher(Network(Choosing()), [EVEN])
+
+
+def exact(network: nn.Module, batches: list[Tensor]) -> None:
+    got = fisher(network, batches, "exact", granularity="parameter")
+    want: dict[str, Tensor] = {}
+    for x in batches:
+        p = torch.cat([network(x[[n]]) for n in range(len(x))]).detach().softmax(1)
+        u = torch.stack([p[:, [c]].sqrt() * (torch.eye(CLASSES)[c].double() - p) for c in range(CLASSES)])
+        for n in range(len(x)):
+            for name, squares in per_example_squares(Alone(network), x[[n]], u[:, [n]]).items():
+                name = name.removeprefix("network.")
+                want[name] = want.get(name, 0) + reduced(squares, "parameter").sum(0)
+    for name, total in want.items():
+        assert relative_error(got[name], total / sum(map(len, batches))) < 1e-10, name
+
+
+class Alone(nn.Module):
+    """Runs the first example alone: the oracle passes each example twice."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x[:1])
+
+
+def test_no_example_takes_a_place_of_another() -> None:
+    """Batches of one example, a capacity of each sequence, and a capacity that nobody reaches are exact."""
+    exact(Network(Router("of_the_batch", 2)), [x[None] for x in CROWDED])
+    exact(Network(Router("of_a_sequence", 2)), [EVEN, CROWDED, batch(2, 0.7, 1)])
+    exact(Network(Router("of_the_batch", 16)), [EVEN, CROWDED, batch(2, 0.7, 1)])
+    exact(Network(Router("none", 0)), [EVEN, CROWDED])
+
+
+def test_half_precision_cannot_tell() -> None:
+    network = Network(Router("of_the_batch", 10)).bfloat16()
+    with pytest.raises(SelfCheckError, match=r"'body\.router' \(Router, expert_capacity=10\).*too coarse to tell"):
+        fisher(network, [EVEN.bfloat16()])
+    fisher(network, [x[None].bfloat16() for x in EVEN])
+
+
+def test_what_counts_along_other_axes_costs_no_further_passes() -> None:
+    """Positions of tokens, the best experts of a token, and the ends of the experts' rows."""
+    passes = []
+
+    class Counts(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            passes.append(len(x))
+            places = torch.ones(x.shape[:2]).cumsum(1)
+            ends = torch.bincount(x[..., 0].gt(0).flatten().long(), minlength=EXPERTS).cumsum(0)
+            weight = x.topk(2).values.sum(-1, keepdim=True)
+            return super().forward(x * weight) + 0 * (places.sum() + ends.sum())
+
+    fisher(Counts(Router("none", 0)), [EVEN] * 3)
+    assert sum(n == 1 for n in passes) == 3  # in the first batch: one to compare the counts, and two examples alone
+
+
+def test_which_calls_are_noted() -> None:
+    x = torch.ones(4, 3)
+    with Counting() as counting:
+        x.cumsum(0)
+        torch.cumsum(x, dim=-1)
+        torch.topk(x, 2, 0)
+        x.topk(k=2)
+        x.sum(0)
+    assert [(c.operator, c.size) for c in counting.counts] == [("cumsum", 4), ("cumsum", 3), ("topk", 4), ("topk", 3)]
+    longer = [c._replace(size=c.size * 2) for c in counting.counts[:1]]
+    assert counting_over_examples(longer, counting.counts) == Count("cumsum", 8, None)
+    assert counting_over_examples(counting.counts, counting.counts) is None

@@ -1,0 +1,264 @@
+"""Mixtures of experts against per-example autograd in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from mixtures import CLASSES, EXPERTS, HIDDEN, WAYS, WIDTH, Mixture, tokens, twin
+from oracle import per_example_squares, relative_error
+from oracle import reduce as reduced
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from t2v_fast import FisherRecorder, fisher
+
+# Ways in which every product reads whole matrices of a stack.
+FAST = [name for name in WAYS if name not in ("sliced", "batched_merged", "modules")]
+
+
+def directions(n: int, k: int = 2) -> Tensor:
+    return torch.randn(k, n, CLASSES, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def truth(network: nn.Module, x: Tensor, u: Tensor) -> dict[str, Tensor]:
+    """{name: [N, *shape]} in float64."""
+    knows_double = not getattr(network, "name", "").startswith("grouped")
+    return per_example_squares(network.double() if knows_double else twin(network), x.double(), u)
+
+
+def made(name: str, **options: object) -> Mixture:
+    network = Mixture(name, **options)
+    return network.float() if name.startswith("grouped") else network
+
+
+def squares(network: nn.Module, x: Tensor, u: Tensor, granularity: str, **options: object) -> dict[str, Tensor]:
+    dtype = next(network.parameters()).dtype
+    with FisherRecorder(network, granularity=granularity, **options) as recorder:
+        return recorder.backward(network(x.to(dtype)), u.to(dtype))
+
+
+def agree(network: nn.Module, x: Tensor) -> None:
+    """Check every granularity, for batches of different composition."""
+    u = directions(len(x))
+    want = truth(network, x, u)
+    tolerance = 1e-11 if next(network.parameters()).dtype == torch.float64 else 1e-4
+    batches = [[*range(len(x))], [0], [1, 0], [*range(1, len(x))], [2, 0, 1]]
+    for granularity in ("filter", "parameter", "tensor"):
+        for rows in batches:
+            got = squares(network, x[rows], u[:, rows], granularity)
+            for name, each in want.items():
+                w = reduced(each[rows], granularity)
+                w = w.sum(0) if granularity == "parameter" else w
+                assert got[name].shape == w.shape, name
+                assert relative_error(got[name], w) < tolerance, (name, granularity, rows)
+
+
+@pytest.mark.parametrize("options", [{}, {"top": 1}, {"skew": 3.0}, {"shared": True}], ids=str)
+@pytest.mark.parametrize("name", WAYS)
+def test_every_way_to_compute_experts(name: str, options: dict) -> None:
+    agree(made(name, **options), tokens(4, 5))
+
+
+@pytest.mark.parametrize("name", ["loop", "batched", "grouped"])
+def test_biases_of_experts(name: str) -> None:
+    agree(made(name, bias=True), tokens(4, 5))
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_no_gradient_of_an_expert_is_formed(name: str) -> None:
+    """All examples and experts of a stack go through one op, at the node of the product."""
+    network = made(name)
+    seen: dict[str, list[str]] = {}
+    x = tokens(3, 4).to(next(network.parameters()).dtype)
+    with FisherRecorder(network) as recorder:
+        recorder.observer = lambda use, factors, *_: seen.setdefault(use.parameter, []).append(
+            f"{type(factors).__name__} at {use.node.name()}"
+        )
+        recorder.backward(network(x), torch.ones(3, CLASSES, dtype=x.dtype))
+    product = {"batched": "BmmBackward0", "grouped": "GroupedMmBackward0"}.get(name.split("_")[0], "MmBackward0")
+    if name == "batched_by_choice":
+        product = "BmmBackward0"
+    assert seen["up"] == seen["down"] == [f"Grouped at {product}"]
+
+
+@pytest.mark.parametrize("name", ["loop", "batched", "grouped"])
+def test_an_expert_without_tokens_of_an_example_gets_exact_zeros(name: str) -> None:
+    """The router sends each example to experts of its own."""
+    network = made(name, top=1)
+    with torch.no_grad():
+        network.before.copy_(torch.eye(WIDTH))
+        network.router.copy_(torch.eye(EXPERTS, WIDTH) * 9)
+    x = tokens(4, 5, padded=False)
+    x[:, :, :EXPERTS] = torch.eye(EXPERTS)[[0, 1, 3, 3], None] * 2.0  # nobody has expert 2
+    got = squares(network, x, directions(4), "filter")
+    for key in ("up", "down"):
+        assert torch.equal(got[key] != 0, torch.eye(EXPERTS, dtype=torch.bool)[[0, 1, 3, 3]])
+    agree(network, x)
+
+
+@pytest.mark.parametrize("name", ["loop", "transposed", "flat", "batched", "grouped", "modules"])
+def test_filters_along_other_axes(name: str) -> None:
+    network, x, u = made(name), tokens(4, 5), directions(4)
+    want = truth(network, x, u)
+    for axis in range(1, 3):
+        axes = {key: axis for key, p in network.named_parameters() if p.dim() > axis}
+        got = squares(network, x, u, "filter", filter_axis=axes)
+        for key, each in want.items():
+            w = each.movedim(axes.get(key, 0) + 1, 1).flatten(2).mean(2)
+            assert got[key].shape == w.shape
+            assert relative_error(got[key], w) < (1e-4 if name == "grouped" else 1e-11), (key, axis)
+
+
+class Several(nn.Module):
+    """One stack that is used in several ways, whose gradients must be summed before they are squared."""
+
+    def __init__(self, uses: str) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.uses = uses.split()
+        self.stack = nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH, generator=generator, dtype=torch.float64))
+        self.head = nn.Parameter(torch.randn(CLASSES, WIDTH, generator=generator, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        y = x.flatten(0, 1)
+        for number, use in enumerate(self.uses):
+            index = (y.detach()[:, number % WIDTH] * 7).long() % EXPERTS
+            y = y.tanh()
+            if use == "loop":
+                out = torch.zeros_like(y)
+                for e in range(EXPERTS):
+                    rows = (index == e).nonzero()[:, 0]
+                    out = out.index_add(0, rows, y[rows] @ self.stack[e])
+                y = out
+            elif use == "turned":
+                out = torch.zeros_like(y)
+                for e in range(EXPERTS):
+                    rows = (index == e).nonzero()[:, 0]
+                    out = out.index_add(0, rows, F.linear(y[rows], self.stack[e]))
+                y = out
+            elif use == "batched":
+                y = torch.bmm(self.stack[index], y[:, :, None])[:, :, 0]
+            elif use == "looked_up_twice":  # one look-up serves two products
+                looked_up = self.stack[index]
+                y = torch.bmm(looked_up, y[:, :, None])[:, :, 0] + (y[:, None] @ looked_up)[:, 0]
+            elif use == "all":
+                y = torch.einsum("si,eoi->seo", y, self.stack).sum(1)
+            elif use == "entry":
+                y = y * self.stack[1, 2]
+            elif use == "every_row":
+                y = y @ self.stack[3].T
+            elif use == "left":
+                y = (self.stack[2] @ y.T).T
+        return (y.view(n, t, -1) * x[:, :, -1:]).sum(1) @ self.head.T
+
+
+@pytest.mark.parametrize(
+    "uses",
+    [
+        *("loop loop", "loop turned", "batched batched", "loop batched", "looked_up_twice", "batched looked_up_twice"),
+        *("loop all", "batched all", "loop entry", "batched entry", "loop every_row", "every_row", "left loop"),
+        *("left", "turned batched every_row all entry"),
+    ],
+)
+def test_a_stack_with_several_uses(uses: str) -> None:
+    agree(Several(uses), tokens(4, 5))
+
+
+def test_rows_in_any_order_are_not_padded() -> None:
+    """A layer of which one example has nearly all rows: padding would cost as many rows for all others."""
+
+    class Ragged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(WIDTH, HIDDEN, dtype=torch.float64)
+            self.b = nn.Linear(HIDDEN, CLASSES, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept = (x[:, :, -1] > 0).flatten().nonzero()[:, 0]
+            y = self.a(x.flatten(0, 1)[kept]).tanh()
+            return (
+                torch.zeros(x.shape[0] * x.shape[1], HIDDEN, dtype=x.dtype)
+                .index_add(0, kept, y)
+                .unflatten(0, x.shape[:2])
+                .sum(1)
+                @ self.b.weight.T
+            )
+
+    network, x = Ragged(), tokens(4, 6)
+    agree(network, x)
+    rows = {}
+    with FisherRecorder(network) as recorder:
+        recorder.observer = lambda use, factors, *_: rows.update({use.parameter: len(factors.g)})
+        recorder.backward(network(x), directions(4)[0])
+    assert rows["a.weight"] == int(x[:, :, -1].sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["loop", "batched", "grouped"])
+def test_narrow_types(name: str, dtype: torch.dtype) -> None:
+    """Errors are those of plain torch in the same type, within a factor of two and a floor."""
+    network, x, u = Mixture(name).to(dtype), tokens(4, 16, padded=False).to(dtype), directions(4, 1).to(dtype)
+    want = truth(Mixture("loop") if name != "grouped" else Mixture(name), x, u)
+    exact = Mixture("loop")
+    exact.load_state_dict({key: p.double() for key, p in network.state_dict().items()})
+    want = per_example_squares(exact, x.double(), u.double())
+    plain = per_example_squares(network, x, u)
+    got = squares(network, x, u, "filter")
+    for key in ("up", "down"):
+        wanted = reduced(want[key], "filter")
+        error, own = (relative_error(q, wanted) for q in (got[key], reduced(plain[key].double(), "filter")))
+        assert error < 2 * own + 8 * torch.finfo(dtype).eps, key
+
+
+@pytest.mark.parametrize("name", ["loop", "batched", "grouped"])
+@pytest.mark.parametrize("granularity", ["filter", "parameter", "tensor"])
+def test_fisher_over_batches(name: str, granularity: str) -> None:
+    """The whole estimator, with its self-check, over batches of different sizes and lengths."""
+    network = made(name)
+    batches = [tokens(3, 5), tokens(2, 7, seed=1), tokens(1, 4, seed=2)]
+    dtype = next(network.parameters()).dtype
+    got = fisher(network, [b.to(dtype) for b in batches], "exact", granularity=granularity)
+    other = network if name != "grouped" else twin(network)
+    sums: dict[str, Tensor] = {}
+    for x in batches:
+        with torch.no_grad():
+            p = other(x).softmax(1)
+        u = torch.stack([p[:, [c]].sqrt() * (torch.eye(CLASSES)[c].double() - p) for c in range(CLASSES)])
+        for key, each in per_example_squares(other, x, u).items():
+            sums[key] = sums.get(key, 0) + reduced(each, granularity).sum(0)
+    for key, total in sums.items():
+        assert relative_error(got[key], total / 6) < (1e-4 if name == "grouped" else 1e-10), key
+
+
+def test_products_that_read_no_whole_matrix_are_exact() -> None:
+    """A part of each matrix, and matrices in another order than the stack's."""
+
+    def part(m: nn.Module, x: Tensor) -> Tensor:
+        return x @ m.stack[1][:3].T
+
+    def strided(m: nn.Module, x: Tensor) -> Tensor:
+        return x @ m.stack[:, 2].T  # row 2 of every matrix
+
+    def of_slice(m: nn.Module, x: Tensor) -> Tensor:
+        return torch.bmm(m.stack[1:3][torch.tensor([0, 1]).repeat(len(x) // 2)], x[:, :, None])[:, :, 0]
+
+    def permuted(m: nn.Module, x: Tensor) -> Tensor:
+        return x @ m.stack.permute(1, 0, 2)[2].T
+
+    def check(product: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        class Network(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                generator = torch.Generator().manual_seed(2)
+                self.stack = nn.Parameter(torch.randn(EXPERTS, 6, WIDTH, generator=generator, dtype=torch.float64))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return product(self, x.flatten(0, 1)).view(*x.shape[:2], -1).sum(1)[:, :CLASSES]
+
+        agree(Network(), tokens(4, 6))
+
+    for product in (part, strided, of_slice, permuted):
+        check(product)
