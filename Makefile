@@ -62,6 +62,10 @@ docs-data: pictures coverage ## Regenerate the tables and pictures in docs/ that
 	$(BIN)/python -m bench.studies.selection --write docs/selection.md
 	$(BIN)/python -m bench.studies.claims --write docs/selection.md
 	$(BIN)/python -m bench.studies.baseline --write docs/selection.md
+	npm install --prefix build/emoji emoji-datasource-apple@16.0.0 emoji-datasource-facebook@16.0.0 \
+		emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
+	$(BIN)/python -m bench.studies.similarity --write docs/selection.md --guide docs/guide/distances.md --readme README.md
+	$(BIN)/python -m bench.studies.label_only --write docs/selection.md --picture docs/labels.png
 
 test: setup ## Run the tests that end within minutes, and the examples in docstrings
 	$(PYTEST) -m "not slow and not weekly"

@@ -136,7 +136,7 @@ class MetaTask:
         _, characters, files = self.glyphs[label]
         pairs = [(c, f) for c in characters for f in files if ord(c) in covered(f)]
         character, file = pairs[int(rng.integers(len(pairs)))]
-        return _distort(_plain(character, file), rng)
+        return distort(plain(character, file), rng)
 
     def _scanned(self, labels: np.ndarray, split: int, rng: np.random.Generator) -> np.ndarray:
         scans, digits = _scans(self.scans)
@@ -149,7 +149,7 @@ class MetaTask:
             if len(wanted) > len(rows):
                 rows = np.resize(rows, len(wanted))
             for at, row in zip(wanted, rows, strict=False):
-                images[at] = _distort(Image.fromarray(scans[row]).resize((SIZE, SIZE), Image.Resampling.BICUBIC), rng)
+                images[at] = distort(Image.fromarray(scans[row]).resize((SIZE, SIZE), Image.Resampling.BICUBIC), rng)
         return images
 
 
@@ -169,7 +169,7 @@ def _path(file: str) -> Path:
 
 
 @cache
-def _plain(character: str, file: str) -> Image.Image:
+def plain(character: str, file: str) -> Image.Image:
     """A character in the middle of a white square, filling about two thirds of it."""
     colour = file == EMOJI
     font = ImageFont.truetype(str(_path(file)), EMOJI_SIZE if colour else 96)
@@ -181,7 +181,7 @@ def _plain(character: str, file: str) -> Image.Image:
     return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
-def _distort(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+def distort(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
     """Turned, scaled, moved, blurred, faded and grainy, each a little: what a scanner or camera would do."""
     white = (255,) * len(image.getbands())
     angle, scale, shift = np.radians(rng.uniform(-15, 15)), rng.uniform(0.85, 1.25), rng.uniform(-7, 7, 2)
@@ -229,7 +229,7 @@ def _letters(first: int, last: int, families: str, count: int) -> tuple[tuple[st
         for k in range(first, last + 1)
         if unicodedata.category(chr(k))[0] in "LNS" and any(k in covered(f) for f in files)
     ]
-    drawable = [c for c in letters if any(ord(c) in covered(f) and np.asarray(_plain(c, f)).min() < 128 for f in files)]
+    drawable = [c for c in letters if any(ord(c) in covered(f) and np.asarray(plain(c, f)).min() < 128 for f in files)]
     step = max(len(drawable) / count, 1)
     return tuple(drawable[int(k * step)] for k in range(min(count, len(drawable)))), files
 

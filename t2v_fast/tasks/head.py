@@ -6,7 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -71,6 +71,7 @@ def fit_heads(
     likelihood: str = "softmax",
     method: str = "newton",
     weight_decay: float | str = 1e-4,
+    temperature: float = 1.0,
     seed: int = 0,
     max_iterations: int | None = None,
     tolerance: float | None = None,
@@ -104,6 +105,8 @@ def fit_heads(
         method: ``"newton"``, ``"lbfgs"`` or ``"adam"``.
         weight_decay: the penalty, or ``"cv"`` for the value of :data:`GRID` that :func:`cross_validate` finds best for
             each task.
+        temperature: divide the fitted weights and bias by this number. The classes keep their order. Far above 1,
+            every class is nearly as likely as the others in every example; ``docs/selection.md`` says when that helps.
         seed: seed of ``"adam"`` and of the cross-validation.
         max_iterations: see above.
         tolerance: see above.
@@ -121,11 +124,13 @@ def fit_heads(
             the optimum needs one.
     """
     _check_options(likelihood, method, weight_decay)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, expected a finite number above 0")
     _check_features(features)
     fits: dict[str, HeadFit] = {}
     if weight_decay == CROSS_VALIDATED:  # each task gets its own penalty
         options: dict[str, Any] = {"likelihood": likelihood, "method": method}
-        options |= {"max_iterations": max_iterations, "tolerance": tolerance}
+        options |= {"max_iterations": max_iterations, "tolerance": tolerance, "temperature": temperature}
         for name, task in tasks.items():
             best = _best(name, features, task, likelihood, seed)
             fits |= fit_heads(features, {name: task}, weight_decay=best, **options)
@@ -149,7 +154,8 @@ def fit_heads(
     for name, task, optimum in zip(tasks, checked, found, strict=True):
         if optimum.shortfall:
             _warn(name, optimum)
-        fits[name] = _head_fit(x, task, optimum, losses, likelihood, weight_decay)
+        cooled = replace(optimum, weight=optimum.weight / temperature, bias=optimum.bias / temperature)
+        fits[name] = _head_fit(x, task, cooled, losses, likelihood, weight_decay)
     return fits
 
 

@@ -27,7 +27,16 @@ GROUPS = {
 }
 # What the mappings may hold: keywords of `fit_heads`, and of `variational_fisher` besides num_samples.
 NAMES_IN = {
-    "head_options": ("weight_decay", "max_iterations", "tolerance", "learning_rate", "epochs", "batch_size", "draws"),
+    "head_options": (
+        "weight_decay",
+        "temperature",
+        "max_iterations",
+        "tolerance",
+        "learning_rate",
+        "epochs",
+        "batch_size",
+        "draws",
+    ),
     "method_options": ("epochs", "beta", "learning_rate", "head_learning_rate", "num_samples", "progress"),
 }
 # Options that a job file refuses, each with the reason.

@@ -250,12 +250,30 @@ X, Y = blobs(8)
         ({"method": "sgd"}, "unknown head method 'sgd': expected one of newton, lbfgs, adam"),
         ({"likelihood": "sigmoid"}, r"expected \[8, 4\]"),
         ({"likelihood": "poisson"}, "'poisson'"),
+        ({"temperature": 0}, "temperature is 0, expected a finite number above 0"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": float("nan")}, "temperature is nan"),
     ],
 )
 def test_errors(options: dict, message: str) -> None:
     options = {"features": X, "labels": Y, "num_classes": 4, **options}
     with pytest.raises(ValueError, match=message):
         fit_head(options.pop("features"), options.pop("labels"), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": "cv"}, {"method": "adam", "epochs": 2, "draws": 100}])
+def test_a_temperature_divides_the_logits_of_the_fit(options: dict) -> None:
+    x, y = blobs(40)
+    plain, warm = (fit_head(x, y, num_classes=4, temperature=t, **options) for t in (1.0, 50.0))
+    torch.testing.assert_close(warm.linear(x), plain.linear(x) / 50)
+    logits = plain.linear(x).detach().double() / 50
+    assert warm.loss == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-5)
+    assert warm.mean_top_probability == pytest.approx(float(logits.softmax(1).amax(1).mean()), rel=1e-5)
+    assert warm.mean_top_probability < plain.mean_top_probability
+    assert (warm.accuracy, warm.weight_decay) == (plain.accuracy, plain.weight_decay)
+    labels = F.one_hot(y, 4)
+    plain, warm = (fit_head(x, labels, num_classes=4, likelihood="sigmoid", temperature=t) for t in (1.0, 50.0))
+    torch.testing.assert_close(warm.linear(x), plain.linear(x) / 50)
 
 
 def held_out_losses(x: np.ndarray, y: np.ndarray, w: np.ndarray, decay: float, parts: list[np.ndarray]) -> float:

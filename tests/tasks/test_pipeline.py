@@ -124,6 +124,28 @@ def test_a_cross_validated_head() -> None:
     assert Task2Vec(small_probe()).embed(shapes()).meta["head_weight_decay"] == 1e-4
 
 
+def test_a_flat_head_has_the_fisher_of_equally_likely_classes() -> None:
+    images, labels = shapes(18)
+    t, options = 1000.0, {"estimator": "exact", "batch_size": 5}
+    found = Task2Vec(small_probe(), head_options={"temperature": t}, **options).embed((images, labels))
+    network, x = small_probe().network, torch.stack([PREPROCESSING(i) for i in images])
+    network[7] = fit_head(network[:7](x).detach(), torch.from_numpy(labels), num_classes=3).linear
+    # Every class has probability 1/3, whatever the head says: cotangents (e_c - 1/3) / sqrt(3).
+    u = (torch.eye(3, dtype=torch.float64) - 1 / 3)[:, None].expand(-1, len(x), -1) / 3**0.5
+    squares = per_example_squares(network.double(), x.double(), u)
+    want = torch.cat([reduce(squares[f"{k}.weight"], "filter").mean(0) for k in (0, 1, 3)]) / t**2
+    assert relative_error(torch.from_numpy(found.hessian), want) < 2e-2  # the classes are not quite equally likely
+    hotter = Task2Vec(small_probe(), head_options={"temperature": 100 * t}, **options).embed((images, labels))
+    assert relative_error(torch.from_numpy(hotter.hessian) * 100**2, want) < 1e-3
+    assert found.fingerprint["head"] == {"method": "newton", "temperature": t}
+    # What sharing a pass, and the default estimator, make of it.
+    shared = Task2Vec(small_probe(), head_options={"temperature": t}, **options)
+    again = shared.embed_label_sets((images, labels), {"a": labels, "b": labels % 2})["a"]
+    np.testing.assert_allclose(again.hessian, found.hessian, rtol=1e-4)
+    estimated = Task2Vec(small_probe(), samples=8, head_options={"temperature": t}).embed((images, labels))
+    assert relative_error(torch.from_numpy(estimated.hessian), torch.from_numpy(found.hessian)) < 1e-4
+
+
 def test_multilabel_tasks() -> None:
     images, labels = shapes(30)
     targets = np.stack([labels == 0, labels > 0], 1).astype(np.int64)
