@@ -89,7 +89,7 @@ def test_networks_that_may_be_as_good_are_named():
 
 @pytest.mark.parametrize("budget", [0.2, 0.5, 0.9])
 def test_the_budget_holds(budget, monkeypatch):
-    monkeypatch.setattr(zoo._FeatureStore, "get", with_equal_pace(zoo._FeatureStore.get))
+    monkeypatch.setattr(zoo._Network, "pace", 1.0)
     networks = [probe(f"n{k}", 0.3, seed=k) for k in range(6)]
     ranking = rank_zoo(images(640), networks, budget=budget)
     shown = sum(network.network.calls for network in networks) - 2 * 6  # finding the head takes a pass of two images
@@ -97,10 +97,6 @@ def test_the_budget_holds(budget, monkeypatch):
     assert 0.1 <= ranking.cost <= budget
     if budget == 0.5:  # six equal networks: nothing but the budget makes most of them leave
         assert [entry.outcome for entry in ranking.entries].count("budget") >= 2
-
-
-def with_equal_pace(get):
-    return lambda self, runner, wanted: (get(self, runner, wanted)[0], 1.0)
 
 
 def test_what_cannot_be_loaded_is_listed(monkeypatch):
@@ -165,6 +161,21 @@ def test_an_interrupted_race_continues_from_its_cache(tmp_path, monkeypatch):
     count = fresh.network.calls
     rank_zoo(data, [fresh], cache=tmp_path / "cache")
     assert fresh.network.calls > count
+
+
+@pytest.mark.parametrize(("held", "loads"), [(4.0, 1), (0.0, 4)])
+def test_a_network_is_loaded_once_unless_memory_is_short(held, loads, monkeypatch):
+    loaded = []
+
+    def load(name, weights):
+        loaded.append(name)
+        return probe(name, 0.3, seed=len(name))
+
+    monkeypatch.setattr(zoo, "load_probe", load)
+    ranking = rank_zoo(images(512), ["a", "bb"], held_gigabytes=held)
+    assert [entry.images for entry in ranking.entries] == [512, 512]  # four rounds: 64, 128, 256, 512
+    assert sorted(loaded) == ["a"] * loads + ["bb"] * loads
+    assert all(entry.parameters == 3 * SIDE * SIDE * 6 + 70 for entry in ranking.entries)
 
 
 @given(st.lists(st.integers(0, 4), min_size=10, max_size=60), st.integers(0, 9))

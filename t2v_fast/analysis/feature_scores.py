@@ -510,4 +510,8 @@ def _discriminant(f: np.ndarray, codes: np.ndarray, shrinkage: float) -> np.ndar
     solved = (inside / ((1 - shrinkage) * np.square(s) + ridge)) @ vt + outside / ridge  # [C, D]
     logits = (f - f.mean(0)) @ solved.T - 0.5 * (centred * solved).sum(1) + np.log(counts / len(f))
     logits -= logits.max(1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    # The sum without its largest term, which is one. A sure class then has a tiny loss, and not the same zero in all
+    # networks.
+    others = np.exp(logits)
+    others[np.arange(len(f)), logits.argmax(1)] = 0
+    return logits - np.log1p(others.sum(1, keepdims=True))
