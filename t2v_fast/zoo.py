@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,7 @@ from .tasks.probe import Probe, load_probe
 
 FIRST_IMAGES = 64  # at least so many in the first round
 IMAGES_PER_CLASS = 5  # and at least so many of each class, one for each fold
+SHORTLIST = 6  # networks with the best priors that run
 HELD_GIGABYTES = 4.0  # of networks that stay in memory between rounds
 
 
@@ -46,8 +47,9 @@ class Entry:
         seconds: The time to load it, to run it and to fit its heads.
         parameters: The number of its parameters.
         outcome: ``"finished"``, ``"dropped"`` (surely worse than the leader), ``"budget"`` (more images would have
-            cost more than the budget) or ``"unavailable"``.
+            cost more than the budget), ``"not shortlisted"`` or ``"unavailable"``.
         reason: Why a network is unavailable.
+        prior: What was expected of the network before it ran, if that was given.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Entry:
     parameters: int = 0
     outcome: str = "finished"
     reason: str = ""
+    prior: float | None = None
 
     @property
     def probability(self) -> float | None:
@@ -74,7 +77,8 @@ class ZooRanking:
         task: The task's name.
         images: The number of images in the task.
         classes: The number of classes.
-        cost: The estimated time of what was computed, as a share of the time to run every network on every image.
+        cost: The estimated time of what was computed, as a share of the time to run every network on every image. A
+            network that was not shortlisted counts like the mean of those that ran.
     """
 
     entries: tuple[Entry, ...]
@@ -101,6 +105,15 @@ class ZooRanking:
         )
         if close:
             text += f" {', '.join(close)} may be as good: the difference is within two standard errors."
+        reasons = {
+            "dropped": "surely worse than the leader",
+            "budget": "left to stay within the budget",
+            "not shortlisted": "expected to be worse and never run",
+            "unavailable": "could not be loaded",
+        }
+        counts = [(sum(entry.outcome == outcome for entry in self.entries), text) for outcome, text in reasons.items()]
+        if rest := ", ".join(f"{count} {reason}" for count, reason in counts if count):
+            text += f" Of the others: {rest}."
         return text
 
     def as_dict(self) -> dict[str, Any]:
@@ -115,7 +128,7 @@ class ZooRanking:
 
 def _row(entry: Entry) -> list[str]:
     if entry.score is None:
-        return [entry.name, "", "", "", "", "", f"unavailable: {entry.reason}"]
+        return [entry.name, "", "", "", "", "", ": ".join(filter(None, (entry.outcome, entry.reason)))]
     behind = f"{entry.behind:.3f} +- {entry.standard_error:.3f}" if entry.behind else "best"
     probability = f"{entry.probability:.3f}"
     counts = str(entry.images), f"{entry.seconds:.1f}", f"{entry.parameters / 1e6:.1f} M"
@@ -126,6 +139,8 @@ def rank_zoo(
     data: Any,
     networks: Sequence[str | Probe],
     *,
+    prior: Mapping[str, float] | None = None,
+    shortlist: int = SHORTLIST,
     budget: float = 1.0,
     confidence: float = CONFIDENCE,
     first_images: int = FIRST_IMAGES,
@@ -144,6 +159,10 @@ def rank_zoo(
             images are read by number.
         networks: Names as for :func:`t2v_fast.load_probe`, ``"NAME=FILE"`` for the weights of a file, or probes. A
             network that cannot be loaded is listed with the reason.
+        prior: What is expected of networks, by their names; higher is better. Only the networks with the highest priors
+            run, and those without one. :func:`t2v_fast.analysis.selection.predict_errors` makes priors of the errors on
+            earlier tasks and of distances.
+        shortlist: How many networks with priors run. The next takes the place of one that cannot be loaded.
         budget: The share of the time to run all networks on all images that may be spent, above 0 and at most 1. The
             first round always runs.
         confidence: A network leaves if its score is more than so many standard errors below the leader's.
@@ -166,10 +185,10 @@ def rank_zoo(
             than two images.
         DataError: As for ``embed``.
     """
-    if not 0 < budget <= 1 or confidence <= 0 or first_images < 2:
+    if not 0 < budget <= 1 or confidence <= 0 or first_images < 2 or shortlist < 1:
         raise ValueError(
-            f"budget={budget}, confidence={confidence}, first_images={first_images}: expected a budget above 0 and at "
-            "most 1, a positive confidence and at least two images"
+            f"budget={budget}, confidence={confidence}, first_images={first_images}, shortlist={shortlist}: expected a "
+            "budget above 0 and at most 1, a positive confidence, at least two images and a shortlist of at least 1"
         )
     names = [given if isinstance(given, str) else given.name for given in networks]
     if len(set(names)) < len(names):
@@ -185,7 +204,15 @@ def rank_zoo(
     while rounds[-1] < len(order):
         rounds.append(min(2 * rounds[-1], len(order)))
     zoo = [_Network(given, name, features, labels, order) for given, name in zip(networks, names, strict=True)]
-    there = _first_look(zoo, rounds[0], held_gigabytes)
+    if prior is not None:
+        for network in zoo:
+            network.prior = prior.get(network.name)
+        if all(network.prior is None for network in zoo):
+            raise ValueError(
+                f"no prior is of a network: priors are of {', '.join(prior)}; networks are {', '.join(names)}"
+            )
+        zoo.sort(key=lambda network: -np.inf if network.prior is None else -network.prior)
+    there = _first_look(zoo, rounds[0], shortlist, held_gigabytes)
     by_name = {network.name: network for network in there}
     ranked, cost = run_race(
         [Runner(network.name, network.look, network.pace) for network in there],
@@ -195,7 +222,14 @@ def rank_zoo(
         leaves=lambda runner: by_name[runner.name].release(),
     )
     entries = [by_name[runner.name].entry(runner) for runner in ranked]
-    entries += [Entry(network.name, outcome="unavailable", reason=network.reason) for network in zoo if network.reason]
+    for outcome in ("not shortlisted", "unavailable"):
+        entries += [
+            Entry(network.name, outcome=outcome, reason=network.reason, prior=network.prior)
+            for network in zoo
+            if network.outcome == outcome
+        ]
+    unseen = sum(network.outcome == "not shortlisted" for network in zoo)
+    cost *= len(there) / (len(there) + unseen)
     return ZooRanking(tuple(entries), task.name or "task", len(order), classes, cost)
 
 
@@ -209,7 +243,8 @@ class _Network:
         self.probe: Probe | None = None
         self.parameters = self.gigabytes = 0.0
         self.seconds = 0.0
-        self.reason = ""  # why it is unavailable
+        self.outcome = self.reason = ""  # why it has no score
+        self.prior: float | None = None
         self.stays = True  # in memory between rounds
 
     @property
@@ -243,20 +278,26 @@ class _Network:
 
     def entry(self, runner: Runner) -> Entry:
         counts = len(runner.likelihoods), self.seconds, int(self.parameters)
-        return Entry(self.name, runner.score, runner.behind, runner.error, *counts, runner.outcome)
+        return Entry(
+            self.name, runner.score, runner.behind, runner.error, *counts, runner.outcome, prior=self.prior
+        )
 
 
-def _first_look(zoo: Sequence[_Network], count: int, held_gigabytes: float) -> list[_Network]:
+def _first_look(zoo: Sequence[_Network], count: int, shortlist: int, held_gigabytes: float) -> list[_Network]:
     """Load each network and compute its first features; return those that are there.
 
-    Networks beyond the memory's limit are released, and loaded again if they see more images.
+    Of the networks with priors, only the first ones of the shortlist are loaded. Networks beyond the memory's limit are
+    released, and loaded again if they see more images.
     """
     there, held = list[_Network](), 0.0
     for network in zoo:
+        if network.prior is not None and sum(n.prior is not None for n in there) == shortlist:
+            network.outcome = "not shortlisted"
+            continue
         try:
             network.load()
         except (ImportError, OSError, RuntimeError, ValueError) as error:
-            network.reason = str(error).splitlines()[0]
+            network.outcome, network.reason = "unavailable", str(error).splitlines()[0]
             continue
         network.features.get(network, network.order[:count])
         there.append(network)
@@ -266,7 +307,7 @@ def _first_look(zoo: Sequence[_Network], count: int, held_gigabytes: float) -> l
         else:
             network.release()
     if not there:
-        reasons = "; ".join(f"{network.name}: {network.reason}" for network in zoo)
+        reasons = "; ".join(f"{network.name}: {network.reason}" for network in zoo if network.reason)
         raise ValueError(f"no network can be loaded: {reasons or 'none was given'}")
     return there
 

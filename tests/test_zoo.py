@@ -178,6 +178,33 @@ def test_a_network_is_loaded_once_unless_memory_is_short(held, loads, monkeypatc
     assert all(entry.parameters == 3 * SIDE * SIDE * 6 + 70 for entry in ranking.entries)
 
 
+def test_only_networks_with_high_priors_run(monkeypatch):
+    loaded = []
+
+    def load(name, weights):
+        loaded.append(name)
+        if name == "good but gone":
+            raise OSError("no weights")
+        return probe(name, 0.3, seed=len(name))
+
+    monkeypatch.setattr(zoo, "load_probe", load)
+    prior = {"bad": -3.0, "good": 2.0, "good but gone": 3.0, "worse": -4.0, "fair": 1.0, "worst": -5.0}
+    ranking = rank_zoo(images(128), [*prior, "unknown"], shortlist=2, prior={**prior, "not in the zoo": 9.0})
+    by_name = {entry.name: entry for entry in ranking.entries}
+    # The network without a prior runs, and the next one takes the place of the one that is gone.
+    assert sorted(loaded) == ["fair", "good", "good but gone", "unknown"]
+    assert {name: entry.prior for name, entry in by_name.items()} == {**prior, "unknown": None}
+    assert [by_name[name].outcome for name in ("bad", "worse", "worst")] == ["not shortlisted"] * 3
+    assert by_name["good but gone"].outcome == "unavailable"
+    assert ranking.cost <= 3 / 6
+    assert "3 expected to be worse and never run, 1 could not be loaded" in ranking.explain()
+    assert [row[-1] for row in ranking.rows()].count("not shortlisted") == 3
+    # A long shortlist runs all networks.
+    assert all(e.outcome != "not shortlisted" for e in rank_zoo(images(128), list(prior), prior=prior).entries)
+    with pytest.raises(ValueError, match="no prior is of a network: priors are of bad"):
+        rank_zoo(images(128), ["unknown"], prior=prior)
+
+
 @given(st.lists(st.integers(0, 4), min_size=10, max_size=60), st.integers(0, 9))
 def test_every_prefix_has_all_classes(labels, seed):
     labels = np.array([*labels, *range(5), *range(5)])  # two of each class at least

@@ -29,20 +29,23 @@ from t2v_fast.files import write_atomically
 from t2v_fast.tasks.head import fit_head
 
 
+PER_FAMILY = 4  # tasks, so that no family decides alone
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that a stored result depends on."""
 
+    source_images: int = 80  # of an expert's own task, to embed it
     images: int = 120  # of a task, to choose an expert by and to train a head on
     draws: int = 3  # of those images; heads are trained on each of them
     test_images: int = 1000
     expert_images: int = 1600
     epochs: int = 8
     counts: tuple[int, ...] = (30, 60, 120)  # images that a score may see
-    embedded: tuple[int, ...] = (40, 80)  # images that an embedding may see
+    embedded: tuple[int, ...] = (40,)  # images that an embedding may see
     size: int = 64  # pixels of the probe's input
     weight_decay: float = 1e-2  # of the heads on experts' features
-    per_family: int = 4  # tasks
     seed: int = 0
 
 
@@ -51,8 +54,8 @@ def enough(count: int, classes: int) -> int:
     return max(count, 2 * classes)
 
 
-def of_families(tasks: Sequence[MetaTask], most: int) -> list[MetaTask]:
-    """At most so many tasks of each family, evenly spaced in their order, so that no family decides alone."""
+def of_families(tasks: Sequence[MetaTask], most: int = PER_FAMILY) -> list[MetaTask]:
+    """At most so many tasks of each family, evenly spaced in their order."""
     chosen = []
     for family in dict.fromkeys(task.family for task in tasks):
         members = [task for task in tasks if task.family == family]
@@ -188,8 +191,12 @@ class Store:
         return self._embed(f"embeddings-{images}", task.name, drawn.images[:n], drawn.labels[:n], drawn.digest, task2vec)
 
     def computed_embedding(self, name: str, pool: np.ndarray, expert: Expert, task2vec: Task2Vec) -> Embedding:
-        """What an expert computes: the embedding of general images under the labels that the expert gives them."""
-        labels = outputs(expert, prepare(pool))[1].argmax(1).numpy()
+        """What an expert computes: the embedding of general images under the labels that the expert gives them.
+
+        A label is the class that the expert finds likelier than usual, as it may find one class likeliest for all.
+        """
+        logs = outputs(expert, prepare(pool))[1].clamp_min(1e-30).log()
+        labels = (logs - logs.mean(0)).argmax(1).numpy()
         common = np.isin(labels, np.flatnonzero(np.bincount(labels) > 1))
         digest = DemoTask(name, "", pool[common], labels[common], ()).digest
         return self._embed("computed", name, pool[common], labels[common], digest, task2vec)
@@ -246,7 +253,7 @@ class Results:
 
     names: list[str]
     families: np.ndarray  # [T]
-    experts: list[int]  # the experts' own tasks
+    experts: list[str]  # the names of the experts' own tasks
     kinds: list[Kind]  # of the experts
     errors: np.ndarray  # [T, E], the mean over draws; NaN where an expert is no candidate
     every_error: np.ndarray  # [draws, T, E], candidates or not
@@ -256,6 +263,7 @@ class Results:
     likelihoods: list[dict[int, np.ndarray]]  # of each task, by the number of images: [E, n], of held-out labels
     features: list[dict[str, np.ndarray]]  # of each task, what Store.row gives
     embeddings: dict[int, list[Embedding]]  # of the tasks, by the number of images
+    sources: list[Embedding]  # of the experts' own tasks, with the most images
     computed: list[Embedding]  # of what each expert computes
     passes: float  # forward passes that an embedding takes, for each image
 
@@ -265,17 +273,27 @@ class Results:
         return ~np.isnan(self.errors)
 
 
-def fill(store: Store, task2vec: Task2Vec) -> Results:
-    """Do whatever is missing, and read the rest."""
-    settings, names = store.settings, [task.name for task in store.tasks]
+def finished(store: Store) -> list[MetaTask]:
+    """The tasks whose parts are all there, so that a run that is not over yet has a first result."""
+    kinds = ["rows", "scores", *(f"embeddings-{n}" for n in store.settings.embedded)]
+    return [task for task in store.tasks if all(store.path(kind, task.name, "safetensors").exists() for kind in kinds)]
+
+
+def fill(store: Store, task2vec: Task2Vec, tasks: Sequence[MetaTask] | None = None) -> Results:
+    """Do whatever is missing for some of the tasks, by default all, and read the rest."""
+    settings = store.settings
+    tasks = store.tasks if tasks is None else list(tasks)
+    names = [task.name for task in tasks]
     experts = {name: store.expert(name) for name in store.experts}
-    rows = [store.row(task, experts) for task in store.tasks]
-    embeddings = {n: [store.embedding(task, n, task2vec) for task in store.tasks] for n in settings.embedded}
+    rows = [store.row(task, experts) for task in tasks]
+    embeddings = {n: [store.embedding(task, n, task2vec) for task in tasks] for n in settings.embedded}
     pool = store.pool()
     computed = [store.computed_embedding(name, pool, expert, task2vec) for name, expert in experts.items()]
-    stored = [store.scores(task, row) for task, row in zip(store.tasks, rows, strict=True)]
-    families = np.array([task.family for task in store.tasks])
-    of_experts = [names.index(name) for name in store.experts]
+    stored = [store.scores(task, row) for task, row in zip(tasks, rows, strict=True)]
+    families = np.array([task.family for task in tasks])
+    by_name = {task.name: task for task in store.tasks}
+    own = [by_name[name] for name in store.experts]
+    sources = [store.embedding(task, settings.source_images, task2vec) for task in own]
     every = np.stack([row["errors"] for row in rows], 1)
     scores, seconds = {}, {}
     for count in settings.counts:
@@ -286,9 +304,9 @@ def fill(store: Store, task2vec: Task2Vec) -> Results:
     return Results(
         names,
         families,
-        of_experts,
+        list(store.experts),
         list(store.kinds.values()),
-        np.where(families[:, None] == families[of_experts], np.nan, every.mean(0)),
+        np.where(families[:, None] == np.array([task.family for task in own]), np.nan, every.mean(0)),
         every,
         np.array([int(row["labels"].max()) + 1 for row in rows]),
         scores,
@@ -296,6 +314,7 @@ def fill(store: Store, task2vec: Task2Vec) -> Results:
         [{count: s[f"{count}/likelihoods"] for count in settings.counts} for s in stored],
         rows,
         embeddings,
+        sources,
         computed,
         float(np.median(whole)),
     )

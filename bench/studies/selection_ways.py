@@ -6,21 +6,33 @@ the task's images it took. Letters for shapes: T (tasks), E (experts), F (famili
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 
 import numpy as np
 from scipy.stats import rankdata, weightedtau
 
 from bench.studies.selection_data import Results, Settings, enough
-from bench.studies.selection_experts import WIDTHS
+from bench.studies.selection_experts import WIDTHS, Kind
 from t2v_fast.analysis.distance import asymmetric_distance, cdist, centred_distance
 from t2v_fast.analysis.feature_scores import SCORES, combine_terms
+from t2v_fast.analysis.race import Runner, run_race
+from t2v_fast.analysis.selection import predict_errors
 
 FLOOR = 0.01  # errors below count as this one, so that no task with nearly no errors decides a mean of ratios
 ALPHAS = (0.05, 0.15, 0.5)
 LENGTHS = (2, 3, 4, 6, 8, 10, 13)  # of shortlists
+AVERAGE = "best on other families"
+BUDGETS = (0.25, 0.5, 1.0)  # of races
+SHORTLISTED = ("leep", "logme", "ncti", "knn", "linear_probe")  # the scores that order a shortlist
+# What is learned from the errors of other families: an offset for each expert, and a slope for each of these.
+LEARNED = {
+    "learned centred": ("centred",),
+    "learned mean feature": ("mean feature, centred",),
+    "learned both": ("centred", "mean feature, centred"),
+}
 
 
 @dataclass(frozen=True)
@@ -123,29 +135,21 @@ def static_ways(results: Results) -> Iterator[Way]:
     free = np.zeros(len(results.names))
     widths = np.array([WIDTHS[kind.size] + 0.5 * (kind.architecture == "residual") for kind in results.kinds])
     yield Way("largest network", "static", masked(results, np.tile(widths, (len(free), 1))), free)
-    yield Way("best on other families", "static", masked(results, average_accuracy(results)), free)
-
-
-def log_errors(results: Results) -> np.ndarray:
-    """log of the errors [T, E], at least FLOOR, less each task's mean; NaN where an expert is no candidate."""
-    logs = np.log(np.maximum(results.errors, FLOOR))
-    return logs - np.nanmean(logs, axis=1, keepdims=True)
+    yield Way(AVERAGE, "static", masked(results, average_accuracy(results)), free)
 
 
 def average_accuracy(results: Results) -> np.ndarray:
-    """Minus each expert's mean log error on the tasks of other families, [T, E]."""
-    logs = log_errors(results)
-    out = np.empty_like(logs)
+    """Each expert's accuracy on the tasks of other families, [T, E]."""
+    out = np.empty_like(results.errors)
     for family in np.unique(results.families):
         mine = results.families == family
-        out[mine] = -np.nanmean(logs[~mine], axis=0)
+        out[mine] = -predict_errors(results.errors[~mine], floor=FLOOR)
     return out
 
 
 def distance_tables(results: Results, images: int) -> dict[str, np.ndarray]:
-    """Distances [T, E] from the experts' tasks, embedded with as many images as they have, to the tasks."""
-    experts = [results.embeddings[max(results.embeddings)][k] for k in results.experts]
-    tasks = results.embeddings[images]
+    """Distances [T, E] from the experts' own tasks to the tasks, embedded with so many images."""
+    experts, tasks = results.sources, results.embeddings[images]
     tables = {"cosine": cdist(experts, tasks).T}
     for alpha in ALPHAS:
         tables[f"asymmetric, alpha {alpha:g}"] = asymmetric_distance(experts, tasks, alpha=alpha).T
@@ -168,22 +172,14 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return 1 - a @ b.T
 
 
-def with_errors(results: Results, features: list[np.ndarray], ridge: float = 5.0) -> np.ndarray:
-    """Predicted accuracy [T, E]: a slope for each feature [T, E] and a shrunk offset for each expert.
-
-    Fitted by least squares to the log errors of other families. A feature is centred and scaled within each task.
-    """
-    logs, known = log_errors(results), results.candidates
-    scaled = [np.where(known, within_tasks(masked(results, f)), 0) for f in features]
-    t, e = known.shape
-    design = np.stack([*scaled, *(np.tile(row, (t, 1)) for row in np.eye(e))], -1)  # [T, E, features + E]
-    penalty = np.diag([1e-6] * len(features) + [ridge] * e)
-    out = np.empty_like(logs)
+def with_errors(results: Results, distances: list[np.ndarray]) -> np.ndarray:
+    """Predicted accuracy [T, E] from distances [T, E] and the errors on tasks of other families."""
+    out = np.empty_like(results.errors)
+    usable = [np.where(results.candidates, table, np.nan).T for table in distances]
     for family in np.unique(results.families):
         mine = results.families == family
-        use = known & ~mine[:, None]
-        x, y = design[use], logs[use]
-        out[mine] = -(design[mine] @ np.linalg.solve(x.T @ x + penalty, x.T @ y))
+        known, new = [d[~mine].T for d in distances], [d[:, mine] for d in usable]
+        out[mine] = -predict_errors(results.errors[~mine], known, new, floor=FLOOR)
     return out
 
 
@@ -210,13 +206,117 @@ def then(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.where(inside, ranks, np.where(np.isinf(first), -np.inf, low))
 
 
-def shortlisted(
-    results: Results, settings: Settings, name: str, first: np.ndarray, cost: np.ndarray, score: str, counts: tuple[int, ...]
-) -> Iterator[Way]:
-    """Shortlists by ``first`` of several lengths, ordered by a score on several numbers of images."""
-    number = results.candidates.sum(1)
-    for length, count in product(LENGTHS, counts):
-        inside = shortlist(first, length)
+def shortlisted(results: Results, settings: Settings, first: Way, length: int) -> Iterator[Way]:
+    """A shortlist of the candidates that ``first`` puts first, ordered by scores on several numbers of images."""
+    inside, number = shortlist(first.scores, length), results.candidates.sum(1)
+    for score, count in product(SHORTLISTED, settings.counts):
         second = score_table(results, score, count, inside)
-        total = cost + image_share(results, settings, count) * length / number
-        yield Way(f"{name}, {length} by {score} on {count}", "shortlist", then(first, second), total)
+        cost = first.cost + image_share(results, settings, count) * inside.sum(1) / number
+        yield Way(f"{first.name}, then {length} by {score} on {count}", "shortlist", then(first.scores, second), cost)
+
+
+def race_way(results: Results, name: str, first: Way, length: int, budget: float) -> Way:
+    """The race of t2v_fast/analysis/race.py among the ``length`` candidates that ``first`` puts first."""
+    scores, cost = np.full(first.scores.shape, -np.inf), first.cost.copy()
+    inside = shortlist(first.scores, length)
+    for k, likelihoods in enumerate(results.likelihoods):
+        by_images = {values.shape[1]: values for values in likelihoods.values()}
+        rows = np.flatnonzero(inside[k])
+        runners = [Runner(str(row), partial(_likelihoods, by_images, row)) for row in rows]
+        ranked, share = run_race(runners, sorted(by_images), budget=budget)
+        for place, runner in enumerate(ranked):
+            scores[k, int(runner.name)] = -place
+        cost[k] += share * len(rows) / results.candidates[k].sum()
+    return Way(name, "race", then(first.scores, scores), cost)
+
+
+def _likelihoods(by_images: dict[int, np.ndarray], row: int, images: int) -> np.ndarray:
+    return by_images[images][row]
+
+
+def plain_ways(results: Results, settings: Settings) -> list[Way]:
+    """The ways that order all candidates at once: static, by distance, learned, and by the score of their features."""
+    ways = list(static_ways(results))
+    for images in settings.embedded:
+        tables = distance_tables(results, images)
+        embedded = embedding_share(results, settings, images, results.passes)
+        forward = embedding_share(results, settings, images, 1)
+        for name, table in tables.items():
+            cost = forward if name.startswith("mean feature") else embedded
+            ways.append(Way(f"{name}, {images} images", "distance", masked(results, -table), cost))
+        for name, used in LEARNED.items():
+            cost = embedded if any("mean feature" not in part for part in used) else forward
+            learned = masked(results, with_errors(results, [tables[part] for part in used]))
+            ways.append(Way(f"{name}, {images} images", "learned", learned, cost))
+    for score, count in product(SCORES, settings.counts):
+        cost = image_share(results, settings, count)
+        ways.append(Way(f"{score} on {count}", "score", score_table(results, score, count), cost))
+    return ways
+
+
+def all_ways(results: Results, settings: Settings) -> list[Way]:
+    """Every way that the study compares: the plain ones, shortlists and races."""
+    ways = plain_ways(results, settings)
+    firsts = [
+        way for way in ways if way.group == "learned" or way.name == AVERAGE or way.name.startswith("centred, ")
+    ]
+    everyone = results.errors.shape[1]
+    for first, length in product(firsts, LENGTHS):
+        ways += shortlisted(results, settings, first, length)
+        for budget in BUDGETS:
+            label = f"{first.name}, then {length} in a race, budget {budget:g}"
+            ways.append(race_way(results, label, first, length, budget))
+    average = next(way for way in ways if way.name == AVERAGE)
+    for budget in BUDGETS:
+        ways.append(race_way(results, f"race of all, budget {budget:g}", average, everyone, budget))
+    return ways
+
+
+def of_kind(results: Results, kind: Kind) -> Results:
+    """The same with the experts of one architecture and size as the only candidates."""
+    mine = np.array([other == kind for other in results.kinds])
+    return replace(results, errors=np.where(mine, results.errors, np.nan))
+
+
+@dataclass(frozen=True)
+class CrossFitted:
+    """Ways that were chosen on some families, and judged on the others."""
+
+    budget: float
+    chosen: list[str]  # one for each half
+    increase: np.ndarray  # [T], of the way that was chosen on the half that the task is not in
+    cost: float
+
+
+def cross_fit(ways: list[Way], table: np.ndarray, families: np.ndarray, half: np.ndarray, budget: float) -> CrossFitted:
+    """Choose the way with the lowest mean increase within the budget on each half, and judge it on the other.
+
+    Args:
+        ways: W ways.
+        table: Their increases [W, T].
+        families: The family of each task [T].
+        half: Which half each task is in [T]; all tasks of a family are in one.
+        budget: The highest mean cost.
+    """
+    cost = np.array([way.cost.mean() for way in ways])
+    increase, spent, chosen = np.empty(len(families)), np.empty(len(families)), []
+    for side in (False, True):
+        fit = half == side
+        means = np.where(cost <= budget, table[:, fit].mean(1), np.inf)
+        k = int(means.argmin())
+        chosen.append(ways[k].name)
+        increase[~fit], spent[~fit] = table[k, ~fit], ways[k].cost[~fit]
+    return CrossFitted(budget, chosen, increase, float(spent.mean()))
+
+
+def alternate_halves(families: np.ndarray) -> np.ndarray:
+    """Every second family, in the order in which they are listed: [T]."""
+    order = list(dict.fromkeys(families.tolist()))
+    return np.array([order.index(family) % 2 == 1 for family in families])
+
+
+def random_halves(families: np.ndarray, number: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """Halves of the families drawn at random, each [T]."""
+    rng, kinds = np.random.default_rng(seed), np.unique(families)
+    for _ in range(number):
+        yield np.isin(families, rng.permutation(kinds)[: len(kinds) // 2])

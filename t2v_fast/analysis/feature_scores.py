@@ -421,6 +421,11 @@ def score_networks(inputs: Sequence[np.ndarray], labels: np.ndarray, score: str)
     Raises:
         ValueError: For an unknown score, no network, and as for :func:`h_score`.
 
+    Warns:
+        UserWarning: If several networks share the highest score. ``"sfda"`` and ``"ped"`` do so when there are fewer
+            images than features: a discriminant analysis then separates the images perfectly, and both likelihoods are
+            one.
+
     Example:
         >>> import numpy as np
         >>> rng, labels = np.random.default_rng(0), np.repeat([0, 1], 20)
@@ -434,7 +439,14 @@ def score_networks(inputs: Sequence[np.ndarray], labels: np.ndarray, score: str)
     if not len(inputs):
         raise ValueError("there is no network to score")
     entry = SCORES[score]
-    return combine_terms(np.array([entry.function(values, labels) for values in inputs]), score)
+    scores = combine_terms(np.array([entry.function(values, labels) for values in inputs]), score)
+    if (tied := int((scores == scores.max()).sum())) > 1:
+        warnings.warn(
+            f"{score} gives {tied} of {len(scores)} networks the same highest score, {scores.max():g}, so it does not tell "
+            "them apart: take more images, or another score such as 'linear_probe'",
+            stacklevel=2,
+        )
+    return scores
 
 
 def combine_terms(terms: np.ndarray, score: str) -> np.ndarray:

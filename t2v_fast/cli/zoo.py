@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..embedding import escaped
-from .common import console, print_files
+from .common import console, load_embeddings, print_files
+
+SHORTLIST = 6  # as in t2v_fast.zoo, which imports torch
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +23,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="networks, separated by commas: efficientnet-lite0, torchvision/NAME or timm/NAME; "
         "'timm:a,b' is short for 'timm/a,timm/b'; NAME=FILE takes the weights of a file",
+    )
+    group.add_argument(
+        "--sources",
+        type=Path,
+        nargs="+",
+        help="embeddings of the tasks that networks were trained on, named as the networks, as files or folders: "
+        "only the networks with the nearest sources run",
+    )
+    group.add_argument("--embedding", type=Path, help="the folder's embedding, made as the sources were")
+    group.add_argument(
+        "--shortlist", type=int, default=SHORTLIST, help="networks with sources that run (default: %(default)s)"
     )
     group.add_argument(
         "--budget",
@@ -57,9 +70,19 @@ def run(arguments: argparse.Namespace) -> int:
 
     if len(arguments.embeddings) != 1 or not arguments.embeddings[0].is_dir():
         raise ValueError("--zoo ranks networks for one folder of images, with one sub-folder for each class")
+    sources = embedding = None
+    if (arguments.sources is None) != (arguments.embedding is None):
+        raise ValueError("--sources and --embedding go together: the sources' distances are from the folder's embedding")
+    if arguments.sources is not None:
+        names, embeddings = load_embeddings([*arguments.sources, arguments.embedding])
+        *_, embedding = embeddings
+        sources = dict(zip(names[:-1], embeddings[:-1], strict=True))
     ranking = rank_zoo(
         arguments.embeddings[0],
         parse_names(arguments.zoo),
+        sources=sources,
+        embedding=embedding,
+        shortlist=arguments.shortlist,
         budget=arguments.budget,
         first_images=arguments.first_images,
         batch_size=arguments.batch_size,
@@ -78,8 +101,10 @@ def run(arguments: argparse.Namespace) -> int:
                 table.add_row(*map(Text, row))
         console.print(table)
     for entry in ranking.entries:
-        if entry.score is None:
+        if entry.outcome == "unavailable":
             console.print(f"unavailable: {entry.name}: {escaped(entry.reason)}", markup=False)
+    if unseen := [entry.name for entry in ranking.entries if entry.outcome == "not shortlisted"]:
+        console.print(f"not shortlisted: {', '.join(unseen)}", markup=False)
     console.print(ranking.explain(), markup=False)
     console.print(f"cost: {100 * ranking.cost:.0f} % of running every network on all {ranking.images} images")
     if arguments.csv is not None:
