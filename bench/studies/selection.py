@@ -29,6 +29,7 @@ from bench.studies.selection_ways import (
     cross_fit,
     family_draws,
     interval,
+    model2vec,
     of_kind,
     plain_ways,
     random_halves,
@@ -40,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SPENDING = (0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 1.0)  # the budgets of the curve
 TARGET, RIVAL = 0.25, "leep on 120"  # the claim: better than the rival at a quarter of its cost
 SPLITS = 200
+PENALTIES, ENTRIES = (0.1, 1.0, 10.0), 1024  # of Model2Vec
 
 
 def percent(value: float) -> str:
@@ -128,6 +130,16 @@ class Study:
             cells = with_interval(mean, self.draws), with_interval(mean - rival, self.draws, sign=True)
             rows.append([name, *cells, f"{np.mean(taus[name]):.2f}" if name in taus else "-"])
         return f"Means over {number} kinds.\n\n{markdown(rows)}" if number else "No kind has three experts."
+
+    def model2vec_section(self) -> str:
+        """What Model2Vec learns from half of the families, on the other half."""
+        half = alternate_halves(self.results.families)
+        rows = [["penalty", "distance alone", "Model2Vec", "distance and what Model2Vec changed for each expert in the mean"]]
+        for penalty in PENALTIES:
+            scores = model2vec(self.results, half, penalty, ENTRIES)
+            increases = [self.judge.increase(scores[name]) for name in ("before", "after", "offsets")]
+            rows.append([f"{penalty:g}", *(with_interval(values, self.draws) for values in increases)])
+        return markdown(rows)
 
     def curve_section(self) -> str:
         """The best way within each budget, chosen on half of the families and judged on the other half."""
@@ -234,6 +246,8 @@ def report(study: Study, picture: str = "selection_curve.png") -> str:
             study.curve_section(),
             "### Ways that look at no expert",
             study.ways_section(("static", "distance", "learned")),
+            "### What Model2Vec learns",
+            study.model2vec_section(),
             "### Scores of all experts' features",
             study.ways_section(("score",)),
             "### Choosing among networks of one architecture and size",

@@ -19,7 +19,7 @@ from bench.studies.selection_experts import WIDTHS, Kind
 from t2v_fast.analysis.distance import asymmetric_distance, cdist, centred_distance
 from t2v_fast.analysis.feature_scores import SCORES, combine_terms
 from t2v_fast.analysis.race import Runner, run_race
-from t2v_fast.analysis.selection import predict_errors
+from t2v_fast.analysis.selection import Model2Vec, predict_errors
 
 FLOOR = 0.01  # errors below count as this one, so that no task with nearly no errors decides a mean of ratios
 ALPHAS = (0.05, 0.15, 0.5)
@@ -276,6 +276,26 @@ def of_kind(results: Results, kind: Kind) -> Results:
     """The same with the experts of one architecture and size as the only candidates."""
     mine = np.array([other == kind for other in results.kinds])
     return replace(results, errors=np.where(mine, results.errors, np.nan))
+
+
+def model2vec(results: Results, half: np.ndarray, penalty: float, entries: int) -> dict[str, np.ndarray]:
+    """What Model2Vec learns from the other half of the families, and what of it is one offset for each expert.
+
+    Returns:
+        Scores [T, E] of the distance without learning, of Model2Vec, and of the distance plus the mean over tasks of what
+        Model2Vec changed for each expert.
+    """
+    sources = np.array([e.hessian for e in results.sources])
+    tasks = np.array([e.hessian for e in results.embeddings[max(results.embeddings)]])
+    found = {name: np.full(results.errors.shape, -np.inf) for name in ("before", "after", "offsets")}
+    for side in (False, True):
+        fit, rest = half == side, half != side
+        model = Model2Vec(penalty=penalty, entries=entries).fit(sources, tasks[fit], results.errors[fit])
+        after = model.distances(tasks[rest]).T
+        before = asymmetric_distance(sources[:, model.indices], tasks[rest][:, model.indices], trivial=model.trivial).T
+        found["before"][rest], found["after"][rest] = -before, -after
+        found["offsets"][rest] = -(before + (after - before).mean(0))
+    return {name: masked(results, scores) for name, scores in found.items()}
 
 
 @dataclass(frozen=True)

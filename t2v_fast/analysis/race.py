@@ -80,6 +80,8 @@ def run_race(
             left.append(runner)
             leaves(runner)
 
+    for runner in racing:
+        runner.outcome = "finished"
     spent = whole = 0.0
     before = 0
     for seen, following in zip(rounds, [*rounds[1:], 0], strict=True):
