@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +21,7 @@ from safetensors.numpy import load, save
 from tqdm import tqdm
 
 from .analysis.feature_scores import held_out_likelihoods
+from .analysis.race import CONFIDENCE, Runner, run_race
 from .files import canonical_json, write_atomically
 from .gradients.fast_forward import fast_forward
 from .tasks.data import DataError, TaskData
@@ -29,7 +29,8 @@ from .tasks.probe import Probe, load_probe
 
 FIRST_IMAGES = 64  # at least so many in the first round
 IMAGES_PER_CLASS = 5  # and at least so many of each class, one for each fold
-CONFIDENCE = 3.0  # standard errors by which a network must be worse than the leader to leave
+SHORTLIST = 6  # networks with the best priors that run
+HELD_GIGABYTES = 4.0  # of networks that stay in memory between rounds
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ class Entry:
         seconds: The time to load it, to run it and to fit its heads.
         parameters: The number of its parameters.
         outcome: ``"finished"``, ``"dropped"`` (surely worse than the leader), ``"budget"`` (more images would have
-            cost more than the budget) or ``"unavailable"``.
+            cost more than the budget), ``"not shortlisted"`` or ``"unavailable"``.
         reason: Why a network is unavailable.
+        prior: What was expected of the network before it ran, if that was given.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Entry:
     parameters: int = 0
     outcome: str = "finished"
     reason: str = ""
+    prior: float | None = None
 
     @property
     def probability(self) -> float | None:
@@ -74,7 +77,8 @@ class ZooRanking:
         task: The task's name.
         images: The number of images in the task.
         classes: The number of classes.
-        cost: The estimated time of what was computed, as a share of the time to run every network on every image.
+        cost: The estimated time of what was computed, as a share of the time to run every network on every image. A
+            network that was not shortlisted counts like the mean of those that ran.
     """
 
     entries: tuple[Entry, ...]
@@ -101,6 +105,15 @@ class ZooRanking:
         )
         if close:
             text += f" {', '.join(close)} may be as good: the difference is within two standard errors."
+        reasons = {
+            "dropped": "surely worse than the leader",
+            "budget": "left to stay within the budget",
+            "not shortlisted": "expected to be worse and never run",
+            "unavailable": "could not be loaded",
+        }
+        counts = [(sum(entry.outcome == outcome for entry in self.entries), text) for outcome, text in reasons.items()]
+        if rest := ", ".join(f"{count} {reason}" for count, reason in counts if count):
+            text += f" Of the others: {rest}."
         return text
 
     def as_dict(self) -> dict[str, Any]:
@@ -115,7 +128,7 @@ class ZooRanking:
 
 def _row(entry: Entry) -> list[str]:
     if entry.score is None:
-        return [entry.name, "", "", "", "", "", f"unavailable: {entry.reason}"]
+        return [entry.name, "", "", "", "", "", ": ".join(filter(None, (entry.outcome, entry.reason)))]
     behind = f"{entry.behind:.3f} +- {entry.standard_error:.3f}" if entry.behind else "best"
     probability = f"{entry.probability:.3f}"
     counts = str(entry.images), f"{entry.seconds:.1f}", f"{entry.parameters / 1e6:.1f} M"
@@ -126,12 +139,15 @@ def rank_zoo(
     data: Any,
     networks: Sequence[str | Probe],
     *,
+    prior: Mapping[str, float] | None = None,
+    shortlist: int = SHORTLIST,
     budget: float = 1.0,
     confidence: float = CONFIDENCE,
     first_images: int = FIRST_IMAGES,
     batch_size: int = 32,
     cache: str | os.PathLike | None = None,
     device: str | torch.device = "cpu",
+    held_gigabytes: float = HELD_GIGABYTES,
     seed: int = 0,
     progress: bool = False,
     name: str | None = None,
@@ -143,6 +159,10 @@ def rank_zoo(
             images are read by number.
         networks: Names as for :func:`t2v_fast.load_probe`, ``"NAME=FILE"`` for the weights of a file, or probes. A
             network that cannot be loaded is listed with the reason.
+        prior: What is expected of networks, by their names; higher is better. Only the networks with the highest priors
+            run, and those without one. :func:`t2v_fast.analysis.selection.predict_errors` makes priors of the errors on
+            earlier tasks and of distances.
+        shortlist: How many networks with priors run. The next takes the place of one that cannot be loaded.
         budget: The share of the time to run all networks on all images that may be spent, above 0 and at most 1. The
             first round always runs.
         confidence: A network leaves if its score is more than so many standard errors below the leader's.
@@ -151,6 +171,8 @@ def rank_zoo(
         cache: A folder for features. With it, a race that was interrupted continues, and a later race over the same
             images uses them again. Needs a folder of images as data.
         device: Where the networks run.
+        held_gigabytes: How much weights may stay in memory between rounds. A network beyond that is loaded again for
+            each round.
         seed: Of the order in which images are drawn.
         progress: Whether to show a bar for each round.
         name: The task's name, by default the folder's.
@@ -163,10 +185,10 @@ def rank_zoo(
             than two images.
         DataError: As for ``embed``.
     """
-    if not 0 < budget <= 1 or confidence <= 0 or first_images < 2:
+    if not 0 < budget <= 1 or confidence <= 0 or first_images < 2 or shortlist < 1:
         raise ValueError(
-            f"budget={budget}, confidence={confidence}, first_images={first_images}: expected a budget above 0 and at "
-            "most 1, a positive confidence and at least two images"
+            f"budget={budget}, confidence={confidence}, first_images={first_images}, shortlist={shortlist}: expected a "
+            "budget above 0 and at most 1, a positive confidence, at least two images and a shortlist of at least 1"
         )
     names = [given if isinstance(given, str) else given.name for given in networks]
     if len(set(names)) < len(names):
@@ -176,98 +198,118 @@ def rank_zoo(
         raise DataError(f"task {task.name!r}: the images of an iterable cannot be read by number: pass a data set")
     labels = _labels(task)
     order = _interleaved(labels, seed)
-    runners, unavailable = _load(networks, names)
     features = _FeatureStore(task, labels, cache, batch_size, torch.device(device), progress)
-    racing, left = list(runners), list[_Runner]()
-    seen = min(len(order), max(first_images, IMAGES_PER_CLASS * len(np.unique(labels))))
-    spent, whole = 0.0, 0.0
-    while True:
-        for runner in racing:
-            runner.look(features, labels, order[:seen])
-        leader = max(racing, key=lambda runner: runner.score)
-        for runner in racing:
-            runner.compare(leader)
-        if not whole:
-            whole = sum(runner.seconds_an_image * len(order) for runner in racing)
-            spent = sum(runner.seconds_an_image * seen for runner in racing)
-        racing.sort(key=lambda runner: -runner.score)
-        _drop(racing, left, "dropped", lambda runner: runner.behind > confidence * runner.error)
-        if seen == len(order) or len(racing) == 1:
-            break
-        more = min(2 * seen, len(order)) - seen
-        # The best networks that the rest of the budget can pay for stay.
-        costs = np.cumsum([runner.seconds_an_image * more for runner in racing])
-        affordable = len(racing) if budget == 1 else int((spent + costs <= budget * whole).sum())
-        if affordable < 2:
-            for runner in racing[1:]:
-                runner.outcome = "budget"
-            break
-        _drop(racing, left, "budget", lambda runner, kept=racing[:affordable]: runner not in kept)  # type: ignore[misc]
-        spent, seen = spent + float(costs[affordable - 1]), seen + more
-    ranked = sorted(racing + left, key=lambda runner: (-len(runner.likelihoods), -runner.score))
     classes = len(np.unique(labels))
-    entries = tuple(runner.entry() for runner in ranked) + tuple(unavailable)
-    return ZooRanking(entries, task.name or "task", len(order), classes, spent / whole if whole else 0.0)
+    rounds = [min(len(order), max(first_images, IMAGES_PER_CLASS * classes))]
+    while rounds[-1] < len(order):
+        rounds.append(min(2 * rounds[-1], len(order)))
+    zoo = [_Network(given, name, features, labels, order) for given, name in zip(networks, names, strict=True)]
+    if prior is not None:
+        for network in zoo:
+            network.prior = prior.get(network.name)
+        if all(network.prior is None for network in zoo):
+            raise ValueError(
+                f"no prior is of a network: priors are of {', '.join(prior)}; networks are {', '.join(names)}"
+            )
+        zoo.sort(key=lambda network: -np.inf if network.prior is None else -network.prior)
+    there = _first_look(zoo, rounds[0], shortlist, held_gigabytes)
+    by_name = {network.name: network for network in there}
+    ranked, cost = run_race(
+        [Runner(network.name, network.look, network.pace) for network in there],
+        rounds,
+        budget=budget,
+        confidence=confidence,
+        leaves=lambda runner: by_name[runner.name].release(),
+    )
+    entries = [by_name[runner.name].entry(runner) for runner in ranked]
+    for outcome in ("not shortlisted", "unavailable"):
+        entries += [
+            Entry(network.name, outcome=outcome, reason=network.reason, prior=network.prior)
+            for network in zoo
+            if network.outcome == outcome
+        ]
+    unseen = sum(network.outcome == "not shortlisted" for network in zoo)
+    cost *= len(there) / (len(there) + unseen)
+    return ZooRanking(tuple(entries), task.name or "task", len(order), classes, cost)
 
 
-@dataclass
-class _Runner:
-    """A network in the race."""
+class _Network:
+    """A network in the race. It is loaded once and stays in memory until it leaves, if there is room."""
 
-    name: str
-    load: Callable[[], Probe]
-    parameters: int = 0
-    seconds: float = 0.0
-    seconds_an_image: float = 0.0
-    likelihoods: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    behind: float = 0.0
-    error: float = 0.0
-    outcome: str = "finished"
+    def __init__(
+        self, given: str | Probe, name: str, features: _FeatureStore, labels: np.ndarray, order: np.ndarray
+    ) -> None:
+        self.given, self.name, self.features, self.labels, self.order = given, name, features, labels, order
+        self.probe: Probe | None = None
+        self.parameters = self.gigabytes = 0.0
+        self.seconds = 0.0
+        self.outcome = self.reason = ""  # why it has no score
+        self.prior: float | None = None
+        self.stays = True  # in memory between rounds
 
     @property
-    def score(self) -> float:
-        return float(self.likelihoods.mean())
+    def pace(self) -> float:
+        """The seconds for an image."""
+        return self.features.paces[self.name]
 
-    def look(self, features: _FeatureStore, labels: np.ndarray, images: np.ndarray) -> None:
-        """Score the network on these images."""
+    def load(self) -> Probe:
+        if self.probe is None:
+            start = time.perf_counter()
+            self.probe = _probe(self.given)
+            values = list(self.probe.network.parameters())
+            self.parameters = sum(value.numel() for value in values)
+            self.gigabytes = sum(value.numel() * value.element_size() for value in values) / 1e9
+            self.seconds += time.perf_counter() - start
+        return self.probe
+
+    def release(self) -> None:
+        self.probe = None
+
+    def look(self, count: int) -> np.ndarray:
+        """The log likelihoods of the held-out labels of the first images of the order."""
+        images = self.order[:count]
+        values = self.features.get(self, images)
+        if not self.stays:
+            self.release()
         start = time.perf_counter()
-        values, self.seconds_an_image = features.get(self, images)
-        self.likelihoods = held_out_likelihoods(values, labels[images])
+        likelihoods = held_out_likelihoods(values, self.labels[images])
         self.seconds += time.perf_counter() - start
+        return likelihoods
 
-    def compare(self, leader: _Runner) -> None:
-        """Compare with the leader, image by image."""
-        difference = leader.likelihoods - self.likelihoods
-        self.behind = float(difference.mean())
-        self.error = float(difference.std(ddof=1) / np.sqrt(len(difference)))
-
-    def entry(self) -> Entry:
-        counts = len(self.likelihoods), self.seconds, self.parameters
-        return Entry(self.name, self.score, self.behind, self.error, *counts, self.outcome)
+    def entry(self, runner: Runner) -> Entry:
+        counts = len(runner.likelihoods), self.seconds, int(self.parameters)
+        return Entry(
+            self.name, runner.score, runner.behind, runner.error, *counts, runner.outcome, prior=self.prior
+        )
 
 
-def _drop(racing: list[_Runner], left: list[_Runner], outcome: str, leaves: Callable[[_Runner], bool]) -> None:
-    """Move the networks that leave to the others that have left."""
-    for runner in [runner for runner in racing if leaves(runner)]:
-        runner.outcome = outcome
-        racing.remove(runner)
-        left.append(runner)
+def _first_look(zoo: Sequence[_Network], count: int, shortlist: int, held_gigabytes: float) -> list[_Network]:
+    """Load each network and compute its first features; return those that are there.
 
-
-def _load(networks: Sequence[str | Probe], names: Sequence[str]) -> tuple[list[_Runner], list[Entry]]:
-    """Load each network once, to know its size and whether it can be had at all."""
-    runners, unavailable = [], []
-    for given, name in zip(networks, names, strict=True):
-        try:
-            probe = _probe(given)
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
-            unavailable.append(Entry(name, outcome="unavailable", reason=str(error).splitlines()[0]))
+    Of the networks with priors, only the first ones of the shortlist are loaded. Networks beyond the memory's limit are
+    released, and loaded again if they see more images.
+    """
+    there, held = list[_Network](), 0.0
+    for network in zoo:
+        if network.prior is not None and sum(n.prior is not None for n in there) == shortlist:
+            network.outcome = "not shortlisted"
             continue
-        runners.append(_Runner(name, partial(_probe, given), sum(p.numel() for p in probe.network.parameters())))
-    if not runners:
-        reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in unavailable)
+        try:
+            network.load()
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            network.outcome, network.reason = "unavailable", str(error).splitlines()[0]
+            continue
+        network.features.get(network, network.order[:count])
+        there.append(network)
+        network.stays = held + network.gigabytes <= held_gigabytes
+        if network.stays:
+            held += network.gigabytes
+        else:
+            network.release()
+    if not there:
+        reasons = "; ".join(f"{network.name}: {network.reason}" for network in zoo if network.reason)
         raise ValueError(f"no network can be loaded: {reasons or 'none was given'}")
-    return runners, unavailable
+    return there
 
 
 def _probe(given: str | Probe) -> Probe:
@@ -327,27 +369,28 @@ class _FeatureStore:
             self.data_key = hashlib.sha256(canonical_json(stats).encode()).hexdigest()
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, runner: _Runner, images: np.ndarray) -> tuple[np.ndarray, float]:
-        """Return the features [n, D] of these images, and the seconds that the network takes for an image."""
-        known = self.known.setdefault(runner.name, {})
+    def get(self, network: _Network, images: np.ndarray) -> np.ndarray:
+        """Return the features [n, D] of these images; ``paces`` then has the network's seconds for an image."""
+        known = self.known.setdefault(network.name, {})
         missing = [k for k in images.tolist() if k not in known]
         if missing:
-            probe = runner.load()
+            probe = network.load()
             path = None if self.folder is None else self.folder / f"{self._key(probe)}.safetensors"
             if path is not None and path.exists():
                 stored = load(path.read_bytes())
                 known.update(zip(stored["images"].tolist(), stored["features"], strict=True))
-                self.paces.setdefault(runner.name, float(stored["pace"][0]))
+                self.paces.setdefault(network.name, float(stored["pace"][0]))
                 missing = [k for k in missing if k not in known]
             if missing:
                 start = time.perf_counter()
-                known.update(zip(missing, self._compute(probe, runner.name, missing), strict=True))
+                known.update(zip(missing, self._compute(probe, network.name, missing), strict=True))
+                network.seconds += time.perf_counter() - start
                 # The first pace counts for the whole race, so that costs add up.
-                self.paces.setdefault(runner.name, (time.perf_counter() - start) / len(missing))
+                self.paces.setdefault(network.name, (time.perf_counter() - start) / len(missing))
                 if path is not None:
                     arrays = {"images": np.array(list(known)), "features": np.stack(list(known.values()))}
-                    write_atomically(path, save({**arrays, "pace": np.array([self.paces[runner.name]])}))
-        return np.stack([known[k] for k in images.tolist()]), self.paces[runner.name]
+                    write_atomically(path, save({**arrays, "pace": np.array([self.paces[network.name]])}))
+        return np.stack([known[k] for k in images.tolist()])
 
     def _key(self, probe: Probe) -> str:
         parts = [self.data_key, probe.name, probe.fingerprint(), probe.preprocessing.as_dict()]

@@ -1,5 +1,6 @@
 """The race of networks for a task: its order, cost and refusals, and how it continues after an interruption."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from t2v_fast import zoo
+from t2v_fast import Embedding, zoo
+from t2v_fast.analysis import selection
+from t2v_fast.analysis.distance import centred_distance
 from t2v_fast.analysis.feature_scores import linear_probe
 from t2v_fast.tasks.data import DataError, TaskData
 from t2v_fast.tasks.probe import Preprocessing, Probe
@@ -89,7 +92,7 @@ def test_networks_that_may_be_as_good_are_named():
 
 @pytest.mark.parametrize("budget", [0.2, 0.5, 0.9])
 def test_the_budget_holds(budget, monkeypatch):
-    monkeypatch.setattr(zoo._FeatureStore, "get", with_equal_pace(zoo._FeatureStore.get))
+    monkeypatch.setattr(zoo._Network, "pace", 1.0)
     networks = [probe(f"n{k}", 0.3, seed=k) for k in range(6)]
     ranking = rank_zoo(images(640), networks, budget=budget)
     shown = sum(network.network.calls for network in networks) - 2 * 6  # finding the head takes a pass of two images
@@ -97,10 +100,6 @@ def test_the_budget_holds(budget, monkeypatch):
     assert 0.1 <= ranking.cost <= budget
     if budget == 0.5:  # six equal networks: nothing but the budget makes most of them leave
         assert [entry.outcome for entry in ranking.entries].count("budget") >= 2
-
-
-def with_equal_pace(get):
-    return lambda self, runner, wanted: (get(self, runner, wanted)[0], 1.0)
 
 
 def test_what_cannot_be_loaded_is_listed(monkeypatch):
@@ -167,6 +166,48 @@ def test_an_interrupted_race_continues_from_its_cache(tmp_path, monkeypatch):
     assert fresh.network.calls > count
 
 
+@pytest.mark.parametrize(("held", "loads"), [(4.0, 1), (0.0, 4)])
+def test_a_network_is_loaded_once_unless_memory_is_short(held, loads, monkeypatch):
+    loaded = []
+
+    def load(name, weights):
+        loaded.append(name)
+        return probe(name, 0.3, seed=len(name))
+
+    monkeypatch.setattr(zoo, "load_probe", load)
+    ranking = rank_zoo(images(512), ["a", "bb"], held_gigabytes=held)
+    assert [entry.images for entry in ranking.entries] == [512, 512]  # four rounds: 64, 128, 256, 512
+    assert sorted(loaded) == ["a"] * loads + ["bb"] * loads
+    assert all(entry.parameters == 3 * SIDE * SIDE * 6 + 70 for entry in ranking.entries)
+
+
+def test_only_networks_with_high_priors_run(monkeypatch):
+    loaded = []
+
+    def load(name, weights):
+        loaded.append(name)
+        if name == "good but gone":
+            raise OSError("no weights")
+        return probe(name, 0.3, seed=len(name))
+
+    monkeypatch.setattr(zoo, "load_probe", load)
+    prior = {"bad": -3.0, "good": 2.0, "good but gone": 3.0, "worse": -4.0, "fair": 1.0, "worst": -5.0}
+    ranking = rank_zoo(images(128), [*prior, "unknown"], shortlist=2, prior={**prior, "not in the zoo": 9.0})
+    by_name = {entry.name: entry for entry in ranking.entries}
+    # The network without a prior runs, and the next one takes the place of the one that is gone.
+    assert sorted(loaded) == ["fair", "good", "good but gone", "unknown"]
+    assert {name: entry.prior for name, entry in by_name.items()} == {**prior, "unknown": None}
+    assert [by_name[name].outcome for name in ("bad", "worse", "worst")] == ["not shortlisted"] * 3
+    assert by_name["good but gone"].outcome == "unavailable"
+    assert ranking.cost <= 3 / 6
+    assert "3 expected to be worse and never run, 1 could not be loaded" in ranking.explain()
+    assert [row[-1] for row in ranking.rows()].count("not shortlisted") == 3
+    # A long shortlist runs all networks.
+    assert all(e.outcome != "not shortlisted" for e in rank_zoo(images(128), list(prior), prior=prior).entries)
+    with pytest.raises(ValueError, match="no prior is of a network: priors are of bad"):
+        rank_zoo(images(128), ["unknown"], prior=prior)
+
+
 @given(st.lists(st.integers(0, 4), min_size=10, max_size=60), st.integers(0, 9))
 def test_every_prefix_has_all_classes(labels, seed):
     labels = np.array([*labels, *range(5), *range(5)])  # two of each class at least
@@ -224,6 +265,44 @@ def test_the_command_writes_table_json_and_picture(tmp_path, monkeypatch, capsys
         assert picture.size[0] > 500
     assert main(["select", str(folder)]) != 0
     assert "give --errors with embeddings of tasks, or --zoo" in capsys.readouterr().err
+
+
+def test_priors_from_errors_and_sources(tmp_path):
+    from t2v_fast.cli.zoo import _prior
+
+    def embedding(name: str, seed: int) -> Embedding:
+        values = np.random.default_rng(seed).lognormal(size=12)
+        return Embedding(values, np.ones(12), layers=(("conv.weight", 0, 12),), num_examples=5, meta={"task": name})
+
+    names = ["timm/a", "b", "c", "not known"]
+    stored = {name: embedding(name, k) for k, name in enumerate([*names[:3], "task 0", "task 1", "mine"])}
+    for k, e in enumerate(stored.values()):
+        e.save(tmp_path / f"{k}.safetensors")
+    table = tmp_path / "errors.csv"
+    table.write_text("task,timm/a,b,c\ntask 0,0.1,0.2,0.3\ntask 1,0.2,0.1,\n")
+    errors = np.array([[0.1, 0.2, 0.3], [0.2, 0.1, np.nan]])
+    sources, mine = [tmp_path / f"{k}.safetensors" for k in range(5)], tmp_path / "5.safetensors"
+
+    def prior(**given):
+        return _prior(names, argparse.Namespace(**{"errors": None, "sources": None, "embedding": None, **given}))
+
+    assert prior() is None
+    found = prior(errors=table)
+    assert list(found) == ["timm/a", "b", "c"]
+    np.testing.assert_array_equal(list(found.values()), -selection.predict_errors(errors)[0])
+    bank = [stored[name] for name in names[:3]]
+    to_mine = centred_distance(bank, [stored["mine"]], bank=bank)
+    assert prior(sources=sources, embedding=mine) == pytest.approx(dict(zip(names, -to_mine[:, 0], strict=False)))
+    to_tasks = centred_distance(bank, [stored["task 0"], stored["task 1"]], bank=bank)
+    both = prior(errors=table, sources=sources, embedding=mine)
+    expected = -selection.predict_errors(errors, [to_tasks], [to_mine])[0]
+    assert both == pytest.approx(dict(zip(names, expected, strict=False)))
+    with pytest.raises(ValueError, match="--sources and --embedding go together"):
+        prior(sources=sources)
+    with pytest.raises(ValueError, match="2 networks have a source of their name, expected at least 3"):
+        prior(sources=sources[1:], embedding=mine)
+    with pytest.raises(ValueError, match="no source of 'task 1'"):
+        prior(errors=table, sources=sources[:4], embedding=mine)
 
 
 def test_a_race_without_scores_has_no_picture(tmp_path):

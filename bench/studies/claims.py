@@ -1,10 +1,10 @@
-"""The paper's qualitative claims about embeddings, measured on the tasks of bench/studies/selection.py.
+"""The paper's qualitative claims about embeddings, measured on the tasks of bench/studies/meta_task.py.
 
-    python -m bench.studies.claims [--output build/selection] [--write docs/selection.md]
+    python -m bench.studies.claims [--output build/claims] [--write docs/selection.md]
 
 Achille et al., 2019, sections 3 and 5.1: the embedding does not depend on the names of the labels, distances follow the
 taxonomy of tasks, and the norm follows their difficulty. The study also shows the effect of the size of the data set.
-It uses the embeddings that bench/studies/selection.py stored, and makes the missing ones.
+It uses the embeddings that bench/studies/meta_store.py keeps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scipy.stats import rankdata, spearmanr
 
 from bench.pages import markdown, replace_section
 from bench.studies.meta_task import TRAIN, MetaTask, meta_tasks
-from bench.studies.selection import EXPERTS, ROOT, Results, Settings, Store, fill
+from bench.studies.meta_store import EXPERTS, ROOT, Results, Settings, Store, fill
 from t2v_fast import Embedding, Task2Vec, load_probe
 from t2v_fast.analysis.distance import complexity, pdist
 
@@ -161,7 +161,7 @@ def measure(store: Store, task2vec: Task2Vec, permuted: Sequence[str], sized: Se
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "selection")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "claims")
     parser.add_argument("--write", type=Path, help="put the tables into this page")
     arguments = parser.parse_args(argv)
     settings = Settings()

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from bench.studies.emoji_task import STYLES, all_emoji, picture
-from bench.studies.meta_task import distort, plain
+from bench.studies.meta_task import distort, plain_glyph
 
 PEOPLE = ("hand-fingers-open", "hand-single-finger", "person-role", "person-sport")
 THINGS = ("animal-mammal", "animal-bird", "food-fruit", "food-prepared", "transport-ground", "place-building")
@@ -96,7 +96,7 @@ def letters() -> World:
     }
 
     def render(thing: int, family: str, weight: str, slant: str) -> Image.Image:
-        return plain(shown[thing][0], f"Noto{family}-{fonts[f'{weight} {slant}']}")
+        return plain_glyph(shown[thing][0], f"Noto{family}-{fonts[f'{weight} {slant}']}")
 
     aspects = {"family": ("Sans", "Serif"), "weight": ("regular", "bold"), "slant": ("upright", "italic")}
     return World("letters", shown, ("letter", "script"), aspects, render)

@@ -18,7 +18,12 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from t2v_fast.demo import DemoTask
 
-NOTO = Path("/usr/share/fonts/truetype/noto")
+FONTS = Path("/usr/share/fonts/truetype")
+# font file: (folder, Debian package), for those that are not of the Noto packages
+FOLDERS = {
+    "fontawesome-webfont": ("font-awesome", "fonts-font-awesome"),
+    "materialdesignicons-webfont": ("materialdesignicons-webfont", "fonts-materialdesignicons-webfont"),
+}
 EMOJI = "NotoColorEmoji"
 EMOJI_SIZE = 109  # its glyphs are bitmaps of this one size
 SIZE = 64
@@ -134,9 +139,9 @@ class MetaTask:
 
     def _glyph(self, label: int, rng: np.random.Generator) -> np.ndarray:
         _, characters, files = self.glyphs[label]
-        pairs = [(c, f) for c in characters for f in files if ord(c) in covered(f)]
+        pairs = [(c, f) for c in characters for f in files if ord(c[0]) in covered(f)]
         character, file = pairs[int(rng.integers(len(pairs)))]
-        return distort(plain(character, file), rng)
+        return distort(plain_glyph(character, file), rng)
 
     def _scanned(self, labels: np.ndarray, split: int, rng: np.random.Generator) -> np.ndarray:
         scans, digits = _scans(self.scans)
@@ -162,14 +167,15 @@ def covered(file: str) -> frozenset[int]:
 
 
 def _path(file: str) -> Path:
-    path = NOTO / f"{file}.ttf"
+    folder, package = FOLDERS.get(file, ("noto", "fonts-noto-core fonts-noto-color-emoji"))
+    path = FONTS / folder / f"{file}.ttf"
     if not path.exists():
-        raise FileNotFoundError(f"no font {path}: apt-get install fonts-noto-core fonts-noto-color-emoji")
+        raise FileNotFoundError(f"no font {path}: apt-get install {package}")
     return path
 
 
 @cache
-def plain(character: str, file: str) -> Image.Image:
+def plain_glyph(character: str, file: str) -> Image.Image:
     """A character in the middle of a white square, filling about two thirds of it."""
     colour = file == EMOJI
     font = ImageFont.truetype(str(_path(file)), EMOJI_SIZE if colour else 96)
@@ -216,26 +222,30 @@ def _scans(source: str) -> tuple[np.ndarray, np.ndarray]:
     return (255 - pixels.reshape(-1, 28, 28)).astype(np.uint8), digits
 
 
-def _letters(first: int, last: int, families: str, count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def drawable(first: int, last: int, families: str, count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Up to ``count`` characters of a range that have ink, and the font files that draw some of them."""
     files = tuple(
         file
         for family in families.split()
-        for file in ([EMOJI] if family == EMOJI else [f"{family}-Regular", f"{family}-Bold"])
-        if (NOTO / f"{file}.ttf").exists()
+        for file in ([family] if family == EMOJI or family in FOLDERS else [f"{family}-Regular", f"{family}-Bold"])
+        if family in FOLDERS or (FONTS / "noto" / f"{file}.ttf").exists()
     )
     letters = [
         chr(k)
         for k in range(first, last + 1)
-        if unicodedata.category(chr(k))[0] in "LNS" and any(k in covered(f) for f in files)
+        # Icons have places of private use.
+        if (unicodedata.category(chr(k))[0] in "LNS" or unicodedata.category(chr(k)) == "Co")
+        and any(k in covered(f) for f in files)
     ]
-    drawable = [c for c in letters if any(ord(c) in covered(f) and np.asarray(plain(c, f)).min() < 128 for f in files)]
-    step = max(len(drawable) / count, 1)
-    return tuple(drawable[int(k * step)] for k in range(min(count, len(drawable)))), files
+    inked = [
+        c for c in letters if any(ord(c) in covered(f) and np.asarray(plain_glyph(c, f)).min() < 128 for f in files)
+    ]
+    step = max(len(inked) / count, 1)
+    return tuple(inked[int(k * step)] for k in range(min(count, len(inked)))), files
 
 
-def _script(name: str, family: str, spec: tuple[int, int, str, int]) -> MetaTask:
-    letters, files = _letters(*spec)
+def script_task(name: str, family: str, spec: tuple[int, int, str, int]) -> MetaTask:
+    letters, files = drawable(*spec)
     domain = DOMAINS.get(family, "letters")
     return MetaTask(name, family, domain, tuple((c, (c,), files) for c in letters))
 
@@ -277,7 +287,7 @@ def meta_tasks() -> list[MetaTask]:
     latin = "ABDEFGHKLMNPRTabdefghkmnprt"
     greek = "".join(c for c in map(chr, range(0x3B1, 0x3C9)) if c.isalpha())
     return [
-        *(_script(name, family, spec) for family, tasks in SCRIPTS.items() for name, spec in tasks.items()),
+        *(script_task(name, family, spec) for family, tasks in SCRIPTS.items() for name, spec in tasks.items()),
         *scanned_tasks(),
         _style("serif or sans", latin, ("serif", "sans")),
         _style("bold or regular", latin, ("bold", "regular")),

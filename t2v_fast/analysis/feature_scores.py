@@ -421,6 +421,11 @@ def score_networks(inputs: Sequence[np.ndarray], labels: np.ndarray, score: str)
     Raises:
         ValueError: For an unknown score, no network, and as for :func:`h_score`.
 
+    Warns:
+        UserWarning: If several networks share the highest score. ``"sfda"`` and ``"ped"`` do so when there are fewer
+            images than features: a discriminant analysis then separates the images perfectly, and both likelihoods are
+            one.
+
     Example:
         >>> import numpy as np
         >>> rng, labels = np.random.default_rng(0), np.repeat([0, 1], 20)
@@ -434,7 +439,14 @@ def score_networks(inputs: Sequence[np.ndarray], labels: np.ndarray, score: str)
     if not len(inputs):
         raise ValueError("there is no network to score")
     entry = SCORES[score]
-    return combine_terms(np.array([entry.function(values, labels) for values in inputs]), score)
+    scores = combine_terms(np.array([entry.function(values, labels) for values in inputs]), score)
+    if (tied := int((scores == scores.max()).sum())) > 1:
+        warnings.warn(
+            f"{score} gives {tied} of {len(scores)} networks the same highest score, {scores.max():g}, so it does not tell "
+            "them apart: take more images, or another score such as 'linear_probe'",
+            stacklevel=2,
+        )
+    return scores
 
 
 def combine_terms(terms: np.ndarray, score: str) -> np.ndarray:
@@ -510,4 +522,8 @@ def _discriminant(f: np.ndarray, codes: np.ndarray, shrinkage: float) -> np.ndar
     solved = (inside / ((1 - shrinkage) * np.square(s) + ridge)) @ vt + outside / ridge  # [C, D]
     logits = (f - f.mean(0)) @ solved.T - 0.5 * (centred * solved).sum(1) + np.log(counts / len(f))
     logits -= logits.max(1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    # The sum without its largest term, which is one. A sure class then has a tiny loss, and not the same zero in all
+    # networks.
+    others = np.exp(logits)
+    others[np.arange(len(f)), logits.argmax(1)] = 0
+    return logits - np.log1p(others.sum(1, keepdims=True))

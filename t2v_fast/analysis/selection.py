@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from .distance import ALPHA, Vectors, as_vectors, asymmetric_distance, cdist, ch
 
 # Model2Vec's defaults. The penalty allows changes of some tenths in log m; it was not tuned on the errors of any task.
 PENALTY, STEPS, RATE, ENTRIES = 1.0, 30, 0.02, 4096
+PRIOR_TASKS = 1.0  # of predict_errors
 
 
 def nearest_expert(distances: np.ndarray, available: np.ndarray | None = None) -> np.ndarray:
@@ -326,6 +327,68 @@ def leave_one_out(experts: Vectors, tasks: Vectors, errors: np.ndarray, model: M
             distances = asymmetric_distance(f, t, alpha=model.alpha, trivial=prior)
         chosen[k] = nearest_expert(distances, ~np.isnan(errors[k : k + 1]))[0]
     return chosen
+
+
+def predict_errors(
+    errors: np.ndarray,
+    distances: Sequence[np.ndarray] = (),
+    new: Sequence[np.ndarray] = (),
+    *,
+    floor: float = 0.01,
+    penalty: float = PRIOR_TASKS,
+) -> np.ndarray:
+    """Predict how well experts will do on new tasks, from their errors on earlier tasks and from distances.
+
+    The logarithm of an error, less its mean over a task's experts, is fitted by ridge regression. Each expert has an
+    offset, and each kind of distance has one slope. So an expert that is good at everything is told from one that is near.
+    Without distances, the prediction is the mean of each expert, shrunk toward zero.
+
+    Args:
+        errors: The errors [T, E] on T earlier tasks, NaN where an expert may not be used for a task.
+        distances: Distances [E, T] from the experts to the earlier tasks, one array for each kind.
+        new: Distances [E, N] from the experts to N new tasks, of the same kinds; NaN where an expert may not be used.
+        floor: Errors below count as this one.
+        penalty: An offset is shrunk as if the expert had been average on so many more tasks.
+
+    Returns:
+        The predicted logarithms of the errors [N, E], less each task's mean; lower is better. N is 1 without distances.
+
+    Raises:
+        ValueError: For wrong shapes and values.
+
+    Example:
+        >>> import numpy as np
+        >>> predicted = predict_errors(np.array([[0.1, 0.2], [0.3, 0.5], [0.2, 0.25]]))
+        >>> bool(predicted[0, 0] < predicted[0, 1])
+        True
+    """
+    errors = check_errors(errors)
+    t, e = errors.shape
+    if len(distances) != len(new):
+        raise ValueError(f"there are {len(distances)} kinds of distances to earlier tasks and {len(new)} to new ones")
+    count = np.asarray(new[0]).shape[-1] if len(new) else 1
+    for given, shape in ((distances, (e, t)), (new, (e, count))):
+        for values in given:
+            if np.shape(values) != shape or np.isinf(values).any():
+                raise ValueError(f"distances are {list(np.shape(values))}, expected finite numbers {list(shape)}")
+    logs = np.log(np.maximum(errors, floor))
+    logs -= np.nanmean(logs, axis=1, keepdims=True)
+    known = ~np.isnan(errors)
+
+    def design(given: Sequence[np.ndarray], among: np.ndarray | bool, tasks: int) -> np.ndarray:
+        """Distances in units of their spread over each task's experts, and the experts themselves, [tasks, E, K + E]."""
+        scaled = []
+        for values in given:
+            values = np.where(among, np.asarray(values, dtype=np.float64).T, np.nan)
+            centred = values - np.nanmean(values, axis=1, keepdims=True)
+            spread = np.nanstd(values, axis=1, keepdims=True)
+            scaled.append(np.nan_to_num(centred / np.maximum(spread, np.finfo(np.float64).tiny)))
+        return np.stack([*scaled, *(np.broadcast_to(row, (tasks, e)) for row in np.eye(e))], -1)
+
+    x, y = design(distances, known, t)[known], logs[known]
+    ridge = np.diag([1e-9 * len(y)] * len(distances) + [penalty] * e)
+    weights = np.linalg.solve(x.T @ x + ridge, x.T @ y)
+    return design(new, True, count) @ weights
 
 
 def compare(

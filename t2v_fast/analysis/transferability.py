@@ -66,28 +66,39 @@ def logme(features: np.ndarray, labels: np.ndarray, *, iterations: int = 100, to
     projected = np.square(u.T @ targets)  # [min(N, D), C]
     # The part of a target outside the features' span, which no weights can explain.
     outside = np.maximum(np.square(targets).sum(0) - projected.sum(0), 0)
-    evidence = []
-    for z2, rest in zip(projected.T, outside, strict=True):
-        alpha = beta = 1.0
-        for _ in range(iterations):
-            t = alpha / beta
-            m2 = (sigma * z2 / np.square(t + sigma)).sum()
-            residual = (z2 / np.square(1 + sigma / t)).sum() + rest
-            gamma = (sigma / (t + sigma)).sum()
-            before = alpha, beta
-            # If the features explain a target exactly, or not at all, the optimum is at infinity.
-            alpha = float(np.clip(gamma / max(m2, 1e-300), 1e-10, 1e10))
-            beta = float(np.clip((n - gamma) / max(residual, 1e-300), 1e-10, 1e10))
-            if abs(alpha - before[0]) <= tolerance * alpha and abs(beta - before[1]) <= tolerance * beta:
-                break
-        t = alpha / beta
-        m2 = (sigma * z2 / np.square(t + sigma)).sum()
-        residual = (z2 / np.square(1 + sigma / t)).sum() + rest
-        log_determinant = np.log(alpha + beta * sigma).sum() + (d - len(sigma)) * np.log(alpha)
-        evidence.append(
-            (n * np.log(beta / (2 * np.pi)) + d * np.log(alpha) - log_determinant - beta * residual - alpha * m2) / 2
-        )
-    return float(np.mean(evidence) / n)
+    alpha, beta = np.ones(classes), np.ones(classes)
+    moving = np.ones(classes, bool)
+    for _ in range(iterations):
+        before = alpha[moving], beta[moving]
+        m2, residual, gamma = _posterior(sigma, projected[:, moving], outside[moving], before[0] / before[1])
+        # If the features explain a target exactly, or not at all, the optimum is at infinity.
+        alpha[moving] = np.clip(gamma / np.maximum(m2, 1e-300), 1e-10, 1e10)
+        beta[moving] = np.clip((n - gamma) / np.maximum(residual, 1e-300), 1e-10, 1e10)
+        changes = [abs(x[moving] - old) > tolerance * x[moving] for x, old in zip((alpha, beta), before, strict=True)]
+        moving[moving] = changes[0] | changes[1]
+        if not moving.any():
+            break
+    m2, residual, _ = _posterior(sigma, projected, outside, alpha / beta)
+    log_determinant = np.log(alpha + beta * sigma[:, None]).sum(0) + (d - len(sigma)) * np.log(alpha)
+    evidence = n * np.log(beta / (2 * np.pi)) + d * np.log(alpha) - log_determinant - beta * residual - alpha * m2
+    return float(evidence.mean() / 2 / n)
+
+
+def _posterior(
+    sigma: np.ndarray, projected: np.ndarray, outside: np.ndarray, t: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return |m|^2 of the posterior mean, the squared residual, and the effective number of weights, for C targets.
+
+    Args:
+        sigma: The squared singular values [K] of the features.
+        projected: The squared projections [K, C] of the targets on the left singular vectors.
+        outside: The squared part [C] of the targets that is outside the features' span.
+        t: alpha / beta [C].
+    """
+    s = sigma[:, None]
+    m2 = (s * projected / np.square(t + s)).sum(0)
+    residual = (projected / np.square(1 + s / t)).sum(0) + outside
+    return m2, residual, (s / (t + s)).sum(0)
 
 
 def check_examples(values: np.ndarray, labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray, int]:

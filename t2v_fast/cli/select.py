@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
         "--errors",
         type=Path,
         help="CSV of test errors: a column for each expert, named as the task that it was trained on; a row for each "
-        "task; empty where an expert is not to be used",
+        "task; empty where an expert is not to be used. With --zoo, the columns are named as the networks",
     )
     parser.add_argument("--task", action="append", help="a task to choose for (default: all that have no errors yet)")
     parser.add_argument("--alpha", type=float, default=ALPHA, help="of the asymmetric distance (default: %(default)s)")
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the experts for each task, nearest first, and the cost of each way to choose."""
     from ..analysis import selection
 
-    if (arguments.zoo is None) == (arguments.errors is None):
+    if arguments.zoo is None and arguments.errors is None:
         raise ValueError("give --errors with embeddings of tasks, or --zoo with one folder of images")
     if arguments.zoo is not None:
         return zoo.run(arguments)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from ..embedding import escaped
-from .common import console, print_files
+from ..embedding import Embedding, escaped
+from .common import console, load_embeddings, print_files
+
+SHORTLIST = 6  # as in t2v_fast.zoo, which imports torch
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +24,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="networks, separated by commas: efficientnet-lite0, torchvision/NAME or timm/NAME; "
         "'timm:a,b' is short for 'timm/a,timm/b'; NAME=FILE takes the weights of a file",
+    )
+    group.add_argument(
+        "--sources",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="embeddings of the tasks that networks were trained on, named as the networks; with --errors, of the tasks of "
+        "the table too",
+    )
+    group.add_argument("--embedding", type=Path, metavar="FILE", help="the folder's embedding, made as the sources were")
+    group.add_argument(
+        "--shortlist",
+        type=int,
+        default=SHORTLIST,
+        help="networks that run, of those of which --errors or --sources say what to expect (default: %(default)s)",
     )
     group.add_argument(
         "--budget",
@@ -50,6 +68,36 @@ def parse_names(text: str) -> list[str]:
     return names
 
 
+def _prior(names: Sequence[str], arguments: argparse.Namespace) -> dict[str, float] | None:
+    """What to expect of networks: from the errors on earlier tasks, from the distances of their sources, or from both."""
+    from ..analysis import selection
+    from ..analysis.distance import centred_distance
+
+    if (arguments.sources is None) != (arguments.embedding is None):
+        raise ValueError("--sources and --embedding go together: distances are from the sources to the folder's embedding")
+    known: dict[str, Embedding] = {}
+    if arguments.sources is not None:
+        found, embeddings = load_embeddings([*arguments.sources, arguments.embedding])
+        known, folder = dict(zip(found[:-1], embeddings[:-1], strict=True)), embeddings[-1]
+    if arguments.errors is None:
+        if arguments.sources is None:
+            return None
+        bank = [known[name] for name in names if name in known]
+        if len(bank) < 3:
+            raise ValueError(f"{len(bank)} networks have a source of their name, expected at least 3: there are {', '.join(known)}")
+        distances = centred_distance(bank, [folder], bank=bank)[:, 0]
+        return dict(zip((name for name in names if name in known), (-distances).tolist(), strict=True))
+    tasks, experts, errors = selection.read_errors(arguments.errors)
+    if arguments.sources is None:
+        return dict(zip(experts, (-selection.predict_errors(errors)[0]).tolist(), strict=True))
+    if missing := [name for name in (*experts, *tasks) if name not in known]:
+        raise ValueError(f"no source of {missing[0]!r}: there are {', '.join(known)}")
+    bank = [known[name] for name in experts]
+    to_tasks = centred_distance(bank, [known[name] for name in tasks], bank=bank)
+    predicted = selection.predict_errors(errors, [to_tasks], [centred_distance(bank, [folder], bank=bank)])
+    return dict(zip(experts, (-predicted[0]).tolist(), strict=True))
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run the race, and report it."""
     from ..files import write_csv
@@ -57,9 +105,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     if len(arguments.embeddings) != 1 or not arguments.embeddings[0].is_dir():
         raise ValueError("--zoo ranks networks for one folder of images, with one sub-folder for each class")
+    names = parse_names(arguments.zoo)
     ranking = rank_zoo(
         arguments.embeddings[0],
-        parse_names(arguments.zoo),
+        names,
+        prior=_prior(names, arguments),
+        shortlist=arguments.shortlist,
         budget=arguments.budget,
         first_images=arguments.first_images,
         batch_size=arguments.batch_size,
@@ -78,8 +129,10 @@ def run(arguments: argparse.Namespace) -> int:
                 table.add_row(*map(Text, row))
         console.print(table)
     for entry in ranking.entries:
-        if entry.score is None:
+        if entry.outcome == "unavailable":
             console.print(f"unavailable: {entry.name}: {escaped(entry.reason)}", markup=False)
+    if unseen := [entry.name for entry in ranking.entries if entry.outcome == "not shortlisted"]:
+        console.print(f"not shortlisted: {', '.join(unseen)}", markup=False)
     console.print(ranking.explain(), markup=False)
     console.print(f"cost: {100 * ranking.cost:.0f} % of running every network on all {ranking.images} images")
     if arguments.csv is not None:

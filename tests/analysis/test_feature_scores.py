@@ -169,6 +169,29 @@ def test_equals_the_plain_formula(name, scale):
         np.testing.assert_allclose(SCORES[name].function(scale * f, y), expected, rtol=1e-7, atol=1e-12)
 
 
+def test_a_sure_discriminant_keeps_its_digits():
+    """The loss of a sure class is tiny, and not a difference of ones: the sum in long double is the truth."""
+    f, y = problem(images=120, classes=4, dimension=20, spread=1.5)
+    found = feature_scores._discriminant(f, y, 1e-3)[np.arange(len(y)), y]
+    logits = plain_discriminant(f, y, 1e-3).astype(np.longdouble)
+    logits -= logits.max(1, keepdims=True)
+    exact = (logits - np.log(np.exp(logits).sum(1, keepdims=True)))[np.arange(len(y)), y]
+    some = (exact < -1e-17) & (exact > -1e-10)
+    assert some.sum() >= 5
+    np.testing.assert_allclose(found[some], exact[some].astype(float), rtol=0.02)
+    assert (found < 0).all()
+
+
+def test_sfda_and_ped_saturate_with_fewer_images_than_features():
+    """Both then see perfectly separated classes, whatever the features are: their likelihoods are one, by their formulas."""
+    networks = [problem(images=60, dimension=200, spread=spread, seed=seed)[0] for seed, spread in enumerate((0.2, 1.0))]
+    y = problem(images=60)[1]
+    for name in ("sfda", "ped"):
+        assert [float(PLAIN[name](f, y)) for f in networks] == pytest.approx([0, 0], abs=1e-12)
+        with pytest.warns(UserWarning, match=f"{name} gives 2 of 2 networks the same highest score, .*linear_probe"):
+            assert score_networks(networks, y, name) == pytest.approx([0, 0], abs=1e-12)
+
+
 def test_linear_probe_is_the_held_out_likelihood_of_the_penalised_fit(monkeypatch):
     f, y = problem(images=40, classes=3, dimension=4)
     train, test = np.arange(40)[::2], np.arange(40)[1::2]

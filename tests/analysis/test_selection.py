@@ -19,6 +19,7 @@ from t2v_fast.analysis.selection import (
     compare,
     leave_one_out,
     nearest_expert,
+    predict_errors,
     read_errors,
     relative_error_increase,
 )
@@ -199,6 +200,60 @@ def test_compare() -> None:
     assert all(values.shape == (40,) and (values >= 0).all() for values in found.values())
     rows = selection.increase_rows(found)
     assert rows[1][1] == f"{100 * found['chance'].mean():.1f} %"
+
+
+def test_predicted_errors_are_a_ridge_regression() -> None:
+    rng = np.random.default_rng(0)
+    t, e, n = 7, 4, 3
+    errors = rng.uniform(0.002, 0.6, (t, e))
+    errors[2, 1] = errors[5, 3] = np.nan
+    distances, new = rng.random((2, e, t)), rng.random((2, e, n))
+    new[0, 2, 1] = new[1, 2, 1] = np.nan
+    found = predict_errors(errors, distances, new, floor=0.01, penalty=2.0)
+    # The same by plain loops: one row of the design for each known error.
+    rows, targets = [], []
+    for k in range(t):
+        usable = [j for j in range(e) if not np.isnan(errors[k, j])]
+        logs = {j: math.log(max(errors[k, j], 0.01)) for j in usable}
+        for j in usable:
+            row = [(d[j, k] - np.mean(d[usable, k])) / np.std(d[usable, k]) for d in distances]
+            rows.append(row + [float(i == j) for i in range(e)])
+            targets.append(logs[j] - np.mean(list(logs.values())))
+    # The penalty is a row that says: this offset is zero.
+    rows += [[0, 0, *(math.sqrt(2.0) * (i == j) for i in range(e))] for j in range(e)]
+    weights = np.linalg.lstsq(np.array(rows), np.array(targets + [0.0] * e), rcond=None)[0]
+    for k in range(n):
+        usable = [j for j in range(e) if not np.isnan(new[0, j, k])]
+        for j in usable:
+            row = [(d[j, k] - np.mean(d[usable, k])) / np.std(d[usable, k]) for d in new]
+            assert found[k, j] == pytest.approx(weights[:2] @ row + weights[2 + j], rel=1e-6)
+
+
+def test_predicted_errors_tell_good_experts_from_near_ones() -> None:
+    rng = np.random.default_rng(1)
+    quality, distances = np.array([0.0, 0.7, 1.4]), rng.random((3, 40))
+    errors = np.exp(-4 + quality + 2 * distances.T + 0.01 * rng.normal(size=(40, 3)))
+    first, rest = slice(0, 30), slice(30, 40)
+    predicted = predict_errors(errors[first], [distances[:, first]], [distances[:, rest]], penalty=1e-6)
+    # The distances of a task are in units of their spread, so the sizes differ a little and the order does not.
+    assert np.mean(predicted.argmin(1) == errors[rest].argmin(1)) >= 0.9
+    alone = predict_errors(errors[first])
+    assert alone.shape == (1, 3)
+    assert np.argsort(alone[0]).tolist() == [0, 1, 2]
+    # An expert with one known error is shrunk more than one with many.
+    few = errors[first].copy()
+    few[1:, 2] = np.nan
+    assert 0 < predict_errors(few)[0, 2] < alone[0, 2]
+
+
+def test_predicted_errors_refuse_what_does_not_fit() -> None:
+    errors = np.full((4, 3), 0.1)
+    with pytest.raises(ValueError, match="1 kinds of distances to earlier tasks and 0 to new ones"):
+        predict_errors(errors, [np.zeros((3, 4))])
+    with pytest.raises(ValueError, match=r"distances are \[4, 3\], expected finite numbers \[3, 4\]"):
+        predict_errors(errors, [np.zeros((4, 3))], [np.zeros((3, 2))])
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        predict_errors(errors, [np.full((3, 4), np.inf)], [np.zeros((3, 2))])
 
 
 def test_embeddings_must_be_comparable() -> None:

@@ -1,235 +1,167 @@
-"""The experiments on task embeddings run, small, on scanned digits: no font, no pretrained probe."""
+"""The study of choosing an expert: its statistics on plain cases, and all of it, small, on scanned digits."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from small import small_probe
 
-from t2v_fast import Embedding, Task2Vec
-from t2v_fast.analysis.distance import centred_distance, pdist
+from t2v_fast import Task2Vec
 from t2v_fast.analysis.feature_scores import SCORES
 
-ROOT = Path(__file__).resolve().parents[2]
-EXPERTS = ["MNIST first half", "optical parity", "optical digits"]
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch):
+    from bench.studies import selection_ways
+
+    return selection_ways
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch):
-    from bench.studies import selection
-
-    return selection
-
-
-@pytest.fixture
-def tasks(bench) -> list:
+def tasks() -> list:
+    """Ten tasks in three families, of which each has one expert."""
     from bench.studies.meta_task import scanned_tasks
 
-    return scanned_tasks()[:8]
+    found = scanned_tasks()
+    for k, task in enumerate(found):
+        object.__setattr__(task, "family", ("a", "b", "c")[k % 3])
+    return found
 
 
-@pytest.fixture
-def settings(bench):
-    return bench.Settings(images=60, embedded_images=40, test_images=60, expert_images=200, epochs=2)
+def table(errors: list, families: str) -> SimpleNamespace:
+    errors = np.array(errors, float)
+    return SimpleNamespace(errors=errors, families=np.array(list(families)), candidates=~np.isnan(errors))
 
 
-def test_tasks(tasks: list) -> None:
-    from bench.studies.meta_task import EXPERT, TEST, TRAIN, _scans
+def test_judge_on_plain_orders(ways) -> None:
+    results = table([[0.1, 0.2, 0.4, 0.8], [0.5, 0.1, np.nan, 0.3]], "ab")
+    judge = ways.Judge(results)
+    right = ways.masked(results, -np.nan_to_num(results.errors))
+    found = judge.quality(right)
+    assert [found[key].tolist() for key in ("increase", "tau", "top-1", "top-3", "best of 3")] == [
+        [0, 0],
+        pytest.approx([1, 1]),
+        [1, 1],
+        [1, 1],
+        [0, 0],
+    ]
+    worst = judge.quality(ways.masked(results, np.nan_to_num(results.errors)))
+    assert worst["tau"] == pytest.approx([-1, -1])
+    assert worst["increase"] == pytest.approx([7, 4])
+    assert worst["regret"] == pytest.approx([0.7, 0.4])
+    assert worst["best of 3"] == pytest.approx([1, 0])
+    # Equal scores are a draw by lot, never the first expert of the list.
+    tied = judge.quality(ways.masked(results, np.zeros((2, 4))))
+    assert tied["increase"] == pytest.approx(judge.chance())
+    assert tied["top-1"] == pytest.approx([1 / 4, 1 / 3])
+    # An error below the floor counts as the floor.
+    assert ways.Judge(table([[0.0, 0.02]], "a")).increase(np.array([[0.0, 1.0]])) == pytest.approx([2.0])
 
-    for task in tasks:
-        drawn = [task.draw(60, split) for split in (TRAIN, TEST, EXPERT)]
-        for d in drawn:
-            counts = np.bincount(d.labels, minlength=len(d.classes))
-            assert counts.max() - counts.min() <= 1
-            assert d.images.shape == (60, 64, 64)
-        assert len({d.digest for d in drawn}) == 3
-        assert task.draw(60, TRAIN).digest == drawn[0].digest != task.draw(60, TRAIN, seed=1).digest
-    digits = _scans("MNIST")[1]
-    # Two to each class of each split even for the rarest digit.
-    assert min(np.bincount(digits[np.arange(len(digits)) % 3 == split]).min() for split in range(3)) >= 2
+
+def test_bootstrap_draws_whole_families(ways) -> None:
+    families = np.array(list("aaabbc"))
+    draws = ways.family_draws(families, 500)
+    assert draws.sum(1) == pytest.approx(np.ones(500))
+    np.testing.assert_array_equal(draws[:, 0], draws[:, 2])
+    assert (draws[:, 5] == 0).any()
+    low, high = ways.interval(np.array([0.0, 0, 0, 1, 1, 1]), draws)
+    assert low == 0
+    assert high == 1
 
 
-def test_ranking_quality_of_plain_orders(bench) -> None:
-    errors = np.array([[0.1, 0.2, 0.4, 0.8], [0.5, 0.1, np.nan, 0.3]])
-    right = -np.where(np.isnan(errors), np.inf, errors)
-    perfect = bench.ranking_quality(errors, right, floor=0)
-    assert (perfect["tau"], perfect["top-1"], perfect["best of 3"]) == pytest.approx((1, 1, 0))
-    worst = bench.ranking_quality(errors, np.where(np.isnan(errors), -np.inf, errors), floor=0)
-    assert worst["tau"] == pytest.approx(-1)
-    assert worst["top-1"] == 0
-    assert worst["best of 3"] == (1 + 0) / 2  # of the first task's worst three the best has twice the error
+def test_cross_fitting_never_judges_where_it_chose(ways) -> None:
+    families = np.array(list("aabbccdd"))
+    half = ways.alternate_halves(families)
+    assert half.tolist() == [False, False, True, True, False, False, True, True]
+    free, dear = np.zeros(8), np.ones(8)
+    scores = np.zeros((8, 2))
+    three = [ways.Way("one", "score", scores, free), ways.Way("two", "score", scores, free), ways.Way("best", "score", scores, dear)]
+    increases = np.array([np.where(half, 5.0, 1.0), np.where(half, 2.0, 3.0), np.zeros(8)])
+    fit = ways.cross_fit(three, increases, families, half, 0.5)
+    # On the first half "one" is better, and is judged on the second; and the other way round.
+    assert fit.chosen == ["one", "two"]
+    assert fit.increase.tolist() == np.where(half, 5.0, 3.0).tolist()
+    assert fit.cost == 0
+    assert ways.cross_fit(three, increases, families, half, 1.0).chosen == ["best", "best"]
+    for other in ways.random_halves(families, 5):
+        assert all(len(set(other[families == family])) == 1 for family in "abcd")
+        assert other.sum() == 4
+
+
+def test_what_is_learned_never_sees_the_family(ways) -> None:
+    rng = np.random.default_rng(0)
+    families = np.repeat(list("abcd"), 6)
+    errors = np.exp(rng.normal(-2, 0.3, (24, 4)) + np.array([0, 0.5, 1, 1.5])).clip(0, 1)
+    errors[families[:, None] == np.array(list("abcd"))] = np.nan
+    results = SimpleNamespace(errors=errors, families=families, candidates=~np.isnan(errors), names=[""] * 24)
+    distance = rng.random((24, 4))
+    before = ways.average_accuracy(results), ways.with_errors(results, [distance])
+    assert (np.diff(ways.with_errors(results, [distance]).mean(0)) < 0).all()  # the experts' order is found
+    mine = families == "a"
+    errors[mine] = errors[mine][:, [0, 3, 2, 1]]
+    after = ways.average_accuracy(results), ways.with_errors(results, [distance])
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a[mine], b[mine])
+        assert np.abs(a[~mine] - b[~mine]).max() > 1e-3
+    # A distance that says the truth gets a slope of its own.
+    truth = np.where(np.isnan(errors), 0, np.log(np.maximum(errors, 1e-9)))
+    assert ways.Judge(results).increase(ways.masked(results, ways.with_errors(results, [truth]))).mean() < 0.02
+
+
+def test_shortlists(ways) -> None:
+    first = np.array([[4.0, 3, 2, 1, -np.inf]])
+    inside = ways.shortlist(first, 2)
+    assert inside.tolist() == [[True, True, False, False, False]]
+    assert ways.shortlist(first, 9).tolist() == [[True] * 4 + [False]]
+    second = np.where(inside, np.array([[0.1, 0.9, 5, 5, 5]]), -np.inf)
+    combined = ways.then(first, second)
+    assert np.argsort(-combined[0]).tolist() == [1, 0, 2, 3, 4]
+    assert combined[0, 4] == -np.inf
 
 
 @pytest.mark.slow
-def test_experiment_and_resume(bench, tasks, settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_study_and_resume(ways, tasks: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.studies import selection, selection_data
+
+    settings = selection_data.Settings(
+        images=60, draws=2, test_images=60, expert_images=200, epochs=2, counts=(20, 60), embedded=(20, 40)
+    )
+    monkeypatch.setattr(selection, "RIVAL", "leep on 60")
+    monkeypatch.setattr(ways, "LENGTHS", (1, 2))
     task2vec = Task2Vec(small_probe())
-    store = bench.Store(tmp_path, settings, tasks, EXPERTS)
-    results = bench.fill(store, task2vec)
-    assert results.errors.shape == (8, 3)
-    assert np.isnan(results.errors).sum() == 3
-    assert np.isnan(results.errors[results.names.index("optical parity"), 1])
-    assert (results.scores["leep"] <= 1e-9)[~np.isnan(results.errors)].all()
-    for table in results.scores.values():  # a score for each expert that a task may use
-        np.testing.assert_array_equal(np.isnan(table), np.isnan(results.errors))
-    # A digit expert does better than chance on digits, and its error is that of a plain count.
-    assert np.nanmin(results.errors[results.names.index("MNIST first half")]) < 0.6
-    text = bench.report(results, settings)
-    for way in ("chance", "best on average", "symmetric", "asymmetric", "Model2Vec", *SCORES, "mean feature"):
-        assert way in text
-    assert "8 tasks in 1 families, 3 experts" in text
+    store = selection_data.Store(tmp_path, settings, tasks)
+    results = selection_data.fill(store, task2vec)
+    assert results.errors.shape == (10, 3)
+    np.testing.assert_array_equal(results.candidates.sum(1), 2)  # not the expert of one's own family
+    assert results.every_error.shape == (2, 10, 3)
+    np.testing.assert_allclose(np.nanmin(results.errors, 1) <= 1, True)
+    for score in SCORES:
+        assert np.isfinite(results.scores[score, 60]).all()
+    np.testing.assert_allclose(results.likelihoods[0][60].mean(1), results.scores["linear_probe", 60][0])
+    study = selection.Study(results, settings, resamples=50)
+    everything = study.by_name["linear_probe on 60"]
+    assert everything.cost == pytest.approx(np.ones(10))
+    whole_race = study.by_name["race of all, budget 1"]
+    assert (whole_race.cost <= 1 + 1e-9).all()
+    assert study.by_name["centred, 20 images"].cost.mean() < study.by_name["centred, 40 images"].cost.mean()
+    text = selection.report(study)
+    for part in ("chance", "largest network", "centred, 40 images", "The claim", "3 experts", "10 tasks in 3 families"):
+        assert part in text
+    study.draw(tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
 
     # What is there is used again, and only what is missing is made.
     made = []
-    monkeypatch.setattr(bench, "train_expert", lambda *a: made.append("expert"))
-    real = bench.test_error
-    monkeypatch.setattr(bench, "test_error", lambda *a: (made.append("error"), real(*a))[1])
-    again = bench.fill(bench.Store(tmp_path, settings, tasks, EXPERTS), task2vec)
+    monkeypatch.setattr(selection_data, "train_expert", lambda *a: made.append("expert"))
+    real = selection_data.head_error
+    monkeypatch.setattr(selection_data, "head_error", lambda *a: (made.append("error"), real(*a))[1])
+    np.testing.assert_array_equal(selection_data.fill(store, task2vec).every_error, results.every_error)
     assert made == []
-    np.testing.assert_array_equal(again.errors, results.errors)
-    (tmp_path / "rows" / "optical-digits.json").unlink()
-    np.testing.assert_array_equal(bench.fill(store, task2vec).errors, results.errors)
-    assert made == ["error"] * 3
-    # Other settings or images never mix with what is there.
+    store.path("rows", "optical digits", "safetensors").unlink()
+    np.testing.assert_array_equal(selection_data.fill(store, task2vec).every_error, results.every_error)
+    assert made == ["error"] * 6
     with pytest.raises(ValueError, match="pass another --output"):
-        bench.Store(tmp_path, bench.Settings(), tasks, EXPERTS)
-    path = tmp_path / "rows" / "MNIST-digits.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "digest": "other"}))
-    with pytest.raises(ValueError, match="is of other images"):
-        bench.fill(store, task2vec)
-    with pytest.raises(ValueError, match="no task 'nothing' for an expert"):
-        bench.Store(tmp_path, settings, tasks, ["nothing"])
-
-
-def test_replace_section(bench, tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("# Title\n")
-    bench.replace_section(page, "a", "one")
-    bench.replace_section(page, "b", "two")
-    bench.replace_section(page, "a", "three\n\nlines")
-    assert page.read_text() == "# Title\n\n<!-- a -->\nthree\n\nlines\n<!-- /a -->\n\n<!-- b -->\ntwo\n<!-- /b -->\n"
-
-
-@pytest.mark.slow
-def test_claims(bench, tasks, settings, tmp_path: Path) -> None:
-    from bench.studies import claims
-
-    store, task2vec = bench.Store(tmp_path, settings, tasks, EXPERTS), Task2Vec(small_probe())
-    bench.fill(store, task2vec)
-    for task in tasks[4:]:  # a second family, or nothing is to be told apart
-        object.__setattr__(task, "family", "other")
-    text = dict(claims.measure(store, task2vec, ["MNIST digits"], ["MNIST parity"], (20, 40)))
-    assert len(text) == 4
-    assert "MNIST digits | exact | 0.0e+00 | 0.0e+00" in text["Labels' names"]
-    assert text["Size of the data set"].count("MNIST parity |") >= 2
-    assert "of 8" in text["Distance follows the taxonomy"]
-
-
-def test_claims_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.studies import claims
-
-    families = ["a", "a", "b", "c"]
-    tree = claims.taxonomic(families, ["x", "x", "x", "y"])
-    assert tree.tolist() == [[0, 1, 2, 3], [1, 0, 2, 3], [2, 2, 0, 3], [3, 3, 3, 0]]
-    rng = np.random.default_rng(0)
-    groups = np.arange(30) % 4
-    d = rng.random((30, 30)).round(1)  # with ties
-    d = np.triu(d, 1) + np.triu(d, 1).T + (groups[:, None] != groups)
-    d *= rng.random((30, 30)).round(1) < 0.8
-    d = np.maximum(d, d.T)
-    pairs = [(d[i, j], groups[i] == groups[j]) for i in range(30) for j in range(i)]
-    inside, outside = [v for v, same in pairs if same], [v for v, same in pairs if not same]
-    want = np.mean([(a < b) + (a == b) / 2 for a in inside for b in outside])
-    assert claims.auc(d, groups) == pytest.approx(want)
-    exact = np.array([[0.0, 1, 2], [1, 0, 3], [2, 3, 0]])
-    assert claims.nearest_in_family(exact, np.array(["a", "a", "b"])).tolist() == [True, True, False]
-    low, high = claims.interval_over_tasks(lambda k: float(groups[k].mean()), 30)
-    assert low < groups.mean() < high
-
-
-@pytest.mark.slow
-def test_baseline(bench, tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.studies import baseline
-
-    settings = bench.Settings(images=40, embedded_images=30)
-    families = ["a", "b", "c", "d"]
-    for k, task in enumerate(tasks):
-        object.__setattr__(task, "family", families[k // 2])
-    monkeypatch.setattr(baseline, "HEADS", {k: baseline.HEADS[k] for k in ("weight decay 1e-4", "cross-validated")})
-    measured = baseline.measure(tmp_path, settings, tasks, small_probe())
-    assert measured.mean_features.shape == (8, 8)
-    assert [a.shape for a in measured.activations] == [(8, 6), (8, 6), (8, 8)]
-    # The means of activations are those of a plain loop over the images.
-    probe, images = small_probe(), tasks[3].draw(40, 0).images[:30]
-    with torch.no_grad():
-        want = np.mean([probe.network[:1](probe.preprocessing(i)[None]).mean((2, 3))[0].numpy() for i in images], 0)
-    np.testing.assert_allclose(measured.activations[0][3], want, rtol=1e-5)
-    text = baseline.report(measured, resamples=20)
-    for way in (baseline.BASELINE, "(the default)", "**chosen: ", "robust Fisher", "weighted by reliability"):
-        assert way in text
-    assert "8 tasks in 4 families; 4 tasks for the choice" in text
-    # Its default's AUC on all tasks, as claims.py measures it.
-    all_of = pdist(measured.embeddings["weight decay 1e-4"])
-    (line,) = [line for line in text.splitlines() if "(the default)" in line]
-    assert f" | {baseline.auc(all_of, measured.families):.3f} (" in line
-    drawn = [baseline.Drawn(task.draw(40, 0)) for task in tasks]
-    assert drawn[2].draw(40, 0).digest == tasks[2].draw(40, 0).digest
-    with pytest.raises(ValueError, match="has 40 images, not 50"):
-        drawn[2].draw(50, 0)
-    other = baseline.confirm(measured, resamples=20)
-    assert "The demo's 8 tasks in 4 families" in other
-    (line,) = [line for line in other.splitlines() if "(the default)" in line]
-    assert f"| {baseline.auc(all_of, measured.families):.3f} (" in line
-    # What is there is used again.
-    monkeypatch.setattr(baseline, "mean_activations", None)
-    monkeypatch.setattr(Task2Vec, "embed", None)
-    assert baseline.report(baseline.measure(tmp_path, settings, tasks, small_probe()), resamples=20) == text
-
-
-def test_baseline_statistics(bench) -> None:
-    from bench.studies import baseline
-
-    families = np.array(list("aabbcc"))
-    apart = (families[:, None] != families).astype(float)
-    worse = apart.copy()
-    worse[0, 1] = worse[1, 0] = 2
-    judge = baseline.Judge(families, np.arange(6))
-    assert judge.auc(apart) == 1
-    assert judge.hits(worse).tolist() == [0, 0, 1, 1, 1, 1]
-    assert judge.hits_cell(worse, apart).startswith("-0.333 (")
-    assert judge.auc_cell(apart, apart) == "+0.000 (+0.000 to +0.000)"
-    assert baseline.Judge(families, np.arange(2, 6)).auc(worse) == 1
-    # The first within reach of the best.
-    assert baseline.choose({("h", "x"): worse, ("h", "y"): apart, ("h", "z"): apart}, judge) == ("h", "y")
-    assert baseline.choose({("h", "x"): worse, ("h", "y"): apart}, judge, within=0.5) == ("h", "x")
-    some = baseline.choice_families([f"{k}" for k in range(9)] * 2)
-    assert len(some) == 5
-    # The noise-aware distances are the centred one where there is no noise, and leave out what is only noise.
-    rng = np.random.default_rng(0)
-
-    def embeddings(noisy: float) -> list:
-        h = np.random.default_rng(1).lognormal(-9, 1, (6, 12))
-        error = np.zeros_like(h)
-        error[:, 3] = noisy * h[:, 3]
-        layers = (("conv.weight", 0, 8), ("bn.weight", 8, 12))
-        return [
-            Embedding(hessian=v, scale=np.ones(12), standard_error=e, layers=layers, num_examples=9)
-            for v, e in zip(h, error, strict=True)
-        ]
-
-    for distance in (baseline.noise_aware, baseline.shrunk):
-        np.testing.assert_allclose(distance(embeddings(0)), centred_distance(embeddings(0)), rtol=1e-9, atol=1e-12)
-        assert np.abs(distance(embeddings(9)) - distance(embeddings(0))).max() > 1e-3
-    without = baseline.log_contrasts(embeddings(0))[0]
-    without[0][:, 3] = 0
-    want = np.mean([baseline.cosine_distances(x) for x in without], axis=0)
-    np.testing.assert_allclose(baseline.noise_aware(embeddings(9)), want, rtol=1e-9, atol=1e-12)
-    weights = {"conv.weight": torch.ones(8, 1, 1, 1), "bn.weight": torch.ones(4)}
-    parts = baseline.layers_of(embeddings(0), baseline.PARTS["norms only"], weights)
-    assert parts[0].layers == (("bn.weight", 0, 4),)
-    np.testing.assert_array_equal(parts[2].hessian, embeddings(0)[2].layer("bn.weight"))
-    x = rng.random((6, 4))
-    np.testing.assert_allclose(baseline.together(x @ x.T, 5 * (x @ x.T) + 2), baseline.together(x @ x.T, x @ x.T))
+        selection_data.Store(tmp_path, selection_data.Settings(), tasks)
