@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from .owners import OWNERS, Interacting, Owned, Owner, RowLayout, Shape, Shared, Unknown
 from .ownership import LEAF, Ownership
-from .transfers import ELEMENTWISE, input_shape, kind_of
+from .transfers import ELEMENTWISE, FAST_CONVOLUTIONS, input_shape, kind_of
 
 
 class UnsupportedError(RuntimeError):
@@ -353,7 +353,7 @@ _REARRANGING = _MOVING | SELECTIONS
 _MATRIX_TRANSPOSES = frozenset({"TBackward0", "TransposeBackward0", "ToCopyBackward0"})
 # Layers with a weight, and the number of the first input that may be the weight.
 _FIRST_WEIGHT = {
-    **dict.fromkeys(("Convolution", "MatrixConvolution", "WinogradConvolution", "StridedDepthwise", "OneDnnLinear"), 1),
+    **dict.fromkeys(("Convolution", *FAST_CONVOLUTIONS, "OneDnnLinear"), 1),
     "Mm": 0,
     "Bmm": 0,
     "Addmm": 1,

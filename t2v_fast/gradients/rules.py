@@ -26,7 +26,7 @@ from .factors import Called, Convolution, Factors, Outer, Product, Scatter, Stac
 from .fast_layers import NODES
 from .graph import Use
 from .owners import EACH, ListedRows, Owned, Owner, RowLayout, Shape, Sole
-from .transfers import output_shape
+from .transfers import FAST_CONVOLUTIONS, output_shape
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _convolution(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     return Stacked(slices)
 
 
-@register_rule("MatrixConvolutionBackward", "StridedDepthwiseBackward", "WinogradConvolutionBackward", knows=_of_rows)
+@register_rule(*(f"{layer}Backward" for layer in FAST_CONVOLUTIONS), knows=_of_rows)
 def _fast_convolution(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     if use.slot == 2:
         return Product(_channels_by_example(g, owner, n))
