@@ -2,6 +2,12 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(T2V_ARM) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(T2V_ARM) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 #include "tile.h"
 
 namespace t2v {
@@ -12,11 +18,16 @@ namespace t2v {
   extern const Kernels<double> double_table; \
   }
 
-T2V_DECLARE(portable)
-#ifdef T2V_X86
-T2V_DECLARE(avx2)
-T2V_DECLARE(avx512)
+#if defined(T2V_X86)
 T2V_DECLARE(avx512bf16)
+T2V_DECLARE(avx512)
+T2V_DECLARE(avx2)
+T2V_DECLARE(portable)
+#elif defined(T2V_ARM)
+T2V_DECLARE(neonbf16)
+T2V_DECLARE(neon)
+#else
+T2V_DECLARE(portable)
 #endif
 
 namespace {
@@ -27,23 +38,42 @@ struct Capability {
   bool available;
 };
 
-#ifdef T2V_X86
+#if defined(T2V_X86)
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+#elif defined(T2V_ARM)
+// Whether the processor has dot products of bfloat16 pairs (BFDOT).
+bool has_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long bf16 = 1ul << 14;  // HWCAP2_BF16, which older system headers lack
+  return getauxval(AT_HWCAP2) & bf16;
+#elif defined(__APPLE__)
+  int found = 0;
+  size_t bytes = sizeof(found);
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &found, &bytes, nullptr, 0) == 0 && found;
+#else
+  return false;
+#endif
 }
 #endif
 
 // The instruction sets of this build, the best one first.
 const Capability* capabilities(int& count) {
   static const Capability all[] = {
-#ifdef T2V_X86
+#if defined(T2V_X86)
       {&avx512bf16::single_table, &avx512bf16::double_table,
        has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")},
       {&avx512::single_table, &avx512::double_table, has_avx512()},
       {&avx2::single_table, &avx2::double_table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-#endif
       {&portable::single_table, &portable::double_table, true},
+#elif defined(T2V_ARM)
+      {&neonbf16::single_table, &neonbf16::double_table, has_bf16()},
+      {&neon::single_table, &neon::double_table, true},
+#else
+      {&portable::single_table, &portable::double_table, true},
+#endif
   };
   count = sizeof(all) / sizeof(all[0]);
   return all;

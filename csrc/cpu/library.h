@@ -14,6 +14,8 @@
 // The headers of LibTorch call dlsym. This is the oldest version of it, so that the library also loads with glibc 2.28.
 #if defined(__x86_64__) && defined(__GLIBC__)
 __asm__(".symver dlsym,dlsym@GLIBC_2.2.5");
+#elif defined(__aarch64__) && defined(__GLIBC__)
+__asm__(".symver dlsym,dlsym@GLIBC_2.17");
 #endif
 
 namespace t2v {

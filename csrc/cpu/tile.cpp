@@ -215,7 +215,7 @@ inline void some_norm_sums(T* sums, T* plain, const S* g, int64_t g_stride, int6
 template <class T, class S, class Input>
 inline void norm_sums(T* sums, T* plain, const S* g, int64_t g_stride, int64_t positions, int64_t channels,
                       const Input& input) {
-  constexpr int width = Vector<T>::width, some = T2V_BYTES == 64 ? 4 : 2;
+  constexpr int width = Vector<T>::width, some = max_height == 12 ? 4 : 2;
   int64_t c = 0;
   for (; c + some * width <= channels; c += some * width)
     some_norm_sums<some>(sums, plain, g, g_stride, positions, c, input);
@@ -254,10 +254,12 @@ constexpr WinogradSteps<S, T, T> winograd_steps() {
 constexpr Kernels<float> with_bfloat16(Kernels<float> table) {
   table.wide_winograd_steps = winograd_steps<uint16_t, float>();
   table.wide_norm_sums = {sums_by_channel<float, uint16_t>, sums_by_position<float, uint16_t>};
-#ifdef __AVX512BF16__
+#ifdef T2V_PAIRS
   table.pair_square_sum = square_sum<float, Pair>;
   table.pair_square_add = square_add<float, Pair>;
   table.pair_store = store_tile<float, Pair>;
+#endif
+#ifdef __AVX512BF16__
   table.fixed_winograd_steps = {winograd_fixed_input, winograd_fixed_kernel, winograd_outputs<uint16_t, float, Fixed>};
 #endif
   return table;

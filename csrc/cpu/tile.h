@@ -156,7 +156,8 @@ struct Kernels {
 template <class T>
 const Kernels<T>& kernels();
 
-// Force "avx512bf16", "avx512", "avx2" or "portable"; false if this build or processor does not have it.
+// Force "avx512bf16", "avx512", "avx2", "neonbf16", "neon" or "portable"; false if this build or processor does not
+// have it.
 bool set_cpu_capability(const char* name);
 const char* cpu_capability();
 

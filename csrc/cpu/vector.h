@@ -6,6 +6,13 @@
 
 #ifdef __AVX512BF16__  // compiled together with the dot products of 16-bit integers
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
+#endif
+
+// Whether the instruction set has dot products of bfloat16 pairs.
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define T2V_PAIRS
 #endif
 
 #include <cstring>
@@ -112,7 +119,7 @@ struct Operand {
   static V<E> multiply_add(V<E> sum, E a, Values b) { return sum + a * b; }
 };
 
-#ifdef __AVX512BF16__
+#ifdef T2V_PAIRS
 template <>
 struct Operand<Pair> {
   typedef int32_t Values __attribute__((vector_size(T2V_BYTES)));
@@ -121,10 +128,16 @@ struct Operand<Pair> {
   static V<float> multiply_add(V<float> sum, Pair a, Values b) {
     int32_t bits;
     std::memcpy(&bits, &a, sizeof(bits));
+#ifdef __AVX512BF16__
     return (V<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(bits), (__m512bh)b);
+#else
+    return (V<float>)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)vdupq_n_s32(bits), (bfloat16x8_t)b);
+#endif
   }
 };
+#endif
 
+#ifdef __AVX512BF16__
 template <>
 struct Operand<Fixed> {
   typedef int32_t Values __attribute__((vector_size(T2V_BYTES)));
@@ -137,8 +150,12 @@ struct Operand<Fixed> {
 };
 #endif
 
-// 32 registers of AVX-512 hold 12 x 2 sums, 2 columns and a broadcast; 16 of AVX2 hold 6 x 2.
-constexpr int max_height = T2V_BYTES == 64 ? 12 : 6;
+// The 32 registers of AVX-512 and of NEON hold 12 x 2 sums, 2 columns and a broadcast; the 16 of AVX2 hold 6 x 2.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int max_height = 12;
+#else
+constexpr int max_height = 6;
+#endif
 
 // Computes one tile of MR rows and NV vectors, and passes each row of sums to the epilogue.
 template <class T, int MR, int NV, class E, class Epilogue>

@@ -11,8 +11,8 @@ Convolutions over images smaller than their kernel
     three times that of a direct convolution, some 3e-6 of the largest value. bfloat16 is multiplied in fixed point
     where the processor has dot products of 16-bit integers, and in float32 elsewhere. Fixed point adds about as much
     error as rounding to bfloat16.
-Depthwise convolutions with strides in bfloat16
-    oneDNN takes fifty times as long for the input gradient as in float32, so the gradient is computed in float32.
+Depthwise convolutions with strides in bfloat16, and all products on processors without instructions for bfloat16
+    torch takes ten times as long as in float32 and more, so they are computed in float32 (:mod:`bfloat16_layers`).
 Batch norms in evaluation mode
     The layer is linear, so its input gradient is the batch norm without the shift. torch reads the input again, and
     sums the gradients of the parameters.
@@ -38,6 +38,15 @@ from torch.overrides import TorchFunctionMode
 
 from .. import ops
 from ..ops.geometry import conv_output_size, per_axis
+from .bfloat16_layers import (
+    StridedDepthwise,
+    WideConvolution,
+    in_batches,
+    is_wanted,
+    is_wide,
+    parameter_gradients,
+    widened,
+)
 from .graph import views_of
 
 MIN_MULTIPLICATIONS = 2**22  # a smaller product is not worth the call of oneDNN
@@ -46,6 +55,9 @@ MAX_MATRIX_GROWTH = 2  # the largest ratio of the entries of a convolution's mat
 MAX_WINOGRAD_COST = 0.75  # the largest ratio of Winograd's multiplications to those of a direct convolution
 
 Pair = tuple[int, int]
+
+
+_WEIGHT_GRADIENT = widened(torch.matmul)
 
 
 class OneDnnLinear(torch.autograd.Function):
@@ -62,9 +74,9 @@ class OneDnnLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = g.reshape(-1, g.shape[-1])
         return (
-            _product(g, weight.mT) if _wanted(ctx, 0) else None,
-            rows.mT @ x.reshape(-1, x.shape[-1]) if _wanted(ctx, 1) else None,
-            rows.sum(0) if _wanted(ctx, 2) else None,
+            _product(g, weight.mT) if is_wanted(ctx, 0) else None,
+            _WEIGHT_GRADIENT(rows.mT, x.reshape(-1, x.shape[-1])) if is_wanted(ctx, 1) else None,
+            rows.sum(0) if is_wanted(ctx, 2) else None,
         )
 
 
@@ -93,8 +105,8 @@ class MatrixConvolution(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, matrix = ctx.saved_tensors
         return (
-            _images(_product(_pixels(g, len(matrix)), matrix.mT), len(x), x.shape[2:]) if _wanted(ctx, 0) else None,
-            *_parameter_gradients(ctx, g, x, weight),
+            _images(_product(_pixels(g, len(matrix)), matrix.mT), len(x), x.shape[2:]) if is_wanted(ctx, 0) else None,
+            *parameter_gradients(ctx, g, x, weight),
             None,
             None,
         )
@@ -114,34 +126,10 @@ class WinogradConvolution(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         return (
-            _winograd_gradient(g, weight, ctx.geometry[1]) if _wanted(ctx, 0) else None,
-            *_parameter_gradients(ctx, g, x, weight),
+            _winograd_gradient(g, weight, ctx.geometry[1]) if is_wanted(ctx, 0) else None,
+            *parameter_gradients(ctx, g, x, weight),
             None,
         )
-
-
-class StridedDepthwise(torch.autograd.Function):
-    """A depthwise convolution in bfloat16; ``geometry`` is stride, padding and dilation."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.groups = geometry, x.shape[1]
-        return F.conv2d(x, weight, bias, *geometry, ctx.groups)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        of_x = None
-        if _wanted(ctx, 0):
-            stride, padding, dilation = ctx.geometry
-            # Pixels of the padded input that no output position reads.
-            last = conv_output_size(x.shape[2:], weight.shape[2:], (1, 1), padding, dilation)
-            beyond = [(size - 1) % by for size, by in zip(last, stride, strict=True)]
-            wide = g.float(), weight.float(), None, stride, padding, beyond, ctx.groups, dilation
-            of_x = F.conv_transpose2d(*wide).to(g.dtype)
-        return of_x, *_parameter_gradients(ctx, g, x, weight), None
 
 
 class InPlaceHardtanh(torch.autograd.Function):
@@ -177,10 +165,10 @@ class BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance = ctx.saved_tensors
         of_x = None
-        if _wanted(ctx, 0):
+        if is_wanted(ctx, 0):
             zero = torch.zeros_like(mean)
             of_x = torch.native_batch_norm(g, weight, None, zero, variance, False, 0.0, ctx.eps)[0]
-        mask = [False, _wanted(ctx, 1), _wanted(ctx, 2)]
+        mask = [False, is_wanted(ctx, 1), is_wanted(ctx, 2)]
         of_weight = of_bias = None
         if any(mask):
             _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
@@ -189,7 +177,14 @@ class BatchNorm(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None, None
 
 
-FUNCTIONS = BatchNorm, InPlaceHardtanh, MatrixConvolution, OneDnnLinear, StridedDepthwise, WinogradConvolution
+FUNCTIONS = BatchNorm, InPlaceHardtanh, MatrixConvolution, OneDnnLinear, WinogradConvolution
+FUNCTIONS += StridedDepthwise, WideConvolution
+# Products other than those of linear layers and convolutions.
+WIDENED = (
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm),
+    *(torch.einsum, torch.baddbmm, torch.addmm, F.scaled_dot_product_attention, F.multi_head_attention_forward),
+    *(F.bilinear, F.conv1d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+)
 NODES = frozenset(f"{function.__name__}Backward" for function in FUNCTIONS)
 
 
@@ -213,33 +208,20 @@ def convolution_matrix(weight: Tensor, image: Pair, stride: Pair, padding: Pair,
     return matrix.view(size[0] * size[1] * len(weight), -1)
 
 
-def _in_batches(g: Tensor) -> bool:
-    """Whether gradients are computed in batches (vmap), which only torch's own operators support."""
-    return torch._C._dispatch_keys(g).has(DispatchKey.FuncTorchBatched)
-
-
 def _winograd_gradient(g: Tensor, weight: Tensor, padding: Pair) -> Tensor:
     """The input gradient of a 3x3 convolution of stride 1."""
-    if _in_batches(g):
+    if in_batches(g):
         return F.conv_transpose2d(g, weight, padding=padding)
     return ops.winograd_conv(g, weight, None, padding, transposed=True)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer, by oneDNN in float32. For other types torch uses oneDNN itself where oneDNN supports them."""
-    if x.dtype != torch.float32 or not torch._C._dispatch_keys(x).has(DispatchKey.CPU) or _in_batches(x):
+    if is_wide(x):
+        return _product(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    if x.dtype != torch.float32 or not torch._C._dispatch_keys(x).has(DispatchKey.CPU) or in_batches(x):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def _parameter_gradients(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of weight and bias, the second and third input of a convolution's function."""
-    of_weight = None
-    if _wanted(ctx, 1):
-        geometry = *ctx.geometry, False, [0, 0], ctx.groups
-        mask = [False, True, False]
-        of_weight = torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, mask)[1]
-    return of_weight, g.sum((0, 2, 3)) if _wanted(ctx, 2) else None
 
 
 @functools.cache
@@ -283,16 +265,6 @@ def _images(rows: Tensor, n: int, size: Sequence[int]) -> Tensor:
     return rows.view(n, *size, -1).permute(0, 3, 1, 2)
 
 
-def _wanted(ctx: Any, slot: int) -> bool:
-    """Whether this backward pass asks for an input's gradient; ``needs_input_grad`` tells if any pass could."""
-    if not ctx.needs_input_grad[slot]:
-        return False
-    try:
-        return torch._C._will_engine_execute_node(ctx.next_functions[slot][0])
-    except (RuntimeError, AttributeError):  # the input is a leaf, all gradients are asked for, or torch does not tell
-        return True
-
-
 def _usable(x: Tensor, weight: Tensor | None) -> bool:
     """Whether the fast layers may compute with this input and weight."""
     return (
@@ -304,6 +276,11 @@ def _usable(x: Tensor, weight: Tensor | None) -> bool:
         # Leave an input that is a parameter (or its view) to torch's layers, whose rules handle parameters as inputs.
         and not (x.requires_grad and (x.grad_fn is None or views_of(x.grad_fn) is not None))
     )
+
+
+def _all_wide(*tensors: Tensor | None) -> bool:
+    """Whether a layer with these tensors is computed in float32 in place of bfloat16."""
+    return all(is_wide(t) for t in tensors if t is not None)
 
 
 class FastLayers(TorchFunctionMode):
@@ -339,6 +316,8 @@ class FastLayers(TorchFunctionMode):
         }
         if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
             self._faster |= {F.linear: self._linear, F.conv2d: self._convolution}
+        if not ops.multiplies_bfloat16():
+            self._faster |= {func: widened(func) for func in WIDENED}
 
     @property
     def sees_convolutions(self) -> bool:
@@ -386,11 +365,13 @@ class FastLayers(TorchFunctionMode):
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = input  # torch names this argument ``input``
         if (
-            x.dtype == torch.float32
+            (
+                _all_wide(x, weight, bias)
+                or (x.dtype == torch.float32 and x.numel() * len(weight) >= MIN_MULTIPLICATIONS)
+            )
             and x.dim() > 1
             and weight.dim() == 2
             and x.shape[-1] == weight.shape[1]
-            and x.numel() * len(weight) >= MIN_MULTIPLICATIONS
             and _usable(x, weight)
             and torch._C._get_mkldnn_enabled()
         ):
@@ -417,7 +398,9 @@ class FastLayers(TorchFunctionMode):
                 return MatrixConvolution.apply(x, weight, bias, matrix, geometry)
             if _winograd_cost(x, weight, bias, geometry) <= MAX_WINOGRAD_COST:
                 return WinogradConvolution.apply(x, weight, bias, geometry)
-        elif groups == x.shape[1] and x.dtype == torch.bfloat16 and max(geometry[0]) > 1:
+        if _all_wide(x, weight, bias) and x.shape[1] == groups * weight.shape[1]:
+            return WideConvolution.apply(x, weight, bias, geometry)
+        if groups == x.shape[1] and x.dtype == torch.bfloat16 and max(geometry[0]) > 1:
             return StridedDepthwise.apply(x, weight, bias, geometry)
         return self._torch_convolution(x, weight, bias, stride, padding, dilation, groups)
 

@@ -27,7 +27,7 @@ from .attention import APART
 from .owners import OWNERS, Interacting, Owned, Owner, RowLayout, Shape, Shared, Sole, Unknown
 from .ownership import LEAF, Ownership, dense
 from .stacks import Stack, stacks_of
-from .transfers import ELEMENTWISE, input_shape, kind_of
+from .transfers import ELEMENTWISE, FAST_CONVOLUTIONS, input_shape, kind_of
 
 
 class UnsupportedError(RuntimeError):
@@ -398,7 +398,7 @@ _REARRANGING = _MOVING | SELECTIONS
 _MATRIX_TRANSPOSES = frozenset({"TBackward0", "TransposeBackward0", "ToCopyBackward0"})
 # Layers with a weight, and the number of the first input that may be the weight.
 _FIRST_WEIGHT = {
-    **dict.fromkeys(("Convolution", "MatrixConvolution", "WinogradConvolution", "StridedDepthwise", "OneDnnLinear"), 1),
+    **dict.fromkeys(("Convolution", *FAST_CONVOLUTIONS, "OneDnnLinear"), 1),
     "Mm": 0,
     "Bmm": 0,
     "Addmm": 1,

@@ -50,7 +50,7 @@ from .owners import (
     owner_along,
     owners_of_field,
 )
-from .transfers import MIXING, SELECTING, TRANSFERS, input_shape, interacting_inputs, kind_of
+from .transfers import FAST_CONVOLUTIONS, MIXING, SELECTING, TRANSFERS, input_shape, interacting_inputs, kind_of
 
 
 def nodes_of(output: Tensor) -> list[Node]:
@@ -233,10 +233,7 @@ _SAVED_DATA = {
     **{(f"{kind}BatchNorm", 0): "_saved_input" for kind in ("Native", "Cudnn", "Miopen")},
     ("NativeLayerNorm", 0): "_saved_input",
     ("FusedRmsNorm", 0): "_saved_input",
-    **{
-        (layer, 0): "saved_tensors"
-        for layer in ("OneDnnLinear", "MatrixConvolution", "WinogradConvolution", "StridedDepthwise", "BatchNorm")
-    },
+    **{(layer, 0): "saved_tensors" for layer in ("OneDnnLinear", "BatchNorm", *FAST_CONVOLUTIONS)},
 }
 
 

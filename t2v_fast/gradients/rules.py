@@ -28,7 +28,7 @@ from .graph import Use
 from .grouped import grouped, is_listed
 from .owners import EACH, ListedRows, Owned, Owner, RowLayout, Shape, Sole
 from .ragged import Ragged, groups_of
-from .transfers import output_shape
+from .transfers import FAST_CONVOLUTIONS, output_shape
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _convolution(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     return Stacked(slices)
 
 
-@register_rule("MatrixConvolutionBackward", "StridedDepthwiseBackward", "WinogradConvolutionBackward", knows=_of_rows)
+@register_rule(*(f"{layer}Backward" for layer in FAST_CONVOLUTIONS), knows=_of_rows)
 def _fast_convolution(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     if use.slot == 2:
         return Product(_channels_by_example(g, owner, n))

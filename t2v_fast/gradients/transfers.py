@@ -41,8 +41,10 @@ from .quantised import LINEAR
 # None for an input that no cotangent reaches. It returns None instead of a list where the node must be called.
 Transfer = Callable[[Node, Owned, int], "Sequence[State | None] | None"]
 TRANSFERS: dict[str, Transfer] = {}
+# The convolutions of fast_layers.py, which cannot be imported here.
+FAST_CONVOLUTIONS = "MatrixConvolution", "StridedDepthwise", "WideConvolution", "WinogradConvolution"
 # Layers that mix the entries of their first input, an activation, along some axes.
-MIXING: set[str] = {"Convolution", "MatrixConvolution", "StridedDepthwise", "WinogradConvolution"}
+MIXING: set[str] = {"Convolution", *FAST_CONVOLUTIONS}
 # Transfers of nodes that read only some positions. One example may own the output, and not the whole input.
 SELECTING: dict[str, Callable[[Node, Mapping[int, Owner], int], Sequence[State | None] | None]] = {}
 
@@ -226,7 +228,7 @@ def _embedding_bag(node: Node, own: Owned, n: int) -> list[State | None] | None:
     return None if own.axis or weighted else [SHARED, *[None] * (len(node.next_functions) - 1)]
 
 
-@transfer("Convolution", "MatrixConvolution", "StridedDepthwise", "WinogradConvolution")
+@transfer("Convolution", *FAST_CONVOLUTIONS)
 def _convolution(node: Node, own: Owned, n: int) -> list[State] | None:
     """The examples are images, or groups of channels if each example has weights of its own."""
     if own.axis == 0:

@@ -62,6 +62,7 @@ from .primitives import (
     sq_scatter_acc_,
     winograd_conv,
 )
+from .processor import multiplies_bfloat16
 
 __all__ = [
     "BACKENDS",
@@ -80,6 +81,7 @@ __all__ = [
     "cpu_capability",
     "gpu_backend",
     "keep_freed_memory",
+    "multiplies_bfloat16",
     "reference",
     "sq_conv",
     "sq_conv_acc_",

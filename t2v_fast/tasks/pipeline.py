@@ -71,8 +71,8 @@ class Task2Vec(Stages):
             images, which an iterable, a ``feature_folder``, a ``tolerance`` and tasks over the same images take anyway.
         device: the device that the network runs on; by default the device that it is on.
         dtype: the precision in which the network runs, or its name; by default the network's own. ``torch.bfloat16``
-            (:func:`t2v_fast.reduce_precision`) is faster on processors with instructions for it, and its embeddings
-            cannot be compared with those of float32. The head is fitted in float64 in any case.
+            (:func:`t2v_fast.reduce_precision`) is faster on processors with instructions for it (``t2v-fast info``),
+            and its embeddings cannot be compared with those of float32. The head is fitted in float64 in any case.
         skip_layers: leave out the first layers, by number or by the name of the last one (:meth:`Probe.skipping`), as
             the public code's option of this name does. Nothing is backpropagated into them.
         feature_folder: keeps the skipped layers' output for each batch, for the second pass and for later runs.

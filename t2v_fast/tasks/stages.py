@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import TypeVar, cast
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from .. import spans
+from .. import ops, spans
 from ..estimation.allocation import Allocation, SamplingStats, full_allocation, sample_until, share_out
 from ..estimation.estimator import BATCH_MEAN, FisherDiagonal, fisher
 from ..estimation.label_sets import Heads, LabelSet, fisher_of_label_sets
@@ -34,6 +35,10 @@ from .task_run import TaskRun
 
 Value = TypeVar("Value")
 MIN_BATCH_SIZE, MAX_BATCH_SIZE = 4, 32  # images in a batch by default
+SLOW_BFLOAT16 = (
+    "this processor has no instructions for bfloat16: products are computed in float32, so that dtype='bfloat16' saves "
+    "memory but no time; dtype='float32' is more exact"
+)
 MAX_CPU_BATCH_PIXELS = 8 * 224**2  # in a batch on a CPU: the activations of more pixels leave its caches
 
 
@@ -67,6 +72,8 @@ class Stages:
             self.probe.fingerprint()  # of the given weights; the copy keeps this fingerprint
             self.probe = copy.deepcopy(self.probe)  # rounding cannot be undone
             reduce_precision(self.probe.network, cast(torch.dtype, settings.dtype))  # no longer a name
+            if settings.dtype == torch.bfloat16 and self.device.type == "cpu" and not ops.multiplies_bfloat16():
+                warnings.warn(SLOW_BFLOAT16, stacklevel=3)
         self.probe.network.to(self.device)
         self._feature_cache: FeatureCache | None = None
         if settings.skip_layers:

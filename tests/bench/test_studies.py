@@ -210,6 +210,17 @@ def test_points_table(script: Script) -> None:
 
 
 @pytest.mark.slow
+def test_bfloat16_tables() -> None:
+    """The second table is that of a processor with AVX2 alone, which another process pretends to be."""
+    command = [sys.executable, "-m", "bench.studies.bfloat16", "--cells", "toy-32", "--rounds", "1"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in found if line.startswith("| toy, 32 |")]
+    assert [len(row) for row in rows] == [4, 4]
+    assert rows[1][3] != "-"  # what torch's own products cost where there are no instructions
+    assert any(line.startswith("avx2, ") for line in found)
+
+
+@pytest.mark.slow
 def test_precision_table(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("bench.studies.precision"), "load_probe", small_probe)
     command = "--cells", "toy-32", "--examples", "3", "8", "--tasks", "1", "--images", "60", "--size", "32"

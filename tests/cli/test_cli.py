@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -167,6 +168,17 @@ def test_unreadable_images(folders: list[str], tmp_path: Path, capsys: pytest.Ca
     assert "1 unreadable left out" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("has", "words"), [(True, "fast, the processor has"), (False, "no faster than float32")])
+def test_info_says_what_is_fast(
+    has: bool, words: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "multiplies_bfloat16", lambda: has)
+    assert run("info") == 0
+    found = " ".join(capsys.readouterr().out.split())
+    assert f"processor: {platform.machine()}, kernels for {ops.cpu_capability()}" in found
+    assert f"bfloat16 on it: {words}" in found
+
+
 @pytest.mark.slow
 def test_info_and_the_installed_command() -> None:
     for command in ([sys.executable, "-m", "t2v_fast.cli"], [str(Path(sys.executable).parent / "t2v-fast")]):
@@ -214,7 +226,10 @@ def test_json_and_quiet(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "nearest" not in capsys.readouterr().out
     assert json.loads((tmp_path / "d.json").read_text())["status"] == 0
     assert run("info", "--json", "-") == 0
-    assert json.loads(capsys.readouterr().out)["backends"]["reference"] == "available"
+    found = json.loads(capsys.readouterr().out)
+    assert found["backends"]["reference"] == "available"
+    assert (found["processor"], found["instruction_set"]) == (platform.machine(), ops.cpu_capability())
+    assert found["multiplies_bfloat16"] == ops.multiplies_bfloat16()
     assert run("distance", tmp_path / "none", "--json", "-") == 1
     found = capsys.readouterr()
     assert json.loads(found.out) == {"status": 1, "error": f"no such file or folder: {tmp_path / 'none'}"}

@@ -1,0 +1,120 @@
+"""Layers in bfloat16 whose products are computed in float32, where torch takes far longer for them in bfloat16.
+
+Values are stored in bfloat16, and each result is rounded to it once, as torch's own layers do: they hold sums in
+float32, too. On a processor with instructions for bfloat16 (:func:`~t2v_fast.ops.multiplies_bfloat16`) only strided
+depthwise convolutions are computed in this way. On others, torch's products in bfloat16 take many times as long as
+in float32, and all of them are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .. import ops
+from ..ops.geometry import conv_output_size
+
+Pair = tuple[int, int]
+
+
+def is_wide(t: Tensor) -> bool:
+    """Whether products of such tensors are computed in float32."""
+    return t.dtype == torch.bfloat16 and t.device.type == "cpu" and not ops.multiplies_bfloat16()
+
+
+def in_batches(g: Tensor) -> bool:
+    """Whether gradients are computed in batches (vmap), which only torch's own operators support."""
+    return torch._C._dispatch_keys(g).has(DispatchKey.FuncTorchBatched)
+
+
+def is_wanted(ctx: Any, slot: int) -> bool:
+    """Whether this backward pass asks for an input's gradient; ``needs_input_grad`` tells if any pass could."""
+    if not ctx.needs_input_grad[slot]:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[slot][0])
+    except (RuntimeError, AttributeError):  # the input is a leaf, all gradients are asked for, or torch does not tell
+        return True
+
+
+def parameter_gradients(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight and bias, the second and third input of a convolution's function."""
+    of_weight = None
+    if is_wanted(ctx, 1):
+        geometry = *ctx.geometry, False, [0, 0], ctx.groups
+        mask = [False, True, False]
+        operands = [t.float() if is_wide(t) else t for t in (g, x, weight)]
+        of_weight = torch.ops.aten.convolution_backward(*operands, None, *geometry, mask)[1].to(weight.dtype)
+    return of_weight, g.sum((0, 2, 3)) if is_wanted(ctx, 2) else None
+
+
+def _input_gradient(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+    """The input gradient of a convolution's function, by way of float32."""
+    if not is_wanted(ctx, 0):
+        return None
+    stride, padding, dilation = ctx.geometry
+    # Pixels of the padded input that no output position reads.
+    last = conv_output_size(x.shape[2:], weight.shape[2:], (1, 1), padding, dilation)
+    beyond = [(size - 1) % by for size, by in zip(last, stride, strict=True)]
+    wide = g.float(), weight.float(), None, stride, padding, beyond, ctx.groups, dilation
+    return F.conv_transpose2d(*wide).to(g.dtype)
+
+
+class StridedDepthwise(torch.autograd.Function):
+    """A depthwise convolution in bfloat16; ``geometry`` is stride, padding and dilation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry, ctx.groups = geometry, x.shape[1]
+        return F.conv2d(x, weight, bias, *geometry, ctx.groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return _input_gradient(ctx, g, x, weight), *parameter_gradients(ctx, g, x, weight), None
+
+
+class WideConvolution(torch.autograd.Function):
+    """A convolution of bfloat16 images that is computed in float32; ``geometry`` is stride, padding and dilation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Pair, Pair, Pair]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry, ctx.groups = geometry, x.shape[1] // weight.shape[1]
+        wide = x.float(), weight.float(), None if bias is None else bias.float()
+        return F.conv2d(*wide, *geometry, ctx.groups).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return _input_gradient(ctx, g, x, weight), *parameter_gradients(ctx, g, x, weight), None
+
+
+def widened(func: Callable) -> Callable:
+    """A function that casts bfloat16 tensors to float32 for ``func``, and its results back to bfloat16.
+
+    Autograd differentiates the casts, so that the gradients of ``func`` are computed in float32, too.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+        if not given or not all(map(is_wide, given)):
+            return func(*args, **kwargs)
+        args, kwargs = tree_map(_cast(torch.bfloat16, torch.float32), (args, kwargs))
+        return tree_map(_cast(torch.float32, torch.bfloat16), func(*args, **kwargs))
+
+    return call
+
+
+def _cast(before: torch.dtype, after: torch.dtype) -> Callable[[Any], Any]:
+    return lambda t: t.to(after) if isinstance(t, Tensor) and t.dtype == before else t
