@@ -40,7 +40,7 @@ def unpack(model: nn.Module) -> list[nn.Module]:
     Returns:
         The layers that may pack their weights, for :func:`allow_packing`.
     """
-    layers = [module for module in model.modules() if getattr(module, _PACKS, False)]
+    layers = [module for module in model.modules() if vars(module).get(_PACKS, False)]
     for layer in layers:
         setattr(layer, _PACKS, False)
         if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):

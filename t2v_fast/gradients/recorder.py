@@ -65,8 +65,8 @@ class FisherRecorder:
         parameters: Names of parameters, or a function of name and parameter; ``"trainable"`` takes those that require
             gradients now; None takes every floating-point parameter, frozen or not.
         granularity: ``"filter"`` for the mean of the squares over all axes of a parameter except its filter axis;
-            ``"tensor"`` for the mean over all axes; ``"parameter"`` for the squares of all entries, summed over
-            examples.
+            ``"tensor"`` for the mean over all axes, which :meth:`t2v_fast.GradientNorms.of` turns into the gradient
+            norm of each example; ``"parameter"`` for the squares of all entries, summed over examples.
         unsupported: What to do with a parameter from which the weight of a convolution or a linear layer is computed
             (a standardised or normalised weight), and with a parameter below a node whose inputs cannot be divided
             among the examples. ``"error"`` raises UnsupportedError. ``"exact"`` computes the weight's gradients of each
