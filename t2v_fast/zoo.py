@@ -278,9 +278,7 @@ class _Network:
 
     def entry(self, runner: Runner) -> Entry:
         counts = len(runner.likelihoods), self.seconds, int(self.parameters)
-        return Entry(
-            self.name, runner.score, runner.behind, runner.error, *counts, runner.outcome, prior=self.prior
-        )
+        return Entry(self.name, runner.score, runner.behind, runner.error, *counts, runner.outcome, prior=self.prior)
 
 
 def _first_look(zoo: Sequence[_Network], count: int, shortlist: int, held_gigabytes: float) -> list[_Network]:

@@ -134,7 +134,14 @@ class Study:
     def model2vec_section(self) -> str:
         """What Model2Vec learns from half of the families, on the other half."""
         half = alternate_halves(self.results.families)
-        rows = [["penalty", "distance alone", "Model2Vec", "distance and what Model2Vec changed for each expert in the mean"]]
+        rows = [
+            [
+                "penalty",
+                "distance alone",
+                "Model2Vec",
+                "distance and what Model2Vec changed for each expert in the mean",
+            ]
+        ]
         for penalty in PENALTIES:
             scores = model2vec(self.results, half, penalty, ENTRIES)
             increases = [self.judge.increase(scores[name]) for name in ("before", "after", "offsets")]
@@ -155,7 +162,11 @@ class Study:
         fit = next(fit for fit in self.fits if fit.budget == TARGET)
         difference = fit.increase - self.row[RIVAL]
         others = [
-            float((cross_fit(self.ways, self.table, self.results.families, half, TARGET).increase - self.row[RIVAL]).mean())
+            float(
+                (
+                    cross_fit(self.ways, self.table, self.results.families, half, TARGET).increase - self.row[RIVAL]
+                ).mean()
+            )
             for half in random_halves(self.results.families, SPLITS)
         ]
         return {
@@ -171,7 +182,7 @@ class Study:
         verdict = "holds" if high < 0 else "does not hold" if low > 0 else "is not decided by these tasks"
         others = claim["others"]
         return (
-            f"The claim \"a smaller increase than {RIVAL} images of all experts, for {percent(TARGET)} of the cost\" "
+            f'The claim "a smaller increase than {RIVAL} images of all experts, for {percent(TARGET)} of the cost" '
             f"**{verdict}**. Increase at {percent(claim['fit'].cost)} of the cost, chosen on other families: "
             f"{with_interval(claim['fit'].increase, self.draws)}. {RIVAL}: {with_interval(rival, self.draws)}. Paired "
             f"difference: {with_interval(claim['fit'].increase - rival, self.draws, sign=True)}. Over {len(others)} random "

@@ -28,7 +28,6 @@ from t2v_fast.demo import DemoTask
 from t2v_fast.files import write_atomically
 from t2v_fast.tasks.head import fit_head
 
-
 PER_FAMILY = 4  # tasks, so that no family decides alone
 
 
@@ -145,7 +144,9 @@ class Store:
             found[f"features/{name}"] = parts[0].numpy()
             found[f"probabilities/{name}"] = own[: self.settings.images].numpy()
             for d, part in enumerate(parts):
-                errors[d, k] = head_error(part, labels[d], others, answers, len(test.classes), self.settings.weight_decay)
+                errors[d, k] = head_error(
+                    part, labels[d], others, answers, len(test.classes), self.settings.weight_decay
+                )
         found["errors"] = errors
         write_atomically(path, save_arrays(found))
         mean = errors.mean(0)
@@ -188,7 +189,9 @@ class Store:
         """The task's Task2Vec embedding, with the mean of its features in the probe as ``meta["mean_feature"]``."""
         drawn = self.train(task)
         n = min(enough(images, len(drawn.classes)), len(drawn.labels))
-        return self._embed(f"embeddings-{images}", task.name, drawn.images[:n], drawn.labels[:n], drawn.digest, task2vec)
+        return self._embed(
+            f"embeddings-{images}", task.name, drawn.images[:n], drawn.labels[:n], drawn.digest, task2vec
+        )
 
     def computed_embedding(self, name: str, pool: np.ndarray, expert: Expert, task2vec: Task2Vec) -> Embedding:
         """What an expert computes: the embedding of general images under the labels that the expert gives them.

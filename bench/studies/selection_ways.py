@@ -257,9 +257,7 @@ def plain_ways(results: Results, settings: Settings) -> list[Way]:
 def all_ways(results: Results, settings: Settings) -> list[Way]:
     """Every way that the study compares: the plain ones, shortlists and races."""
     ways = plain_ways(results, settings)
-    firsts = [
-        way for way in ways if way.group == "learned" or way.name == AVERAGE or way.name.startswith("centred, ")
-    ]
+    firsts = [way for way in ways if way.group == "learned" or way.name == AVERAGE or way.name.startswith("centred, ")]
     everyone = results.errors.shape[1]
     for first, length in product(firsts, LENGTHS):
         ways += shortlisted(results, settings, first, length)

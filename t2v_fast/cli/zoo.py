@@ -33,7 +33,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="embeddings of the tasks that networks were trained on, named as the networks; with --errors, of the tasks of "
         "the table too",
     )
-    group.add_argument("--embedding", type=Path, metavar="FILE", help="the folder's embedding, made as the sources were")
+    group.add_argument(
+        "--embedding", type=Path, metavar="FILE", help="the folder's embedding, made as the sources were"
+    )
     group.add_argument(
         "--shortlist",
         type=int,
@@ -74,7 +76,9 @@ def _prior(names: Sequence[str], arguments: argparse.Namespace) -> dict[str, flo
     from ..analysis.distance import centred_distance
 
     if (arguments.sources is None) != (arguments.embedding is None):
-        raise ValueError("--sources and --embedding go together: distances are from the sources to the folder's embedding")
+        raise ValueError(
+            "--sources and --embedding go together: distances are from the sources to the folder's embedding"
+        )
     known: dict[str, Embedding] = {}
     if arguments.sources is not None:
         found, embeddings = load_embeddings([*arguments.sources, arguments.embedding])
@@ -84,7 +88,9 @@ def _prior(names: Sequence[str], arguments: argparse.Namespace) -> dict[str, flo
             return None
         bank = [known[name] for name in names if name in known]
         if len(bank) < 3:
-            raise ValueError(f"{len(bank)} networks have a source of their name, expected at least 3: there are {', '.join(known)}")
+            raise ValueError(
+                f"{len(bank)} networks have a source of their name, expected at least 3: there are {', '.join(known)}"
+            )
         distances = centred_distance(bank, [folder], bank=bank)[:, 0]
         return dict(zip((name for name in names if name in known), (-distances).tolist(), strict=True))
     tasks, experts, errors = selection.read_errors(arguments.errors)

@@ -78,7 +78,11 @@ def test_cross_fitting_never_judges_where_it_chose(ways) -> None:
     assert half.tolist() == [False, False, True, True, False, False, True, True]
     free, dear = np.zeros(8), np.ones(8)
     scores = np.zeros((8, 2))
-    three = [ways.Way("one", "score", scores, free), ways.Way("two", "score", scores, free), ways.Way("best", "score", scores, dear)]
+    three = [
+        ways.Way("one", "score", scores, free),
+        ways.Way("two", "score", scores, free),
+        ways.Way("best", "score", scores, dear),
+    ]
     increases = np.array([np.where(half, 5.0, 1.0), np.where(half, 2.0, 3.0), np.zeros(8)])
     fit = ways.cross_fit(three, increases, families, half, 0.5)
     # On the first half "one" is better, and is judged on the second; and the other way round.
