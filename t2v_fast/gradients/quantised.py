@@ -28,7 +28,10 @@ def is_quantised(parameter: Tensor) -> bool:
         Whether the parameter is quantised, so that it has no gradient.
     """
     flatten = getattr(parameter, "__tensor_flatten__", None)  # of tensors that wrap other tensors
-    return flatten is not None and any(getattr(parameter, name).dtype != parameter.dtype for name in flatten()[0])
+    if flatten is None:
+        return False
+    wrapped = (getattr(parameter, name) for name in flatten()[0])
+    return any(isinstance(t, Tensor) and t.dtype != parameter.dtype for t in wrapped)
 
 
 def unpack(model: nn.Module) -> list[nn.Module]:
