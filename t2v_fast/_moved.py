@@ -21,7 +21,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "data": ("tasks.data",),
     "distributed": ("tasks.distributed", "bank.ray_engine"),
     "export": ("bank.export",),
-    "factors": ("gradients.factors",),
+    "factors": ("gradients.factors", "gradients.grouped"),
     "fisher": ("estimation.estimator", "estimation.diagonal"),
     "geometry": ("ops.geometry",),
     "graph": ("gradients.graph", "gradients.refusals"),

@@ -245,7 +245,7 @@ def kind_of_node(name: str) -> str:
     """
     if "Convolution" in name or "Depthwise" in name:
         return "convolution"
-    if "Linear" in name or name.startswith(("AddmmBackward", "MmBackward")):
+    if "Linear" in name or name.startswith(("AddmmBackward", "MmBackward", "GroupedMmBackward")):
         return "linear"
     if "Embedding" in name:
         return "embedding"

@@ -41,6 +41,7 @@ CHANGED: dict[str, str] = {
     "t2v_fast.cotangents.cotangents": "it takes checks last, where the host need not wait for the device",
     "t2v_fast.moments.DrawnExamples.add": "it takes factors that are computed once a batch, for all parameters",
     "t2v_fast.transfers.transfer": "its default was the table itself, so that each new transfer changed the parameters",
+    "t2v_fast.graph.Use": "stack, the last: only the library makes these objects",
     "t2v_fast.FisherDiagonal": _ENTRIES,
     "t2v_fast.fisher.FisherDiagonal": _ENTRIES,
     "t2v_fast.adapters.continual.compute_importances": "batch_scale, which keeps the meaning of a plugin's ewc_lambda",

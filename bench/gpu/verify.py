@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import cases
@@ -78,6 +79,20 @@ def other_ops(backend: str, dtype: torch.dtype, device: torch.device) -> str:
             index = torch.randint(-1, 4, (n, s), generator=torch.Generator().manual_seed(n))
             want = op_checks.filter_sums(op_checks.scatter_gradients(index, g, 4))
             op_checks.assert_close(ops.sq_scatter(index.to(device), g.to(device), 4).cpu(), want, dtype, s + c)
+            count += 2
+        for case in op_checks.GROUPED if backend != "cuda" else ():  # CUDA tensors run on Triton's kernel
+            offsets, groups = case.offsets(), case.groups().to(device)
+            x = op_checks.guarded((int(offsets[-1]) + case.after, case.i), dtype, 1)
+            g = op_checks.guarded((len(x) * case.cotangents, case.o), dtype, 2)
+            gradients = op_checks.grouped_gradients(x, g, offsets)
+            x, g, offsets = x.to(device), g.to(device), offsets.to(device)
+            q = ops.sq_grouped(x, g, offsets).cpu()
+            op_checks.assert_close(q, gradients.square().sum(2), dtype, 150)
+            out = torch.zeros(len(case.sizes), case.o, case.i, dtype=q.dtype, device=device)
+            ops.sq_grouped_acc_(out, x, g, offsets, groups, torch.ones(len(q), dtype=q.dtype, device=device))
+            want = gradients.square().unflatten(0, (case.cotangents, -1)).sum(0)
+            each = [want[start:stop].sum(0) for start, stop in pairwise(case.groups().tolist())]
+            op_checks.assert_close(out.cpu(), torch.stack(each), dtype, 150)
             count += 2
     return f"{count} results within the bound"
 

@@ -7,8 +7,10 @@
 namespace t2v {
 namespace {
 
-// The gram path takes about this many times as long for a flop as the explicit path (measured).
-constexpr int64_t gram_flop = 2;
+// The gram path takes about 4/3 times as long for a flop as the explicit path (measured).
+bool gram_is_faster(int64_t count, int64_t inputs, int64_t outputs) {
+  return 4 * count * (inputs + outputs) <= 3 * 2 * inputs * outputs;
+}
 // The squares of one group that a worker adds to at a time stay in its second-level cache.
 constexpr int64_t block_bytes = int64_t(1) << 18;
 
@@ -52,7 +54,7 @@ class Grouped {
       const int64_t b = unit / shares, share = unit % shares, count = size(b);
       const int64_t first = share * tiles.size() / shares, last = (share + 1) * tiles.size() / shares;
       if (count == 0) return;
-      if (gram_flop * count * (inputs + outputs) <= 2 * inputs * outputs)
+      if (gram_is_faster(count, inputs, outputs))
         gram_sums(q, b, first, last);
       else
         explicit_sums(q, b, first, last);

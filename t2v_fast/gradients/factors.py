@@ -168,7 +168,7 @@ class Outer(_Layer):
         if self.x.shape[1] != 1 or self.x.device.type != "cpu":
             ops.sq_outer_acc_(out, self.x, self.g, weight)
             return
-        _accumulate_rank_one_(out, self.x[:, 0], self.g[:, 0], weight)
+        accumulate_rank_one_(out, self.x[:, 0], self.g[:, 0], weight)
 
     def gradients(self, start: int, stop: int) -> Tensor:
         x, g = (reference.widen(t[start:stop]) for t in (self.x, self.g))
@@ -178,7 +178,7 @@ class Outer(_Layer):
         return Outer(self.g, self.x, not self.of_input)
 
 
-def _accumulate_rank_one_(out: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> None:
+def accumulate_rank_one_(out: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> None:
     """Add the weighted squares of gradients g x^T to ``out`` [O, I], from x [N, I], g [M, O] and weights [M].
 
     A square of a product is a product of squares, so one matrix product serves all examples.
@@ -213,7 +213,7 @@ class Convolution(_Layer):
         rest = stride, padding, dilation, groups
         if self.g.shape[2:].numel() == 1 and groups == 1 and self.x.device.type == "cpu":
             patches = F.unfold(reference.widen(self.x), kernel_size, dilation, padding, stride)[:, :, 0]
-            _accumulate_rank_one_(out.view(self.g.shape[1], -1), patches, self.g[:, :, 0, 0], weight)
+            accumulate_rank_one_(out.view(self.g.shape[1], -1), patches, self.g[:, :, 0, 0], weight)
             return
         out = out.view(self.g.shape[1], -1, *kernel_size)
         ops.sq_conv_acc_(out, self.x, self.g, weight, *rest, planner.choose(self.conv, self.x, elementwise=True))

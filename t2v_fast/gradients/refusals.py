@@ -101,6 +101,9 @@ def random_layer(model: nn.Module) -> str | None:
         kind = type(module).__name__
         if isinstance(module, nn.RReLU):
             return f"{name!r} ({kind})"
+        noise = getattr(module, "jitter_noise", None)  # of routers of experts
+        if isinstance(noise, (int, float)) and noise > 0:
+            return f"{name!r} ({kind}, jitter_noise={noise})"
         drops = "drop" in kind.lower() or isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
         if isinstance(module, nn.RNNBase) and module.num_layers == 1:
             continue

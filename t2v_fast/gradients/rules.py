@@ -353,8 +353,15 @@ def _linear(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
 
 @register_rule("OneDnnLinearBackward", knows=lambda use: use.slot > 0 and _before_axis(use, -1))
 def _onednn_linear(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
-    if use.slot == 1 and is_listed(owner) and g.dim() == 2:
+    if use.slot == 1 and is_listed(owner) and g.dim() == 2 and use.stack is None:
         return grouped(use.node.saved_tensors[0], g, owner, n)
+    if use.stack is not None:
+        x, stack = use.node.saved_tensors[0], use.stack
+        if g.dim() > 2 or not is_listed(owner):
+            x, g = (tokens_by_example(t, owner, n) for t in (x, g))
+            owner = Owned(0, RowLayout(1, g.shape[1]))
+            x, g = x.flatten(0, 1), g.flatten(0, 1)
+        return grouped(*((g, x) if stack.transposed else (x, g)), owner, n, stack.index, stack.count)
     g = tokens_by_example(g, owner, n)
     return Product(g) if use.slot == 2 else Outer(tokens_by_example(use.node.saved_tensors[0], owner, n), g)
 

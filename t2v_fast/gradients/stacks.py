@@ -23,7 +23,7 @@ from .transfers import kind_of, output_shape, saved_axis, signed
 # Products of groups of rows with a matrix for each group; their second input is the stack.
 GROUPED_PRODUCTS = frozenset({"GroupedMm", "GeneratedBackwardFor_transformers_grouped_mm_fallback_default"})
 # Products with a matrix or a stack, and the number of the first input that may be one.
-_FIRST_MATRIX = {"Mm": 0, "Bmm": 0, "Addmm": 1, **dict.fromkeys(GROUPED_PRODUCTS, 1)}
+_FIRST_MATRIX = {"Mm": 0, "Bmm": 0, "Addmm": 1, "OneDnnLinear": 1, **dict.fromkeys(GROUPED_PRODUCTS, 1)}
 _UNCHANGED = frozenset({"Clone", "ToCopy", "Alias"})
 _RESHAPED = frozenset({"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze", "Expand"})
 _PICKING = frozenset({"Select", "Unbind", "Index", "IndexSelect"})
@@ -119,7 +119,7 @@ def _stack(variable: Tensor, entries: _Entries, kind: str) -> Stack | None:
     """The stack that a product of this kind reads."""
     columns = variable.shape[-1]
     shape, strides, offset, chosen = entries
-    single = kind in ("Mm", "Addmm")
+    single = kind in ("Mm", "Addmm", "OneDnnLinear")
     if len(shape) != (2 if single else 3) or (single == (chosen is not None) and kind not in GROUPED_PRODUCTS):
         return None
     size = math.prod(shape[-2:])

@@ -139,6 +139,14 @@ def test_language_models_table(script: Script) -> None:
     assert "1b: training step" in script("studies.language_models", "--list").splitlines()
 
 
+def test_mixtures_table(script: Script) -> None:
+    lines = script("studies.mixtures", "--toy", "--rounds", "1", "--texts", "2", "--tokens", "8").splitlines()
+    assert [line.split("|")[1].strip() for line in lines if line.startswith(("| dense", "| mixture"))] == [
+        *("dense", "mixture, eager", "mixture, grouped_mm", "mixture, batched_mm")
+    ]
+    assert [line.split("|")[1].strip() for line in lines[-4:]] == ["1", "4", "2", "64"]
+
+
 def test_sums_table(script: Script) -> None:
     lines = script("studies.sums", "--rounds", "1", "--values", "700", "--examples", "3").splitlines()
     assert [line.split("|")[1].strip() for line in lines[3:]] == [

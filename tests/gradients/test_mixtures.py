@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from mixtures import CLASSES, EXPERTS, HIDDEN, WAYS, WIDTH, Mixture, tokens, twin
+from mixtures import CLASSES, EXPERTS, HIDDEN, WAYS, WIDTH, Mixture, gated, tokens, twin
 from oracle import per_example_squares, relative_error
 from oracle import reduce as reduced
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from t2v_fast import FisherRecorder, fisher
+from t2v_fast import FisherRecorder, UnsupportedError, fisher
+from t2v_fast.gradients import fast_layers
 
 # Ways in which every product reads whole matrices of a stack.
 FAST = [name for name in WAYS if name not in ("sliced", "batched_merged", "modules")]
@@ -59,6 +60,12 @@ def agree(network: nn.Module, x: Tensor) -> None:
 @pytest.mark.parametrize("name", WAYS)
 def test_every_way_to_compute_experts(name: str, options: dict) -> None:
     agree(made(name, **options), tokens(4, 5))
+
+
+@pytest.mark.parametrize("name", ["loop", "transposed", "batched", "grouped", "modules"])
+def test_one_token_each(name: str) -> None:
+    """Every gradient has rank one, unless both choices of a token were one expert."""
+    agree(made(name), tokens(7, 1, padded=False))
 
 
 @pytest.mark.parametrize("name", ["loop", "batched", "grouped"])
@@ -262,3 +269,128 @@ def test_products_that_read_no_whole_matrix_are_exact() -> None:
 
     for product in (part, strided, of_slice, permuted):
         check(product)
+
+
+def test_rows_that_no_expert_takes() -> None:
+    """Rows behind the last expert's, whose product is undefined, are left out."""
+
+    class Network(nn.Module):
+        def __init__(self, loop: bool) -> None:
+            super().__init__()
+            generator = torch.Generator().manual_seed(2)
+            self.loop = loop
+            self.stack = nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH, generator=generator))
+            self.head = nn.Parameter(torch.randn(CLASSES, WIDTH, generator=generator))
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.flatten(0, 1)
+            expert = ((rows[:, 0] * 5).long() % (EXPERTS + 1)).sort(stable=True)  # EXPERTS: no expert
+            ends = torch.bincount(expert.values, minlength=EXPERTS + 1)[:EXPERTS].cumsum(0).int()
+            tokens = rows[expert.indices]
+            if self.loop:
+                starts = [0, *ends.tolist()[:-1]]
+                parts = [tokens[a:b] @ w for a, b, w in zip(starts, ends.tolist(), self.stack, strict=True)]
+                y = torch.cat([*parts, torch.zeros_like(tokens[ends[-1] :])])
+            else:
+                taken = (torch.arange(len(tokens)) < ends[-1])[:, None]
+                y = F.grouped_mm(tokens, self.stack, offs=ends).masked_fill(~taken, 0)
+            y = torch.zeros_like(rows).index_add(0, expert.indices, y.tanh())
+            return y.view_as(x).sum(1) @ self.head.T
+
+    x, u = tokens(4, 6), directions(4)
+    want = per_example_squares(Network(True).double(), x, u)
+    for granularity in ("filter", "parameter"):
+        got = squares(Network(False), x, u, granularity)
+        for name, each in want.items():
+            w = reduced(each, granularity)
+            assert relative_error(got[name], w.sum(0) if granularity == "parameter" else w) < 1e-4, name
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="the faster layer is oneDNN's")
+@pytest.mark.parametrize("shape", ["rows", "tokens"])
+@pytest.mark.parametrize("name", ["loop", "transposed", "flat", "modules"])
+def test_experts_among_the_faster_layers_of_fisher(monkeypatch: pytest.MonkeyPatch, name: str, shape: str) -> None:
+    """fisher() on a CPU has a linear layer of its own."""
+    monkeypatch.setattr(fast_layers, "MIN_MULTIPLICATIONS", 1)
+    if shape == "tokens":  # every expert sees all tokens [N, T, W]
+        dense = Experts3d(name).float()
+        other: nn.Module = Experts3d(name)
+    else:
+        dense, other = Mixture(name).float(), Mixture(name)
+    x, u = tokens(4, 5), directions(4)
+    want = truth(other, x, u)
+    kinds: dict[str, str] = {}
+    for rows in ([0, 1, 2, 3], [2, 0], [1]):
+        with FisherRecorder(dense) as recorder, fast_layers.FastLayers():
+            recorder.observer = lambda use, factors, *_: kinds.update(
+                {use.parameter: f"{type(factors).__name__} at {use.node.name()}"}
+            )
+            got = recorder.backward(dense(x[rows].float()), u[:, rows].float())
+        for key, each in want.items():
+            assert relative_error(got[key], reduced(each[rows], "filter")) < 1e-4, (key, rows)
+        if name != "modules" and len(rows) > 1:
+            assert kinds["up"] == kinds["down"] == "Grouped at OneDnnLinearBackward"
+
+
+class Experts3d(nn.Module):
+    """All experts see all tokens."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        mixture = Mixture(name)
+        self.mixture, self.name = mixture, "all"
+        self.up, self.down = getattr(mixture, "up", None), getattr(mixture, "down", None)
+        del mixture.before, mixture.router
+
+    def forward(self, x: Tensor) -> Tensor:
+        m, y = self.mixture, 0
+        for e in range(EXPERTS):
+            if m.name == "modules":
+                up, down = m.ups[e].weight, m.downs[e].weight
+            elif m.name == "transposed":
+                up, down = m.up[e].T, m.down[e].T
+            else:
+                up, down = (w.view(EXPERTS, -1, w.shape[-1])[e] for w in (m.up, m.down))
+            y = y + F.linear(gated(F.linear(x, up)), down)
+        return (y * x[:, :, -1:]).tanh().sum(1) @ m.head.T
+
+
+def test_weights_of_examples() -> None:
+    network, x, u = Mixture("batched"), tokens(4, 5), directions(4)
+    weights = torch.tensor([0.5, 0.0, 2.0, 1.0], dtype=torch.float64)
+    with FisherRecorder(network, granularity="parameter") as recorder:
+        got = recorder.backward(network(x), u, weights=weights)
+    for name, each in truth(network, x, u).items():
+        assert relative_error(got[name], torch.tensordot(weights, each, 1)) < 1e-11, name
+
+
+def test_noise_of_routers_is_refused_in_training_mode() -> None:
+    network = Mixture("loop")
+    network.jitter_noise = 0.1
+    with pytest.raises(UnsupportedError, match=r"jitter_noise=0\.1.* call eval\(\)"):
+        squares(network.train(), tokens(2, 3), directions(2), "filter")
+    squares(network.eval(), tokens(2, 3), directions(2), "filter")
+
+
+def test_a_stack_that_shows_some_parts_to_all_examples_and_others_to_one() -> None:
+    """Not told apart by default, and exact if asked for."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = nn.Parameter(torch.randn(2, WIDTH, CLASSES, generator=torch.Generator().manual_seed(2)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.stack.unbind()
+            logits = x.sum(1) @ first
+            return torch.cat([logits[:1] + (x[:1, 0, :, None] * second).sum(1), logits[1:]])
+
+    network, x, u = Network().double(), tokens(3, 4), directions(3)
+    with pytest.raises(
+        UnsupportedError, match="'stack' is out of reach: UnbindBackward0 shows some of its parts to all"
+    ):
+        squares(network, x, u, "filter")
+    got = squares(network, x, u, "filter", unsupported="exact")["stack"]
+    for n in range(3):
+        each = sum(torch.autograd.grad(network(x)[n], network.stack, d[n])[0].square() for d in u).flatten(1).mean(1)
+        assert relative_error(got[n], each) < 1e-11
