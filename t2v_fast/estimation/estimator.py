@@ -150,7 +150,7 @@ def fisher(
             sequences in both.
         shift_labels: True for labels [N, T] that are the tokens themselves, as Hugging Face's collators make them: the
             label of logits[n, t] is then labels[n, t + 1]. Neither padding nor the last token of a sequence counts.
-            By default labels are taken as they are, and labels that equal the ``input_ids`` are refused.
+            By default labels are taken as they are, and ``empirical`` refuses labels that equal the ``input_ids``.
         packed: True for rows that hold several sequences one after the other, each of which is an example
             (``DataCollatorWithFlattening``). They are found by ``segments``, ``seq_idx``, ``cu_seq_lens_q``,
             ``cu_seqlens`` or ``position_ids`` in the batch. By default, batches that look so are refused.
@@ -206,7 +206,8 @@ def fisher(
         mask,
         channels_last=channels_last,
         self_check=self_check,
-        texts=Texts(shift_labels, packed),
+        # The other estimators read no label, only which tokens have one.
+        texts=Texts(False if shift_labels is None and estimator != "empirical" else shift_labels, packed),
     ) as batches_of:
         for batch in batches_of(tqdm(loader, desc="Fisher", unit="batch", disable=not progress, leave=False)):
             explained = explain and schedule.seen == 0 and estimator != BATCH_MEAN
