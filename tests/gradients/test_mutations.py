@@ -292,7 +292,7 @@ MUTATIONS = [
     ),
     Mutation(
         "what flows on through a transformation doubled",
-        function(t2v_fast.gradients.recorder, "_onward", onward_doubled),
+        function(t2v_fast.gradients.recorder, "onward", onward_doubled),
         case("parameters/weight_norm", unsupported="exact"),
         SELF_CHECK,
     ),
