@@ -48,8 +48,7 @@ def module_scores(
         target_modules: The modules, as in ``LoraConfig``: names or ends of names (``"q_proj"``), or a regular
             expression for whole names, or ``"all-linear"`` for all linear layers but the output head.
         estimator: Chooses the cotangents, as in :func:`t2v_fast.fisher`. ``"empirical"`` scores with the labels of the
-            data, which must be aligned with the logits (``transformers`` shifts labels of causal models by itself, and
-            :func:`t2v_fast.fisher` does not).
+            data; pass ``shift_labels=True`` for labels of causal models that are the tokens themselves.
         samples: Cotangents, each of which costs one backward pass for a batch.
         device: The device of the batches, by default that of the model.
         seed: The seed of random cotangents.

@@ -156,7 +156,7 @@ def fisher(
             sequences in both.
         shift_labels: True for labels [N, T] that are the tokens themselves, as Hugging Face's collators make them: the
             label of logits[n, t] is then labels[n, t + 1]. Neither padding nor the last token of a sequence counts.
-            By default labels are taken as they are, and labels that equal the ``input_ids`` are refused.
+            By default labels are taken as they are, and ``empirical`` refuses labels that equal the ``input_ids``.
         packed: True for rows that hold several sequences one after the other, each of which is an example
             (``DataCollatorWithFlattening``). They are found by ``segments``, ``seq_idx``, ``cu_seq_lens_q``,
             ``cu_seqlens`` or ``position_ids`` in the batch. By default, batches that look so are refused.
@@ -210,6 +210,8 @@ def fisher(
         device = next(iter(recorder.parameters.values())).device
     estimate = _Estimate(recorder, estimator, likelihood, level, estimator_error)
     self_check = self_check and estimator != BATCH_MEAN
+    # The other estimators read no label, only which tokens have one.
+    shift_labels = False if shift_labels is None and estimator != "empirical" else shift_labels
     with together(recorder):
         with forward_passes(
             recorder,

@@ -53,7 +53,8 @@ class Texts:
                 "packed=True needs batches that are mappings with input_ids [1, T] (or [rows, T]) and one of "
                 f"{SEGMENTS}, seq_idx, {', '.join(CUMULATIVE)} or position_ids, got {_shown(inputs)}"
             )
-        count, length = next(t.shape[:2] for t in inputs.values() if _is_row(t))
+        rows = [t.shape[:2] for t in inputs.values() if _is_row(t)]
+        count, length = max(rows, key=lambda shape: shape[1])  # a mask [1, 1, T, T] may come first
         if count > 1 and (alone := [key for key in CUMULATIVE if key in inputs]):
             raise ValueError(f"{alone[0]} is for one row, got {count} rows: give each row as a batch of its own")
         for row in range(count):

@@ -367,19 +367,25 @@ class SelfCheck:
                     want[name][at] += _squares(recorder, name, dense(whole(gradient)))
             return
 
-        def take(name: str, gradient: Tensor) -> Tensor:
+        taken: set[str] = set()
+
+        def take(name: str, gradient: Tensor) -> Tensor | None:
             want[name][at] += _squares(recorder, name, dense(gradient))
-            return gradient.new_zeros(()).expand(gradient.shape)
+            taken.add(name)
+            return gradient.new_zeros(()).expand(gradient.shape) if gradient.layout == torch.strided else None
 
         # The hooks square each gradient when it is there, and pass on one that takes no memory: a large network's
         # gradients would not fit beside its activations.
         wanted = [leaves[name] for name in want]
         hooks = [p.register_hook(partial(take, name)) for name, p in zip(want, wanted, strict=True)]
         try:
-            torch.autograd.grad([logits], wanted, [single], **options)
+            found = torch.autograd.grad([logits], wanted, [single], **options)
         finally:
             for hook in hooks:
                 hook.remove()
+        for name, gradient in zip(want, found, strict=True):  # of tensors that are not torch's own, which have no hooks
+            if gradient is not None and name not in taken:
+                take(name, gradient)
 
     def _wrong(self, got: dict[str, Tensor], want: dict[str, Tensor], logits: Tensor) -> str | None:
         """Say which parameter's squares differ from the wanted ones; None if none does."""

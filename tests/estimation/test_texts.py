@@ -126,7 +126,7 @@ def test_rows_and_padding_within_a_packed_batch() -> None:
     agree(found, {name: by_filter(q.mean(0)) for name, q in empirical(model, texts).items()})
     same = segments[0][:, None] == segments[0]
     seen = (same & torch.ones(10, 10, dtype=torch.bool).tril())[None, None]
-    row = {key: value[:1] for key, value in batch.items()} | {"attention_mask": seen}
+    row = {"attention_mask": seen} | {key: value[:1] for key, value in batch.items()}
     found = fisher(model, [row], "empirical", 1, level="sequence", shift_labels=True, packed=True)
     agree(found, {name: by_filter(q.mean(0)) for name, q in empirical(model, texts[:2]).items()})
 
