@@ -25,6 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+import torch._inductor.compile_fx  # every row has the compiler in memory, which checkpointing loads in part
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -155,12 +156,17 @@ def measure(name: str, way: str, kind: str, rounds: int, toy: bool) -> Measured:
     return Measured(peak, statistics.median(seconds), runs)
 
 
+def apart(function: Callable[..., Measured], *args: object) -> Measured:
+    """Call a function in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
 def rows_of(name: str, rounds: int, toy: bool) -> Iterator[list[str]]:
     base = None
     for way in WAYS:
         for kind in KINDS:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                found = pool.submit(measure, name, way, kind, rounds, toy).result()
+            found = apart(measure, name, way, kind, rounds, toy)
             base = base or found.seconds
             yield [
                 *(name, way, kind, f"{found.bytes / 1e6:.0f}", f"{found.seconds:.2f}", f"{found.seconds / base:.2f}"),
