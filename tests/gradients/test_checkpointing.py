@@ -316,7 +316,7 @@ class Counted:
         self.most = max(self.most, sum(not of.expired() for of in self.seen))
 
 
-def activations_alive(run: Callable, blocks: int, cotangents: int = 2) -> int:
+def activations_alive(run: Callable, blocks: int, cotangents: int = 2, shared: bool = False) -> int:
     """How many outputs of tanh layers are alive at once in the passes over a deep network."""
     counted = Counted()
 
@@ -333,10 +333,12 @@ def activations_alive(run: Callable, blocks: int, cotangents: int = 2) -> int:
 
     torch.manual_seed(0)
     body, head = nn.ModuleList(Layer() for _ in range(blocks)), nn.Linear(WIDTH, CLASSES)
+    if shared:
+        body = nn.ModuleList([body[0]] * blocks)
     network = nn.ModuleList([body, head])
     with FisherRecorder(network) as recorder:
-        logits = head(run(body, torch.randn(16, WIDTH)))
-        recorder.backward(logits, torch.randn(cotangents, 16, CLASSES))
+        logits = head(run(body, torch.randn(4, 50, WIDTH)).mean(1))
+        recorder.backward(logits, torch.randn(cotangents, 4, CLASSES))
     return counted.most
 
 
@@ -346,6 +348,14 @@ def test_one_region_is_held(reentrant: bool) -> None:
     few, many = (activations_alive(each(reentrant), blocks) for blocks in (4, 12))
     assert many - few == 8  # of each further region its output alone
     assert many <= 12 + 2 * 4
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_shared_layers_hold_one_region_and_their_gradients(reentrant: bool) -> None:
+    """The inputs of a layer that all regions use are not kept until the last region has run."""
+    few, many = (activations_alive(each(reentrant), blocks, shared=True) for blocks in (4, 12))
+    assert many - few == 8
+    assert many <= 12 + 3 * 4
 
 
 def test_recomputations() -> None:
