@@ -75,8 +75,8 @@ class Bottleneck(nn.Module):
 
 
 def transformer(way: str, toy: bool) -> tuple[nn.Module, Tensor]:
-    """An encoder with the width of BERT-base, four layers, and 8 texts of 256 tokens."""
-    width, depth, n, tokens = (32, 2, 2, 8) if toy else (768, 4, 8, 256)
+    """An encoder with the width of BERT-base, four layers, and 4 texts of 256 tokens."""
+    width, depth, n, tokens = (32, 2, 2, 8) if toy else (768, 4, 4, 256)
     blocks: list[nn.Module] = [
         nn.TransformerEncoderLayer(width, max(1, width // 64), 4 * width, 0.0, "gelu", batch_first=True)
         for _ in range(depth)
