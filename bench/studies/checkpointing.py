@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -168,6 +169,7 @@ def rows_of(name: str, rounds: int, toy: bool) -> Iterator[list[str]]:
         for kind in KINDS:
             found = apart(measure, name, way, kind, rounds, toy)
             base = base or found.seconds
+            print(f"{name}, {way}, {kind}: {found}", file=sys.stderr, flush=True)
             yield [
                 *(name, way, kind, f"{found.bytes / 1e6:.0f}", f"{found.seconds:.2f}", f"{found.seconds / base:.2f}"),
                 str(found.runs) if "fisher" in kind else "-",
