@@ -31,7 +31,7 @@ from t2v_fast.gradients.network_state import signature_of
 from t2v_fast.gradients.ownership import nodes_of
 from t2v_fast.tasks.probe import Preprocessing, Probe
 
-NETWORKS = int(os.environ.get("T2V_FAST_NETWORKS", "40"))
+NETWORKS = int(os.environ.get("T2V_FAST_NETWORKS", "20"))
 FIRST_SEED = int(os.environ.get("T2V_FAST_FIRST_SEED", "0"))
 WIDTH, CLASSES, WORDS = 8, 4, 11
 SELECTIVE = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default, torch.ops.aten.mm.default])
@@ -136,6 +136,8 @@ WAYS = {
     **{f"nested, {outer} {inner}": nested(outer, inner) for outer in (False, True) for inner in (False, True)},
 }
 
+QUICK = ["reentrant", "selective", "nested, False True"]
+
 
 def ids_of(n: int, tokens: int = 5) -> Tensor:
     return torch.randint(0, WORDS, (n, tokens), generator=torch.Generator().manual_seed(n))
@@ -162,6 +164,7 @@ def assert_recorded(network: nn.Module, truth: nn.Module, x: Tensor, cotangents:
     return recorder.regions
 
 
+@pytest.mark.slow_unless(granularity=["filter"])
 @pytest.mark.parametrize("granularity", ["filter", "parameter", "tensor"])
 @pytest.mark.parametrize("way", WAYS)
 def test_transformer(way: str, granularity: str) -> None:
@@ -177,6 +180,7 @@ def test_residual_network(way: str) -> None:
         assert_recorded(network, truth, images_of(n), cotangents, "filter")
 
 
+@pytest.mark.slow_unless(way=QUICK)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("make", [Tokens, Images])
 def test_fisher(make: Callable, way: str) -> None:
@@ -660,6 +664,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow_unless(name=["BERT", "Llama"])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers(name: str, reentrant: bool) -> None:
