@@ -106,6 +106,11 @@ class Regions:
             self._hold(None)
             self._key = self._failure = None
 
+    @property
+    def holding(self) -> bool:
+        """Whether activations were recomputed last from a region, which is held."""
+        return self._held is not None
+
     def region_of(self) -> Callable[[Node], object | None]:
         """A function that gives the outermost region of a node, or None for a node outside of all regions.
 

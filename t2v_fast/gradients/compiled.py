@@ -1,8 +1,8 @@
 """Networks that torch.compile has compiled: their own layers run instead, under their own names.
 
-A compiled graph is one autograd node that hides its layers. Within :data:`eager`, whatever was compiled runs as it is
-written: modules that ``torch.compile`` has wrapped, modules after their own ``compile()``, and functions. Nothing about
-them changes, so they run compiled again afterwards.
+A compiled graph is one autograd node that hides its layers. Within the context ``eager``, whatever was compiled runs as
+it is written: modules that ``torch.compile`` has wrapped, modules after their own ``compile()``, and functions. Nothing
+about them changes, so they run compiled again afterwards.
 """
 
 from __future__ import annotations

@@ -423,6 +423,36 @@ class Summed(Factors):
 
 
 @dataclass(frozen=True)
+class Formed(Factors):
+    """G_n that was computed before, for all uses so far of a parameter."""
+
+    formed: Tensor  # [N, entries of the parameter]
+
+    @classmethod
+    def of(cls, factors: Sequence[Factors], examples: int) -> Formed:
+        """Add up the gradients of several uses, and let go of their activations."""
+        total = torch.clone(factors[0].gradients(0, examples))
+        for other in factors[1:]:
+            total += other.gradients(0, examples)
+        return cls(total)
+
+    def gradients(self, start: int, stop: int) -> Tensor:
+        return self.formed[start:stop]
+
+    def _summed(self) -> Summed:
+        return Summed([(self, lambda t: t)], tuple(self.formed.shape[1:]), len(self.formed))
+
+    def filter_sums(self, reuse: Reuse) -> Tensor:
+        return self._summed().filter_sums(reuse)
+
+    def accumulate_(self, out: Tensor, weight: Tensor) -> None:
+        self._summed().accumulate_(out, weight)
+
+    def work(self, cotangents: int) -> tuple[str, planner.Work]:
+        return "gradients", planner.Work((), (), 0, 0)
+
+
+@dataclass(frozen=True)
 class Called(Factors):
     """G_n as the autograd node computes it, called with the cotangents of one example after the other.
 
@@ -473,3 +503,10 @@ class Called(Factors):
 
     def work(self, cotangents: int) -> tuple[str, planner.Work]:
         return "node by example", planner.Work((), (), 0, 0)
+
+
+def bytes_of(factors: Factors) -> int:
+    """The memory of the tensors that factors hold."""
+    held = [value for value in vars(factors).values() if isinstance(value, Tensor)]
+    inner = [f for value in vars(factors).values() if isinstance(value, (list, tuple)) for f in value]
+    return sum(t.numel() * t.element_size() for t in held) + sum(bytes_of(f) for f in inner if isinstance(f, Factors))

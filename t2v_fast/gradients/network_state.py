@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 import types
 import weakref
@@ -300,6 +301,8 @@ class _Reader:
                 self.value(entry, depth + 1)
             if own := _attributes(value):  # of a class that extends a container
                 self.value(own, depth + 1)
+        elif isinstance(value, types.FunctionType) and _is_of_torch(value):
+            self._same(value)
         elif isinstance(value, types.FunctionType):
             self._same(value.__code__)
             self.tokens.append(id(value.__globals__))
@@ -410,6 +413,12 @@ def _attributes(value: Any) -> dict[str, Any]:
             if name not in ("__dict__", "__weakref__") and hasattr(value, name):
                 found[name] = getattr(value, name)
     return found
+
+
+def _is_of_torch(function: types.FunctionType) -> bool:
+    """Whether this is a function that a module of torch has by its name, and which captures nothing of the network."""
+    module = function.__module__ or ""
+    return module.startswith("torch.") and getattr(sys.modules.get(module), function.__name__, None) is function
 
 
 def _is_filled(cell: types.CellType) -> bool:

@@ -28,7 +28,7 @@ from ..ops.reference import accumulate_dtype
 from ..spans import backward_by_kind
 from .checkpointing import Regions
 from .compiled import eager, say_once
-from .factors import Called, Factors, Plan, Reuse, Summed
+from .factors import Called, Factors, Formed, Plan, Reuse, Summed, bytes_of
 from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gradients, onward
 from .grouped import Grouped, concatenated
 from .ownership import dense
@@ -436,6 +436,8 @@ class FisherRecorder:
                     continue
                 for name in routes.summed.intersection(use.parameters):
                     kept.setdefault(name, []).append((use, factors))
+                    if self.regions.holding and use.direct:
+                        kept[name] = self._without_activations(kept[name], name, n)
                     missing[name] -= 1
                     if not missing[name] and not any(isinstance(f, Called) for _, f in kept[name]):
                         self._add_summed(name, kept.pop(name), sums, weights, reuse)
@@ -462,7 +464,7 @@ class FisherRecorder:
         """Add the squares of the gradients of a parameter, summed over all its uses."""
         whole = None
         in_place = [use.direct or (use.stack is not None and isinstance(f, Grouped)) for use, f in found]
-        if all(in_place):
+        if all(in_place) and not any(isinstance(f, Formed) for _, f in found):
             whole = concatenated([f for _, f in found])
         if whole is None:
             p = self.leaves()[name]
@@ -517,6 +519,15 @@ class FisherRecorder:
         """Whether the filter sums of a norm's bias, computed with those of its weight, are those of this parameter."""
         plain = use.slot == 2 and use.direct and not use.between and self.observer is None
         return plain and self.parameters[use.parameter].dim() == 1
+
+    def _without_activations(self, found: list[tuple[Use, Factors]], name: str, n: int) -> list[tuple[Use, Factors]]:
+        """Form the gradients of uses in checkpointed regions, where these take less memory than the activations."""
+        direct = [pair for pair in found if pair[0].direct and not isinstance(pair[1], Called)]
+        g = self.parameters[name]
+        if sum(bytes_of(factors) for _, factors in direct) <= 2 * n * g.numel() * g.element_size() or len(direct) < 2:
+            return found
+        rest = [pair for pair in found if not any(pair is other for other in direct)]
+        return [(direct[0][0], Formed.of([factors for _, factors in direct], n)), *rest]
 
     def _formed(self, factors: Factors, name: str, n: int) -> Summed:
         """The same gradients, computed before they are squared, so that the filters may lie along any axis."""

@@ -147,6 +147,16 @@ def test_mixtures_table(script: Script) -> None:
     assert [line.split("|")[1].strip() for line in lines[-4:]] == ["1", "4", "2", "64"]
 
 
+def test_checkpointing_table(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = importlib.import_module("bench.studies.checkpointing")
+    monkeypatch.setattr(study, "apart", lambda function, *args: function(*args))
+    monkeypatch.setattr(study, "KINDS", ("step", "fisher, 1", "fisher, 2"))
+    rows = [line.split("|")[1:-1] for line in script("studies.checkpointing", "--toy", "--rounds", "1").splitlines()]
+    assert rows[0][-1].strip() == "runs"
+    runs = [row[-1].strip() for row in rows[2:]]
+    assert runs == [*("-", "0", "0"), *("-", "2", "4") * 2] * 2  # two blocks
+
+
 def test_sums_table(script: Script) -> None:
     lines = script("studies.sums", "--rounds", "1", "--values", "700", "--examples", "3").splitlines()
     assert [line.split("|")[1].strip() for line in lines[3:]] == [

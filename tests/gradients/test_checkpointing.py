@@ -26,8 +26,12 @@ from t2v_fast import FisherRecorder, UnsupportedError, fisher
 from t2v_fast.estimation.one_forward import graph_bytes
 from t2v_fast.estimation.variational import variational_fisher
 from t2v_fast.gradients.checkpointing import Regions
+from t2v_fast.gradients.fast_forward import FastNetwork
+from t2v_fast.gradients.network_state import signature_of
+from t2v_fast.gradients.ownership import nodes_of
+from t2v_fast.tasks.probe import Preprocessing, Probe
 
-NETWORKS = int(os.environ.get("T2V_FAST_NETWORKS", "40"))
+NETWORKS = int(os.environ.get("T2V_FAST_NETWORKS", "20"))
 FIRST_SEED = int(os.environ.get("T2V_FAST_FIRST_SEED", "0"))
 WIDTH, CLASSES, WORDS = 8, 4, 11
 SELECTIVE = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default, torch.ops.aten.mm.default])
@@ -132,6 +136,8 @@ WAYS = {
     **{f"nested, {outer} {inner}": nested(outer, inner) for outer in (False, True) for inner in (False, True)},
 }
 
+QUICK = ["reentrant", "selective", "nested, False True"]
+
 
 def ids_of(n: int, tokens: int = 5) -> Tensor:
     return torch.randint(0, WORDS, (n, tokens), generator=torch.Generator().manual_seed(n))
@@ -158,6 +164,7 @@ def assert_recorded(network: nn.Module, truth: nn.Module, x: Tensor, cotangents:
     return recorder.regions
 
 
+@pytest.mark.slow_unless(granularity=["filter"])
 @pytest.mark.parametrize("granularity", ["filter", "parameter", "tensor"])
 @pytest.mark.parametrize("way", WAYS)
 def test_transformer(way: str, granularity: str) -> None:
@@ -173,6 +180,7 @@ def test_residual_network(way: str) -> None:
         assert_recorded(network, truth, images_of(n), cotangents, "filter")
 
 
+@pytest.mark.slow_unless(way=QUICK)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("make", [Tokens, Images])
 def test_fisher(make: Callable, way: str) -> None:
@@ -192,6 +200,54 @@ def test_fisher(make: Callable, way: str) -> None:
             for name, q in want.items():
                 torch.testing.assert_close(got[name], q, rtol=1e-9, atol=1e-14)
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+
+class Wide(nn.Module):
+    """Layers that run faster than torch's own in float32, also when a region is recomputed."""
+
+    def __init__(self, run: Callable[[nn.ModuleList, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(8)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(c, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU6(inplace=True), nn.Conv2d(32, 32, 1)
+            )
+            for c in (3, 32)
+        )
+        self.head = nn.Linear(32, CLASSES)
+        self.run = run
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.run(self.blocks, x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("n", [1, 4])
+def test_faster_layers(n: int, reentrant: bool) -> None:
+    network, truth = same_weights(Wide, each(reentrant)), Wide(plain)
+    for size in (12, 16):
+        x = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(n))
+        with FisherRecorder(network), FastNetwork(network, lambda model, x: model(x)) as fast:
+            kinds = {node.name() for node in nodes_of(fast(network, x))}
+        assert {"BatchNormBackward", "InPlaceHardtanhBackward"} <= kinds
+        got, want = (fisher(model, [x, x + 1], "exact") for model in (network, truth))
+        for name, q in want.items():
+            torch.testing.assert_close(got[name], q, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"estimator": "exact", "batch_size": 4}], ids=str)
+def test_embeddings(options: dict[str, Any]) -> None:
+    """The pipeline keeps the graphs of its first pass, whose regions are recomputed later."""
+    data = [(torch.randn(3, 12, 12, generator=torch.Generator().manual_seed(k)), k % 3) for k in range(10)]
+    size = Preprocessing(resize=12, crop=12)
+    want, *others = (
+        t2v_fast.Task2Vec(Probe(same_weights(Wide, run), preprocessing=size), **options).embed(data)
+        for run in (plain, each(True), each(False))
+    )
+    for got in others:
+        assert got.fingerprint == want.fingerprint
+        torch.testing.assert_close(torch.as_tensor(got.hessian), torch.as_tensor(want.hessian), rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -316,7 +372,7 @@ class Counted:
         self.most = max(self.most, sum(not of.expired() for of in self.seen))
 
 
-def activations_alive(run: Callable, blocks: int, cotangents: int = 2) -> int:
+def activations_alive(run: Callable, blocks: int, cotangents: int = 2, shared: bool = False) -> int:
     """How many outputs of tanh layers are alive at once in the passes over a deep network."""
     counted = Counted()
 
@@ -333,10 +389,12 @@ def activations_alive(run: Callable, blocks: int, cotangents: int = 2) -> int:
 
     torch.manual_seed(0)
     body, head = nn.ModuleList(Layer() for _ in range(blocks)), nn.Linear(WIDTH, CLASSES)
+    if shared:
+        body = nn.ModuleList([body[0]] * blocks)
     network = nn.ModuleList([body, head])
     with FisherRecorder(network) as recorder:
-        logits = head(run(body, torch.randn(16, WIDTH)))
-        recorder.backward(logits, torch.randn(cotangents, 16, CLASSES))
+        logits = head(run(body, torch.randn(4, 50, WIDTH)).mean(1))
+        recorder.backward(logits, torch.randn(cotangents, 4, CLASSES))
     return counted.most
 
 
@@ -346,6 +404,14 @@ def test_one_region_is_held(reentrant: bool) -> None:
     few, many = (activations_alive(each(reentrant), blocks) for blocks in (4, 12))
     assert many - few == 8  # of each further region its output alone
     assert many <= 12 + 2 * 4
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_shared_layers_hold_one_region_and_their_gradients(reentrant: bool) -> None:
+    """The inputs of a layer that all regions use are not kept until the last region has run."""
+    few, many = (activations_alive(each(reentrant), blocks, shared=True) for blocks in (4, 12))
+    assert many - few == 8
+    assert many <= 12 + 3 * 4
 
 
 def test_recomputations() -> None:
@@ -598,6 +664,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow_unless(name=["BERT", "Llama"])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers(name: str, reentrant: bool) -> None:
@@ -625,6 +692,7 @@ def test_transformers(name: str, reentrant: bool) -> None:
         recorder.backward(logits, torch.randn(2, *logits.shape, dtype=torch.float64))
     # Three layers, for two cotangents each. In Llama, owners depend on what the rotations of positions have saved.
     assert recorder.regions.recomputations == 3 * (2 + (name == "Llama"))
+    assert signature_of(network) is not None  # so that the self-check remembers the network
     got, want = (fisher(model, batches, "exact", level="sequence") for model in (network, truth))
     for key, q in want.items():
         torch.testing.assert_close(got[key], q, rtol=1e-8, atol=1e-14)
