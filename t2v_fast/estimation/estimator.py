@@ -189,7 +189,7 @@ def fisher(
     self_check = self_check and estimator != BATCH_MEAN
     with together(recorder):
         with forward_passes(
-            recorder, forward, device, mask, channels_last=channels_last, self_check=self_check
+            recorder, forward, device, mask, channels_last=channels_last, self_check=self_check, adds_up=True
         ) as batches_of:
             for batch in batches_of(tqdm(loader, desc="Fisher", unit="batch", disable=not progress, leave=False)):
                 explained = explain and schedule.seen == 0 and estimator != BATCH_MEAN

@@ -24,6 +24,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+from ..gradients.graph import UnsupportedError
+from ..gradients.tensor_parallel import is_distributed
+
 # Functions whose second argument is a weight with filters along its first axis, and the axis of their channels.
 _LAYERS: dict[Callable, int | None] = {F.linear: None, F.conv1d: 1, F.conv2d: 1, F.conv3d: 1}
 # Added to squared inputs, as in Task2Vec's public code, so that a filter without input has noise too.
@@ -202,10 +205,13 @@ def variational_fisher(
         The learned variances.
 
     Raises:
+        UnsupportedError: Processes share the network's parameters.
         ValueError: An argument is not valid, no linear layer or convolution uses one of the weights, an epoch has no
             example, or the loss is not finite.
     """
     head, named = list(head), dict(model.named_parameters())
+    if (divided := next((name for name, p in named.items() if is_distributed(p)), None)) is not None:
+        raise UnsupportedError(f"the parameter {divided!r} is divided over processes, which share no noise: use one")
     if parameters is None:
         parameters = [k for k, p in named.items() if p.dim() > 1 and all(p is not q for q in head)]
     if missing := [name for name in parameters if name not in named]:
