@@ -311,7 +311,7 @@ class _Estimate:
         total = draws.weights.sum() if tokens is None else (draws.weights * tokens).sum()
         u = u * to_device((draws.weights / total).to(u.dtype), u.device).view(-1, *(1,) * (u.dim() - 1))
         fix_batch_norm_gradients(nodes_of(batch.logits))
-        parameters = self.recorder.leaves()
+        parameters = self.recorder.leaves
         gradients = torch.autograd.grad(
             [batch.logits], list(parameters.values()), [u], allow_unused=True, materialize_grads=True
         )

@@ -289,8 +289,9 @@ class SelfCheck:
             return
         single = torch.zeros_like(cotangent)
         single[row] = cotangent[row]
-        leaves = recorder.leaves()
-        for names in recorder.portions(want):
+        leaves = recorder.leaves
+        sharding = recorder.sharding
+        for names in [list(want)] if sharding is None else sharding.portions({k: recorder.parameters[k] for k in want}):
             gradients = torch.autograd.grad(
                 [logits],
                 [leaves[name] for name in names],

@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils.checkpoint import CheckpointError
 
 from .owners import OWNERS, Interacting, Owned, Owner, RowLayout, Shape, Shared, Unknown
-from .ownership import LEAF, Ownership
+from .ownership import LEAF, Ownership, dense
 from .transfers import ELEMENTWISE, input_shape, kind_of
 
 
@@ -300,6 +300,27 @@ def backpropagate(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def onward(use: Use, parameter: Tensor) -> Callable[[Tensor], Tensor]:
+    """The map from gradients [k, entries] of a node's input to those of a parameter that the input is computed from."""
+    if use.direct:
+        return lambda t: t
+
+    def pull(t: Tensor) -> Tensor:
+        child, number = use.node.next_functions[use.slot]
+        assert child is not None  # parameters enter this input
+        dtype = child._input_metadata[number].dtype
+        gradients = t.view(-1, *use.shape).to(dtype)
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        try:
+            (g,) = torch.autograd.grad([use.source], [parameter], [gradients], is_grads_batched=True, **options)
+        except (RuntimeError, NotImplementedError):  # a function that does not support batched gradients
+            each = [torch.autograd.grad([use.source], [parameter], [g], **options)[0] for g in gradients]
+            g = torch.stack([dense(part) for part in each])
+        return g.reshape(len(g), parameter.numel()).to(t.dtype)
+
+    return pull
 
 
 def fix_batch_norm_gradients(nodes: Iterable[Node]) -> None:

@@ -26,14 +26,14 @@ from ..ops.asynchronous import to_device
 from ..ops.reference import accumulate_dtype
 from ..spans import backward_by_kind
 from .factors import Called, Factors, Plan, Reuse, Summed, concatenated
-from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gradients
+from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gradients, onward
 from .ownership import dense
 from .parameters import FilterAxis, ParameterFilter, filter_axes_of, select_parameters
 from .refusals import random_layer, taps_of
 from .routes import GradientRoutes, routes_of
-from .rules import factors_of, has_rule
+from .rules import has_rule
 from .sharding import sharding_of
-from .tensor_parallel import check_parameters, is_distributed, whole, with_whole_tensors
+from .tensor_parallel import check_parameters, check_transformed, check_whole, factors_of_use, is_distributed, whole
 from .wrappers import network_of
 
 GRANULARITIES = ("filter", "parameter", "tensor")
@@ -75,6 +75,7 @@ class FisherRecorder:
         parameters: The wanted parameters by name.
         filter_axes: The axis of the filters of each wanted parameter.
         unused: Wanted parameters that the last output did not depend on.
+        sharding: How FSDP2 (``fully_shard``) shards the network; None where it does not.
         skipped: Parameters that ``unsupported="skip"`` left out of the last result.
         verified: Whether the caller runs examples alone to verify that they do not interact, as
             :func:`t2v_fast.fisher` does. Owners are then found entry by entry, as with ``unsupported="exact"``.
@@ -276,8 +277,7 @@ class FisherRecorder:
         names = list(names)
         single = torch.zeros_like(cotangent)
         single[example] = cotangent[example]
-        leaves = self.leaves()
-        wanted = [leaves[name] for name in names]
+        wanted = [*map(self.leaves.__getitem__, names)]
         gradients = torch.autograd.grad(
             [output], wanted, [single], retain_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -288,19 +288,10 @@ class FisherRecorder:
         """Whether several processes share the network's parameters, so that each has a part of some of them."""
         return self.sharding is not None or any(map(is_distributed, self.model.parameters()))
 
+    @property
     def leaves(self) -> dict[str, Tensor]:
-        """Return the tensors that the autograd graph has for the wanted parameters.
-
-        Returns:
-            By name, the parameter itself, or what FSDP2 (``fully_shard``) gathered of it.
-        """
+        """What the autograd graph has for each wanted parameter: the parameter, or what FSDP2 gathered of it."""
         return dict(self.parameters) if self.sharding is None else self.sharding.leaves(self.parameters)
-
-    def portions(self, names: Iterable[str]) -> list[list[str]]:
-        """Divide the names of parameters into those whose gradients may be in memory together."""
-        if self.sharding is None:
-            return [list(names)]
-        return self.sharding.portions({name: self.parameters[name] for name in names})
 
     def _reading(self) -> contextlib.AbstractContextManager[None]:
         """A context in which what the graph has saved may be read."""
@@ -330,8 +321,7 @@ class FisherRecorder:
                 f"weights are {list(weights.shape)} at granularity {self.granularity!r}, expected [{n}] at 'parameter' "
                 "(other values are per example: weigh those)"
             )
-        if is_distributed(output) or is_distributed(cotangents):
-            raise ValueError("the output or a cotangent is a DTensor: take its full_tensor()")
+        check_whole(output, cotangents)
         if output.grad_fn is None:
             raise ValueError(
                 "the output has no autograd graph: run the forward inside the recorder, with gradients enabled"
@@ -367,7 +357,7 @@ class FisherRecorder:
 
     def _taps(self, output: Tensor) -> Taps:
         with self._reading():
-            return taps_of(output, self.leaves(), self.verified or self.unsupported == "exact")
+            return taps_of(output, self.leaves, self.verified or self.unsupported == "exact")
 
     def _pass(
         self,
@@ -387,24 +377,21 @@ class FisherRecorder:
 
         def visit(node: Node, cotangents: tuple[Tensor | None, ...]) -> None:
             with self._reading():
-                at(node, cotangents)
-
-        def at(node: Node, cotangents: tuple[Tensor | None, ...]) -> None:
-            begin(node)
-            of_node = reuse[node]
-            for use in taps.uses[node]:
-                if of_node.bias is not None and use.parameter in routes.single and self._is_norm_bias(use):
-                    q, of_node.bias = of_node.bias, None  # computed with the norm's weight
-                    sums[use.parameter] = sums[use.parameter].add_(q) if use.parameter in sums else q
-                    continue
-                factors = _factors_of(use, cotangents, n)
-                if isinstance(factors, Called):
-                    later.append((use, factors))
-                elif use.parameter in routes.single:
-                    self._add(use, factors, sums, weights, of_node)
-                    continue
-                for name in routes.summed.intersection(use.parameters):
-                    kept.setdefault(name, []).append((use, factors))
+                begin(node)
+                of_node = reuse[node]
+                for use in taps.uses[node]:
+                    if of_node.bias is not None and use.parameter in routes.single and self._is_norm_bias(use):
+                        q, of_node.bias = of_node.bias, None  # computed with the norm's weight
+                        sums[use.parameter] = sums[use.parameter].add_(q) if use.parameter in sums else q
+                        continue
+                    factors = factors_of_use(use, cotangents, n)
+                    if isinstance(factors, Called):
+                        later.append((use, factors))
+                    elif use.parameter in routes.single:
+                        self._add(use, factors, sums, weights, of_node)
+                        continue
+                    for name in routes.summed.intersection(use.parameters):
+                        kept.setdefault(name, []).append((use, factors))
 
         with backward_by_kind(taps.order, n) as begin:
             backpropagate(output, cotangent, taps, visit, retain_graph)
@@ -419,13 +406,9 @@ class FisherRecorder:
                     if all(use.direct for use, _ in found):
                         whole = concatenated([factors for _, factors in found])
                     if whole is None:
-                        p = self.leaves()[name]
-                        if is_distributed(p):
-                            raise UnsupportedError(
-                                f"the parameter {name!r} is divided over processes and transformed before use, or used "
-                                "in different ways: leave it out with parameters=..., or its layer undivided"
-                            )
-                        parts = [(factors, _onward(use, p)) for use, factors in found]
+                        p = self.leaves[name]
+                        check_transformed(name, p)
+                        parts = [(factors, onward(use, p)) for use, factors in found]
                         whole = Summed(parts, tuple(p.shape), n, self.filter_axes[name])
                     use = replace(found[0][0], parameters=(name,))
                     self._add(use, whole, sums, weights, Reuse(reuse[use.node].cotangents))
@@ -515,36 +498,3 @@ class FisherRecorder:
                 list(sums.values()), [max(1, sizes[name]) / max(1, q.shape[1]) for name, q in sums.items()]
             )
         return sums
-
-
-def _factors_of(use: Use, cotangents: Sequence[Tensor | None], n: int) -> Factors:
-    """The factors of a use, from whole tensors where the layer is divided over processes."""
-    if not any(map(is_distributed, cotangents)):
-        return factors_of(use, cotangents, n)
-    if not has_rule(use):
-        raise UnsupportedError(
-            f"the parameter {use} is divided over processes, and its layer has no rule: leave it out with "
-            "parameters=..., or the layer undivided"
-        )
-    return factors_of(with_whole_tensors(use), [whole(g) for g in cotangents], n)
-
-
-def _onward(use: Use, parameter: Tensor) -> Callable[[Tensor], Tensor]:
-    """The map from gradients [k, entries] of a node's input to those of a parameter that the input is computed from."""
-    if use.direct:
-        return lambda t: t
-
-    def pull(t: Tensor) -> Tensor:
-        child, number = use.node.next_functions[use.slot]
-        assert child is not None  # parameters enter this input
-        dtype = child._input_metadata[number].dtype
-        gradients = t.view(-1, *use.shape).to(dtype)
-        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        try:
-            (g,) = torch.autograd.grad([use.source], [parameter], [gradients], is_grads_batched=True, **options)
-        except (RuntimeError, NotImplementedError):  # a function that does not support batched gradients
-            each = [torch.autograd.grad([use.source], [parameter], [g], **options)[0] for g in gradients]
-            g = torch.stack([dense(part) for part in each])
-        return g.reshape(len(g), parameter.numel()).to(t.dtype)
-
-    return pull

@@ -110,7 +110,9 @@ class Sharding:
         self.modules, self._groups = modules, groups
         self.device = groups[0].device
         names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-        for module in modules:
+        for module in modules:  # outer ones first, as FSDP2 itself would do it in the first forward pass
+            if module._get_fsdp_state()._is_root is None:
+                module._get_fsdp_state()._lazy_init()
             module.reshard()
         self._params = {id(p.sharded_param): (p, k) for k, group in enumerate(groups) for p in group.fsdp_params}
         names |= {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
@@ -135,9 +137,7 @@ class Sharding:
         if self._depth > 1:
             return self
         self._group = _cpu_group(self.ranks)
-        for module in self.modules:  # outer ones first, as FSDP2's own first forward pass would have it
-            if module._get_fsdp_state()._is_root is None:
-                module._get_fsdp_state()._lazy_init()
+        for module in self.modules:
             module.reshard()
         described = [[list(p._orig_size) for p in group.fsdp_params] for group in self._groups]
         if any(other != described for other in self._exchange(described)):

@@ -19,8 +19,10 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from .factors import Factors
 from .graph import Taps, UnsupportedError, Use
 from .owners import Owned, State, Unknown
+from .rules import factors_of, has_rule
 from .transfers import transfer
 
 # Nodes between ordinary tensors and DTensors, and from one placement of a DTensor to another.
@@ -54,6 +56,18 @@ def with_whole_tensors(use: Use) -> Use:
     found = copy.copy(use)
     found.node = _WholeNode(use.node)  # type: ignore[assignment]
     return found
+
+
+def factors_of_use(use: Use, cotangents: Sequence[Tensor | None], n: int) -> Factors:
+    """The factors of a use, from whole tensors where the layer is divided over processes."""
+    if not any(map(is_distributed, cotangents)):
+        return factors_of(use, cotangents, n)
+    if not has_rule(use):
+        raise UnsupportedError(
+            f"the parameter {use} is divided over processes, and its layer has no rule: leave it out with "
+            "parameters=..., or the layer undivided"
+        )
+    return factors_of(with_whole_tensors(use), [whole(g) for g in cotangents], n)
 
 
 @transfer("_ToTorchTensor", "_FromTorchTensor", "Redistribute")
@@ -126,6 +140,21 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
                 f"the parameter {name!r} is a sum of which each process has a term ({p.placements}): "  # type: ignore[attr-defined]
                 "redistribute it as shards or copies"
             )
+
+
+def check_transformed(name: str, parameter: Tensor) -> None:
+    """Raise UnsupportedError for a DTensor whose gradients would have to be taken through a transformation."""
+    if is_distributed(parameter):
+        raise UnsupportedError(
+            f"the parameter {name!r} is divided over processes and transformed before use, or used in different ways: "
+            "leave it out with parameters=..., or its layer undivided"
+        )
+
+
+def check_whole(output: Tensor, cotangents: Tensor) -> None:
+    """Raise ValueError where an output or its cotangents are DTensors."""
+    if is_distributed(output) or is_distributed(cotangents):
+        raise ValueError("the output or a cotangent is a DTensor: take its full_tensor()")
 
 
 def _placements(node: Any) -> Sequence[Any]:
