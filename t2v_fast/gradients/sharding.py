@@ -169,7 +169,7 @@ class Sharding:
                 self._exchange(f"{type(error).__name__}: {error}")
         finally:
             with _lock:
-                del _open[id(self._groups[0])]
+                _open.pop(id(self._groups[0]), None)
             self._hooks.__exit__(None, None, None)
             for group, attribute, value in self._changed:
                 setattr(group, attribute, value)

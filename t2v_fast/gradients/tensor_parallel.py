@@ -99,12 +99,15 @@ def check_local_parts(taps: Taps, parameters: Mapping[str, Tensor]) -> None:
     order = taps.ownership.order
     ordinary = {order[0]: True}  # whether the output of a node is an ordinary tensor
     borders: list[tuple[Node, str]] = []
+    complete: list[Node] = []  # nodes that give an ordinary tensor which is whole, and take its cotangents as whole
     leaves: list[tuple[Node, str]] = []
     for node, kind in zip(order, names, strict=True):
         outside = ordinary[node]
         inside = outside if kind not in (TO_LOCAL, FROM_LOCAL) else kind == FROM_LOCAL
         if kind == TO_LOCAL and (divided := _divided(node)):
             borders.append((node, divided))
+        elif kind == TO_LOCAL:
+            complete.append(node)
         for child, _ in node.next_functions:
             if child is None:
                 continue
@@ -123,6 +126,13 @@ def check_local_parts(taps: Taps, parameters: Mapping[str, Tensor]) -> None:
             f"of which each process has a part ({why}). Let the last layer return the whole on each process "
             "(output_layouts=Replicate())"
         )
+    for node in complete:
+        if (why := partial.get(part_of(node))) is not None:
+            raise UnsupportedError(
+                f"the parameter {min(parameters)!r} and others have no exact result: a whole DTensor is turned into "
+                f"ordinary tensors among others of which each process has a part ({why}), so that its cotangents are "
+                "terms of a sum: say so by to_local(grad_placements=[Partial()])"
+            )
     for node, name in leaves:
         if (why := partial.get(part_of(node))) is not None:
             raise UnsupportedError(
