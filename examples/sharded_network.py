@@ -14,6 +14,7 @@ import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import t2v_fast
 from t2v_fast.adapters.sharded_checkpoints import load_shards, save_shards
@@ -24,6 +25,12 @@ def network() -> nn.Sequential:
     first = nn.Sequential(nn.Conv2d(1, 9, 3), nn.ReLU())
     second = nn.Sequential(nn.Conv2d(9, 16, 3), nn.ReLU())
     return nn.Sequential(first, second, nn.Flatten(), nn.Linear(16 * 4 * 4, 10)).eval()
+
+
+def own(values: torch.Tensor) -> torch.Tensor:
+    """The shard of this process."""
+    assert isinstance(values, DTensor)
+    return values.to_local()
 
 
 def main() -> None:
@@ -38,8 +45,8 @@ def main() -> None:
     mine = images[:40] if rank == 0 else images[40:]
     F = t2v_fast.fisher(model, mine.split(16), "exact")  # on all processes
 
-    shapes = [None] * size
-    dist.all_gather_object(shapes, {name: tuple(values.to_local().shape) for name, values in F.items()})
+    filters: list = [None] * size
+    dist.all_gather_object(filters, {name: len(own(values)) for name, values in F.items()})
     whole = F.full()  # on all processes, too
 
     # A checkpoint has the shards of all processes, and loads on any number of them.
@@ -47,12 +54,12 @@ def main() -> None:
     dist.broadcast_object_list(folder)
     save_shards(F, Path(folder[0]))
     again = load_shards(Path(folder[0]), model)
-    same = all(torch.equal(again[name].to_local(), F[name].to_local()) for name in F)
+    same = all(torch.equal(own(again[name]), own(F[name])) for name in F)
 
     if rank == 0:
         print(f"Fisher of {F.num_examples} images on {size} processes")
         for name, values in whole.items():
-            print(f"{name:10} {values.numel():3} filters, in shards of", *(shape[name][0] for shape in shapes))
+            print(f"{name:10} {values.numel():3} filters, in shards of", *(found[name] for found in filters))
         alone = t2v_fast.fisher(network(), images.split(50), "exact")
         difference = (whole.vector() - alone.vector()).norm() / alone.vector().norm()
         print("equal to one process:", bool(difference < 1e-4))

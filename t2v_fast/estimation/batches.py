@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..gradients.fast_forward import fast_forward
+from ..gradients.graph import UnsupportedError
 from ..gradients.recorder import FisherRecorder
 from ..gradients.tensor_parallel import whole
 from ..ops.asynchronous import to_device
@@ -61,12 +62,19 @@ def forward_passes(
     channels_last: bool = True,
     self_check: bool = True,
     texts: Texts = AS_GIVEN,
+    adds_up: bool = False,
 ) -> Iterator[Callable[[Iterable[Any]], Iterator[Batch]]]:
     """Prepare the recorder's network; yield a function that runs the network over a loader, batch after batch.
 
     The network is as it was when the context ends. With ``self_check``, every forward pass is checked by
-    :class:`t2v_fast.estimation.self_check.SelfCheck`. ``texts`` says how batches of text are read.
+    :class:`t2v_fast.estimation.self_check.SelfCheck`. ``texts`` says how batches of text are read. ``adds_up``
+    says that the caller adds up what the processes of a sharded network find; others are refused.
     """
+    if recorder.sharding is not None and not adds_up:
+        raise UnsupportedError(
+            f"the parameter {min(recorder.parameters)!r} is sharded over processes (fully_shard), whose results this "
+            "function does not add up: t2v_fast.fisher, FisherRecorder and Task2Vec.embed do"
+        )
     with (
         torch.inference_mode(False),
         torch.enable_grad(),

@@ -221,6 +221,7 @@ def fisher(
             channels_last=channels_last,
             self_check=self_check,
             texts=Texts(shift_labels, packed),
+            adds_up=True,
         ) as batches_of:
             for batch in batches_of(tqdm(loader, desc="Fisher", unit="batch", disable=not progress, leave=False)):
                 explained = explain and schedule.seen == 0 and estimator != BATCH_MEAN
@@ -344,7 +345,7 @@ class _Estimate:
         if batch.segments is not None:  # [1, T, 1]; padding has no cotangent
             share = share[batch.segments.clamp_min(0)][None]
         u = u * to_device(share, u.device).view(*share.shape, *(1,) * (u.dim() - share.dim()))
-        parameters = self.recorder.leaves()
+        parameters = self.recorder.leaves
         with self.recorder.regions.reading():
             fix_batch_norm_gradients(nodes_of(batch.logits))
             gradients = torch.autograd.grad(

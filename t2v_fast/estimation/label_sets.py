@@ -124,7 +124,8 @@ def fisher_of_label_sets(
     moments = [NamedMoments() for _ in sets]
     total = sum(s.head.out_features for s in sets)
     seen = 0
-    with forward_passes(recorder, _run, device, self_check=self_check) as batches_of:
+    adds_up = reduce is not None
+    with forward_passes(recorder, _run, device, self_check=self_check, adds_up=adds_up) as batches_of:
         for batch in batches_of(batches):
             if list(batch.logits.shape) != [batch.size, total]:
                 raise ValueError(

@@ -357,9 +357,11 @@ class SelfCheck:
         single[place] = cotangent[place]
         at = 0 if recorder.granularity == "parameter" else k
         options = {"retain_graph": True, "allow_unused": True}
-        leaves = recorder.leaves()
+        leaves = recorder.leaves
         if recorder.divided:  # what hooks would do to gradients is not theirs alone
-            for names in recorder.portions(want):
+            sharding = recorder.sharding
+            chosen = {name: recorder.parameters[name] for name in want}
+            for names in [list(want)] if sharding is None else sharding.portions(chosen):
                 gradients = torch.autograd.grad(
                     [logits], [leaves[name] for name in names], [single], materialize_grads=True, **options
                 )

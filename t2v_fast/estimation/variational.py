@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 from ..gradients.checkpointing import not_checkpointed
 from ..gradients.compiled import eager, named_parameters, original_name
+from ..gradients.graph import UnsupportedError
+from ..gradients.tensor_parallel import is_distributed
 
 # Functions whose second argument is a weight with filters along its first axis, and the axis of their channels.
 _LAYERS: dict[Callable, int | None] = {F.linear: None, F.conv1d: 1, F.conv2d: 1, F.conv3d: 1}
@@ -205,10 +207,13 @@ def variational_fisher(
         The learned variances.
 
     Raises:
+        UnsupportedError: Processes share the network's parameters.
         ValueError: An argument is not valid, no linear layer or convolution uses one of the weights, an epoch has no
             example, or the loss is not finite.
     """
     head, named = list(head), dict(named_parameters(model))
+    if (divided := next((name for name, p in named.items() if is_distributed(p)), None)) is not None:
+        raise UnsupportedError(f"the parameter {divided!r} is divided over processes, which share no noise: use one")
     if parameters is None:
         parameters = [k for k, p in named.items() if p.dim() > 1 and all(p is not q for q in head)]
     parameters = [original_name(model, name) for name in parameters]

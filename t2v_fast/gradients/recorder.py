@@ -36,9 +36,9 @@ from .parameters import FilterAxis, ParameterFilter, filter_axes_of, select_para
 from .quantised import allow_packing, unpack
 from .refusals import check_segments, random_layer, taps_of
 from .routes import GradientRoutes, routes_of
-from .rules import factors_of, has_rule
+from .rules import has_rule
 from .sharding import sharding_of
-from .tensor_parallel import check_parameters, is_distributed, whole, with_whole_tensors
+from .tensor_parallel import check_parameters, check_transformed, check_whole, factors_of_use, is_distributed, whole
 from .wrappers import network_of
 
 GRANULARITIES = ("filter", "parameter", "tensor")
@@ -80,6 +80,7 @@ class FisherRecorder:
         parameters: The wanted parameters by name.
         filter_axes: The axis of the filters of each wanted parameter.
         unused: Wanted parameters that the last output did not depend on.
+        sharding: How FSDP2 (``fully_shard``) shards the network; None where it does not.
         skipped: Parameters that ``unsupported="skip"`` left out of the last result.
         verified: Whether the caller runs examples alone to verify that they do not interact, as
             :func:`t2v_fast.fisher` does. Owners are then found entry by entry, as with ``unsupported="exact"``.
@@ -297,8 +298,7 @@ class FisherRecorder:
         names = list(names)
         single = torch.zeros_like(cotangent)
         single[example] = cotangent[example]
-        leaves = self.leaves()
-        wanted = [leaves[name] for name in names]
+        wanted = [*map(self.leaves.__getitem__, names)]
         with self.regions.reading():
             gradients = torch.autograd.grad(
                 [output], wanted, [single], retain_graph=True, allow_unused=True, materialize_grads=True
@@ -310,19 +310,10 @@ class FisherRecorder:
         """Whether several processes share the network's parameters, so that each has a part of some of them."""
         return self.sharding is not None or any(map(is_distributed, self.model.parameters()))
 
+    @property
     def leaves(self) -> dict[str, Tensor]:
-        """Return the tensors that the autograd graph has for the wanted parameters.
-
-        Returns:
-            By name, the parameter itself, or what FSDP2 (``fully_shard``) gathered of it.
-        """
+        """What the autograd graph has for each wanted parameter: the parameter, or what FSDP2 gathered of it."""
         return dict(self.parameters) if self.sharding is None else self.sharding.leaves(self.parameters)
-
-    def portions(self, names: Iterable[str]) -> list[list[str]]:
-        """Divide the names of parameters into those whose gradients may be in memory together."""
-        if self.sharding is None:
-            return [list(names)]
-        return self.sharding.portions({name: self.parameters[name] for name in names})
 
     def _reading(self) -> AbstractContextManager[None]:
         """A context in which what the graph has saved may be read."""
@@ -358,8 +349,7 @@ class FisherRecorder:
                 f"weights are {list(weights.shape)} at granularity {self.granularity!r}, expected [{n}] at 'parameter' "
                 "(other values are per example: weigh those)"
             )
-        if is_distributed(output) or is_distributed(cotangents):
-            raise ValueError("the output or a cotangent is a DTensor: take its full_tensor()")
+        check_whole(output, cotangents)
         if output.grad_fn is None:
             raise ValueError(
                 "the output has no autograd graph: run the forward inside the recorder, with gradients enabled"
@@ -397,7 +387,7 @@ class FisherRecorder:
 
     def _taps(self, output: Tensor, segments: Tensor | None = None) -> Taps:
         with self._reading():
-            return taps_of(output, self.leaves(), self.verified or self.unsupported == "exact", segments)
+            return taps_of(output, self.leaves, self.verified or self.unsupported == "exact", segments)
 
     def _pass(
         self,
@@ -418,29 +408,26 @@ class FisherRecorder:
 
         def visit(node: Node, cotangents: tuple[Tensor | None, ...]) -> None:
             with self._reading():
-                at(node, cotangents)
-
-        def at(node: Node, cotangents: tuple[Tensor | None, ...]) -> None:
-            begin(node)
-            of_node = reuse[node]
-            for use in taps.uses[node]:
-                if of_node.bias is not None and use.parameter in routes.single and self._is_norm_bias(use):
-                    q, of_node.bias = of_node.bias, None  # computed with the norm's weight
-                    sums[use.parameter] = sums[use.parameter].add_(q) if use.parameter in sums else q
-                    continue
-                factors = _factors_of(use, cotangents, n)
-                if isinstance(factors, Called):
-                    later.append((use, factors))
-                elif use.parameter in routes.single:
-                    self._add(use, factors, sums, weights, of_node)
-                    continue
-                for name in routes.summed.intersection(use.parameters):
-                    kept.setdefault(name, []).append((use, factors))
-                    if self.regions.holding and use.direct:
-                        kept[name] = self._without_activations(kept[name], name, n)
-                    missing[name] -= 1
-                    if not missing[name] and not any(isinstance(f, Called) for _, f in kept[name]):
-                        self._add_summed(name, kept.pop(name), sums, weights, reuse)
+                begin(node)
+                of_node = reuse[node]
+                for use in taps.uses[node]:
+                    if of_node.bias is not None and use.parameter in routes.single and self._is_norm_bias(use):
+                        q, of_node.bias = of_node.bias, None  # computed with the norm's weight
+                        sums[use.parameter] = sums[use.parameter].add_(q) if use.parameter in sums else q
+                        continue
+                    factors = factors_of_use(use, cotangents, n)
+                    if isinstance(factors, Called):
+                        later.append((use, factors))
+                    elif use.parameter in routes.single:
+                        self._add(use, factors, sums, weights, of_node)
+                        continue
+                    for name in routes.summed.intersection(use.parameters):
+                        kept.setdefault(name, []).append((use, factors))
+                        if self.regions.holding and use.direct:
+                            kept[name] = self._without_activations(kept[name], name, n)
+                        missing[name] -= 1
+                        if not missing[name] and not any(isinstance(f, Called) for _, f in kept[name]):
+                            self._add_summed(name, kept.pop(name), sums, weights, reuse)
 
         with backward_by_kind(taps.order, n) as begin:
             backpropagate(output, cotangent, taps, visit, retain_graph)
@@ -467,12 +454,8 @@ class FisherRecorder:
         if all(in_place) and not any(isinstance(f, Formed) for _, f in found):
             whole = concatenated([f for _, f in found])
         if whole is None:
-            p = self.leaves()[name]
-            if is_distributed(p):
-                raise UnsupportedError(
-                    f"the parameter {name!r} is divided over processes and transformed before use, or used in "
-                    "different ways: leave it out with parameters=..., or its layer undivided"
-                )
+            p = self.leaves[name]
+            check_transformed(name, p)
             parts = [
                 (f, (lambda t: t) if own else onward(use, p)) for own, (use, f) in zip(in_place, found, strict=True)
             ]
@@ -582,15 +565,3 @@ class FisherRecorder:
                 list(sums.values()), [max(1, sizes[name]) / max(1, q.shape[1]) for name, q in sums.items()]
             )
         return sums
-
-
-def _factors_of(use: Use, cotangents: Sequence[Tensor | None], n: int) -> Factors:
-    """The factors of a use, from whole tensors where the layer is divided over processes."""
-    if not any(map(is_distributed, cotangents)):
-        return factors_of(use, cotangents, n)
-    if not has_rule(use):
-        raise UnsupportedError(
-            f"the parameter {use} is divided over processes, and its layer has no rule: leave it out with "
-            "parameters=..., or the layer undivided"
-        )
-    return factors_of(with_whole_tensors(use), [whole(g) for g in cotangents], n)

@@ -110,7 +110,9 @@ class Sharding:
         self.modules, self._groups = modules, groups
         self.device = groups[0].device
         names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-        for module in modules:
+        for module in modules:  # outer ones first, as FSDP2 itself would do it in the first forward pass
+            if module._get_fsdp_state()._is_root is None:
+                module._get_fsdp_state()._lazy_init()
             module.reshard()
         self._params = {id(p.sharded_param): (p, k) for k, group in enumerate(groups) for p in group.fsdp_params}
         names |= {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
@@ -125,6 +127,7 @@ class Sharding:
         self._changed: list[tuple[Any, str, Any]] = []  # attributes of FSDP2's groups before the context
         self._inputs: dict[int, Tensor] = {}  # this process's part of each gathered group, for the others
         self._storages: dict[int, int] = {}  # the group of each gathered parameter's memory, by the memory's address
+        self._unmet: set[int] = set()  # groups that were not gathered in this context yet
         self._extra: list[Any] = []  # groups that were gathered to read what a node has saved
         self._reading = 0
         self._hooks: Any = None
@@ -148,7 +151,7 @@ class Sharding:
                 self._change(group, "reduce_scatter_unused_params", False)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         self._hooks.__enter__()
-        self._over = False
+        self._over, self._unmet = False, set(range(len(self._groups)))
         with _lock:
             _open[id(self._groups[0])] = self
         return self
@@ -166,7 +169,7 @@ class Sharding:
                 self._exchange(f"{type(error).__name__}: {error}")
         finally:
             with _lock:
-                del _open[id(self._groups[0])]
+                _open.pop(id(self._groups[0]), None)
             self._hooks.__exit__(None, None, None)
             for group, attribute, value in self._changed:
                 setattr(group, attribute, value)
@@ -255,13 +258,20 @@ class Sharding:
             failed = "; ".join(f"process {self.ranks[k]}: {text}" for k, text in enumerate(texts) if text)
             raise ProcessError(failed)
         if _FAILED not in codes:
+            self._over = True  # if a gather fails in the middle, the processes are apart, and nothing can be announced
             for k in sorted({code for code in codes if code >= 0}):
                 near = dist.get_process_group_ranks(self._groups[k]._all_gather_process_group)
                 if k == code:
                     own()
                 elif any(codes[self.ranks.index(rank)] == k for rank in near):
                     self._serve(k)
+            self._over = False
         return codes
+
+    def keep_input(self, k: int, t: Tensor) -> None:
+        """Keep this process's part of a group for others, while the group is gathered here and cannot be packed."""
+        self._inputs = {j: mine for j, mine in self._inputs.items() if self._groups[j].is_unsharded}
+        self._inputs[k] = t.clone()
 
     def _serve(self, k: int) -> None:
         """Take part in a gather that another process needs."""
@@ -324,10 +334,10 @@ class Sharding:
     def _pack(self, t: Tensor) -> Any:
         """Save a tensor in the graph; one of a gathered parameter with the parameter's group."""
         local = getattr(t, "_local_tensor", t)
-        for k, group in enumerate(self._groups):
-            if group.is_unsharded and k not in self._storages.values():
-                memory = (t for p in group.fsdp_params for t in p.all_gather_outputs)
-                self._storages.update((t.untyped_storage()._cdata, k) for t in memory)
+        for k in [k for k in self._unmet if self._groups[k].is_unsharded]:
+            memory = (t for p in self._groups[k].fsdp_params for t in p.all_gather_outputs)
+            self._storages.update((t.untyped_storage()._cdata, k) for t in memory)
+            self._unmet.remove(k)
         k = self._storages.get(local.untyped_storage()._cdata, -1)
         return t if k < 0 else _Saved(self, k, t)
 
@@ -362,8 +372,7 @@ class _Gather:
         return self.usual.allocate(*arguments, **options)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
-        # Others may need this group while it is gathered here, when its shard is in use and cannot be packed again.
-        self.sharding._inputs[self.group] = input_tensor.clone()
+        self.sharding.keep_input(self.group, input_tensor)
         self.sharding._announce(self.group, lambda: _all_gather(output_tensor, input_tensor, group=group))
 
 

@@ -19,8 +19,10 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from .factors import Factors
 from .graph import Taps, UnsupportedError, Use
 from .owners import Owned, State, Unknown
+from .rules import factors_of, has_rule
 from .transfers import transfer
 
 # Nodes between ordinary tensors and DTensors, and from one placement of a DTensor to another.
@@ -56,6 +58,18 @@ def with_whole_tensors(use: Use) -> Use:
     return found
 
 
+def factors_of_use(use: Use, cotangents: Sequence[Tensor | None], n: int) -> Factors:
+    """The factors of a use, from whole tensors where the layer is divided over processes."""
+    if not any(map(is_distributed, cotangents)):
+        return factors_of(use, cotangents, n)
+    if not has_rule(use):
+        raise UnsupportedError(
+            f"the parameter {use} is divided over processes, and its layer has no rule: leave it out with "
+            "parameters=..., or the layer undivided"
+        )
+    return factors_of(with_whole_tensors(use), [whole(g) for g in cotangents], n)
+
+
 @transfer("_ToTorchTensor", "_FromTorchTensor", "Redistribute")
 def _same_entries(node: Node, owner: Owned, n: int) -> Sequence[State | None]:
     """Examples own the same positions of the whole tensor and of a shard along another axis."""
@@ -85,12 +99,15 @@ def check_local_parts(taps: Taps, parameters: Mapping[str, Tensor]) -> None:
     order = taps.ownership.order
     ordinary = {order[0]: True}  # whether the output of a node is an ordinary tensor
     borders: list[tuple[Node, str]] = []
+    complete: list[Node] = []  # nodes that give an ordinary tensor which is whole, and take its cotangents as whole
     leaves: list[tuple[Node, str]] = []
     for node, kind in zip(order, names, strict=True):
         outside = ordinary[node]
         inside = outside if kind not in (TO_LOCAL, FROM_LOCAL) else kind == FROM_LOCAL
         if kind == TO_LOCAL and (divided := _divided(node)):
             borders.append((node, divided))
+        elif kind == TO_LOCAL:
+            complete.append(node)
         for child, _ in node.next_functions:
             if child is None:
                 continue
@@ -109,6 +126,13 @@ def check_local_parts(taps: Taps, parameters: Mapping[str, Tensor]) -> None:
             f"of which each process has a part ({why}). Let the last layer return the whole on each process "
             "(output_layouts=Replicate())"
         )
+    for node in complete:
+        if (why := partial.get(part_of(node))) is not None:
+            raise UnsupportedError(
+                f"the parameter {min(parameters)!r} and others have no exact result: a whole DTensor is turned into "
+                f"ordinary tensors among others of which each process has a part ({why}), so that its cotangents are "
+                "terms of a sum: say so by to_local(grad_placements=[Partial()])"
+            )
     for node, name in leaves:
         if (why := partial.get(part_of(node))) is not None:
             raise UnsupportedError(
@@ -126,6 +150,21 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
                 f"the parameter {name!r} is a sum of which each process has a term ({p.placements}): "  # type: ignore[attr-defined]
                 "redistribute it as shards or copies"
             )
+
+
+def check_transformed(name: str, parameter: Tensor) -> None:
+    """Raise UnsupportedError for a DTensor whose gradients would have to be taken through a transformation."""
+    if is_distributed(parameter):
+        raise UnsupportedError(
+            f"the parameter {name!r} is divided over processes and transformed before use, or used in different ways: "
+            "leave it out with parameters=..., or its layer undivided"
+        )
+
+
+def check_whole(output: Tensor, cotangents: Tensor) -> None:
+    """Raise ValueError where an output or its cotangents are DTensors."""
+    if is_distributed(output) or is_distributed(cotangents):
+        raise ValueError("the output or a cotangent is a DTensor: take its full_tensor()")
 
 
 def _placements(node: Any) -> Sequence[Any]:

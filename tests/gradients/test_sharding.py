@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import per_example_squares, reduce, relative_error
-from shards import Language, Twice, convolutional, images, joined, rows, run, seeded, sentences
+from shards import Experts, Language, Twice, convolutional, images, joined, rows, run, seeded, sentences
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -44,7 +45,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module]
         {"estimator": "exact", "filter_axis": {"3.weight": 1, "0.0.weight": 1}},
     ),
     "along axis 1": (
-        lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)),
+        lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)),
         lambda network: fully_shard(network, shard_placement_fn=lambda p: _along(p)),
         "rows",
         {"estimator": "exact", "self_check": False},
@@ -67,6 +68,19 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module]
         "rows",
         {"estimator": "exact", "unsupported": "exact"},
     ),
+    "experts": (
+        Experts,
+        lambda network: fully_shard(_with(network, "first", *(f"experts.{k}" for k in range(3)))),
+        "rows",
+        {"estimator": "exact"},
+    ),
+    "weights": (convolutional, nested, "images", {"estimator": "exact", "weights": torch.arange(11.0)}),
+    "kept in part": (
+        convolutional,
+        lambda network: nested(network, reshard_after_forward=2),
+        "images",
+        {"estimator": "exact"},
+    ),
     "some": (
         convolutional,
         nested,
@@ -83,7 +97,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module]
     ),
     "half": (Language, lambda network: nested(network, mp_policy=HALF), "sentences", {"estimator": "exact"}),
 }
-SLOW = ("kept", "tensor", "twice by parameter", "sequences")
+SLOW = ("kept", "kept in part", "tensor", "twice by parameter", "sequences")
 # The batches of each process, as the numbers of the examples.
 SHARES = [[[0, 1, 2], [3], [4, 5, 6, 7]], [[8, 9, 10]]]
 OF_SENTENCES = [[[0, 1, 2], [3, 4]], [[5, 6]]]
@@ -92,12 +106,12 @@ OF_SENTENCES = [[[0, 1, 2], [3, 4]], [[5, 6]]]
 def _along(p: nn.Parameter) -> Any:
     from torch.distributed.tensor import Shard
 
-    return Shard(1) if p.dim() == 2 and p.shape[1] % 2 == 0 else None
+    return Shard(1) if p.dim() == 2 and p.shape[1] % 4 == 0 else None
 
 
 def _with(network: nn.Module, *layers: str) -> nn.Module:
     for layer in layers:
-        fully_shard(getattr(network, layer))
+        fully_shard(network.get_submodule(layer))
     return network
 
 
@@ -116,6 +130,9 @@ def _case(name: str, rank: int) -> dict[str, Any]:
     network[5].bias.requires_grad_(False) if isinstance(network, nn.Sequential) and len(network) > 5 else None
     before = {key: (p.requires_grad, type(p), p.to_local().clone()) for key, p in _local(network)}
     batches = _batches(kind, rank)
+    if "weights" in options:
+        mine = [n for share in (SHARES[rank] if rank < 2 else []) for n in share]
+        options = options | {"weights": options["weights"][mine]}
     result = t2v_fast.fisher(network, batches, **options)
     after = {key: (p.requires_grad, type(p), p.to_local().clone()) for key, p in _local(network)}
     assert before.keys() == after.keys()
@@ -342,6 +359,28 @@ def test_checkpoints_load_on_one_process(two: list[dict[str, Any]], folder: Path
         load_whole(folder / "whole by parameter", network)
 
 
+def dies(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """The second process ends within its first batch, as if it were killed."""
+
+    def forward(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if rank == 1:
+            os._exit(0)
+        return network(x)
+
+    try:
+        t2v_fast.fisher(nested(seeded(convolutional)), _batches("images", rank), forward=forward)
+    except RuntimeError as error:
+        (folder / "error.txt").write_text(str(error))
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_the_death_of_a_process_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):  # neither process returns a result
+        run(tmp_path, dies, 2)
+    assert "closed by peer" in (tmp_path / "error.txt").read_text().replace("reset", "closed")
+
+
 @pytest.mark.slow
 def test_four_processes_equal_one(two: list[dict[str, Any]], folder: Path) -> None:
     found = run(folder, all_cases, 4)
@@ -351,7 +390,7 @@ def test_four_processes_equal_one(two: list[dict[str, Any]], folder: Path) -> No
             for name, values in want.items():
                 assert torch.equal(of_rank["loaded"][granularity][name], values)
     for name in CASES:
-        if name != "half" and name != "along axis 1":
+        if name != "half":
             _compare(name, found)
     want = t2v_fast.fisher(seeded(convolutional), [images()], "exact")
     for of_rank in found:

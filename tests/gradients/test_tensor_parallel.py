@@ -12,7 +12,7 @@ from shards import Language, joined, run, seeded, sentences
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -134,6 +134,23 @@ def _refused(mesh: DeviceMesh) -> dict[str, str]:
         plan = {"0": ColwiseParallel(output_layouts=Replicate())}
         return parallelize_module(seeded(lambda: nn.Sequential(Squared(8, 4))), mesh, plan)
 
+    class Sliced(nn.Module):
+        """Each process takes its own columns of a whole tensor, and does not say that their cotangents are terms."""
+
+        def __init__(self, honest: bool) -> None:
+            super().__init__()
+            self.honest = honest
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.to_local(grad_placements=[Partial()]) if self.honest else x.to_local()
+            mine = x.chunk(mesh.size(), 1)[mesh.get_local_rank()]
+            return DTensor.from_local(mine.tanh(), mesh, [Shard(1)])
+
+    def sliced(honest: bool = False) -> nn.Module:
+        layers = seeded(lambda: nn.Sequential(nn.Linear(8, 8), Sliced(honest), nn.Linear(8, 3)))
+        first = ColwiseParallel(output_layouts=Replicate(), use_local_output=False)
+        return parallelize_module(layers, mesh, {"0": first, "2": RowwiseParallel()})
+
     def half_logits() -> nn.Module:
         return parallelize_module(seeded(lambda: nn.Sequential(nn.Linear(8, 4))), mesh, {"0": ColwiseParallel()})
 
@@ -147,6 +164,9 @@ def _refused(mesh: DeviceMesh) -> dict[str, str]:
 
     x = [torch.randn(4, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)]
     attempt("scale", scaled, x)
+    attempt("sliced", sliced, x)
+    want = t2v_fast.fisher(seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))), x, "exact")
+    torch.testing.assert_close(t2v_fast.fisher(sliced(honest=True), x, "exact").full().entries, want.entries)
     attempt("half of the logits", half_logits, x)
     layers = distributed_logits()
     with t2v_fast.FisherRecorder(layers) as recorder, pytest.raises(ValueError, match="take its full_tensor"):
@@ -206,6 +226,7 @@ def test_each_process_has_its_own_filters(two: list[dict[str, Any]]) -> None:
 def test_parts_without_a_whole_are_refused(two: list[dict[str, Any]]) -> None:
     for found in two:
         assert "'1.scale' is an ordinary tensor among activations of which each process has a part" in found["scale"]
+        assert "to_local(grad_placements=[Partial()])" in found["sliced"]
         assert "the output is computed from tensors of which each process has a part" in found["half of the logits"]
         assert "each process has a part ((Shard(dim=0),))" in found["divided batch"]
         assert "'0.weight' is divided over processes and transformed" in found["transformed"]

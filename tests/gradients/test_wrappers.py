@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import t2v_fast
+from t2v_fast.adapters.squares import summed_squares
+from t2v_fast.estimation.variational import variational_fisher
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,3 +95,12 @@ def test_a_gradient_that_is_not_reduced_is_refused() -> None:
     network(images()).sum().backward()
     with pytest.raises(t2v_fast.UnsupportedError, match=r"'0\.0\.weight' has a gradient that FSDP2 has not reduced"):
         t2v_fast.FisherRecorder(network)
+
+
+def test_what_does_not_add_up_over_processes_is_refused() -> None:
+    network = fully_shard(seeded(convolutional), mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(t2v_fast.UnsupportedError, match=r"'0\.0\.bias' is sharded over processes"):
+        summed_squares(network, [images()], lambda outputs, labels: torch.ones_like(outputs))
+    with pytest.raises(t2v_fast.UnsupportedError, match=r"'0\.0\.weight' is divided over processes"):
+        variational_fisher(network, lambda epoch: [(images(), torch.zeros(11).long())])
+    t2v_fast.fisher(network, [images()])

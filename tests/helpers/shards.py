@@ -80,6 +80,24 @@ class Twice(nn.Module):
         return self.head(torch.tanh(self.again(y)) + self.one(y))
 
 
+class Experts(nn.Module):
+    """A layer for each kind of example: a batch reaches only some of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = (x[:, 0] > 0.4).long() + (x[:, 0] > -0.4).long()
+        h = torch.tanh(self.first(x))
+        y = torch.zeros_like(h)
+        for k, expert in enumerate(self.experts):
+            if (kind == k).any():
+                y = y.index_put((kind == k,), torch.tanh(expert(h[kind == k])))
+        return self.head(y)
+
+
 def convolutional() -> nn.Module:
     """Convolutions, norms and buffers; none of the sizes is even."""
     first = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU())
