@@ -225,11 +225,12 @@ class Compared:
         return _rank(self.other[here][off], self.true_other[here][off])
 
     def found(self, k: np.ndarray) -> float:
-        """How often the nearest label set of the other part is the same one; ties share the hit."""
-        k = k[self.clear[k]]
-        d = self.other[np.ix_(k, k)]
+        """How often, for label sets ``k``, the nearest of all in the other part is the same one; ties share the hit."""
+        every = np.flatnonzero(self.clear)
+        d = self.other[np.ix_(every, every)]
         nearest = np.isclose(d, d.min(1, keepdims=True), rtol=1e-9, atol=1e-12)
-        return float((np.diag(nearest) / nearest.sum(1)).mean()) if len(k) else np.nan
+        hits = (np.diag(nearest) / nearest.sum(1))[np.isin(every, k)]
+        return float(hits.mean()) if len(hits) else np.nan
 
     def of_renamed(self) -> float:
         """The largest distance between label sets that differ by names only, over the median of all pairs."""
@@ -239,9 +240,10 @@ class Compared:
 
 def _rank(d: np.ndarray, truth: np.ndarray) -> float:
     """The rank correlation; 0 for distances that are all the same, up to rounding."""
+    d, truth = d.round(12), truth.round(12)
     if len(d) < 3 or np.ptp(truth) == 0:
         return np.nan
-    return 0.0 if np.ptp(d) <= 1e-9 * np.abs(d).max() else float(spearmanr(d.round(12), truth.round(12)).statistic)
+    return 0.0 if np.ptp(d) <= 1e-9 * np.abs(d).max() else float(spearmanr(d, truth).statistic)
 
 
 def _mean(values: Sequence[float]) -> float:
