@@ -30,7 +30,15 @@ from bench.pages import markdown, replace_section
 from bench.studies.claims import auc
 from bench.studies.label_worlds import World, label_sets, letters, people, things, variation_of_information
 from bench.studies.selection import ROOT
-from bench.studies.similarity_bank import embed_label_sets, moments_of, pipeline, pooled_activations
+from bench.studies.similarity_bank import (
+    centroids,
+    embed_label_sets,
+    moments_of,
+    pipeline,
+    pooled_activations,
+    scatter_distances,
+    whitening,
+)
 from t2v_fast import Embedding, Task2Vec
 from t2v_fast.analysis.distance import cdist, centred_distance
 from t2v_fast.analysis.plot import write_figure
@@ -38,7 +46,6 @@ from t2v_fast.files import canonical_json, write_atomically
 
 HEADS = ("default", "cv", "flat")
 IMAGES, PARTS = 96, 2
-RANK = 64  # of the whitened features
 UNCLEAR = ("wrong", "random", "renamed")  # label sets that have no meaning on other images, or a double there
 
 
@@ -133,26 +140,15 @@ def scatter(whitened: bool) -> Distance:
     """The cosine distance between the matrices of between-class scatter, of plain or whitened features."""
 
     def distance(a: Part, b: Part) -> np.ndarray:
-        x, y = (a.features, a.features) if a is b else (a.features, b.features)
-        if whitened:
-            pooled = np.concatenate([x, y])
-            _, s, basis = np.linalg.svd(pooled - pooled.mean(0), full_matrices=False)
-            basis = basis[:RANK].T / s[:RANK]
-            x, y = x @ basis, y @ basis
-        first, second = ([_centroids(f, c) for c in p.codes] for f, p in ((x, a), (y, b)))
-        size = [[np.linalg.norm(m @ m.T) for m in side] for side in (first, second)]
-        inner = np.array([[np.square(m @ n.T).sum() for n in second] for m in first])
-        return 1 - inner / np.outer(*size)
+        parts = [a] if a is b else [a, b]
+        maps = whitening(np.concatenate([part.features for part in parts])) if whitened else None
+        sides = []
+        for part in (a, b):
+            x = part.features if maps is None else part.features @ maps
+            sides.append([centroids(x, codes) for codes in part.codes])
+        return scatter_distances(*sides)
 
     return distance
-
-
-def _centroids(features: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """The class means without their mean, times the root of the class's share [C, F]."""
-    kinds, counts = np.unique(codes, return_counts=True)
-    means = np.stack([features[codes == k].mean(0) for k in kinds])
-    share = counts / counts.sum()
-    return (means - share @ means) * np.sqrt(share)[:, None]
 
 
 def otdd(a: Part, b: Part) -> np.ndarray:
@@ -229,11 +225,12 @@ class Compared:
         return _rank(self.other[here][off], self.true_other[here][off])
 
     def found(self, k: np.ndarray) -> float:
-        """How often the nearest label set of the other part is the same one; ties share the hit."""
-        k = k[self.clear[k]]
-        d = self.other[np.ix_(k, k)]
+        """How often, for label sets ``k``, the nearest of all in the other part is the same one; ties share the hit."""
+        every = np.flatnonzero(self.clear)
+        d = self.other[np.ix_(every, every)]
         nearest = np.isclose(d, d.min(1, keepdims=True), rtol=1e-9, atol=1e-12)
-        return float((np.diag(nearest) / nearest.sum(1)).mean()) if len(k) else np.nan
+        hits = (np.diag(nearest) / nearest.sum(1))[np.isin(every, k)]
+        return float(hits.mean()) if len(hits) else np.nan
 
     def of_renamed(self) -> float:
         """The largest distance between label sets that differ by names only, over the median of all pairs."""
@@ -243,9 +240,10 @@ class Compared:
 
 def _rank(d: np.ndarray, truth: np.ndarray) -> float:
     """The rank correlation; 0 for distances that are all the same, up to rounding."""
+    d, truth = d.round(12), truth.round(12)
     if len(d) < 3 or np.ptp(truth) == 0:
         return np.nan
-    return 0.0 if np.ptp(d) <= 1e-9 * np.abs(d).max() else float(spearmanr(d.round(12), truth.round(12)).statistic)
+    return 0.0 if np.ptp(d) <= 1e-9 * np.abs(d).max() else float(spearmanr(d, truth).statistic)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -284,7 +282,7 @@ def cell(worlds: Sequence[Compared], statistic: Callable[[Compared, np.ndarray],
     return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
-def report(measured: Sequence[Measured], resamples: int = 500) -> str:
+def report(measured: Sequence[Measured], resamples: int = 200) -> str:
     """The study as Markdown."""
     rows = [
         [

@@ -34,7 +34,16 @@ from bench.studies.baseline import (
 from bench.studies.emoji_task import emoji_tasks
 from bench.studies.meta_task import meta_tasks
 from bench.studies.selection import ROOT
-from bench.studies.similarity_bank import HEADS, Bank, heads_of, measure_bank, pipeline
+from bench.studies.similarity_bank import (
+    HEADS,
+    Bank,
+    centroids,
+    heads_of,
+    measure_bank,
+    pipeline,
+    scatter_distances,
+    whitening,
+)
 from t2v_fast import Embedding
 from t2v_fast.analysis.distance import centred_distance, pdist
 from t2v_fast.tasks.head import HeadTask
@@ -62,6 +71,20 @@ def between_classes(bank: Bank) -> np.ndarray:
     return centred_distance([Embedding(x, np.ones_like(x), layers, IMAGES) for x in bank.moments["between"]])
 
 
+def scatter(whitened: bool) -> Way:
+    """The cosine distance between the matrices of between-class scatter, of plain or whitened features."""
+
+    def way(bank: Bank) -> np.ndarray:
+        features = bank.features
+        if whitened:
+            maps = whitening(np.concatenate(features))
+            features = [x @ maps for x in features]
+        means = [centroids(x, codes) for x, codes in zip(features, bank.labels, strict=True)]
+        return scatter_distances(means, means)
+
+    return way
+
+
 def fisher(head: str, distance: Callable[[Sequence[Embedding]], np.ndarray] = centred_distance) -> Way:
     return lambda bank: distance(bank.embeddings[head])
 
@@ -87,6 +110,8 @@ CANDIDATES: dict[str, Way] = {
     "Task2Vec, cosine, flat head": fisher("flat", pdist),
     "Task2Vec, centred, random head (blind to labels)": fisher("random"),
     "variances of class means in every layer, centred": between_classes,
+    "scatter of class means, cosine": scatter(whitened=False),
+    "scatter of class means, whitened, cosine": scatter(whitened=True),
     "Task2Vec, centred, all filters as one layer, flat head": fisher("flat", one_layer),
     "Task2Vec, centred, ranks, flat head": fisher("flat", ranked),
     "Task2Vec, centred, one spread for every filter, flat head": fisher("flat", spread_scaled),

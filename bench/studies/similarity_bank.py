@@ -27,6 +27,7 @@ from t2v_fast.tasks.task_run import TaskRun
 SIZE = 64  # pixels of the probe's input
 FLAT = 1e-3  # a head times this gives every class the same probability, nearly
 RANDOM_CLASSES = 32
+RANK = 64  # of whitened features
 HEADS = ("default", "cv", "flat", "random")
 # Means over a task's images, for each filter of every layer: its mean over positions, the variance of that between
 # images, and of the classes' means. The last is what the labels say.
@@ -135,6 +136,27 @@ def embed_label_sets(
     for (name, head), run in runs.items():
         found[name][head] = task2vec.make_embedding(run)
     return shared.features, found
+
+
+def centroids(features: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """The class means without their mean, times the root of the class's share [C, F]."""
+    kinds, counts = np.unique(codes, return_counts=True)
+    means = np.stack([features[codes == k].mean(0, dtype=np.float64) for k in kinds])
+    share = counts / counts.sum()
+    return (means - share @ means) * np.sqrt(share)[:, None]
+
+
+def scatter_distances(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> np.ndarray:
+    """Cosine distances [A, B] between the matrices of between-class scatter M^T M, of :func:`centroids` M."""
+    sizes = [[np.linalg.norm(m @ m.T) for m in side] for side in (a, b)]
+    inner = np.array([[np.square(m @ n.T).sum() for n in b] for m in a])
+    return 1 - inner / np.outer(*sizes)
+
+
+def whitening(features: np.ndarray, rank: int = RANK) -> np.ndarray:
+    """A map [F, R] to the leading principal components of features, each of one variance. It sees no label."""
+    _, sizes, axes = np.linalg.svd(features - features.mean(0, dtype=np.float64), full_matrices=False)
+    return axes[:rank].T / sizes[:rank]
 
 
 @dataclass

@@ -58,7 +58,8 @@ class Task2Vec(Stages):
         balanced: give each class the same total weight. The public code's balanced sampler does so in expectation;
             here each image is still visited once.
         head: the method that fits the head, see :func:`t2v_fast.tasks.head.fit_heads`.
-        head_options: options of that function; ``{"weight_decay": "cv"}`` chooses the penalty by cross-validation.
+        head_options: options of that function; ``{"weight_decay": "cv"}`` chooses the penalty by cross-validation, and
+            ``{"temperature": 1000}`` makes every class nearly as likely as the others (a *flat* head).
         batch_size: images in a batch; by default 32. On a CPU the default is smaller for large images (8 at 224
             pixels), so that their activations stay in the caches.
         num_workers: processes that load images.
