@@ -143,7 +143,7 @@ def test_a_wheel_runs_from_another_folder(tmp_path: Path) -> None:
         names = archive.namelist()
     assert {"t2v_fast/kernels/__init__.py", "t2v_fast/py.typed"} <= set(names)
     assert "t2v_fast/libt2v_cpu.so" in names
-    assert wheel.name.startswith("t2v_fast-0.1.0-py3-none-linux_")
+    assert wheel.name.startswith("t2v_fast-0.2.0-py3-none-linux_")
     assert not any(name.startswith(("tests/", "bench/", "csrc/")) for name in names)
     target = tmp_path / "site"
     assert run(*pip, "install", "--no-deps", "--target", target, wheel, cwd=tmp_path).returncode == 0
