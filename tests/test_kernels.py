@@ -1,4 +1,4 @@
-"""The kernels of the CPU backend without torch, against plain loops: for this processor, and for Arm under emulation."""
+"""The kernels of the CPU backend without torch, against plain loops: of this processor, and of Arm by emulation."""
 
 from __future__ import annotations
 
