@@ -141,7 +141,9 @@ PLATFORM := auto  # auditwheel knows other names only for this machine's process
 else
 PLATFORM := manylinux_2_28_$(ARCH)
 endif
-wheels: setup $(VENV)/.wheels ## Build the manylinux wheel and the source distribution into dist/; also for ARCH=aarch64
+wheels: dist/.$(ARCH) ## Build the manylinux wheel and the source distribution into dist/; also for ARCH=aarch64
+
+dist/.$(ARCH): $(BUILD_FILES) $(shell find t2v_fast kernels -name '*.py') | setup $(VENV)/.wheels
 	rm -rf build/wheel build/lib* build/bdist*  # what an earlier build left there would get into the wheel
 	rm -f dist/*_$(ARCH).whl dist/*.tar.gz
 	$(CROSS) T2V_FAST_CUDA=0 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
@@ -149,10 +151,11 @@ wheels: setup $(VENV)/.wheels ## Build the manylinux wheel and the source distri
 		--exclude 'libc10*.so' --wheel-dir dist build/wheel/*.whl
 	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > /dev/null
 	ls -l dist
+	touch $@
 
-# The wheel in dist/ is tested as it is, so that an interrupted run continues: `make wheels` makes a new one.
-test-matrix: $(if $(wildcard dist/*_x86_64.whl),,wheels) ## Test the wheel with five releases of Python, and write the table of versions
-	$(BIN)/python tests/helpers/install_matrix.py dist/*_x86_64.whl --discard --table
+# A new wheel is made only where a source has changed, so that an interrupted run continues with the one that it began with.
+test-matrix: wheels ## Test the wheel with five releases of Python, and write the table of versions
+	$(BIN)/python tests/helpers/install_matrix.py dist/*_$(ARCH).whl --discard --table
 
 clean: ## Remove what was built
 	rm -rf build dist demo *.egg-info t2v_fast/*.so
