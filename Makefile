@@ -135,17 +135,31 @@ $(VENV)/.wheels: $(VENV)/.installed requirements/wheels.txt
 audit: setup $(VENV)/.wheels ## Check that the CPU library uses only the stable interface of LibTorch
 	$(BIN)/torch-abi-audit --check torch t2v_fast/libt2v_cpu.so
 
-# One wheel for every Python and torch from 2.10 on. The CUDA library, which is for one torch, is left out.
-wheels: setup $(VENV)/.wheels ## Build the manylinux wheel and the source distribution into dist/
-	rm -rf build/wheel build/lib* build/bdist* dist  # what an earlier build left there would get into the wheel
-	T2V_FAST_CUDA=0 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --plat manylinux_2_28_x86_64 --exclude 'libtorch*.so' \
+# One wheel for every Python and torch from 2.10 on. The CUDA library, which is for one torch, is left out. For another
+# processor, as with ARCH=aarch64, the build needs the cross-compiler aarch64-linux-gnu-g++.
+ARCH ?= $(shell uname -m)
+ifneq ($(ARCH),$(shell uname -m))
+CROSS := T2V_FAST_BUILD_DIR=build/$(ARCH) _PYTHON_HOST_PLATFORM=linux-$(ARCH) CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux \
+	-DCMAKE_SYSTEM_PROCESSOR=$(ARCH) -DCMAKE_CXX_COMPILER=$(ARCH)-linux-gnu-g++"
+PLATFORM := auto  # auditwheel knows other names only for this machine's processor
+else
+PLATFORM := manylinux_2_28_$(ARCH)
+endif
+wheels: dist/.$(ARCH) ## Build the manylinux wheel and the source distribution into dist/; also for ARCH=aarch64
+
+dist/.$(ARCH): $(BUILD_FILES) $(shell find t2v_fast kernels -name '*.py') | setup $(VENV)/.wheels
+	rm -rf build/wheel build/lib* build/bdist*  # what an earlier build left there would get into the wheel
+	rm -f dist/*_$(ARCH).whl dist/*.tar.gz
+	$(CROSS) T2V_FAST_CUDA=0 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --plat $(PLATFORM) --exclude 'libtorch*.so' \
 		--exclude 'libc10*.so' --wheel-dir dist build/wheel/*.whl
 	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > /dev/null
 	ls -l dist
+	touch $@
 
-test-matrix: wheels ## Test the wheel with four releases of Python and torch, and write the table of versions (20 GB)
-	$(BIN)/python tests/helpers/install_matrix.py dist/*.whl --write docs/guide/installing.md
+# A new wheel is made only where a source has changed, so that an interrupted run continues with the one that it began with.
+test-matrix: wheels ## Test the wheel with five releases of Python, and write the table of versions
+	$(BIN)/python tests/helpers/install_matrix.py dist/*_$(ARCH).whl --discard --table
 
 clean: ## Remove what was built
 	rm -rf build dist demo *.egg-info t2v_fast/*.so

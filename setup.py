@@ -7,10 +7,12 @@ T2V_FAST_REQUIRE_EXT=1     fail instead of installing without the extension wher
 T2V_FAST_BUILD_DIR=FOLDER  where CMake works (default: build/cmake); kept, so that a second build compiles only changes
 T2V_FAST_SANITIZE=LIST     sanitizers, such as address,undefined
 T2V_FAST_CMAKE=PROGRAM     the cmake to use (default: the environment's own, or the first in PATH)
+CMAKE_ARGS=OPTIONS         more options for CMake, such as those of a cross-compiler
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -97,6 +99,7 @@ class CMakeBuild(build_ext):
             f"-DT2V_PYTHON={sys.executable}",
             f"-DT2V_CUDA={'ON' if cuda else 'OFF'}",
             f"-DT2V_SANITIZE={os.environ.get('T2V_FAST_SANITIZE', '')}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         if cuda:
             architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0").replace("+PTX", "").replace(" ", ";")

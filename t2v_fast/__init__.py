@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .tasks.probe import Preprocessing, Probe, load_probe
     from .zoo import rank_zoo
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Bank",
     "BankError",

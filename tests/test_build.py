@@ -134,6 +134,31 @@ def test_an_install_without_a_compiler_works(editable: bool, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_a_wheel_from_the_source_distribution_has_the_library(tmp_path: Path) -> None:
+    """What the source distribution lacks, such as a header, would be missed here."""
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    built = run(sys.executable, "-c", code, cwd=ROOT)
+    assert built.returncode == 0, built.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, archive]
+    settings = {"T2V_FAST_CUDA": "0", "T2V_FAST_REQUIRE_EXT": "1", "T2V_FAST_BUILD_DIR": str(tmp_path / "build")}
+    settings["T2V_FAST_REUSE"] = "0"  # the library comes from the archive's sources
+    built = run(*pip, cwd=tmp_path, **settings)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as contents:
+        contents.extractall(tmp_path / "site")
+    names = {str(path.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("*.py")}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "t2v_fast").rglob("*.py")}
+    assert sources <= names
+    assert len([name for name in names if name.startswith("t2v_fast/kernels/")]) > 5
+    code = "import torch, t2v_fast; from t2v_fast import ops; print(t2v_fast.__file__, ops.backend_status()['cpu']); "
+    code += "ops.sq_outer(torch.ones(2, 3, 4), torch.ones(2, 3, 5)).sum()"
+    found = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert found.stdout.split() == [str(tmp_path / "site" / "t2v_fast" / "__init__.py"), "available"], found.stderr
+
+
+@pytest.mark.slow
 def test_a_wheel_runs_from_another_folder(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip"]
     built = run(*pip, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, ".", cwd=ROOT)
@@ -143,7 +168,7 @@ def test_a_wheel_runs_from_another_folder(tmp_path: Path) -> None:
         names = archive.namelist()
     assert {"t2v_fast/kernels/__init__.py", "t2v_fast/py.typed"} <= set(names)
     assert "t2v_fast/libt2v_cpu.so" in names
-    assert wheel.name.startswith("t2v_fast-0.1.0-py3-none-linux_")
+    assert wheel.name.startswith("t2v_fast-0.2.0-py3-none-linux_")
     assert not any(name.startswith(("tests/", "bench/", "csrc/")) for name in names)
     target = tmp_path / "site"
     assert run(*pip, "install", "--no-deps", "--target", target, wheel, cwd=tmp_path).returncode == 0

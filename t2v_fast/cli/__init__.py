@@ -23,6 +23,7 @@ COMMANDS = {
     "bank": "look at, search, repair and export a bank of embeddings",
     "fisher": "the diagonal Fisher of a language model, as a checkpoint of the same keys",
     "merge": "average checkpoints of one architecture, weighted by their Fishers",
+    "completion": "a script for bash, zsh or fish that completes commands and options",
     "info": "versions, and which backends run here or why not",
 }
 EPILOG = (
@@ -63,6 +64,13 @@ class _Parser(argparse.ArgumentParser):
         from ..embedding import escaped
 
         super().error(escaped(message))
+
+
+class _Commands(argparse._SubParsersAction):
+    """Gives each command its line of help, without which neither the help nor a completion would show the command."""
+
+    def add_parser(self, name: str, **options: Any) -> Any:
+        return super().add_parser(name, **{"help": COMMANDS[name], **options})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,13 +117,13 @@ def _parser(wanted: str | None = None) -> argparse.ArgumentParser:
         prog="t2v-fast", shared=False, description="Task2Vec embeddings and diagonal Fishers, fast.", epilog=EPILOG
     )
     parser.add_argument("--version", action="version", version=f"t2v-fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, action=_Commands)
     for command, text in COMMANDS.items():
         if wanted in (None, command):
             importlib.import_module(f".{command}", __name__).add_parser(commands)
             commands.choices[command].description = text
         else:
-            commands.add_parser(command, help=text)
+            commands.add_parser(command)
     return parser
 
 

@@ -157,7 +157,7 @@ def cpu_capability() -> str:
     """Return the instruction set that the compiled CPU kernels use.
 
     Returns:
-        ``"avx512bf16"``, ``"avx512"``, ``"avx2"`` or ``"portable"``.
+        ``"avx512bf16"``, ``"avx512"``, ``"avx2"`` or ``"portable"``; on Arm ``"neonbf16"`` or ``"neon"``.
 
     Raises:
         ImportError: The compiled extension is missing.

@@ -209,7 +209,7 @@ def save_embeddings(folder: Path, count: int = 3, **fingerprint: object) -> None
 
 def test_light_commands_do_not_import_torch(tmp_path: Path) -> None:
     assert light("--help").endswith("0 False False\n")
-    assert light("--version").startswith("t2v-fast 0.1.0\n0 False")
+    assert light("--version").startswith("t2v-fast 0.2.0\n0 False")
     save_embeddings(tmp_path)
     for command in (["distance"], ["plot", "--output", tmp_path / "p.png"], ["map", "--output", tmp_path / "m.html"]):
         assert " False True\n" in light(*command, tmp_path), command
