@@ -378,6 +378,8 @@ class FisherRecorder:
                     kept.setdefault(name, []).append((use, factors))
                     if self.regions.holding and use.direct:
                         kept[name] = self._without_activations(kept[name], name, n)
+            if self.regions.holding:
+                of_node.gram = None  # the next cotangent computes it again, as the activations
 
         with backward_by_kind(taps.order, n) as begin:
             backpropagate(output, cotangent, taps, visit, retain_graph)
