@@ -428,6 +428,8 @@ class FisherRecorder:
                         missing[name] -= 1
                         if not missing[name] and not any(isinstance(f, Called) for _, f in kept[name]):
                             self._add_summed(name, kept.pop(name), sums, weights, reuse)
+                if self.regions.holding:
+                    of_node.gram = None  # the next cotangent computes it again, as the activations
 
         with backward_by_kind(taps.order, n) as begin:
             backpropagate(output, cotangent, taps, visit, retain_graph)
