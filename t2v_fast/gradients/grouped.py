@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import ops
 from ..ops import planner, reference
 from .factors import Factors, Outer, Product, Reuse, Scatter, Tied, accumulate_rank_one_
-from .owners import ListedRows, Owned, Owner
+from .owners import ListedRows, Owned, Owner, PaddedRows
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ def grouped(x: Tensor, g: Tensor, owner: Owner, n: int, experts: Tensor | int = 
 
 def is_listed(owner: Owner) -> bool:
     """Whether the rows of an axis lie in no regular order, so that examples may have different numbers of them."""
-    return isinstance(owner, Owned) and isinstance(owner.rows, ListedRows)
+    listed = isinstance(owner, Owned) and isinstance(owner.rows, ListedRows)
+    return listed and not isinstance(owner.rows, PaddedRows)
 
 
 def _joined(factors: Sequence[Factors]) -> Grouped | None:

@@ -59,6 +59,10 @@ class ListedRows:
         return filled[index.to(t.device)]
 
 
+class PaddedRows(ListedRows):
+    """Rows that are to be padded to the most of an example, where a rule could also take them as they lie."""
+
+
 Rows = RowLayout | ListedRows
 EACH = RowLayout()  # example n owns position n
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..ops import planner
 from .factors import Factors, Reuse
 from .grouped import concatenated
-from .owners import ListedRows, Owned, Owner
+from .owners import ListedRows, Owned, Owner, PaddedRows
 
 PADDED = 1.5  # how many positions, padding among them, may come on one that belongs to an example
 
@@ -37,7 +37,7 @@ def groups_of(owner: Owner, n: int) -> list[tuple[Tensor, Owned]] | None:
         examples = (sizes == size).nonzero()[:, 0]
         number = torch.full((n + 1,), -1)  # the last is for positions of nobody
         number[examples] = torch.arange(len(examples))
-        groups.append((examples, Owned(owner.axis, ListedRows(number[listed]))))
+        groups.append((examples, Owned(owner.axis, PaddedRows(number[listed]))))
     return groups if len(groups) > 1 else None
 
 

@@ -415,7 +415,7 @@ class FisherRecorder:
                         q, of_node.bias = of_node.bias, None  # computed with the norm's weight
                         sums[use.parameter] = sums[use.parameter].add_(q) if use.parameter in sums else q
                         continue
-                    factors = factors_of_use(use, cotangents, n)
+                    factors = factors_of_use(use, cotangents, n, alone=use.parameter in routes.single)
                     if isinstance(factors, Called):
                         later.append((use, factors))
                     elif use.parameter in routes.single:

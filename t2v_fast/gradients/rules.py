@@ -26,7 +26,7 @@ from .factors import Called, Convolution, Factors, Outer, Product, Scatter, Stac
 from .fast_layers import NODES
 from .graph import Use
 from .grouped import grouped, is_listed
-from .owners import EACH, ListedRows, Owned, Owner, RowLayout, Shape, Sole
+from .owners import EACH, ListedRows, Owned, Owner, PaddedRows, RowLayout, Shape, Sole
 from .ragged import Ragged, groups_of
 from .transfers import FAST_CONVOLUTIONS, output_shape
 
@@ -38,6 +38,7 @@ class Rule:
     factors: Callable[[Use, Tensor, Owner, int], Factors]
     knows: Callable[[Use], bool]
     check: Callable[[Use], str | None]
+    segments: Callable[[Use, Tensor], bool]
 
 
 RULES: dict[str, Rule] = {}
@@ -47,6 +48,7 @@ def register_rule(
     *nodes: str,
     knows: Callable[[Use], bool] = lambda use: True,
     check: Callable[[Use], str | None] = lambda use: None,
+    segments: Callable[[Use, Tensor], bool] = lambda use, g: False,
 ) -> Callable:
     """Make the decorated function the rule of some autograd nodes.
 
@@ -60,6 +62,8 @@ def register_rule(
             gradients of the uses that the rule does not handle.
         check: Why a use has no exact answer by any method, as the end of a sentence that begins with "the parameter
             ...", or None. The recorder raises UnsupportedError with this sentence.
+        segments: Whether the rule takes rows in any order as they lie, with the cotangent g. Elsewhere, examples of
+            similar length are padded together.
 
     Returns:
         The decorator, which returns the function unchanged.
@@ -100,19 +104,25 @@ def register_rule(
         for name in nodes:
             if name in RULES:
                 raise ValueError(f"the autograd node {name!r} already has a rule: {RULES[name].factors.__name__}")
-            RULES[name] = Rule(factors, knows, check)
+            RULES[name] = Rule(factors, knows, check, segments)
         return factors
 
     return decorate
 
 
-def factors_of(use: Use, cotangents: Sequence[Tensor | None], n: int) -> Factors:
-    """The factors of a parameter's per-example gradients at a tap, from the cotangents of the node's outputs."""
+def factors_of(use: Use, cotangents: Sequence[Tensor | None], n: int, alone: bool = True) -> Factors:
+    """The factors of a parameter's per-example gradients at a tap, from the cotangents of the node's outputs.
+
+    ``alone`` says that the parameter has no other use. Otherwise the factors are to be joined with those of other uses,
+    which are padded too.
+    """
     rule = _rule_of(use)
     if rule is not None and cotangents[0] is not None:
         g, owner = cotangents[0], use.owners[0]
-        if groups := groups_of(owner, n):
-            return Ragged([(examples, rule.factors(use, g, own, len(examples))) for examples, own in groups])
+        if use.stack is None and is_listed(owner) and not (alone and rule.segments(use, g)):
+            if groups := groups_of(owner, n):
+                return Ragged([(examples, rule.factors(use, g, own, len(examples))) for examples, own in groups])
+            owner = Owned(owner.axis, PaddedRows(owner.rows.owners(n)))
         return rule.factors(use, g, owner, n)
     owners = (*use.owners, *[None] * (len(cotangents) - len(use.owners)))
     return Called(use.node, use.slot, use.shape, cotangents, owners, n, use.transposed)
@@ -328,7 +338,12 @@ def _knows_product(use: Use) -> bool:
     return not isinstance(owner, Owned) or owner.axis == len(output_shape(node)) + _examples_axis(use)
 
 
-@register_rule("AddmmBackward0", "MmBackward0", "BmmBackward0", knows=_knows_product)
+def _is_matrix(use: Use, g: Tensor) -> bool:
+    """Whether the parameter is a factor of a product whose result is a matrix."""
+    return g.dim() == 2 and not (use.node.name() == "AddmmBackward0" and use.slot == 0)
+
+
+@register_rule("AddmmBackward0", "MmBackward0", "BmmBackward0", knows=_knows_product, segments=_is_matrix)
 def _linear(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     node = use.node
     added = node.name() == "AddmmBackward0"
@@ -351,7 +366,11 @@ def _linear(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     return _matrix(x, g, of_input=True, exchange=use.transposed)
 
 
-@register_rule("OneDnnLinearBackward", knows=lambda use: use.slot > 0 and _before_axis(use, -1))
+@register_rule(
+    "OneDnnLinearBackward",
+    knows=lambda use: use.slot > 0 and _before_axis(use, -1),
+    segments=lambda use, g: use.slot == 1 and g.dim() == 2,
+)
 def _onednn_linear(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     if use.slot == 1 and is_listed(owner) and g.dim() == 2 and use.stack is None:
         return grouped(use.node.saved_tensors[0], g, owner, n)

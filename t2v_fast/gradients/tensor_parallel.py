@@ -58,16 +58,16 @@ def with_whole_tensors(use: Use) -> Use:
     return found
 
 
-def factors_of_use(use: Use, cotangents: Sequence[Tensor | None], n: int) -> Factors:
-    """The factors of a use, from whole tensors where the layer is divided over processes."""
+def factors_of_use(use: Use, cotangents: Sequence[Tensor | None], n: int, alone: bool) -> Factors:
+    """The factors of a use, from whole tensors where the layer is divided over processes; ``alone`` as there."""
     if not any(map(is_distributed, cotangents)):
-        return factors_of(use, cotangents, n)
+        return factors_of(use, cotangents, n, alone)
     if not has_rule(use):
         raise UnsupportedError(
             f"the parameter {use} is divided over processes, and its layer has no rule: leave it out with "
             "parameters=..., or the layer undivided"
         )
-    return factors_of(with_whole_tensors(use), [whole(g) for g in cotangents], n)
+    return factors_of(with_whole_tensors(use), [whole(g) for g in cotangents], n, alone)
 
 
 @transfer("_ToTorchTensor", "_FromTorchTensor", "Redistribute")
