@@ -20,8 +20,6 @@ HIDING = {
     "context, and call torch.compile before that; or pass the function as it was before it was compiled",
     "CheckpointFunctionBackward": "activation checkpointing hides the layers. It is not torch.utils.checkpoint, or "
     "the forward pass did not run in the thread and the context of the recorder. Switch it off otherwise",
-    "RegisterPostBackwardFunctionBackward": "FSDP2 (fully_shard) gathers the parameters outside of the graph: pass the "
-    "network before it is sharded",
 }
 
 # The node of an operator without a derivative. Autograd warns, and sends no gradient to what is below.

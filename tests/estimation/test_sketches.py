@@ -127,10 +127,16 @@ def test_a_tolerance_is_met_with_flat_spectra() -> None:
         z = model(x)
     need = SamplingStats.of(z, model[2].weight.detach())
 
-    def visit(allocation):
+    def visit(allocation, seed):
         batches = [x[b] for b in allocation.batches(32)]
         return fisher(
-            model, batches, parameters=["0.weight"], allocation=allocation, estimator_error=True, self_check=False
+            model,
+            batches,
+            parameters=["0.weight"],
+            allocation=allocation,
+            seed=seed,
+            estimator_error=True,
+            self_check=False,
         )
 
     found = sample_until(need, 0.05, visit)

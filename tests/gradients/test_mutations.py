@@ -161,6 +161,10 @@ def equal_batches(real: Callable) -> Callable:
     return init
 
 
+def layer_alone(real: Callable) -> Callable:
+    return lambda self, reuse: self.layer.filter_sums(reuse)
+
+
 def first_part(real: Callable) -> Callable:
     return lambda self, start, stop: real(replace(self, parts=self.parts[:1]), start, stop)
 
@@ -265,7 +269,7 @@ MUTATIONS = [
     ),
     Mutation(
         "only one of two kinds of uses of a parameter counted",
-        function(t2v_fast.gradients.factors.Summed, "gradients", first_part),
+        function(t2v_fast.gradients.factors.Tied, "filter_sums", layer_alone),
         TWO_KINDS,
         SELF_CHECK,
     ),
