@@ -55,8 +55,9 @@ def test_squares(tied: bool, attention: str, granularity: str) -> None:
         found = recorder.backward(model(**row), u, weights, segments=segments)
     # A linear weight takes rows as they lie. All other parameters, and a table that is tied, have groups of examples.
     linear = {name for name, kind in kinds.items() if kind is Grouped}
-    layers = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    assert linear == layers & kinds.keys()
+    layers = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear)}
+    tables = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding)}
+    assert linear == {name for name, p in model.named_parameters() if id(p) in layers - tables}
     assert {kinds[name] for name in kinds.keys() - linear} == {Ragged}
     for name, p in model.named_parameters():
         each = []
