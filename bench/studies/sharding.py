@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from bench.report import table
 from t2v_fast import FisherRecorder
@@ -61,8 +62,6 @@ def made(asked: argparse.Namespace, sharded: bool) -> nn.Module:
     torch.manual_seed(0)
     network = Network(asked.width, asked.blocks).eval()
     if sharded:
-        from torch.distributed.fsdp import fully_shard
-
         for block in network.blocks:
             fully_shard(block, reshard_after_forward=True)
         fully_shard(network)
