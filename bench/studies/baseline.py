@@ -24,8 +24,8 @@ from torch import Tensor
 
 from bench.pages import markdown, replace_section
 from bench.studies.claims import auc, interval_over_tasks, nearest_in_family
-from bench.studies.meta_task import TRAIN, MetaTask, meta_tasks
 from bench.studies.meta_store import ROOT, Settings, Store
+from bench.studies.meta_task import TRAIN, MetaTask, meta_tasks
 from t2v_fast import Embedding, Probe, Task2Vec, load_probe
 from t2v_fast.analysis.distance import FLOOR, centred_distance, pdist
 from t2v_fast.analysis.selection import bootstrap_interval

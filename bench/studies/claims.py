@@ -18,8 +18,8 @@ import numpy as np
 from scipy.stats import rankdata, spearmanr
 
 from bench.pages import markdown, replace_section
-from bench.studies.meta_task import TRAIN, MetaTask, meta_tasks
 from bench.studies.meta_store import EXPERTS, ROOT, Results, Settings, Store, fill
+from bench.studies.meta_task import TRAIN, MetaTask, meta_tasks
 from t2v_fast import Embedding, Task2Vec, load_probe
 from t2v_fast.analysis.distance import complexity, pdist
 

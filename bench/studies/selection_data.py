@@ -1,7 +1,7 @@
 """What bench/studies/selection.py measures once and keeps: experts, features, errors, scores and embeddings.
 
-Each finished part is one file under the output folder. A run that was interrupted continues. Parts with other settings or
-other images are refused.
+Each finished part is one file under the output folder. A run that was interrupted continues. Parts with other settings
+or other images are refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from t2v_fast.analysis.feature_scores import SCORES, held_out_likelihoods
 from t2v_fast.demo import DemoTask
 from t2v_fast.files import write_atomically
 from t2v_fast.tasks.head import fit_head
-
 
 PER_FAMILY = 4  # tasks, so that no family decides alone
 
@@ -125,7 +124,7 @@ class Store:
         return expert
 
     def row(self, task: MetaTask, experts: dict[str, Expert]) -> dict[str, np.ndarray]:
-        """Of one task: errors [draws, E], the labels [N], and each expert's features [N, D] and probabilities [N, Z]."""
+        """Of one task: errors [draws, E], labels [N], and each expert's features [N, D] and probabilities [N, Z]."""
         path = self.path("rows", task.name, "safetensors")
         draws = [self.train(task, draw) for draw in range(self.settings.draws)]
         if path.exists():
@@ -145,7 +144,9 @@ class Store:
             found[f"features/{name}"] = parts[0].numpy()
             found[f"probabilities/{name}"] = own[: self.settings.images].numpy()
             for d, part in enumerate(parts):
-                errors[d, k] = head_error(part, labels[d], others, answers, len(test.classes), self.settings.weight_decay)
+                errors[d, k] = head_error(
+                    part, labels[d], others, answers, len(test.classes), self.settings.weight_decay
+                )
         found["errors"] = errors
         write_atomically(path, save_arrays(found))
         mean = errors.mean(0)
@@ -188,7 +189,9 @@ class Store:
         """The task's Task2Vec embedding, with the mean of its features in the probe as ``meta["mean_feature"]``."""
         drawn = self.train(task)
         n = min(enough(images, len(drawn.classes)), len(drawn.labels))
-        return self._embed(f"embeddings-{images}", task.name, drawn.images[:n], drawn.labels[:n], drawn.digest, task2vec)
+        return self._embed(
+            f"embeddings-{images}", task.name, drawn.images[:n], drawn.labels[:n], drawn.digest, task2vec
+        )
 
     def computed_embedding(self, name: str, pool: np.ndarray, expert: Expert, task2vec: Task2Vec) -> Embedding:
         """What an expert computes: the embedding of general images under the labels that the expert gives them.
@@ -253,6 +256,7 @@ class Results:
 
     names: list[str]
     families: np.ndarray  # [T]
+    places: np.ndarray  # [T], of a task among those of its family
     experts: list[str]  # the names of the experts' own tasks
     kinds: list[Kind]  # of the experts
     errors: np.ndarray  # [T, E], the mean over draws; NaN where an expert is no candidate
@@ -301,9 +305,13 @@ def fill(store: Store, task2vec: Task2Vec, tasks: Sequence[MetaTask] | None = No
             scores[score, count] = np.stack([s[f"{count}/{score}"] for s in stored])
             seconds[score, count] = float(np.median([s[f"{count}/seconds/{score}"] for s in stored]))
     whole = [e.meta["seconds_embedding"] / e.meta["seconds_forward"] for e in embeddings[max(settings.embedded)]]
+    members: dict[str, list[str]] = {}
+    for task in store.tasks:
+        members.setdefault(task.family, []).append(task.name)
     return Results(
         names,
         families,
+        np.array([members[task.family].index(task.name) for task in tasks]),
         list(store.experts),
         list(store.kinds.values()),
         np.where(families[:, None] == np.array([task.family for task in own]), np.nan, every.mean(0)),

@@ -19,7 +19,6 @@ from bench.studies.meta_task import (
     MetaTask,
     covered,
     distort,
-    drawable,
     meta_tasks,
     plain_glyph,
     script_task,
@@ -220,7 +219,10 @@ def _flags(name: str, countries: str) -> MetaTask:
 def wide_tasks() -> list[MetaTask]:
     """All tasks, in a fixed order. Raises FileNotFoundError, naming the packages, without the fonts."""
     turns = ("upright", "left", "upside down", "right")
-    counts, places = tuple("123456"), tuple(f"{v} {h}" for v in "top middle bottom".split() for h in "left centre right".split())
+    counts, places = (
+        tuple("123456"),
+        tuple(f"{v} {h}" for v in ["top", "middle", "bottom"] for h in ["left", "centre", "right"]),
+    )
     return [
         *meta_tasks(),
         *(script_task(name, family, spec) for family, tasks in SCRIPTS.items() for name, spec in tasks.items()),

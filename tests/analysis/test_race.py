@@ -1,4 +1,4 @@
-"""The race of networks on likelihoods that are given: who leaves when, what it costs, and what stays within a budget."""
+"""The race of networks on given likelihoods: who leaves when, what it costs, and what the budget allows."""
 
 import numpy as np
 import pytest
