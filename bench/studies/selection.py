@@ -145,10 +145,11 @@ class Study:
             return "All of these tasks were looked at when the recommended way was designed."
         draws, own, rival = family_draws(results.families[new]), self.row[RECOMMENDED][new], self.row[RIVAL][new]
         return (
-            f'The recommended way ("{RECOMMENDED}") was designed by looking at other tasks than {new.sum()} of these,
-            which ' f"are of {len(set(results.families[new]))} families. On them its increase is {with_interval(own,
-            draws)} at " f"{percent(self.by_name[RECOMMENDED].cost[new].mean())} of the cost. {RIVAL}:
-            {with_interval(rival, draws)}. " f"Paired difference: {with_interval(own - rival, draws, sign=True)}."
+            f'The recommended way ("{RECOMMENDED}") was designed by looking at other tasks than {new.sum()} of these, '
+            f"which are of {len(set(results.families[new]))} families. On them its increase is "
+            f"{with_interval(own, draws)} at {percent(self.by_name[RECOMMENDED].cost[new].mean())} of the cost. "
+            f"{RIVAL}: {with_interval(rival, draws)}. Paired difference: "
+            f"{with_interval(own - rival, draws, sign=True)}."
         )
 
     def model2vec_section(self) -> str:
@@ -206,9 +207,8 @@ class Study:
             f"**{verdict}**. Increase at {percent(claim['fit'].cost)} of the cost, chosen on other families: "
             f"{with_interval(claim['fit'].increase, self.draws)}. {RIVAL}: {with_interval(rival, self.draws)}. Paired "
             f"difference: {with_interval(claim['fit'].increase - rival, self.draws, sign=True)}. Over {len(others)} "
-            f"random "
-            f"halves of the families the difference is {100 * others.mean():+.1f} % in the mean, and below zero in "
-            f"{100 * (others < 0).mean():.0f} % of them."
+            f"random halves of the families the difference is {100 * others.mean():+.1f} % in the mean, and below zero "
+            f"in {100 * (others < 0).mean():.0f} % of them."
         )
 
     def draw(self, path: Path) -> None:
@@ -259,17 +259,13 @@ def report(study: Study, picture: str = "selection_curve.png") -> str:
     own = results.errors.shape[1] - results.candidates.sum(1)
     intro = (
         f"{len(results.names)} tasks in {len(set(results.families))} families, {len(results.experts)} experts, of "
-        f"which "
-        f"{results.candidates.sum(1).min()} or more are candidates for a task (not the {int(own.max())} of its "
-        f"family). "
-        f"{settings.images} images to choose by and to train a head on, {settings.draws} draws of them, "
+        f"which {results.candidates.sum(1).min()} or more are candidates for a task (not the {int(own.max())} of its "
+        f"family). {settings.images} images to choose by and to train a head on, {settings.draws} draws of them, "
         f"{settings.test_images} test images. Error of the best candidate: {best.min():.3f} to {best.max():.3f}, "
-        f"median "
-        f"{np.median(best):.3f}; {winners} experts are the best for some task. The error of one expert has a standard "
-        f"deviation of {noise:.3f} over draws. Errors below {FLOOR:g} count as {FLOOR:g} in ratios. An embedding takes "
-        f"{results.passes:.1f} forward passes for each of its images (measured), and the probe counts as one more "
-        f"network. "
-        f"Intervals: families drawn again."
+        f"median {np.median(best):.3f}; {winners} experts are the best for some task. The error of one expert has a "
+        f"standard deviation of {noise:.3f} over draws. Errors below {FLOOR:g} count as {FLOOR:g} in ratios. An "
+        f"embedding takes {results.passes:.1f} forward passes for each of its images (measured), and the probe counts "
+        f"as one more network. Intervals: families drawn again."
     )
     front = [["cost", "mean increase", "way"]]
     front += [[f"{100 * w.cost.mean():.0f} %", percent(study.row[w.name].mean()), w.name] for w in study.front()]
