@@ -229,8 +229,10 @@ class Study:
         }
         cost = np.array([way.cost.mean() for way in self.ways])
         means = self.table.mean(1)
+        shown = means[[way.group in ("score", "learned", "race") for way in self.ways]]
+        top = 1.15 * float(np.quantile(shown, 0.85))
         for group, (colour, size, label) in styles.items():
-            some = np.array([way.group == group for way in self.ways])
+            some = np.array([way.group == group for way in self.ways]) & (means < top)
             if some.any():
                 axes.scatter(100 * cost[some], 100 * means[some], s=size, color=colour, label=label, linewidths=0)
         x = [100 * fit.cost for fit in self.fits]
@@ -242,8 +244,7 @@ class Study:
         axes.annotate("LEEP", (100, rival), textcoords="offset points", xytext=(-8, 8), ha="right")
         axes.axhline(rival, color="#1f78b4", linestyle=":", linewidth=1)
         axes.axvline(100 * TARGET, color="#666666", linestyle="--", linewidth=1)
-        shown = means[[way.group in ("score", "learned", "race") for way in self.ways]]
-        axes.set(ylim=(0, 100 * float(np.quantile(shown, 0.85)) * 1.15), xlim=(-2, 104),
+        axes.set(ylim=(0, 100 * top), xlim=(-2, 104),
                  xlabel="forward passes, percent of all experts on all images",
                  ylabel="mean increase of the error over the best expert's, percent")  # fmt: skip
         axes.legend(loc="upper right", fontsize=8)
