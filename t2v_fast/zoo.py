@@ -29,7 +29,7 @@ from .tasks.probe import Probe, load_probe
 
 FIRST_IMAGES = 64  # at least so many in the first round
 IMAGES_PER_CLASS = 5  # and at least so many of each class, one for each fold
-SHORTLIST = 6  # networks with the best priors that run
+SHORTLIST = 4  # networks with the best priors that run
 HELD_GIGABYTES = 4.0  # of networks that stay in memory between rounds
 
 
@@ -160,8 +160,8 @@ def rank_zoo(
         networks: Names as for :func:`t2v_fast.load_probe`, ``"NAME=FILE"`` for the weights of a file, or probes. A
             network that cannot be loaded is listed with the reason.
         prior: What is expected of networks, by their names; higher is better. Only the networks with the highest priors
-            run, and those without one. :func:`t2v_fast.analysis.selection.predict_errors` makes priors of the errors on
-            earlier tasks and of distances.
+            run, and those without one. :func:`t2v_fast.analysis.selection.predict_errors` predicts errors, whose
+            negatives are priors.
         shortlist: How many networks with priors run. The next takes the place of one that cannot be loaded.
         budget: The share of the time to run all networks on all images that may be spent, above 0 and at most 1. The
             first round always runs.

@@ -115,6 +115,7 @@ def test_commands(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for job in blocks(page, "yaml"):
         (tmp_path / "tasks.yaml").write_text(job)
     (tmp_path / "errors.csv").write_text("task,flowers,birds\nflowers,0.1,0.3\nbirds,0.2,0.1\n")
+    (tmp_path / "zoo.csv").write_text("task,efficientnet-lite0,another\nbirds,0.1,0.3\nfish,0.2,0.1\n")
     commands = [line for block in blocks(page, "sh") for line in block.splitlines()]
     for command in commands:
         program, *arguments = shlex.split(command)

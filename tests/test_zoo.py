@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from embeddings import make_for_bank
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from t2v_fast import Embedding, zoo
+from t2v_fast import zoo
 from t2v_fast.analysis import selection
 from t2v_fast.analysis.distance import centred_distance
 from t2v_fast.analysis.feature_scores import linear_probe
@@ -203,7 +204,9 @@ def test_only_networks_with_high_priors_run(monkeypatch):
     assert "3 expected to be worse and never run, 1 could not be loaded" in ranking.explain()
     assert [row[-1] for row in ranking.rows()].count("not shortlisted") == 3
     # A long shortlist runs all networks.
-    assert all(e.outcome != "not shortlisted" for e in rank_zoo(images(128), list(prior), prior=prior).entries)
+    assert all(
+        e.outcome != "not shortlisted" for e in rank_zoo(images(128), list(prior), prior=prior, shortlist=9).entries
+    )
     with pytest.raises(ValueError, match="no prior is of a network: priors are of bad"):
         rank_zoo(images(128), ["unknown"], prior=prior)
 
@@ -267,42 +270,35 @@ def test_the_command_writes_table_json_and_picture(tmp_path, monkeypatch, capsys
     assert "give --errors with embeddings of tasks, or --zoo" in capsys.readouterr().err
 
 
-def test_priors_from_errors_and_sources(tmp_path):
+def test_priors_from_errors_and_near_tasks(tmp_path):
     from t2v_fast.cli.zoo import _prior
 
-    def embedding(name: str, seed: int) -> Embedding:
-        values = np.random.default_rng(seed).lognormal(size=12)
-        return Embedding(values, np.ones(12), layers=(("conv.weight", 0, 12),), num_examples=5, meta={"task": name})
-
-    names = ["timm/a", "b", "c", "not known"]
-    stored = {name: embedding(name, k) for k, name in enumerate([*names[:3], "task 0", "task 1", "mine"])}
-    for k, e in enumerate(stored.values()):
-        e.save(tmp_path / f"{k}.safetensors")
+    stored = [make_for_bank(name, seed) for seed, name in enumerate(["task 0", "task 1", "task 2", "mine"])]
+    for k, embedding in enumerate(stored):
+        embedding.save(tmp_path / f"{k}.safetensors")
     table = tmp_path / "errors.csv"
-    table.write_text("task,timm/a,b,c\ntask 0,0.1,0.2,0.3\ntask 1,0.2,0.1,\n")
-    errors = np.array([[0.1, 0.2, 0.3], [0.2, 0.1, np.nan]])
-    sources, mine = [tmp_path / f"{k}.safetensors" for k in range(5)], tmp_path / "5.safetensors"
+    table.write_text("task,timm/a,b\ntask 2,0.1,0.2\ntask 0,0.2,0.1\ntask 1,0.3,\n")
+    errors = np.array([[0.1, 0.2], [0.2, 0.1], [0.3, np.nan]])
+    earlier, mine = [tmp_path / f"{k}.safetensors" for k in range(3)], tmp_path / "3.safetensors"
 
     def prior(**given):
-        return _prior(names, argparse.Namespace(**{"errors": None, "sources": None, "embedding": None, **given}))
+        return _prior(argparse.Namespace(**{"errors": None, "earlier": None, "embedding": None, **given}))
 
     assert prior() is None
     found = prior(errors=table)
-    assert list(found) == ["timm/a", "b", "c"]
+    assert list(found) == ["timm/a", "b"]
     np.testing.assert_array_equal(list(found.values()), -selection.predict_errors(errors)[0])
-    bank = [stored[name] for name in names[:3]]
-    to_mine = centred_distance(bank, [stored["mine"]], bank=bank)
-    assert prior(sources=sources, embedding=mine) == pytest.approx(dict(zip(names, -to_mine[:, 0], strict=False)))
-    to_tasks = centred_distance(bank, [stored["task 0"], stored["task 1"]], bank=bank)
-    both = prior(errors=table, sources=sources, embedding=mine)
-    expected = -selection.predict_errors(errors, [to_tasks], [to_mine])[0]
-    assert both == pytest.approx(dict(zip(names, expected, strict=False)))
-    with pytest.raises(ValueError, match="--sources and --embedding go together"):
-        prior(sources=sources)
-    with pytest.raises(ValueError, match="2 networks have a source of their name, expected at least 3"):
-        prior(sources=sources[1:], embedding=mine)
-    with pytest.raises(ValueError, match="no source of 'task 1'"):
-        prior(errors=table, sources=sources[:4], embedding=mine)
+    bank = [stored[2], stored[0], stored[1]]  # in the order of the table
+    expected = -selection.predict_errors(errors, centred_distance(bank, [stored[3]]))[0]
+    near = prior(errors=table, earlier=earlier, embedding=mine)
+    assert list(near.values()) == pytest.approx(expected.tolist())
+    assert near != found
+    with pytest.raises(ValueError, match="--earlier and --embedding go together"):
+        prior(errors=table, earlier=earlier)
+    with pytest.raises(ValueError, match="pass --errors too"):
+        prior(earlier=earlier, embedding=mine)
+    with pytest.raises(ValueError, match="no embedding of the earlier task 'task 2'"):
+        prior(errors=table, earlier=earlier[:2], embedding=mine)
 
 
 def test_a_race_without_scores_has_no_picture(tmp_path):

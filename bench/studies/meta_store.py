@@ -1,7 +1,7 @@
 """What claims.py and baseline.py share: embeddings of the meta-task, and how hard each task is for a few experts.
 
-Embeds every task (EfficientNet-Lite0), trains small experts, and finds the test error of one linear head for each task and
-expert. Finished parts are kept and used again; parts with other settings or other images are refused.
+Embeds every task (EfficientNet-Lite0), trains small experts, and finds the test error of one linear head for each task
+and expert. Finished parts are kept and used again; parts with other settings or other images are refused.
 """
 
 from __future__ import annotations

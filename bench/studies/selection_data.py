@@ -1,7 +1,7 @@
 """What bench/studies/selection.py measures once and keeps: experts, features, errors, scores and embeddings.
 
-Each finished part is one file under the output folder. A run that was interrupted continues. Parts with other settings or
-other images are refused.
+Each finished part is one file under the output folder. A run that was interrupted continues. Parts with other settings
+or other images are refused.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Store:
         return expert
 
     def row(self, task: MetaTask, experts: dict[str, Expert]) -> dict[str, np.ndarray]:
-        """Of one task: errors [draws, E], the labels [N], and each expert's features [N, D] and probabilities [N, Z]."""
+        """Of one task: errors [draws, E], labels [N], and each expert's features [N, D] and probabilities [N, Z]."""
         path = self.path("rows", task.name, "safetensors")
         draws = [self.train(task, draw) for draw in range(self.settings.draws)]
         if path.exists():
@@ -256,6 +256,7 @@ class Results:
 
     names: list[str]
     families: np.ndarray  # [T]
+    places: np.ndarray  # [T], of a task among those of its family
     experts: list[str]  # the names of the experts' own tasks
     kinds: list[Kind]  # of the experts
     errors: np.ndarray  # [T, E], the mean over draws; NaN where an expert is no candidate
@@ -304,9 +305,13 @@ def fill(store: Store, task2vec: Task2Vec, tasks: Sequence[MetaTask] | None = No
             scores[score, count] = np.stack([s[f"{count}/{score}"] for s in stored])
             seconds[score, count] = float(np.median([s[f"{count}/seconds/{score}"] for s in stored]))
     whole = [e.meta["seconds_embedding"] / e.meta["seconds_forward"] for e in embeddings[max(settings.embedded)]]
+    members: dict[str, list[str]] = {}
+    for task in store.tasks:
+        members.setdefault(task.family, []).append(task.name)
     return Results(
         names,
         families,
+        np.array([members[task.family].index(task.name) for task in tasks]),
         list(store.experts),
         list(store.kinds.values()),
         np.where(families[:, None] == np.array([task.family for task in own]), np.nan, every.mean(0)),

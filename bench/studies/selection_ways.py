@@ -1,7 +1,7 @@
 """Ways to choose an expert, each with its cost, and how good their choices are.
 
-A way gives every candidate of every task a score, and says what share of the forward passes of all candidates over all of
-the task's images it took. Letters for shapes: T (tasks), E (experts), F (families).
+A way gives every candidate of every task a score, and says what share of the forward passes of all candidates over all
+of the task's images it took. Letters for shapes: T (tasks), E (experts), F (families).
 """
 
 from __future__ import annotations
@@ -27,12 +27,7 @@ LENGTHS = (2, 3, 4, 6, 8, 10, 13)  # of shortlists
 AVERAGE = "best on other families"
 BUDGETS = (0.25, 0.5, 1.0)  # of races
 SHORTLISTED = ("leep", "logme", "ncti", "knn", "linear_probe")  # the scores that order a shortlist
-# What is learned from the errors of other families: an offset for each expert, and a slope for each of these.
-LEARNED = {
-    "learned centred": ("centred",),
-    "learned mean feature": ("mean feature, centred",),
-    "learned both": ("centred", "mean feature, centred"),
-}
+BANDWIDTHS = (0.05, 0.1, 0.2)  # of errors on near tasks
 
 
 @dataclass(frozen=True)
@@ -172,15 +167,26 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return 1 - a @ b.T
 
 
-def with_errors(results: Results, distances: list[np.ndarray]) -> np.ndarray:
-    """Predicted accuracy [T, E] from distances [T, E] and the errors on tasks of other families."""
+def near_accuracy(results: Results, distances: np.ndarray, bandwidth: float) -> np.ndarray:
+    """Each expert's accuracy on the tasks of other families, near ones first, [T, E]; distances are [T, T]."""
     out = np.empty_like(results.errors)
-    usable = [np.where(results.candidates, table, np.nan).T for table in distances]
     for family in np.unique(results.families):
         mine = results.families == family
-        known, new = [d[~mine].T for d in distances], [d[:, mine] for d in usable]
-        out[mine] = -predict_errors(results.errors[~mine], known, new, floor=FLOOR)
+        near = distances[np.ix_(~mine, mine)]
+        out[mine] = -predict_errors(results.errors[~mine], near, bandwidth=bandwidth, floor=FLOOR)
     return out
+
+
+def between_tasks(results: Results, images: int) -> dict[str, np.ndarray]:
+    """Distances [T, T] between tasks, embedded with so many images."""
+    tasks = results.embeddings[images]
+    about = np.mean([e.meta["mean_feature"] for e in results.sources], axis=0)
+    means = np.array([e.meta["mean_feature"] for e in tasks]) - about
+    return {
+        "centred": centred_distance(tasks, tasks, bank=results.sources),
+        "cosine": cdist(tasks, tasks),
+        "mean feature": _cosine(means, means),
+    }
 
 
 def score_table(results: Results, score: str, count: int, among: np.ndarray | None = None) -> np.ndarray:
@@ -244,10 +250,11 @@ def plain_ways(results: Results, settings: Settings) -> list[Way]:
         for name, table in tables.items():
             cost = forward if name.startswith("mean feature") else embedded
             ways.append(Way(f"{name}, {images} images", "distance", masked(results, -table), cost))
-        for name, used in LEARNED.items():
-            cost = embedded if any("mean feature" not in part for part in used) else forward
-            learned = masked(results, with_errors(results, [tables[part] for part in used]))
-            ways.append(Way(f"{name}, {images} images", "learned", learned, cost))
+        for name, table in between_tasks(results, images).items():
+            cost = forward if name == "mean feature" else embedded
+            for bandwidth in BANDWIDTHS:
+                learned = masked(results, near_accuracy(results, table, bandwidth))
+                ways.append(Way(f"errors on near tasks, {name} within {bandwidth:g}", "learned", learned, cost))
     for score, count in product(SCORES, settings.counts):
         cost = image_share(results, settings, count)
         ways.append(Way(f"{score} on {count}", "score", score_table(results, score, count), cost))
@@ -257,7 +264,13 @@ def plain_ways(results: Results, settings: Settings) -> list[Way]:
 def all_ways(results: Results, settings: Settings) -> list[Way]:
     """Every way that the study compares: the plain ones, shortlists and races."""
     ways = plain_ways(results, settings)
-    firsts = [way for way in ways if way.group == "learned" or way.name == AVERAGE or way.name.startswith("centred, ")]
+    firsts = [
+        way
+        for way in ways
+        if way.name == AVERAGE
+        or way.name.startswith("centred, ")
+        or (way.group == "learned" and "cosine" not in way.name)
+    ]
     everyone = results.errors.shape[1]
     for first, length in product(firsts, LENGTHS):
         ways += shortlisted(results, settings, first, length)
@@ -280,8 +293,8 @@ def model2vec(results: Results, half: np.ndarray, penalty: float, entries: int) 
     """What Model2Vec learns from the other half of the families, and what of it is one offset for each expert.
 
     Returns:
-        Scores [T, E] of the distance without learning, of Model2Vec, and of the distance plus the mean over tasks of what
-        Model2Vec changed for each expert.
+        Scores [T, E] of the distance without learning, of Model2Vec, and of the distance plus the mean over tasks of
+        what Model2Vec changed for each expert.
     """
     sources = np.array([e.hessian for e in results.sources])
     tasks = np.array([e.hessian for e in results.embeddings[max(results.embeddings)]])

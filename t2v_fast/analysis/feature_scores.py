@@ -442,7 +442,8 @@ def score_networks(inputs: Sequence[np.ndarray], labels: np.ndarray, score: str)
     scores = combine_terms(np.array([entry.function(values, labels) for values in inputs]), score)
     if (tied := int((scores == scores.max()).sum())) > 1:
         warnings.warn(
-            f"{score} gives {tied} of {len(scores)} networks the same highest score, {scores.max():g}, so it does not tell "
+            f"{score} gives {tied} of {len(scores)} networks the same highest score, {scores.max():g}, so it does "
+            f"not tell "
             "them apart: take more images, or another score such as 'linear_probe'",
             stacklevel=2,
         )

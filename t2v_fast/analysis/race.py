@@ -1,8 +1,8 @@
 """A race of networks: those that are surely worse than the leader leave before they cost many forward passes.
 
-Every network sees a few images of a task at first. A linear head is fitted to its features with cross-validation, and the
-likelihood of the held-out labels is its score. Networks that are surely worse than the leader leave, and the others see
-more images (successive elimination, with standard errors of paired differences). Letters for shapes: N (images), D
+Every network sees a few images of a task at first. A linear head is fitted to its features with cross-validation, and
+the likelihood of the held-out labels is its score. Networks that are surely worse than the leader leave, and the others
+see more images (successive elimination, with standard errors of paired differences). Letters for shapes: N (images), D
 (features).
 """
 

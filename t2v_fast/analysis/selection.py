@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from .distance import ALPHA, Vectors, as_vectors, asymmetric_distance, cdist, ch
 
 # Model2Vec's defaults. The penalty allows changes of some tenths in log m; it was not tuned on the errors of any task.
 PENALTY, STEPS, RATE, ENTRIES = 1.0, 30, 0.02, 4096
-PRIOR_TASKS = 1.0  # of predict_errors
+BANDWIDTH, SHRINKAGE = 0.1, 0.5  # of predict_errors
 
 
 def nearest_expert(distances: np.ndarray, available: np.ndarray | None = None) -> np.ndarray:
@@ -331,24 +331,26 @@ def leave_one_out(experts: Vectors, tasks: Vectors, errors: np.ndarray, model: M
 
 def predict_errors(
     errors: np.ndarray,
-    distances: Sequence[np.ndarray] = (),
-    new: Sequence[np.ndarray] = (),
+    distances: np.ndarray | None = None,
     *,
+    bandwidth: float = BANDWIDTH,
+    shrinkage: float = SHRINKAGE,
     floor: float = 0.01,
-    penalty: float = PRIOR_TASKS,
 ) -> np.ndarray:
-    """Predict how well experts will do on new tasks, from their errors on earlier tasks and from distances.
+    """Predict how well experts will do on new tasks: as they did on earlier tasks, near ones first.
 
-    The logarithm of an error, less its mean over a task's experts, is fitted by ridge regression. Each expert has an
-    offset, and each kind of distance has one slope. So an expert that is good at everything is told from one that is near.
-    Without distances, the prediction is the mean of each expert, shrunk toward zero.
+    The logarithm of an error, less its mean over a task's experts, says how an expert compares on this task. An
+    expert's prediction is the weighted mean over earlier tasks. A task at distance d has the weight exp(-(d - d0) /
+    ``bandwidth``), where d0 is the distance of the nearest one. The expert's plain mean counts like ``shrinkage`` more
+    tasks as near as that.
 
     Args:
         errors: The errors [T, E] on T earlier tasks, NaN where an expert may not be used for a task.
-        distances: Distances [E, T] from the experts to the earlier tasks, one array for each kind.
-        new: Distances [E, N] from the experts to N new tasks, of the same kinds; NaN where an expert may not be used.
+        distances: The distances [T, N] from the earlier tasks to N new ones, such as
+            :func:`~t2v_fast.analysis.distance.centred_distance`. Without them, the prediction is the plain mean.
+        bandwidth: The distance at which a task counts 1/e.
+        shrinkage: How much the plain mean counts. A plain mean itself is shrunk toward the average expert by one task.
         floor: Errors below count as this one.
-        penalty: An offset is shrunk as if the expert had been average on so many more tasks.
 
     Returns:
         The predicted logarithms of the errors [N, E], less each task's mean; lower is better. N is 1 without distances.
@@ -357,38 +359,36 @@ def predict_errors(
         ValueError: For wrong shapes and values.
 
     Example:
+        Expert 0 is better on average, and expert 1 is better on the tasks near the new one:
+
         >>> import numpy as np
-        >>> predicted = predict_errors(np.array([[0.1, 0.2], [0.3, 0.5], [0.2, 0.25]]))
-        >>> bool(predicted[0, 0] < predicted[0, 1])
-        True
+        >>> errors = np.array([[0.1, 0.4], [0.1, 0.4], [0.1, 0.4], [0.3, 0.2]])
+        >>> int(predict_errors(errors)[0].argmin())
+        0
+        >>> int(predict_errors(errors, np.array([[0.9], [0.9], [0.9], [0.2]]))[0].argmin())
+        1
     """
     errors = check_errors(errors)
-    t, e = errors.shape
-    if len(distances) != len(new):
-        raise ValueError(f"there are {len(distances)} kinds of distances to earlier tasks and {len(new)} to new ones")
-    count = np.asarray(new[0]).shape[-1] if len(new) else 1
-    for given, shape in ((distances, (e, t)), (new, (e, count))):
-        for values in given:
-            if np.shape(values) != shape or np.isinf(values).any():
-                raise ValueError(f"distances are {list(np.shape(values))}, expected finite numbers {list(shape)}")
+    if bandwidth <= 0 or shrinkage < 0 or not 0 < floor <= 1:
+        raise ValueError(
+            f"bandwidth={bandwidth}, shrinkage={shrinkage}, floor={floor}: expected a positive bandwidth, a "
+            f"shrinkage of at "
+            "least 0 and a floor above 0 and at most 1"
+        )
     logs = np.log(np.maximum(errors, floor))
     logs -= np.nanmean(logs, axis=1, keepdims=True)
-    known = ~np.isnan(errors)
-
-    def design(given: Sequence[np.ndarray], among: np.ndarray | bool, tasks: int) -> np.ndarray:
-        """Distances in units of their spread over each task's experts, and the experts themselves, [tasks, E, K + E]."""
-        scaled = []
-        for values in given:
-            values = np.where(among, np.asarray(values, dtype=np.float64).T, np.nan)
-            centred = values - np.nanmean(values, axis=1, keepdims=True)
-            spread = np.nanstd(values, axis=1, keepdims=True)
-            scaled.append(np.nan_to_num(centred / np.maximum(spread, np.finfo(np.float64).tiny)))
-        return np.stack([*scaled, *(np.broadcast_to(row, (tasks, e)) for row in np.eye(e))], -1)
-
-    x, y = design(distances, known, t)[known], logs[known]
-    ridge = np.diag([1e-9 * len(y)] * len(distances) + [penalty] * e)
-    weights = np.linalg.solve(x.T @ x + ridge, x.T @ y)
-    return design(new, True, count) @ weights
+    known = ~np.isnan(logs)
+    logs = np.where(known, logs, 0)
+    mean = logs.sum(0, keepdims=True) / (known.sum(0) + 1)
+    if distances is None:
+        return mean
+    distances = np.asarray(distances, dtype=np.float64)
+    if distances.ndim != 2 or len(distances) != len(errors) or not np.isfinite(distances).all():
+        raise ValueError(f"distances are {list(distances.shape)}, expected finite numbers [{len(errors)}, N]")
+    weights = np.exp(-(distances - distances.min(0)) / bandwidth).T  # [N, T]
+    total = weights @ known + shrinkage
+    # An expert without an error near the task keeps its mean.
+    return np.divide(weights @ logs + shrinkage * mean, total, out=np.repeat(mean, len(total), 0), where=total > 0)
 
 
 def compare(

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from ..embedding import Embedding, escaped
+from ..embedding import escaped
 from .common import console, load_embeddings, print_files
 
-SHORTLIST = 6  # as in t2v_fast.zoo, which imports torch
+SHORTLIST = 4  # as in t2v_fast.zoo, which imports torch
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,21 +25,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "'timm:a,b' is short for 'timm/a,timm/b'; NAME=FILE takes the weights of a file",
     )
     group.add_argument(
-        "--sources",
+        "--earlier",
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="embeddings of the tasks that networks were trained on, named as the networks; with --errors, of the tasks of "
-        "the table too",
+        help="embeddings of the tasks of --errors: errors on tasks near the folder then count more",
     )
     group.add_argument(
-        "--embedding", type=Path, metavar="FILE", help="the folder's embedding, made as the sources were"
+        "--embedding", type=Path, metavar="FILE", help="the folder's embedding, made as the earlier ones"
     )
     group.add_argument(
         "--shortlist",
         type=int,
         default=SHORTLIST,
-        help="networks that run, of those of which --errors or --sources say what to expect (default: %(default)s)",
+        help="how many of the networks in --errors run (default: %(default)s)",
     )
     group.add_argument(
         "--budget",
@@ -70,38 +68,32 @@ def parse_names(text: str) -> list[str]:
     return names
 
 
-def _prior(names: Sequence[str], arguments: argparse.Namespace) -> dict[str, float] | None:
-    """What to expect of networks: from the errors on earlier tasks, from the distances of their sources, or from both."""
+def _prior(arguments: argparse.Namespace) -> dict[str, float] | None:
+    """What to expect of networks: their errors on earlier tasks, near ones first if there are embeddings."""
     from ..analysis import selection
     from ..analysis.distance import centred_distance
 
-    if (arguments.sources is None) != (arguments.embedding is None):
-        raise ValueError(
-            "--sources and --embedding go together: distances are from the sources to the folder's embedding"
-        )
-    known: dict[str, Embedding] = {}
-    if arguments.sources is not None:
-        found, embeddings = load_embeddings([*arguments.sources, arguments.embedding])
-        known, folder = dict(zip(found[:-1], embeddings[:-1], strict=True)), embeddings[-1]
     if arguments.errors is None:
-        if arguments.sources is None:
-            return None
-        bank = [known[name] for name in names if name in known]
-        if len(bank) < 3:
+        if arguments.earlier or arguments.embedding:
             raise ValueError(
-                f"{len(bank)} networks have a source of their name, expected at least 3: there are {', '.join(known)}"
+                "--earlier and --embedding need the networks' errors on the earlier tasks: pass --errors too"
             )
-        distances = centred_distance(bank, [folder], bank=bank)[:, 0]
-        return dict(zip((name for name in names if name in known), (-distances).tolist(), strict=True))
+        return None
+    if (arguments.earlier is None) != (arguments.embedding is None):
+        raise ValueError(
+            "--earlier and --embedding go together: distances are from earlier tasks to the folder's embedding"
+        )
     tasks, experts, errors = selection.read_errors(arguments.errors)
-    if arguments.sources is None:
-        return dict(zip(experts, (-selection.predict_errors(errors)[0]).tolist(), strict=True))
-    if missing := [name for name in (*experts, *tasks) if name not in known]:
-        raise ValueError(f"no source of {missing[0]!r}: there are {', '.join(known)}")
-    bank = [known[name] for name in experts]
-    to_tasks = centred_distance(bank, [known[name] for name in tasks], bank=bank)
-    predicted = selection.predict_errors(errors, [to_tasks], [centred_distance(bank, [folder], bank=bank)])
-    return dict(zip(experts, (-predicted[0]).tolist(), strict=True))
+    distances = None
+    if arguments.earlier is not None:
+        names, embeddings = load_embeddings([*arguments.earlier, arguments.embedding])
+        known = dict(zip(names[:-1], embeddings[:-1], strict=True))
+        if missing := [name for name in tasks if name not in known]:
+            raise ValueError(f"no embedding of the earlier task {missing[0]!r}: there are {', '.join(known)}")
+        earlier = [known[name] for name in tasks]
+        distances = centred_distance(earlier, [embeddings[-1]])
+    predicted = selection.predict_errors(errors, distances)[0]
+    return dict(zip(experts, (-predicted).tolist(), strict=True))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -111,11 +103,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     if len(arguments.embeddings) != 1 or not arguments.embeddings[0].is_dir():
         raise ValueError("--zoo ranks networks for one folder of images, with one sub-folder for each class")
-    names = parse_names(arguments.zoo)
     ranking = rank_zoo(
         arguments.embeddings[0],
-        names,
-        prior=_prior(names, arguments),
+        parse_names(arguments.zoo),
+        prior=_prior(arguments),
         shortlist=arguments.shortlist,
         budget=arguments.budget,
         first_images=arguments.first_images,

@@ -183,7 +183,7 @@ def test_a_sure_discriminant_keeps_its_digits():
 
 
 def test_sfda_and_ped_saturate_with_fewer_images_than_features():
-    """Both then see perfectly separated classes, whatever the features are: their likelihoods are one, by their formulas."""
+    """Both then see perfectly separated classes, whatever the features are: their likelihoods are one."""
     networks = [
         problem(images=60, dimension=200, spread=spread, seed=seed)[0] for seed, spread in enumerate((0.2, 1.0))
     ]

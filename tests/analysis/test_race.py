@@ -1,4 +1,4 @@
-"""The race of networks on likelihoods that are given: who leaves when, what it costs, and what stays within a budget."""
+"""The race of networks on given likelihoods: who leaves when, what it costs, and what the budget allows."""
 
 import numpy as np
 import pytest
@@ -18,8 +18,8 @@ def runners(scores: list[float], noise: float = 0.1, shared: float = 1.0, seed: 
 
 def test_sure_losers_leave_first_and_pairs_decide():
     left = []
-    ranked, cost = run_race(runners([0, -3, -0.02, -1]), ROUNDS, leaves=lambda runner: left.append(runner.name))
-    assert [runner.name for runner in ranked][:1] == ["0"]
+    ranked, cost = run_race(runners([0, -3, -0.02, -1], seed=3), ROUNDS, leaves=lambda runner: left.append(runner.name))
+    assert {runner.name for runner in ranked[:2]} == {"0", "2"}
     assert {runner.name: len(runner.likelihoods) for runner in ranked} == {"0": 40, "2": 40, "3": 10, "1": 10}
     assert sorted(left) == ["1", "3"]
     assert cost == pytest.approx((2 * 40 + 2 * 10) / (4 * 40))

@@ -202,58 +202,48 @@ def test_compare() -> None:
     assert rows[1][1] == f"{100 * found['chance'].mean():.1f} %"
 
 
-def test_predicted_errors_are_a_ridge_regression() -> None:
+def test_predicted_errors_are_weighted_means() -> None:
     rng = np.random.default_rng(0)
     t, e, n = 7, 4, 3
-    errors = rng.uniform(0.002, 0.6, (t, e))
+    errors, distances = rng.uniform(0.002, 0.6, (t, e)), rng.random((t, n))
     errors[2, 1] = errors[5, 3] = np.nan
-    distances, new = rng.random((2, e, t)), rng.random((2, e, n))
-    new[0, 2, 1] = new[1, 2, 1] = np.nan
-    found = predict_errors(errors, distances, new, floor=0.01, penalty=2.0)
-    # The same by plain loops: one row of the design for each known error.
-    rows, targets = [], []
-    for k in range(t):
-        usable = [j for j in range(e) if not np.isnan(errors[k, j])]
-        logs = {j: math.log(max(errors[k, j], 0.01)) for j in usable}
-        for j in usable:
-            row = [(d[j, k] - np.mean(d[usable, k])) / np.std(d[usable, k]) for d in distances]
-            rows.append(row + [float(i == j) for i in range(e)])
-            targets.append(logs[j] - np.mean(list(logs.values())))
-    # The penalty is a row that says: this offset is zero.
-    rows += [[0, 0, *(math.sqrt(2.0) * (i == j) for i in range(e))] for j in range(e)]
-    weights = np.linalg.lstsq(np.array(rows), np.array(targets + [0.0] * e), rcond=None)[0]
-    for k in range(n):
-        usable = [j for j in range(e) if not np.isnan(new[0, j, k])]
-        for j in usable:
-            row = [(d[j, k] - np.mean(d[usable, k])) / np.std(d[usable, k]) for d in new]
-            assert found[k, j] == pytest.approx(weights[:2] @ row + weights[2 + j], rel=1e-6)
+    found = predict_errors(errors, distances, bandwidth=0.3, shrinkage=0.7, floor=0.01)
+    plain = predict_errors(errors, floor=0.01)[0]
+    logs = []
+    for row in errors:
+        usable = [math.log(max(x, 0.01)) for x in row if not np.isnan(x)]
+        logs.append([None if np.isnan(x) else math.log(max(x, 0.01)) - sum(usable) / len(usable) for x in row])
+    for j in range(e):
+        column = [row[j] for row in logs if row[j] is not None]
+        assert plain[j] == pytest.approx(sum(column) / (len(column) + 1))
+        for k in range(n):
+            weights = [math.exp(-(distances[i, k] - min(distances[:, k])) / 0.3) for i in range(t)]
+            pairs = [(w, row[j]) for w, row in zip(weights, logs, strict=True) if row[j] is not None]
+            total = sum(w * x for w, x in pairs) + 0.7 * plain[j]
+            assert found[k, j] == pytest.approx(total / (sum(w for w, _ in pairs) + 0.7))
 
 
-def test_predicted_errors_tell_good_experts_from_near_ones() -> None:
-    rng = np.random.default_rng(1)
-    quality, distances = np.array([0.0, 0.7, 1.4]), rng.random((3, 40))
-    errors = np.exp(-4 + quality + 2 * distances.T + 0.01 * rng.normal(size=(40, 3)))
-    first, rest = slice(0, 30), slice(30, 40)
-    predicted = predict_errors(errors[first], [distances[:, first]], [distances[:, rest]], penalty=1e-6)
-    # The distances of a task are in units of their spread, so the sizes differ a little and the order does not.
-    assert np.mean(predicted.argmin(1) == errors[rest].argmin(1)) >= 0.9
-    alone = predict_errors(errors[first])
-    assert alone.shape == (1, 3)
-    assert np.argsort(alone[0]).tolist() == [0, 1, 2]
-    # An expert with one known error is shrunk more than one with many.
-    few = errors[first].copy()
-    few[1:, 2] = np.nan
-    assert 0 < predict_errors(few)[0, 2] < alone[0, 2]
+def test_predicted_errors_follow_near_tasks_as_far_as_they_are_near() -> None:
+    errors = np.array([[0.1, 0.4], [0.1, 0.4], [0.3, 0.2]])
+    near = np.array([[0.8], [0.8], [0.1]])
+    assert predict_errors(errors, near).argmin() == 1
+    assert predict_errors(errors, near, bandwidth=100).argmin() == 0
+    assert predict_errors(errors, near, shrinkage=100).argmin() == 0
+    # An expert without an error near the task keeps its mean, also with no shrinkage at all.
+    errors[2, 1] = np.nan
+    errors[2, 0] = 0.2
+    far = np.array([[1e3], [1e3], [0.0]])
+    assert predict_errors(errors, far, shrinkage=0)[0, 1] == predict_errors(errors)[0, 1]
 
 
 def test_predicted_errors_refuse_what_does_not_fit() -> None:
     errors = np.full((4, 3), 0.1)
-    with pytest.raises(ValueError, match="1 kinds of distances to earlier tasks and 0 to new ones"):
-        predict_errors(errors, [np.zeros((3, 4))])
-    with pytest.raises(ValueError, match=r"distances are \[4, 3\], expected finite numbers \[3, 4\]"):
-        predict_errors(errors, [np.zeros((4, 3))], [np.zeros((3, 2))])
-    with pytest.raises(ValueError, match="expected finite numbers"):
-        predict_errors(errors, [np.full((3, 4), np.inf)], [np.zeros((3, 2))])
+    for distances in (np.zeros((3, 4)), np.zeros(4), np.full((4, 2), np.nan)):
+        with pytest.raises(ValueError, match=r"expected finite numbers \[4, N\]"):
+            predict_errors(errors, distances)
+    for wrong in ({"bandwidth": 0}, {"shrinkage": -1}, {"floor": 0}):
+        with pytest.raises(ValueError, match="expected a positive bandwidth"):
+            predict_errors(errors, np.zeros((4, 1)), **wrong)
 
 
 def test_embeddings_must_be_comparable() -> None:
