@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from t2v_fast import FisherRecorder
 from t2v_fast.estimation.packing import segments_of
-from t2v_fast.gradients.factors import Factors
+from t2v_fast.gradients.factors import Factors, Summed
 from t2v_fast.gradients.grouped import Grouped
 from t2v_fast.gradients.owners import EACH, ListedRows, Owned, Sole
 from t2v_fast.gradients.ragged import Ragged, groups_of
@@ -53,12 +53,14 @@ def test_squares(tied: bool, attention: str, granularity: str) -> None:
     ) as recorder:
         recorder.observer = lambda use, factors, *rest: kinds.setdefault(use.parameter, type(factors))
         found = recorder.backward(model(**row), u, weights, segments=segments)
-    # A linear weight takes rows as they lie. All other parameters, and a table that is tied, have groups of examples.
+    # A linear weight takes rows as they lie. All other parameters have groups of examples. The gradients of a tied table
+    # are formed, since its rows are fewer than the positions.
     linear = {name for name, kind in kinds.items() if kind is Grouped}
     layers = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear)}
     tables = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding)}
     assert linear == {name for name, p in model.named_parameters() if id(p) in layers - tables}
-    assert {kinds[name] for name in kinds.keys() - linear} == {Ragged}
+    assert {kinds[name] for name in kinds.keys() - linear - {"tokens.weight"}} == {Ragged}
+    assert kinds["tokens.weight"] is (Summed if tied else Ragged)
     for name, p in model.named_parameters():
         each = []
         for e in range(len(LENGTHS)):
