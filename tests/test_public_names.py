@@ -44,6 +44,7 @@ CHANGED: dict[str, str] = {
     "t2v_fast.allocation.until": "visit takes the seed of each draw, so that draws are independent and can be averaged",
     "t2v_fast.head.fit_heads": "temperature, by name only",
     "t2v_fast.rules.factors_of": "alone, the last, and with a default",
+    "t2v_fast.rules.register_rule": "segments, by name only, and with a default",
     "t2v_fast.rules.Rule": "segments, the last: register_rule makes these objects",
     "t2v_fast.graph.Use": "stack, the last: only the library makes these objects",
     "t2v_fast.FisherDiagonal": _ENTRIES,
