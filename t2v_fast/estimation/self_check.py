@@ -37,11 +37,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..gradients import network_state
 from ..gradients.attention import APART
@@ -56,6 +55,7 @@ from ..gradients.tensor_parallel import whole
 from ..ops import planner
 from .counting import Count, Counting, counting_over_examples, described, is_half, layer_with_capacity
 from .packing import part_of
+from .runs import Place, Run, part_of_batch, places_of
 
 # How far the squares of two examples may differ from plain autograd, relative to the norm of a parameter's squares. The
 # error of a wrong rule is of order one. Rounding, and a rare ReLU that flips, stay far below these tolerances.
@@ -158,7 +158,7 @@ class SelfCheck:
 
     def _check_batch(self, inputs: Any, logits: Tensor, segments: Tensor | None) -> None:
         n = logits.shape[0] if segments is None else int(segments.max()) + 1
-        self._whole = whole = _Run(logits, _places(n, segments), segments)
+        self._whole = whole = Run(logits, places_of(n, segments), segments)
         if n > 1:
             self._batches += 1
         single = n == 1 and not (self._batches or self._single)
@@ -204,7 +204,7 @@ class SelfCheck:
             self._halves(inputs, whole, range(n))
             self._verdict.second = True
 
-    def _first(self, inputs: Any, whole: _Run) -> None:
+    def _first(self, inputs: Any, whole: Run) -> None:
         """Check the first batch of two or more examples, or the first batch of one."""
         n = len(whole)
         examples = [n // 2, n - 1] if n > 2 else list(range(n))
@@ -216,7 +216,7 @@ class SelfCheck:
         elif n > 2:
             self._halves(inputs, whole, [e for e in range(n) if e not in examples])
 
-    def _look_for_counting(self, inputs: Any, counts: Sequence[Count], example: int, whole: _Run) -> None:
+    def _look_for_counting(self, inputs: Any, counts: Sequence[Count], example: int, whole: Run) -> None:
         """Note a layer that counts along a longer axis for two examples, which gave ``counts``, than for one."""
         with Counting() as counting, torch.no_grad():
             self._run(inputs, [example])
@@ -230,11 +230,11 @@ class SelfCheck:
                 f"depend on others, and {dtype} is too coarse to tell: {_NO_CAPACITY}, or use float32"
             )
 
-    def _each_alone(self, inputs: Any, whole: _Run) -> None:
+    def _each_alone(self, inputs: Any, whole: Run) -> None:
         for example in range(len(whole)):
             self._alone(inputs, whole, example)
 
-    def _halves(self, inputs: Any, whole: _Run, examples: Sequence[int]) -> None:
+    def _halves(self, inputs: Any, whole: Run, examples: Sequence[int]) -> None:
         """Compare the logits of some examples, each half of the batch run apart, with those of the batch."""
         n = len(whole)
         # In half precision, the worst of many examples may differ by more than the typical rounding error.
@@ -243,7 +243,7 @@ class SelfCheck:
                 if some := [e for e in half if e in examples]:
                     self._compare(inputs, whole, some, "with half of its batch" if n > 2 else "alone")
 
-    def _alone(self, inputs: Any, whole: _Run, example: int) -> None:
+    def _alone(self, inputs: Any, whole: Run, example: int) -> None:
         self._compare(inputs, whole, [example], "alone")
 
     def _coarsest(self, logits: Tensor) -> torch.dtype:
@@ -254,13 +254,13 @@ class SelfCheck:
     def _tolerance(self, logits: Tensor) -> float:
         return SELF_CHECK_TOLERANCE[self._coarsest(logits)]
 
-    def _compare(self, inputs: Any, whole: _Run, examples: list[int], how: str) -> None:
+    def _compare(self, inputs: Any, whole: Run, examples: list[int], how: str) -> None:
         """Compare the logits of some examples, run as a batch of their own, with those of the whole batch."""
         with torch.no_grad():
             found = self._run(inputs, examples)
         self._agree(found, whole, examples, how)
 
-    def _agree(self, found: _Run, whole: _Run, examples: list[int], how: str) -> None:
+    def _agree(self, found: Run, whole: Run, examples: list[int], how: str) -> None:
         """Raise SelfCheckError unless the logits that were found for some examples are those of the whole batch."""
         logits = whole.logits.detach()
         tolerance = self._tolerance(whole.logits)
@@ -288,19 +288,19 @@ class SelfCheck:
                 "mixes them" + ("" if whole.segments is None else f" ({APART})")
             )
 
-    def _run(self, inputs: Any, examples: list[int]) -> _Run:
+    def _run(self, inputs: Any, examples: list[int]) -> Run:
         """Run some examples of the batch as a batch of their own."""
         if self._whole.segments is not None:
             part, segments = part_of(inputs, self._whole.segments, examples)
-            return _Run(self.forward(part), _places(len(examples), segments), segments)
+            return Run(self.forward(part), places_of(len(examples), segments), segments)
         n = len(self._whole)
         try:
-            return _Run(self.forward(_part(inputs, examples, n)), list(range(len(examples))))
+            return Run(self.forward(part_of_batch(inputs, examples, n)), list(range(len(examples))))
         except Exception:  # the network may need n examples: fill the batch with copies of the first of these
             filled = [e if e in examples else examples[0] for e in range(n)]
-            return _Run(self.forward(_part(inputs, filled, n)), list(examples))
+            return Run(self.forward(part_of_batch(inputs, filled, n)), list(examples))
 
-    def _gradients(self, inputs: Any, whole: _Run, examples: list[int]) -> None:
+    def _gradients(self, inputs: Any, whole: Run, examples: list[int]) -> None:
         """Compare squared gradients of some examples, as a batch of their own, with plain autograd of each example.
 
         The logits of the batch of their own, and of each example alone, are compared with those of the ``whole`` batch.
@@ -409,40 +409,7 @@ class SelfCheck:
         return None
 
 
-Place = int | tuple[int, Tensor]  # where an example's logits lie: a row, or positions of a packed row
-
-
-def _places(n: int, segments: Tensor | None) -> list[Place]:
-    if segments is None:
-        return list(range(n))
-    return [(0, (segments == e).nonzero()[:, 0]) for e in range(n)]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """The logits of a batch, and where those of each example lie."""
-
-    logits: Tensor
-    places: list[Place]
-    segments: Tensor | None = None  # of a packed row
-
-    def __len__(self) -> int:
-        """The number of examples."""
-        return len(self.places)
-
-    @property
-    def rows(self) -> list[int]:
-        """The rows of the examples among the recorder's results."""
-        return [place if isinstance(place, int) else e for e, place in enumerate(self.places)]
-
-    def each(self, examples: Sequence[int] | None = None) -> list[Tensor]:
-        """The logits of some examples, without a graph: all in one tensor, or one for each sequence of a packed row."""
-        places = self.places if examples is None else [self.places[e] for e in examples]
-        logits = self.logits.detach()
-        return [logits[cast(list[int], places)]] if self.segments is None else [logits[place][None] for place in places]
-
-
-_NOTHING = _Run(torch.empty(0), [])
+_NOTHING = Run(torch.empty(0), [])
 
 
 @dataclass
@@ -513,14 +480,6 @@ def _spread(logits: Tensor, robust: bool) -> float:
     apart = (z - centre).abs().flatten()
     spread = float(apart[:: -(-len(apart) // 2**20)].quantile(0.5) if robust else apart.max())
     return max(spread, 1e3 * torch.finfo(logits.dtype).eps * float(z.abs().median()))
-
-
-def _part(inputs: Any, examples: list[int], n: int) -> Any:
-    """Some examples of a batch; inputs without an axis of n examples are passed on unchanged."""
-    return tree_map(
-        lambda t: t[examples] if isinstance(t, Tensor) and t.dim() and t.shape[0] == n else t,
-        inputs,
-    )
 
 
 def _coarsest(recorder: FisherRecorder, logits: Tensor) -> torch.dtype:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import planner, reference
-from .factors import Factors, Outer, Product, Reuse, Scatter, Tied, accumulate_rank_one_
+from .factors import Factors, Outer, Product, Reuse, Scatter, accumulate_rank_one_
 from .owners import ListedRows, Owned, Owner, PaddedRows
+from .tied import tied
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def concatenated(factors: Sequence[Factors]) -> Factors | None:
         return joined(factors[1:])
     kinds = {type(f) for f in factors}
     if kinds == {Outer, Scatter}:
-        return _tied(*(concatenated([f for f in factors if isinstance(f, kind)]) for kind in (Outer, Scatter)))
+        return tied(*(concatenated([f for f in factors if isinstance(f, kind)]) for kind in (Outer, Scatter)))
     if len(kinds) > 1 or len({f.g.shape[2:] for f in factors if isinstance(f, (Outer, Scatter))}) > 1:
         return None  # one of the layers sees the parameter in another shape
     if all(isinstance(f, Outer) and f.of_input == first.of_input and f.x.shape[2] == first.x.shape[2] for f in factors):
@@ -164,11 +165,3 @@ def concatenated(factors: Sequence[Factors]) -> Factors | None:
     if all(isinstance(f, Product) for f in factors):
         return Product(torch.cat([f.terms(0, len(f.g)) for f in factors], 1))
     return None
-
-
-def _tied(layer: Factors | None, table: Factors | None) -> Tied | None:
-    """Join a linear layer and the lookups of a table with the same entries; None where sums of gradients are better."""
-    if not isinstance(layer, Outer) or not isinstance(table, Scatter):
-        return None
-    fits = layer.g.shape[2] == table.rows and layer.x.shape[2] == table.g.shape[2] and len(layer.g) == len(table.g)
-    return Tied(layer, table) if fits and table.index.shape[1] < table.rows else None

@@ -6,6 +6,8 @@ cotangent of the output. Row n of the direction belongs to example n, and sends 
 graph that example n owns. The recorder reads the cotangents at the taps (:mod:`t2v_fast.gradients.graph`) and turns
 them into factors (:mod:`t2v_fast.gradients.rules`), from which the ops compute squares of per-example gradients. No
 per-example gradient of a weight is stored on the usual route.
+
+This file is long because the class has one pass, whose steps share the recorder's state.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from t2v_fast import FisherRecorder, SelfCheckError, UnsupportedError, fisher
 from t2v_fast.estimation import self_check
 from t2v_fast.estimation.packing import part_of, segments_of, shifted
-from t2v_fast.gradients.factors import Tied
+from t2v_fast.gradients.tied import Tied
 
 LENGTHS = (3, 6, 2, 4, 1, 5)
 TEXTS = sequences(LENGTHS)

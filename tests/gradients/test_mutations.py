@@ -269,7 +269,7 @@ MUTATIONS = [
     ),
     Mutation(
         "only one of two kinds of uses of a parameter counted",
-        function(t2v_fast.gradients.factors.Tied, "filter_sums", layer_alone),
+        function(t2v_fast.gradients.tied.Tied, "filter_sums", layer_alone),
         TWO_KINDS,
         SELF_CHECK,
     ),

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import t2v_fast
 from t2v_fast import FisherRecorder
-from t2v_fast.gradients import factors
+from t2v_fast.gradients import tied as tied_module
 
 ROWS, WIDTH = 11, 5
 
@@ -48,7 +48,7 @@ def truth(model: nn.Module, tokens: Tensor, u: Tensor) -> Tensor:
 def test_squares(
     tokens: list[list[int]], padding: int | None, twice: bool, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(factors, "TIED_ROWS", block)
+    monkeypatch.setattr(tied_module, "TIED_ROWS", block)
     torch.manual_seed(0)
     model, ids = Text(ROWS, padding, twice).double(), torch.tensor(tokens)
     u = torch.randn(2, *ids.shape, ROWS, dtype=torch.float64)
@@ -64,7 +64,7 @@ def test_squares(
             recorder.observer = lambda use, found, *rest, seen=seen: seen.append(type(found))
             q = recorder.backward(model(ids), u, weights if granularity == "parameter" else None)["table.weight"]
         torch.testing.assert_close(q, expected, rtol=1e-10, atol=1e-13)
-        assert (factors.Tied in seen) == (ids.shape[1] * (1 + twice) < ROWS)
+        assert (tied_module.Tied in seen) == (ids.shape[1] * (1 + twice) < ROWS)
 
 
 def test_more_positions_than_rows_are_summed_first() -> None:
