@@ -170,7 +170,8 @@ class SelfCheck:
             return
         first = single or self._batches == 1
         state = network_state.state_of(self.recorder.model)
-        key = network_state.extended(self._network, inputs) if due and first else None
+        # A packed row does not tell by its shape how many examples it has.
+        key = network_state.extended(self._network, (inputs, n)) if due and first else None
         verdict: _Verdict | None = state.get(key)
         if drew or (due and verdict is None):
             self.recorder.check(logits, segments)
