@@ -31,7 +31,7 @@ def said_on_its_page(name: str, printed: str) -> bool:
 
 
 def test_each_example_has_a_page() -> None:
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 7
     assert sorted(p.stem for p in (ROOT / "docs" / "tutorials").glob("*.md")) == EXAMPLES
 
 

@@ -12,7 +12,8 @@ Convolutions over images smaller than their kernel
     where the processor has dot products of 16-bit integers, and in float32 elsewhere. Fixed point adds about as much
     error as rounding to bfloat16.
 Depthwise convolutions with strides in bfloat16, and all products on processors without instructions for bfloat16
-    torch takes ten times as long as in float32 and more, so they are computed in float32 (:mod:`bfloat16_layers`).
+    torch takes ten times as long as in float32 and more, so they are computed in float32
+    (:mod:`~t2v_fast.gradients.bfloat16_layers`).
 Batch norms in evaluation mode
     The layer is linear, so its input gradient is the batch norm without the shift. torch reads the input again, and
     sums the gradients of the parameters.

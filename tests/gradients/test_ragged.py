@@ -53,8 +53,8 @@ def test_squares(tied: bool, attention: str, granularity: str) -> None:
     ) as recorder:
         recorder.observer = lambda use, factors, *rest: kinds.setdefault(use.parameter, type(factors))
         found = recorder.backward(model(**row), u, weights, segments=segments)
-    # A linear weight takes rows as they lie. All other parameters have groups of examples. The gradients of a tied table
-    # are formed, since its rows are fewer than the positions.
+    # A linear weight takes rows as they lie. All other parameters have groups of examples. A tied table has fewer rows
+    # than there are positions, so its gradients are formed.
     linear = {name for name, kind in kinds.items() if kind is Grouped}
     layers = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear)}
     tables = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding)}
