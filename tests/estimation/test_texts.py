@@ -326,9 +326,9 @@ def test_gradient_norms_refuse_texts_that_could_be_read_in_two_ways() -> None:
 
     with pytest.raises(ValueError, match=re.escape("pass shift_labels=True, or False")):
         gradient_norms(model, [padded(TEXTS)])
-    with pytest.raises(ValueError, match="position_ids begin anew within a row. packed=True"):
+    with pytest.raises(ValueError, match=re.escape("position_ids begin anew within a row. packed=True")):
         gradient_norms(model, [packed(TEXTS)], shift_labels=True)
-    with pytest.raises(ValueError, match="packed=True is for the default loss"):
+    with pytest.raises(ValueError, match="is for the default loss"):
         gradient_norms(model, [packed(TEXTS)], loss, packed=True)
     own = gradient_norms(model, [padded(TEXTS)], loss)
     assert torch.allclose(own.total, gradient_norms(model, [padded(TEXTS)], shift_labels=True).total)
