@@ -503,7 +503,7 @@ def _spread(logits: Tensor, robust: bool) -> float:
     """How far the logits of an example spread around their median; at least a multiple of their rounding error.
 
     ``robust`` takes the median spread, so that a masked class does not count. Otherwise the largest spread is taken,
-    which half precision needs.
+    which half precision needs. Rows whose logits are all alike do not count, such as tokens with zero vectors.
     """
     z = logits.reshape(-1, logits.shape[-1])
     z = z[:: -(-z.numel() // 2**22)].double()  # of a language model's tokens, some are enough
@@ -511,7 +511,11 @@ def _spread(logits: Tensor, robust: bool) -> float:
     # smallest margin of all examples.
     centre = (z.median(1, keepdim=True).values - (-z).median(1, keepdim=True).values) / 2
     centre = centre if z.shape[1] > 1 else z.median()
-    apart = (z - centre).abs().flatten()
+    apart = (z - centre).abs()
+    differs = (apart > 0).any(1)
+    if bool(differs.any()):
+        z, apart = z[differs], apart[differs]
+    apart = apart.flatten()
     spread = float(apart[:: -(-len(apart) // 2**20)].quantile(0.5) if robust else apart.max())
     return max(spread, 1e3 * torch.finfo(logits.dtype).eps * float(z.abs().median()))
 
