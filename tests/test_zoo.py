@@ -299,6 +299,14 @@ def test_priors_from_errors_and_near_tasks(tmp_path):
         prior(earlier=earlier, embedding=mine)
     with pytest.raises(ValueError, match="no embedding of the earlier task 'task 2'"):
         prior(errors=table, earlier=earlier[:2], embedding=mine)
+    with pytest.raises(ValueError, match="two embeddings of --earlier are of a task called 'task 1'"):
+        prior(errors=table, earlier=[*earlier, earlier[1]], embedding=mine)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="--embedding is the file of one embedding, got the folder"):
+        prior(errors=table, earlier=earlier, embedding=tmp_path / "empty")
+    table.write_text("task,timm/a,b,c\ntask 2,0.1,0.2,\ntask 0,0.2,0.1,\ntask 1,0.3,,\n")
+    assert prior(errors=table) == found  # nothing is known of c, which the shortlist does not leave out
+    assert prior(errors=table, earlier=earlier, embedding=mine) == near
 
 
 def test_a_race_without_scores_has_no_picture(tmp_path):

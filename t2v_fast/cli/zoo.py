@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 
@@ -86,14 +87,20 @@ def _prior(arguments: argparse.Namespace) -> dict[str, float] | None:
     tasks, experts, errors = selection.read_errors(arguments.errors)
     distances = None
     if arguments.earlier is not None:
+        if arguments.embedding.is_dir():
+            raise ValueError(f"--embedding is the file of one embedding, got the folder {arguments.embedding}")
         names, embeddings = load_embeddings([*arguments.earlier, arguments.embedding])
         known = dict(zip(names[:-1], embeddings[:-1], strict=True))
         if missing := [name for name in tasks if name not in known]:
             raise ValueError(f"no embedding of the earlier task {missing[0]!r}: there are {', '.join(known)}")
+        if twice := [name for name in tasks if names[:-1].count(name) > 1]:
+            raise ValueError(f"two embeddings of --earlier are of a task called {twice[0]!r}: pass one of them")
         earlier = [known[name] for name in tasks]
         distances = centred_distance(earlier, [embeddings[-1]])
     predicted = selection.predict_errors(errors, distances)[0]
-    return dict(zip(experts, (-predicted).tolist(), strict=True))
+    # Nothing is known of a network without any error: it runs, as networks do that are not in the table.
+    met = (~np.isnan(errors)).any(0)
+    return {name: -value for name, value, known in zip(experts, predicted.tolist(), met, strict=True) if known}
 
 
 def run(arguments: argparse.Namespace) -> int:

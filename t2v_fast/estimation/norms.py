@@ -16,6 +16,7 @@ from .batches import Batch, Forward, Mask, forward_passes
 from .cotangents import cotangents
 from .estimator import default_forward, default_mask
 from .likelihoods import Likelihood, get_likelihood
+from .packing import Texts
 
 Loss = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -103,6 +104,8 @@ def gradient_norms(
     device: str | torch.device | None = None,
     forward: Forward = default_forward,
     mask: Mask = default_mask,
+    shift_labels: bool | None = None,
+    packed: bool | None = None,
     channels_last: bool = True,
     progress: bool = False,
 ) -> GradientNorms:
@@ -127,6 +130,10 @@ def gradient_norms(
         device: Where inputs are moved to; by default where the first parameter is.
         forward: Runs the model: ``forward(model, inputs)`` returns the logits.
         mask: ``mask(inputs, labels)`` returns which tokens count by default, [N, T], or None for all.
+        shift_labels: As for :func:`t2v_fast.fisher`. A ``loss`` of one's own gets the labels as they are, unless this
+            is true.
+        packed: As for :func:`t2v_fast.fisher`: true takes each sequence of a packed row as an example. It is for the
+            default loss, as a ``loss`` of one's own returns a number for each row.
         channels_last: Convert images and convolution weights to this memory format, which is faster.
         progress: Show a progress bar.
 
@@ -151,16 +158,19 @@ def gradient_norms(
         True
     """
     likelihood = get_likelihood(likelihood)
+    if loss is not None and packed:
+        raise ValueError("packed=True is for the default loss: a loss of one's own returns a number for each row")
+    texts = Texts(False if loss is not None and shift_labels is None else shift_labels, packed)
     recorder = FisherRecorder(model, parameters, "tensor", unsupported=unsupported)
     if device is None:
         device = next(iter(recorder.parameters.values())).device
     parts: list[GradientNorms] = []
     with forward_passes(
-        recorder, forward, device, mask, channels_last=channels_last, self_check=self_check
+        recorder, forward, device, mask, channels_last=channels_last, self_check=self_check, texts=texts
     ) as batches_of:
         for batch in batches_of(tqdm(loader, desc="norms", unit="batch", disable=not progress, leave=False)):
             u = _score(batch, likelihood) if loss is None else _of_loss(batch, loss)
-            parts.append(GradientNorms.of(recorder, recorder.backward(batch.logits, u)))
+            parts.append(GradientNorms.of(recorder, recorder.backward(batch.logits, u, segments=batch.segments)))
     if not parts:
         raise ValueError("the loader gave no example")
     skipped = frozenset().union(*(part.skipped for part in parts))

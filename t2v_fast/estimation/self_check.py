@@ -170,7 +170,8 @@ class SelfCheck:
             return
         first = single or self._batches == 1
         state = network_state.state_of(self.recorder.model)
-        key = network_state.extended(self._network, inputs) if due and first else None
+        # A packed row does not tell by its shape how many examples it has.
+        key = network_state.extended(self._network, (inputs, n)) if due and first else None
         verdict: _Verdict | None = state.get(key)
         if drew or (due and verdict is None):
             self.recorder.check(logits, segments)
@@ -469,7 +470,7 @@ def _spread(logits: Tensor, robust: bool) -> float:
     """How far the logits of an example spread around their median; at least a multiple of their rounding error.
 
     ``robust`` takes the median spread, so that a masked class does not count. Otherwise the largest spread is taken,
-    which half precision needs.
+    which half precision needs. Rows whose logits are all alike do not count, such as tokens with zero vectors.
     """
     z = logits.reshape(-1, logits.shape[-1])
     z = z[:: -(-z.numel() // 2**22)].double()  # of a language model's tokens, some are enough
@@ -477,7 +478,11 @@ def _spread(logits: Tensor, robust: bool) -> float:
     # smallest margin of all examples.
     centre = (z.median(1, keepdim=True).values - (-z).median(1, keepdim=True).values) / 2
     centre = centre if z.shape[1] > 1 else z.median()
-    apart = (z - centre).abs().flatten()
+    apart = (z - centre).abs()
+    differs = (apart > 0).any(1)
+    if bool(differs.any()):
+        z, apart = z[differs], apart[differs]
+    apart = apart.flatten()
     spread = float(apart[:: -(-len(apart) // 2**20)].quantile(0.5) if robust else apart.max())
     return max(spread, 1e3 * torch.finfo(logits.dtype).eps * float(z.abs().median()))
 

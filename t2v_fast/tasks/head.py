@@ -21,6 +21,7 @@ DEFAULTS = {"newton": (100, 1e-10), "lbfgs": (3000, 1e-7), "adam": (0, 0.0)}  # 
 CROSS_VALIDATED = "cv"
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # the weight decays that cross-validation chooses from
 FOLDS = 5
+COLDEST, HOTTEST = 1e-6, 1e6  # temperatures; far beyond these, weights or their Fisher leave the range of float32
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,9 @@ def fit_heads(
         method: ``"newton"``, ``"lbfgs"`` or ``"adam"``.
         weight_decay: the penalty, or ``"cv"`` for the value of :data:`GRID` that :func:`cross_validate` finds best for
             each task.
-        temperature: divide the fitted weights and bias by this number. The classes keep their order. Far above 1,
-            every class is nearly as likely as the others in every example; ``docs/selection.md`` says when that helps.
+        temperature: divide the fitted weights and bias by this number, from 1e-6 to 1e6. The classes keep their order.
+            Far above 1, every class is nearly as likely as the others in every example; ``docs/selection.md`` says when
+            that helps.
         seed: seed of ``"adam"`` and of the cross-validation.
         max_iterations: see above.
         tolerance: see above.
@@ -124,8 +126,8 @@ def fit_heads(
             the optimum needs one.
     """
     _check_options(likelihood, method, weight_decay)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, expected a finite number above 0")
+    if isinstance(temperature, (str, bool)) or not COLDEST <= temperature <= HOTTEST:
+        raise ValueError(f"temperature is {temperature!r}, expected a number from {COLDEST:g} to {HOTTEST:g}")
     _check_features(features)
     fits: dict[str, HeadFit] = {}
     if weight_decay == CROSS_VALIDATED:  # each task gets its own penalty

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from collections.abc import Callable, Mapping
@@ -328,7 +329,7 @@ class Settings:
         for name, option in OPTIONS.items():
             object.__setattr__(self, name, option.check(name, getattr(self, name)))
         fitting = self.estimator == "deflated" and self.method == "fisher"
-        if self.tolerance is not None and not (self.tolerance > 0 and fitting):
+        if self.tolerance is not None and not (0 < self.tolerance < math.inf and fitting):
             expected = "a positive number, with estimator='deflated' and method='fisher'"
             raise SettingError("tolerance", self.tolerance, expected)
         if self.method == "fisher" and self.method_options:

@@ -39,6 +39,7 @@ SLOW_BFLOAT16 = (
     "this processor has no instructions for bfloat16: products are computed in float32, so that dtype='bfloat16' saves "
     "memory but no time; dtype='float32' is more exact"
 )
+HOTTEST_HALF = 100  # the largest temperature of a head in float16, where smaller gradients are rounded to zero
 MAX_CPU_BATCH_PIXELS = 8 * 224**2  # in a batch on a CPU: the activations of more pixels leave its caches
 
 
@@ -141,6 +142,12 @@ class Stages:
         tasks = {run.data.name or "": run.head_task for run in runs}
         if len(tasks) < len(runs):
             raise ValueError("two tasks have one name, so that their heads cannot be told apart")
+        temperature = self.head_options.get("temperature", 1)
+        if dtype_of(self.probe.network) == torch.float16 and temperature > HOTTEST_HALF:
+            raise ValueError(
+                f"temperature is {temperature}, and float16 holds gradients for at most {HOTTEST_HALF}: use bfloat16 "
+                "or float32"
+            )
         fits = fit_heads(
             runs[0].features,
             tasks,

@@ -170,3 +170,28 @@ def test_which_calls_are_noted() -> None:
     longer = [c._replace(size=c.size * 2) for c in counting.counts[:1]]
     assert counting_over_examples(longer, counting.counts) == Count("cumsum", 8, None)
     assert counting_over_examples(counting.counts, counting.counts) is None
+
+
+class Words(nn.Module):
+    """A network [1, T] to [1, T, C] for packed rows, with a capacity that the sequences of a row share."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.inner = Network(Router("of_the_batch", capacity))
+        self.words = nn.Parameter(batch(2, 0.5, t=1)[:, 0])  # each wants an expert of its own
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.inner(self.words[input_ids[0]].unsqueeze(1))[None]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_rows_of_one_sequence_say_nothing_about_rows_of_several(together: bool) -> None:
+    """All rows have one shape, and only the last has more tokens for an expert than it takes."""
+    half, crowded = torch.arange(12)[None] % 2, torch.zeros(1, 12, dtype=torch.long)
+    one, several = torch.zeros(1, 12, dtype=torch.long), torch.arange(12)[None] // 4
+    first = [{"input_ids": half, "segments": one}]
+    rest = [{"input_ids": ids, "segments": several} for ids in (half, half, crowded)]
+    network = Words(6)
+    fisher(network, [*first, *rest[:2]] if together else first, packed=True)
+    with pytest.raises(SelfCheckError, match="examples interact"):
+        fisher(network, [*first, *rest] if together else rest, packed=True)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from t2v_fast import SelfCheckError, UnsupportedError, fisher
 from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.estimation.label_sets import Heads, LabelSet, fisher_of_label_sets
-from t2v_fast.estimation.self_check import SelfCheck
+from t2v_fast.estimation.self_check import SelfCheck, _spread
 from t2v_fast.gradients import network_state
 from t2v_fast.gradients.factors import Outer
 from t2v_fast.gradients.rules import RULES
@@ -679,3 +679,11 @@ def test_a_switch_is_noticed_wherever_it_is(kind: str) -> None:
     turn_on()
     with pytest.raises(SelfCheckError, match="examples interact"):
         fisher(model, [x])
+
+
+def test_rows_without_any_spread_do_not_count() -> None:
+    """Most tokens are padding with a zero vector, so that the median spread would be zero, and rounding an error."""
+    logits = torch.zeros(2, 5, 3, dtype=torch.float64)
+    assert _spread(logits, robust=True) == 0
+    logits[1, 2:4] = torch.tensor([2.0, 0.0, -2.0])
+    assert _spread(logits, robust=True) == _spread(logits[1, 2:4], robust=True) == 2

@@ -11,7 +11,7 @@ import torch
 from texts import Decoder, alone, by_filter, empirical, every_token, packed, padded, sequences
 from torch import Tensor, nn
 
-from t2v_fast import FisherRecorder, SelfCheckError, UnsupportedError, fisher
+from t2v_fast import FisherRecorder, SelfCheckError, UnsupportedError, fisher, gradient_norms
 from t2v_fast.estimation import self_check
 from t2v_fast.estimation.packing import part_of, segments_of, shifted
 from t2v_fast.gradients.tied import Tied
@@ -306,3 +306,29 @@ def test_helpers() -> None:
     assert part["max_length_q"] == 3
     assert part["use_cache"] is False
     assert part["attention_mask"][0, 0, 0].tolist() == [21, 22, 23, 18, 19]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_norms_of_sequences(model: nn.Module, form: str) -> None:
+    packs = "pack" in form or "row" in form
+    found = gradient_norms(model, FORMS[form](TEXTS), shift_labels=True, packed=packs)
+    for name, q in empirical(model, TEXTS).items():
+        torch.testing.assert_close(found[name], q.flatten(1).sum(1).sqrt(), rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_norms_refuse_texts_that_could_be_read_in_two_ways() -> None:
+    model = Decoder().double()
+
+    def loss(logits: Tensor, labels: Tensor | None) -> Tensor:
+        """Shifts the labels itself."""
+        assert labels is not None
+        return nn.functional.cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none").sum(1)
+
+    with pytest.raises(ValueError, match=re.escape("pass shift_labels=True, or False")):
+        gradient_norms(model, [padded(TEXTS)])
+    with pytest.raises(ValueError, match=re.escape("position_ids begin anew within a row. packed=True")):
+        gradient_norms(model, [packed(TEXTS)], shift_labels=True)
+    with pytest.raises(ValueError, match="is for the default loss"):
+        gradient_norms(model, [packed(TEXTS)], loss, packed=True)
+    own = gradient_norms(model, [padded(TEXTS)], loss)
+    assert torch.allclose(own.total, gradient_norms(model, [padded(TEXTS)], shift_labels=True).total)

@@ -250,7 +250,10 @@ X, Y = blobs(8)
         ({"method": "sgd"}, "unknown head method 'sgd': expected one of newton, lbfgs, adam"),
         ({"likelihood": "sigmoid"}, r"expected \[8, 4\]"),
         ({"likelihood": "poisson"}, "'poisson'"),
-        ({"temperature": 0}, "temperature is 0, expected a finite number above 0"),
+        ({"temperature": 0}, "temperature is 0, expected a number from 1e-06 to 1e"),
+        ({"temperature": 1e25}, r"temperature is 1e\+25"),  # the Fisher would be zero in float32
+        ({"temperature": 1e-40}, "temperature is 1e-40"),  # the weights would be infinite
+        ({"temperature": "2"}, "temperature is '2'"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"temperature": float("nan")}, "temperature is nan"),
     ],

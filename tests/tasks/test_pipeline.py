@@ -146,6 +146,14 @@ def test_a_flat_head_has_the_fisher_of_equally_likely_classes() -> None:
     assert relative_error(torch.from_numpy(estimated.hessian), torch.from_numpy(found.hessian)) < 1e-4
 
 
+def test_float16_has_no_flat_heads() -> None:
+    """Gradients of equally likely classes are divided by the temperature, and too small for float16."""
+    options = {"head_options": {"temperature": 1000}, "dtype": "float16"}
+    with pytest.raises(ValueError, match="temperature is 1000, and float16 holds gradients for at most 100"):
+        Task2Vec(small_probe(), **options).embed(shapes(18))
+    assert Task2Vec(small_probe(), **options | {"dtype": "bfloat16"}).embed(shapes(18)).hessian.any()
+
+
 def test_multilabel_tasks() -> None:
     images, labels = shapes(30)
     targets = np.stack([labels == 0, labels > 0], 1).astype(np.int64)

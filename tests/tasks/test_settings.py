@@ -141,6 +141,7 @@ def test_former_flags_still_answer() -> None:
         ("samples", 0, "at least 1"),
         ("samples", "two", "a whole number"),
         ("tolerance", -1.0, "a positive number, with estimator='deflated' and method='fisher'"),
+        ("tolerance", float("inf"), "a positive number, with estimator='deflated' and method='fisher'"),
         ("method", "robust", "one of fisher, variational"),
         ("task_type", "regression", "one of multiclass, multilabel"),
         ("head", "sgd", "one of newton, lbfgs, adam"),
