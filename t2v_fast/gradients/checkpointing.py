@@ -27,7 +27,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import checkpoint as torch_checkpoint
@@ -137,6 +137,12 @@ class Regions:
             t = self._unpacked(region, holder, unpack)
             self._hold(region)  # the regions around it were read for its inputs
             region.kept[holder] = t
+        if t._version > getattr(holder, "version", t._version):
+            raise self._failed(
+                region,
+                "reads a parameter that was changed in place after the forward pass, or changes a tensor in place that "
+                "a gradient needs",
+            )
         return t
 
     def _hold(self, region: _Region | None) -> None:
@@ -230,6 +236,23 @@ class _Region:
         return contexts
 
 
+def _with_version(pack: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """A hook that saves tensors as ``pack``, and keeps how often they were changed in place until then.
+
+    torch notices later changes of a saved tensor, but not of one that is recomputed. Only activations and parameters
+    count, and not the statistics that a layer updates.
+    """
+
+    @functools.wraps(pack)
+    def with_version(t: Tensor) -> Any:
+        holder = pack(t)
+        if t.requires_grad or isinstance(t if t._base is None else t._base, nn.Parameter):
+            holder.version = t._version
+        return holder
+
+    return with_version
+
+
 class _RegionHook(_Hook):  # type: ignore[misc, valid-type]
     """torch's hooks of a region, whose saved tensors are read through :class:`Regions`."""
 
@@ -237,6 +260,7 @@ class _RegionHook(_Hook):  # type: ignore[misc, valid-type]
         super().__init__(frame)
         self.regions, self.region = regions, _Region(frame, regions._innermost)
         # The graph keeps this function, which must not lead back to the graph, nor to itself.
+        self.pack_hook = _with_version(self.pack_hook)  # type: ignore[has-type]
         region, unpack = self.region, self.unpack_hook  # type: ignore[has-type]
         self.unpack_hook = lambda holder: regions._read(region, holder, unpack)
 

@@ -165,7 +165,7 @@ class FisherRecorder:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         assert self._required is not None  # since the context was entered
         try:
-            self._contexts.close()
+            self._contexts.__exit__(kind, error, trace)  # other processes of a sharded network hear of the error
         finally:
             for p, required in self._required:
                 p.requires_grad_(required)

@@ -8,6 +8,7 @@ import os
 import random
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -558,6 +559,48 @@ def test_other_random_numbers_are_refused(draw: Callable[[Tensor], Tensor]) -> N
     )
     with pytest.raises(UnsupportedError, match="draws other random numbers when it is recomputed"):
         record(network, X)
+
+
+@pytest.mark.parametrize("wanted", ["one.bias", "one.weight"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_weights_that_change_before_the_backward_pass_are_refused(reentrant: bool, wanted: str) -> None:
+    """Plain autograd notices this too, but torch's checkpointing computes with the new weights."""
+    network = two_layers(lambda one, x: checkpoint(lambda x: one(x).tanh(), x, use_reentrant=reentrant))
+    with FisherRecorder(network, ["stem.weight", wanted]) as recorder:
+        output = network(X)
+        with torch.no_grad():
+            network.one.weight.mul_(2)
+        with pytest.raises(UnsupportedError, match=r"region '.*' reads a parameter that was changed in place"):
+            recorder.backward(output, torch.ones_like(output))
+    record(network, X)  # a new forward pass has the new weights
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_changes_of_what_a_gradient_needs_are_refused(reentrant: bool) -> None:
+    """The slope of a sigmoid follows from its output, which the region overwrites. Plain autograd notices this."""
+    network = two_layers(
+        lambda one, x: checkpoint(lambda x: one(x).sigmoid().mul_(2).tanh(), x, use_reentrant=reentrant)
+    )
+    with pytest.raises(UnsupportedError, match="or changes a tensor in place that a gradient needs"):
+        record(network, X)
+
+
+def test_changes_before_a_tensor_is_saved_are_allowed() -> None:
+    """Also where the region's input was changed before, and its output is changed afterwards."""
+
+    def run(way: Callable) -> nn.Module:
+        return two_layers(lambda one, x: way(lambda x: one(x).mul_(2).sigmoid(), x.mul_(3)).mul_(2))
+
+    def squares(network: nn.Module) -> dict[str, Tensor]:
+        torch.manual_seed(5)  # of the cotangents
+        return record(network, X)
+
+    want = squares(run(lambda function, x: function(x).clone()))
+    for hooks in (nullcontext(), torch.autograd.graph.save_on_cpu()):
+        with hooks:
+            got = squares(run(partial(checkpoint, use_reentrant=False)))
+        for name, q in want.items():
+            torch.testing.assert_close(got[name], q)
 
 
 def test_an_error_of_the_region_is_named() -> None:

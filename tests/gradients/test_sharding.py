@@ -193,7 +193,13 @@ def _load(folder: Path) -> dict[str, Any]:
 def _errors(rank: int) -> dict[str, Any]:
     """An error of one process, in different places, is an error of both."""
     found = {}
-    for name, cause in {"data": _bad_data, "check": _bad_check, "empty": _no_data, "weights": _bad_weights}.items():
+    for name, cause in {
+        "data": _bad_data,
+        "check": _bad_check,
+        "empty": _no_data,
+        "weights": _bad_weights,
+        "loop": _bad_loop,
+    }.items():
         network = nested(seeded(convolutional))
         try:
             cause(network, rank)
@@ -225,6 +231,13 @@ def _no_data(network: nn.Module, rank: int) -> None:
 
 def _bad_weights(network: nn.Module, rank: int) -> None:
     t2v_fast.fisher(network, _batches("images", rank), weights=torch.ones(8))  # rank 1 has 3 examples
+
+
+def _bad_loop(network: nn.Module, rank: int) -> None:
+    with t2v_fast.FisherRecorder(network) as recorder:
+        for x in _batches("images", rank):
+            output = network(x)
+            recorder.backward(output, torch.ones(2 + rank, 3).double())  # rank 0 has three examples
 
 
 def _mesh(rank: int) -> dict[str, Any]:
@@ -329,9 +342,11 @@ def test_an_error_of_one_process_is_an_error_of_both(two: list[dict[str, Any]]) 
     assert first["empty"] == second["empty"] == "ValueError: the loaders of all processes gave no example"
     assert second["weights"] == "ValueError: weights has 8 entries but the loader gave 3"
     assert first["weights"] == f"ProcessError: process 1: {second['weights']}"
+    assert first["loop"].startswith("ValueError: cotangents are [2, 3], expected [3, 3]")
+    assert second["loop"] == f"ProcessError: process 0: {first['loop']}"
     want = t2v_fast.fisher(seeded(convolutional), [images()], "exact")
     for of_rank in (first, second):
-        for name in ("data", "check", "empty", "weights"):
+        for name in ("data", "check", "empty", "weights", "loop"):
             for key, values in want.items():
                 torch.testing.assert_close(of_rank[name, "after"][key], values, rtol=1e-9, atol=1e-15)
 
