@@ -13,6 +13,7 @@ neighbours, which alternate. Prints Markdown.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import statistics
 import tempfile
@@ -93,10 +94,17 @@ def runs(network: nn.Module, x: Tensor) -> dict[str, Callable[[], None]]:
 
 
 def _process(rank: int, asked: argparse.Namespace, size: int, kind: str | None, folder: str) -> None:
-    """Measure the memory of one kind, or the times of all."""
     torch.set_num_threads(1)
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    torch.save(_found(rank, asked, size, kind), f"{folder}/{rank}.pt")
+    gc.collect()  # a network that outlives its process group can abort the interpreter when it ends
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def _found(rank: int, asked: argparse.Namespace, size: int, kind: str | None) -> dict[str, Any]:
+    """Measure the memory of one kind, or the times of all."""
     before = resident("VmRSS")
     network = made(asked, size > 1)
     weights = sum(getattr(p, "_local_tensor", p).numel() * 4 for p in network.parameters()) / 2**20
@@ -120,9 +128,7 @@ def _process(rank: int, asked: argparse.Namespace, size: int, kind: str | None, 
             name: statistics.median(a / b for a, b in zip(times[name][2:], times[STEP][2:], strict=True)) for name in of
         }
         found["step"] = statistics.median(times[STEP][2:])
-    torch.save(found, f"{folder}/{rank}.pt")
-    if size > 1:
-        dist.destroy_process_group()
+    return found
 
 
 def measured(asked: argparse.Namespace, size: int, kind: str | None) -> list[dict[str, Any]]:
