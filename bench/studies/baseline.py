@@ -26,6 +26,7 @@ from bench.pages import markdown, replace_section
 from bench.studies.claims import auc, interval_over_tasks, nearest_in_family
 from bench.studies.meta_store import ROOT, Settings, Store
 from bench.studies.meta_task import TRAIN, MetaTask, meta_tasks
+from bench.studies.similarity_bank import pooled_activations
 from t2v_fast import Embedding, Probe, Task2Vec, load_probe
 from t2v_fast.analysis.distance import FLOOR, centred_distance, pdist
 from t2v_fast.analysis.selection import bootstrap_interval
@@ -162,25 +163,7 @@ PARTS: dict[str, Callable[[float, int], bool]] = {  # of a layer's depth from 0 
 
 def mean_activations(probe: Probe, images: Sequence[np.ndarray]) -> dict[str, Tensor]:
     """Of every layer that an embedding covers, the mean over images and positions of each filter's output [O]."""
-    modules = dict(probe.network.named_modules())
-    names = [name.rpartition(".")[0] for name in probe.embedding_parameters()]
-    sums: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def add(module: Any, inputs: Any, output: Tensor) -> None:
-            sums[name] = sums.get(name, 0) + output.flatten(2).double().mean(2).sum(0)
-
-        return add
-
-    handles = [modules[name].register_forward_hook(hook(name)) for name in names]
-    try:
-        with torch.no_grad():
-            for batch in torch.stack([probe.preprocessing(image) for image in images]).split(20):
-                probe.features(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: total / len(images) for name, total in sums.items()}
+    return {name.rpartition(".")[0]: each.mean(0) for name, each in pooled_activations(probe, images).items()}
 
 
 def robust(embeddings: Sequence[Embedding], weights: dict[str, Tensor], beta: float) -> list[Embedding]:

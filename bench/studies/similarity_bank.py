@@ -89,7 +89,7 @@ def pooled_activations(probe: Probe, images: Sequence[Any]) -> dict[str, Tensor]
     found: dict[str, list[Tensor]] = {name: [] for name in probe.embedding_parameters()}
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: found[name].append(output.flatten(2).mean(2).double())
+        return lambda module, inputs, output: found[name].append(output.flatten(2).double().mean(2))
 
     handles = [modules[name.rpartition(".")[0]].register_forward_hook(hook(name)) for name in found]
     try:

@@ -307,7 +307,7 @@ class SelfCheck:
         The logits of the batch of their own, and of each example alone, are compared with those of the ``whole`` batch.
         """
         recorder, n = self.recorder, len(whole)
-        with Counting() as counting:  # a compiled layer, which the mode would disturb, was refused before
+        with Counting() as counting:  # compiled layers, which the mode would not see into, run as they are written
             both = self._run(inputs, examples) if n > 1 else whole
         if n > 1:
             if counting.counts:

@@ -138,7 +138,6 @@ class FisherRecorder:
         self._reported: set[str] = set()  # parameters whose slower route was logged
         self._looked_for_random_layers = False  # since the context was entered
         self._required: list[tuple[nn.Parameter, bool]] | None = None  # requires_grad of each parameter before
-        self._packing: list[nn.Module] = []  # quantised layers that may pack their weights outside of the context
 
     def __enter__(self) -> FisherRecorder:
         if self._required is not None:
