@@ -132,10 +132,10 @@ $(VENV)/.wheels: $(VENV)/.installed requirements/wheels.txt
 	$(BIN)/python -m pip install --quiet --progress-bar off --no-deps -r requirements/wheels.txt
 	touch $@
 
-audit: setup $(VENV)/.wheels ## Check that the CPU library uses only the stable interface of LibTorch
-	$(BIN)/torch-abi-audit --check torch t2v_fast/libt2v_cpu.so
+audit: setup $(VENV)/.wheels ## Check that the compiled libraries use only the stable interface of LibTorch
+	$(BIN)/torch-abi-audit --check torch t2v_fast/libt2v_*.so
 
-# One wheel for every Python and torch from 2.10 on. The CUDA library, which is for one torch, is left out. For another
+# One wheel for every Python and torch from 2.10 on. CUDA=1 adds the CUDA library, which needs nvcc. For another
 # processor, as with ARCH=aarch64, the build needs the cross-compiler aarch64-linux-gnu-g++.
 ARCH ?= $(shell uname -m)
 ifneq ($(ARCH),$(shell uname -m))

@@ -23,8 +23,8 @@ from t2v_fast.ops.reference import accumulate_dtype
 # translates std::invalid_argument.
 OPERATOR_ERROR = ValueError if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15) else RuntimeError
 
-# The instruction sets that the kernels are compiled for on this architecture, the best one first. Every processor of the
-# architecture has the last one.
+# The instruction sets that the kernels are compiled for on this architecture, the best one first. Every processor of
+# the architecture has the last one.
 INSTRUCTION_SETS = {
     "x86_64": ["avx512bf16", "avx512", "avx2", "portable"],
     "aarch64": ["neonbf16", "neon"],
