@@ -132,10 +132,10 @@ $(VENV)/.wheels: $(VENV)/.installed requirements/wheels.txt
 	$(BIN)/python -m pip install --quiet --progress-bar off --no-deps -r requirements/wheels.txt
 	touch $@
 
-audit: setup $(VENV)/.wheels ## Check that the CPU library uses only the stable interface of LibTorch
-	$(BIN)/torch-abi-audit --check torch t2v_fast/libt2v_cpu.so
+audit: setup $(VENV)/.wheels ## Check that the compiled libraries use only the stable interface of LibTorch
+	$(BIN)/torch-abi-audit --check torch t2v_fast/libt2v_*.so
 
-# One wheel for every Python and torch from 2.10 on. The CUDA library, which is for one torch, is left out. For another
+# One wheel for every Python and torch from 2.10 on. CUDA=1 adds the CUDA library, which needs nvcc. For another
 # processor, as with ARCH=aarch64, the build needs the cross-compiler aarch64-linux-gnu-g++.
 ARCH ?= $(shell uname -m)
 ifneq ($(ARCH),$(shell uname -m))
@@ -145,16 +145,26 @@ PLATFORM := auto  # auditwheel knows other names only for this machine's process
 else
 PLATFORM := manylinux_2_28_$(ARCH)
 endif
-wheels: dist/.$(ARCH) ## Build the manylinux wheel and the source distribution into dist/; also for ARCH=aarch64
+CUDA := 0
+ifeq ($(CUDA),1)
+ifdef CROSS
+$(error CUDA=1 builds for the processor of this machine, $(shell uname -m), and not for ARCH=$(ARCH))
+endif
+DIST := dist/cuda
+PLATFORM := auto  # the static CUDA runtime takes what it needs from this machine's glibc
+else
+DIST := dist
+endif
+wheels: $(DIST)/.$(ARCH) ## Build the manylinux wheel and the source distribution into dist/; also for ARCH=aarch64, or with CUDA=1
 
-dist/.$(ARCH): $(BUILD_FILES) $(shell find t2v_fast kernels -name '*.py') | setup $(VENV)/.wheels
+$(DIST)/.$(ARCH): $(BUILD_FILES) $(shell find t2v_fast kernels -name '*.py') | setup $(VENV)/.wheels
 	rm -rf build/wheel build/lib* build/bdist*  # what an earlier build left there would get into the wheel
-	rm -f dist/*_$(ARCH).whl dist/*.tar.gz
-	$(CROSS) T2V_FAST_CUDA=0 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	rm -f $(DIST)/*_$(ARCH).whl $(DIST)/*.tar.gz
+	$(CROSS) T2V_FAST_CUDA=$(CUDA) $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --plat $(PLATFORM) --exclude 'libtorch*.so' \
-		--exclude 'libc10*.so' --wheel-dir dist build/wheel/*.whl
-	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > /dev/null
-	ls -l dist
+		--exclude 'libc10*.so' --wheel-dir $(DIST) build/wheel/*.whl
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('$(DIST)')" > /dev/null
+	ls -l $(DIST)
 	touch $@
 
 # A new wheel is made only where a source has changed, so that an interrupted run continues with the one that it began with.

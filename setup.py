@@ -107,8 +107,8 @@ class CMakeBuild(build_ext):
         environment = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
         subprocess.run(configure, check=True, env=environment, stdout=sys.stderr)
         subprocess.run([cmake, "--build", str(folder)], check=True, env=environment, stdout=sys.stderr)
-        release = ".".join(torch.__version__.split(".")[:2])
-        names = ["libt2v_cpu.so", *([f"libt2v_cuda_torch{release}.so"] if cuda else [])]
+        major = (torch.version.cuda or "").split(".")[0]
+        names = ["libt2v_cpu.so", *([f"libt2v_cuda{major}.so"] if cuda else [])]
         # An editable installation copies only the file that the extension is named after.
         places = {target.parent, *([ROOT / "t2v_fast"] if self.editable_mode else [])}
         for place in places:
@@ -118,8 +118,8 @@ class CMakeBuild(build_ext):
                 temporary = place / f"{name}.new"
                 shutil.copyfile(folder / name, temporary)
                 os.replace(temporary, place / name)
-        cuda_part = f"cuda for torch {release}" if cuda else f"not cuda ({why_not})"
-        say(f"built backends: cpu for torch 2.10 and later, {cuda_part}")
+        cuda_part = f"cuda for CUDA {major}" if cuda else f"not cuda ({why_not})"
+        say(f"built backends, for torch 2.10 and later: cpu, {cuda_part}")
 
 
 class Wheel(bdist_wheel):

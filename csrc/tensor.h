@@ -1,5 +1,5 @@
-// What the checks and the kernels read of a tensor, for tensors of any C++ interface of torch. Only headers that are
-// the same in every supported torch are used here.
+// What the checks and the kernels read of a tensor. Only headers that are the same in every supported torch are used
+// here.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -36,14 +36,6 @@ class View {
   View() = default;
   View(const void* data, const int64_t* sizes, const int64_t* strides, int64_t axes, ScalarType type)
       : data_(data), sizes_(sizes), strides_(strides), axes_(axes), type_(type) {}
-  template <class Tensor>
-    requires requires(const Tensor& t) { t.strides().data(); }
-  View(const Tensor& t)
-      : data_(t.const_data_ptr()),
-        sizes_(t.sizes().data()),
-        strides_(t.strides().data()),
-        axes_(t.dim()),
-        type_(t.scalar_type()) {}
 
   int64_t dim() const { return axes_; }
   int64_t size(int64_t axis) const { return sizes_[axis]; }
@@ -110,9 +102,9 @@ std::string text(const Parts&... parts) {
   if (!(CONDITION)) [[unlikely]]        \
   throw std::invalid_argument(t2v::text(__VA_ARGS__))
 
-// Calls run<S>() with the C++ type S of a floating-point dtype.
+// Returns run<S>() with the C++ type S of a floating-point dtype.
 template <class Run>
-void with_type(const char* op, ScalarType type, const Run& run) {
+auto with_type(const char* op, ScalarType type, const Run& run) {
   switch (type) {
     case ScalarType::Double:
       return run.template operator()<double>();

@@ -9,7 +9,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+import op_checks
 import pytest
+import symbols
 import torch
 
 from t2v_fast.ops import extension
@@ -24,9 +26,9 @@ def run(*command: object, cwd: Path, **environment: str) -> subprocess.Completed
 
 
 def test_build_info() -> None:
-    info = extension.build_info()
-    assert "portable" in info["cpu"]
-    assert extension.cpu_capability() in info["cpu"].split()
+    """The library has the instruction sets of this architecture, and uses the best one that this processor has."""
+    assert extension.build_info()["cpu"].split() == op_checks.INSTRUCTION_SETS
+    assert extension.cpu_capability() == op_checks.best_instruction_set()
     with pytest.raises(ValueError, match="instruction set 'mmx' is not in this build"):
         extension.set_cpu_capability("mmx")
 
@@ -53,21 +55,33 @@ def test_a_broken_library_is_explained(tmp_path: Path, monkeypatch: pytest.Monke
         extension._cpu.cache_clear()
 
 
-@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a CPU build")
-def test_a_cuda_library_of_another_torch_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "libt2v_cuda_torch1.0.so").write_text("kernels for another torch")
+@pytest.mark.parametrize(
+    ("cuda", "there", "expected"),
+    [
+        (None, ["libt2v_cuda13.so"], "this torch was built without CUDA"),
+        (
+            "12.8",
+            ["libt2v_cuda13.so"],
+            "there is no libt2v_cuda12.so for torch with CUDA 12.8, but libt2v_cuda13.so",
+        ),
+        ("13.2", [], "there is no libt2v_cuda13.so in {folder}: it was not compiled"),
+        ("13.2", ["libt2v_cuda13.so"], "{folder}/libt2v_cuda13.so: file too short"),
+    ],
+    ids=str,
+)
+def test_the_cuda_library_is_chosen_by_the_major_release_of_cuda(
+    cuda: str | None, there: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library for another CUDA is not loaded, and every torch of one CUDA takes the same library."""
+    for name in there:
+        (tmp_path / name).write_text("kernels")
     monkeypatch.setattr(extension, "FOLDER", tmp_path)
-    release = ".".join(torch.__version__.split(".")[:2])
-    expected = f"there is no libt2v_cuda_torch{release}.so but libt2v_cuda_torch1.0.so"
-    assert extension.why_no_cuda.__wrapped__() == expected
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert extension.why_no_cuda.__wrapped__() == expected.format(folder=tmp_path)
 
 
 def test_the_library_needs_only_the_stable_interface() -> None:
-    """What the library takes from torch are C functions, and it takes nothing from Python."""
-    names = run("nm", "--dynamic", "--undefined-only", extension.CPU_LIBRARY, cwd=ROOT).stdout
-    taken = [line.split()[-1] for line in names.splitlines()]
-    assert [name for name in taken if "Py" in name or "3c10" in name or "2at" in name or "5torch" in name] == []
-    assert {"torch_parallel_for", "aoti_torch_get_sizes"} <= set(taken)
+    assert {"torch_parallel_for", "aoti_torch_get_sizes"} <= symbols.taken(extension.CPU_LIBRARY)
 
 
 def setup_py(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:

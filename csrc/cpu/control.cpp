@@ -1,30 +1,12 @@
 // Information about the build, and settings, as C functions. t2v_fast/ops/extension.py calls them through ctypes, so
 // that the library needs no Python of its own. Loading the library registers the operators' kernels.
 #include <cstdint>
-#include <new>
-#include <sstream>
 
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
 
 #include "tile.h"
-
-// The C and the C++ library of the machine that runs this code can be older than those of the compiler. These are the
-// library's own definitions of what glibc has only from 2.32 on, and libstdc++ only from GCC 11 on.
-#ifdef __GLIBC__
-// Shared pointers read this variable. 0 says that there may be several threads.
-extern "C" __attribute__((visibility("hidden"))) char __libc_single_threaded;
-char __libc_single_threaded = 0;
-#endif
-#ifdef __GLIBCXX__
-namespace std {
-void __throw_bad_array_new_length() { throw bad_array_new_length(); }
-template class basic_stringbuf<char>;
-template class basic_ostringstream<char>;
-template class basic_stringstream<char>;
-}  // namespace std
-#endif
 
 #define T2V_EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -2,8 +2,8 @@
 // bindings.cpp makes operators of them.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <type_traits>
 

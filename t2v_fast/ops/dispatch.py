@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import extension, gpu_estimates, reference
+from . import extension, gpu_estimates, gpu_specs, reference
 from .geometry import conv_output_size
 
 log = logging.getLogger(__name__)
@@ -322,6 +322,9 @@ def _register() -> torch.library.Library:
         kernel: Callable = fake(fakes[name]) if name in fakes else lambda *args, **kwargs: None
         kernel = others.get(name, kernel)
         torch.library.register_fake(f"t2v_fast::{name}", kernel, lib=library)
+    # The CUDA library asks for torch's setting, which LibTorch's stable interface does not show.
+    library.define("allows_tf32() -> bool")
+    library.impl("allows_tf32", gpu_specs.allows_tf32, "CompositeExplicitAutograd")
     library.define("winograd_conv" + WINOGRAD_CONV)
     library.impl("winograd_conv", reference.winograd_conv, "CompositeExplicitAutograd")
     torch.library.register_fake("t2v_fast::winograd_conv", reference.winograd_conv, lib=library)

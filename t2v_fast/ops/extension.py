@@ -1,8 +1,8 @@
 """The compiled libraries: where they are, and the control functions of the CPU library.
 
-A library is loaded with ctypes, and registers its kernels with torch when it is loaded. The CPU library uses only the
-stable interface of LibTorch, so that one file serves every supported torch and Python. The CUDA library is built for
-one release of torch, which its name tells.
+A library is loaded with ctypes, and registers its kernels with torch when it is loaded. The libraries use only the
+stable interface of LibTorch, so that one file serves every supported torch and Python. The CUDA library is for every
+torch that was built with one major release of CUDA, which its name tells.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ CPU_LIBRARY = FOLDER / "libt2v_cpu.so"
 
 
 def cuda_library() -> Path:
-    """Return the file of the CUDA library for the torch that is running; it need not exist."""
-    release = ".".join(torch.__version__.split(".")[:2])
-    return FOLDER / f"libt2v_cuda_torch{release}.so"
+    """Return the file of the CUDA library for the torch that is running; it need not exist.
+
+    Raises:
+        ImportError: This torch was built without CUDA.
+    """
+    if torch.version.cuda is None:
+        raise ImportError("this torch was built without CUDA")
+    return FOLDER / f"libt2v_cuda{torch.version.cuda.split('.')[0]}.so"
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -67,13 +72,10 @@ def why_no_cpu() -> str | None:
 @functools.cache
 def why_no_cuda() -> str | None:
     """Load the CUDA library; return why it is missing, or None."""
-    path = cuda_library()
-    if torch.version.cuda is None:
-        return "this torch was built without CUDA"
-    if not path.exists():
-        others = sorted(p.name for p in FOLDER.glob("libt2v_cuda_*.so"))
-        return f"there is no {path.name}" + (f" but {', '.join(others)}" if others else "")
     try:
+        path = cuda_library()
+        if not path.exists() and (others := sorted(p.name for p in FOLDER.glob("libt2v_cuda*.so"))):
+            return f"there is no {path.name} for torch with CUDA {torch.version.cuda}, but {', '.join(others)}"
         _load(path)
     except ImportError as error:
         return str(error)

@@ -343,5 +343,10 @@ class Task2Vec(Stages):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out. Torch's error on a CPU has no type of its own, only a message."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """Whether an error says that memory ran out.
+
+    Torch's error on a CPU has no type of its own, only a message. An error of the compiled CUDA ops loses its type on
+    its way through LibTorch's stable interface.
+    """
+    said = any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or said

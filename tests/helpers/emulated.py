@@ -26,14 +26,17 @@ SANITIZE = "T2V_EMULATION_SANITIZE"
 
 
 def build(sanitize: str = "") -> Path:
-    """Return the shared library, which is compiled again if a source, a compiler flag or torch has changed."""
-    flags = ["-std=c++20", "-fPIC", "-O1", "-DT2V_EMULATED", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-    flags += ["-Werror=sign-compare", f"-I{HEADERS}", *(f"-isystem{p}" for p in cpp_extension.include_paths())]
-    flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}")
+    """Return the shared library, which is compiled again if a source or a compiler flag has changed.
+
+    As the library that is released, it works with every supported torch, whichever one it was compiled with.
+    """
+    flags = ["-std=c++20", "-fPIC", "-O1", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    flags += ["-Werror=sign-compare", f"-I{HEADERS}", "-DT2V_EMULATED"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]  # as in CMakeLists.txt
     if sanitize:
         flags += ["-g", f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"]
     read = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").iterdir(), *HEADERS.iterdir()]
-    state = "".join(flags) + torch.__version__ + "".join(f.read_text() for f in sorted(read))
+    state = "".join(flags) + "".join(f.read_text() for f in sorted(read))
     folder = ROOT / "build" / "emulation" / hashlib.sha256(state.encode()).hexdigest()[:16]
     library = folder / "emulated.so"
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,14 +52,15 @@ def _compile(library: Path, flags: list[str]) -> None:
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
-        subprocess.run([compiler, *flags, "-xc++", "-c", source, "-o", target], check=True)
+        headers = [f"-isystem{p}" for p in cpp_extension.include_paths()]
+        subprocess.run([compiler, *flags, *headers, "-xc++", "-c", source, "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, SOURCES))
     search = [f"-L{p}" for p in cpp_extension.library_paths()]
     temporary = library.with_suffix(f".{os.getpid()}")
-    links = [compiler, "-shared", *flags[-2:], *objects, *search, "-lc10", "-ltorch_cpu", "-o", temporary]
+    links = [compiler, "-shared", *flags, *objects, *search, "-ltorch_cpu", "-o", temporary]
     subprocess.run(links, check=True)
     os.replace(temporary, library)
 

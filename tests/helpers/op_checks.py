@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import platform
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import emulated
 import torch
@@ -20,7 +23,31 @@ from t2v_fast.ops.reference import accumulate_dtype
 # translates std::invalid_argument.
 OPERATOR_ERROR = ValueError if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15) else RuntimeError
 
+# The instruction sets that the kernels are compiled for on this architecture, the best one first. Every processor of
+# the architecture has the last one.
+INSTRUCTION_SETS = {
+    "x86_64": ["avx512bf16", "avx512", "avx2", "portable"],
+    "aarch64": ["neonbf16", "neon"],
+    "arm64": ["neonbf16", "neon"],
+}.get(platform.machine(), ["portable"])
+
+# What /proc/cpuinfo calls the instructions that each set needs.
+_AVX512 = {"avx512f", "avx512dq", "avx512bw", "avx512vl"}
+_NEEDED = {
+    "avx512bf16": _AVX512 | {"avx512_bf16", "avx512_vnni"},
+    "avx512": _AVX512,
+    "avx2": {"avx2", "fma"},
+    "neonbf16": {"bf16"},
+}
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def best_instruction_set() -> str:
+    """The best of INSTRUCTION_SETS that this processor has, by the system's own list of its features."""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    features = set(found[1].split()) if found else set()
+    return next(name for name in INSTRUCTION_SETS if _NEEDED.get(name, set()) <= features)
 
 
 def _variants() -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import emulated
 import pytest
 import resources
+import symbols
 import torch
 from cuda_checks import CHECKS, TILED, conv_check
 from oracle import per_example_squares, reduce, relative_error
@@ -109,29 +110,76 @@ def test_no_kernel_spills() -> None:
     assert all(cells.keys() == resources.CARD.keys() for cells in launches.values())
 
 
+LOADED = """
+import torch
+from t2v_fast import ops
+
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+geometry = ([1, 1], [1, 1], [1, 1], 1)  # stride, padding, dilation, groups
+
+
+def run(name, *args):
+    return getattr(torch.ops.t2v_fast, name).default.redispatch(CUDA, *args)
+
+
+for name in ops.SCHEMAS.keys() - ops.TRITON_ONLY:
+    assert "bindings.cpp" in torch._C._dispatch_dump(f"t2v_fast::{name}").split("CUDA:")[1].splitlines()[0], name
+# Tensors on the CPU will do for a batch of no examples, for which nothing is launched.
+x, g, weight = torch.ones(0, 3, 4), torch.ones(0, 3, 5), torch.ones(0)
+image, cotangent, index = torch.ones(0, 3, 6, 6), torch.ones(0, 8, 6, 6), torch.zeros(0, 3, dtype=torch.long)
+cases = {
+    "sq_outer": ((x, g, "gram"), [0, 5]),
+    "sq_outer_acc_": ((torch.zeros(5, 4), x, g, weight), None),
+    "sq_conv": ((image, cotangent, [3, 3], *geometry, "explicit"), [0, 8]),
+    "sq_conv_acc_": ((torch.zeros(8, 3, 3, 3), image, cotangent, weight, *geometry, "explicit"), None),
+    "conv_gram": ((image, [3, 3], *geometry), [0, 1, 36, 36]),
+    "sq_gram": ((torch.ones(0, 1, 36, 36), cotangent), [0, 8]),
+    "sq_prod": ((g, g, torch.ones(1, 1, 5), None), [0, 5]),
+    "sq_norm": ((g, g, None, torch.ones(1, 1, 5)), [2, 0, 5]),
+    "sq_prod_acc_": ((torch.zeros(5), g, weight, None, None, None), None),
+    "sq_scatter": ((index, g, 7), [0, 7]),
+    "sq_scatter_acc_": ((torch.zeros(7, 5), index, g, weight), None),
+}
+assert cases.keys() == ops.SCHEMAS.keys() - ops.TRITON_ONLY
+for name, (args, shape) in cases.items():
+    found = run(name, *args)
+    assert found is None if shape is None else list(found.shape) == shape, name
+# And for wrong arguments, which are found before.
+for name, args, words in (
+    ("sq_outer", (torch.ones(2, 3, 4), torch.ones(2, 4, 5), "gram"), "with one S, got [2, 3, 4] and [2, 4, 5]"),
+    ("sq_conv", (image, cotangent, [3, 3], *geometry, "short"), "path 'short' is none of explicit, gram, winograd"),
+    ("sq_scatter", (index, g, 0), "num_rows is 0, expected at least 1"),
+    ("sq_prod_acc_", (torch.zeros(4), g, weight, None, None, None), "out is [4] Float, expected contiguous [5] Float"),
+):
+    try:
+        run(name, *args)
+    except (ValueError, RuntimeError) as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(name)
+print(ops.backend_status()["cuda"])
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the CUDA library cannot be built")
-@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a CPU build: no CUDA library fits it")
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a CPU build: it loads no CUDA library")
 def test_the_library_has_the_kernels(tmp_path: Path) -> None:
-    """The CUDA library is built by nvcc, linked against torch's libraries and loaded, with or without a GPU."""
+    """The CUDA library is built by nvcc and loaded, with or without a GPU, and reads its arguments."""
     package = tmp_path / "t2v_fast"
     shutil.copytree(ROOT / "t2v_fast", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     choices = {"T2V_FAST_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0", "T2V_FAST_BUILD_DIR": "build/cuda"}
     build = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "temporary"]
     subprocess.run(build, cwd=ROOT, env=os.environ | choices, check=True)
-    code = """
-import torch
-from t2v_fast import ops
-
-for name in ops.SCHEMAS.keys() - ops.TRITON_ONLY:
-    assert "bindings.cpp" in torch._C._dispatch_dump(f"t2v_fast::{name}").split("CUDA:")[1].splitlines()[0], name
-print(ops.backend_status()["cuda"])
-"""
-    run = [sys.executable, "-c", code]
+    run = [sys.executable, "-c", LOADED]
     found = subprocess.run(run, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True)
     assert found.returncode == 0, found.stderr
     expected = "available" if torch.cuda.is_available() else "torch finds no CUDA device"
     assert found.stdout.decode().strip() == expected
+    # It takes C functions of torch, nothing of Python, and no CUDA runtime but the one that it contains.
+    taken = symbols.taken(package / f"libt2v_cuda{torch.version.cuda.split('.')[0]}.so")
+    assert {"torch_call_dispatcher", "aoti_torch_get_current_cuda_stream"} <= taken
+    assert [name for name in taken if name.startswith("cuda")] == []
 
 
 def test_tf32_is_used_where_it_is_allowed(precision: str) -> None:

@@ -217,12 +217,13 @@ inline void run(int64_t blocks, int threads, const std::function<void()>& body) 
 }  // namespace emulation
 
 // For the tests, through ctypes.
-extern "C" inline __attribute__((used)) void emulation_set(bool backwards, bool eager, const char* left_out) {
+extern "C" inline __attribute__((used, visibility("default"))) void emulation_set(bool backwards, bool eager,
+                                                                                  const char* left_out) {
   emulation::settings.backwards = backwards;
   emulation::settings.eager = eager;
   emulation::settings.left_out = left_out;
 }
-extern "C" inline __attribute__((used)) const char* emulation_sites() {
+extern "C" inline __attribute__((used, visibility("default"))) const char* emulation_sites() {
   static std::string all;
   all.clear();
   for (const std::string& site : emulation::settings.sites) all += site + " ";
