@@ -13,12 +13,9 @@ the products of the experts alone: what the flops of both forms predict, against
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
-import gc
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -102,10 +99,7 @@ def ways(network: nn.Module, tokens: Tensor, u: Tensor) -> dict[str, Callable[[]
 
 def megabytes(run: Callable[[], object]) -> float:
     """The memory of a run beyond what the process has."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = harness.memory()
+    before = harness.settled()
     run()
     return max(0, harness.memory("VmHWM") - before) / 2**20
 
