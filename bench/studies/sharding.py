@@ -1,6 +1,6 @@
 """Memory and time of the Fisher of a network that FSDP2 shards over processes, next to a training step.
 
-    python -m bench.studies.sharding [--width 1024] [--blocks 16] [--tokens 16] [--rounds 5] [--write docs/performance.md]
+    python -m bench.studies.sharding [--width 1024] [--blocks 16] [--rounds 5] [--write docs/guide/sharded.md]
 
 Each process has one thread, and a batch of its own. The network is a stack of residual blocks. Each block is sharded by
 itself, and its gathered weights are freed after the forward pass. A training step is a forward and a whole backward
@@ -40,6 +40,7 @@ from t2v_fast import FisherRecorder
 
 STEP = "training step"
 KINDS = (STEP, "filter", "parameter")
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # so that the C library keeps no large block that was freed
 
 
 class Block(nn.Module):
@@ -144,7 +145,7 @@ def rows(asked: argparse.Namespace) -> list[list[str]]:
     """The table, whose first row is the header."""
     found = [["processes", "weights of each, MB", "what", "held, MB", "resident, MB", "time over a training step"]]
     for size in (1, 2):
-        usual, given_back = measured(asked, size, {}), measured(asked, size, {"MALLOC_MMAP_THRESHOLD_": str(2**17)})
+        usual, given_back = measured(asked, size, {}), measured(asked, size, GIVEN_BACK)
         for kind in KINDS:
             held, resident = (max(of["peaks"][kind] for of in every) / 1e6 for every in (given_back, usual))
             ratio = max(of["ratios"][kind] for of in usual)

@@ -5,8 +5,8 @@ DistributedDataParallel and of DataParallel. One rule holds for all of them, in 
 the whole network are followed, because the numbers are those of the network itself. The part of a wrapper never appears
 in a name.
 
-Within a network, a wrapper is called by the network's own forward pass. One of torch.compile only changes how its layers
-run. One that exchanges tensors with other processes or devices there is refused.
+Within a network, a wrapper is called by the network's own forward pass. One of torch.compile only changes how its
+layers run. One that exchanges tensors with other processes or devices there is refused.
 """
 
 from __future__ import annotations

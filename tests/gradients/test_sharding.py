@@ -360,7 +360,8 @@ def test_whole_copies_have_examples_of_their_own(two: list[dict[str, Any]], name
         assert list(found["entries"]) == list(want)
         x = images()[rank::2]
         for key, squares in per_example_squares(network, x, torch.ones(1, len(x), 3).double()).items():
-            assert relative_error(found["squares"][key], reduce(squares, "filter")) < 1e-12 or squares.abs().max() < 1e-25
+            error = relative_error(found["squares"][key], reduce(squares, "filter"))
+            assert error < 1e-12 or squares.abs().max() < 1e-25
         for got, (key, g) in zip(found["gradients"], gradients.items(), strict=True):
             torch.testing.assert_close(got, g, msg=key)  # the mean of both processes, as before
 
