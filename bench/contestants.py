@@ -46,6 +46,7 @@ class Contestant:
     target: str = LABELS
     dtype: torch.dtype = torch.float32
     session: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # around batch after batch
+    compiles: bool = False  # whether the first batch of a shape compiles
 
 
 def filter_means(square: Tensor) -> Tensor:
@@ -138,7 +139,10 @@ OWN = {
     "forward": Contestant(forward_only, target=NOTHING),
     "floor": Contestant(floor, target=NOTHING),
     "step": Contestant(step, target=NOTHING),
-    "step_compiled": Contestant(compiled_step, torch.compile, target=NOTHING),
+    # Compiled for each shape: a graph for all shapes would be slower than what a user compiles for one size of batch.
+    "step_compiled": Contestant(
+        compiled_step, functools.partial(torch.compile, dynamic=False), target=NOTHING, compiles=True
+    ),
     "fisher": _fused("empirical"),
     "fisher_bfloat16": _fused("empirical", dtype=torch.bfloat16),
     "fisher_exact": _fused("exact", target=FISHER),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import functools
+import gc
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -229,13 +231,27 @@ def memory(field: str = "VmRSS") -> int:
     return 1024 * int(status.split(f"{field}:")[1].split()[0])
 
 
+def forget_peak() -> None:
+    """Let VmHWM begin anew."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def settled() -> int:
+    """Bytes of this process after what was freed has gone back to the system; its peak begins anew."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    forget_peak()
+    return memory()
+
+
 def peak_memory(model: str, size: int, name: str) -> int:
     """Peak bytes over the model and its batch, of two batches. For a fresh process."""
     here, contestant = Cell(model, size), contestants.find(name)
     state, x = contestant.prepare(here.model.to(contestant.dtype)), here.x.to(contestant.dtype)
-    before = memory()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    if contestant.compiles:  # whose memory is none of a batch
+        contestant.run(state, x, here.y)
+    before = settled()
     with contestant.session():
         for _ in range(2):
             contestant.run(state, x, here.y)

@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch._inductor.compile_fx  # every row has the compiler in memory, which checkpointing loads in part
@@ -37,6 +38,7 @@ from t2v_fast import FisherRecorder
 from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.gradients.fast_forward import FastNetwork, kept_memory
 
+Value = TypeVar("Value")
 CLASSES = 10
 WAYS = ("none", "blocks", "blocks, reentrant")
 KINDS = ("step", "compiled step", "fisher, 1", "fisher, 2")
@@ -157,7 +159,7 @@ def measure(name: str, way: str, kind: str, rounds: int, toy: bool) -> Measured:
     return Measured(peak, statistics.median(seconds), runs)
 
 
-def apart(function: Callable[..., Measured], *args: object) -> Measured:
+def apart(function: Callable[..., Value], *args: object) -> Value:
     """Call a function in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()

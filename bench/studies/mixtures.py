@@ -13,12 +13,9 @@ the products of the experts alone: what the flops of both forms predict, against
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
-import gc
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -100,30 +97,33 @@ def ways(network: nn.Module, tokens: Tensor, u: Tensor) -> dict[str, Callable[[]
     }
 
 
-def megabytes(run: Callable[[], object]) -> float:
-    """The memory of a run beyond what the process has."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = harness.memory()
+def growth(run: Callable[[], object]) -> int:
+    """The bytes of a run beyond what the process has."""
+    before = harness.settled()
     run()
-    return max(0, harness.memory("VmHWM") - before) / 2**20
+    return max(0, harness.memory("VmHWM") - before)
 
 
-def measure(network: nn.Module, tokens: Tensor, rounds: int, dtype: torch.dtype) -> Sequence[str]:
-    u = torch.randn(*tokens.shape, VOCABULARY, generator=torch.Generator().manual_seed(1)).to(dtype)
-    runs = ways(network, tokens, u)
-    memory = {name: megabytes(run) for name, run in runs.items()}
+def figures(network: nn.Module, tokens: Tensor, rounds: int) -> tuple[dict[str, int], dict[str, list[float]]]:
+    """The memory of each way in bytes, and its seconds in each round."""
+    u = torch.randn(*tokens.shape, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    runs = ways(network, tokens, u.to(next(network.parameters()).dtype))
+    memory = {name: growth(run) for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             seconds[name].append(harness.timed(run))
+    return memory, seconds
+
+
+def measure(network: nn.Module, tokens: Tensor, rounds: int) -> Sequence[str]:
+    memory, seconds = figures(network, tokens, rounds)
     step = seconds.pop("step")
     ratios = [statistics.median(a / b for a, b in zip(s, step, strict=True)) for s in seconds.values()]
     return [
         f"{1e3 * statistics.median(step):.0f}",
         *(f"{r:.2f}" for r in ratios),
-        *(f"{m:.0f}" for m in memory.values()),
+        *(f"{m / 2**20:.0f}" for m in memory.values()),
     ]
 
 
@@ -171,7 +171,7 @@ def main() -> None:
         network = decoder(implementation, sizes, dtype)
         size = sum(p.numel() for p in network.parameters()) / 1e6
         name = "dense" if implementation is None else f"mixture, {implementation}"
-        rows.append([name, f"{size:.1f}", *measure(network, tokens, arguments.rounds, dtype)])
+        rows.append([name, f"{size:.1f}", *measure(network, tokens, arguments.rounds)])
     ratios = ("floor", "by filter", "by parameter", "loop")
     head = ["decoder", "million parameters", "ms a step", *(f"{name} / step" for name in ratios)]
     table([*head, "MB a step", *(f"MB {name}" for name in ratios)], rows)

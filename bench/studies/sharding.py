@@ -1,13 +1,19 @@
 """Memory and time of the Fisher of a network that FSDP2 shards over processes, next to a training step.
 
-    python -m bench.studies.sharding [--width 384] [--blocks 8] [--tokens 64] [--batch 4] [--rounds 9]
+    python -m bench.studies.sharding [--width 1024] [--blocks 16] [--rounds 5] [--write docs/guide/sharded.md]
 
 Each process has one thread, and a batch of its own. The network is a stack of residual blocks. Each block is sharded by
 itself, and its gathered weights are freed after the forward pass. A training step is a forward and a whole backward
 pass, with the exchange of the gradients. A batch of the Fisher is a forward pass and the squares of one cotangent of
-each example, by ``FisherRecorder``. Memory is the peak of a process's resident memory while it repeats one of the
-three, beyond what it had before the network was made; the largest of the processes. Times are medians of the ratios of
-neighbours, which alternate. Prints Markdown.
+each example, by ``FisherRecorder``.
+
+Memory is the peak of a process's resident memory while it repeats one of the three, the largest of the processes. It
+counts from a baseline: the process has run all three with a tiny network that is sharded in the same way, so that the
+modules that torch imports late, and the buffers of the connections, are no part of it. The weights are. The C library
+keeps blocks that were freed, and FSDP2 frees and allocates large ones all the time. *Held* is the memory where the
+library gives them back at once (``MALLOC_MMAP_THRESHOLD_``, 128 KiB); *resident* is the memory with its own settings.
+
+Times are medians of the ratios of neighbours, which alternate, with the C library's own settings. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -17,10 +23,10 @@ import gc
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -28,11 +34,13 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from bench.report import table
+from bench import harness
+from bench.pages import markdown, replace_section
 from t2v_fast import FisherRecorder
 
 STEP = "training step"
 KINDS = (STEP, "filter", "parameter")
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # so that the C library keeps no large block that was freed
 
 
 class Block(nn.Module):
@@ -59,20 +67,14 @@ class Network(nn.Module):
         return self.head(x.mean(1))
 
 
-def made(asked: argparse.Namespace, sharded: bool) -> nn.Module:
+def made(width: int, blocks: int, sharded: bool) -> nn.Module:
     torch.manual_seed(0)
-    network = Network(asked.width, asked.blocks).eval()
+    network = Network(width, blocks).eval()
     if sharded:
         for block in network.blocks:
             fully_shard(block, reshard_after_forward=True)
         fully_shard(network)
     return network
-
-
-def resident(key: str) -> float:
-    """A line of /proc/self/status, in MiB: resident memory (VmRSS), or its peak (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 
 def runs(network: nn.Module, x: Tensor) -> dict[str, Callable[[], None]]:
@@ -93,70 +95,83 @@ def runs(network: nn.Module, x: Tensor) -> dict[str, Callable[[], None]]:
     return {STEP: step, "filter": fisher("filter"), "parameter": fisher("parameter")}
 
 
-def _process(rank: int, asked: argparse.Namespace, size: int, kind: str | None, folder: str) -> None:
+def found_here(rank: int, asked: argparse.Namespace, sharded: bool) -> dict[str, Any]:
+    """The bytes of the weights, the peaks in bytes, and the ratios of times to a training step."""
+
+    def batch(width: int) -> Tensor:
+        return torch.randn(asked.batch, asked.tokens, width, generator=torch.Generator().manual_seed(rank))
+
+    for run in runs(made(8, 2, sharded), batch(8)).values():
+        run()
+    del run  # with its network
+    before = harness.settled()
+    network = made(asked.width, asked.blocks, sharded)
+    weights = sum(getattr(p, "_local_tensor", p).numel() * 4 for p in network.parameters())
+    of = runs(network, batch(asked.width))
+    peaks = {}
+    for name, run in of.items():
+        run()
+        harness.settled()
+        for _ in range(3):
+            run()
+        peaks[name] = harness.memory("VmHWM") - before
+    times: dict[str, list[float]] = {name: [] for name in of}
+    for _ in range(asked.rounds):
+        for name, run in of.items():
+            times[name].append(harness.timed(run))
+    ratios = {name: statistics.median(a / b for a, b in zip(times[name], times[STEP], strict=True)) for name in of}
+    return {"weights": weights, "peaks": peaks, "ratios": ratios, "step": statistics.median(times[STEP])}
+
+
+def _process(rank: int, asked: argparse.Namespace, size: int, folder: str) -> None:
     torch.set_num_threads(1)
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
-    torch.save(_found(rank, asked, size, kind), f"{folder}/{rank}.pt")
-    gc.collect()  # a network that outlives its process group can abort the interpreter when it ends
+    torch.save(found_here(rank, asked, size > 1), f"{folder}/{rank}.pt")
+    gc.collect()  # networks end before the process group that they use, and no process ends it for another one
     if size > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 
-def _found(rank: int, asked: argparse.Namespace, size: int, kind: str | None) -> dict[str, Any]:
-    """Measure the memory of one kind, or the times of all."""
-    before = resident("VmRSS")
-    network = made(asked, size > 1)
-    weights = sum(getattr(p, "_local_tensor", p).numel() * 4 for p in network.parameters()) / 2**20
-    x = torch.randn(asked.batch, asked.tokens, asked.width, generator=torch.Generator().manual_seed(rank))
-    of = runs(network, x)
-    found: dict[str, Any] = {"weights": weights}
-    if kind is not None:
-        of[kind]()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        for _ in range(3):
-            of[kind]()
-        found["peak"] = resident("VmHWM") - before
-    else:
-        times: dict[str, list[float]] = {name: [] for name in of}
-        for _ in range(asked.rounds + 2):
-            for name, run in of.items():
-                start = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - start)
-        found["ratios"] = {
-            name: statistics.median(a / b for a, b in zip(times[name][2:], times[STEP][2:], strict=True)) for name in of
-        }
-        found["step"] = statistics.median(times[STEP][2:])
-    return found
-
-
-def measured(asked: argparse.Namespace, size: int, kind: str | None) -> list[dict[str, Any]]:
-    """What each of some processes found."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_process, (asked, size, kind, folder), size, start_method="spawn")
+def measured(asked: argparse.Namespace, size: int, settings: dict[str, str]) -> list[dict[str, Any]]:
+    """What each of some processes found, which start with these variables of the environment."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", **settings}):
+        mp.start_processes(_process, (asked, size, folder), size, start_method="spawn")
         return [torch.load(f"{folder}/{rank}.pt") for rank in range(size)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=9)
-    asked = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    header = ["processes", "weights of each, MiB", "what", "peak memory of each, MiB", "time over a training step"]
-    rows = []
+def rows(asked: argparse.Namespace) -> list[list[str]]:
+    """The table, whose first row is the header."""
+    found = [["processes", "weights of each, MB", "what", "held, MB", "resident, MB", "time over a training step"]]
     for size in (1, 2):
-        times = measured(asked, size, None)
+        usual, given_back = measured(asked, size, {}), measured(asked, size, GIVEN_BACK)
         for kind in KINDS:
-            peaks = [found["peak"] for found in measured(asked, size, kind)]
-            ratio = max(found["ratios"][kind] for found in times)
-            what = f"step ({1e3 * times[0]['step']:.0f} ms)" if kind == STEP else f"Fisher by {kind}"
-            rows.append([str(size), f"{times[0]['weights']:.0f}", what, f"{max(peaks):.0f}", f"{ratio:.2f}"])
-    table(header, rows)
+            held, resident = (max(of["peaks"][kind] for of in every) / 1e6 for every in (given_back, usual))
+            ratio = max(of["ratios"][kind] for of in usual)
+            what = f"step ({1e3 * usual[0]['step']:.0f} ms)" if kind == STEP else f"Fisher by {kind}"
+            weights = f"{usual[0]['weights'] / 1e6:.0f}"
+            found.append([str(size), weights, what, f"{held:.0f}", f"{resident:.0f}", f"{ratio:.2f}"])
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--width", type=int, default=1024)
+    made.add_argument("--blocks", type=int, default=16)
+    made.add_argument("--tokens", type=int, default=16)
+    made.add_argument("--batch", type=int, default=4)
+    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--write", type=Path, help="the page whose table is replaced")
+    return made
+
+
+def main() -> None:
+    asked = parser().parse_args()
+    text = markdown(rows(asked))
+    print(text)
+    if asked.write:
+        replace_section(asked.write, "sharding", text)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from .sketches import packed, sketches_of
 
 ESTIMATORS = ("exact", "deflated", "hutchinson", "monte_carlo", "empirical")
 LARGEST_EXACT = 2**30  # the most numbers in the exact cotangents of a batch of tokens
-LARGEST_BLOCK = 2**22  # the most logits that are brought to float64 at once
+LARGEST_BLOCK = 2**20  # the most logits that are brought to float64 at once: 8 MB for each temporary tensor
 LEVELS = ("token", "sequence")
 
 

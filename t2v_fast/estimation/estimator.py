@@ -344,7 +344,7 @@ class _Estimate:
         share = (draws.weights / total).to(u.dtype)
         if batch.segments is not None:  # [1, T, 1]; padding has no cotangent
             share = share[batch.segments.clamp_min(0)][None]
-        u = u * to_device(share, u.device).view(*share.shape, *(1,) * (u.dim() - share.dim()))
+        u *= to_device(share, u.device).view(*share.shape, *(1,) * (u.dim() - share.dim()))
         parameters = self.recorder.leaves
         with self.recorder.regions.reading():
             fix_batch_norm_gradients(nodes_of(batch.logits))

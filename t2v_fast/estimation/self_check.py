@@ -272,7 +272,7 @@ class SelfCheck:
                     f"the logits of example {examples[0]} are {list(one.shape[1:])} when it is run {how}, and "
                     f"{list(other.shape[1:])} in the batch: examples interact"
                 )
-        apart = torch.cat([(one - other).abs().reshape(len(one), -1).amax(1) for one, other in pairs])
+        apart = torch.cat([(one - other).abs_().reshape(len(one), -1).amax(1) for one, other in pairs])
         if not bool((apart <= tolerance * _spread(logits, robust=tolerance < 0.1)).all()):
             if self._drew:
                 raise SelfCheckError(_random(self.recorder.model))

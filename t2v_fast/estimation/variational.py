@@ -25,9 +25,10 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from ..gradients.checkpointing import not_checkpointed
-from ..gradients.compiled import eager, named_parameters, original_name
+from ..gradients.compiled import eager
 from ..gradients.graph import UnsupportedError
 from ..gradients.tensor_parallel import is_distributed
+from ..gradients.wrappers import named_parameters, network_of, original_name
 
 # Functions whose second argument is a weight with filters along its first axis, and the axis of their channels.
 _LAYERS: dict[Callable, int | None] = {F.linear: None, F.conv1d: 1, F.conv2d: 1, F.conv3d: 1}
@@ -216,12 +217,12 @@ def variational_fisher(
         raise UnsupportedError(f"the parameter {divided!r} is divided over processes, which share no noise: use one")
     if parameters is None:
         parameters = [k for k, p in named.items() if p.dim() > 1 and all(p is not q for q in head)]
-    parameters = [original_name(model, name) for name in parameters]
+    parameters = [name if name in named else original_name(model, name) for name in parameters]
     if missing := [name for name in parameters if name not in named]:
         raise ValueError(f"the model has no parameter {missing[0]!r}")
     noise = WeightNoise({name: named[name] for name in parameters}, generator)
     return learn_variances(
-        noise, model, batches, head, likelihood, epochs, beta, learning_rate, head_learning_rate, progress
+        noise, network_of(model), batches, head, likelihood, epochs, beta, learning_rate, head_learning_rate, progress
     )
 
 

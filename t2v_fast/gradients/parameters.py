@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from .compiled import named_parameters, original_name
 from .quantised import is_quantised
+from .wrappers import named_parameters, original_name
 
 TRAINABLE = "trainable"
 ParameterFilter = Iterable[str] | Callable[[str, nn.Parameter], bool] | None  # or TRAINABLE, which is a str
@@ -25,8 +25,8 @@ def select_parameters(model: nn.Module, parameters: ParameterFilter = None) -> d
 
     Returns:
         The parameters by name, in the order of the given names, otherwise in the model's order. A parameter that
-        several layers share appears once, under its first name. The names are those without torch.compile; the given
-        ones may be either.
+        several layers share appears once, under its first name. The names are those without wrappers such as
+        torch.compile's; the given ones may be either.
 
     Raises:
         ValueError: The model has no floating-point parameter of a given name, or no parameter is left.
@@ -56,7 +56,7 @@ def select_parameters(model: nn.Module, parameters: ParameterFilter = None) -> d
     elif callable(parameters):
         chosen = {name: p for name, p in everything.items() if parameters(name, p)}
     else:
-        names = [original_name(model, name) for name in parameters]
+        names = [name if name in everything else original_name(model, name) for name in parameters]
         unknown = [name for name in names if name not in everything]
         if unknown:
             raise ValueError(

@@ -125,7 +125,7 @@ class FisherRecorder:
         self.sharding = sharding_of(self.model)  # before the parameters are named, because gathered ones are others
         self.granularity = granularity
         self.unsupported = unsupported
-        self.parameters = select_parameters(self.model, parameters)
+        self.parameters = select_parameters(model, parameters)  # by names with or without wrappers
         check_parameters(self.parameters)
         self.filter_axes = filter_axes_of(self.parameters, filter_axis)
         self.unused: frozenset[str] = frozenset()
@@ -134,6 +134,7 @@ class FisherRecorder:
         self.observer: Callable[[Use, Factors, int, float, float], None] | None = None
         self.regions = Regions()
         self._contexts = ExitStack()
+        say_once(model, self.model)
         self._plans: dict[tuple[str, int], Plan] = {}  # of the layers, by the first parameter and input
         self._reported: set[str] = set()  # parameters whose slower route was logged
         self._looked_for_random_layers = False  # since the context was entered
@@ -156,7 +157,6 @@ class FisherRecorder:
         for p, _ in self._required:
             p.requires_grad_(id(p) in wanted)
         self._contexts.callback(allow_packing, unpack(self.model))
-        say_once(self.model)
         self._contexts.enter_context(eager)
         self.regions = self._contexts.enter_context(self.regions.followed())
         return self

@@ -125,7 +125,6 @@ class Sharding:
         self._depth = 0
         self._over = False  # whether a process has failed
         self._changed: list[tuple[Any, str, Any]] = []  # attributes of FSDP2's groups before the context
-        self._inputs: dict[int, Tensor] = {}  # this process's part of each gathered group, for the others
         self._storages: dict[int, int] = {}  # the group of each gathered parameter's memory, by the memory's address
         self._unmet: set[int] = set()  # groups that were not gathered in this context yet
         self._extra: list[Any] = []  # groups that were gathered to read what a node has saved
@@ -191,7 +190,6 @@ class Sharding:
             group._post_forward_indices.clear()
         for module in self.modules:
             module.reshard()
-        self._inputs.clear()
         self._storages.clear()
         self._extra.clear()
 
@@ -268,15 +266,10 @@ class Sharding:
             self._over = False
         return codes
 
-    def keep_input(self, k: int, t: Tensor) -> None:
-        """Keep this process's part of a group for others, while the group is gathered here and cannot be packed."""
-        self._inputs = {j: mine for j, mine in self._inputs.items() if self._groups[j].is_unsharded}
-        self._inputs[k] = t.clone()
-
     def _serve(self, k: int) -> None:
         """Take part in a gather that another process needs."""
         group = self._groups[k]
-        mine = _flat_input(group) if not group.is_unsharded else self._inputs[k]
+        mine = _flat_input(group)
         processes = group._all_gather_process_group
         whole = torch.empty(mine.numel() * processes.size(), dtype=mine.dtype, device=mine.device)
         _all_gather(whole, mine, group=processes)
@@ -372,14 +365,17 @@ class _Gather:
         return self.usual.allocate(*arguments, **options)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
-        self.sharding.keep_input(self.group, input_tensor)
         self.sharding._announce(self.group, lambda: _all_gather(output_tensor, input_tensor, group=group))
 
 
 def _flat_input(group: Any) -> Tensor:
-    """This process's shards of a group in one vector, as FSDP2 packs them for its gather."""
+    """This process's shards of a group in one vector, as FSDP2 packs them for its gather.
+
+    FSDP2 packs only what is not gathered. Its shards are there all the time, so this works in both states.
+    """
     with torch.no_grad():
-        parts = [t for p in group.fsdp_params for t in p.all_gather_inputs]
+        shards = [(p._sharded_param_data, p.param_dtype) for p in group.fsdp_params]
+        parts = [t.to(group.device, t.dtype if dtype is None else dtype) for t, dtype in shards]
     if len({t.dtype for t in parts}) > 1:
         parts = [t.view(torch.uint8) for t in parts]
     return torch.cat(parts)

@@ -21,8 +21,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..gradients.compiled import WRAPPED, eager, named_modules, original, original_name
+from ..gradients.compiled import eager
 from ..gradients.tensor_parallel import whole
+from ..gradients.wrappers import COMPILED, named_modules, network_of, original_name
 from .precision import dtype_of
 from .split_network import Cut
 
@@ -175,7 +176,7 @@ class Probe:
         preprocessing: Preprocessing | None = None,
         name: str | None = None,
     ) -> None:
-        self.network = network = original(network).eval()
+        self.network = network = network_of(network).eval()
         self.preprocessing = preprocessing or Preprocessing()
         self.name = name or type(network).__name__
         self.head = _find_head(self.network, self.preprocessing.crop, head)
@@ -258,7 +259,7 @@ class Probe:
 
 
 def _state_of(network: nn.Module) -> dict[str, Tensor]:
-    """Weights and buffers, by the names that they have without torch.compile."""
+    """Weights and buffers, by the names that they have without wrappers."""
     return {original_name(network, key): value for key, value in network.state_dict().items()}
 
 
@@ -466,11 +467,11 @@ def _load_weights(probe: Probe, path: str | os.PathLike) -> None:
             f"{path} is no weights file: it holds {type(state).__name__}, expected a state dict of tensors"
         )
     wanted = {k: v for k, v in _state_of(probe.network).items() if not k.startswith(f"{probe.head}.")}
-    if any(WRAPPED in k.split(".") for k in wanted):  # the network has a module of this name
+    if any(COMPILED in k.split(".") for k in wanted):  # the network has a module of this name
         state = {k.removeprefix("module."): v for k, v in state.items()}
     else:  # DataParallel and torch.compile add to the names
         parts = {k: k.removeprefix("module.").split(".") for k in state}
-        state = {".".join(part for part in parts[k] if part != WRAPPED): v for k, v in state.items()}
+        state = {".".join(part for part in parts[k] if part != COMPILED): v for k, v in state.items()}
     missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in wanted and not k.startswith(f"{probe.head}.")]
     wrong = [

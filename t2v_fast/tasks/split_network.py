@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..files import write_atomically
-from ..gradients.compiled import named_modules, original_name
+from ..gradients.wrappers import named_modules, original_name
 
 
 class _Reached(BaseException):

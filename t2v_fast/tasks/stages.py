@@ -22,8 +22,8 @@ from ..estimation.label_sets import Heads, LabelSet, fisher_of_label_sets
 from ..estimation.moments import NamedMoments
 from ..estimation.one_forward import FeatureTap, one_forward
 from ..estimation.variational import RobustFisher, variational_fisher
-from ..gradients.compiled import named_parameters
 from ..gradients.fast_forward import fast_forward
+from ..gradients.wrappers import named_parameters
 from .cache import ImageCache
 from .data import TASK_TYPES, DataError, TaskData, balanced_weights
 from .head import HeadTask, fit_heads

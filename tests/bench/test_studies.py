@@ -123,7 +123,7 @@ def test_layers_table(script: Script) -> None:
 def test_sharding_table(script: Script) -> None:
     small = ("--width", "16", "--blocks", "2", "--tokens", "4", "--rounds", "1")
     lines = script("studies.sharding", *small).splitlines()
-    assert [re.sub(r"[\d.]+", "#", line.split("|")[3]).strip() for line in lines[3:]] == [
+    assert [re.sub(r"[\d.]+", "#", line.split("|")[3]).strip() for line in lines[2:]] == [
         "step (# ms)",
         "Fisher by filter",
         "Fisher by parameter",
@@ -155,6 +155,34 @@ def test_checkpointing_table(script: Script, monkeypatch: pytest.MonkeyPatch) ->
     assert rows[0][-1].strip() == "runs"
     runs = [row[-1].strip() for row in rows[2:]]
     assert runs == [*("-", "0", "0"), *("-", "2", "4") * 2] * 2  # two blocks
+
+
+def test_table_of_decoders_and_adapters(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    study = importlib.import_module("bench.studies.checkpointing")
+    monkeypatch.setattr(study, "apart", lambda function, *args: function(*args))
+    lines = script("studies.today", "--toy", "--rounds", "1", "--only", "decoders", "adapted").splitlines()
+    rows = [line.split("|")[1:-1] for line in lines if line.startswith("| decoder")]
+    assert [row[0].strip() for row in rows] == [
+        *("decoder, dense", "decoder, mixture of experts", "decoder, all weights", "decoder, LoRA, rank 8")
+    ]
+    for row in rows:
+        weights, step, fisher, _, seconds, ratio = map(float, row[1:])
+        assert min(step, fisher) >= weights
+        assert min(seconds, ratio) >= 0
+
+
+@pytest.mark.slow
+def test_table_of_networks_of_today(script: Script) -> None:
+    lines = script("studies.today", "--toy", "--rounds", "1", "--only", "checkpointed", "processes").splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        "encoder",
+        "encoder, compiled step",
+        "encoder, checkpointed blocks",
+        "encoder, checkpointed blocks, reentrant",
+        "blocks, one process",
+        "blocks, each of two processes",
+    ]
 
 
 def test_sums_table(script: Script) -> None:

@@ -27,6 +27,18 @@ def nested(network: nn.Module, **options: Any) -> nn.Module:
     return fully_shard(network, **options)
 
 
+def compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager")
+
+
+def compiled_parts(network: nn.Module) -> nn.Module:
+    """Compiled modules are sharded: a part before and the whole after, with another part that stays whole."""
+    network[0] = compiled(network[0])
+    network[3] = compiled(network[3])
+    fully_shard(network[0], reshard_after_forward=True)
+    return fully_shard(compiled(network))
+
+
 # Each case: the network, how it is sharded, the examples, the options of fisher().
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module], str, dict[str, Any]]] = {
     "nested": (convolutional, nested, "images", {"estimator": "exact"}),
@@ -95,6 +107,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module]
         "sentences",
         {"estimator": "exact", "level": "sequence"},
     ),
+    "compiled": (convolutional, lambda network: compiled(nested(network)), "images", {"estimator": "exact"}),
+    "compiled before": (convolutional, compiled_parts, "images", {"estimator": "exact"}),
     "half": (Language, lambda network: nested(network, mp_policy=HALF), "sentences", {"estimator": "exact"}),
 }
 SLOW = ("kept", "kept in part", "tensor", "twice by parameter", "sequences")
@@ -154,11 +168,34 @@ def _cases(rank: int, names: list[str]) -> dict[str, Any]:
 
 def quick(rank: int, size: int, folder: Path) -> dict[str, Any]:
     found = _cases(rank, [name for name in CASES if name not in SLOW])
-    return found | {"loop": _loop(rank), "errors": _errors(rank), "saved": _save(rank, folder)}
+    return found | {"loop": _loop(rank), "errors": _errors(rank), "saved": _save(rank, folder), "copies": _copies(rank)}
 
 
 def all_cases(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return _cases(rank, list(CASES)) | {"mesh": _mesh(rank), "loaded": _load(folder)}
+
+
+# Wrappers around whole copies of a network, in each order.
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "copy": nn.parallel.DistributedDataParallel,
+    "copy, compiled": lambda network: compiled(nn.parallel.DistributedDataParallel(network)),
+    "compiled, copy": lambda network: nn.parallel.DistributedDataParallel(compiled(network)),
+}
+
+
+def _copies(rank: int) -> dict[str, Any]:
+    """The Fisher of this process's examples, squares in a loop, and a step of training after them."""
+    found: dict[str, Any] = {}
+    for name, wrap in COPIES.items():
+        model = wrap(seeded(convolutional))
+        result = t2v_fast.fisher(model, _batches("images", rank), "exact")
+        with t2v_fast.FisherRecorder(model) as recorder:  # a forward pass of copies exchanges their buffers
+            x = images()[rank::2]
+            squares = recorder.backward(model(x), torch.ones(len(x), 3).double())
+        model(x).square().sum().backward()
+        gradients = [p.grad for p in model.parameters()]
+        found[name] = {"entries": result.entries, "squares": squares, "gradients": gradients}
+    return found
 
 
 def _save(rank: int, folder: Path) -> dict[str, Any]:
@@ -309,6 +346,24 @@ def test_each_process_has_its_own_filters(two: list[dict[str, Any]]) -> None:
     assert [dict(of["parameter"]["shares"])["3.weight"] for of in two] == [(5, 28), (4, 28)]
     assert [dict(of["twice"]["shares"])["one.weight"] for of in two] == [(1,), (0,)]
     assert [dict(of["along axis 1"]["shares"])["2.weight"] for of in two] == [(3,), (3,)]
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_whole_copies_have_examples_of_their_own(two: list[dict[str, Any]], name: str) -> None:
+    network = seeded(convolutional)
+    (network(images()).square().sum() / 2).backward()
+    gradients = {key: p.grad for key, p in network.named_parameters()}
+    for rank, of_rank in enumerate(two):
+        found = of_rank["copies"][name]
+        want = t2v_fast.fisher(seeded(convolutional), _batches("images", rank), "exact")
+        torch.testing.assert_close(found["entries"], want.entries, rtol=1e-12, atol=1e-25)
+        assert list(found["entries"]) == list(want)
+        x = images()[rank::2]
+        for key, squares in per_example_squares(network, x, torch.ones(1, len(x), 3).double()).items():
+            error = relative_error(found["squares"][key], reduce(squares, "filter"))
+            assert error < 1e-12 or squares.abs().max() < 1e-25
+        for got, (key, g) in zip(found["gradients"], gradients.items(), strict=True):
+            torch.testing.assert_close(got, g, msg=key)  # the mean of both processes, as before
 
 
 def test_mixed_precision_is_near_double_precision(two: list[dict[str, Any]]) -> None:

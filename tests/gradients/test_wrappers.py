@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
+from oracle import per_example_squares, reduce, relative_error
 from shards import Twice, convolutional, images, rows, seeded
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -40,16 +41,83 @@ def test_whole_copies_are_followed_to_the_network() -> None:
         torch.testing.assert_close(squares, recorder.backward(network(images()), torch.ones(11, 3).double()))
 
 
+def compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager")
+
+
+COPY, SPREAD = nn.parallel.DistributedDataParallel, nn.DataParallel
+ORDERS = [(compiled,), (SPREAD,), (compiled, COPY), (COPY, compiled), (SPREAD, compiled), (compiled, COPY, compiled)]
+
+
+@pytest.mark.parametrize("around", ORDERS, ids=lambda around: " ".join(w.__name__ for w in around))
+def test_wrappers_in_any_order(around: tuple[Callable[[nn.Module], nn.Module], ...]) -> None:
+    network = seeded(convolutional)
+    want = t2v_fast.fisher(seeded(convolutional), images().split(4), "exact")
+    model = network
+    for wrap in around:
+        model = wrap(model)
+    found = t2v_fast.fisher(model, images().split(4), "exact")
+    assert list(found) == list(want)
+    torch.testing.assert_close(found.entries, want.entries)
+    wrapped_names = [name for name, _ in model.named_parameters()]
+    for given in (wrapped_names, list(want), lambda name, p: name in want.entries):
+        recorder = t2v_fast.FisherRecorder(model, given)
+        assert recorder.model is network
+        assert list(recorder.parameters) == list(want)
+    u = torch.ones(11, 3).double()
+    with recorder:
+        squares = recorder.backward(model(images()), u)
+    for name, q in per_example_squares(network, images(), u[None]).items():
+        assert relative_error(squares[name], reduce(q, "filter")) < 1e-12 or q.abs().max() < 1e-25
+
+
+def test_a_name_of_the_network_comes_before_a_name_of_the_wrapper() -> None:
+    """A network with a layer 'module' keeps its names, although wrappers add a part of this name."""
+    network = nn.Module()
+    network.module, network.weight = nn.Linear(4, 3), nn.Parameter(torch.ones(4))
+    network.forward = lambda x: network.module(x * network.weight)
+    model = SPREAD(network)
+    assert list(t2v_fast.FisherRecorder(model).parameters) == ["weight", "module.weight", "module.bias"]
+    assert list(t2v_fast.FisherRecorder(model, ["module.weight"]).parameters) == ["module.weight"]
+    assert list(t2v_fast.FisherRecorder(model, ["module.module.weight"]).parameters) == ["module.weight"]
+
+
+def test_hooks_of_a_wrapper_are_not_lost() -> None:
+    """A compiled module with hooks runs as it is; other wrappers with hooks are refused."""
+    want = t2v_fast.fisher(seeded(convolutional), [2 * images()], "exact")
+    model = compiled(seeded(convolutional))
+    model.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    found = t2v_fast.fisher(model, [images()], "exact")
+    assert list(found) == list(want)
+    torch.testing.assert_close(found.entries, want.entries)
+    for wrap in (COPY, SPREAD):
+        model = compiled(wrap(seeded(convolutional)))
+        model._orig_mod.register_forward_hook(lambda module, args, output: 2 * output)
+        with pytest.raises(t2v_fast.UnsupportedError, match=f"the {wrap.__name__} around the network has hooks"):
+            t2v_fast.fisher(model, [images()])
+
+
+def test_a_part_that_is_spread_over_devices_is_refused() -> None:
+    network = nn.Sequential(nn.Linear(4, 3), SPREAD(nn.Linear(3, 2)))
+    assert list(t2v_fast.fisher(network, [torch.ones(2, 4)])) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    network[1].device_ids = [0, 1]
+    for model in (network, compiled(network)):
+        with pytest.raises(t2v_fast.UnsupportedError, match="the layer '1' is a DataParallel, which exchanges"):
+            t2v_fast.fisher(model, [torch.ones(2, 4)])
+
+
 def test_a_part_that_is_wrapped_is_refused() -> None:
-    network = nn.Sequential(nn.Linear(4, 3), nn.parallel.DistributedDataParallel(nn.Linear(3, 2)))
-    with pytest.raises(t2v_fast.UnsupportedError, match="the layer '1' is a DistributedDataParallel"):
-        t2v_fast.fisher(network, [torch.ones(2, 4)])
+    for part in (COPY(nn.Linear(3, 2)), compiled(COPY(nn.Linear(3, 2))), COPY(compiled(nn.Linear(3, 2)))):
+        network = nn.Sequential(nn.Linear(4, 3), part)
+        for model in (network, compiled(network)):
+            with pytest.raises(t2v_fast.UnsupportedError, match="the layer '1' is a DistributedDataParallel"):
+                t2v_fast.fisher(model, [torch.ones(2, 4)])
 
 
 def test_fsdp1_is_refused_by_name() -> None:
     network = FullyShardedDataParallel(seeded(convolutional), device_id=torch.device("cpu"))
-    for model in (network, nn.Sequential(network)):
-        with pytest.raises(t2v_fast.UnsupportedError, match=r"0\.0\.weight' is flattened.*fully_shard"):
+    for model in (network, nn.Sequential(network), compiled(network)):
+        with pytest.raises(t2v_fast.UnsupportedError, match=r"'(0\.)?0\.0\.weight' is flattened.*fully_shard"):
             t2v_fast.FisherRecorder(model)
 
 

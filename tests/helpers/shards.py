@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -159,6 +160,8 @@ def _process(rank: int, size: int, folder: str, work: Callable[[int, int, Path],
         timeout=datetime.timedelta(seconds=SECONDS),
     )
     torch.save(dict(work(rank, size, Path(folder))), f"{folder}/{rank}.pt")
+    gc.collect()  # networks end before the process group that they use
+    dist.barrier()
     dist.destroy_process_group()
 
 
