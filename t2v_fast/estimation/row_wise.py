@@ -66,7 +66,7 @@ class _Call:
 
 
 class _Unproved(Exception):
-    """A call that may mix rows, or whose effect is not known."""
+    """An argument that may hold what other rows have."""
 
 
 class RowWise(TorchFunctionMode):
@@ -97,14 +97,12 @@ class RowWise(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             constants = [*network.parameters(), *network.buffers()]
             tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
-            if (
-                any(t.is_inference() for t in (*constants, *tensors))
-                or not all(type(t) is Tensor and t.dim() for t in tensors)
-                or len({t.shape[0] for t in tensors}) != 1
-            ):
+            ordinary = not any(t.is_inference() for t in (*constants, *tensors))  # the others have no version
+            sizes = {t.shape[0] if type(t) is Tensor and t.dim() else None for t in tensors}
+            if not ordinary or len(sizes) != 1 or None in sizes:
                 self._calls = None
                 return
-            self._n = tensors[0].shape[0]
+            (self._n,) = sizes
             self._constants = {id(t): (k, t._version, t) for k, t in enumerate(constants)}
             for t in tensors:
                 self._keep(t, False)
@@ -117,7 +115,7 @@ class RowWise(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             try:
                 self._read(output, call)
-            except _Unproved:
+            except Exception:
                 return None
         return (*self._calls, tuple(call.tokens[1:])) if call.rows else None
 
@@ -145,7 +143,7 @@ class RowWise(TorchFunctionMode):
                 self._read(value, call)
             if not (call.rows or call.constants) or func in _PROPERTIES:
                 return None
-            if not call.rows and func in _PROPERTIES_OF_CONSTANTS:
+            if func in _SIZES and (not call.rows or _is_inner(args[0], call.option(1, "dim", None))):
                 return None
             rule = ROW_WISE.get(func)
             if rule is not None and call.rows and rule(call):
@@ -166,7 +164,8 @@ class RowWise(TorchFunctionMode):
             if t._version != version and not (t is result and t is call.args[0] and known is not None and known.fresh):
                 self._calls = None
                 return
-        if type(result) is not Tensor or not result.dim() or result.shape[0] != self._n:
+        ordinary = type(result) is Tensor and not result.is_inference()  # the others have no version
+        if not (ordinary and result.dim() and result.shape[0] == self._n):
             self._calls = None
             return
         self._calls.append(tuple(call.tokens))
@@ -255,7 +254,7 @@ def _over_axes(call: _Call) -> bool:
 
 def _cat(call: _Call) -> bool:
     axis = call.option(1, "dim", 0)
-    return "out" not in call.kwargs and not call.constants and all(_is_inner(t, axis) for t in call.rows)
+    return len(call.rows) == len(call.args[0]) and not call.constants and all(_is_inner(t, axis) for t in call.rows)
 
 
 def _permute(call: _Call) -> bool:
@@ -308,10 +307,8 @@ ROW_WISE |= dict.fromkeys(
 )
 ROW_WISE |= dict.fromkeys(
     (
-        *(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__),
-        *(torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__rsub__, Tensor.__isub__),
-        *(torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__),
-        *(torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__rtruediv__, Tensor.__itruediv__),
+        *(torch.add, Tensor.add, Tensor.add_, torch.sub, Tensor.sub, Tensor.sub_, Tensor.__rsub__),
+        *(torch.mul, Tensor.mul, Tensor.mul_, torch.div, Tensor.div, Tensor.div_, Tensor.__rdiv__),
     ),
     _broadcast,
 )
@@ -324,4 +321,4 @@ _PROPERTIES = frozenset(
         *(Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex),
     )
 )
-_PROPERTIES_OF_CONSTANTS = frozenset((Tensor.shape.__get__, Tensor.size, Tensor.numel, Tensor.__len__))
+_SIZES = frozenset((Tensor.shape.__get__, Tensor.size, Tensor.numel, Tensor.__len__))  # the first axis is that of rows
