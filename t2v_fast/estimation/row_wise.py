@@ -18,8 +18,9 @@ The calls in their order, with their numbers, are the *program* of the pass. Two
 same function of their rows. A network that hides a counter, a random number or a value of the batch in a Python number
 has other programs in other passes. So the caller compares programs, too.
 
-What remains unseen is code outside torch that reads or writes the memory of a tensor by itself, and whose effect is
-neither a tensor nor a number that differs from pass to pass.
+What remains unseen is code that writes to the memory of a tensor behind torch's back (outside torch, or through ``data``
+in a scripted function), and code outside torch that reads such memory and returns a number that is the same in all
+passes that are compared.
 """
 
 from __future__ import annotations

@@ -12,6 +12,13 @@ watched:
 - *Later batches*: the halves of the second batch must have its logits. In the 4th, 8th, 16th batch and so on, one
   example run alone must have the logits of the batch.
 
+**Networks that are row by row** need less. The forward pass of each of these batches is watched
+(:mod:`t2v_fast.estimation.row_wise`), which proves for most convolutional networks that no example depends on another.
+The first batch is proved if its pass and that of one example alone have the same program. Then no halves are run, and
+one of the two examples goes through plain autograd. A later batch is proved if its pass has the program of the first
+batch that was proved. Then no further pass is run. Where there is no proof, or the programs differ, the values are
+compared as above. So a proof may fail without harm.
+
 - *Every batch of two or more examples, in networks with a capacity*: each example alone must have the logits of the
   batch. Routers of experts that drop the tokens beyond a capacity do so in some batches only
   (:mod:`t2v_fast.estimation.counting`).
@@ -20,7 +27,8 @@ Another interaction that the graph does not show, and that occurs in few batches
 
 **Once a network.** A network that passed the check of a first batch is remembered
 (:mod:`t2v_fast.gradients.network_state`). If a later call meets the network again, one example of the first batch is
-run alone, another one in each call, and the second batch is not run in halves once that of an earlier call was. The
+run alone, another one in each call, unless that batch is proved. The second batch is not run in halves once that of an
+earlier call was. The
 other checks stay as they are. A network that fails a check is forgotten. The network must be unchanged: its modules and
 their classes, modes, attributes, hooks and forward methods, and the shapes, dtypes and devices of its parameters. The
 call must be unchanged, too: the forward function, the wanted parameters, and the shapes and dtypes of the first batch,
@@ -29,7 +37,8 @@ with its number of examples.
 Weights may change in between, for two reasons. Which rule, which owner and which kernel takes part follows from the
 nodes and the shapes, so a rule that is right for some weights is right for others. And whether examples interact is
 decided by the code that runs. Code that asks the values of weights, of inputs or of global variables what to do may run
-differently in a later batch of the same call as well; there, too, only the example that is run alone can show it.
+differently in a later batch of the same call as well; there, too, only the program of a watched pass, or the example
+that is run alone, can show it.
 """
 
 from __future__ import annotations
