@@ -18,9 +18,9 @@ The calls in their order, with their numbers, are the *program* of the pass. Two
 same function of their rows. A network that hides a counter, a random number or a value of the batch in a Python number
 has other programs in other passes. So the caller compares programs, too.
 
-What remains unseen is code that writes to the memory of a tensor behind torch's back (outside torch, or through ``data``
-in a scripted function), and code outside torch that reads such memory and returns a number that is the same in all
-passes that are compared.
+What remains unseen is code that writes to the memory of a tensor without a new version (outside torch, or through
+``data`` in a scripted function), and code that torch's functions do not show and that returns a number which depends on
+the batch, but is the same in all passes that are compared.
 """
 
 from __future__ import annotations
@@ -317,9 +317,12 @@ ROW_WISE |= dict.fromkeys(
 # What tells neither an entry of a tensor nor the number of its rows.
 _PROPERTIES = frozenset(
     (
-        *(Tensor.dim, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.layout.__get__),
-        *(Tensor.requires_grad.__get__, Tensor.is_cuda.__get__, Tensor.is_nested.__get__),
-        *(Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex),
+        *(Tensor.dim, Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex),
+        *(
+            getattr(Tensor, name).__get__
+            for name in ("ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_nested")
+        ),
     )
 )
-_SIZES = frozenset((Tensor.shape.__get__, Tensor.size, Tensor.numel, Tensor.__len__))  # the first axis is that of rows
+# The size of the first axis is the number of rows.
+_SIZES = frozenset((Tensor.size, Tensor.numel, Tensor.__len__, getattr(Tensor, "shape").__get__))  # noqa: B009
