@@ -48,6 +48,9 @@ class _Row(NamedTuple):
     version: int
     fresh: bool  # whether its memory was made in the pass, so that a call may write to it
 
+    def is_of(self, t: Any) -> bool:
+        return self.of() is t
+
 
 class _Call:
     """A call that is about to be made."""
@@ -158,7 +161,7 @@ class RowWise(TorchFunctionMode):
         """Note what a call has returned, and check what it has written to."""
         assert self._calls is not None
         known = self._rows.get(id(result))
-        if known is not None and known.of() is not result:
+        if known is not None and not known.is_of(result):
             known = None
         for t, version in call.versions:
             # A call in place may write to its first argument, and to memory that was made in the pass.
@@ -183,7 +186,7 @@ class RowWise(TorchFunctionMode):
             if (constant := self._constants.get(id(value))) is not None and constant[1] == version:
                 call.constants.append(value)
                 call.tokens += ("constant", constant[0])
-            elif (row := self._rows.get(id(value))) is not None and row.of() is value and row.version == version:
+            elif (row := self._rows.get(id(value))) is not None and row.is_of(value) and row.version == version:
                 call.rows.append(value)
                 call.tokens += ("row", row.place)
             else:
