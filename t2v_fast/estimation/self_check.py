@@ -12,6 +12,13 @@ watched:
 - *Later batches*: the halves of the second batch must have its logits. In the 4th, 8th, 16th batch and so on, one
   example run alone must have the logits of the batch.
 
+**Networks that are row by row** need less. The forward pass of each of these batches is watched
+(:mod:`t2v_fast.estimation.row_wise`), which proves for most convolutional networks that no example depends on another.
+The first batch is proved if its pass and that of one example alone have the same program. Then no halves are run, and
+one of the two examples goes through plain autograd. A later batch is proved if its pass has the program of the first
+batch that was proved. Then no further pass is run. Where there is no proof, or the programs differ, the values are
+compared as above. So a proof may fail without harm.
+
 - *Every batch of two or more examples, in networks with a capacity*: each example alone must have the logits of the
   batch. Routers of experts that drop the tokens beyond a capacity do so in some batches only
   (:mod:`t2v_fast.estimation.counting`).
@@ -20,7 +27,8 @@ Another interaction that the graph does not show, and that occurs in few batches
 
 **Once a network.** A network that passed the check of a first batch is remembered
 (:mod:`t2v_fast.gradients.network_state`). If a later call meets the network again, one example of the first batch is
-run alone, another one in each call, and the second batch is not run in halves once that of an earlier call was. The
+run alone, another one in each call, unless that batch is proved. The second batch is not run in halves once that of an
+earlier call was. The
 other checks stay as they are. A network that fails a check is forgotten. The network must be unchanged: its modules and
 their classes, modes, attributes, hooks and forward methods, and the shapes, dtypes and devices of its parameters. The
 call must be unchanged, too: the forward function, the wanted parameters, and the shapes and dtypes of the first batch,
@@ -29,12 +37,14 @@ with its number of examples.
 Weights may change in between, for two reasons. Which rule, which owner and which kernel takes part follows from the
 nodes and the shapes, so a rule that is right for some weights is right for others. And whether examples interact is
 decided by the code that runs. Code that asks the values of weights, of inputs or of global variables what to do may run
-differently in a later batch of the same call as well; there, too, only the example that is run alone can show it.
+differently in a later batch of the same call as well; there, too, only the program of a watched pass, or the example
+that is run alone, can show it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,6 +65,7 @@ from ..gradients.tensor_parallel import whole
 from ..ops import planner
 from .counting import Count, Counting, counting_over_examples, described, is_half, layer_with_capacity
 from .packing import part_of
+from .row_wise import Program, RowWise
 from .runs import Place, Run, part_of_batch, places_of
 
 # How far the squares of two examples may differ from plain autograd, relative to the norm of a parameter's squares. The
@@ -114,6 +125,7 @@ class SelfCheck:
         self._batches = 0  # the number of batches with two or more examples
         self._single = False  # whether a batch of one example was checked
         self._drew = False  # whether the last forward pass drew random numbers
+        self._program: Program | None = None  # of the last forward pass, if it was watched and is row by row
         self._counting: str | None = None  # the layer that counts over the tokens of all examples
         self._dtype: torch.dtype | None = None  # the least precise type among parameters and activations
 
@@ -131,8 +143,30 @@ class SelfCheck:
             if not self.recorder.divided:  # the processes must come to the same decisions
                 of_call = _call_of(self.recorder, self._forward)
                 self._network = network_state.signature_of(self.recorder.model, *of_call)
+        return self._pass(inputs, watched=_is_due(self._batches + 1))
+
+    def _pass(self, inputs: Any, watched: bool) -> Tensor:
+        """Run the network. Note whether it draws random numbers and, if it is ``watched``, its program."""
+        watched = watched and not self.recorder.divided  # the processes must come to the same decisions
+        watches: list[RowWise] = []
+
+        def observe(given: Any) -> RowWise:
+            watches.append(RowWise(self.recorder.model, given))
+            return watches[-1]
+
         before = random_state()
-        output = self._forward(self.recorder.model, inputs)
+        if not watched:
+            output = self._forward(self.recorder.model, inputs)
+        elif isinstance(self._forward, FastNetwork):
+            self._forward.observe = observe
+            try:
+                output = self._forward(self.recorder.model, inputs)
+            finally:
+                self._forward.observe = nullcontext
+        else:
+            with observe(inputs):
+                output = self._forward(self.recorder.model, inputs)
+        self._program = watches[-1].program_of(output) if watches else None
         self._drew = before != random_state()
         return output
 
@@ -158,11 +192,12 @@ class SelfCheck:
 
     def _check_batch(self, inputs: Any, logits: Tensor, segments: Tensor | None) -> None:
         n = logits.shape[0] if segments is None else int(segments.max()) + 1
+        program = self._program if segments is None else None
         self._whole = whole = Run(logits, places_of(n, segments), segments)
         if n > 1:
             self._batches += 1
         single = n == 1 and not (self._batches or self._single)
-        due = single or (n > 1 and self._batches & (self._batches - 1) == 0)
+        due = single or (n > 1 and _is_due(self._batches))
         drew = self._drew
         mixing = n > 1 and self._verdict.mixing
         # The caller reports logits that are not finite. On a CUDA device, to look at them is to wait for them.
@@ -193,29 +228,36 @@ class SelfCheck:
             if n > 1 and verdict.mixing:
                 self._counting = verdict.mixing
                 self._each_alone(inputs, whole)
-            elif n > 1:
+            elif n > 1 and not verdict.has(program):
                 self._alone(inputs, whole, verdict.calls * 7919 % n)
         elif first:
-            self._first(inputs, whole)
-            self._verdict = _Verdict(self._coarsest(logits), mixing=self._counting)
+            proved = self._first(inputs, whole, program)
+            self._verdict = _Verdict(self._coarsest(logits), program if proved else None, mixing=self._counting)
             state.put(key, self._verdict)
+        elif self._verdict.has(program):
+            pass  # the pass was row by row, and computed what was verified before
         elif self._batches > 2:
             self._alone(inputs, whole, self._batches * 7919 % n)
         elif not self._verdict.second:
             self._halves(inputs, whole, range(n))
             self._verdict.second = True
 
-    def _first(self, inputs: Any, whole: Run) -> None:
-        """Check the first batch of two or more examples, or the first batch of one."""
+    def _first(self, inputs: Any, whole: Run, program: Program | None) -> bool:
+        """Check the first batch of two or more examples, or the first batch of one.
+
+        Returns:
+            Whether it is proved that examples do not interact. ``program`` is that of the batch, if it is row by row.
+        """
         n = len(whole)
         examples = [n // 2, n - 1] if n > 2 else list(range(n))
         if n > 1 and (layer := layer_with_capacity(self.recorder.model)) is not None:
             self._counting = described(self.recorder.model, layer)
-        self._gradients(inputs, whole, examples)
+        proved = self._gradients(inputs, whole, examples, program)
         if self._counting is not None:
             self._each_alone(inputs, whole)
-        elif n > 2:
+        elif n > 2 and not proved:
             self._halves(inputs, whole, [e for e in range(n) if e not in examples])
+        return proved
 
     def _look_for_counting(self, inputs: Any, counts: Sequence[Count], example: int, whole: Run) -> None:
         """Note a layer that counts along a longer axis for two examples, which gave ``counts``, than for one."""
@@ -289,22 +331,27 @@ class SelfCheck:
                 "mixes them" + ("" if whole.segments is None else f" ({APART})")
             )
 
-    def _run(self, inputs: Any, examples: list[int]) -> Run:
+    def _run(self, inputs: Any, examples: list[int], watched: bool = False) -> Run:
         """Run some examples of the batch as a batch of their own."""
         if self._whole.segments is not None:
             part, segments = part_of(inputs, self._whole.segments, examples)
-            return Run(self.forward(part), places_of(len(examples), segments), segments)
+            return Run(self._pass(part, watched), places_of(len(examples), segments), segments)
         n = len(self._whole)
         try:
-            return Run(self.forward(part_of_batch(inputs, examples, n)), list(range(len(examples))))
+            return Run(self._pass(part_of_batch(inputs, examples, n), watched), list(range(len(examples))))
         except Exception:  # the network may need n examples: fill the batch with copies of the first of these
             filled = [e if e in examples else examples[0] for e in range(n)]
-            return Run(self.forward(part_of_batch(inputs, filled, n)), list(examples))
+            return Run(self._pass(part_of_batch(inputs, filled, n), watched), list(examples))
 
-    def _gradients(self, inputs: Any, whole: Run, examples: list[int]) -> None:
+    def _gradients(self, inputs: Any, whole: Run, examples: list[int], program: Program | None) -> bool:
         """Compare squared gradients of some examples, as a batch of their own, with plain autograd of each example.
 
         The logits of the batch of their own, and of each example alone, are compared with those of the ``whole`` batch.
+        Where the examples are proved not to interact, plain autograd is run of the last one only. (All rows of such a
+        network go through the same calls, so that a rule is right for all of them or for none.)
+
+        Returns:
+            Whether the last example alone has the ``program`` of the batch.
         """
         recorder, n = self.recorder, len(whole)
         with Counting() as counting:  # compiled layers, which the mode would not see into, run as they are written
@@ -325,11 +372,17 @@ class SelfCheck:
         # Plain autograd of an example that is run alone costs least. But rounding can push a pre-activation of this run
         # over a kink, which changes a narrow layer's gradient by percents, and more in half precision. So where the
         # squares differ, the example is differentiated through the activations of the batch of two.
-        wrong = None
+        wrong, proved = None, False
+        checked = [] if n > 1 else [0]  # rows of ``both``
         if n > 1:
             want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
-            for k, (e, place) in enumerate(zip(examples, both.places, strict=True)):
-                alone = self._run(inputs, [e])
+            for k in reversed(range(len(examples))):
+                if proved and not summed:
+                    break
+                checked.append(k)
+                e, place = examples[k], both.places[k]
+                alone = self._run(inputs, [e], watched=program is not None)
+                proved = proved or (program is not None and self._program == program)
                 self._agree(alone, whole, [e], "alone")
                 (own,) = alone.places
                 if alone.logits[own].shape != cotangent[place].shape or not alone.logits.requires_grad:
@@ -340,14 +393,15 @@ class SelfCheck:
                 direction = torch.zeros_like(alone.logits)
                 direction[own] = cotangent[place]
                 self._add_plain(want, k, alone.logits, direction, own)
-            wrong = wrong or self._wrong(got, want, logits)
+            wrong = wrong or self._wrong(got, want, checked, logits)
         if got and (n == 1 or wrong is not None):
             want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
-            for k, place in enumerate(both.places):
+            for k in checked:
                 with recorder.regions.reading():  # the graph serves several passes
-                    self._add_plain(want, k, logits, cotangent, place)
-            if (wrong := self._wrong(got, want, logits)) is not None:
+                    self._add_plain(want, k, logits, cotangent, both.places[k])
+            if (wrong := self._wrong(got, want, checked, logits)) is not None:
                 raise SelfCheckError(wrong)
+        return proved
 
     def _add_plain(self, want: dict[str, Tensor], k: int, logits: Tensor, cotangent: Tensor, place: Place) -> None:
         """Add the squared gradients of one example's logits to the k-th values. Only torch's autograd is used."""
@@ -390,8 +444,10 @@ class SelfCheck:
             if gradient is not None and name not in taken:
                 take(name, gradient)
 
-    def _wrong(self, got: dict[str, Tensor], want: dict[str, Tensor], logits: Tensor) -> str | None:
-        """Say which parameter's squares differ from the wanted ones; None if none does."""
+    def _wrong(self, got: dict[str, Tensor], want: dict[str, Tensor], rows: list[int], logits: Tensor) -> str | None:
+        """Say which parameter's squares differ from the wanted ones in these rows; None if none does."""
+        if self.recorder.granularity != "parameter":  # whose one row is the sum over all examples
+            got, want = ({name: q[rows] for name, q in of.items()} for of in (got, want))
         dtype = self._coarsest(logits)
         tolerance = SELF_CHECK_TOLERANCE[dtype]
         # Where the true gradient is zero (a bias that a softmax ignores), only rounding errors of larger ones remain.
@@ -418,9 +474,19 @@ class _Verdict:
     """What is remembered of a network that passed the check of a first batch."""
 
     dtype: torch.dtype | None  # the least precise type among parameters and activations
+    program: Program | None = None  # of the first batch, if it is proved that its examples do not interact
     calls: int = 0  # how many calls have met the network since
     second: bool = False  # whether the second batch of a call passed, too
     mixing: str | None = None  # a layer that may mix examples in some batches, so that each example is run alone
+
+    def has(self, program: Program | None) -> bool:
+        """Whether a pass with this program is row by row and computes what was verified."""
+        return program is not None and program == self.program
+
+
+def _is_due(batch: int) -> bool:
+    """Whether a batch of two or more examples, counted from one, is checked: the 1st, 2nd, 4th, 8th and so on."""
+    return batch & (batch - 1) == 0
 
 
 def _call_of(recorder: FisherRecorder, forward: Callable[[nn.Module, Any], Tensor]) -> tuple:

@@ -134,6 +134,8 @@ class FastNetwork:
 
     Attributes:
         works: Whether the network takes channels-last images; None until it has been tried.
+        observe: Called with the inputs of each pass. The network runs within the context that it returns, which sees
+            the calls that the network makes, before the faster layers do.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
@@ -148,6 +150,7 @@ class FastNetwork:
     ) -> None:
         self.model, self.forward = model, forward
         self.works: bool | None = None if channels_last else False
+        self.observe: Callable[[Any], AbstractContextManager[Any]] = nullcontext
         self._on_cpu = all(p.device.type == "cpu" for p in model.parameters())
         self._layers = FastLayers(self._put_back)
         self._layers.read = self._make_channels_last
@@ -201,12 +204,13 @@ class FastNetwork:
     def _run(self, model: nn.Module, inputs: Any) -> Tensor:
         """Run the network with fast layers; run it again if it wrote over the output of an in-place layer."""
         if not self._on_cpu:
-            return self.forward(model, inputs)
-        with self._layers:
+            with self.observe(inputs):
+                return self.forward(model, inputs)
+        with self._layers, self.observe(inputs):
             output = self.forward(model, inputs)
         if not self._layers.overwritten():
             return output
-        with self._layers:  # the in-place layer is now torch's own
+        with self._layers, self.observe(inputs):  # the in-place layer is now torch's own
             return self.forward(model, inputs)
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:

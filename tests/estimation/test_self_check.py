@@ -1,7 +1,8 @@
 """What the self-check remembers of a network from call to call, and attempts to fool this memory.
 
-A call over a network that was checked before runs one example of its first batch alone, and nothing else of the first
-check. Each attempt below changes something between two calls, and the second call must notice.
+A call over a network that was checked before runs one example of its first batch alone, or none if the pass is proved
+to be row by row (test_row_wise.py), and nothing else of the first check. Each attempt below changes something between
+two calls, and the second call must notice.
 """
 
 from __future__ import annotations
@@ -40,6 +41,16 @@ def network() -> nn.Module:
     return nn.Sequential(*layers).eval().double()
 
 
+def unproved_network() -> nn.Module:
+    """A network that looks at the number of examples, so that only values can show whether they interact."""
+    return nn.Sequential(network(), Looks())
+
+
+class Looks(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1)
+
+
 class Centred(nn.Tanh):
     """Takes the mean over a batch away, in a way that the autograd graph does not show."""
 
@@ -53,9 +64,9 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     real = SelfCheck._first
 
-    def first(self: SelfCheck, inputs: Any, logits: Tensor) -> None:
+    def first(self: SelfCheck, inputs: Any, logits: Tensor, *rest: Any) -> bool:
         seen.append(len(logits))
-        real(self, inputs, logits)
+        return real(self, inputs, logits, *rest)
 
     monkeypatch.setattr(SelfCheck, "_first", first)
     return seen
@@ -386,7 +397,7 @@ def test_an_interaction_that_begins_after_some_calls(calls: int, hidden: bool) -
 
 
 def test_later_calls_run_each_example_alone_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, alone = network(), []
+    model, alone = unproved_network(), []
     real = SelfCheck._alone
 
     def noted(self: SelfCheck, inputs: Any, logits: Tensor, example: int) -> None:
@@ -490,15 +501,15 @@ def test_a_scripted_network_is_checked_anew_or_once(checks: list[int]) -> None:
 def test_an_error_within_a_call_is_not_remembered_as_a_success(
     checks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, real = network(), SelfCheck._halves
+    model, real = network(), SelfCheck._gradients
 
     def interrupted(self: SelfCheck, *rest: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(SelfCheck, "_halves", interrupted)
+    monkeypatch.setattr(SelfCheck, "_gradients", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fisher(model, X.split(3))
-    monkeypatch.setattr(SelfCheck, "_halves", real)
+    monkeypatch.setattr(SelfCheck, "_gradients", real)
     assert_right(model)
     assert checks == [3, 3]
 
@@ -530,10 +541,10 @@ def test_a_mismatch_with_an_example_alone_is_looked_at_again(monkeypatch: pytest
     found: list[str | None] = []
     real = SelfCheck._wrong
 
-    def noted(self: SelfCheck, got: Any, want: dict[str, Tensor], logits: Tensor) -> str | None:
+    def noted(self: SelfCheck, got: Any, want: dict[str, Tensor], *rest: Any) -> str | None:
         if not found:
             want = {name: 2 * w for name, w in want.items()}
-        found.append(real(self, got, want, logits))
+        found.append(real(self, got, want, *rest))
         return found[-1]
 
     monkeypatch.setattr(SelfCheck, "_wrong", noted)
@@ -578,7 +589,7 @@ def test_the_second_batch_is_checked_once_whichever_call_has_it(monkeypatch: pyt
         real(self, inputs, logits, examples)
 
     monkeypatch.setattr(SelfCheck, "_halves", noted)
-    fine = network()
+    fine = unproved_network()
     for batches in ([X[:3]], X.split(3), X.split(3)):
         fisher(fine, batches)
     assert halves == [1, 3]

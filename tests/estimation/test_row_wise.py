@@ -1,0 +1,497 @@
+"""The proof that a forward pass is row by row: what it accepts, what it must not accept, and that the table is true."""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import per_example_squares
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision import models
+
+from t2v_fast import SelfCheckError, UnsupportedError, fisher
+from t2v_fast.estimation.cotangents import cotangents
+from t2v_fast.estimation.label_sets import Heads, LabelSet, fisher_of_label_sets
+from t2v_fast.estimation.one_forward import FeatureTap, one_forward
+from t2v_fast.estimation.row_wise import ROW_WISE, Program, RowWise
+from t2v_fast.estimation.self_check import SelfCheck
+from t2v_fast.gradients.fast_layers import FastLayers
+
+N = 5
+
+
+def inputs(*shape: int) -> Tensor:
+    return torch.randn(N, *shape, generator=torch.Generator().manual_seed(1))
+
+
+def program(network: nn.Module, x: Any, *args: Any) -> Program | None:
+    with FastLayers(), RowWise(network, x) as watch:
+        output = network(x, *args)
+    return watch.program_of(output)
+
+
+class Run(nn.Module):
+    """Runs a function between two layers. The function gets the module and the activations."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.run = nn.Linear(4, 6), nn.Linear(6, 3), run
+        self.register_buffer("level", torch.zeros(6))
+        self.register_buffer("by_place", torch.linspace(0, 1, N))
+        self.kept: Any = None
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.run(self, self.first(x)))
+
+
+@torch.jit.script
+def scripted_mean(x: Tensor) -> Tensor:
+    return x.mean(0)
+
+
+@torch.jit.script
+def scripted_level(x: Tensor) -> float:
+    return float(x.mean())
+
+
+@torch.jit.script
+def scripted_in_place(x: Tensor) -> None:
+    x.sub_(x.detach().mean(0))
+
+
+@torch.jit.script
+def scripted_writes(x: Tensor, into: Tensor) -> None:
+    into.copy_(x.detach().mean(0))
+
+
+class Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+def in_a_thread(m: Any, x: Tensor) -> Tensor:
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(x.detach().mean(0)))
+    thread.start()
+    thread.join()
+    return x - found[0]
+
+
+def writes_in_a_thread(m: Any, x: Tensor) -> Tensor:
+    def write() -> None:
+        with torch.no_grad():
+            x.sub_(x.mean(0))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    return x
+
+
+def kept(m: Any, x: Tensor) -> Tensor:
+    m.kept, before = x.detach(), m.kept
+    return x if before is None else x + before.mean(0)
+
+
+def flat(m: Any, x: Tensor) -> Tensor:
+    """A linear layer along the axis of the examples: five examples of six features are six rows of five."""
+    return F.linear(x.T, m.by_place[None].expand(N, N)).T if len(x) == N else x
+
+
+MIXING: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "mean": lambda m, x: x - x.mean(0),
+    "mean of all": lambda m, x: x - x.mean(),
+    "detached": lambda m, x: x - x.detach().mean(0),
+    "sum of all axes": lambda m, x: x * x.sum((0, 1)).sigmoid(),
+    "softmax over examples": lambda m, x: x.softmax(0),
+    "softmax over the first of two axes": lambda m, x: F.softmax(x, -2),
+    "neighbour": lambda m, x: x + x.roll(1, 0),
+    "reversed": lambda m, x: x + x.flip(0),
+    "permuted": lambda m, x: x + x[torch.arange(len(x)).flip(0)],
+    "attention": lambda m, x: x + (x @ x.T).softmax(1) @ x,
+    "einsum": lambda m, x: x + torch.einsum("ni,mi->nm", x, x) @ x,
+    "number": lambda m, x: x * float(x.detach().mean()),
+    "item": lambda m, x: x * x.detach().abs().max().item(),
+    "list": lambda m, x: x + max(x.detach()[:, 0].tolist()),
+    "branch": lambda m, x: x + 1 if 0 < int((x[:, 0] > 0).sum()) < len(x) else x * 2,
+    "numpy": lambda m, x: x - torch.from_numpy(np.asarray(x.detach()).mean(0)),
+    "number of examples": lambda m, x: x * len(x),
+    "shape": lambda m, x: x / x.shape[0],
+    "size": lambda m, x: x / x.size(0),
+    "one place": lambda m, x: torch.where((torch.arange(len(x)) == 3)[:, None], x + x.mean(0), x),
+    "beyond a place": lambda m, x: torch.cat([x[:3], x[3:] - x[3:].mean(0)]) if len(x) > 3 else x,
+    "one place written": lambda m, x: x.index_add(0, torch.tensor([3 % len(x)]), x[:1]),
+    "concatenated over examples": lambda m, x: torch.cat([x[1:], x[:1]], 0),
+    "flattened": lambda m, x: x.flatten().flip(0).view_as(x),
+    "training mode": lambda m, x: F.batch_norm(x, None, None, training=True),
+    "training mode, by place": lambda m, x: F.batch_norm(x, m.level.clone(), m.level + 1, None, None, True),
+    "transposed": lambda m, x: x + x.T.softmax(1).T,
+    "permuted axes": lambda m, x: x + torch.permute(F.layer_norm(torch.permute(x, (1, 0)), [len(x)]), (1, 0)),
+    "norm over all axes": lambda m, x: F.layer_norm(x, list(x.shape)),
+    "unbatched pooling": lambda m, x: x + F.avg_pool1d(x.T[None], 3, 1, 1)[0].T,
+    "broadcast": lambda m, x: x + (x[:, None, :] + x).sum(0),
+    "scripted": lambda m, x: x - scripted_mean(x).detach(),
+    "scripted number": lambda m, x: x * scripted_level(x),
+    "scripted, in place": lambda m, x: (scripted_in_place(x), x)[1],
+    "scripted, into a buffer": lambda m, x: (scripted_writes(x, m.level), x - m.level)[1],
+    "into a buffer": lambda m, x: (m.level.copy_(x.detach().mean(0)), x - m.level)[1],
+    "into the data of a buffer": lambda m, x: (m.level.data.copy_(x.detach().mean(0)), x - m.level)[1],
+    "custom function": lambda m, x: Function.apply(x),
+    "another thread": in_a_thread,
+    "another thread, in place": writes_in_a_thread,
+    "sorted": lambda m, x: x + x.sort(0).values,
+    "counted": lambda m, x: x * x.detach().gt(0).cumsum(0).clamp(max=2),
+    "kept from the last pass": kept,
+    "along the examples": flat,
+    "in place, by the mean": lambda m, x: x.sub_(x.detach().mean(0)),
+    "assigned": lambda m, x: (x.__setitem__(0, x[-1]), x)[1],
+    "vmap with a mean": lambda m, x: torch.vmap(lambda r: r - x.mean(0))(x),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_what_mixes_examples_is_not_proved(name: str) -> None:
+    """Whatever the watch sees of such a network, its pass has no program that equals that of an example alone."""
+    network, x = Run(MIXING[name]), inputs(4)
+    with torch.no_grad():
+        whole = program(network, x)
+        assert whole is None or whole != program(network, x[-1:]) or whole != program(network, x)
+
+
+@pytest.mark.parametrize("name", sorted(set(MIXING) - {"kept from the last pass", "custom function"}))
+@pytest.mark.parametrize("batches", [1, 2])
+def test_what_mixes_examples_is_refused(name: str, batches: int) -> None:
+    """Also where all batches after the first one mix them, and where the network was verified before."""
+    run, quiet = MIXING[name], [True]
+    network = Run(lambda m, x: x if quiet[0] else run(m, x))
+    with pytest.raises((SelfCheckError, UnsupportedError, RuntimeError)):  # noqa: PT012
+        for k in range(batches + 1):
+            quiet[0] = k < batches - 1
+            fisher(network, [inputs(4)] * 2)
+        pytest.fail("nothing was raised")
+
+
+def test_the_pass_before_and_custom_functions_are_run_again() -> None:
+    for name in ("kept from the last pass", "custom function"):
+        with pytest.raises((SelfCheckError, UnsupportedError)):
+            fisher(Run(MIXING[name]), [inputs(4)] * 2)
+
+
+OWN_NUMBERS, OWN_GENERATOR = random.Random(0), torch.Generator()
+HIDDEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "private random numbers": lambda m, x: x * OWN_NUMBERS.uniform(0.5, 1.5),
+    "private random numbers of numpy": lambda m, x: x * float(np.random.default_rng().uniform(0.5, 1.5)),
+    "a private generator": lambda m, x: x + torch.randn(6, generator=OWN_GENERATOR),
+    "a counter": lambda m, x: (setattr(m, "calls", m.calls + 1), x * m.calls)[1],
+    "a depth": lambda m, x: (setattr(m, "calls", m.calls + 1), x.tanh() if m.calls % 2 else x)[1],
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_differs_from_pass_to_pass_has_other_programs(name: str) -> None:
+    network, x = Run(HIDDEN[name]), inputs(4)
+    first = program(network, x)
+    assert first is None or first != program(network, x)
+    with pytest.raises(SelfCheckError):
+        fisher(network, [x])
+
+
+def test_a_network_that_is_not_proved_is_checked_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interaction of single examples, at each place, in a network whose other calls are all in the table."""
+
+    class Chosen(Run):
+        def forward(self, x: Tensor) -> Tensor:
+            z = super().forward(x)
+            return z if len(z) < N else torch.where((torch.arange(N) == self.calls)[:, None], z + 1, z)
+
+    for place in range(N):
+        network = Chosen(lambda m, x: x.tanh())
+        network.calls = place
+        with pytest.raises(SelfCheckError, match="examples interact"):
+            fisher(network, [inputs(4)])
+
+
+def test_it_ends_at_inputs_and_outputs_that_are_no_rows() -> None:
+    network, x = nn.Linear(4, 4), inputs(4)
+    assert program(network, x) is not None
+    with RowWise(network, x) as watch:
+        outputs = [network(x[0]), network(x).T, x.new_zeros(N, 3)]
+    assert [watch.program_of(output) for output in outputs] == [None] * 3
+    pair = Run(lambda m, x: x)
+    for a, b in ((x, torch.tensor(1.0)), (x, inputs(4)[:2])):
+        with RowWise(pair, (a, b)) as watch:
+            output = pair(a)
+        assert watch.program_of(output) is None
+    with torch.inference_mode():
+        assert program(network, torch.randn(N, 4)) is None
+    inner = Run(lambda m, x: m.level)
+    inner.run = lambda m, x: torch.inference_mode()(torch.relu)(x)
+    with torch.no_grad():
+        assert program(inner, x) is None
+
+
+def test_it_does_not_write_to_what_is_not_its_own() -> None:
+    """In place, only memory that was made in the pass is written to: inputs may overlap."""
+    relu = Run(lambda m, x: x.relu_())
+    assert program(relu, inputs(4)) is not None
+    x = inputs(6)
+    for network in (nn.ReLU(inplace=True), nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True))):
+        assert program(network, x.clone().view(N, 2, 3)) is None
+    both = Run(lambda m, x: (x.relu_(), x + x)[1])
+    assert program(both, inputs(4)) is not None
+    view = Run(lambda m, x: (x.permute(0, 1).relu_(), x)[1])
+    assert program(view, inputs(4)) is None
+
+
+def test_programs_tell_numbers_rows_and_constants_apart() -> None:
+    runs: list[Callable[[Any, Tensor], Tensor]] = [
+        lambda m, x: x * 1,
+        lambda m, x: x * 1.0,
+        lambda m, x: x * 2,
+        lambda m, x: x + 1,
+        lambda m, x: x * m.level,
+        lambda m, x: x * m.last.weight[0] if m.kept else x * m.first.bias,
+        lambda m, x: x * x,
+        lambda m, x: x.tanh() * x,
+        lambda m, x: x * x.tanh(),
+        lambda m, x: F.leaky_relu(x, 0.1),
+        lambda m, x: F.leaky_relu(x, 0.2),
+    ]
+    found = [program(Run(run), inputs(4)) for run in runs]
+    assert None not in found
+    assert len(set(found)) == len(runs)
+
+
+# ---- the table
+
+
+class Constants(nn.Module):
+    """Weights of layers, as the parameters of a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        for name, shape in {
+            "over_tokens": (2, 4, 3),
+            "over_images": (2, 3, 3, 3),
+            "over_volumes": (2, 2, 2, 2, 2),
+            "matrix": (2, 6),
+            "zeros": (3,),
+            "channels": (3,),
+            "features": (6,),
+            "tokens": (1, 4, 6),
+            "square": (N, N),
+            "by_row": (N, 6),
+            "wider": (1, N, 6),
+        }.items():
+            self.register_buffer(name, torch.rand(shape, generator=generator) + 0.5)
+
+
+C = Constants()
+IMAGE, TOKENS, VECTOR = (3, 6, 6), (4, 6), (6,)
+Calls = list[tuple[tuple[int, ...], Callable[[Tensor], Tensor]]]
+CALLS: dict[Callable, Calls] = {
+    F.conv1d: [(TOKENS, lambda x: F.conv1d(x, C.over_tokens, padding=1))],
+    F.conv2d: [(IMAGE, lambda x: F.conv2d(x, C.over_images, None, 2, "valid"))],
+    F.conv3d: [((2, 3, 4, 4), lambda x: F.conv3d(x, C.over_volumes))],
+    F.linear: [(VECTOR, lambda x: F.linear(x, C.matrix)), (TOKENS, lambda x: F.linear(x, C.matrix))],
+    F.batch_norm: [(IMAGE, lambda x: F.batch_norm(x, C.zeros, C.channels))],
+    F.group_norm: [(IMAGE, lambda x: F.group_norm(x, 3, C.channels)), (VECTOR, lambda x: F.group_norm(x, 2))],
+    F.layer_norm: [(TOKENS, lambda x: F.layer_norm(x, (4, 6))), (VECTOR, lambda x: F.layer_norm(x, (6,), C.features))],
+    F.adaptive_avg_pool2d: [(IMAGE, lambda x: F.adaptive_avg_pool2d(x, 1))],
+    F.avg_pool2d: [(IMAGE, lambda x: F.avg_pool2d(x, 2))],
+    F.max_pool2d: [(IMAGE, lambda x: F.max_pool2d(x, 3, 2, 1))],
+    F.dropout: [(VECTOR, lambda x: F.dropout(x, 0.5, False))],
+    F.dropout2d: [(IMAGE, lambda x: F.dropout2d(x, 0.5, training=False))],
+    torch.cat: [(VECTOR, lambda x: torch.cat([x, x], 1)), (TOKENS, lambda x: torch.cat((x, x), -2))],
+    torch.permute: [(TOKENS, lambda x: torch.permute(x, (0, 2, 1)))],
+    Tensor.permute: [(TOKENS, lambda x: x.permute(0, 2, 1)), (TOKENS, lambda x: x.permute((0, 2, 1)))],
+    torch.transpose: [(TOKENS, lambda x: torch.transpose(x, 1, 2))],
+    Tensor.transpose: [(TOKENS, lambda x: x.transpose(-1, 1))],
+    torch.clamp: [(TOKENS, lambda x: torch.clamp(x, -0.5, 0.5))],
+    Tensor.clamp: [(TOKENS, lambda x: x.clamp(min=0.1))],
+}
+for _f in (torch.flatten, Tensor.flatten):
+    CALLS[_f] = [(IMAGE, lambda x, f=_f: f(x, 1)), (IMAGE, lambda x, f=_f: f(x, -2))]
+for _f in (F.softmax, F.log_softmax, torch.softmax, Tensor.softmax):
+    CALLS[_f] = [(VECTOR, lambda x, f=_f: f(x, 1)), (TOKENS, lambda x, f=_f: f(x, dim=-1))]
+for _f in (torch.mean, Tensor.mean, torch.sum, Tensor.sum):
+    CALLS[_f] = [(IMAGE, lambda x, f=_f: f(x, (2, 3))), (IMAGE, lambda x, f=_f: f(x, dim=-1, keepdim=True))]
+
+
+def calls_of(f: Callable) -> Calls:
+    if f in CALLS:
+        return CALLS[f]
+    if f.__name__.strip("_") in ("add", "sub", "rsub", "mul", "div", "rdiv"):
+        others = [lambda x: x, lambda x: 2.0, lambda x: C.features, lambda x: C.tokens]
+        return [(TOKENS, lambda x, other=other: f(x.tanh(), other(x))) for other in others]
+    return [(TOKENS, lambda x: f(x.tanh()))]
+
+
+@pytest.mark.parametrize("function", ROW_WISE, ids=lambda f: getattr(f, "__qualname__", str(f)))
+def test_the_functions_of_the_table_keep_rows_apart(function: Callable) -> None:
+    """The call is accepted, and each row of its result is that of the row alone, whatever the others are."""
+    for shape, call in calls_of(function):
+        x = inputs(*shape)
+        with RowWise(C, x) as watch:
+            result = call(x)
+        found = watch.program_of(result)
+        assert found is not None
+        assert function in [step[0] for step in found]
+        alone = [call(x[n : n + 1].clone()) for n in range(N)]
+        torch.testing.assert_close(result, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+REFUSED: Calls = [
+    ((6, 6), lambda x: F.conv2d(x.tanh(), torch.ones(2, N, 3, 3))),
+    ((6, 6), lambda x: F.max_pool2d(x, 2)),
+    ((N,), lambda x: F.linear(x, C.square) + F.linear(C.square, x)),
+    ((), lambda x: F.linear(x, C.square)),
+    ((), lambda x: x.softmax(0)),
+    (VECTOR, lambda x: x.softmax(-2)),
+    (VECTOR, lambda x: torch.softmax(x, dim=0)),
+    (VECTOR, lambda x: x + x.sum()),
+    (VECTOR, lambda x: x + x.sum((0, 1))),
+    (VECTOR, lambda x: x + x.sum(dim=[])),
+    (VECTOR, lambda x: x + x.mean(dim=(1, 0), keepdim=True)),
+    (VECTOR, lambda x: x + torch.sum(x, 0)),
+    (VECTOR, lambda x: F.layer_norm(x, (N, 6))),
+    (VECTOR, lambda x: torch.flatten(x)),
+    (TOKENS, lambda x: x.flatten(0, 1)),
+    (TOKENS, lambda x: x.flatten(start_dim=-3)),
+    ((N,), lambda x: x.permute(1, 0)),
+    ((N,), lambda x: torch.permute(x, [1, 0])),
+    ((N,), lambda x: x.transpose(0, 1)),
+    ((N,), lambda x: torch.transpose(x, -1, -2)),
+    (VECTOR, lambda x: torch.cat([x, x])),
+    (VECTOR, lambda x: torch.cat([x, x], dim=-2)),
+    (VECTOR, lambda x: torch.cat([x, C.by_row], 1)),
+    (VECTOR, lambda x: torch.cat([x, x], 1, out=torch.empty(N, 12))),
+    (VECTOR, lambda x: x + C.by_row),
+    (VECTOR, lambda x: C.by_row * x),
+    (VECTOR, lambda x: (x + C.wider)[0]),
+    ((N, 6), lambda x: x + x.mean(1)),
+    ((N, N), lambda x: x * x.sum(2)),
+    (VECTOR, lambda x: torch.add(x, x, out=torch.empty(N, 6))),
+    (VECTOR, lambda x: C.by_row.clone().add_(x)),
+    (IMAGE, lambda x: F.batch_norm(x, None, None, training=True)),
+    (IMAGE, lambda x: F.batch_norm(x, torch.zeros(3), torch.ones(3), None, None, True)),
+    (IMAGE, lambda x: F.dropout(x)),
+    (IMAGE, lambda x: F.dropout2d(x, 0.5, True)),
+    (VECTOR, lambda x: x.clamp(max=x.mean(0))),
+    (VECTOR, lambda x: x * x.size(0)),
+    (VECTOR, lambda x: x * x.size(-2)),
+    (VECTOR, lambda x: x * x.numel()),
+    (VECTOR, lambda x: x * x.stride(1)),
+]
+
+
+@pytest.mark.parametrize("k", range(len(REFUSED)))
+def test_calls_that_mix_rows_are_refused(k: int) -> None:
+    shape, call = REFUSED[k]
+    x = inputs(*shape)
+    with RowWise(C, x) as watch:
+        result = call(x)
+    assert watch.program_of(result) is None
+
+
+# ---- what fisher() makes of it
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of examples of the self-check's own forward passes."""
+    seen: list[int] = []
+    real = SelfCheck._run
+
+    def run(self: SelfCheck, inputs: Any, examples: list[int], watched: bool = False) -> Any:
+        seen.append(len(examples))
+        return real(self, inputs, examples, watched)
+
+    monkeypatch.setattr(SelfCheck, "_run", run)
+    return seen
+
+
+def images(n: int) -> Tensor:
+    return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "convnext_tiny", "efficientnet_b0", "densenet121"])
+def test_usual_networks_are_proved(name: str) -> None:
+    network = getattr(models, name)(num_classes=3).eval()
+    found = [program(network, images(n)) for n in (4, 1)]
+    assert found[0] is not None
+    assert found[0] == found[1]
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(16, 3)).eval().double()
+
+
+def assert_right(network: nn.Module, x: Tensor) -> None:
+    found = fisher(network, x.split(4), "exact", granularity="parameter")
+    own = copy.deepcopy(network)
+    with torch.no_grad():
+        u = cotangents(own(x), "exact")
+    for name, want in per_example_squares(own, x, u).items():
+        torch.testing.assert_close(found[name], want.mean(0), rtol=1e-9, atol=1e-12)
+
+
+def test_a_proved_network_has_few_further_passes(passes: list[int]) -> None:
+    network, x = small(), images(36).double()
+    fisher(network, x.split(4))
+    assert passes == [2, 1]  # in nine batches
+    fisher(network, x.split(4))
+    assert passes == [2, 1]
+    assert_right(network, x[:8])
+
+
+def test_the_proof_holds_for_a_batch_and_not_for_the_next(passes: list[int]) -> None:
+    """A later batch goes through other calls: the self-check falls back on the values."""
+    network = small()
+    network.add_module("branch", Branch())
+    fine, odd = images(4).double(), 10 * images(4).double()
+    fisher(network, [fine])
+    assert passes == [2, 1]
+    with pytest.raises(SelfCheckError, match="examples interact"):
+        fisher(network, [fine, odd])
+
+
+class Branch(nn.Module):
+    """Mixes examples where the values are large. The look at the values is hidden from torch's functions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.detach().mean(0) if scripted_level(x.square()) > 2 else x * 1.0
+
+
+def test_label_sets_and_embeddings_use_it(passes: list[int]) -> None:
+    network, x = small(), images(8).double()
+    sets = [LabelSet(nn.Linear(16, c).double(), torch.arange(8) % c) for c in (2, 3)]
+    network[5] = Heads(sets)
+    fisher_of_label_sets(network, x.split(4), sets)
+    assert passes == [2, 1]
+    network[5] = tap = FeatureTap(16).double()
+    head = nn.Linear(16, 3).double()
+    with one_forward(network, tap, budget=2**30) as run:
+        list(run.features(x.split(4)))
+        found = run.fisher(head, 8, lambda batches: [x[b] for b in batches], 4, "exact")
+    assert passes == [2, 1] * 2
+    network[5] = head
+    wanted = fisher(network, x.split(4), "exact", parameters=list(found))
+    torch.testing.assert_close(found.vector(), wanted.vector(), rtol=1e-6, atol=1e-12)
