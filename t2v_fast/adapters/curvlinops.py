@@ -23,6 +23,10 @@ def diagonal_operator(
     params: Sequence[nn.Parameter],
     data: Iterable[tuple[Any, Tensor]],
     progressbar: bool = False,
+    check_deterministic: bool = True,
+    num_data: int | None = None,
+    block_sizes: Sequence[int] | None = None,
+    batch_size_fn: Callable[[Any], int] | None = None,
     *,
     estimator: str = "exact",
     samples: int = 2,
@@ -43,6 +47,10 @@ def diagonal_operator(
         params: Parameters of the model, in the order that the operator has.
         data: Batches of (inputs, labels).
         progressbar: Show a progress bar.
+        check_deterministic: Has no effect: the self-check finds a random network in the pass that is made anyway.
+        num_data: The number of examples. It is counted, and a number that differs is refused.
+        block_sizes: Has no effect: the blocks of a block diagonal have the same diagonal.
+        batch_size_fn: Has no effect: the size of a batch is that of the outputs.
         estimator: ``"exact"`` for the diagonal of ``GGNLinearOperator``, which is the Fisher. ``"deflated"``,
             ``"hutchinson"`` and ``"monte_carlo"`` are unbiased estimates of it from ``samples`` cotangents for each
             example; ``FisherMCLinearOperator`` stands for the last. ``"empirical"`` gives the diagonal of
@@ -70,6 +78,7 @@ def diagonal_operator(
             f"estimator is {estimator!r} and unsupported is {unsupported!r}, expected one of {', '.join(ESTIMATORS)}, "
             "and 'error' or 'exact'"
         )
+    params = list(params)
     names = _names_of(model_func, params)
     generator = torch.Generator().manual_seed(seed)
     outputs = 0  # C
@@ -88,6 +97,8 @@ def diagonal_operator(
     sums, examples = summed_squares(
         model_func, batches, directions, parameters=names, unsupported=unsupported, self_check=self_check
     )
+    if num_data is not None and num_data != examples:
+        raise ValueError(f"num_data is {num_data}, but the data has {examples} examples: leave num_data out")
     # The empirical Fisher squares gradients of the loss, which has twice the gradient of a Gaussian's likelihood.
     scale = curvature**2 if estimator == "empirical" else curvature
     if loss_func.reduction == "mean":

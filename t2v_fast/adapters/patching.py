@@ -30,9 +30,11 @@ BATCH = 64  # the public code's batch size, unless loader_opts has another
 TEXT_BATCH = 8  # the forks' batch size for texts
 DRAWS = 10_000  # how many images the public code draws, unless loader_opts has another num_samples
 PUBLIC_WORKERS = 6  # its num_workers likewise
-CHECKED = 4  # examples in each of the first two batches, which the self-check runs several times
-# The public code adds this number where a distance divides by Fisher values, so it counts values below as zero.
-FLOOR = 1e-8
+# Examples in each of the first two batches, which the self-check runs several times. A text is many tokens.
+CHECKED, TEXTS_CHECKED = 4, 2
+# Where the public code's cosine and entropy divide by Fisher values, they add 1e-8. A value this far below counts
+# there as zero, and the other distances, which divide by the value itself, stay finite.
+FLOOR = 1e-12
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,10 @@ def accelerate(
 ) -> None:
     """Replace the Monte Carlo Fisher in the class ``Task2Vec`` of a loaded module; :func:`restore` undoes it.
 
-    The new methods set ``grad2_acc`` (of the parameter's shape) and ``grad_counter`` (the number of examples) of every
-    parameter that the frontend's own method would set: those above ``skip_layers`` that require a gradient. The model
-    runs in evaluation mode and is left in its own mode. The methods raise what :func:`t2v_fast.fisher` raises.
+    The new methods set ``grad2_acc`` (of the parameter's shape, in float64) and ``grad_counter`` (the number of
+    examples) of every parameter that the frontend's own method would set: those above ``skip_layers`` that require a
+    gradient. The model runs in evaluation mode and is left in its own mode. The methods raise what
+    :func:`t2v_fast.fisher` raises.
 
     ``montecarlo_fisher`` visits each image once, and no more images than the frontend would draw (``num_samples``).
     ``montecarlo_fisher_autoregressive``, which forks for text have, visits each text once. It leaves out the output
@@ -96,9 +99,9 @@ def accelerate(
 
             - ``granularity`` (``"filter"``): all entries of a filter get the filter's mean, which is all that the
               frontend reads. ``"parameter"`` gives each entry its own value, and costs more.
-            - ``floor`` (1e-8): the value of filters whose Fisher is zero up to rounding, such as those whose ReLU is
-              never active. The frontend's distances divide by these values. The smallest other value is taken instead
-              if it is below the floor. 0 gives zeros.
+            - ``floor`` (1e-12): the value of filters whose Fisher is zero up to rounding, such as those whose ReLU is
+              never active, and the rows of tokens that no text has. Five of the frontend's distances divide by these
+              values. The smallest other value is taken instead if it is below the floor. 0 gives zeros, and warns.
             - ``text_estimator`` (``"hutchinson"``) and ``text_samples`` (1): the estimator and the cotangents for text.
             - ``padding`` (True): for text, whether padding counts, as it does in the frontend.
 
@@ -178,14 +181,15 @@ def image_fisher(
     # No worker helps where everything is in memory already.
     workers = 0 if isinstance(dataset, TensorDataset) else loader_opts.get("num_workers", 0)
     loader = DataLoader(dataset, batch, num_workers=workers)
-    entered = FromLayer(model, start)
+    # The self-check remembers a network that it meets again, and a wrapper would be another one in each call.
+    entered = FromLayer(model, start) if start else model
     inside = [model] if not start else [m for m in model.layers[start:] if isinstance(m, nn.Module)]
     wanted = [p for m in inside for p in m.parameters() if p.requires_grad]
     many = settings.samples if settings.estimator in ("exact", "empirical") else settings.samples * epochs
     with evaluating(model):
         found = fisher(
             entered,
-            _small_first(loader),
+            _small_first(loader, CHECKED),
             settings.estimator,
             many,
             likelihood="sigmoid" if task2vec.bernoulli else "softmax",
@@ -213,6 +217,8 @@ def text_fisher(task2vec: Any, dataset: Dataset, epochs: int, settings: Settings
     def batches() -> Iterator[dict[str, Tensor]]:
         for texts in islice(loader, only):
             ids, there = texts["input_ids"], texts["attention_mask"]
+            if ids.shape[1] < 2:
+                raise ValueError(f"a batch of {len(ids)} texts has no token that is followed by another")
             counted = torch.ones_like(ids) if settings.padding else there
             counts = counted.clone()  # the token at t is predicted at t - 1
             counts[:, :-1] *= counted[:, 1:]
@@ -225,7 +231,7 @@ def text_fisher(task2vec: Any, dataset: Dataset, epochs: int, settings: Settings
     with evaluating(model):
         found = fisher(
             model,
-            _small_first(batches()),
+            _small_first(batches(), TEXTS_CHECKED),
             estimator,
             many if estimator in ("exact", "empirical") else many * epochs,
             parameters=_names(model, wanted),
@@ -254,6 +260,12 @@ def _store(model: nn.Module, found: FisherDiagonal, settings: Settings, batch: f
     rounding = torch.finfo(next(model.parameters()).dtype).eps ** 2 * float(every.mean())
     above = every[every > rounding]
     floor = min(settings.floor, float(above.min())) if len(above) else settings.floor
+    if not floor and len(above) < len(every):
+        warnings.warn(
+            f"the Fisher of {len(every) - len(above)} of {len(every)} filters is zero, and floor=0 leaves it so: all "
+            "of the frontend's distances but cosine and entropy are then infinite or not a number",
+            stacklevel=4,
+        )
     for name, p in model.named_parameters():
         p.grad_counter = 0
         if hasattr(p, "grad2_acc"):
@@ -267,17 +279,20 @@ def _store(model: nn.Module, found: FisherDiagonal, settings: Settings, batch: f
             value = value / batch
         if settings.options["granularity"] == "filter":
             value = value.view(-1, *[1] * (p.dim() - 1)) if p.dim() else value.reshape(())
-        # 16 bits neither hold small Fishers nor, as bfloat16, go to NumPy.
-        dtype = torch.promote_types(p.dtype, torch.float32)
-        p.grad2_acc = value.to(p.device, dtype).expand_as(p).contiguous()
+        # In float64, because distances multiply squares of reciprocals, which overflow 32 bits for values below 1e-9.
+        # The entries of a filter share one number in memory.
+        p.grad2_acc = value.to(p.device).expand_as(p)
         p.grad_counter = found.num_examples
 
 
-def _small_first(batches: Iterable[Any]) -> Iterator[Any]:
-    """Divide the first batch, so that the self-check, which runs the first two batches several times, costs little."""
+def _small_first(batches: Iterable[Any], checked: int) -> Iterator[Any]:
+    """Divide the first batch, so that the self-check, which runs the first two batches several times, costs little.
+
+    Each of the first two batches then has ``checked`` examples.
+    """
     for index, batch in enumerate(batches):
         count = len(next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)))
-        cuts = [0, CHECKED, 2 * CHECKED, count] if index == 0 else [0, count]
+        cuts = [0, checked, 2 * checked, count] if index == 0 else [0, count]
         for begin, end in pairwise(cuts):
             if begin < count:
                 part = slice(begin, end)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..adapters.checkpoints import SHARD_BYTES, Checkpoint, empty_folder, keys_of, save_sharded
 from ..adapters.language import next_tokens
-from ..estimation.estimator import fisher
+from ..adapters.squares import summed_squares
+from ..estimation.batches import Schedule
+from ..estimation.cotangents import cotangents
+from ..estimation.estimator import default_forward, fisher
+from ..estimation.packing import IGNORED
 from .common import console
 
 ESTIMATORS = ("hutchinson", "monte_carlo", "empirical", "exact", "deflated")
@@ -63,27 +68,68 @@ def run(arguments: argparse.Namespace) -> int:
     model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, local_files_only=True)
     model.eval().to(arguments.device)
     key_of = keys_of([name for name, _ in model.named_parameters()], keys)
-    diagonal = fisher(
+    found, count = (_by_entry if arguments.granularity == "parameter" else _by_filter)(model, arguments)
+    values = {key_of[name]: value.float().contiguous() for name, value in found.items()}
+    files = save_sharded(values, arguments.output, arguments.shard_bytes)
+    arguments.result.update(tensors=len(values), texts=count, files=[str(file) for file in files])
+    console.print(
+        f"{len(values)} tensors from {count} texts in {arguments.output} ({len(files)} files)",
+        markup=False,
+    )
+    return 0
+
+
+def _by_filter(model: nn.Module, arguments: argparse.Namespace) -> tuple[Mapping[str, Tensor], int]:
+    """Return the Fisher of each filter, and the number of texts."""
+    found = fisher(
         model,
         map(next_tokens, _batches(arguments)),
         arguments.estimator,
         arguments.samples,
-        arguments.granularity,
-        mask=lambda inputs, labels: None if labels is None else labels.cpu() != -100,
+        "filter",
+        mask=lambda inputs, labels: None if labels is None else labels.cpu() != IGNORED,
         level=arguments.level,
         device=arguments.device,
         seed=arguments.seed,
         progress=arguments.progress,
         shift_labels=False,
     )
-    values = {key_of[name]: value.float().contiguous() for name, value in diagonal.items()}
-    files = save_sharded(values, arguments.output, arguments.shard_bytes)
-    arguments.result.update(tensors=len(values), texts=diagonal.num_examples, files=[str(file) for file in files])
-    console.print(
-        f"{len(values)} tensors from {diagonal.num_examples} texts in {arguments.output} ({len(files)} files)",
-        markup=False,
+    return found, found.num_examples
+
+
+def _by_entry(model: nn.Module, arguments: argparse.Namespace) -> tuple[Mapping[str, Tensor], int]:
+    """Return the Fisher of each entry, and the number of texts.
+
+    The values are those of :func:`t2v_fast.fisher`, whose standard errors and float64 take many times the model's
+    memory. These sums take it once.
+    """
+    schedule, tokens = Schedule(arguments.samples, arguments.seed), 0
+
+    def directions(logits: Tensor, labels: Tensor | None) -> Tensor:
+        nonlocal tokens
+        assert labels is not None  # next_tokens adds them
+        counted = labels != IGNORED
+        tokens += int(counted.sum())
+        return cotangents(
+            logits,
+            arguments.estimator,
+            arguments.samples,
+            labels=labels,
+            generator=schedule.take(len(logits)).source,
+            mask=counted,
+            level=arguments.level,
+        )
+
+    batches = tqdm(_batches(arguments), desc="Fisher", unit="batch", disable=not arguments.progress, leave=False)
+    sums, texts = summed_squares(
+        model, map(next_tokens, batches), directions, device=arguments.device, forward=default_forward
     )
-    return 0
+    count = tokens if arguments.level == "token" else texts
+    for value in sums.values():
+        value /= count
+    if bad := [name for name, value in sums.items() if not bool(value.isfinite().all())]:
+        raise ValueError(f"the Fisher of {bad[0]!r} is not finite: load the model in a dtype with a larger range")
+    return sums, texts
 
 
 def _batches(arguments: argparse.Namespace) -> Iterator[dict[str, Tensor]]:

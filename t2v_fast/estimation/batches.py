@@ -194,6 +194,8 @@ def _rows(loader: Iterable[Any], texts: Texts) -> Iterator[tuple[Any, Tensor | N
     """Yield the inputs and labels of each batch of a loader, or of each packed row, with the segments of the row."""
     for batch in loader:
         inputs, labels = _split_batch(batch)
+        if isinstance(inputs, Mapping) and not isinstance(inputs, dict):  # as what tokenizers return
+            inputs = dict(inputs)
         if labels is not None and not isinstance(labels, Tensor):
             labels = torch.as_tensor(labels)
         yield from texts.rows(inputs, labels)

@@ -211,6 +211,29 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert len(want) == len(found)
     for name, value in want.items():
         torch.testing.assert_close(found[keys_of([name], found)[name]].double(), value, rtol=1e-4, atol=1e-12)
+    batches = zip(tokens.split(2), there.split(2), strict=True)
+    batches = [next_tokens({"input_ids": t, "attention_mask": m}) for t, m in batches]
+    for number, (level, estimator) in enumerate((("sequence", "empirical"), ("token", "hutchinson"))):
+        folder = tmp_path / f"random{number}"
+        command = ["fisher", str(tmp_path / "m0"), str(tmp_path / "texts.safetensors"), "--batch-size", "2"]
+        command += ["--output", str(folder), "--estimator", estimator, "--level", level, "--samples", "2"]
+        assert main(command) == 0
+        want = fisher(  # with the same random numbers
+            networks[0],
+            [
+                next_tokens({"input_ids": t, "attention_mask": m})
+                for t, m in zip(tokens.split(2), there.split(2), strict=True)
+            ],
+            estimator,
+            2,
+            "parameter",
+            mask=lambda inputs, labels: labels != -100,
+            level=level,
+            shift_labels=False,
+        )
+        found = everything(folder)
+        for name, value in want.items():
+            torch.testing.assert_close(found[keys_of([name], found)[name]].double(), value, rtol=1e-4, atol=1e-12)
     paths = [[str(tmp_path / f"{letter}{k}") for k in range(2)] for letter in "mf"]
     assert main(["merge", *paths[0], "--fishers", *paths[1], "--output", str(tmp_path / "merged")]) == 0
     merged_keys = everything(tmp_path / "merged").keys()

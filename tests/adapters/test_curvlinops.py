@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections import UserDict
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import nn
@@ -38,6 +42,36 @@ def test_diagonals_are_those_of_their_operators(loss: type[nn.Module], reduction
     assert ours.adjoint() is ours
 
 
+def test_the_arguments_are_those_of_curvlinops() -> None:
+    """All of them by position; parameters in an iterator, and frozen ones; inputs in a mapping; bfloat16."""
+    from curvlinops import GGNLinearOperator
+
+    from t2v_fast.adapters.curvlinops import diagonal_operator
+
+    names = list(inspect.signature(GGNLinearOperator).parameters)
+    assert list(inspect.signature(diagonal_operator).parameters)[: len(names)] == names
+
+    class OfMapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = problem()[0].requires_grad_(False)
+
+        def forward(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            return self.inside(inputs["x"])
+
+    model, x = OfMapping(), problem()[1]
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.bfloat16, 0.05)):
+        model.to(dtype)
+        data = [(UserDict(x=x.to(dtype)[part]), CLASSES[part]) for part in (slice(3), slice(3, 7))]
+        rest = False, False, 7, None, lambda inputs: len(inputs["x"])
+        ours = diagonal_operator(model, nn.CrossEntropyLoss(), model.parameters(), iter(data), *rest)
+        theirs = GGNLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), data, *rest)
+        want = (theirs @ torch.eye(ours.shape[0], dtype=dtype)).diag().double()
+        got = torch.cat([d.flatten() for d in ours.diagonal])
+        assert got.dtype == dtype
+        assert float((got.double() - want).norm()) <= tolerance * float(want.norm())
+
+
 def test_estimates_have_the_exact_diagonal_as_their_mean() -> None:
     from t2v_fast.adapters.curvlinops import diagonal_operator
 
@@ -64,6 +98,7 @@ def test_what_is_refused() -> None:
         ({"params": [nn.Parameter(torch.ones(2))]}, ValueError, r"params\[0\] \[2\] is no parameter"),
         ({"params": params[:1] * 2}, ValueError, "a parameter twice"),
         ({"estimator": "batch_mean"}, ValueError, "estimator is 'batch_mean'"),
+        ({"num_data": 8}, ValueError, "num_data is 8, but the data has 7 examples"),
         ({"data": []}, ValueError, "gave no example"),
     ):
         with pytest.raises(error, match=message):

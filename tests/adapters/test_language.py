@@ -150,7 +150,8 @@ def test_the_steps_of_the_forks_for_text(gpt2: nn.Module) -> None:
     module.Task2Vec = type("Task2Vec", (Task2Vec,), {})
     accelerate(module, text_estimator="exact", floor=0)
     task2vec = module.Task2Vec(other)
-    task2vec.montecarlo_fisher_autoregressive(Texts())
+    with pytest.warns(UserWarning, match="floor=0 leaves it so"):  # tokens that no text has
+        task2vec.montecarlo_fisher_autoregressive(Texts())
     np.testing.assert_allclose(found.hessian, task2vec.extract_embedding(other).numpy(), rtol=1e-6)
     assert "transformer.wte.weight" in found.layer_names
     same = embed_text(gpt2, batches, estimator="exact")
@@ -236,6 +237,8 @@ def test_accelerated_forks_for_text(tied: bool, padding: bool) -> None:
     assert model.transformer.wpe.weight.grad_counter == 3  # a batch of eight holds all texts
     module.Task2Vec(model, {"batch_size": 2}, {"break_early": True}).montecarlo_fisher_autoregressive(Texts())
     assert model.transformer.wpe.weight.grad_counter == 2
+    with pytest.raises(ValueError, match="a batch of 1 texts has no token that is followed by another"):
+        task2vec.montecarlo_fisher_autoregressive([{"input_ids": TOKENS[0, :1], "attention_mask": MASK[0, :1]}])
     task2vec.bernoulli = True
     with pytest.raises(ValueError, match="bernoulli=True has no meaning for a language model"):
         task2vec.montecarlo_fisher_autoregressive(Texts())

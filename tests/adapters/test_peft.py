@@ -53,6 +53,23 @@ def test_scores_are_mean_fishers() -> None:
     assert not model[0].weight.requires_grad
 
 
+@pytest.mark.parametrize("labels", [False, True])
+def test_batches_as_tokenizers_make_them(labels: bool) -> None:
+    """In their own mapping, from a generator, for a frozen model whose device is a name."""
+    model, names = llama(), ["q_proj", "down_proj"]
+    batches = [{key: t for key, t in batch.items() if labels or key != "labels"} for batch in BATCHES]
+    want = module_scores(model, batches, names)
+    found = module_scores(
+        model.requires_grad_(False), (transformers.BatchEncoding(batch) for batch in batches), names, device="cpu"
+    )
+    assert found == want
+    assert min(found.values()) > 0
+    half = module_scores(model.bfloat16(), batches, names)
+    assert half == pytest.approx(want, rel=0.1)
+    with pytest.raises(ValueError, match="the loader gave no example"):
+        module_scores(model, iter([]), names)
+
+
 def test_targets_are_pefts() -> None:
     """all-linear, ends of names and regular expressions choose the modules that PEFT adapts."""
     peft = pytest.importorskip("peft", reason="compares with it")

@@ -104,6 +104,29 @@ def test_random_directions_and_parts_of_the_data() -> None:
     assert found["mlp.weight"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", [DiagComputer, LossDiagComputer])
+def test_frozen_encoders_and_names_from_an_iterator(kind: type[DiagComputer]) -> None:
+    """As Mammoth calls it: its task vectors leave the encoder frozen, and names are the keys of a dictionary."""
+    encoder = Encoder().requires_grad_(False)
+    net = SimpleNamespace(visual_encoder=encoder)
+    loss = kind is LossDiagComputer
+    want = truth(Encoder(), loss)
+    computer = kind(torch.device("cpu"), debug_mode=False, train_percent=1.0, fp_precision="fp64")
+    got, count = computer.compute(net, lambda f: f @ HEAD.T, iter(dict.fromkeys(NAMES)), DATASET, use_head=loss)
+    assert count == len(X)
+    assert not any(p.requires_grad for p in encoder.parameters())
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-14)
+    half = SimpleNamespace(train_loader=[(batch[0].bfloat16(), None) for batch in DATASET.train_loader])
+    encoder.bfloat16()
+    coarse, _ = computer.compute(net, lambda f: f @ HEAD.to(f).T, NAMES, half, use_head=loss)
+    for name, value in want.items():
+        assert coarse[name].dtype == torch.float64
+        assert float((coarse[name] - value).norm()) < 0.2 * float(value.norm()), name
+    with pytest.raises(ValueError, match="the loader gave no example"):
+        computer.compute(net, lambda f: f @ HEAD.T, NAMES, SimpleNamespace(train_loader=[]), use_head=loss)
+
+
 def test_what_is_refused() -> None:
     net = SimpleNamespace(visual_encoder=Encoder())
     with pytest.raises(ValueError, match=r"none of \['positional'\]"):

@@ -190,34 +190,69 @@ def public_distances(h0: np.ndarray, h1: np.ndarray) -> dict[str, float]:
 
 
 def test_filters_that_are_dead_leave_all_distances_finite(frontend: ModuleType) -> None:
+    """Dead for both tasks, dead for one of them, and not dead."""
     model = ProbeNetwork().double().eval()
     with torch.no_grad():
         model.bn1.weight[1] = 0  # for every task
         model.bn1.bias[1] = -1
         model.bn2.weight[2] = 0
         model.bn2.bias[2] = -1
-    accelerate(frontend, estimator="exact")
-    tasks = [TensorDataset(X, Y), TensorDataset(X.flip(3) * 2, Y.flip(0))]
+        model.conv1.weight[3] = 0  # for images whose first channel is negative everywhere
+        model.conv1.weight[3, 0, 1, 1] = 1
+        model.conv1.bias[3] = model.bn1.bias[3] = model.bn1.running_mean[3] = 0
+        model.bn1.weight[3] = 1
+    images = torch.cat([-X[:, :1].abs(), X[:, 1:]], 1)
+    tasks = [TensorDataset(images, Y), TensorDataset(X.flip(3) * 2, Y.flip(0))]
+    dead, one = [1, 5, 10, 15], [3, 7]  # conv1, bn1, conv2, bn2
     task2vec = frontend.Task2Vec(model)
-    first, second = (task2vec.embed(task).copy() for task in tasks)
-    dead = [1, 5, 10, 15]  # conv1, bn1, conv2, bn2
-    np.testing.assert_array_equal(first[dead], second[dead])  # so they add nothing to a distance
-    assert first.min() == first[1] == 1e-8
-    for name, value in public_distances(first, second).items():
-        assert np.isfinite(value), name
-        assert value > 0, name
-    alive = np.setdiff1d(np.arange(len(first)), dead)
-    for name in ("kl", "asymmetric_kl"):
-        few = public_distances(first[alive], second[alive])[name]
-        assert public_distances(first, second)[name] == pytest.approx(few)
     accelerate(frontend, estimator="exact", floor=0)
-    np.testing.assert_array_equal(task2vec.embed(tasks[0])[dead], 0)
+    with pytest.warns(UserWarning, match="the Fisher of [0-9]+ of [0-9]+ filters is zero, and floor=0 leaves it so"):
+        zeros = np.stack([task2vec.embed(task) for task in tasks])
+    np.testing.assert_array_equal(np.flatnonzero(zeros[0] == 0), sorted(dead + one))
+    np.testing.assert_array_equal(np.flatnonzero(zeros[1] == 0), dead)
+    accelerate(frontend, estimator="exact")
+    first, second = (task2vec.embed(task) for task in tasks)
+    np.testing.assert_array_equal(first[dead + one], 1e-12)
+    np.testing.assert_array_equal(second[dead], 1e-12)
+    public = public_distances(first, second)
+    assert np.isfinite(list(public.values())).all()
+    assert min(public.values()) > 0
+    ours = {name: distance.cdist(zeros[:1], zeros[1:], name)[0, 0] for name in public}
+    assert not np.isnan(list(ours.values())).any()
+    # The two distances that the public code can compute with zeros are those with zeros: 1e-12 over 1e-8 is p = 1e-4,
+    # whose entropy is 1e-3 in place of zero.
+    for name in ("cosine", "entropy"):
+        of_zeros = distance.cdist(zeros[:1], zeros[1:], name, epsilon=1e-8)[0, 0]
+        assert public[name] == pytest.approx(of_zeros, rel=1e-3 / np.log(2)), name
+    # A filter that is dead for both adds nothing, and one that is dead for one task is the limit of a small value.
+    alive = np.setdiff1d(np.arange(len(first)), dead)
+    few = public_distances(first[alive], second[alive])
+    assert public["kl"] == pytest.approx(few["kl"])
+    assert public["kl"] > 1e3
+    assert ours["kl"] == np.inf
+    for name in ("normalized_cosine", "correlation"):
+        assert few[name] == pytest.approx(ours[name], rel=1e-3), name
     with torch.no_grad():
         model.fc.weight *= 1e-6  # values below the floor: dead filters stay the least of all
     accelerate(frontend, estimator="exact")
     small = task2vec.embed(tasks[0])
-    assert 0 < small[1] < 1e-8
+    assert 0 < small[1] < 1e-12
     assert small[1] == pytest.approx(small.min(), rel=1e-12)
+
+
+def test_small_values_do_not_overflow_in_distances(frontend: ModuleType) -> None:
+    """In float32, the public code's correlation of such values is 1 for every pair of tasks."""
+    model = ProbeNetwork().eval()
+    with torch.no_grad():
+        model.fc.weight *= 1e-5
+    accelerate(frontend, estimator="exact")
+    tasks = [TensorDataset(X.float(), Y), TensorDataset(X.float().flip(3) * 2, Y.flip(0))]
+    first, second = (frontend.Task2Vec(model).embed(task) for task in tasks)
+    assert first.dtype == np.float64
+    found = public_distances(first, second)
+    for name in ("normalized_cosine", "correlation"):
+        assert found[name] == pytest.approx(distance.cdist(first[None], second[None], name)[0, 0], rel=1e-6), name
+        assert found[name] < 0.999
 
 
 def test_frozen_parameters_have_no_entry(frontend: ModuleType) -> None:

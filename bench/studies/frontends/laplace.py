@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import warnings
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from bench.harness import memory
 from bench.studies.frontends.table import Row, main, times
 
 BATCH, CLASSES = 16, 10
@@ -69,9 +69,9 @@ def megabytes(name: str) -> float:
 
 def _growth(name: str) -> float:
     backend(name)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory("VmHWM")  # getrusage's number may be that of the process that started this one
     fit(name)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (memory("VmHWM") - before) / 2**20
 
 
 def rows(arguments: argparse.Namespace) -> list[Row]:

@@ -86,6 +86,7 @@ class Study:
 
     def squares(self, mode: bool, loader_opts: dict[str, Any] = LOADER) -> Tensor:
         """Run the loaded module's own or replaced Monte Carlo Fisher, and read what its embedding reads."""
+        self.model = copy.deepcopy(self.model)  # a probe for each task, as in the code's examples: none is remembered
         self.model.load_state_dict(self.state)  # the code's training mode changes the statistics of batch norms
         task2vec = self.task2vec.Task2Vec(self.model, loader_opts=dict(loader_opts))
         self.model.train(mode)
