@@ -62,6 +62,11 @@ class CMakeBuild(build_ext):
         """The libraries know nothing of Python, so that their names don't either."""
         return f"{name.replace('.', '/')}.so"
 
+    def run(self) -> None:
+        # Setuptools forgets --inplace while it builds, and then copies only the file that the extension is named after.
+        self.into_source = self.inplace or self.editable_mode
+        super().run()
+
     def build_extension(self, extension: Extension) -> None:
         there = ROOT / "t2v_fast" / "libt2v_cpu.so"
         if os.environ.get("T2V_FAST_REUSE") == "1" and there.exists():
@@ -109,8 +114,7 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(folder)], check=True, env=environment, stdout=sys.stderr)
         major = (torch.version.cuda or "").split(".")[0]
         names = ["libt2v_cpu.so", *([f"libt2v_cuda{major}.so"] if cuda else [])]
-        # An editable installation copies only the file that the extension is named after.
-        places = {target.parent, *([ROOT / "t2v_fast"] if self.editable_mode else [])}
+        places = {target.parent, *([ROOT / "t2v_fast"] if self.into_source else [])}
         for place in places:
             place.mkdir(parents=True, exist_ok=True)
             for name in names:

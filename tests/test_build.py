@@ -117,6 +117,27 @@ def test_cuda_that_cannot_be_built_is_an_error_only_when_asked_for(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a CPU build: no CUDA library is built for it")
+def test_both_libraries_are_built_in_place(tmp_path: Path) -> None:
+    """`python -m bench.gpu --build` compiles in place, and then runs what lies in the package."""
+    source, major = tmp_path / "source", torch.version.cuda.split(".")[0]
+    for folder in ("t2v_fast", "kernels"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copyfile(ROOT / name, source / name)
+    (tmp_path / "nvcc").write_text(f"#!/bin/sh\necho Cuda compilation tools, release {major}.0\n")
+    built = f'"$2/libt2v_cpu.so" "$2/libt2v_cuda{major}.so"'
+    (tmp_path / "cmake").write_text(f'#!/bin/sh\n[ "$1" != --build ] || touch {built}\n')
+    for name in ("nvcc", "cmake"):
+        (tmp_path / name).chmod(0o755)
+    settings = {"T2V_FAST_CUDA": "1", "T2V_FAST_REUSE": "0", "T2V_FAST_BUILD_DIR": str(tmp_path / "build")}
+    settings |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "T2V_FAST_CMAKE": str(tmp_path / "cmake")}
+    found = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=source, **settings)
+    assert found.returncode == 0, found.stderr
+    assert {path.name for path in (source / "t2v_fast").glob("*.so")} == {"libt2v_cpu.so", f"libt2v_cuda{major}.so"}
+
+
+@pytest.mark.slow
 def test_no_compiler(tmp_path: Path) -> None:
     (tmp_path / "cmake").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "cmake").chmod(0o755)

@@ -44,14 +44,24 @@ def test_memory_stays_until_the_pipeline_is_deleted(told: list[bool]) -> None:
     assert told == [True, False]
 
 
-def test_memory_goes_back_before_a_task_is_tried_again(told: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError, "no memory"),
+        # as the compiled CUDA ops raise it
+        (RuntimeError, "aten::new_empty failed: CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
+)
+def test_memory_goes_back_before_a_task_is_tried_again(
+    error: type[Exception], words: str, told: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     task2vec = Task2Vec(small_probe(), batch_size=8)
     own, sizes = Task2Vec.compute_features, []
 
     def scarce(self, run) -> None:
         sizes.append(self.batch_size)
         if self.batch_size > 4:
-            raise torch.OutOfMemoryError("no memory")
+            raise error(words)
         own(self, run)
 
     monkeypatch.setattr(Task2Vec, "compute_features", scarce)
