@@ -23,6 +23,13 @@ _WAITING = {
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
+def waits(func: Any, args: tuple) -> bool:
+    """Whether the host waits for an operator, some of whose arguments are on the device."""
+    name = func.overloadpacket.__name__
+    masks = [t for t in args[1] if t is not None and t.dtype in (torch.bool, torch.uint8)] if name in _INDEXING else []
+    return name in _WAITING or bool(masks)
+
+
 class Counted(TorchDispatchMode):
     """Counts by kind, and by kind and place. Place this mode inside :func:`pretend_cuda.pretended`."""
 
