@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # Operators that make the host wait without a tag of torch's that says so.
-_WAITING = frozenset({"is_nonzero", "_linalg_eigh", "_linalg_svd", "linalg_inv_ex", "_linalg_solve_ex", "_linalg_eigvals"})
+_WAITING = frozenset(
+    {"is_nonzero", "_linalg_eigh", "_linalg_svd", "linalg_inv_ex", "_linalg_solve_ex", "_linalg_eigvals"}
+)
 _INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -77,12 +79,12 @@ class Watch(TorchDispatchMode):
         devices = {t.device for t in (*given, *made)}
         if self.device not in devices:
             return None  # what the host computes for itself, such as shapes
+        if _waits(func, args):
+            return "makes the host wait"
         if len(devices) > 1:
             return "reads or writes memory of the host"
         if any(t.layout != torch.strided for t in (*given, *made)):
             return "has a tensor that is not strided"
-        if _waits(func, args):
-            return "makes the host wait"
         for t in given:
             if t.numel() and (at := _storage(t)) not in self._made and at not in self._fixed:
                 return (

@@ -252,8 +252,9 @@ class GraphedPasses(Passes):
     @contextmanager
     def of(self, forward: Callable[[nn.Module, Any], Tensor]) -> Iterator[None]:
         """A context in which the forward passes are those of ``forward(model, inputs)``. It drops all graphs in the end."""
-        self._call = forward
-        self._forward = forward.settled if isinstance(forward, FastNetwork) else forward
+        fast = isinstance(forward, FastNetwork)
+        self._forward = forward.settled if fast else forward
+        self._own = forward.forward if fast else forward
         tensors = [*self.recorder.model.parameters(), *self.recorder.model.buffers()]
         self._device = tensors[0].device
         if self.recorder.divided:
@@ -269,12 +270,12 @@ class GraphedPasses(Passes):
                 *(self.replayed, self.batches, self.captures),
             )
 
-    def refuse(self, reason: str) -> None:
-        """Use no graph from now on, and say why, once a network."""
-        self.reason = reason
+    def refuse(self, reason: str, detail: str = "") -> None:
+        """Use no graph from now on. Say why, with a detail, unless this reason was logged for this network before."""
+        self.reason = reason + detail
         self._drop()
         if network_state.state_of(self.recorder.model).is_first(f"no CUDA graphs: {reason}"):
-            log.warning("no CUDA graphs are used: %s", reason)
+            log.warning("no CUDA graphs are used: %s", self.reason)
 
     def replay(self, inputs: Any, segments: Tensor | None, checked: bool) -> Tensor | None:
         self.batches += 1
@@ -417,7 +418,7 @@ class GraphedPasses(Passes):
                 checkpointed = self.recorder.regions.alive
                 squares(output)
 
-        random, signature = random_state(), network_state.signature_of(model, self._call)
+        random, signature = random_state(), network_state.signature_of(model, self._own)
         capture.aside(passes)
         if checkpointed:
             return "activation checkpointing runs parts of the network again"
@@ -425,7 +426,7 @@ class GraphedPasses(Passes):
             return watch.obstacle
         if random != random_state():
             return "a pass draws random numbers"
-        if signature != network_state.signature_of(model, self._call) or not snapshot.holds():
+        if signature != network_state.signature_of(model, self._own) or not snapshot.holds():
             return "a pass changes attributes or the memory of the network"
         return None
 
@@ -460,10 +461,10 @@ class GraphedPasses(Passes):
                 return  # such a batch ends in an error; if it does not, the next one tells
             apart, size = float((one.double() - other.double()).norm()), float(other.double().norm())
             if not apart <= TOLERANCE[dtype] * size:
-                change = f"a replay changes {name} by {apart / max(size, 1e-300):.2g} relative"
+                change, by = f"a replay changes {name}", f" by {apart / max(size, 1e-300):.2g} relative"
                 if backward.trusted:  # batches before this one may be wrong, too
-                    raise SelfCheckError(f"{change}, although the replay of an earlier batch did not: {_WITHOUT}")
-                self.refuse(change)
+                    raise SelfCheckError(f"{change}{by}, although the replay of an earlier batch did not: {_WITHOUT}")
+                self.refuse(change, by)
                 return
         captured.trusted = backward.trusted = True
 

@@ -30,14 +30,11 @@ CAPTURING = "CUDA error: operation not permitted when stream is capturing"
 class CUDAGraph:
     """In the place of ``torch.cuda.CUDAGraph``."""
 
-    made: list[CUDAGraph] = []  # since the context began
-
     def __init__(self) -> None:
         self.steps: list[tuple[Callable, tuple, dict[str, Any], list[Tensor]]] = []
         self.failed = False
         self.replays = 0
         self._fresh: set[int] = set()  # the addresses of what the capture has made
-        CUDAGraph.made.append(self)
 
     def write(
         self, func: Any, function: Callable, args: tuple, kwargs: dict[str, Any], here: list[Tensor], found: Any
@@ -76,7 +73,7 @@ def _address(t: Tensor) -> int:
 
 
 @contextmanager
-def _graph(graph: CUDAGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
+def _graph(graph: CUDAGraph, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
     context = torch.cuda.stream(stream)
     _entered.append(context)  # so that it is not left when it is collected
     context.__enter__()
@@ -97,10 +94,15 @@ _entered: list[Any] = []
 @contextmanager
 def with_graphs() -> Iterator[list[CUDAGraph]]:
     """A context, within :func:`pretend_cuda.pretended`, in which graphs can be captured. Yields those that were."""
-    CUDAGraph.made = []
+    made: list[CUDAGraph] = []
+
+    def make() -> CUDAGraph:
+        made.append(CUDAGraph())
+        return made[-1]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+        patch.setattr(torch.cuda, "CUDAGraph", make)
         patch.setattr(torch.cuda, "graph", _graph)
         patch.setattr(torch.cuda, "graph_pool_handle", object)
         patch.setattr(torch.cuda, "device", lambda device: nullcontext())
-        yield CUDAGraph.made
+        yield made

@@ -39,6 +39,7 @@ class Counted(TorchDispatchMode):
         self.kinds: Counter[str] = Counter()
         self.places: Counter[tuple[str, str, str]] = Counter()
         self.numbers: Counter[str] = Counter()  # that were copied
+        self.launched = 0  # operators of the device that are no views
 
     def count(self, kind: str, what: str, numbers: int = 0) -> None:
         if not self.counting:
@@ -56,6 +57,7 @@ class Counted(TorchDispatchMode):
         name = func.overloadpacket.__name__
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         there = any(isinstance(t, Pretend) for t in tensors)
+        self.launched += self.counting and there and not func.is_view
         if there and name in _WAITING:
             self.count(WAIT, name)
         elif name in ("_to_copy", "copy_"):
