@@ -8,7 +8,10 @@ of the device, at addresses that stay the same. :class:`Watch` looks at each ope
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -52,7 +55,7 @@ class Watch(TorchDispatchMode):
         >>> with Watch(x.device, [x]) as watch:
         ...     _ = x.exp().sum().item()
         >>> watch.obstacle
-        'aten._local_scalar_dense.default makes the host wait'
+        'aten._local_scalar_dense.default (<doctest ...>:2) makes the host wait'
     """
 
     def __init__(self, device: torch.device, fixed: Iterable[Tensor]) -> None:
@@ -67,7 +70,7 @@ class Watch(TorchDispatchMode):
         found = func(*args, **kwargs)
         if self.obstacle is None:
             why = self._obstacle(func, args, kwargs, found)
-            self.obstacle = None if why is None else f"{func} {why}"
+            self.obstacle = None if why is None else f"{func}{_caller()} {why}"
         return found
 
     def _obstacle(self, func: Any, args: tuple, kwargs: dict[str, Any], found: Any) -> str | None:
@@ -96,6 +99,14 @@ class Watch(TorchDispatchMode):
                 return f"writes to a tensor {list(t.shape)} of the network or of its inputs"
         self._made.update(_storage(t) for t in made if t.numel())
         return None
+
+
+def _caller() -> str:
+    """The line that called an operator, of the network or of this library."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
+        frame = frame.f_back
+    return "" if frame is None else f" ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
 
 
 def _storage(t: Tensor) -> int:

@@ -4,7 +4,7 @@ A replay launches all kernels of a captured pass at once, without the host's wor
 whose kernels are so short that the host binds. :class:`Passes` runs each pass as it is, and :class:`GraphedPasses`
 replays it where that is possible.
 
-**Both graphs are functions of static buffers**: inputs, cotangents and weights of the examples are copied into buffers
+**Both graphs are functions of static buffers.** Inputs, cotangents and weights of the examples are copied into buffers
 before a replay, and logits and squares are read from buffers after it. A graph adds to nothing that outlives the
 replay. So a replay can be repeated, and compared with the passes as they are. These things happen on the host or change
 from batch to batch, and stay outside of the graphs:
@@ -15,25 +15,25 @@ from batch to batch, and stay outside of the graphs:
 - the running sums (:mod:`t2v_fast.estimation.moments`), whose sums of weights are numbers of the host,
 - the self-check, which runs examples as they are.
 
-Two things that the recorder sets on the host in each backward pass are set anew after a replay: its ``unused`` and
-``skipped`` parameters. What follows from shapes alone is captured as it was: the taps, the routes, and the paths that the
-planner chose.
+The recorder sets two things on the host in each backward pass: its ``unused`` and its ``skipped`` parameters. They are
+set anew after a replay. What follows from shapes alone is captured as it was: the taps, the routes, and the paths that
+the planner chose.
 
-**What a batch meets.** Passes are told apart by the shapes, strides and dtypes of the inputs, by the number of cotangents,
-and by torch's settings. A kind of batch is run as it is when it is met first. When it is met again, it is run as it is
-and then captured. When it is met for the third time, it is run as it is and also replayed; where the logits and
-the squares agree to the rounding of their dtype, the graphs are trusted. From then on it is only replayed. All of this
-is repeated for whatever is captured anew. The self-check looks at batches that are run as they are: the 4th, 8th, 16th
-and so on. These are replayed and compared again, and an error is raised if graphs that were trusted differ.
+**What a batch meets.** Batches are of one kind if the shapes, strides and dtypes of their inputs, the number of
+cotangents and torch's settings are equal. The first batch of a kind is run as it is. The second is run as it is, and
+then captured. The third is run as it is and replayed as well. The graphs are trusted if logits and squares agree to the
+rounding of their dtype, and from then on batches are only replayed. All of this is repeated for whatever is captured
+anew. The batches that the self-check looks at (the 4th, 8th, 16th and so on) are run as they are, replayed and compared
+again. An error is raised if graphs that were trusted differ there.
 
-**What is never captured** is run as it is, and a warning says why, once a network: what is not on one CUDA device, what
-several processes share, networks with hooks, checkpointed regions, packed rows, and whatever
-:class:`t2v_fast.estimation.graph_obstacles.Watch` finds in a pass. The same holds if the network's attributes change in a
-pass, if it draws random numbers, if the capture fails, or if a replay differs.
+**What is never captured** is run as it is, and a warning says why. These are networks that are not on one CUDA device,
+that several processes share, that have hooks or checkpointed regions, and rows of packed sequences. The same holds for
+whatever :class:`t2v_fast.estimation.graph_obstacles.Watch` finds in a pass. It also holds where a pass changes
+attributes of the network or draws random numbers, where the capture fails, and where the third batch differs.
 
-**Stale addresses.** Before each replay, :class:`t2v_fast.estimation.graph_obstacles.Snapshot` compares the network's objects,
-modes and addresses with those of the capture. Where one differs, all graphs are dropped and the batch is run as it is.
-Graphs last for one call of :func:`t2v_fast.fisher`.
+**Stale addresses.** :class:`t2v_fast.estimation.graph_obstacles.Snapshot` compares the network's objects, modes and
+addresses with those of the capture before each replay. Where one differs, all graphs are dropped, and the batch is run
+as it is. Graphs last for one call of :func:`t2v_fast.fisher`.
 
 No card has run this yet. The tests run it on a tape of operators that stands in for the graphs of a card.
 """
@@ -200,7 +200,7 @@ class _Backward:
 
 @dataclass
 class _Captured:
-    """The graph of the forward pass of one kind of batch, its static buffers, and graphs of backward passes behind it."""
+    """The graph of the forward pass of one kind of batch, its static inputs, and the graphs of its backward passes."""
 
     inputs: Any
     replay: Callable[[], None]
@@ -251,10 +251,10 @@ class GraphedPasses(Passes):
 
     @contextmanager
     def of(self, forward: Callable[[nn.Module, Any], Tensor]) -> Iterator[None]:
-        """A context in which the forward passes are those of ``forward(model, inputs)``. It drops all graphs in the end."""
-        fast = isinstance(forward, FastNetwork)
-        self._forward = forward.settled if fast else forward
-        self._own = forward.forward if fast else forward
+        """A context in which the forward passes are those of ``forward(model, inputs)``. Its graphs end with it."""
+        self._forward = self._own = forward
+        if isinstance(forward, FastNetwork):
+            self._forward, self._own = forward.settled, forward.forward
         tensors = [*self.recorder.model.parameters(), *self.recorder.model.buffers()]
         self._device = tensors[0].device
         if self.recorder.divided:
@@ -351,6 +351,8 @@ class GraphedPasses(Passes):
             others = [k for k in self._kinds.values() if k.captured is not None]
             for other in others[:-MOST_KEPT]:  # those that were met the longest time ago
                 other.met, other.captured = 0, None
+        else:  # a captured forward pass without its backward passes would only be run twice
+            kind.captured = None
 
     def _captured(
         self,
@@ -456,13 +458,19 @@ class GraphedPasses(Passes):
                 return
             pairs += [(f"the squares of {name!r}", one[name], other[name]) for name in other]
         dtype = max((t.dtype for t in (logits, *captured.snapshot.tensors) if t.dtype in TOLERANCE), key=_coarseness)
-        for name, one, other in pairs:
-            if not bool(other.isfinite().all()):
+        # Where the true gradient is zero (a bias before a norm), the squares are rounding errors of larger gradients.
+        largest = max((float(plain.max()) for _, _, plain in pairs[1:] if plain.numel()), default=0.0)
+        floor = (32 * _coarseness(dtype)) ** 2 * largest
+        for name, replayed, plain in pairs:
+            if not bool(plain.isfinite().all()):
                 return  # such a batch ends in an error; if it does not, the next one tells
-            apart, size = float((one.double() - other.double()).norm()), float(other.double().norm())
-            if not apart <= TOLERANCE[dtype] * size:
+            apart, size = float((replayed.double() - plain.double()).norm()), float(plain.double().norm())
+            least = 0.0 if replayed is captured.logits else floor * plain.numel() ** 0.5
+            if not apart <= TOLERANCE[dtype] * size + least:
                 change, by = f"a replay changes {name}", f" by {apart / max(size, 1e-300):.2g} relative"
-                if backward.trusted:  # batches before this one may be wrong, too
+                if backward.trusted or (
+                    captured.trusted and replayed is captured.logits
+                ):  # batches before this one may be wrong, too
                     raise SelfCheckError(f"{change}{by}, although the replay of an earlier batch did not: {_WITHOUT}")
                 self.refuse(change, by)
                 return

@@ -22,6 +22,13 @@ def images() -> nn.Module:
     return randomise_norms(nn.Sequential(*layers, nn.Flatten(), nn.Linear(24, 5))).eval()
 
 
+def pooled() -> nn.Module:
+    """With an average pool to one pixel, which channels-last images leave as a strided view."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 6, 3), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(6, 5)).eval()
+
+
 def tokens() -> nn.Module:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -67,6 +74,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[Any], dict[str, Any]]] = {
         f"exact, by {name}": (images, batches_of_images(), {"estimator": "exact", "granularity": name})
         for name in ("filter", "tensor", "parameter")
     },
+    "a strided view": (pooled, batches_of_images(), {"estimator": "hutchinson"}),
     "all eigenvectors": (images, batches_of_images(), {"samples": 4}),
     "empirical": (images, batches_of_images(LABELS), {"estimator": "empirical"}),
     "sigmoid": (images, batches_of_images(), {"likelihood": "sigmoid", "samples": 3}),
