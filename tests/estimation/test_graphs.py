@@ -491,6 +491,7 @@ def test_a_network_that_changes_between_batches(name: str) -> None:
     assert ("the network has changed: its CUDA graphs are captured anew" in messages) == anew
 
 
+@pytest.mark.slow_unless(name=("a mode", "a weight's memory"))
 @pytest.mark.parametrize("name", [name for name, (_, anew) in CHANGES.items() if anew])
 def test_what_the_snapshot_is_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it, replays are stale, and the next batch that the self-check looks at raises an error."""
