@@ -55,6 +55,7 @@ docs-data: pictures coverage ## Regenerate the tables and pictures in docs/ that
 	$(BIN)/python tests/helpers/resources.py
 	$(BIN)/python -m bench.studies.roofline --write docs/gpu.md
 	$(BIN)/python -m bench.gpu.page --write docs/gpu.md
+	$(BIN)/python -m bench.studies.host_work --write docs/gpu.md
 	$(BIN)/python -m bench.studies.gpu_model --write docs/gpu.md
 	$(BIN)/python -m bench.studies.adapters --write docs/adapters.md
 	$(BIN)/python -m bench.studies.merging --write docs/adapters.md

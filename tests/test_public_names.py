@@ -26,7 +26,7 @@ NAMES: dict[str, dict[str, str | None]] = json.loads((Path(__file__).parent / "d
 # Internals whose parameters changed, each with its reason; CHANGELOG.md says so to whoever calls them.
 _ENTRIES = "its first field is entries, which values_ still reads; only the library makes these objects"
 _SEGMENTS = "it takes segments last, for rows of packed sequences"
-_TEXTS = "shift_labels and packed, keywords of their own"
+_TEXTS = "shift_labels, packed and cuda_graphs, keywords of their own"
 CHANGED: dict[str, str] = {
     **dict.fromkeys(("t2v_fast.fisher", "t2v_fast.fisher.fisher"), _TEXTS),
     **dict.fromkeys(
@@ -37,6 +37,10 @@ CHANGED: dict[str, str] = {
             "t2v_fast.selfcheck.SelfCheck.batch",
         ),
         _SEGMENTS,
+    ),
+    **dict.fromkeys(
+        ("t2v_fast.FisherRecorder.backward_groups", "t2v_fast.recorder.FisherRecorder.backward_groups"),
+        "it takes retain_graph last, as backward does",
     ),
     "t2v_fast.cotangents.cotangents": "it takes checks last, where the host need not wait for the device",
     "t2v_fast.moments.DrawnExamples.add": "it takes factors that are computed once a batch, for all parameters",

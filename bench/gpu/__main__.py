@@ -42,6 +42,10 @@ class Sizes:
     processes: int  # that compile ahead
     toy: bool
     compiled: tuple[str, ...] = ("bfloat16", "TF32")  # precisions of the compiled steps
+    # Networks that are timed with and without CUDA graphs, and the batches of the two calls. Between these numbers of
+    # batches the self-check looks at none, so that all of them are replayed.
+    graphed: tuple[tuple[str, int, int], ...] = (("resnet18", 64, 16), ("resnet50", 224, 64), ("vit_b_16", 224, 16))
+    replays: tuple[int, int] = (16, 31)
     small: tuple[str, ...] = ("three channels", "padding", "7x7", "depthwise")
     large: tuple[str, ...] = ("squares", "form", "stem")
     more: list[str] = field(default_factory=list)  # arguments of the programs that the tools run
@@ -74,6 +78,8 @@ REHEARSAL = Sizes(
     processes=1,
     toy=True,
     compiled=("TF32",),
+    graphed=(("small resnet", 32, 2),),
+    replays=(1, 2),
     small=("padding",),
     large=("squares",),
     more=["--device", "cpu"],
@@ -84,12 +90,12 @@ STEPS: dict[str, float | None] = {
     "verification": None,
     "sanitizer": 30,
     "ceilings": 15,
-    "networks": 100,
-    "layers": 75,
+    "networks": 90,
+    "layers": 65,
     "compiled": 60,
     "peers": 50,
     "counters": 40,
-    "graphs": 30,  # last, because a capture that fails may leave the device unusable
+    "graphs": 50,  # last, because a capture that fails may leave the device unusable
 }
 
 
@@ -161,6 +167,7 @@ def run(report: Report, device: Any, sizes: Sizes, wanted: list[str]) -> None:
         "graphs": lambda: (
             verify.graphs(report, device, sizes.verified),
             measure.graphs(report, device, sizes.cells, sizes.compiled),
+            measure.replays(report, device, sizes.graphed, sizes.compiled, sizes.replays),
         ),
     }
     assert list(steps) == list(STEPS)

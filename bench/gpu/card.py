@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -91,6 +92,21 @@ def busy(run: Callable[[], object]) -> float:
         torch.cuda.synchronize()
     field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     return sum(getattr(event, field) for event in profiler.key_averages()) / 1e3
+
+
+@contextmanager
+def messages_of(name: str) -> Iterator[list[str]]:
+    """Collect the messages of a logger."""
+    logger, messages, handler = logging.getLogger(name), [], logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def rotated(make: Callable[[], tuple[Tensor, ...]], least: int) -> Iterator[tuple[Tensor, ...]]:

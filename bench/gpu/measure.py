@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import t2v_fast
 from bench import contestants
-from bench.gpu.card import KINDS, apart, backends, products, rotated, seconds
+from bench.gpu.card import KINDS, apart, backends, messages_of, products, rotated, seconds
 from bench.gpu.networks import network
 from bench.gpu.report import Absent, Report
 from t2v_fast import ops
@@ -179,22 +179,27 @@ def time_replayed(name: str, size: int, batch: int, kind: str, device: torch.dev
 
 
 def time_fisher(
-    name: str, size: int, batch: int, kind: str, device: torch.device, counts: tuple[int, int]
+    name: str, size: int, batch: int, kind: str, device: torch.device, counts: tuple[int, int], replayed: bool = False
 ) -> dict[str, float]:
-    """Milliseconds of a steady batch of ``fisher()`` with one cotangent, and what a call costs beyond its batches."""
+    """Milliseconds of a steady batch of ``fisher()`` with one cotangent, and what a call costs beyond its batches.
+
+    With ``replayed`` the passes are replayed from CUDA graphs. Raises Absent, with the reason, where none can be.
+    """
     model = network(name, size, device, KINDS[kind])
     x = torch.randn(batch, 3, size, size, dtype=KINDS[kind])
     x = x.pin_memory() if device.type == "cuda" else x
 
     def call(count: int) -> float:
         begin = time.perf_counter()
-        t2v_fast.fisher(model, [x] * count, "hutchinson", 1)
+        t2v_fast.fisher(model, [x] * count, "hutchinson", 1, cuda_graphs=replayed)
         torch.cuda.synchronize()
         return 1e3 * (time.perf_counter() - begin)
 
-    with products(kind):
+    with products(kind), messages_of("t2v_fast.estimation.graphs") as messages:
         first = call(counts[0])
         few, many = call(counts[0]), call(counts[1])
+    if replayed and "CUDA graphs: 0 of" in messages[-1]:
+        raise Absent("; ".join(messages))
     steady = (many - few) / (counts[1] - counts[0])
     return {
         "ms": steady,
@@ -256,13 +261,29 @@ def compiled(report: Report, device: torch.device, cells: list[tuple[str, int, i
 
 
 def graphs(report: Report, device: torch.device, cells: list[tuple[str, int, int]], kinds: tuple[str, ...]) -> None:
-    """Squares as one CUDA graph. The library does not capture graphs itself, so that a refusal is not wrong."""
+    """Squares of one cotangent as one CUDA graph: what the host costs without it, if everything can be captured."""
     for name, size, batch in cells:
         for kind in kinds:
             for backend in backends(device):
                 title = f"{name}, {size}, batch {batch}, {kind}: squares replayed, {backend}"
                 run = partial(time_replayed, name, size, batch, kind, device, backend)
                 report.line("networks", title, run, excused=True)
+
+
+def replays(
+    report: Report,
+    device: torch.device,
+    cells: Iterable[tuple[str, int, int]],
+    kinds: tuple[str, ...],
+    counts: tuple[int, int],
+) -> None:
+    """``fisher()`` as it is and with ``cuda_graphs=True``. A network that replays nothing is left out, and says why."""
+    for name, size, batch in cells:
+        for kind in kinds:
+            for replayed in (False, True):
+                title = f"{name}, {size}, batch {batch}, {kind}: fisher(), {'replayed' if replayed else 'as it is'}"
+                run = partial(time_fisher, name, size, batch, kind, device, counts, replayed)
+                report.line("networks", title, run)
 
 
 def peers(report: Report, device: torch.device, cells: list[tuple[str, int, int]], kind: str = "TF32") -> None:

@@ -15,9 +15,9 @@ from oracle import per_example_squares, reduce, relative_error
 from torch import Tensor
 
 import t2v_fast
-from bench.gpu.card import DTYPES, backends, products
+from bench.gpu.card import DTYPES, backends, messages_of, products
 from bench.gpu.networks import network
-from bench.gpu.report import Report
+from bench.gpu.report import Absent, Report
 from t2v_fast import ops
 from t2v_fast.ops.reference import accumulate_dtype
 
@@ -149,6 +149,20 @@ def waits(name: str, size: int, device: torch.device) -> str:
     return "none"
 
 
+def replayed(name: str, size: int, device: torch.device) -> str:
+    """With ``cuda_graphs=True``, ``fisher()`` gives what it gives without, from batches of two sizes."""
+    batches = [torch.randn(4 - k % 2, 3, size, size, generator=torch.Generator().manual_seed(k)) for k in range(14)]
+    found = {}
+    for cuda_graphs in (False, True):
+        with messages_of("t2v_fast.estimation.graphs") as messages:
+            found[cuda_graphs] = t2v_fast.fisher(network(name, size, device), batches, cuda_graphs=cuda_graphs)
+    error = relative_error(found[True].vector(), found[False].vector())
+    said = "; ".join(messages)
+    if any("CUDA graphs: 0 of" in message for message in messages):
+        raise Absent(said)
+    return f"relative difference {_bounded(error, torch.float32):.1e}: {said}"
+
+
 def capture(backend: str, device: torch.device) -> str:
     """Replays of a CUDA graph follow its inputs: no op waits for the device or keeps to another stream."""
     x, g = torch.randn(4, 16, 12, 12, device=device), torch.randn(4, 24, 12, 12, device=device)
@@ -190,8 +204,9 @@ def capture_backward(name: str, size: int, device: torch.device) -> str:
 
 
 def graphs(report: Report, device: torch.device, names: Sequence[tuple[str, int]]) -> None:
-    """Whether a pass can be captured. The library does not capture graphs itself, so that a refusal is not wrong."""
+    """Whether a pass can be captured in one graph. The library captures in two, so that a refusal is not wrong."""
     for name, size in names:
+        report.line("cuda_graphs", f"{name}, fisher()", partial(replayed, name, size, device))
         report.line("cuda_graphs", f"{name}, backward", partial(capture_backward, name, size, device), excused=True)
 
 

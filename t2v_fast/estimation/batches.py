@@ -24,6 +24,7 @@ from ..ops.asynchronous import to_device
 from ..spans import forward_by_kind, stage
 from .allocation import seeds_of
 from .deferred import DeferredChecks
+from .graphs import Passes
 from .packing import AS_GIVEN, Texts
 from .self_check import SelfCheck
 
@@ -63,13 +64,16 @@ def forward_passes(
     self_check: bool = True,
     texts: Texts = AS_GIVEN,
     adds_up: bool = False,
+    passes: Passes | None = None,
 ) -> Iterator[Callable[[Iterable[Any]], Iterator[Batch]]]:
     """Prepare the recorder's network; yield a function that runs the network over a loader, batch after batch.
 
     The network is as it was when the context ends. With ``self_check``, every forward pass is checked by
     :class:`t2v_fast.estimation.self_check.SelfCheck`. ``texts`` says how batches of text are read. ``adds_up``
-    says that the caller adds up what the processes of a sharded network find; others are refused.
+    says that the caller adds up what the processes of a sharded network find; others are refused. Logits that
+    ``passes`` replays have no autograd graph: the caller takes the squares from ``passes`` as well.
     """
+    passes = Passes(recorder) if passes is None else passes
     if recorder.sharding is not None and not adds_up:
         raise UnsupportedError(
             f"the parameter {min(recorder.parameters)!r} is sharded over processes (fully_shard), whose results this "
@@ -81,6 +85,7 @@ def forward_passes(
         recorder,
         _unchanged_buffers(recorder.model),
         _forward_of(recorder, forward, device, channels_last) as fast,
+        passes.of(fast),
     ):
         check = SelfCheck(recorder, fast) if self_check else None
 
@@ -92,8 +97,11 @@ def forward_passes(
                 n = _check_inputs(there, checks)
                 if n == 0:
                     continue
-                with forward_by_kind(recorder.model, n):
-                    output = check.forward(there) if check else fast(recorder.model, there)
+                with stage("forward"):
+                    output = passes.replay(there, segments, check is not None and check.is_due(n))
+                if output is None:
+                    with forward_by_kind(recorder.model, n):
+                        output = check.forward(there) if check else fast(recorder.model, there)
                 logits = _check_logits(output, n)
                 valid = _check_mask(mask(inputs, labels), labels, logits) if logits.dim() == 3 else None
                 if segments is not None:

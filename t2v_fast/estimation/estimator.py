@@ -23,6 +23,7 @@ from .allocation import Allocation
 from .batches import Batch, Draws, Schedule, forward_passes
 from .cotangents import check_estimator, cotangents
 from .diagonal import FisherDiagonal, check_finite, diagonal_of
+from .graphs import GraphedPasses, Passes
 from .likelihoods import Likelihood, get_likelihood
 from .moments import DrawnExamples, DrawnUnits, NamedMoments, Units
 from .packing import IGNORED, Texts
@@ -86,6 +87,7 @@ def fisher(
     explain: bool = False,
     estimator_error: bool = False,
     allocation: Allocation | None = None,
+    cuda_graphs: bool = False,
 ) -> FisherDiagonal:
     """Estimate the diagonal of the Fisher information of ``model`` over the examples of ``loader``.
 
@@ -172,6 +174,9 @@ def fisher(
         allocation: Which examples of a larger data set the loader yields, in its order, and how many cotangents each
             gets in place of ``samples`` (:mod:`t2v_fast.estimation.allocation`). ``weights`` are then the weights of
             the whole data set, whose Fisher is estimated. Restricted as ``estimator_error`` is.
+        cuda_graphs: On a CUDA device, capture the passes of batches of equal shapes in CUDA graphs and replay them,
+            where that is possible; a warning says why it is not (:mod:`t2v_fast.estimation.graphs`). For networks
+            whose kernels are so short that the host binds. No card has run this yet.
 
     Returns:
         A mapping from parameter names to float64 tensors on the CPU, with standard errors: [O] for a parameter
@@ -208,7 +213,10 @@ def fisher(
     schedule = _schedule(estimator, samples, weights, seed, allocation)
     if device is None:
         device = next(iter(recorder.parameters.values())).device
-    estimate = _Estimate(recorder, estimator, likelihood, level, estimator_error)
+    passes = GraphedPasses(recorder) if cuda_graphs else Passes(recorder)
+    if isinstance(passes, GraphedPasses) and estimator == BATCH_MEAN:
+        passes.refuse("'batch_mean' needs the gradients of the whole batch")
+    estimate = _Estimate(recorder, passes, estimator, likelihood, level, estimator_error)
     self_check = self_check and estimator != BATCH_MEAN
     # The other estimators read no label, only which tokens have one.
     shift_labels = False if shift_labels is None and estimator != "empirical" else shift_labels
@@ -222,6 +230,7 @@ def fisher(
             self_check=self_check,
             texts=Texts(shift_labels, packed),
             adds_up=True,
+            passes=passes,
         ) as batches_of:
             for batch in batches_of(tqdm(loader, desc="Fisher", unit="batch", disable=not progress, leave=False)):
                 explained = explain and schedule.seen == 0 and estimator != BATCH_MEAN
@@ -264,9 +273,16 @@ class _Estimate:
     """The running estimate of one call of :func:`fisher`: sums over the batches so far, and the result."""
 
     def __init__(
-        self, recorder: FisherRecorder, estimator: str, likelihood: Likelihood, level: str, estimator_error: bool
+        self,
+        recorder: FisherRecorder,
+        passes: Passes,
+        estimator: str,
+        likelihood: Likelihood,
+        level: str,
+        estimator_error: bool,
     ) -> None:
-        self.recorder, self.estimator, self.likelihood, self.level = recorder, estimator, likelihood, level
+        self.recorder, self.passes = recorder, passes
+        self.estimator, self.likelihood, self.level = estimator, likelihood, level
         self.moments = NamedMoments()
         self.drawn = {name: DrawnExamples() for name in recorder.parameters} if estimator_error else None
         self.skipped: frozenset[str] = frozenset()
@@ -301,7 +317,9 @@ class _Estimate:
         if self.drawn is not None:
             return self._with_estimator_error(batch, draws, u, self.drawn)
         summed = self.recorder.granularity == "parameter"
-        return self.recorder.backward(batch.logits, u, draws.weights if summed else None, segments=batch.segments)
+        weights = draws.weights if summed else None
+        (found,) = self.passes.squares(batch.logits, u, weights=weights, segments=batch.segments)
+        return found
 
     def _with_estimator_error(
         self, batch: Batch, draws: Draws, u: Tensor, drawn: dict[str, DrawnExamples]
@@ -313,7 +331,7 @@ class _Estimate:
         least = int(draws.samples.min()) if isinstance(draws.samples, Tensor) else draws.samples
         if least < self.likelihood.rank(batch.logits.shape[-1]):
             sizes = [len(u) - 2, 1, 1] if len(u) > 2 else [1, 1]
-            groups = list(self.recorder.backward_groups(batch.logits, u, sizes))
+            groups = self.passes.squares(batch.logits, u, sizes)
             values = {name: cast(Tensor, sum(g[name] for g in groups)) for name in groups[0]}
             apart = {name: groups[-1][name] - groups[-2][name] for name in values}
             if isinstance(draws.source, Tensor):  # two of the sketches of an example tell the error of all
@@ -321,7 +339,7 @@ class _Estimate:
                 scale = to_device(counts.sqrt(), batch.logits.device)
                 apart = {name: q * scale.to(q.dtype).view(-1, *(1,) * (q.dim() - 1)) for name, q in apart.items()}
         else:  # every example is exact
-            values = self.recorder.backward(batch.logits, u)
+            (values,) = self.passes.squares(batch.logits, u)
             apart = {name: torch.zeros_like(q) for name, q in values.items()}
         units = DrawnUnits(draws.weights, draws.inclusion)
         for name, q in values.items():

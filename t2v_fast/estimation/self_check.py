@@ -170,6 +170,12 @@ class SelfCheck:
         self._drew = before != random_state()
         return output
 
+    def is_due(self, n: int) -> bool:
+        """Whether :meth:`batch` needs the autograd graph of the next batch, which has ``n`` examples."""
+        if n == 1:
+            return not (self._batches or self._single)
+        return _is_due(self._batches + 1)
+
     def batch(self, inputs: Any, logits: Tensor, segments: Tensor | None = None) -> None:
         """Check one batch; how thoroughly depends on how many batches came before, in this call and in earlier ones.
 
@@ -194,10 +200,10 @@ class SelfCheck:
         n = logits.shape[0] if segments is None else int(segments.max()) + 1
         program = self._program if segments is None else None
         self._whole = whole = Run(logits, places_of(n, segments), segments)
+        due = self.is_due(n)
         if n > 1:
             self._batches += 1
-        single = n == 1 and not (self._batches or self._single)
-        due = single or (n > 1 and _is_due(self._batches))
+        single = due and n == 1
         drew = self._drew
         mixing = n > 1 and self._verdict.mixing
         # The caller reports logits that are not finite. On a CUDA device, to look at them is to wait for them.

@@ -111,6 +111,11 @@ class Regions:
         """Whether activations were recomputed last from a region, which is held."""
         return self._held is not None
 
+    @property
+    def alive(self) -> bool:
+        """Whether a region's graph is kept, which would be recomputed to be read."""
+        return bool(self._alive)
+
     def region_of(self) -> Callable[[Node], object | None]:
         """A function that gives the outermost region of a node, or None for a node outside of all regions.
 

@@ -218,7 +218,9 @@ class FisherRecorder:
         (found,) = self._backward(output, cotangents, [len(cotangents)], weights, retain_graph, segments)
         return found
 
-    def backward_groups(self, output: Tensor, cotangents: Tensor, groups: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+    def backward_groups(
+        self, output: Tensor, cotangents: Tensor, groups: Sequence[int], retain_graph: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
         """Backpropagate groups of cotangents, with sums of squares of their own for each group.
 
         What depends on the layers' inputs alone is computed once for all groups.
@@ -227,6 +229,7 @@ class FisherRecorder:
             output: The output [N, ...] of the model's forward pass.
             cotangents: Cotangents [K, N, ...] of the output.
             groups: The number of cotangents in each group; the numbers add up to K.
+            retain_graph: Whether to keep the graph for another backward pass.
 
         Returns:
             An iterator over the results of the groups, each as :meth:`backward` returns it. A group's backward passes
@@ -245,7 +248,7 @@ class FisherRecorder:
         """
         if sum(groups) != len(cotangents) or min(groups, default=0) < 1:
             raise ValueError(f"groups are {list(groups)}, expected whole numbers that add up to {len(cotangents)}")
-        return self._backward(output, cotangents, groups, None, False)
+        return self._backward(output, cotangents, groups, None, retain_graph)
 
     def check(self, output: Tensor, segments: Tensor | None = None) -> None:
         """Raise UnsupportedError where :meth:`backward` would, from the graph of ``output`` alone.

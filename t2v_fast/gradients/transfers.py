@@ -617,16 +617,20 @@ def _index_put(node: Node, own: Owned, n: int) -> list[State | None] | None:
 
 @selecting("AsStrided")
 def _as_strided(node: Node, outputs: Mapping[int, Owner], n: int) -> list[State | None] | None:
-    """The node only moves entries, so it turns a cotangent of owners' numbers into the owners of the input."""
+    """The node only moves entries, so it turns a cotangent of owners' numbers into the owners of the input.
+
+    It does so on the CPU as well, so that the host need not wait for a device. An average pool to one pixel is such a
+    node for channels-last images.
+    """
     of = node._input_metadata[0]
-    field = (outputs[0].field(len(of.shape), n) + 1.0).expand(tuple(of.shape)).to(of.device, torch.float64)
+    field = (outputs[0].field(len(of.shape), n) + 1.0).expand(tuple(of.shape)).to("cpu", torch.float64)
     owners = node(field)  # numbers start from one; entries that nobody reads get zero
     # All entries are reached and there are as many as in the output, so each is reached once: nothing overlaps.
     if is_complete(outputs[0]) and owners.shape == field.shape and torch.equal(owners, field):
         return [outputs[0]]
     if bool((node(torch.ones_like(field)) > 1).any()):
         return None
-    return [owners_of_field(owners.long().cpu() - 1, n)]
+    return [owners_of_field(owners.long() - 1, n)]
 
 
 @selecting("MaskedSelect", "Diagonal", "Take", "torch::autograd::CopySlices")

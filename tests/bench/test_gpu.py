@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from pretend_cuda import moved, pretended
+from pretend_graphs import with_graphs
 
 from bench.gpu import ROOT, ahead, measure, networks, page, single, tools, verify
 from bench.gpu.report import Absent, OutOfTime, Report
@@ -65,18 +68,24 @@ def test_a_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(results["against_float64"]) == 10
     assert set(results["opcheck"]) == set(ops.SCHEMAS)
     assert set(results["waits"]) == {"small resnet", "small vit"}
-    assert len(results["cuda_graphs"]) == 3
+    assert set(results["cuda_graphs"]) == {"ops, cpu", "small resnet, backward", "small vit, backward"}
     assert set(results["sanitizer"]) == {"padding, cpu, memcheck", "padding, cpu, racecheck"}
     assert results["environment"]["compiled ahead"].startswith("18 jobs in 1 processes")
     cell = "small resnet, 32, batch 2, TF32: "
     timed = {name.removeprefix(cell) for name in results["networks"] if name.startswith(cell)}
-    assert timed == {"floor", "step", "compiled step", "squares, cpu", "squares replayed, cpu", "fisher()"}
+    own = {"fisher()", "fisher(), as it is"}
+    assert timed == {"floor", "step", "compiled step", "squares, cpu", "squares replayed, cpu", *own}
     assert all(
         {"ms", "host", "busy"} <= value.keys() for name, value in results["networks"].items() if "fisher" not in name
     )
     assert {f"{cell}naive", f"{cell}vmap_chunked"} <= set(results["peers"])
     # What is left out says why. Only peers, tools and what needs a card can be.
-    assert {text.partition(":")[0] for text in results["left_out"]} <= {"rates", "peers", "counters"}
+    replayed = [
+        text for text in results["left_out"] if "no CUDA graphs are used: the network has tensors on cpu" in text
+    ]
+    assert [text.split(": ")[1] for text in replayed] == ["small resnet, fisher()", "small vit, fisher()", cell[:-2]]
+    others = {text.partition(":")[0] for text in results["left_out"] if text not in replayed}
+    assert others <= {"rates", "peers", "counters"}
     assert any("ncu measured nothing" in text for text in results["left_out"])
     text = (tmp_path / "gpu.md").read_text()
     assert all(f"## {title}" in text for title in ("Ops", "Ceilings", "Layers", "Networks", "Left out"))
@@ -250,6 +259,24 @@ def test_verification_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_p
     sizes = main.Sizes(1, [], 1, [], (1, 2), 2, 1, True)
     verify.run(report, cpu, sizes)
     assert report.results["wrong"] == ["no backend but the reference runs on cpu"]
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a CPU build: it builds other graphs")
+def test_replays_are_verified_and_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The lines that a rehearsal leaves out run on a pretended card."""
+    cpu, made = torch.device("cpu"), networks.network
+    for module in (measure, verify):
+        monkeypatch.setattr(module, "network", lambda *args, **options: moved(made(*args, **options)))
+    report = Report(tmp_path, 5)
+    with pretended(), with_graphs():
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        said = verify.replayed("small resnet", 32, cpu)
+        measure.replays(report, cpu, [("small resnet", 32, 2)], ("float32",), (4, 6))
+    assert re.fullmatch(r"relative difference 0.0e\+00: CUDA graphs: \d+ of 14 batches were replayed, from 4 .*", said)
+    assert report.results["wrong"] == report.results["left_out"] == []
+    assert [set(value) for value in report.results["networks"].values()] == 2 * [
+        {"ms", "first call's own", "later call's own"}
+    ]
 
 
 def test_the_networks_are_those_of_torchvision() -> None:

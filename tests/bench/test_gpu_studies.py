@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("torchvision", reason="this torch has no torchvision built for it")
-from bench.studies import gpu_model, norms
+from bench.studies import gpu_model, host_work, norms
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,3 +40,15 @@ def test_a_norm_by_the_product_loses_digits_in_float32(
     assert medians["float32"][1] > 2 * medians["float32"][0]
     assert medians["TF32"][1] > 100 * medians["TF32"][0]
     assert medians["bfloat16"][1] < medians["bfloat16"][0]
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a CPU build: it builds other graphs")
+def test_the_hosts_work_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of the table in docs/gpu.md is what the script counts: no wait, and far fewer operators with graphs."""
+    name = "two convolutions"
+    monkeypatch.setattr(host_work, "NETWORKS", {name: host_work.NETWORKS[name]})
+    row = host_work.page().splitlines()[-1]
+    assert row in (ROOT / "docs" / "gpu.md").read_text()
+    _, waits, *_, plain, replayed = (cell.strip() for cell in row.split("|")[1:-1])
+    assert waits == "0"
+    assert int(replayed.split()[0]) < 0.75 * int(plain)

@@ -118,6 +118,9 @@ class Stream:
         assert event.recorded, "the event was not recorded"
         self.awaited.append(event)
 
+    def wait_stream(self, stream: Stream) -> None:
+        self.wait_event(stream.record_event())
+
 
 class Pinned(Tensor):
     """A CPU tensor that pretends to be pinned. It looks like any other tensor to the operators."""
@@ -150,6 +153,10 @@ _RESHAPING_IN_PLACE = {
 }
 
 
+# Called with each operator of the device: what is run, its arguments, those of them that are on the host, the result.
+listeners: list[Callable[[Any, Callable, tuple, dict[str, Any], list[Tensor], Any], None]] = []
+
+
 def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the CPU. The results pretend to be on CUDA if an argument does, or if the call asks for it."""
     if func is torch.ops.prim.device.default:
@@ -167,7 +174,13 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             func(*args)
     own = {id(t.held): t for t in pretending}
     args, kwargs = tree_map_only(Pretend, lambda t: t.held, (args, kwargs))
-    found = _STAND_INS.get(func, func)(*args, **kwargs)
+    function = _STAND_INS.get(func, func)
+    found = function(*args, **kwargs)
+    if listeners and (on_gpu or pretending):
+        here = [t for t in tensors if not isinstance(t, Pretend)]
+        if not on_gpu:
+            here.append(found)
+        listeners[-1](func, function, args, kwargs, here, found)
     if not on_gpu:
         return found
     if func is aten._pack_padded_sequence.default:  # lengths of a batch are on the CPU
@@ -553,6 +566,7 @@ def pretended(kernel: str = "math") -> Iterator[None]:
         patch.setattr(torch.cuda, "Stream", Stream)
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
+        patch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(-1, stream))
         patch.setattr(torch.cuda, "stream", lambda stream: _on_stream(current, stream))
         patch.setattr(gpu_estimates, "rates", lambda device: gpu_estimates.estimates(gpu_specs.named("H100")))
         yield

@@ -23,6 +23,13 @@ _WAITING = {
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
+def waits(func: Any, args: tuple) -> bool:
+    """Whether the host waits for an operator, some of whose arguments are on the device."""
+    name = func.overloadpacket.__name__
+    masks = [t for t in args[1] if t is not None and t.dtype in (torch.bool, torch.uint8)] if name in _INDEXING else []
+    return name in _WAITING or bool(masks)
+
+
 class Counted(TorchDispatchMode):
     """Counts by kind, and by kind and place. Place this mode inside :func:`pretend_cuda.pretended`."""
 
@@ -32,6 +39,7 @@ class Counted(TorchDispatchMode):
         self.kinds: Counter[str] = Counter()
         self.places: Counter[tuple[str, str, str]] = Counter()
         self.numbers: Counter[str] = Counter()  # that were copied
+        self.launched = 0  # operators of the device that are no views
 
     def count(self, kind: str, what: str, numbers: int = 0) -> None:
         if not self.counting:
@@ -49,6 +57,7 @@ class Counted(TorchDispatchMode):
         name = func.overloadpacket.__name__
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         there = any(isinstance(t, Pretend) for t in tensors)
+        self.launched += self.counting and there and not func.is_view
         if there and name in _WAITING:
             self.count(WAIT, name)
         elif name in ("_to_copy", "copy_"):
