@@ -168,7 +168,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     asked = parser().parse_args()
-    text = markdown(rows(asked))
+    sizes = f"{asked.blocks} blocks of width {asked.width}, {asked.batch} examples of {asked.tokens} tokens."
+    text = f"{markdown(rows(asked))}\n\n{sizes}"
     print(text)
     if asked.write:
         replace_section(asked.write, "sharding", text)

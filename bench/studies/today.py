@@ -19,6 +19,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -118,6 +119,9 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="tiny networks, to try the script")
     parser.add_argument("--write", type=Path, help="the page whose table is replaced")
     asked = parser.parse_args()
+    for kind, package in (("decoders", "transformers"), ("adapted", "peft")):
+        if kind in asked.only and find_spec(package) is None:
+            parser.error(f"{kind!r} needs the package {package} (requirements/coverage.txt): install it, or use --only")
     rows = [HEADER]
     for kind in asked.only:
         for row in KINDS[kind](asked.rounds, asked.toy):

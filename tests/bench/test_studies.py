@@ -123,7 +123,8 @@ def test_layers_table(script: Script) -> None:
 def test_sharding_table(script: Script) -> None:
     small = ("--width", "16", "--blocks", "2", "--tokens", "4", "--rounds", "1")
     lines = script("studies.sharding", *small).splitlines()
-    assert [re.sub(r"[\d.]+", "#", line.split("|")[3]).strip() for line in lines[2:]] == [
+    assert lines[-1] == "2 blocks of width 16, 4 examples of 4 tokens."
+    assert [re.sub(r"[\d.]+", "#", line.split("|")[3]).strip() for line in lines[2:-2]] == [
         "step (# ms)",
         "Fisher by filter",
         "Fisher by parameter",
@@ -157,15 +158,22 @@ def test_checkpointing_table(script: Script, monkeypatch: pytest.MonkeyPatch) ->
     assert runs == [*("-", "0", "0"), *("-", "2", "4") * 2] * 2  # two blocks
 
 
-def test_table_of_decoders_and_adapters(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("peft")
+@pytest.mark.parametrize(
+    ("kind", "package", "names"),
+    [
+        ("decoders", "transformers", ["decoder, dense", "decoder, mixture of experts"]),
+        ("adapted", "peft", ["decoder, all weights", "decoder, LoRA, rank 8"]),
+    ],
+)
+def test_table_of_decoders(
+    script: Script, monkeypatch: pytest.MonkeyPatch, kind: str, package: str, names: list[str]
+) -> None:
+    pytest.importorskip(package)
     study = importlib.import_module("bench.studies.checkpointing")
     monkeypatch.setattr(study, "apart", lambda function, *args: function(*args))
-    lines = script("studies.today", "--toy", "--rounds", "1", "--only", "decoders", "adapted").splitlines()
+    lines = script("studies.today", "--toy", "--rounds", "1", "--only", kind).splitlines()
     rows = [line.split("|")[1:-1] for line in lines if line.startswith("| decoder")]
-    assert [row[0].strip() for row in rows] == [
-        *("decoder, dense", "decoder, mixture of experts", "decoder, all weights", "decoder, LoRA, rank 8")
-    ]
+    assert [row[0].strip() for row in rows] == names
     for row in rows:
         weights, step, fisher, _, seconds, ratio = map(float, row[1:])
         assert min(step, fisher) >= weights
