@@ -446,7 +446,9 @@ def test_copies_and_pickles_carry_nothing(checks: list[int]) -> None:
 def test_a_wrapper_is_another_network(checks: list[int]) -> None:
     model = network()
     assert_right(model)
-    assert_right(nn.DataParallel(model))
+    assert_right(nn.Sequential(model))
+    for name, q in fisher(nn.DataParallel(model), X.split(3)).items():
+        torch.testing.assert_close(q, fisher(model, X.split(3))[name])
     assert fisher(torch.compile(model, backend="aot_eager"), X.split(3))
     assert_right(model)
     assert checks[:3] == [3, 3, 3]
