@@ -153,16 +153,16 @@ def sfda(features: np.ndarray, labels: np.ndarray) -> float:
         ValueError: As for :func:`h_score`.
     """
     f, codes, classes = check_examples(features, labels, "features")
-    shrinkage = _fisher_shrinkage(f, codes)
     rows = np.arange(len(f))
-    probabilities = np.exp(_discriminant(f, codes, shrinkage))
+    log_probabilities, shrinkage = _discriminant(f, codes)
+    probabilities = np.exp(log_probabilities)
     softened = np.exp(probabilities)
     sure = (softened / softened.sum(1, keepdims=True))[rows, codes][:, None]  # [N, 1]
     counts = np.bincount(codes, minlength=classes)
     sums = np.eye(classes)[codes].T @ f
     others = (sums.sum(0) - sums) / (len(f) - counts)[:, None]  # [C, D], the mean of all other classes
     moved = sure * f + (1 - sure) * others[codes]
-    return float(_discriminant(moved, codes, shrinkage)[rows, codes].mean())
+    return float(_discriminant(moved, codes, shrinkage)[0][rows, codes].mean())
 
 
 def ped(
@@ -278,7 +278,7 @@ def etran_terms(features: np.ndarray, labels: np.ndarray) -> tuple[float, float]
     f, codes, _ = check_examples(features, labels, "features")
     top = f.max(1, keepdims=True)
     energy = float((top[:, 0] + np.log(np.exp(f - top).sum(1))).mean())
-    log_probabilities = _discriminant(f, codes, _fisher_shrinkage(f, codes))
+    log_probabilities, _ = _discriminant(f, codes)
     return energy, float(np.exp(log_probabilities[np.arange(len(f)), codes]).mean())
 
 
@@ -496,22 +496,18 @@ def _coding_rate(f: np.ndarray, epsilon: float) -> float:
     return 0.5 * float(np.linalg.slogdet(np.eye(len(gram)) + gram / (len(f) * epsilon))[1])
 
 
-def _fisher_shrinkage(f: np.ndarray, codes: np.ndarray) -> float:
-    """Return SFDA's regularisation, exp(-5 times the largest eigenvalue of the covariance within classes)."""
-    within = f - _class_means(f, codes)[codes]
-    largest = np.square(np.linalg.norm(within, ord=2)) / len(f)
-    return max(float(np.exp(-5 * largest)), MIN_SHRINKAGE)
-
-
-def _discriminant(f: np.ndarray, codes: np.ndarray, shrinkage: float) -> np.ndarray:
+def _discriminant(f: np.ndarray, codes: np.ndarray, shrinkage: float | None = None) -> tuple[np.ndarray, float]:
     """Return the log probabilities [N, C] of a linear discriminant analysis with a shrunk covariance, on its own data.
 
-    The covariance within classes is (1 - s) S + s m I, with m the mean of S's diagonal.
+    The covariance within classes is (1 - s) S + s m I, with m the mean of S's diagonal. By default the shrinkage s is
+    SFDA's: exp(-5 times the largest eigenvalue of S). It is returned too.
     """
     counts = np.bincount(codes)
     means = _class_means(f, codes)
     within = f - means[codes]
     _, s, vt = np.linalg.svd(within / np.sqrt(len(f)), full_matrices=False)
+    if shrinkage is None:
+        shrinkage = max(float(np.exp(-5 * np.square(s[0]))), MIN_SHRINKAGE)
     ridge = shrinkage * np.square(s).sum() / f.shape[1]
     # Without any spread within classes, every class is a point, and the ridge only has to be above zero.
     ridge = max(ridge, np.finfo(np.float64).tiny ** 0.5)
@@ -527,4 +523,4 @@ def _discriminant(f: np.ndarray, codes: np.ndarray, shrinkage: float) -> np.ndar
     # networks.
     others = np.exp(logits)
     others[np.arange(len(f)), logits.argmax(1)] = 0
-    return logits - np.log1p(others.sum(1, keepdims=True))
+    return logits - np.log1p(others.sum(1, keepdims=True)), shrinkage
