@@ -352,7 +352,7 @@ def held_out_likelihoods(
     Raises:
         ValueError: As for :func:`linear_probe`.
     """
-    linear_model, model_selection = _sklearn("linear_model"), _sklearn("model_selection")
+    model_selection = _sklearn("model_selection")
     f, codes, _ = check_examples(features, labels, "features")
     smallest = int(np.bincount(codes).min())
     if smallest < 2:
@@ -360,15 +360,50 @@ def held_out_likelihoods(
     likelihoods = np.empty(len(f))
     split = model_selection.StratifiedKFold(min(folds, smallest), shuffle=True, random_state=0)
     for train, test in split.split(f, codes):
-        mean, scale = f[train].mean(0), f[train].std(0) + 1e-3
-        inverse = 1 / (weight_decay * len(train))
-        with warnings.catch_warnings():  # few images of each class are what a first look has
-            warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")
-            model = linear_model.LogisticRegression(C=inverse, max_iter=1000)
-            model.fit((f[train] - mean) / scale, codes[train])
-        logs = model.predict_log_proba((f[test] - mean) / scale)
+        logs = _linear_head(f[train], codes[train], f[test], weight_decay)
         likelihoods[test] = logs[np.arange(len(test)), codes[test]]
     return np.maximum(likelihoods, np.log(np.finfo(np.float64).tiny))
+
+
+def held_out_accuracy(
+    features: np.ndarray, labels: np.ndarray, held_out: np.ndarray, answers: np.ndarray, *, weight_decay: float = 1e-2
+) -> float:
+    """Compute the share of held-out images that a linear head puts into the right class.
+
+    The head is that of :func:`held_out_likelihoods`, fitted to all of ``features``.
+
+    Args:
+        features: The network's features [N, D] of the task's images.
+        labels: The labels [N] of the images.
+        held_out: The features [M, D] of other images.
+        answers: The labels [M] of these. A label that is not among ``labels`` counts as a mistake.
+        weight_decay: As for :func:`linear_probe`.
+
+    Returns:
+        A number from 0 to 1.
+
+    Raises:
+        ValueError: As for :func:`h_score`, for ``features`` and for ``held_out``; and if there is no held-out image.
+    """
+    f, codes, _ = check_examples(features, labels, "features")
+    x, y = np.asarray(held_out, dtype=np.float64), np.asarray(answers)
+    if x.ndim != 2 or not len(x) or x.shape[1] != f.shape[1] or y.shape != (len(x),) or not np.isfinite(x).all():
+        raise ValueError(
+            f"held_out is {list(x.shape)} and answers is {list(y.shape)}: expected finite features [M, {f.shape[1]}] "
+            "and a label of each, and at least one image"
+        )
+    named = np.unique(labels)[_linear_head(f, codes, x, weight_decay).argmax(1)]
+    return float((named == y).mean())
+
+
+def _linear_head(f: np.ndarray, codes: np.ndarray, other: np.ndarray, weight_decay: float) -> np.ndarray:
+    """Return the log probabilities [M, C] that a logistic regression on ``f`` gives to the classes of other images."""
+    mean, scale = f.mean(0), f.std(0) + 1e-3
+    with warnings.catch_warnings():  # few images of each class are what a first look has
+        warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")
+        model = _sklearn("linear_model").LogisticRegression(C=1 / (weight_decay * len(f)), max_iter=1000)
+        model.fit((f - mean) / scale, codes)
+    return model.predict_log_proba((other - mean) / scale)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from ..embedding import Embedding, FingerprintMismatch, escaped
 from ..files import write_atomically
 
 
-
 class _Console(Console):
     """A console whose errors reach :func:`t2v_fast.cli.main`."""
 
