@@ -121,15 +121,15 @@ class ZooRanking:
             f"{first.name} gives held-out labels a geometric mean probability of {first.probability:.3f} over "
             f"{first.images} images; chance gives {1 / self.classes:.3f}."
         )
-        if close:
-            text += f" {', '.join(close)} may be as good: the difference is within two standard errors."
         if self.accuracy is None:
-            text += f" No class has {HELD_OUT} images, so none is held out, and the accuracy is not measured."
+            text += f" No class has {HELD_OUT} images, so none is held out, and its accuracy is not measured."
         else:
             text += (
-                f" Its head names {100 * self.accuracy:.1f} % +- {100 * (self.accuracy_error or 0):.1f} % of "
-                f"{self.held_out} other images rightly, which had no part in the choice."
+                f" On {self.held_out} other images, which had no part in the choice, its accuracy is "
+                f"{100 * self.accuracy:.1f} % (standard error {100 * (self.accuracy_error or 0):.1f} %)."
             )
+        if close:
+            text += f" {', '.join(close)} may be as good: the difference is within two standard errors."
         reasons = {
             "dropped": "surely worse than the leader",
             "budget": "left to stay within the budget",

@@ -253,7 +253,7 @@ def test_a_large_task_is_not_run_whole():
     assert (ranking.images, ranking.available, ranking.held_out) == (zoo.IMAGES, 3000, zoo.IMAGES)
     calls = {network.name: network.network.calls - before[network.name] for network in networks}
     assert calls == {ranking.best.name: 2 * zoo.IMAGES, ranking.entries[1].name: zoo.IMAGES}
-    assert "of 120 other images rightly, which had no part in the choice" in ranking.explain()
+    assert "On 120 other images, which had no part in the choice, its accuracy is " in ranking.explain()
     stored = json.loads(json.dumps(ranking.as_dict()))
     assert (stored["available"], stored["seed"], stored["accuracy"]) == (3000, 0, ranking.accuracy)
     assert 0 < stored["accuracy_error"] < 0.1
@@ -276,7 +276,7 @@ def test_classes_of_few_images_have_none_held_out():
     rows = np.concatenate([np.flatnonzero(data[1] == c)[:4] for c in range(4)])
     ranking = rank_zoo((data[0][rows], data[1][rows]), [probe("a", 0.1)])
     assert (ranking.images, ranking.held_out, ranking.accuracy) == (16, 0, None)
-    assert "none is held out, and the accuracy is not measured" in ranking.explain()
+    assert "none is held out, and its accuracy is not measured" in ranking.explain()
 
 
 def test_what_cannot_be_ranked_is_refused():

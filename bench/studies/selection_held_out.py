@@ -72,7 +72,7 @@ def ways_of(store: Store, task2vec: Task2Vec) -> tuple[Results, list[Way]]:
         kinds=list(store.kinds.values()),
         errors=every.mean(0),
         every_error=every,
-        classes=np.array([len(task.classes) for task in tasks]),
+        classes=np.array([int(row["labels"].max()) + 1 for row in rows]),
         scores={(score, IMAGES): np.stack([s[f"{IMAGES}/{score}"] for s in stored]) for score in SCORED},
         seconds={},
         likelihoods=[],

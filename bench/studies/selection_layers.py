@@ -157,9 +157,9 @@ def report(results: Results) -> str:
             f"{len(results.names)} tasks in {len(set(results.families))} families, {len(results.experts)} experts. The "
             "bandwidth, and in the last row the distance, are chosen on half of the families and judged on the other "
             "half. Increase of the error over the best candidate's, without and with the second stage of the "
-            f"recommended way. Over {SPLITS} random halves the best of the weighted ones is below the centred distance in "
-            f"{100 * wins[0]:.0f} % of them without the second stage, and in {100 * wins[1]:.0f} % with it. Intervals: "
-            "families drawn again.",
+            f"recommended way. Over {SPLITS} random halves the best of the weighted ones is below the centred distance "
+            f"in {100 * wins[0]:.0f} % of them without the second stage, and in {100 * wins[1]:.0f} % with it. "
+            "Intervals: families drawn again.",
             markdown(rows),
         ]
     )

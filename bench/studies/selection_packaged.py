@@ -215,9 +215,9 @@ def report(results: Results, settings: Settings) -> str:
             f"choose by and to train a head on, one draw of them, {settings.test_images} test images. Error of the "
             f"best candidate: {judge.best.min():.3f} to {judge.best.max():.3f}, median {np.median(judge.best):.3f}; "
             f"the worst candidate's error is higher by {spread:.3f} in the median. Errors below {FLOOR:g} count as "
-            f"{FLOOR:g} in ratios. Costs are floating-point operations. An embedding takes {results.passes:.1f} forward passes of "
-            f"{NETWORKS[0]} at {settings.size} pixels for each of its images (measured). Intervals: families drawn "
-            "again.",
+            f"{FLOOR:g} in ratios. Costs are floating-point operations. An embedding takes {results.passes:.1f} "
+            f"forward passes of {NETWORKS[0]} at {settings.size} pixels for each of its images (measured). "
+            "Intervals: families drawn again.",
             markdown(rows),
             "The candidates, cheapest first. Tasks with several best candidates count in equal parts.",
             markdown(candidates),
