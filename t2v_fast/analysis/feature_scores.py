@@ -403,7 +403,8 @@ def _linear_head(f: np.ndarray, codes: np.ndarray, other: np.ndarray, weight_dec
         warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")
         model = _sklearn("linear_model").LogisticRegression(C=1 / (weight_decay * len(f)), max_iter=1000)
         model.fit((f - mean) / scale, codes)
-    return model.predict_log_proba((other - mean) / scale)
+    with np.errstate(divide="ignore"):  # a sure head gives the other classes a probability of zero
+        return model.predict_log_proba((other - mean) / scale)
 
 
 @dataclass(frozen=True)
