@@ -3,15 +3,19 @@
 The networks run a race. Every network sees a few images of the task at first. A linear head is fitted to its features
 with cross-validation, and the likelihood of the held-out labels is its score. Networks that are surely worse than the
 leader leave, and the others see twice as many images. So a network that cannot win costs few forward passes.
+
+The race is over some images only, drawn with classes in equal parts, as many images tell little more about which
+network is best. Images that had no part in it say how accurate the chosen network is.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,15 +24,17 @@ import torch
 from safetensors.numpy import load, save
 from tqdm import tqdm
 
-from .analysis.feature_scores import held_out_likelihoods
+from .analysis.feature_scores import held_out_accuracy, held_out_likelihoods
 from .analysis.race import CONFIDENCE, Runner, run_race
 from .files import canonical_json, write_atomically
 from .gradients.fast_forward import fast_forward
 from .tasks.data import DataError, TaskData
 from .tasks.probe import Probe, load_probe
 
+IMAGES = 120  # to score networks by; docs/selection.md measures what fewer do
 FIRST_IMAGES = 64  # at least so many in the first round
 IMAGES_PER_CLASS = 5  # and at least so many of each class, one for each fold
+HELD_OUT = 5  # one of so many images of each class is held out
 SHORTLIST = 4  # networks with the best priors that run
 HELD_GIGABYTES = 4.0  # of networks that stay in memory between rounds
 
@@ -75,17 +81,29 @@ class ZooRanking:
     Attributes:
         entries: One for each network.
         task: The task's name.
-        images: The number of images in the task.
+        images: The number of images by which networks were scored.
+        available: The number of images in the task.
         classes: The number of classes.
         cost: The estimated time of what was computed, as a share of the time to run every network on every image. A
-            network that was not shortlisted counts like the mean of those that ran.
+            network that was not shortlisted counts like the mean of those that ran. The held-out images do not count.
+        seed: The seed by which images were drawn.
+        held_out: The number of held-out images. They are not among ``images``, and have classes in equal parts as far
+            as there are images.
+        accuracy: The share of held-out images that the head of the first network names rightly. The head is fitted to
+            the images that the network saw. None without held-out images.
+        accuracy_error: The standard error of ``accuracy``.
     """
 
     entries: tuple[Entry, ...]
     task: str
     images: int
+    available: int
     classes: int
     cost: float
+    seed: int
+    held_out: int = 0
+    accuracy: float | None = None
+    accuracy_error: float | None = None
 
     @property
     def best(self) -> Entry:
@@ -103,6 +121,13 @@ class ZooRanking:
             f"{first.name} gives held-out labels a geometric mean probability of {first.probability:.3f} over "
             f"{first.images} images; chance gives {1 / self.classes:.3f}."
         )
+        if self.accuracy is None:
+            text += f" No class has {HELD_OUT} images, so none is held out, and its accuracy is not measured."
+        else:
+            text += (
+                f" On {self.held_out} other images, which had no part in the choice, its accuracy is "
+                f"{100 * self.accuracy:.1f} % (standard error {100 * (self.accuracy_error or 0):.1f} %)."
+            )
         if close:
             text += f" {', '.join(close)} may be as good: the difference is within two standard errors."
         reasons = {
@@ -141,6 +166,7 @@ def rank_zoo(
     *,
     prior: Mapping[str, float] | None = None,
     shortlist: int = SHORTLIST,
+    images: int | None = IMAGES,
     budget: float = 1.0,
     confidence: float = CONFIDENCE,
     first_images: int = FIRST_IMAGES,
@@ -163,6 +189,9 @@ def rank_zoo(
             run, and those without one. :func:`t2v_fast.analysis.selection.predict_errors` predicts errors, whose
             negatives are priors.
         shortlist: How many networks with priors run. The next takes the place of one that cannot be loaded.
+        images: How many images to score networks by, drawn with classes in equal parts as far as there are images; more
+            if the task has so many classes that five images of each are more. None takes all. A fifth of each class,
+            and at most as many images, is held out before that, to measure the accuracy of the network that is chosen.
         budget: The share of the time to run all networks on all images that may be spent, above 0 and at most 1. The
             first round always runs.
         confidence: A network leaves if its score is more than so many standard errors below the leader's.
@@ -173,7 +202,7 @@ def rank_zoo(
         device: Where the networks run.
         held_gigabytes: How much weights may stay in memory between rounds. A network beyond that is loaded again for
             each round.
-        seed: Of the order in which images are drawn.
+        seed: Of the draw of images.
         progress: Whether to show a bar for each round.
         name: The task's name, by default the folder's.
 
@@ -185,10 +214,11 @@ def rank_zoo(
             than two images.
         DataError: As for ``embed``.
     """
-    if not 0 < budget <= 1 or confidence <= 0 or first_images < 2 or shortlist < 1:
+    if not 0 < budget <= 1 or confidence <= 0 or first_images < 2 or shortlist < 1 or (images or 2) < 2:
         raise ValueError(
-            f"budget={budget}, confidence={confidence}, first_images={first_images}, shortlist={shortlist}: expected a "
-            "budget above 0 and at most 1, a positive confidence, at least two images and a shortlist of at least 1"
+            f"budget={budget}, confidence={confidence}, images={images}, first_images={first_images}, "
+            f"shortlist={shortlist}: expected a budget above 0 and at most 1, a positive confidence, at least two "
+            "images and a shortlist of at least 1"
         )
     names = [given if isinstance(given, str) else given.name for given in networks]
     if len(set(names)) < len(names):
@@ -197,7 +227,7 @@ def rank_zoo(
     if not task.is_map_style:
         raise DataError(f"task {task.name!r}: the images of an iterable cannot be read by number: pass a data set")
     labels = _labels(task)
-    order = _interleaved(labels, seed)
+    order, held_out = _draw(labels, images, seed)
     features = _FeatureStore(task, labels, cache, batch_size, torch.device(device), progress)
     classes = len(np.unique(labels))
     rounds = [min(len(order), max(first_images, IMAGES_PER_CLASS * classes))]
@@ -230,7 +260,12 @@ def rank_zoo(
         ]
     unseen = sum(network.outcome == "not shortlisted" for network in zoo)
     cost *= len(there) / (len(there) + unseen)
-    return ZooRanking(tuple(entries), task.name or "task", len(order), classes, cost)
+    ranking = ZooRanking(tuple(entries), task.name or "task", len(order), len(labels), classes, cost, seed)
+    if not len(held_out):
+        return ranking
+    accuracy = by_name[ranking.best.name].accuracy(ranking.best.images, held_out)
+    error = math.sqrt(accuracy * (1 - accuracy) / len(held_out))
+    return replace(ranking, held_out=len(held_out), accuracy=accuracy, accuracy_error=error)
 
 
 class _Network:
@@ -275,6 +310,12 @@ class _Network:
         likelihoods = held_out_likelihoods(values, self.labels[images])
         self.seconds += time.perf_counter() - start
         return likelihoods
+
+    def accuracy(self, count: int, held_out: np.ndarray) -> float:
+        """The share of held-out images that a head names rightly, fitted to the first images of the order."""
+        images = self.order[:count]
+        seen, others = self.features.get(self, images), self.features.get(self, held_out)
+        return held_out_accuracy(seen, self.labels[images], others, self.labels[held_out])
 
     def entry(self, runner: Runner) -> Entry:
         counts = len(runner.likelihoods), self.seconds, int(self.parameters)
@@ -332,15 +373,22 @@ def _labels(task: TaskData) -> np.ndarray:
     return codes.numpy()
 
 
-def _interleaved(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Order the images at random such that every prefix has classes in about the proportions of the whole."""
+def _draw(labels: np.ndarray, most: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw images to score networks by, and others to test on.
+
+    Both are in an order of which every prefix has classes in equal parts, as far as there are images. So each class has
+    two images from the start, which a head needs that is fitted without each image in turn.
+    """
     rng = np.random.default_rng(seed)
-    place = np.empty(len(labels))
-    for code in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == code))
-        place[rows] = (np.arange(len(rows)) + rng.random()) / len(rows)
-        place[rows[:2]] -= 1  # a head is fitted without each image in turn, so each class needs two from the start
-    return np.argsort(place, kind="stable")
+    classes = [rng.permutation(np.flatnonzero(labels == code)) for code in np.unique(labels)]
+    most = len(labels) if most is None else max(most, IMAGES_PER_CLASS * len(classes))
+
+    def in_turn(parts: Sequence[np.ndarray]) -> np.ndarray:
+        place = np.concatenate([np.arange(len(rows)) + rng.random(len(rows)) for rows in parts])
+        return np.concatenate(parts)[np.argsort(place, kind="stable")][:most]
+
+    tests = [rows[: len(rows) // HELD_OUT] for rows in classes]
+    return in_turn([rows[len(rows) // HELD_OUT :] for rows in classes]), in_turn(tests)
 
 
 class _FeatureStore:
@@ -374,7 +422,7 @@ class _FeatureStore:
         if missing:
             probe = network.load()
             path = None if self.folder is None else self.folder / f"{self._key(probe)}.safetensors"
-            if path is not None and path.exists():
+            if path is not None and not known and path.exists():
                 stored = load(path.read_bytes())
                 known.update(zip(stored["images"].tolist(), stored["features"], strict=True))
                 self.paces.setdefault(network.name, float(stored["pace"][0]))

@@ -11,6 +11,7 @@ from embeddings import make_for_bank
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from t2v_fast import zoo
@@ -63,24 +64,35 @@ def folder_of(path: Path, count: int = 60) -> Path:
 
 def test_better_networks_come_first_and_bad_ones_leave_early():
     networks = [probe("blind", 20.0), probe("good", 0.0), probe("fair", 0.4)]
-    ranking = rank_zoo(images(), networks, name="colours")
+    ranking = rank_zoo(images(), networks, name="colours", images=None)
     assert [entry.name for entry in ranking.entries] == ["good", "fair", "blind"]
     best, blind = ranking.best, ranking.entries[-1]
     assert best.images > blind.images
     assert (best.behind, blind.outcome) == (0, "dropped")
     assert blind.behind > 3 * blind.standard_error
     assert 0 < ranking.cost < 1
-    assert (ranking.images, ranking.classes, ranking.task) == (400, 4, "colours")
+    assert ranking.images + ranking.held_out == ranking.available == 400
+    assert (ranking.classes, ranking.task) == (4, "colours")
 
 
 def test_the_score_of_a_finished_network_is_that_of_a_linear_probe_on_all_images():
     data, network = images(200), probe("only", 0.2)
-    entry = rank_zoo(data, [network, probe("same", 0.2, seed=1)]).entries[0]
-    assert entry.images == 200
-    order = zoo._interleaved(zoo._labels(TaskData.of(data)), 0)
+    ranking = rank_zoo(data, [network, probe("same", 0.2, seed=1)], images=None)
+    entry = ranking.best
+    order, held_out = zoo._draw(zoo._labels(TaskData.of(data)), None, 0)
+    assert entry.images == len(order) == 200 - len(held_out)
     network = network if entry.name == "only" else probe("same", 0.2, seed=1)
-    prepared = torch.stack([network.preprocessing(image) for image in data[0][order]])
-    assert entry.score == pytest.approx(linear_probe(network.features(prepared).numpy(), data[1][order]), rel=1e-3)
+
+    def features(rows):
+        return network.features(torch.stack([network.preprocessing(image) for image in data[0][rows]])).numpy()
+
+    assert entry.score == pytest.approx(linear_probe(features(order), data[1][order]), rel=1e-3)
+    # The accuracy is that of scikit-learn's own pipeline, fitted to the scored images and tested on the others.
+    scaled = features(order)
+    mean, scale = scaled.mean(0), scaled.std(0) + 1e-3
+    head = LogisticRegression(C=1 / (1e-2 * len(order)), max_iter=1000).fit((scaled - mean) / scale, data[1][order])
+    assert ranking.accuracy == head.score((features(held_out) - mean) / scale, data[1][held_out])
+    assert ranking.held_out == len(held_out)
 
 
 def test_networks_that_may_be_as_good_are_named():
@@ -95,9 +107,10 @@ def test_networks_that_may_be_as_good_are_named():
 def test_the_budget_holds(budget, monkeypatch):
     monkeypatch.setattr(zoo._Network, "pace", 1.0)
     networks = [probe(f"n{k}", 0.3, seed=k) for k in range(6)]
-    ranking = rank_zoo(images(640), networks, budget=budget)
-    shown = sum(network.network.calls for network in networks) - 2 * 6  # finding the head takes a pass of two images
-    assert shown / (6 * 640) == pytest.approx(ranking.cost, abs=0.01)
+    ranking = rank_zoo(images(800), networks, budget=budget, images=None)
+    # Finding the head takes a pass of two images, and the chosen network sees the held-out ones.
+    shown = sum(network.network.calls for network in networks) - 2 * 6 - ranking.held_out
+    assert shown / (6 * ranking.images) == pytest.approx(ranking.cost, abs=0.01)
     assert 0.1 <= ranking.cost <= budget
     if budget == 0.5:  # six equal networks: nothing but the budget makes most of them leave
         assert [entry.outcome for entry in ranking.entries].count("budget") >= 2
@@ -127,7 +140,7 @@ def test_what_cannot_be_loaded_is_listed(monkeypatch):
 
 def test_an_interrupted_race_continues_from_its_cache(tmp_path, monkeypatch):
     data = folder_of(tmp_path / "data", 200)
-    whole = rank_zoo(data, [probe("a", 0.0), probe("b", 0.3)], cache=tmp_path / "first")
+    whole = rank_zoo(data, [probe("a", 0.0), probe("b", 0.3)], cache=tmp_path / "first", images=None)
 
     class Interrupted(Exception):
         pass
@@ -142,18 +155,18 @@ def test_an_interrupted_race_continues_from_its_cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr(zoo, "held_out_likelihoods", interrupting)
     with pytest.raises(Interrupted):
-        rank_zoo(data, [probe("a", 0.0), probe("b", 0.3)], cache=tmp_path / "cache")
+        rank_zoo(data, [probe("a", 0.0), probe("b", 0.3)], cache=tmp_path / "cache", images=None)
     monkeypatch.setattr(zoo, "held_out_likelihoods", real)
     networks = [probe("a", 0.0), probe("b", 0.3)]
     before = [network.network.calls for network in networks]
-    again = rank_zoo(data, networks, cache=tmp_path / "cache")
+    again = rank_zoo(data, networks, cache=tmp_path / "cache", images=None)
     assert [e.name for e in again.entries] == [e.name for e in whole.entries]
     assert [e.score for e in again.entries] == pytest.approx([e.score for e in whole.entries], rel=1e-6)
     assert networks[0].network.calls - before[0] < 200  # the first two rounds of a were there
 
     # Another image, or other weights, is not what the cache holds.
     seen = [network.network.calls for network in networks]
-    rank_zoo(data, networks, cache=tmp_path / "cache")
+    rank_zoo(data, networks, cache=tmp_path / "cache", images=None)
     assert [network.network.calls for network in networks] == seen
     changed = next(iter((data / "class0").iterdir()))
     Image.new("RGB", (SIDE, SIDE), "red").save(changed)
@@ -167,7 +180,7 @@ def test_an_interrupted_race_continues_from_its_cache(tmp_path, monkeypatch):
     assert fresh.network.calls > count
 
 
-@pytest.mark.parametrize(("held", "loads"), [(4.0, 1), (0.0, 4)])
+@pytest.mark.parametrize(("held", "loads"), [(4.0, [1, 1]), (0.0, [4, 5])])
 def test_a_network_is_loaded_once_unless_memory_is_short(held, loads, monkeypatch):
     loaded = []
 
@@ -176,9 +189,11 @@ def test_a_network_is_loaded_once_unless_memory_is_short(held, loads, monkeypatc
         return probe(name, 0.3, seed=len(name))
 
     monkeypatch.setattr(zoo, "load_probe", load)
-    ranking = rank_zoo(images(512), ["a", "bb"], held_gigabytes=held)
-    assert [entry.images for entry in ranking.entries] == [512, 512]  # four rounds: 64, 128, 256, 512
-    assert sorted(loaded) == ["a"] * loads + ["bb"] * loads
+    ranking = rank_zoo(images(512), ["a", "bb"], held_gigabytes=held, images=None)
+    assert [entry.images for entry in ranking.entries] == [ranking.images] * 2
+    assert 256 < ranking.images < 512  # four rounds: 64, 128, 256 and all
+    best, other = (loaded.count(entry.name) for entry in ranking.entries)
+    assert [other, best] == loads  # the best one is loaded once more for the held-out images
     assert all(entry.parameters == 3 * SIDE * SIDE * 6 + 70 for entry in ranking.entries)
 
 
@@ -212,14 +227,56 @@ def test_only_networks_with_high_priors_run(monkeypatch):
 
 
 @given(st.lists(st.integers(0, 4), min_size=10, max_size=60), st.integers(0, 9))
-def test_every_prefix_has_all_classes(labels, seed):
+def test_every_prefix_has_classes_in_equal_parts(labels, seed):
     labels = np.array([*labels, *range(5), *range(5)])  # two of each class at least
-    order = zoo._interleaved(labels, seed)
-    assert sorted(order.tolist()) == list(range(len(labels)))
-    assert np.bincount(labels[order[:10]], minlength=5).tolist() == [2] * 5
-    for n in range(20, len(labels)):
-        expected = np.bincount(labels) * n / len(labels)
-        assert np.abs(np.bincount(labels[order[:n]], minlength=5) - expected).max() <= 4
+    order, held_out = zoo._draw(labels, None, seed)
+    assert sorted([*order, *held_out]) == list(range(len(labels)))
+    assert np.bincount(labels[held_out], minlength=5).tolist() == (np.bincount(labels) // 5).tolist()
+    for rows in (order, held_out):
+        whole = np.bincount(labels[rows], minlength=5)
+        for n in range(len(rows)):
+            counts = np.bincount(labels[rows[:n]], minlength=5)
+            more = counts[counts < whole]  # classes of which more images follow
+            assert more.size == 0 or counts.max() <= more.min() + 1
+    again = zoo._draw(labels, None, seed)
+    assert all(np.array_equal(a, b) for a, b in zip(again, (order, held_out), strict=True))
+    few, tests = zoo._draw(labels, 26, seed)
+    assert few.tolist() == order[:26].tolist()
+    assert tests.tolist() == held_out[:26].tolist()
+    assert len(zoo._draw(labels, 2, seed)[0]) == min(len(order), zoo.IMAGES_PER_CLASS * 5)
+
+
+def test_a_large_task_is_not_run_whole():
+    data, networks = images(3000), [probe("a", 0.3), probe("b", 0.3, seed=1)]
+    before = {network.name: network.network.calls for network in networks}  # finding the heads
+    ranking = rank_zoo(data, networks)
+    assert (ranking.images, ranking.available, ranking.held_out) == (zoo.IMAGES, 3000, zoo.IMAGES)
+    calls = {network.name: network.network.calls - before[network.name] for network in networks}
+    assert calls == {ranking.best.name: 2 * zoo.IMAGES, ranking.entries[1].name: zoo.IMAGES}
+    assert "On 120 other images, which had no part in the choice, its accuracy is " in ranking.explain()
+    stored = json.loads(json.dumps(ranking.as_dict()))
+    assert (stored["available"], stored["seed"], stored["accuracy"]) == (3000, 0, ranking.accuracy)
+    assert 0 < stored["accuracy_error"] < 0.1
+    # Another seed draws other images.
+    other = rank_zoo(data, networks, seed=1)
+    assert (other.seed, other.best.score != ranking.best.score) == (1, True)
+
+
+def test_labels_that_mean_nothing_have_the_accuracy_of_chance():
+    # The best of many networks looks better than chance to the images that chose it, but not to others.
+    data = images(4000, classes=2)
+    labels = np.random.default_rng(5).integers(0, 2, 4000)
+    ranking = rank_zoo((data[0], labels), [probe(f"n{k}", 5.0, seed=k) for k in range(8)], images=1000)
+    assert ranking.held_out > 700
+    assert abs(ranking.accuracy - 0.5) < 4 * ranking.accuracy_error
+
+
+def test_classes_of_few_images_have_none_held_out():
+    data = images(400)
+    rows = np.concatenate([np.flatnonzero(data[1] == c)[:4] for c in range(4)])
+    ranking = rank_zoo((data[0][rows], data[1][rows]), [probe("a", 0.1)])
+    assert (ranking.images, ranking.held_out, ranking.accuracy) == (16, 0, None)
+    assert "none is held out, and its accuracy is not measured" in ranking.explain()
 
 
 def test_what_cannot_be_ranked_is_refused():
@@ -228,6 +285,8 @@ def test_what_cannot_be_ranked_is_refused():
         rank_zoo(data, [probe("a", 0), probe("a", 1)])
     with pytest.raises(ValueError, match="expected a budget above 0 and at most 1"):
         rank_zoo(data, [probe("a", 0)], budget=0)
+    with pytest.raises(ValueError, match=r"images=1, .* at least two images"):
+        rank_zoo(data, [probe("a", 0)], images=1)
     with pytest.raises(ValueError, match="has one image, expected two"):
         rank_zoo((data[0], np.where(np.arange(60) == 7, 99, data[1])), [probe("a", 0)])
     with pytest.raises(DataError, match="cannot be read by number"):
@@ -263,7 +322,15 @@ def test_the_command_writes_table_json_and_picture(tmp_path, monkeypatch, capsys
     assert "unavailable: timm/nosuch: the default weights could not be had" in out
     assert "chance gives 0.250" in out
     assert outputs[0].read_text().splitlines()[1].startswith("good,")
-    assert json.loads(outputs[1].read_text())["images"] == 160
+    stored = json.loads(outputs[1].read_text())
+    assert (stored["images"], stored["available"], stored["seed"]) == (120, 160, 0)
+    assert 0.5 < stored["accuracy"] <= 1
+    assert "scored by 120 of 160 images, drawn with seed 0" in out
+    assert main([*arguments, "--images", "all", "--seed", "3", "--json", str(outputs[1])]) == 0
+    stored = json.loads(outputs[1].read_text())
+    assert (stored["images"], stored["seed"]) == (160 - stored["held_out"], 3)
+    assert main([*arguments, "--images", "1"]) == 1
+    assert "at least two images" in capsys.readouterr().err
     with Image.open(outputs[2]) as picture:
         assert picture.size[0] > 500
     assert main(["select", str(folder)]) != 0

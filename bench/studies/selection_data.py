@@ -154,7 +154,9 @@ class Store:
         _say(f"{task.name}: best expert {best}, error {mean.min():.3f}, median {np.median(mean):.3f}")
         return found
 
-    def scores(self, task: MetaTask, row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def scores(
+        self, task: MetaTask, row: dict[str, np.ndarray], which: Sequence[str] = tuple(SCORES)
+    ) -> dict[str, np.ndarray]:
         """Of one task: ``COUNT/SCORE`` [E] or [E, terms], ``COUNT/likelihoods`` [E, n], ``COUNT/seconds/SCORE`` [].
 
         What is missing is added. ``linear_probe`` is the mean of the likelihoods.
@@ -164,9 +166,10 @@ class Store:
         labels = row["labels"]
         for count in self.settings.counts:
             n = min(enough(count, int(labels.max()) + 1), len(labels))
-            for score, entry in SCORES.items():
+            for score in which:
                 if f"{count}/{score}" in stored:
                     continue
+                entry = SCORES[score]
                 start, values = time.process_time(), []
                 for name in self.experts:
                     inputs = row[f"{entry.inputs}/{name}"][:n].astype(np.float64)
@@ -270,6 +273,8 @@ class Results:
     sources: list[Embedding]  # of the experts' own tasks, with the most images
     computed: list[Embedding]  # of what each expert computes
     passes: float  # forward passes that an embedding takes, for each image
+    prices: np.ndarray  # of one image, for each expert [E]; the probe's pass costs ``probe_price``
+    probe_price: float = 1.0
 
     @property
     def candidates(self) -> np.ndarray:
@@ -325,4 +330,5 @@ def fill(store: Store, task2vec: Task2Vec, tasks: Sequence[MetaTask] | None = No
         sources,
         computed,
         float(np.median(whole)),
+        np.ones(len(store.experts)),
     )

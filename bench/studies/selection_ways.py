@@ -114,7 +114,13 @@ def image_share(results: Results, settings: Settings, count: int) -> np.ndarray:
 
 def embedding_share(results: Results, settings: Settings, count: int, passes: float) -> np.ndarray:
     """What an embedding of so many images costs, [T]; the probe counts as one more network."""
-    return image_share(results, settings, count) * passes / results.candidates.sum(1)
+    share = results.probe_price / (results.candidates @ results.prices)
+    return image_share(results, settings, count) * passes * share
+
+
+def price_share(results: Results, among: np.ndarray) -> np.ndarray:
+    """What the experts in ``among`` [T, E] cost, as a share of all candidates, [T]."""
+    return (among @ results.prices) / (results.candidates @ results.prices)
 
 
 def within_tasks(scores: np.ndarray) -> np.ndarray:
@@ -212,12 +218,14 @@ def then(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.where(inside, ranks, np.where(np.isinf(first), -np.inf, low))
 
 
-def shortlisted(results: Results, settings: Settings, first: Way, length: int) -> Iterator[Way]:
+def shortlisted(
+    results: Results, settings: Settings, first: Way, length: int, scores: tuple[str, ...] = SHORTLISTED
+) -> Iterator[Way]:
     """A shortlist of the candidates that ``first`` puts first, ordered by scores on several numbers of images."""
-    inside, number = shortlist(first.scores, length), results.candidates.sum(1)
-    for score, count in product(SHORTLISTED, settings.counts):
+    inside = shortlist(first.scores, length)
+    for score, count in product(scores, settings.counts):
         second = score_table(results, score, count, inside)
-        cost = first.cost + image_share(results, settings, count) * inside.sum(1) / number
+        cost = first.cost + image_share(results, settings, count) * price_share(results, inside)
         yield Way(f"{first.name}, then {length} by {score} on {count}", "shortlist", then(first.scores, second), cost)
 
 
@@ -225,14 +233,15 @@ def race_way(results: Results, name: str, first: Way, length: int, budget: float
     """The race of t2v_fast/analysis/race.py among the ``length`` candidates that ``first`` puts first."""
     scores, cost = np.full(first.scores.shape, -np.inf), first.cost.copy()
     inside = shortlist(first.scores, length)
+    part = price_share(results, inside)
     for k, likelihoods in enumerate(results.likelihoods):
         by_images = {values.shape[1]: values for values in likelihoods.values()}
         rows = np.flatnonzero(inside[k])
-        runners = [Runner(str(row), partial(_likelihoods, by_images, row)) for row in rows]
+        runners = [Runner(str(row), partial(_likelihoods, by_images, row), results.prices[row]) for row in rows]
         ranked, share = run_race(runners, sorted(by_images), budget=budget)
         for place, runner in enumerate(ranked):
             scores[k, int(runner.name)] = -place
-        cost[k] += share * len(rows) / results.candidates[k].sum()
+        cost[k] += share * part[k]
     return Way(name, "race", then(first.scores, scores), cost)
 
 

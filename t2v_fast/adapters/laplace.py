@@ -16,6 +16,7 @@ laplace-torch's Curvlinops backends, which these classes extend.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..estimation.cotangents import ESTIMATORS, cotangents
 from ..gradients.recorder import FisherRecorder
 
 
-class _Diagonal:
+class _Diagonal(ABC):
     """What the two backends share: the diagonal as sums of squared gradients, in laplace-torch's order and scale."""
 
     # Set by laplace-torch's CurvatureInterface.
@@ -44,9 +45,9 @@ class _Diagonal:
     _self_check: bool
     _checked = False  # whether a batch has passed the self-check
 
+    @abstractmethod
     def _directions(self, f: Tensor, y: Tensor) -> tuple[Tensor, float]:
         """Return cotangents [K, N, C] of the outputs, and the factor of the sum of squares."""
-        raise NotImplementedError
 
     def diag(self, x: Tensor | MutableMapping[str, Any], y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Compute the diagonal of one batch.

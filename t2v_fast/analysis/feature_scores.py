@@ -153,16 +153,16 @@ def sfda(features: np.ndarray, labels: np.ndarray) -> float:
         ValueError: As for :func:`h_score`.
     """
     f, codes, classes = check_examples(features, labels, "features")
-    shrinkage = _fisher_shrinkage(f, codes)
     rows = np.arange(len(f))
-    probabilities = np.exp(_discriminant(f, codes, shrinkage))
+    log_probabilities, shrinkage = _discriminant(f, codes)
+    probabilities = np.exp(log_probabilities)
     softened = np.exp(probabilities)
     sure = (softened / softened.sum(1, keepdims=True))[rows, codes][:, None]  # [N, 1]
     counts = np.bincount(codes, minlength=classes)
     sums = np.eye(classes)[codes].T @ f
     others = (sums.sum(0) - sums) / (len(f) - counts)[:, None]  # [C, D], the mean of all other classes
     moved = sure * f + (1 - sure) * others[codes]
-    return float(_discriminant(moved, codes, shrinkage)[rows, codes].mean())
+    return float(_discriminant(moved, codes, shrinkage)[0][rows, codes].mean())
 
 
 def ped(
@@ -278,7 +278,7 @@ def etran_terms(features: np.ndarray, labels: np.ndarray) -> tuple[float, float]
     f, codes, _ = check_examples(features, labels, "features")
     top = f.max(1, keepdims=True)
     energy = float((top[:, 0] + np.log(np.exp(f - top).sum(1))).mean())
-    log_probabilities = _discriminant(f, codes, _fisher_shrinkage(f, codes))
+    log_probabilities, _ = _discriminant(f, codes)
     return energy, float(np.exp(log_probabilities[np.arange(len(f)), codes]).mean())
 
 
@@ -352,7 +352,7 @@ def held_out_likelihoods(
     Raises:
         ValueError: As for :func:`linear_probe`.
     """
-    linear_model, model_selection = _sklearn("linear_model"), _sklearn("model_selection")
+    model_selection = _sklearn("model_selection")
     f, codes, _ = check_examples(features, labels, "features")
     smallest = int(np.bincount(codes).min())
     if smallest < 2:
@@ -360,15 +360,51 @@ def held_out_likelihoods(
     likelihoods = np.empty(len(f))
     split = model_selection.StratifiedKFold(min(folds, smallest), shuffle=True, random_state=0)
     for train, test in split.split(f, codes):
-        mean, scale = f[train].mean(0), f[train].std(0) + 1e-3
-        inverse = 1 / (weight_decay * len(train))
-        with warnings.catch_warnings():  # few images of each class are what a first look has
-            warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")
-            model = linear_model.LogisticRegression(C=inverse, max_iter=1000)
-            model.fit((f[train] - mean) / scale, codes[train])
-        logs = model.predict_log_proba((f[test] - mean) / scale)
+        logs = _linear_head(f[train], codes[train], f[test], weight_decay)
         likelihoods[test] = logs[np.arange(len(test)), codes[test]]
     return np.maximum(likelihoods, np.log(np.finfo(np.float64).tiny))
+
+
+def held_out_accuracy(
+    features: np.ndarray, labels: np.ndarray, held_out: np.ndarray, answers: np.ndarray, *, weight_decay: float = 1e-2
+) -> float:
+    """Compute the share of held-out images that a linear head puts into the right class.
+
+    The head is that of :func:`held_out_likelihoods`, fitted to all of ``features``.
+
+    Args:
+        features: The network's features [N, D] of the task's images.
+        labels: The labels [N] of the images.
+        held_out: The features [M, D] of other images.
+        answers: The labels [M] of these. A label that is not among ``labels`` counts as a mistake.
+        weight_decay: As for :func:`linear_probe`.
+
+    Returns:
+        A number from 0 to 1.
+
+    Raises:
+        ValueError: As for :func:`h_score`, for ``features`` and for ``held_out``; and if there is no held-out image.
+    """
+    f, codes, _ = check_examples(features, labels, "features")
+    x, y = np.asarray(held_out, dtype=np.float64), np.asarray(answers)
+    if x.ndim != 2 or not len(x) or x.shape[1] != f.shape[1] or y.shape != (len(x),) or not np.isfinite(x).all():
+        raise ValueError(
+            f"held_out is {list(x.shape)} and answers is {list(y.shape)}: expected finite features [M, {f.shape[1]}] "
+            "and a label of each, and at least one image"
+        )
+    named = np.unique(labels)[_linear_head(f, codes, x, weight_decay).argmax(1)]
+    return float((named == y).mean())
+
+
+def _linear_head(f: np.ndarray, codes: np.ndarray, other: np.ndarray, weight_decay: float) -> np.ndarray:
+    """Return the log probabilities [M, C] that a logistic regression on ``f`` gives to the classes of other images."""
+    mean, scale = f.mean(0), f.std(0) + 1e-3
+    with warnings.catch_warnings():  # few images of each class are what a first look has
+        warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")
+        model = _sklearn("linear_model").LogisticRegression(C=1 / (weight_decay * len(f)), max_iter=1000)
+        model.fit((f - mean) / scale, codes)
+    with np.errstate(divide="ignore"):  # a sure head gives the other classes a probability of zero
+        return model.predict_log_proba((other - mean) / scale)
 
 
 @dataclass(frozen=True)
@@ -496,22 +532,18 @@ def _coding_rate(f: np.ndarray, epsilon: float) -> float:
     return 0.5 * float(np.linalg.slogdet(np.eye(len(gram)) + gram / (len(f) * epsilon))[1])
 
 
-def _fisher_shrinkage(f: np.ndarray, codes: np.ndarray) -> float:
-    """Return SFDA's regularisation, exp(-5 times the largest eigenvalue of the covariance within classes)."""
-    within = f - _class_means(f, codes)[codes]
-    largest = np.square(np.linalg.norm(within, ord=2)) / len(f)
-    return max(float(np.exp(-5 * largest)), MIN_SHRINKAGE)
-
-
-def _discriminant(f: np.ndarray, codes: np.ndarray, shrinkage: float) -> np.ndarray:
+def _discriminant(f: np.ndarray, codes: np.ndarray, shrinkage: float | None = None) -> tuple[np.ndarray, float]:
     """Return the log probabilities [N, C] of a linear discriminant analysis with a shrunk covariance, on its own data.
 
-    The covariance within classes is (1 - s) S + s m I, with m the mean of S's diagonal.
+    The covariance within classes is (1 - s) S + s m I, with m the mean of S's diagonal. By default the shrinkage s is
+    SFDA's: exp(-5 times the largest eigenvalue of S). It is returned too.
     """
     counts = np.bincount(codes)
     means = _class_means(f, codes)
     within = f - means[codes]
     _, s, vt = np.linalg.svd(within / np.sqrt(len(f)), full_matrices=False)
+    if shrinkage is None:
+        shrinkage = max(float(np.exp(-5 * np.square(s[0]))), MIN_SHRINKAGE)
     ridge = shrinkage * np.square(s).sum() / f.shape[1]
     # Without any spread within classes, every class is a point, and the ridge only has to be above zero.
     ridge = max(ridge, np.finfo(np.float64).tiny ** 0.5)
@@ -527,4 +559,4 @@ def _discriminant(f: np.ndarray, codes: np.ndarray, shrinkage: float) -> np.ndar
     # networks.
     others = np.exp(logits)
     others[np.arange(len(f)), logits.argmax(1)] = 0
-    return logits - np.log1p(others.sum(1, keepdims=True))
+    return logits - np.log1p(others.sum(1, keepdims=True)), shrinkage

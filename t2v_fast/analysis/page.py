@@ -11,7 +11,7 @@ import numpy as np
 
 from ..embedding import Embedding, escaped
 from ..files import write_atomically
-from .distance import distances_of, symmetric
+from .distance import ALPHA, distances_of, symmetric
 from .plot import coordinates, family_style, layer_means
 
 NEIGHBOURS = 5  # nearest tasks that are shown
@@ -92,6 +92,7 @@ def write_map(
     *,
     families: Sequence[str] | None = None,
     metric: str = "cosine",
+    alpha: float = ALPHA,
     title: str = "Map of tasks",
 ) -> None:
     """Write a map of tasks to an HTML file of about 5 MB, which loads nothing from the network.
@@ -106,6 +107,7 @@ def write_map(
         families: The family [T] of each task, which sets its colour and marker.
         metric: A name in :data:`t2v_fast.analysis.distance.ALL_METRICS`. An asymmetric distance is averaged with its
             mirror image.
+        alpha: The weight of the complexity in the asymmetric distance.
         title: The title of the page.
 
     Raises:
@@ -117,7 +119,7 @@ def write_map(
 
     names, title = [escaped(name) for name in names], escaped(title)
     families = [escaped(family) for family in families] if families else None
-    distances = symmetric(distances_of(embeddings, metric))
+    distances = symmetric(distances_of(embeddings, metric, alpha=alpha))
     places = coordinates(distances)
     layers = layer_means(embeddings)  # [T, L]
     kinds = sorted(set(families)) if families else ["tasks"]

@@ -36,8 +36,8 @@ class RaceEntry(Protocol):
 def race(entries: Sequence[RaceEntry], classes: int, path: str | os.PathLike) -> None:
     """Draw a bar for each network, best first: the probability that its head gives to held-out labels.
 
-    A bar's line is two standard errors of the difference to the leader. The number in a bar is how many images the
-    network saw.
+    A bar's line is two standard errors of the difference to the best network, which has none. Beside a name is how many
+    images the network saw.
 
     Args:
         entries: The networks, best first. Networks without a score are left out.
@@ -52,7 +52,7 @@ def race(entries: Sequence[RaceEntry], classes: int, path: str | os.PathLike) ->
     scored = [entry for entry in entries if entry.score is not None]
     if not scored:
         raise ValueError("no network has a score, so there is nothing to draw")
-    figure = Figure(figsize=(8, 1.4 + 0.36 * len(scored)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(8, 1.7 + 0.36 * len(scored)), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     height = np.exp([float(entry.score or 0) for entry in scored])
     spread = np.array([2 * (entry.standard_error or 0) for entry in scored])
@@ -61,13 +61,13 @@ def race(entries: Sequence[RaceEntry], classes: int, path: str | os.PathLike) ->
         chosen = np.array([entry.outcome == outcome for entry in scored])
         if chosen.any():
             axes.barh(rows[chosen], height[chosen], color=colour, label=LABELS[outcome])
-    axes.errorbar(height, rows, xerr=[height - height * np.exp(-spread), height * np.exp(spread) - height], fmt="none",
-                  ecolor="#222222", elinewidth=1, capsize=2)  # fmt: skip
-    for row, entry in enumerate(scored):
-        axes.text(0.01, row, f"{entry.images} images", va="center", color="white", fontsize=8)
+    if (rest := spread > 0).any():
+        x, ends = height[rest], np.exp(np.stack([-spread, spread])[:, rest])
+        axes.errorbar(x, rows[rest], xerr=np.abs(x * ends - x), fmt="none", ecolor="#222222", elinewidth=1, capsize=2,
+                      label="two standard errors of the difference to the best")  # fmt: skip
     axes.axvline(1 / classes, color="#666666", linestyle="--", linewidth=1, label="chance")
-    axes.set_yticks(rows, [entry.name for entry in scored])
+    axes.set_yticks(rows, [f"{entry.name}, {entry.images} images" for entry in scored])
     axes.invert_yaxis()
     axes.set(xlim=(0, 1.02), xlabel="probability of a held-out label (geometric mean)")
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)  # no bar reaches it
     write_figure(figure, path)

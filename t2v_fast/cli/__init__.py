@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -28,8 +29,9 @@ COMMANDS = {
 }
 EPILOG = (
     "exit status: 0 for success; 1 for an error in the input, tasks that failed or a bank that is damaged; 2 for a "
-    "command line that is not understood; 130 after an interrupt"
+    "command line that is not understood; 130 after an interrupt; 141 if the reader of the output has gone"
 )
+CLOSED = 141  # 128 + 13, the number of SIGPIPE: what a shell reports of other programs
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,9 +82,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0, 1 for an error in the input, or 130 after an interrupt. A command line that is not
-        understood exits with 2.
+        The exit status: 0, 1 for an error in the input, 130 after an interrupt, or 141 if the reader of the standard
+        output has gone, as ``head`` does when it has its lines. A command line that is not understood exits with 2.
     """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer would fail again when the process ends.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return CLOSED
+
+
+def _reader_has_gone() -> bool:
+    """Whether the standard output is a pipe that nobody reads any more."""
+    try:
+        from select import poll  # not at the top, where the command of this name would replace the module
+
+        output = poll()
+        output.register(sys.stdout.fileno(), 0)  # errors are reported without being asked for
+    except (ImportError, OSError, ValueError):  # a system without poll, or an output that is no file
+        return False
+    return bool(output.poll(0))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser(next((a for a in argv if not a.startswith("-")), "")).parse_args(argv)
     from . import common
@@ -97,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"t2v-fast: {message}", file=sys.stderr)
         result["error"] = message
     except (ValueError, RuntimeError, OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            raise
         status, result["error"] = 1, str(error)
         print(f"t2v-fast: error: {common.readable(error)}", file=sys.stderr)
     finally:
@@ -106,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         common.write_json(arguments.json, {"status": status, **result})
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            raise
         print(f"t2v-fast: error: {common.readable(error)}", file=sys.stderr)
         return 1
     return status

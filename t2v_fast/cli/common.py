@@ -15,7 +15,15 @@ from ..analysis.distance import ALL_METRICS, ALPHA
 from ..embedding import Embedding, FingerprintMismatch, escaped
 from ..files import write_atomically
 
-console = Console(highlight=False)
+
+class _Console(Console):
+    """A console whose errors reach :func:`t2v_fast.cli.main`."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the error of the failed write; rich would exit with status 1
+
+
+console = _Console(highlight=False)
 SHOWN = 3  # names in a message
 
 
@@ -24,7 +32,7 @@ def add_embeddings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("embeddings", nargs="+", type=Path, metavar="FILE", help="files, or folders of them")
 
 
-def add_metric(parser: argparse.ArgumentParser, alpha: bool = True) -> None:
+def add_metric(parser: argparse.ArgumentParser) -> None:
     """Add the option that chooses the distance, and the ``--alpha`` of one of them."""
     parser.add_argument(
         "--metric",
@@ -33,10 +41,7 @@ def add_metric(parser: argparse.ArgumentParser, alpha: bool = True) -> None:
         help="asymmetric: the paper's, from the row's task to the column's, on top of cosine; centred: by what sets "
         "the tasks apart from each other, for a dozen tasks and more (default: %(default)s)",
     )
-    if alpha:
-        parser.add_argument(
-            "--alpha", type=float, default=ALPHA, help="of the asymmetric distance (default: %(default)s)"
-        )
+    parser.add_argument("--alpha", type=float, default=ALPHA, help="of the asymmetric distance (default: %(default)s)")
 
 
 def load_embeddings(given: Sequence[Path]) -> tuple[list[str], list[Embedding]]:

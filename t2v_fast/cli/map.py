@@ -13,7 +13,7 @@ def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser("map")
     add_embeddings(parser)
-    add_metric(parser, alpha=False)
+    add_metric(parser)
     parser.add_argument("--output", type=Path, default=Path("map.html"), help="the HTML file (default: %(default)s)")
     parser.add_argument("--title", default="Map of tasks")
     parser.set_defaults(run=run)
@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.output,
         families=families_of(embeddings),
         metric=arguments.metric,
+        alpha=arguments.alpha,
         title=arguments.title,
     )
     print_files([arguments.output], "map")

@@ -13,7 +13,7 @@ from rich.text import Text
 from ..embedding import escaped
 from .common import console, load_embeddings, print_files
 
-SHORTLIST = 4  # as in t2v_fast.zoo, which imports torch
+SHORTLIST, IMAGES = 4, 120  # as in t2v_fast.zoo, which imports torch
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +42,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="how many of the networks in --errors run (default: %(default)s)",
     )
     group.add_argument(
+        "--images",
+        type=_images,
+        default=IMAGES,
+        metavar="N",
+        help="images to score networks by, drawn with classes in equal parts, or 'all'; at least five of each class. "
+        "A fifth of each class, and at most as many images, is held out to measure the choice (default: %(default)s)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the draw of images (default: %(default)s)")
+    group.add_argument(
         "--budget",
         type=float,
         default=1.0,
@@ -52,6 +61,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--plot", type=Path, help="draw the ranking here (PNG or SVG)")
     group.add_argument("--device", default="cpu", help="where the networks run (default: %(default)s)")
     group.add_argument("--batch-size", type=int, default=32, help="images in a forward pass (default: %(default)s)")
+
+
+def _images(text: str) -> int | None:
+    """A number of images, or None for ``all``."""
+    return None if text == "all" else int(text)
 
 
 def parse_names(text: str) -> list[str]:
@@ -115,6 +129,8 @@ def run(arguments: argparse.Namespace) -> int:
         parse_names(arguments.zoo),
         prior=_prior(arguments),
         shortlist=arguments.shortlist,
+        images=arguments.images,
+        seed=arguments.seed,
         budget=arguments.budget,
         first_images=arguments.first_images,
         batch_size=arguments.batch_size,
@@ -138,7 +154,10 @@ def run(arguments: argparse.Namespace) -> int:
     if unseen := [entry.name for entry in ranking.entries if entry.outcome == "not shortlisted"]:
         console.print(f"not shortlisted: {', '.join(unseen)}", markup=False)
     console.print(ranking.explain(), markup=False)
-    console.print(f"cost: {100 * ranking.cost:.0f} % of running every network on all {ranking.images} images")
+    console.print(
+        f"scored by {ranking.images} of {ranking.available} images, drawn with seed {ranking.seed}; cost: "
+        f"{100 * ranking.cost:.0f} % of running every network on them"
+    )
     if arguments.csv is not None:
         write_csv(arguments.csv, [header, *rows])
     if arguments.plot is not None:

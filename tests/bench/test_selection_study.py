@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from small import small_probe
 
-from t2v_fast import Task2Vec
-from t2v_fast.analysis.feature_scores import SCORES
+from t2v_fast import Embedding, Task2Vec
+from t2v_fast.analysis.distance import centred_distance
+from t2v_fast.analysis.feature_scores import SCORES, linear_probe
+from t2v_fast.analysis.transferability import leep
 
 
 @pytest.fixture
@@ -124,6 +128,93 @@ def test_shortlists(ways) -> None:
     combined = ways.then(first, second)
     assert np.argsort(-combined[0]).tolist() == [1, 0, 2, 3, 4]
     assert combined[0, 4] == -np.inf
+
+
+def test_costs_follow_prices(ways) -> None:
+    settings = SimpleNamespace(images=60)
+    errors = np.array([[0.1, 0.2, 0.3], [0.3, 0.1, np.nan]])
+    results = table(errors, "ab")
+    results.classes, results.prices, results.probe_price = np.array([2, 2]), np.array([1.0, 3.0, 6.0]), 2.0
+    first = np.array([[True, True, False], [False, True, False]])
+    assert ways.price_share(results, first).tolist() == [4 / 10, 3 / 4]
+    # Half of the images, five passes of the probe for each, against one pass of all candidates over all images.
+    assert ways.embedding_share(results, settings, 30, 5.0) == pytest.approx([0.5 * 5 * 2 / 10, 0.5 * 5 * 2 / 4])
+
+
+def test_weighted_distances_have_the_centred_one_as_equal_weights() -> None:
+    from bench.studies import selection_layers
+
+    rng = np.random.default_rng(0)
+    layers = [("a.weight", 0, 30), ("b.weight", 30, 50), ("c.weight", 50, 90)]
+    bank = []
+    for _ in range(6):
+        values = rng.gamma(2.0, size=90)
+        bank.append(Embedding(values, np.ones(90), layers, 10, standard_error=0.1 * values))
+    noisy = [replace(e, standard_error=np.concatenate([e.standard_error[:50], 50 * e.hessian[50:]])) for e in bank]
+    tables = selection_layers.distances(bank)
+    np.testing.assert_allclose(tables[selection_layers.CENTRED], centred_distance(bank), atol=1e-9)
+    for name, found in tables.items():
+        np.testing.assert_allclose(found, found.T, atol=1e-9, err_msg=name)
+    # A layer that is all noise does not count, and what is said about the others stays.
+    weighted = selection_layers.distances(noisy)["layers by mean reliability"]
+    parts = [Embedding(e.hessian[:50], np.ones(50), layers[:2], 10, standard_error=e.standard_error[:50]) for e in bank]
+    expected = selection_layers.distances(parts)["layers by mean reliability"]
+    np.testing.assert_allclose(weighted, expected, atol=1e-9)
+
+
+def test_packaged_networks_are_measured_once(tasks: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.studies import selection_data, selection_packaged
+
+    networks = {name: small_probe(seed) for seed, name in enumerate(("small", "other"))}
+    monkeypatch.setattr(selection_packaged, "_network", networks.__getitem__)
+    monkeypatch.setattr(selection_packaged, "NETWORKS", tuple(networks))
+    monkeypatch.setattr(selection_packaged, "SIZES", (8, 12))
+    candidates = [(name, size) for name in networks for size in (8, 12)]
+    monkeypatch.setattr(selection_packaged, "CANDIDATES", candidates)
+    settings = selection_data.Settings(images=120, draws=1, test_images=60, counts=(60, 120), embedded=(40,), size=12)
+    store = selection_packaged.PackagedStore(tmp_path, settings, tasks)
+    results = selection_packaged.fill(store)
+    assert results.errors.shape == (10, 4)
+    assert results.candidates.all()
+    assert results.prices[1] > 1.5 * results.prices[0]  # 12 pixels against 8
+    assert results.probe_price == results.prices[1]
+    # One cell from scratch.
+    task, probe = tasks[3], small_probe(1)
+    probe.preprocessing = probe.preprocessing.sized(8)
+    train = store.train(task)
+    features = probe.features(torch.stack([probe.preprocessing(image) for image in train.images]))
+    own = probe.network[-1](features).softmax(1).detach().numpy()
+    np.testing.assert_allclose(results.scores["leep", 120][3, 2], leep(own, train.labels), rtol=1e-4)
+    likelihood = linear_probe(features.numpy(), train.labels)
+    np.testing.assert_allclose(results.scores["linear_probe", 120][3, 2], likelihood, rtol=1e-3)
+    text = selection_packaged.report(results, settings)
+    for part in ("10 tasks in 3 families; 4 candidates, which are 2 networks at 2 sizes", "chance", "leep on 120",
+                 "errors on near tasks, centred within 0.1, then 4 by linear_probe on 120", "other at 12"):  # fmt: skip
+        assert part in text
+    # What is there is used again.
+    monkeypatch.setattr(selection_packaged, "features_of", lambda *a: pytest.fail("measured again"))
+    np.testing.assert_array_equal(selection_packaged.fill(store).errors, results.errors)
+
+
+def test_families_held_out_of_the_design(tasks: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.studies import selection_data, selection_held_out
+
+    new = [replace(task, name=f"new {task.name}", family=f"new {task.family}") for task in tasks[:6]]
+    monkeypatch.setattr(selection_held_out, "new_tasks", lambda: new)
+    settings = selection_data.Settings(
+        images=120, draws=1, test_images=60, expert_images=100, epochs=1, counts=(120,), embedded=(40,)
+    )
+    store = selection_data.Store(tmp_path, settings, tasks)
+    results, ways = selection_held_out.ways_of(store, Task2Vec(small_probe()))
+    assert results.errors.shape == (6, 3)
+    assert results.candidates.all()
+    assert [way.name for way in ways][2] == selection_held_out.RECOMMENDED
+    # The static order is the same for all new tasks, and is learned from the earlier ones alone.
+    static = ways[0].scores
+    assert (static == static[0]).all()
+    text = selection_held_out.report(results, ways)
+    assert "6 tasks in 3 families, 3 experts, all of them candidates" in text
+    assert "(recommended)" in text
 
 
 @pytest.mark.slow

@@ -215,6 +215,29 @@ def test_light_commands_do_not_import_torch(tmp_path: Path) -> None:
         assert " False True\n" in light(*command, tmp_path), command
 
 
+@pytest.mark.parametrize("command", [["completion", "bash"], ["info", "-q", "--json", "-"], ["distance", "FOLDER"]])
+def test_a_reader_that_goes_is_no_error(command: list[str], tmp_path: Path) -> None:
+    save_embeddings(tmp_path)
+    command = [str(tmp_path) if part == "FOLDER" else part for part in command]
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = [sys.executable, "-m", "t2v_fast.cli", *command]
+    found = subprocess.run(program, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (found.returncode, found.stderr) == (141, "")
+    # Another pipe that breaks is an error like any other.
+    program = [
+        sys.executable,
+        "-c",
+        "import t2v_fast.cli.distance as d, t2v_fast.cli as c\n"
+        "def run(arguments): raise BrokenPipeError('the worker is gone')\n"
+        "d.run = run\n"
+        "raise SystemExit(c.main(['distance', 'x']))",
+    ]
+    found = subprocess.run(program, capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (1, "t2v-fast: error: the worker is gone\n")
+
+
 def test_json_and_quiet(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     save_embeddings(tmp_path)
     assert run("distance", tmp_path, "--metric", "asymmetric_kl", "--json", "-") == 0
@@ -297,6 +320,10 @@ def test_pictures_of_every_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert run("map", tmp_path, "--metric", metric) == 0
         assert (tmp_path / "heatmap.png").exists()
         assert "axes mean nothing" in (tmp_path / "map.html").read_text()
+    pages = [(run("map", tmp_path, "--metric", "asymmetric", "--alpha", a), (tmp_path / "map.html").read_bytes())
+             for a in (0, 0.15, 0.5)]  # fmt: skip
+    assert [status for status, _ in pages] == [0, 0, 0]
+    assert len({page for _, page in pages}) == 3
 
 
 def test_a_pipe_is_no_job_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
