@@ -37,6 +37,46 @@ void square_add(T* out, int64_t ld, T weight, const E* a, int height, Rows rows,
   });
 }
 
+// Adds up the squares of all segments in the first-level cache, and then writes them once.
+template <class T, int MR, int NV>
+void some_segments(T* out, int64_t ld, const Segment<T>* segments, int64_t count, const T* a, int64_t a_column,
+                   const T* b, int64_t columns) {
+  constexpr int width = Vector<T>::width, step = NV * width;
+  V<T> squares[MR * NV] = {};
+  for (int64_t s = 0; s < count; ++s) {
+    const Segment<T> segment = segments[s];
+    const Rows rows{1, segment.rows, 0, 2 * width, 1, a_column};
+    const auto at = [&](int i, int64_t column) -> V<T>& { return squares[i * NV + column / width]; };
+    if (segment.squares)
+      tile<T, MR, NV>(a, rows, b, 0, step, [&](int i, int64_t c, int, V<T> sums) { at(i, c) += sums; });
+    else
+      tile<T, MR, NV>(a, rows, b, 0, step,
+                      [&](int i, int64_t c, int, V<T> sums) { at(i, c) += segment.weight * sums * sums; });
+    a += segment.rows;
+    b += segment.rows * 2 * width;
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int v = 0; v < NV; ++v) {
+      T* to = out + i * ld + v * width;
+      const int64_t left = columns - v * width;
+      if (left >= width) {
+        store(to, load(to) + squares[i * NV + v]);
+      } else {
+        for (int64_t k = 0; k < left; ++k) to[k] += squares[i * NV + v][k];
+      }
+    }
+}
+
+template <class T, int MR = max_height>
+void segments_add(T* out, int64_t ld, const Segment<T>* segments, int64_t count, const T* a, int64_t a_column,
+                  int height, const T* b, int64_t columns) {
+  if (height == MR) {
+    if (columns > Vector<T>::width) return some_segments<T, MR, 2>(out, ld, segments, count, a, a_column, b, columns);
+    return some_segments<T, MR, 1>(out, ld, segments, count, a, a_column, b, columns);
+  }
+  if constexpr (MR > 1) segments_add<T, MR - 1>(out, ld, segments, count, a, a_column, height, b, columns);
+}
+
 template <class T, class E = T>
 void store_tile(T* out, int64_t ld, const E* a, int height, Rows rows, const E* b, int64_t columns) {
   outer<T>(height, a, rows, b, columns, [=](int i, int64_t column, int valid, V<T> sums) {
@@ -277,6 +317,7 @@ constexpr Kernels<T> make_table() {
           max_height,
           square_sum<T>,
           square_add<T>,
+          segments_add<T>,
           store_tile<T>,
           dot<T>,
           form<T>,
