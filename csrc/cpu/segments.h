@@ -14,7 +14,7 @@ constexpr int64_t rows_together = 128;
 template <class T>
 int64_t tiles_together(int64_t tiles, int64_t rows, int64_t others) {
   constexpr int64_t bytes = int64_t(1) << 18;
-  const int64_t cached = bytes / (std::max(rows, rows_together) * kernels<T>().max_height * sizeof(T));
+  const int64_t cached = bytes / (std::max(rows, rows_together) * segment_height * sizeof(T));
   const int64_t shares = 4 * num_threads();
   return std::max<int64_t>(1, std::min(std::max<int64_t>(4, cached), (tiles * others + shares - 1) / shares));
 }

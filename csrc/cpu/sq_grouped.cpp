@@ -61,6 +61,7 @@ class Grouped {
 
   // out [E, O, I] += sum over the segments b of each group of weight[b] G_b^2
   void accumulate(T* out, const int64_t* groups, int64_t count, const T* weight) const {
+    const std::vector<FilterTile> tiles = filter_tiles(1, outputs, segment_height);
     int64_t longest = 0;
     for (int64_t b = 0; b < segments; ++b) longest = std::max(longest, size(b));
     const int64_t step = tiles_together<T>(tiles.size(), longest, count), blocks = (tiles.size() + step - 1) / step;
@@ -146,7 +147,8 @@ class Grouped {
     upper_gram(gram.get(), count, input.get(), count, inputs, count);
     fold_symmetric(gram.get(), count, count);
     for (int64_t k = 0; k < cotangents; ++k)
-      forms.add(q + (k * segments + b) * outputs + begin, gram.get(), part(g_, b, b + 1, k).from_column(begin), end - begin);
+      forms.add(q + (k * segments + b) * outputs + begin, gram.get(), part(g_, b, b + 1, k).from_column(begin),
+                end - begin);
   }
 
   const int64_t* offsets_;

@@ -70,18 +70,21 @@ class Outer {
 
   // out [O, I] += sum_m weight[m] G_m^2; each worker owns a share of the filters.
   void accumulate(T* out, const T* weight) const {
+    const std::vector<FilterTile> tiles = filter_tiles(1, outputs, segment_height);
     const int64_t step = tiles_together<T>(tiles.size(), positions, 1), blocks = (tiles.size() + step - 1) / step;
     const int64_t together = std::max<int64_t>(1, rows_together / positions);
     parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      const FilterTile* first = tiles.data() + begin * step;
-      const FilterTile* last = tiles.data() + std::min<int64_t>(end * step, tiles.size());
       Segments<T> some;
-      for (int64_t n = 0; n < examples; n += together) {
-        const int64_t count = std::min(together, examples - n);
-        for (int64_t m = n; m < rows; m += examples) {
-          some.clear();
-          for (int64_t k = 0; k < count; ++k) some.add(positions, weight[m + k]);
-          some.add_squares(out, of(x_, n, count), inputs, of(g_, m, count), first, last);
+      for (int64_t block = begin; block < end; ++block) {
+        const FilterTile* first = tiles.data() + block * step;
+        const FilterTile* last = tiles.data() + std::min<int64_t>((block + 1) * step, tiles.size());
+        for (int64_t n = 0; n < examples; n += together) {
+          const int64_t count = std::min(together, examples - n);
+          for (int64_t m = n; m < rows; m += examples) {
+            some.clear();
+            for (int64_t k = 0; k < count; ++k) some.add(positions, weight[m + k]);
+            some.add_squares(out, of(x_, n, count), inputs, of(g_, m, count), first, last);
+          }
         }
       }
     });

@@ -37,37 +37,39 @@ void square_add(T* out, int64_t ld, T weight, const E* a, int height, Rows rows,
   });
 }
 
-// Adds up the squares of all segments in the first-level cache, and then writes them once.
+// Keeps the squares of all segments in registers, and then adds them to `out`.
 template <class T, int MR, int NV>
 void some_segments(T* out, int64_t ld, const Segment<T>* segments, int64_t count, const T* a, int64_t a_column,
                    const T* b, int64_t columns) {
-  constexpr int width = Vector<T>::width, step = NV * width;
-  V<T> squares[MR * NV] = {};
-  for (int64_t s = 0; s < count; ++s) {
-    const Segment<T> segment = segments[s];
-    const Rows rows{1, segment.rows, 0, 2 * width, 1, a_column};
-    const auto at = [&](int i, int64_t column) -> V<T>& { return squares[i * NV + column / width]; };
-    if (segment.squares)
-      tile<T, MR, NV>(a, rows, b, 0, step, [&](int i, int64_t c, int, V<T> sums) { at(i, c) += sums; });
+  constexpr int width = Vector<T>::width;
+  V<T> squares[MR][NV];
+  for (int i = 0; i < MR; ++i)
+    for (int v = 0; v < NV; ++v) squares[i][v] = V<T>{};
+  for (const Segment<T>* s = segments; s < segments + count; ++s) {
+    const Rows rows{1, s->rows, 0, 2 * width, 1, a_column};
+    const T weight = s->weight;
+    if (s->squares)
+      tile<T, MR, NV>(a, rows, b, 0, NV * width,
+                      [&](int i, int64_t c, int, V<T> sums) { squares[i][c / width] += sums; });
     else
-      tile<T, MR, NV>(a, rows, b, 0, step,
-                      [&](int i, int64_t c, int, V<T> sums) { at(i, c) += segment.weight * sums * sums; });
-    a += segment.rows;
-    b += segment.rows * 2 * width;
+      tile<T, MR, NV>(a, rows, b, 0, NV * width,
+                      [&](int i, int64_t c, int, V<T> sums) { squares[i][c / width] += weight * sums * sums; });
+    a += s->rows;
+    b += s->rows * 2 * width;
   }
   for (int i = 0; i < MR; ++i)
     for (int v = 0; v < NV; ++v) {
       T* to = out + i * ld + v * width;
       const int64_t left = columns - v * width;
       if (left >= width) {
-        store(to, load(to) + squares[i * NV + v]);
+        store(to, load(to) + squares[i][v]);
       } else {
-        for (int64_t k = 0; k < left; ++k) to[k] += squares[i * NV + v][k];
+        for (int64_t k = 0; k < left; ++k) to[k] += squares[i][v][k];
       }
     }
 }
 
-template <class T, int MR = max_height>
+template <class T, int MR = segment_height>
 void segments_add(T* out, int64_t ld, const Segment<T>* segments, int64_t count, const T* a, int64_t a_column,
                   int height, const T* b, int64_t columns) {
   if (height == MR) {
