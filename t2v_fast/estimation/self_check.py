@@ -12,7 +12,7 @@ watched:
 - *Later batches*: the halves of the second batch must have its logits. In the 4th, 8th, 16th batch and so on, one
   example run alone must have the logits of the batch.
 
-- *Every batch of two or more examples, in networks with a capacity*: each example alone must have the logits of the
+- *Every batch of two or more examples, in networks that count or sort over the tokens of all examples*: each example alone must have the logits of the
   batch. Routers of experts that drop the tokens beyond a capacity do so in some batches only
   (:mod:`t2v_fast.estimation.counting`).
 
@@ -53,7 +53,16 @@ from ..gradients.refusals import random_layer
 from ..gradients.rules import RULES
 from ..gradients.tensor_parallel import whole
 from ..ops import planner
-from .counting import Count, Counting, counting_over_examples, described, is_half, layer_with_capacity
+from .counting import (
+    Count,
+    Counting,
+    counting_over_examples,
+    described,
+    is_half,
+    layer_with_capacity,
+    reads_unevenly,
+    sorting_over_examples,
+)
 from .packing import part_of
 from .runs import Place, Run, part_of_batch, places_of
 
@@ -114,6 +123,7 @@ class SelfCheck:
         self._batches = 0  # the number of batches with two or more examples
         self._single = False  # whether a batch of one example was checked
         self._drew = False  # whether the last forward pass drew random numbers
+        self._sorting = False  # whether whole numbers of all examples are sorted
         self._counting: str | None = None  # the layer that counts over the tokens of all examples
         self._dtype: torch.dtype | None = None  # the least precise type among parameters and activations
 
@@ -164,7 +174,7 @@ class SelfCheck:
         single = n == 1 and not (self._batches or self._single)
         due = single or (n > 1 and self._batches & (self._batches - 1) == 0)
         drew = self._drew
-        mixing = n > 1 and self._verdict.mixing
+        mixing = n > 1 and bool(self._verdict.mixing or (self._verdict.sorting and reads_unevenly(logits)))
         # The caller reports logits that are not finite. On a CUDA device, to look at them is to wait for them.
         if not (due or drew or mixing) or not bool(logits.isfinite().all()):
             return
@@ -193,11 +203,13 @@ class SelfCheck:
             if n > 1 and verdict.mixing:
                 self._counting = verdict.mixing
                 self._each_alone(inputs, whole)
+            elif n > 1 and verdict.sorting and reads_unevenly(logits):
+                self._each_alone(inputs, whole)
             elif n > 1:
                 self._alone(inputs, whole, verdict.calls * 7919 % n)
         elif first:
             self._first(inputs, whole)
-            self._verdict = _Verdict(self._coarsest(logits), mixing=self._counting)
+            self._verdict = _Verdict(self._coarsest(logits), mixing=self._counting, sorting=self._sorting)
             state.put(key, self._verdict)
         elif self._batches > 2:
             self._alone(inputs, whole, self._batches * 7919 % n)
@@ -212,7 +224,7 @@ class SelfCheck:
         if n > 1 and (layer := layer_with_capacity(self.recorder.model)) is not None:
             self._counting = described(self.recorder.model, layer)
         self._gradients(inputs, whole, examples)
-        if self._counting is not None:
+        if self._counting is not None or (self._sorting and reads_unevenly(whole.logits)):
             self._each_alone(inputs, whole)
         elif n > 2:
             self._halves(inputs, whole, [e for e in range(n) if e not in examples])
@@ -221,6 +233,7 @@ class SelfCheck:
         """Note a layer that counts along a longer axis for two examples, which gave ``counts``, than for one."""
         with Counting() as counting, torch.no_grad():
             self._run(inputs, [example])
+        self._sorting = sorting_over_examples(counts, counting.counts)
         if (count := counting_over_examples(counts, counting.counts)) is None:
             return
         self._counting = described(self.recorder.model, count.layer)
@@ -420,6 +433,7 @@ class _Verdict:
     dtype: torch.dtype | None  # the least precise type among parameters and activations
     calls: int = 0  # how many calls have met the network since
     second: bool = False  # whether the second batch of a call passed, too
+    sorting: bool = False  # whether it sorts tokens of all examples by whole numbers, such as those of experts
     mixing: str | None = None  # a layer that may mix examples in some batches, so that each example is run alone
 
 
