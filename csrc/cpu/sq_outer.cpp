@@ -70,6 +70,27 @@ class Outer {
 
   // out [O, I] += sum_m weight[m] G_m^2; each worker owns a share of the filters.
   void accumulate(T* out, const T* weight) const {
+    positions < rows_together ? accumulate_together(out, weight) : accumulate_each(out, weight);
+  }
+
+  // With many tokens, reading and writing the squares takes little of the time of an example.
+  void accumulate_each(T* out, const T* weight) const {
+    parallel_for(0, tiles.size(), 1, [&](int64_t first, int64_t last) {
+      const Scratch<T> input(positions * inputs), scratch(Broadcast<T, S>::size(positions, outputs));
+      for (int64_t n = 0; n < examples; ++n) {
+        pack_columns_last(input.get(), inputs, of(x_, n), inputs);
+        for (int64_t m = n; m < rows; m += examples) {
+          const Broadcast<T, S> g(of(g_, m), outputs, scratch);
+          for (int64_t t = first; t < last; ++t)
+            kernels<T>().square_add(out + tiles[t].first * inputs, inputs, weight[m],
+                                    g.data + tiles[t].first * g.column, tiles[t].height, token_rows(g), input.get(),
+                                    inputs);
+        }
+      }
+    });
+  }
+
+  void accumulate_together(T* out, const T* weight) const {
     const std::vector<FilterTile> tiles = filter_tiles(1, outputs, segment_height);
     const int64_t step = tiles_together<T>(tiles.size(), positions, 1), blocks = (tiles.size() + step - 1) / step;
     const int64_t together = std::max<int64_t>(1, rows_together / positions);

@@ -8,7 +8,7 @@ batch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,12 +63,14 @@ def forward_passes(
     self_check: bool = True,
     texts: Texts = AS_GIVEN,
     adds_up: bool = False,
+    parts: Sequence[int] = (),
 ) -> Iterator[Callable[[Iterable[Any]], Iterator[Batch]]]:
     """Prepare the recorder's network; yield a function that runs the network over a loader, batch after batch.
 
     The network is as it was when the context ends. With ``self_check``, every forward pass is checked by
     :class:`t2v_fast.estimation.self_check.SelfCheck`. ``texts`` says how batches of text are read. ``adds_up``
-    says that the caller adds up what the processes of a sharded network find; others are refused.
+    says that the caller adds up what the processes of a sharded network find; others are refused. ``parts`` are the
+    numbers of logits of the heads, where the logits are those of several heads.
     """
     if recorder.sharding is not None and not adds_up:
         raise UnsupportedError(
@@ -82,7 +84,7 @@ def forward_passes(
         _unchanged_buffers(recorder.model),
         _forward_of(recorder, forward, device, channels_last) as fast,
     ):
-        check = SelfCheck(recorder, fast) if self_check else None
+        check = SelfCheck(recorder, fast, parts) if self_check else None
 
         def run(loader: Iterable[Any]) -> Iterator[Batch]:
             checks, copies = DeferredChecks(), DeviceCopies(torch.device(device))

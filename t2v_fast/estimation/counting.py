@@ -58,7 +58,9 @@ class Counting(TorchFunctionMode):
         whole = not of.is_floating_point() and of.dtype != torch.bool
         if name in _AXIS:
             place = _AXIS[name]
-            axis = 0 if place is None else args[place] if len(args) > place else kwargs.get("dim", kwargs.get("axis", -1))
+            axis = (
+                0 if place is None else args[place] if len(args) > place else kwargs.get("dim", kwargs.get("axis", -1))
+            )
             if isinstance(axis, int) and -of.dim() <= axis < of.dim():
                 kind = _BRINGING_TOGETHER if whole and name.endswith("sort") else name
                 self.counts.append(Count(kind, of.shape[axis], _calling_layer()))

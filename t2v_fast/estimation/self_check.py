@@ -12,9 +12,9 @@ watched:
 - *Later batches*: the halves of the second batch must have its logits. In the 4th, 8th, 16th batch and so on, one
   example run alone must have the logits of the batch.
 
-- *Every batch of two or more examples, in networks that count or sort over the tokens of all examples*: each example alone must have the logits of the
-  batch. Routers of experts that drop the tokens beyond a capacity do so in some batches only
-  (:mod:`t2v_fast.estimation.counting`).
+- *Every batch of two or more examples, in networks that count or rank the tokens of all examples*: each example alone
+  must have the logits of the batch. Routers of experts that drop the tokens beyond a capacity do so in some batches
+  only (:mod:`t2v_fast.estimation.counting`).
 
 Another interaction that the graph does not show, and that occurs in few batches, may escape these checks.
 
@@ -102,6 +102,7 @@ class SelfCheck:
     Args:
         recorder: The recorder of the network. Its ``verified`` attribute is set.
         forward: Called as ``forward(model, inputs)`` to run the network.
+        parts: The numbers of logits of the heads, where logits [N, C] are those of several heads.
 
     Example:
         >>> network = nn.Linear(4, 3)
@@ -112,8 +113,10 @@ class SelfCheck:
         ...     check.batch(inputs, logits)  # raises no SelfCheckError
     """
 
-    def __init__(self, recorder: FisherRecorder, forward: Callable[[nn.Module, Any], Tensor]) -> None:
-        self.recorder = recorder
+    def __init__(
+        self, recorder: FisherRecorder, forward: Callable[[nn.Module, Any], Tensor], parts: Sequence[int] = ()
+    ) -> None:
+        self.recorder, self.parts = recorder, list(parts)
         recorder.verified = True
         self._forward = forward
         self._network: network_state.Signature | None = None  # of the network, before its first forward pass
@@ -285,8 +288,13 @@ class SelfCheck:
                     f"the logits of example {examples[0]} are {list(one.shape[1:])} when it is run {how}, and "
                     f"{list(other.shape[1:])} in the batch: examples interact"
                 )
-        apart = torch.cat([(one - other).abs().reshape(len(one), -1).amax(1) for one, other in pairs])
-        if not bool((apart <= tolerance * _spread(logits, robust=tolerance < 0.1)).all()):
+        differences = [(one - other).abs().reshape(len(one), -1) for one, other in pairs]
+        apart = torch.cat([d.amax(1) for d in differences])
+        if sum(self.parts) == logits.shape[-1]:  # [N, C of all parts]: each is compared at its own scale
+            blocks = zip(torch.cat(differences).split(self.parts, 1), logits.split(self.parts, 1), strict=True)
+        else:
+            blocks = iter([(apart[:, None], logits)])
+        if not all(bool((d <= tolerance * _spread(part, robust=tolerance < 0.1)).all()) for d, part in blocks):
             if self._drew:
                 raise SelfCheckError(_random(self.recorder.model))
             worst = int(apart.nan_to_num(torch.inf).argmax())

@@ -150,7 +150,11 @@ class Ownership:
                     states[edge] = state
             elif before is not state:
                 merged = merge(before, state, lambda slot=slot: input_shape(node, slot), self.n)
-                if isinstance(merged, Interacting) and _is_used_in_part(before, state) and self._is_of_parameters(child):
+                if (
+                    isinstance(merged, Interacting)
+                    and _is_used_in_part(before, state)
+                    and self._is_of_parameters(child)
+                ):
                     merged = SHARED
                 self.conflict = self.conflict or isinstance(merged, Interacting)
                 if merged is None:
@@ -173,10 +177,8 @@ class Ownership:
                 stack.pop()
                 continue
             children = [child for child, _ in node.next_functions]
-            constants = [k for k, child in enumerate(children) if child is None]
-            if any(not _is_added_or_scalar(node, k) for k in constants):
-                known[node] = False
-            elif isinstance(node, torch.autograd.function.BackwardCFunction):
+            hides = isinstance(node, torch.autograd.function.BackwardCFunction)
+            if hides or not all(_is_added_or_scalar(node, k) for k, child in enumerate(children) if child is None):
                 known[node] = False
             elif missing := [child for child in children if child is not None and child not in known]:
                 stack += missing
