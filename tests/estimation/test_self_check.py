@@ -23,7 +23,7 @@ import torch
 from oracle import per_example_squares, reduce
 from torch import Tensor, nn
 
-from t2v_fast import SelfCheckError, UnsupportedError, fisher
+from t2v_fast import FisherRecorder, SelfCheckError, UnsupportedError, fisher
 from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.estimation.label_sets import Heads, LabelSet, fisher_of_label_sets
 from t2v_fast.estimation.self_check import SelfCheck, _spread
