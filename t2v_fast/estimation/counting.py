@@ -95,7 +95,7 @@ def sorting_over_examples(whole: Sequence[Count], some: Sequence[Count]) -> bool
 
 def _longer(whole: Sequence[Count], some: Sequence[Count]) -> list[Count]:
     """The calls whose axis is not as long among some of the examples."""
-    pairs = []
+    pairs: list[tuple[Count, Count]] = []
     for operator in dict.fromkeys(count.operator for count in whole):
         pairs += zip(*([c for c in counts if c.operator == operator] for counts in (whole, some)), strict=False)
     return [a for a, b in pairs if a.layer is b.layer and a.size != b.size]
@@ -107,6 +107,7 @@ def reads_unevenly(output: Tensor) -> bool:
     A router that sends each token to as many experts reads all rows equally often, unless it drops tokens.
     """
     reads: dict[tuple[Node, int], Tensor] = {}
+    node: Any  # whose fields torch's types do not list
     for node in nodes_of(output):
         name = node.name()
         if name == "IndexBackward0":

@@ -290,10 +290,10 @@ class SelfCheck:
                 )
         differences = [(one - other).abs().reshape(len(one), -1) for one, other in pairs]
         apart = torch.cat([d.amax(1) for d in differences])
-        if sum(self.parts) == logits.shape[-1]:  # [N, C of all parts]: each is compared at its own scale
-            blocks = zip(torch.cat(differences).split(self.parts, 1), logits.split(self.parts, 1), strict=True)
-        else:
-            blocks = iter([(apart[:, None], logits)])
+        blocks = [(apart[:, None], logits)]
+        if sum(self.parts) == logits.shape[-1]:  # each head is compared at its own scale
+            both = (torch.cat(differences), logits)
+            blocks = list(zip(*(t.split(self.parts, 1) for t in both), strict=True))
         if not all(bool((d <= tolerance * _spread(part, robust=tolerance < 0.1)).all()) for d, part in blocks):
             if self._drew:
                 raise SelfCheckError(_random(self.recorder.model))
