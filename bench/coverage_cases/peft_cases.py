@@ -342,5 +342,4 @@ several("LoRA of a router, mixtral", experts(target_modules=["q_proj", "gate"]))
 several(
     "LoRA of the parameters of experts, mixtral",
     experts(target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
-    may_refuse="in one place, and by each for itself in another",
 )

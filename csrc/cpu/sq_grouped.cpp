@@ -2,7 +2,7 @@
 // to the next.
 #include <atomic>
 
-#include "pack.h"
+#include "segments.h"
 
 namespace t2v {
 namespace {
@@ -11,8 +11,6 @@ namespace {
 bool gram_is_faster(int64_t count, int64_t inputs, int64_t outputs) {
   return 4 * count * (inputs + outputs) <= 3 * 2 * inputs * outputs;
 }
-// The squares of one group that a worker adds to at a time stay in its second-level cache.
-constexpr int64_t block_bytes = int64_t(1) << 18;
 
 void check_offsets(const char* op, const char* name, const View& offsets, int64_t last) {
   const int64_t* at = offsets.const_data_ptr<int64_t>();
@@ -63,20 +61,23 @@ class Grouped {
 
   // out [E, O, I] += sum over the segments b of each group of weight[b] G_b^2
   void accumulate(T* out, const int64_t* groups, int64_t count, const T* weight) const {
-    const int64_t tile_bytes = tiles[0].height * inputs * static_cast<int64_t>(sizeof(T));
-    const int64_t step = std::max<int64_t>(1, block_bytes / std::max<int64_t>(1, tile_bytes));
-    const int64_t blocks = (tiles.size() + step - 1) / step;
+    const std::vector<FilterTile> tiles = filter_tiles(1, outputs, segment_height);
+    int64_t longest = 0;
+    for (int64_t b = 0; b < segments; ++b) longest = std::max(longest, size(b));
+    const int64_t step = tiles_together<T>(tiles.size(), longest, count), blocks = (tiles.size() + step - 1) / step;
     parallel_units(count * blocks, [&](int64_t unit) {
       const int64_t e = unit / blocks, first = unit % blocks * step;
       const int64_t last = std::min<int64_t>(first + step, tiles.size());
-      for (int64_t b = groups[e]; b < groups[e + 1]; ++b) {
-        if (size(b) == 0) continue;
-        const Columns input(*this, b);
-        for (int64_t k = 0; k < cotangents; ++k)
-          for_tiles(b, k, first, last, [&](const FilterTile& tile, const T* g, const Rows& order) {
-            kernels<T>().square_add(out + (e * outputs + tile.first) * inputs, inputs, weight[k * segments + b], g,
-                                    tile.height, with(order, input.stride), input.data, inputs);
-          });
+      Segments<T> some;
+      for (int64_t b = groups[e], end; b < groups[e + 1]; b = end) {
+        for (end = b + 1; end < groups[e + 1] && offsets_[end + 1] - offsets_[b] <= rows_together;) ++end;
+        if (offsets_[end] == offsets_[b]) continue;
+        for (int64_t k = 0; k < cotangents; ++k) {
+          some.clear();
+          for (int64_t s = b; s < end; ++s) some.add(size(s), weight[k * segments + s]);
+          some.add_squares(out + e * outputs * inputs, part(x_, b, end, 0), inputs, part(g_, b, end, k), &tiles[first],
+                           &tiles[first] + last - first);
+        }
       }
     });
   }
@@ -86,10 +87,10 @@ class Grouped {
 
  private:
   int64_t size(int64_t b) const { return offsets_[b + 1] - offsets_[b]; }
-  // The rows of segment b in t, in its k-th part of `rows` rows.
-  Positions<S> part(const View& t, int64_t b, int64_t k) const {
+  // The rows of the segments from b to `end` in t, in its k-th part of `rows` rows.
+  Positions<S> part(const View& t, int64_t b, int64_t end, int64_t k) const {
     const S* data = t.const_data_ptr<S>() + (k * rows + offsets_[b]) * t.stride(0);
-    return {data, 1, size(b), 0, t.stride(0), t.stride(1)};
+    return {data, 1, offsets_[end] - offsets_[b], 0, t.stride(0), t.stride(1)};
   }
   static Rows with(Rows order, int64_t stride) {
     order.inner_stride = stride;
@@ -99,7 +100,7 @@ class Grouped {
   // The input of a segment as the vector operand: the tensor's own memory where whole vectors are read from it.
   struct Columns {
     Columns(const Grouped& of, int64_t b) : scratch(in_place(of) ? 0 : of.size(b) * of.inputs) {
-      const Positions<S> from = of.part(of.x_, b, 0);
+      const Positions<S> from = of.part(of.x_, b, b + 1, 0);
       if constexpr (std::is_same_v<S, T>)
         if (in_place(of)) {
           data = from.data;
@@ -123,7 +124,7 @@ class Grouped {
   void for_tiles(int64_t b, int64_t k, int64_t first, int64_t last, const Use& use) const {
     const int64_t from = tiles[first].first, columns = tiles[last - 1].first + tiles[last - 1].height - from;
     const Scratch<T> scratch(Broadcast<T, S>::size(size(b), columns));
-    const Broadcast<T, S> g(part(g_, b, k).from_column(from), columns, scratch);
+    const Broadcast<T, S> g(part(g_, b, b + 1, k).from_column(from), columns, scratch);
     for (int64_t t = first; t < last; ++t)
       use(tiles[t], g.data + (tiles[t].first - from) * g.column, Rows{1, size(b), 0, 0, g.stride, g.column});
   }
@@ -142,11 +143,12 @@ class Grouped {
     const int64_t count = size(b), begin = tiles[first].first, end = tiles[last - 1].first + tiles[last - 1].height;
     const Scratch<T> input(inputs * count), gram(count * count);
     const QuadraticForms<S> forms(count, end - begin);
-    pack_positions_last(input.get(), count, part(x_, b, 0), inputs);
+    pack_positions_last(input.get(), count, part(x_, b, b + 1, 0), inputs);
     upper_gram(gram.get(), count, input.get(), count, inputs, count);
     fold_symmetric(gram.get(), count, count);
     for (int64_t k = 0; k < cotangents; ++k)
-      forms.add(q + (k * segments + b) * outputs + begin, gram.get(), part(g_, b, k).from_column(begin), end - begin);
+      forms.add(q + (k * segments + b) * outputs + begin, gram.get(), part(g_, b, b + 1, k).from_column(begin),
+                end - begin);
   }
 
   const int64_t* offsets_;

@@ -1,5 +1,5 @@
 // Squared per-example gradients of a linear layer, summed over tokens.
-#include "pack.h"
+#include "segments.h"
 
 namespace t2v {
 namespace {
@@ -19,8 +19,8 @@ class Outer {
         x_(x),
         g_(g) {}
 
-  static Positions<S> of(const View& t, int64_t row) {
-    return {t.const_data_ptr<S>() + row * t.stride(0), 1, t.size(1), 0, t.stride(1), t.stride(2)};
+  static Positions<S> of(const View& t, int64_t row, int64_t count = 1) {
+    return {t.const_data_ptr<S>() + row * t.stride(0), count, t.size(1), t.stride(0), t.stride(1), t.stride(2)};
   }
 
   // For one token the gradient has rank one, so q = g^2 |x|^2.
@@ -70,6 +70,11 @@ class Outer {
 
   // out [O, I] += sum_m weight[m] G_m^2; each worker owns a share of the filters.
   void accumulate(T* out, const T* weight) const {
+    positions < rows_together ? accumulate_together(out, weight) : accumulate_each(out, weight);
+  }
+
+  // With many tokens, reading and writing the squares takes little of the time of an example.
+  void accumulate_each(T* out, const T* weight) const {
     parallel_for(0, tiles.size(), 1, [&](int64_t first, int64_t last) {
       const Scratch<T> input(positions * inputs), scratch(Broadcast<T, S>::size(positions, outputs));
       for (int64_t n = 0; n < examples; ++n) {
@@ -80,6 +85,27 @@ class Outer {
             kernels<T>().square_add(out + tiles[t].first * inputs, inputs, weight[m],
                                     g.data + tiles[t].first * g.column, tiles[t].height, token_rows(g), input.get(),
                                     inputs);
+        }
+      }
+    });
+  }
+
+  void accumulate_together(T* out, const T* weight) const {
+    const std::vector<FilterTile> tiles = filter_tiles(1, outputs, segment_height);
+    const int64_t step = tiles_together<T>(tiles.size(), positions, 1), blocks = (tiles.size() + step - 1) / step;
+    const int64_t together = std::max<int64_t>(1, rows_together / positions);
+    parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      Segments<T> some;
+      for (int64_t block = begin; block < end; ++block) {
+        const FilterTile* first = tiles.data() + block * step;
+        const FilterTile* last = tiles.data() + std::min<int64_t>((block + 1) * step, tiles.size());
+        for (int64_t n = 0; n < examples; n += together) {
+          const int64_t count = std::min(together, examples - n);
+          for (int64_t m = n; m < rows; m += examples) {
+            some.clear();
+            for (int64_t k = 0; k < count; ++k) some.add(positions, weight[m + k]);
+            some.add_squares(out, of(x_, n, count), inputs, of(g_, m, count), first, last);
+          }
         }
       }
     });

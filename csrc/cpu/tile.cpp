@@ -37,6 +37,48 @@ void square_add(T* out, int64_t ld, T weight, const E* a, int height, Rows rows,
   });
 }
 
+// Keeps the squares of all segments in registers, and then adds them to `out`.
+template <class T, int MR, int NV>
+void some_segments(T* out, int64_t ld, const Segment<T>* segments, int64_t count, const T* a, int64_t a_column,
+                   const T* b, int64_t columns) {
+  constexpr int width = Vector<T>::width;
+  V<T> squares[MR][NV];
+  for (int i = 0; i < MR; ++i)
+    for (int v = 0; v < NV; ++v) squares[i][v] = V<T>{};
+  for (const Segment<T>* s = segments; s < segments + count; ++s) {
+    const Rows rows{1, s->rows, 0, 2 * width, 1, a_column};
+    const T weight = s->weight;
+    if (s->squares)
+      tile<T, MR, NV>(a, rows, b, 0, NV * width,
+                      [&](int i, int64_t c, int, V<T> sums) { squares[i][c / width] += sums; });
+    else
+      tile<T, MR, NV>(a, rows, b, 0, NV * width,
+                      [&](int i, int64_t c, int, V<T> sums) { squares[i][c / width] += weight * sums * sums; });
+    a += s->rows;
+    b += s->rows * 2 * width;
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int v = 0; v < NV; ++v) {
+      T* to = out + i * ld + v * width;
+      const int64_t left = columns - v * width;
+      if (left >= width) {
+        store(to, load(to) + squares[i][v]);
+      } else {
+        for (int64_t k = 0; k < left; ++k) to[k] += squares[i][v][k];
+      }
+    }
+}
+
+template <class T, int MR = segment_height>
+void segments_add(T* out, int64_t ld, const Segment<T>* segments, int64_t count, const T* a, int64_t a_column,
+                  int height, const T* b, int64_t columns) {
+  if (height == MR) {
+    if (columns > Vector<T>::width) return some_segments<T, MR, 2>(out, ld, segments, count, a, a_column, b, columns);
+    return some_segments<T, MR, 1>(out, ld, segments, count, a, a_column, b, columns);
+  }
+  if constexpr (MR > 1) segments_add<T, MR - 1>(out, ld, segments, count, a, a_column, height, b, columns);
+}
+
 template <class T, class E = T>
 void store_tile(T* out, int64_t ld, const E* a, int height, Rows rows, const E* b, int64_t columns) {
   outer<T>(height, a, rows, b, columns, [=](int i, int64_t column, int valid, V<T> sums) {
@@ -277,6 +319,7 @@ constexpr Kernels<T> make_table() {
           max_height,
           square_sum<T>,
           square_add<T>,
+          segments_add<T>,
           store_tile<T>,
           dot<T>,
           form<T>,

@@ -18,6 +18,18 @@ struct Rows {
   int64_t a_skip = 0;                  // of a, after each inner loop
 };
 
+// Consecutive rows of both operands that form one gradient. Where the operands hold squares already, as they do for
+// gradients of rank one, rows of several gradients form a segment: the square of a product is a product of squares.
+template <class T>
+struct Segment {
+  int64_t rows;
+  T weight;
+  bool squares;
+};
+
+// The largest height of a tile of squares of segments. With the gradients of one segment, it fits into 32 registers.
+constexpr int segment_height = 6;
+
 // The transformed operands of Winograd's F(3x3, 4x4): 36 matrices [tiles][stride] each.
 template <class T>
 struct Winograd {
@@ -105,6 +117,11 @@ struct Kernels {
   void (*square_sum)(T* q, const T* a, int height, Rows rows, const T* b, int64_t columns);
   // out[i * ld + c] += weight * G[i, c]^2
   void (*square_add)(T* out, int64_t ld, T weight, const T* a, int height, Rows rows, const T* b, int64_t columns);
+  // out[i * ld + c] += sum over the segments of weight * G[i, c]^2, or of G[i, c] where the operands hold squares. Rows
+  // of b are 2 * width apart, which is the largest number of columns. Columns of a are a_column apart. `scratch` has
+  // room for a tile.
+  void (*segments_add)(T* out, int64_t ld, const Segment<T>* segments, int64_t count, const T* a, int64_t a_column,
+                       int height, const T* b, int64_t columns);
   // out[i * ld + c] = G[i, c]
   void (*store)(T* out, int64_t ld, const T* a, int height, Rows rows, const T* b, int64_t columns);
   // q[i] += sum_c G[i, c] * d[i * ld + c]

@@ -8,7 +8,7 @@ batch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,13 +65,15 @@ def forward_passes(
     texts: Texts = AS_GIVEN,
     adds_up: bool = False,
     passes: Passes | None = None,
+    parts: Sequence[int] = (),
 ) -> Iterator[Callable[[Iterable[Any]], Iterator[Batch]]]:
     """Prepare the recorder's network; yield a function that runs the network over a loader, batch after batch.
 
     The network is as it was when the context ends. With ``self_check``, every forward pass is checked by
     :class:`t2v_fast.estimation.self_check.SelfCheck`. ``texts`` says how batches of text are read. ``adds_up``
-    says that the caller adds up what the processes of a sharded network find; others are refused. Logits that
-    ``passes`` replays have no autograd graph: the caller takes the squares from ``passes`` as well.
+    says that the caller adds up what the processes of a sharded network find; others are refused. ``parts`` are the
+    numbers of logits of the heads, where the logits are those of several heads. Logits that ``passes`` replays have no
+    autograd graph: the caller takes the squares from ``passes`` as well.
     """
     passes = Passes(recorder) if passes is None else passes
     if recorder.sharding is not None and not adds_up:
@@ -87,7 +89,7 @@ def forward_passes(
         _forward_of(recorder, forward, device, channels_last) as fast,
         passes.of(fast),
     ):
-        check = SelfCheck(recorder, fast) if self_check else None
+        check = SelfCheck(recorder, fast, parts) if self_check else None
 
         def run(loader: Iterable[Any]) -> Iterator[Batch]:
             checks, copies = DeferredChecks(), DeviceCopies(torch.device(device))

@@ -266,6 +266,8 @@ def _of_tokens(
     at = sequence, place
     chosen = None if labels is None else labels.cpu()[mask]
     u = logits.new_zeros((0, *logits.shape))
+    if not len(place):  # no token counts: a cotangent of zeros, for the batches that follow have some
+        return logits.new_zeros((1, *logits.shape))
     for rows, part in _blocks(logits, at, estimator, samples, likelihood, chosen, generator, 1, checks):
         u = u if len(u) else logits.new_zeros((len(part), *logits.shape))
         u[:, sequence[rows], place[rows]] = part

@@ -3,6 +3,10 @@
 A router with a capacity numbers the tokens of the whole batch that want an expert (``cumsum``), and drops those beyond
 the capacity; or an expert chooses the best tokens of the batch (``topk``). What an example gets then depends on the
 others, in some batches and not in the next. The numbers need no gradient, so the autograd graph does not show them.
+
+A sort of the scores of all tokens ranks them, too. A sort of whole numbers may do no more than bring the tokens of an
+expert together, as grouped products need it. Tokens are lost there only if whole numbers are compared with a capacity
+afterwards, or if some rows are read more often than others (:func:`reads_unevenly`).
 """
 
 from __future__ import annotations
@@ -14,9 +18,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-_COUNTING = frozenset({"cumsum", "cumsum_", "topk"})
+from ..gradients.graph import views_of
+from ..gradients.ownership import nodes_of
+
+_AXIS = {"cumsum": 1, "topk": 2, "sort": 1, "argsort": 1, "msort": None}  # the place of the axis among the arguments
+_COMPARISONS = frozenset({"lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal"})
+_BRINGING_TOGETHER = "sort of whole numbers"
+_COMPARING = "comparison of whole numbers"
 
 
 class Count(NamedTuple):
@@ -40,12 +51,21 @@ class Counting(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name in _COUNTING and args and isinstance(args[0], Tensor) and args[0].dim():
-            place = 2 if name == "topk" else 1
-            axis = args[place] if len(args) > place else kwargs.get("dim", kwargs.get("axis", -1))
-            if isinstance(axis, int) and -args[0].dim() <= axis < args[0].dim():
-                self.counts.append(Count(name.rstrip("_"), args[0].shape[axis], _calling_layer()))
+        name = getattr(func, "__name__", "").strip("_")
+        of = args[0] if args else kwargs.get("input")
+        if not isinstance(of, Tensor) or not of.dim():
+            return func(*args, **kwargs)
+        whole = not of.is_floating_point() and of.dtype != torch.bool
+        if name in _AXIS:
+            place = _AXIS[name]
+            axis = (
+                0 if place is None else args[place] if len(args) > place else kwargs.get("dim", kwargs.get("axis", -1))
+            )
+            if isinstance(axis, int) and -of.dim() <= axis < of.dim():
+                kind = _BRINGING_TOGETHER if whole and name.endswith("sort") else name
+                self.counts.append(Count(kind, of.shape[axis], _calling_layer()))
+        elif name in _COMPARISONS and whole:
+            self.counts.append(Count(_COMPARING, of.numel(), _calling_layer()))
         return func(*args, **kwargs)
 
 
@@ -62,8 +82,48 @@ def _calling_layer() -> nn.Module | None:
 
 def counting_over_examples(whole: Sequence[Count], some: Sequence[Count]) -> Count | None:
     """The first call that counts along a longer axis where there are more examples; None if there is none."""
-    pairs = zip(whole, some, strict=False)
-    return next((a for a, b in pairs if a.operator == b.operator and a.layer is b.layer and a.size != b.size), None)
+    longer = _longer(whole, some)
+    compares = any(count.operator == _COMPARING for count in longer)
+    counts = (c for c in longer if c.operator != _COMPARING and (compares or c.operator != _BRINGING_TOGETHER))
+    return next(counts, None)
+
+
+def sorting_over_examples(whole: Sequence[Count], some: Sequence[Count]) -> bool:
+    """Whether whole numbers are sorted along a longer axis where there are more examples."""
+    return any(count.operator == _BRINGING_TOGETHER for count in _longer(whole, some))
+
+
+def _longer(whole: Sequence[Count], some: Sequence[Count]) -> list[Count]:
+    """The calls whose axis is not as long among some of the examples."""
+    pairs: list[tuple[Count, Count]] = []
+    for operator in dict.fromkeys(count.operator for count in whole):
+        pairs += zip(*([c for c in counts if c.operator == operator] for counts in (whole, some)), strict=False)
+    return [a for a, b in pairs if a.layer is b.layer and a.size != b.size]
+
+
+def reads_unevenly(output: Tensor) -> bool:
+    """Whether a network reads some rows of an activation more often by their numbers than others.
+
+    A router that sends each token to as many experts reads all rows equally often, unless it drops tokens.
+    """
+    reads: dict[tuple[Node, int], Tensor] = {}
+    node: Any  # whose fields torch's types do not list
+    for node in nodes_of(output):
+        name = node.name()
+        if name == "IndexBackward0":
+            indices, axis = list(node._saved_indices), 0
+        elif name == "IndexSelectBackward0":
+            indices, axis = [node._saved_index], node._saved_dim
+        else:
+            continue
+        child, number = node.next_functions[0]
+        if child is None or views_of(child) is not None or len(indices) != 1 or indices[0] is None or axis:
+            continue
+        rows, index = child._input_metadata[number].shape[0], indices[0]
+        index = index.nonzero() if index.dtype == torch.bool else index
+        read = torch.bincount(index.reshape(-1).long() % rows, minlength=rows)
+        reads[child, number] = reads[child, number] + read if (child, number) in reads else read
+    return any(bool((read != read[0]).any()) for read in reads.values())
 
 
 def capacity_of(layer: nn.Module) -> str | None:

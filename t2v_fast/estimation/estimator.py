@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -269,6 +269,17 @@ def _schedule(
     return Schedule(allocation.samples, seed, weights, allocation.inclusion, allocation.examples)
 
 
+def _check_tokens(counts: Sequence[float | None]) -> None:
+    """Raise ValueError where a network of tokens was given none that counts, from how many each process had."""
+    known = [count for count in counts if count is not None]
+    if known and not any(known):
+        raise ValueError(
+            "no token counts: every label is -100, or the mask leaves out every token. Pass the labels of the tokens "
+            "that count; with shift_labels=True, the label of a token is that of the next one, so that a sequence "
+            "needs two tokens"
+        )
+
+
 class _Estimate:
     """The running estimate of one call of :func:`fisher`: sums over the batches so far, and the result."""
 
@@ -286,11 +297,16 @@ class _Estimate:
         self.moments = NamedMoments()
         self.drawn = {name: DrawnExamples() for name in recorder.parameters} if estimator_error else None
         self.skipped: frozenset[str] = frozenset()
+        self.tokens: float | None = None  # how many tokens have counted so far; None for networks without tokens
 
     def add(self, batch: Batch, draws: Draws) -> None:
         """Add the squared gradients of one batch."""
-        by_token = batch.logits.dim() == 3 and self.level == "token"
-        tokens = batch.count_tokens() if by_token else None
+        tokens = batch.count_tokens() if batch.logits.dim() == 3 else None
+        if tokens is not None:
+            self.tokens = (self.tokens or 0) + float(tokens.sum())
+            tokens = tokens if self.level == "token" else None
+        if tokens is not None and not bool(tokens.any()):
+            return  # no token of the batch counts
         if self.estimator == BATCH_MEAN:
             values = self._batch_mean(batch, draws, tokens)
         else:
@@ -400,23 +416,24 @@ class _Estimate:
         assert sharding is not None
         schedule.check_finished(at_least_one=False)
         found = add_up(self.moments, sharding)
-        told = sharding.exchange((schedule.seen, recorder.unused, self.skipped))
+        told = sharding.exchange((schedule.seen, recorder.unused, self.skipped, self.tokens))
+        _check_tokens([tokens for *_, tokens in told])
         if not next(iter(found.values())).weight > 0:
             raise ValueError("the weights of all examples are zero")
 
         for name, moments in found.items():
             check_finite(name, moments.mean())
-        with_examples = [unused for seen, unused, _ in told if seen]
+        with_examples = [unused for seen, unused, *_ in told if seen]
         return FisherDiagonal(
             shards_of({name: moments.mean() for name, moments in found.items()}, recorder),
             shards_of({name: moments.standard_error() for name, moments in found.items()}, recorder),
             recorder.granularity,
             self.estimator,
             schedule.mean_samples(),
-            sum(seen for seen, _, _ in told),
+            sum(seen for seen, *_ in told),
             frozenset(set.intersection(*map(set, with_examples))),
-            frozenset().union(*(skipped for _, _, skipped in told)),
-            visited=sum(seen for seen, _, _ in told),
+            frozenset().union(*(skipped for _, _, skipped, _ in told)),
+            visited=sum(seen for seen, *_ in told),
         )
 
     def result(self, schedule: Schedule, allocation: Allocation | None) -> FisherDiagonal:
@@ -424,6 +441,7 @@ class _Estimate:
         if allocation is not None:
             assert schedule.weights is not None  # one for each example of the allocation
             self.moments.set_weights(schedule.weights)
+        _check_tokens([self.tokens])
         if not self.moments.weight > 0:
             raise ValueError("the weights of all examples are zero")
         samples, visited = schedule.mean_samples(), schedule.seen

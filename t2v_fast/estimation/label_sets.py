@@ -122,10 +122,11 @@ def fisher_of_label_sets(
         if s.allocation is None:  # the examples share one generator, so what earlier examples draw comes first
             _skip(first, s.head.out_features, estimator, samples, likelihood, schedule.generator)
     moments = [NamedMoments() for _ in sets]
-    total = sum(s.head.out_features for s in sets)
+    sizes = [s.head.out_features for s in sets]
+    total = sum(sizes)
     seen = 0
     adds_up = reduce is not None
-    with forward_passes(recorder, _run, device, self_check=self_check, adds_up=adds_up) as batches_of:
+    with forward_passes(recorder, _run, device, self_check=self_check, adds_up=adds_up, parts=sizes) as batches_of:
         for batch in batches_of(batches):
             if list(batch.logits.shape) != [batch.size, total]:
                 raise ValueError(

@@ -11,6 +11,9 @@ watched:
   gradients of plain autograd.
 - *Later batches*: the halves of the second batch must have its logits. In the 4th, 8th, 16th batch and so on, one
   example run alone must have the logits of the batch.
+- *Every batch of two or more examples, in networks that count or rank the tokens of all examples*: each example alone
+  must have the logits of the batch. Routers of experts that drop the tokens beyond a capacity do so in some batches
+  only (:mod:`t2v_fast.estimation.counting`).
 
 **Networks that are row by row** need less. The forward pass of each of these batches is watched
 (:mod:`t2v_fast.estimation.row_wise`), which proves for most convolutional networks that no example depends on another.
@@ -19,17 +22,12 @@ one of the two examples goes through plain autograd. A later batch is proved if 
 batch that was proved. Then no further pass is run. Where there is no proof, or the programs differ, the values are
 compared as above. So a proof may fail without harm.
 
-- *Every batch of two or more examples, in networks with a capacity*: each example alone must have the logits of the
-  batch. Routers of experts that drop the tokens beyond a capacity do so in some batches only
-  (:mod:`t2v_fast.estimation.counting`).
-
 Another interaction that the graph does not show, and that occurs in few batches, may escape these checks.
 
 **Once a network.** A network that passed the check of a first batch is remembered
 (:mod:`t2v_fast.gradients.network_state`). If a later call meets the network again, one example of the first batch is
 run alone, another one in each call, unless that batch is proved. The second batch is not run in halves once that of an
-earlier call was. The
-other checks stay as they are. A network that fails a check is forgotten. The network must be unchanged: its modules and
+earlier call was. The other checks stay as they are. A network that fails a check is forgotten. The network must be unchanged: its modules and
 their classes, modes, attributes, hooks and forward methods, and the shapes, dtypes and devices of its parameters. The
 call must be unchanged, too: the forward function, the wanted parameters, and the shapes and dtypes of the first batch,
 with its number of examples.
@@ -63,7 +61,16 @@ from ..gradients.refusals import random_layer
 from ..gradients.rules import RULES
 from ..gradients.tensor_parallel import whole
 from ..ops import planner
-from .counting import Count, Counting, counting_over_examples, described, is_half, layer_with_capacity
+from .counting import (
+    Count,
+    Counting,
+    counting_over_examples,
+    described,
+    is_half,
+    layer_with_capacity,
+    reads_unevenly,
+    sorting_over_examples,
+)
 from .packing import part_of
 from .row_wise import Program, RowWise
 from .runs import Place, Run, part_of_batch, places_of
@@ -104,6 +111,7 @@ class SelfCheck:
     Args:
         recorder: The recorder of the network. Its ``verified`` attribute is set.
         forward: Called as ``forward(model, inputs)`` to run the network.
+        parts: The numbers of logits of the heads, where logits [N, C] are those of several heads.
 
     Example:
         >>> network = nn.Linear(4, 3)
@@ -114,8 +122,10 @@ class SelfCheck:
         ...     check.batch(inputs, logits)  # raises no SelfCheckError
     """
 
-    def __init__(self, recorder: FisherRecorder, forward: Callable[[nn.Module, Any], Tensor]) -> None:
-        self.recorder = recorder
+    def __init__(
+        self, recorder: FisherRecorder, forward: Callable[[nn.Module, Any], Tensor], parts: Sequence[int] = ()
+    ) -> None:
+        self.recorder, self.parts = recorder, list(parts)
         recorder.verified = True
         self._forward = forward
         self._network: network_state.Signature | None = None  # of the network, before its first forward pass
@@ -126,6 +136,7 @@ class SelfCheck:
         self._single = False  # whether a batch of one example was checked
         self._drew = False  # whether the last forward pass drew random numbers
         self._program: Program | None = None  # of the last forward pass, if it was watched and is row by row
+        self._sorting = False  # whether whole numbers of all examples are sorted
         self._counting: str | None = None  # the layer that counts over the tokens of all examples
         self._dtype: torch.dtype | None = None  # the least precise type among parameters and activations
 
@@ -174,7 +185,7 @@ class SelfCheck:
         """Whether :meth:`batch` needs the autograd graph of the next batch, which has ``n`` examples."""
         if n == 1:
             return not (self._batches or self._single)
-        return _is_due(self._batches + 1)
+        return bool(self._verdict.mixing or self._verdict.sorting) or _is_due(self._batches + 1)
 
     def batch(self, inputs: Any, logits: Tensor, segments: Tensor | None = None) -> None:
         """Check one batch; how thoroughly depends on how many batches came before, in this call and in earlier ones.
@@ -200,12 +211,12 @@ class SelfCheck:
         n = logits.shape[0] if segments is None else int(segments.max()) + 1
         program = self._program if segments is None else None
         self._whole = whole = Run(logits, places_of(n, segments), segments)
-        due = self.is_due(n)
         if n > 1:
             self._batches += 1
-        single = due and n == 1
+        single = n == 1 and not (self._batches or self._single)
+        due = single or (n > 1 and _is_due(self._batches))
         drew = self._drew
-        mixing = n > 1 and self._verdict.mixing
+        mixing = n > 1 and bool(self._verdict.mixing or (self._verdict.sorting and reads_unevenly(logits)))
         # The caller reports logits that are not finite. On a CUDA device, to look at them is to wait for them.
         if not (due or drew or mixing) or not bool(logits.isfinite().all()):
             return
@@ -234,11 +245,15 @@ class SelfCheck:
             if n > 1 and verdict.mixing:
                 self._counting = verdict.mixing
                 self._each_alone(inputs, whole)
+            elif n > 1 and verdict.sorting and reads_unevenly(logits):
+                self._each_alone(inputs, whole)
             elif n > 1 and not verdict.has(program):
                 self._alone(inputs, whole, verdict.calls * 7919 % n)
         elif first:
             proved = self._first(inputs, whole, program)
-            self._verdict = _Verdict(self._coarsest(logits), program if proved else None, mixing=self._counting)
+            self._verdict = _Verdict(
+                self._coarsest(logits), program if proved else None, mixing=self._counting, sorting=self._sorting
+            )
             state.put(key, self._verdict)
         elif self._verdict.has(program):
             pass  # the pass was row by row, and computed what was verified before
@@ -259,7 +274,7 @@ class SelfCheck:
         if n > 1 and (layer := layer_with_capacity(self.recorder.model)) is not None:
             self._counting = described(self.recorder.model, layer)
         proved = self._gradients(inputs, whole, examples, program)
-        if self._counting is not None:
+        if self._counting is not None or (self._sorting and reads_unevenly(whole.logits)):
             self._each_alone(inputs, whole)
         elif n > 2 and not proved:
             self._halves(inputs, whole, [e for e in range(n) if e not in examples])
@@ -269,6 +284,7 @@ class SelfCheck:
         """Note a layer that counts along a longer axis for two examples, which gave ``counts``, than for one."""
         with Counting() as counting, torch.no_grad():
             self._run(inputs, [example])
+        self._sorting = sorting_over_examples(counts, counting.counts)
         if (count := counting_over_examples(counts, counting.counts)) is None:
             return
         self._counting = described(self.recorder.model, count.layer)
@@ -320,8 +336,13 @@ class SelfCheck:
                     f"the logits of example {examples[0]} are {list(one.shape[1:])} when it is run {how}, and "
                     f"{list(other.shape[1:])} in the batch: examples interact"
                 )
-        apart = torch.cat([(one - other).abs_().reshape(len(one), -1).amax(1) for one, other in pairs])
-        if not bool((apart <= tolerance * _spread(logits, robust=tolerance < 0.1)).all()):
+        differences = [(one - other).abs().reshape(len(one), -1) for one, other in pairs]
+        apart = torch.cat([d.amax(1) for d in differences])
+        blocks = [(apart[:, None], logits)]
+        if sum(self.parts) == logits.shape[-1]:  # each head is compared at its own scale
+            both = (torch.cat(differences), logits)
+            blocks = list(zip(*(t.split(self.parts, 1) for t in both), strict=True))
+        if not all(bool((d <= tolerance * _spread(part, robust=tolerance < 0.1)).all()) for d, part in blocks):
             if self._drew:
                 raise SelfCheckError(_random(self.recorder.model))
             worst = int(apart.nan_to_num(torch.inf).argmax())
@@ -483,6 +504,7 @@ class _Verdict:
     program: Program | None = None  # of the first batch, if it is proved that its examples do not interact
     calls: int = 0  # how many calls have met the network since
     second: bool = False  # whether the second batch of a call passed, too
+    sorting: bool = False  # whether it sorts tokens of all examples by whole numbers, such as those of experts
     mixing: str | None = None  # a layer that may mix examples in some batches, so that each example is run alone
 
     def has(self, program: Program | None) -> bool:

@@ -42,6 +42,7 @@ from .owners import (
     Interacting,
     Owned,
     Owner,
+    RowLayout,
     Shared,
     Sole,
     State,
@@ -105,6 +106,7 @@ class Ownership:
         self.owners: dict[Node, tuple[State | None, ...]] = {}  # of all outputs of the nodes with an owned output
         self.interacting: str | None = None  # how examples interact in a tensor that needs no gradient
         self._several: set[Node] = set()  # nodes with a used output beyond the first
+        self._of_parameters: dict[Node, bool] = {}  # whether a tensor is computed from parameters alone
         self._data: dict[tuple, State] = {}  # the states of saved tensors that need no gradient
         self._storages: dict[int, object] = {}  # whether the memory of such a tensor is shared or owned
         if output.grad_fn is None:
@@ -148,11 +150,41 @@ class Ownership:
                     states[edge] = state
             elif before is not state:
                 merged = merge(before, state, lambda slot=slot: input_shape(node, slot), self.n)
+                if (
+                    isinstance(merged, Interacting)
+                    and _is_used_in_part(before, state)
+                    and self._is_of_parameters(child)
+                ):
+                    merged = SHARED
                 self.conflict = self.conflict or isinstance(merged, Interacting)
                 if merged is None:
                     del states[edge]
                 else:
                     states[edge] = merged
+
+    def _is_of_parameters(self, root: Node) -> bool:
+        """Whether a node computes its output from parameters, and adds at most constants to them.
+
+        The input of the network enters the graph as a factor that needs no gradient. A product of parameters without
+        such a factor, as in a stack of experts with LoRA, belongs to no example: the expert of one example alone may
+        use a part of it that no other example uses. (A batch that is added to parameters is not told from a frozen
+        weight here. Examples that run alone show it.)
+        """
+        known, stack = self._of_parameters, [root]
+        while stack:
+            node = stack[-1]
+            if node in known:
+                stack.pop()
+                continue
+            children = [child for child, _ in node.next_functions]
+            hides = isinstance(node, torch.autograd.function.BackwardCFunction)
+            if hides or not all(_is_added_or_scalar(node, k) for k, child in enumerate(children) if child is None):
+                known[node] = False
+            elif missing := [child for child in children if child is not None and child not in known]:
+                stack += missing
+            else:
+                known[node] = all(known[child] for child in children if child is not None)
+        return known[root]
 
     def _visit_data(self, node: Node, name: str, slot: int, state: State) -> None:
         """Record the state of an input that needs no gradient, such as the images; several uses of it must agree."""
@@ -235,6 +267,22 @@ _SAVED_DATA = {
     ("FusedRmsNorm", 0): "_saved_input",
     **{(layer, 0): "saved_tensors" for layer in ("OneDnnLinear", "BatchNorm", *FAST_CONVOLUTIONS)},
 }
+
+
+def _is_used_in_part(a: State, b: State | None) -> bool:
+    """Whether all examples use a tensor in one place, and some of them use a part of it in another."""
+    other = b if isinstance(a, Shared) else a
+    regular = isinstance(other, Owned) and isinstance(other.rows, RowLayout)
+    return isinstance(a if other is b else b, Shared) and isinstance(other, OWNERS) and not regular
+
+
+def _is_added_or_scalar(node: Node, slot: int) -> bool:
+    """Whether an input that needs no gradient is added to the others, or is a number."""
+    kind = kind_of(node.name())
+    if kind in ("Mul", "Div"):
+        other = getattr(node, "_saved_other", None) if slot == 1 else None
+        return other is not None and other.dim() == 0
+    return kind in ("Add", "Sub") or (kind in ("Addmm", "Addbmm", "Baddbmm") and slot == 0)
 
 
 def _in_memory(t: Any) -> Any:

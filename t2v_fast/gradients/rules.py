@@ -62,8 +62,8 @@ def register_rule(
             gradients of the uses that the rule does not handle.
         check: Why a use has no exact answer by any method, as the end of a sentence that begins with "the parameter
             ...", or None. The recorder raises UnsupportedError with this sentence.
-        segments: Whether the rule takes rows in any order as they lie, with the cotangent g. Elsewhere, examples of
-            similar length are padded together.
+        segments: Whether the rule takes rows in any order as they lie, with the cotangent g. Only then is it called
+            with an owner that lists them. Elsewhere, examples of similar length are padded together.
 
     Returns:
         The decorator, which returns the function unchanged.
@@ -352,7 +352,7 @@ def _linear(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     right, axis = use.slot == _right_factor(node), _examples_axis(use)
     if use.stack is not None and isinstance(use.stack.index, Tensor):
         return _looked_up(use, g, owner, n)
-    if g.dim() == 2 and (use.stack is not None or is_listed(owner)):
+    if use.stack is not None or is_listed(owner):
         x = (node._saved_mat1 if added else node._saved_self) if right else node._saved_mat2
         x, g = (t if axis == -2 else t.T for t in (x, g))  # [R, I], [R, O]
         if use.stack is not None:
@@ -372,7 +372,7 @@ def _linear(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     segments=lambda use, g: use.slot == 1 and g.dim() == 2,
 )
 def _onednn_linear(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
-    if use.slot == 1 and is_listed(owner) and g.dim() == 2 and use.stack is None:
+    if is_listed(owner) and use.stack is None:
         return grouped(use.node.saved_tensors[0], g, owner, n)
     if use.stack is not None:
         x, stack = use.node.saved_tensors[0], use.stack

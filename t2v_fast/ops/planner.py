@@ -465,15 +465,18 @@ def predict(conv: Conv, x: Tensor, path: str, cotangents: int = 1) -> float | No
 def explanation(calls: Iterable[tuple[str, str, float | None, float]]) -> Table:
     """Return a table of calls and their totals.
 
-    A call is (parameter, path, predicted seconds or None, measured seconds). Calls without a prediction are left out.
+    A call is (parameter, path, predicted seconds or None, measured seconds). Norms and biases, which are read once
+    (path ``"pass"``), are left out. The total of the measured times has the calls with a prediction, as the total of
+    the predicted ones; the calls without one have a row each.
     """
     table = Table("parameter", "path", show_footer=True)
-    known = [(name, path, predicted, measured) for name, path, predicted, measured in calls if predicted is not None]
+    calls = [call for call in calls if call[1] != "pass"]
+    known = [(predicted, measured) for _, _, predicted, measured in calls if predicted is not None]
     for title, total in (
-        ("predicted ms", sum(predicted for _, _, predicted, _ in known)),
-        ("measured ms", sum(measured for _, _, _, measured in known)),
+        ("predicted ms", sum(predicted for predicted, _ in known)),
+        ("measured ms", sum(measured for _, measured in known)),
     ):
         table.add_column(title, footer=f"{1e3 * total:.2f}", justify="right")
-    for name, path, predicted, measured in known:
-        table.add_row(Text(name), path, f"{1e3 * predicted:.2f}", f"{1e3 * measured:.2f}")
+    for name, path, predicted, measured in calls:
+        table.add_row(Text(name), path, "" if predicted is None else f"{1e3 * predicted:.2f}", f"{1e3 * measured:.2f}")
     return table

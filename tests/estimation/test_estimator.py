@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mixtures import Mixture, tokens
 from networks import generator, images, small_network
 from oracle import per_example_squares, randomise_norms, reduce, relative_error
 from torch import Tensor, nn
@@ -549,6 +550,16 @@ def test_explain_prints_what_was_chosen(capsys: pytest.CaptureFixture[str]) -> N
     if t2v_fast.ops.backend_status()["cpu"] == "available":
         assert printed.count("0.weight") == 1  # the first batch alone
         assert "predicted ms" in printed
+
+
+def test_explain_shows_stacks_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    """No time is predicted for them, and norms and biases are left out."""
+    network = Mixture("loop")
+    fisher(network, [tokens(3, 4)], explain=True)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {"up", "down"} <= {name for row in rows if "segments" in row for name in row}
+    fisher(small_network().float(), [images(2).float()], explain=True)
+    assert "bias" not in capsys.readouterr().out
 
 
 class Viewing(nn.Module):

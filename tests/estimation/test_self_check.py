@@ -24,7 +24,7 @@ import torch
 from oracle import per_example_squares, reduce
 from torch import Tensor, nn
 
-from t2v_fast import SelfCheckError, UnsupportedError, fisher
+from t2v_fast import FisherRecorder, SelfCheckError, UnsupportedError, fisher
 from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.estimation.label_sets import Heads, LabelSet, fisher_of_label_sets
 from t2v_fast.estimation.self_check import SelfCheck, _spread
@@ -700,3 +700,28 @@ def test_rows_without_any_spread_do_not_count() -> None:
     assert _spread(logits, robust=True) == 0
     logits[1, 2:4] = torch.tensor([2.0, 0.0, -2.0])
     assert _spread(logits, robust=True) == _spread(logits[1, 2:4], robust=True) == 2
+
+
+def test_each_head_is_compared_at_its_own_scale() -> None:
+    """The logits of one head are so large that what another head does to examples is lost among them."""
+
+    class TwoHeads(nn.Module):
+        def __init__(self, mixing: float) -> None:
+            super().__init__()
+            self.large, self.small, self.mixing = nn.Linear(4, 9), nn.Linear(4, 2), mixing
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([1e6 * self.large(x), self.small(x) + self.mixing * x.mean()], 1)
+
+    torch.manual_seed(0)
+    x = torch.randn(6, 4)
+    for mixing in (0.0, 1.0):
+        recorder = FisherRecorder(TwoHeads(mixing))
+        check = SelfCheck(recorder, lambda model, inputs: model(inputs), [9, 2])
+        with recorder:
+            logits = check.forward(x)
+            if mixing:
+                with pytest.raises(SelfCheckError, match="examples interact"):
+                    check.batch(x, logits)
+            else:
+                check.batch(x, logits)

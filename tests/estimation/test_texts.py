@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from texts import Decoder, alone, by_filter, empirical, every_token, packed, padded, sequences
+from oracle import relative_error
+from texts import TOKENS, Decoder, alone, by_filter, empirical, every_token, packed, padded, sequences
 from torch import Tensor, nn
 
 from t2v_fast import FisherRecorder, SelfCheckError, UnsupportedError, fisher, gradient_norms
@@ -332,3 +333,34 @@ def test_gradient_norms_refuse_texts_that_could_be_read_in_two_ways() -> None:
         gradient_norms(model, [packed(TEXTS)], loss, packed=True)
     own = gradient_norms(model, [padded(TEXTS)], loss)
     assert torch.allclose(own.total, gradient_norms(model, [padded(TEXTS)], shift_labels=True).total)
+
+
+@pytest.mark.parametrize("granularity", ["filter", "parameter", "tensor"])
+@pytest.mark.parametrize("estimator", ["empirical", "exact", "deflated", "monte_carlo", "hutchinson"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_sequences_without_a_token_that_counts(level: str, estimator: str, granularity: str) -> None:
+    """They add nothing to the sum over tokens, and a zero to the mean over sequences."""
+    torch.manual_seed(0)
+    model = Decoder(tied=False).double()
+    x, labels = torch.randint(TOKENS, (2, 4, 5))
+    nothing = {"input_ids": x, "labels": torch.full_like(x, -100)}
+    some = [{"input_ids": x, "labels": labels.masked_fill(torch.tensor([[False], [True], [False], [True]]), -100)}]
+    options = {"estimator": estimator, "granularity": granularity, "level": level}
+    want = fisher(model, [{"input_ids": x[[0, 2]], "labels": labels[[0, 2]]}], **options)
+    found = fisher(model, some, **options)
+    share = 0.5 if level == "sequence" else 1.0
+    assert relative_error(found.vector(), share * want.vector()) < 1e-9
+    assert relative_error(fisher(model, [*some, nothing], **options).vector(), share**2 * want.vector()) < 1e-9
+    with pytest.raises(ValueError, match=r"no token counts: every label is -100"):
+        fisher(model, [nothing], **options)
+
+
+def test_the_mean_of_a_batch_leaves_out_batches_without_a_token_that_counts() -> None:
+    torch.manual_seed(0)
+    model = Decoder(tied=False).double()
+    x, labels = torch.randint(TOKENS, (2, 4, 5))
+    some, nothing = {"input_ids": x, "labels": labels}, {"input_ids": x, "labels": torch.full_like(x, -100)}
+    want = fisher(model, [some], "batch_mean").vector()
+    assert torch.equal(fisher(model, [some, nothing], "batch_mean").vector(), want)
+    with pytest.raises(ValueError, match="no token counts"):
+        fisher(model, [nothing], "batch_mean")

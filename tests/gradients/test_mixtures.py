@@ -394,3 +394,60 @@ def test_a_stack_that_shows_some_parts_to_all_examples_and_others_to_one() -> No
     for n in range(3):
         each = sum(torch.autograd.grad(network(x)[n], network.stack, d[n])[0].square() for d in u).flatten(1).mean(1)
         assert relative_error(got[n], each) < 1e-11
+
+
+class Adapted(nn.Module):
+    """A frozen stack of experts, to which factors of low rank are added, and a loop over experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64) * 0.5
+
+        self.register_buffer("stack", normal(EXPERTS, WIDTH, WIDTH))
+        self.a, self.b = nn.Parameter(normal(EXPERTS, 2, WIDTH)), nn.Parameter(normal(WIDTH, 2, EXPERTS))
+        self.head = nn.Parameter(normal(CLASSES, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flatten(0, 1)
+        stack = torch.baddbmm(self.stack, self.b.permute(2, 0, 1), self.a, alpha=0.5)
+        expert, out = (y[:, 0] * 3).long() % EXPERTS, torch.zeros_like(y)
+        for e in expert.unique().tolist():
+            rows = (expert == e).nonzero()[:, 0]
+            out = out.index_add(0, rows, F.linear(y[rows], stack[e]).tanh())
+        return out.view(x.shape).sum(1) @ self.head.T
+
+
+@pytest.mark.parametrize("length", [1, 2, 6])
+def test_an_expert_with_low_rank_factors_that_one_example_alone_uses(length: int) -> None:
+    """Other experts have rows of several examples. The stack is computed from parameters, and is no activation."""
+    network = Adapted()
+    for seed in range(4):
+        x = tokens(4, length, seed, padded=False)
+        u = directions(4)
+        want = per_example_squares(network, x, u)
+        for rows in ([0, 1, 2, 3], [2, 0], [3, 1, 2], [1]):
+            for granularity in ("filter", "parameter", "tensor"):
+                got = squares(network, x[rows], u[:, rows], granularity, unsupported="exact")
+                for name, each in want.items():
+                    w = reduced(each[rows], granularity)
+                    w = w.sum(0) if granularity == "parameter" else w
+                    assert relative_error(got[name], w) < 1e-11, (name, granularity, rows, seed)
+
+
+def test_a_tensor_of_the_input_that_all_examples_and_one_alone_use_is_refused() -> None:
+    """What is computed from the input stays an activation: here every example reads the first one."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(WIDTH, WIDTH, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = x[0] @ self.weight
+            return torch.cat([first.sum()[None], first.sum() * x[1:].sum((1, 2))])[:, None].expand(-1, CLASSES)
+
+    with pytest.raises(UnsupportedError, match="no per-example gradient"):
+        squares(Reads(), tokens(4, 2), directions(4), "filter")

@@ -211,6 +211,8 @@ GROUPED = [
     GroupedCase("no_rows", ((0, 0),), 4, 5),
     GroupedCase("no_segments", ((), ()), 4, 5, after=2),
     GroupedCase("many_filters", ((5, 2), (9,)), 48, 130),
+    GroupedCase("one_row_and_many_in_turn", ((1, 1, 5, 1, 0, 1, 1, 70, 1), (1,), (0, 2, 1)), 40, 15, cotangents=2),
+    GroupedCase("more_rows_than_are_taken_together", ((60, 60, 60, 1, 1, 60), (200, 3), (130,)), 70, 14),
 ]
 
 
