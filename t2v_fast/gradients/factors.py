@@ -47,7 +47,10 @@ class Reuse:
 
 
 class Factors(ABC):
-    """The factors of a parameter's per-example gradients G_n, for N examples."""
+    """The factors of a parameter's per-example gradients G_n, for N examples.
+
+    The classes are not frozen, because a frozen object takes three times as long to make, and a pass makes hundreds.
+    """
 
     @abstractmethod
     def filter_sums(self, reuse: Reuse) -> Tensor:
@@ -139,7 +142,7 @@ class _Layer(Factors):
         return planner.predict(self.conv, self.x, self.path(cotangents), cotangents)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Outer(_Layer):
     """G_n = sum_s g x^T of a linear layer; the parameter is [O, I]."""
 
@@ -188,7 +191,7 @@ def accumulate_rank_one_(out: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> N
     out.addmm_(squares.T, reference.widen(x).square())
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Convolution(_Layer):
     """G_n of a 2-d convolution; the parameter is [O, C / groups, *kernel]."""
 
@@ -223,7 +226,7 @@ class Convolution(_Layer):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Product(Factors):
     """G_n = sum_s g (x - shift) scale, or sum_s g for a bias; C counts all entries of the parameter, in their order."""
 
@@ -238,7 +241,7 @@ class Product(Factors):
             q, reuse.bias = reuse.bias, None
             return q
         if self.norm and self.x is not None and reuse.parameters > 1:
-            q, reuse.bias = ops.sq_norm(self.g, self.x, self.shift, self.scale)
+            q, reuse.bias = ops.sq_norm(self.g, self.x, self.shift, self.scale).unbind()
             return q
         return ops.sq_prod(self.g, self.x, self.shift, self.scale)
 
@@ -265,7 +268,7 @@ class Product(Factors):
         return "pass", planner.Work((), (), n * operands, n * operands * self.g.element_size())
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Stacked(Factors):
     """G_n of a 3-d convolution as 2-d ones, one per slice of the kernel; the parameter is [O, C / groups, *kernel].
 
@@ -308,7 +311,7 @@ class Stacked(Factors):
         return None if None in seconds else sum(seconds)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Scatter(Factors):
     """G_n = rows of g, summed by index: the parameter is a table [rows, D]. Negative indices are left out."""
 
@@ -331,7 +334,7 @@ class Scatter(Factors):
         return "pass", planner.Work((), (), 2 * n, n * self.g.element_size())
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Summed(Factors):
     """G_n = the sum over several uses of a parameter, or the gradient that a use passes on to a parameter behind it.
 
@@ -365,7 +368,7 @@ class Summed(Factors):
         return "gradients", planner.Work((), (), sum(w.flops for w in inner), sum(w.bytes for w in inner))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Formed(Factors):
     """G_n that was computed before, for all uses so far of a parameter."""
 
@@ -395,7 +398,7 @@ class Formed(Factors):
         return "gradients", planner.Work((), (), 0, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Called(Factors):
     """G_n as the autograd node computes it, called with the cotangents of one example after the other.
 

@@ -45,6 +45,7 @@ from .wrappers import network_of
 
 GRANULARITIES = ("filter", "parameter", "tensor")
 UNSUPPORTED = ("error", "exact", "skip")
+_NOTHING = nullcontext()
 
 
 class FisherRecorder:
@@ -318,7 +319,7 @@ class FisherRecorder:
 
     def _reading(self) -> AbstractContextManager[None]:
         """A context in which what the graph has saved may be read."""
-        return nullcontext() if self.sharding is None else self.sharding.read()
+        return _NOTHING if self.sharding is None else self.sharding.read()
 
     def _backward(
         self,
@@ -412,14 +413,15 @@ class FisherRecorder:
                 begin(node)
                 of_node = reuse[node]
                 for use in taps.uses[node]:
-                    if of_node.bias is not None and use.parameter in routes.single and self._is_norm_bias(use):
+                    single = use.parameter in routes.single
+                    if single and of_node.bias is not None and self._is_norm_bias(use):
                         q, of_node.bias = of_node.bias, None  # computed with the norm's weight
                         sums[use.parameter] = sums[use.parameter].add_(q) if use.parameter in sums else q
                         continue
-                    factors = factors_of_use(use, cotangents, n, alone=use.parameter in routes.single)
-                    if isinstance(factors, Called):
+                    factors = factors_of_use(use, cotangents, n, alone=single)
+                    if type(factors) is Called:
                         later.append((use, factors))
-                    elif use.parameter in routes.single:
+                    elif single:
                         self._add(use, factors, sums, weights, of_node)
                         continue
                     for name in routes.summed.intersection(use.parameters):
@@ -486,7 +488,7 @@ class FisherRecorder:
                 sums[name] += own
         else:
             filters = p.shape[axis] if p.dim() else 1
-            if isinstance(factors, Called):
+            if type(factors) is Called:
                 factors = self._formed(factors, name, len(weights))
             elif axis != 0 and not isinstance(factors, Summed):
                 factors = factors.along(axis, p.dim()) or self._formed(factors, name, len(weights))
