@@ -60,6 +60,14 @@ class Factors(ABC):
     def accumulate_(self, out: Tensor, weight: Tensor) -> None:
         """out += sum_n weight[n] G_n^2, where ``out`` is contiguous and has as many entries as the parameter."""
 
+    @property
+    def adds_once(self) -> bool:
+        """Whether :meth:`accumulate_` adds the sum over all examples, and not the squares of one after the other.
+
+        Then ``out`` may hold the sums of many batches without a loss of precision.
+        """
+        return False
+
     @abstractmethod
     def gradients(self, start: int, stop: int) -> Tensor:
         """The gradients G_n of examples ``start`` to ``stop``, [stop - start, entries of the parameter]."""
@@ -165,12 +173,16 @@ class Outer(_Layer):
     def sums(self, path: str) -> Tensor:
         return ops.sq_outer(self.x, self.g, path)
 
+    @property
+    def adds_once(self) -> bool:
+        return self.x.shape[1] == 1 and self.x.device.type == "cpu"
+
     def accumulate_(self, out: Tensor, weight: Tensor) -> None:
         out = out.view(self.g.shape[2], self.x.shape[2])
-        if self.x.shape[1] != 1 or self.x.device.type != "cpu":
+        if self.adds_once:
+            accumulate_rank_one_(out, self.x[:, 0], self.g[:, 0], weight)
+        else:
             ops.sq_outer_acc_(out, self.x, self.g, weight)
-            return
-        accumulate_rank_one_(out, self.x[:, 0], self.g[:, 0], weight)
 
     def gradients(self, start: int, stop: int) -> Tensor:
         x, g = (reference.widen(t[start:stop]) for t in (self.x, self.g))
@@ -185,7 +197,7 @@ def accumulate_rank_one_(out: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> N
 
     A square of a product is a product of squares, so one matrix product serves all examples.
     """
-    squares = reference.widen(g).square() * weight[:, None]
+    squares = reference.widen(g).square().mul_(weight.unsqueeze(1))
     if len(g) > len(x):
         squares = squares.unflatten(0, (-1, len(x))).sum(0)
     out.addmm_(squares.T, reference.widen(x).square())
