@@ -72,7 +72,10 @@ def no_op(name: str, *arguments: Any) -> Tensor:
         return REAL(name, *arguments)
     g = arguments[0] if name in ("sq_prod", "sq_norm") else arguments[1]
     width = arguments[2] if name == "sq_scatter" else g.shape[1 if name in ("sq_conv", "sq_gram") else 2]
-    return ZEROS.setdefault((name, len(g), width), g.new_zeros(*([2] if name == "sq_norm" else []), len(g), width))
+    key = (name, g.shape[0], width)
+    if key not in ZEROS:
+        ZEROS[key] = g.new_zeros(*([2] if name == "sq_norm" else []), g.shape[0], width)
+    return ZEROS[key]
 
 
 REAL, ZEROS = dispatch.call, {}

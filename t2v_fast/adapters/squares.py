@@ -63,9 +63,7 @@ def summed_squares(
     with forward_passes(recorder, forward, device, self_check=self_check) as batches:
         for batch in batches(loader):
             labels = None if batch.labels is None else batch.labels.to(device)
-            found = recorder.backward(batch.logits, directions(batch.logits.detach(), labels))
-            for name, squares in found.items():
-                sums[name] = sums[name].add_(squares) if name in sums else squares
+            recorder.backward(batch.logits, directions(batch.logits.detach(), labels), into=sums)
             examples += batch.size
     if not examples:
         raise ValueError("the loader gave no example")

@@ -70,16 +70,29 @@ class Moments:
         self.units += units.count
         self.weight += units.weight
         self.weight2 += units.weight2
-        sums = torch.empty(3, flat.shape[1], dtype=torch.float64, device=values.device)
+        self._prepare(shape, values.device)
         width = max(256, CHUNK[values.device.type] // max(1, units.count))
-        for q, into in zip(flat.split(width, 1), sums.split(width, 1), strict=True):
+        parts = (t.view(-1).split(width) for t in (self.first, self.cross, self.second))
+        for q, first, cross, second in zip(flat.split(width, 1), *parts, strict=True):
             q = q.double()
-            into[:2] = factors @ q
-            into[2] = factors[1] @ q.square()
-        first, cross, second = sums.view(3, *shape)
-        self.first = self.first.to(first.device) + first
-        self.cross = self.cross.to(first.device) + cross
-        self.second = self.second.to(first.device) + second
+            if units.count == 1:  # large tensors come as sums over a batch, and each pass over them counts
+                (a,), (a2,) = units.factors.tolist()
+                first.add_(q[0], alpha=a)
+                cross.add_(q[0], alpha=a2)
+                second.addcmul_(q[0], q[0], value=a2)
+                continue
+            more = factors @ q
+            first += more[0]
+            cross += more[1]
+            second += factors[1] @ q.square()
+
+    def _prepare(self, shape: torch.Size, device: torch.device) -> None:
+        """Bring the sums to a shape and a device."""
+        if self.first.shape != shape or self.first.device != device or self.first is self.cross:
+            zeros = torch.zeros(3, *shape, dtype=torch.float64, device=device)
+            for t, before in zip(zeros, (self.first, self.cross, self.second), strict=True):
+                t += before.to(device)
+            self.first, self.cross, self.second = zeros
 
     def to_cpu(self) -> None:
         """Copy the sums to the CPU."""

@@ -47,7 +47,10 @@ class Reuse:
 
 
 class Factors(ABC):
-    """The factors of a parameter's per-example gradients G_n, for N examples."""
+    """The factors of a parameter's per-example gradients G_n, for N examples.
+
+    The classes are not frozen, because a frozen object takes three times as long to make, and a pass makes hundreds.
+    """
 
     @abstractmethod
     def filter_sums(self, reuse: Reuse) -> Tensor:
@@ -56,6 +59,14 @@ class Factors(ABC):
     @abstractmethod
     def accumulate_(self, out: Tensor, weight: Tensor) -> None:
         """out += sum_n weight[n] G_n^2, where ``out`` is contiguous and has as many entries as the parameter."""
+
+    @property
+    def adds_once(self) -> bool:
+        """Whether :meth:`accumulate_` adds the sum over all examples, and not the squares of one after the other.
+
+        Then ``out`` may hold the sums of many batches without a loss of precision.
+        """
+        return False
 
     @abstractmethod
     def gradients(self, start: int, stop: int) -> Tensor:
@@ -139,7 +150,7 @@ class _Layer(Factors):
         return planner.predict(self.conv, self.x, self.path(cotangents), cotangents)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Outer(_Layer):
     """G_n = sum_s g x^T of a linear layer; the parameter is [O, I]."""
 
@@ -162,12 +173,16 @@ class Outer(_Layer):
     def sums(self, path: str) -> Tensor:
         return ops.sq_outer(self.x, self.g, path)
 
+    @property
+    def adds_once(self) -> bool:
+        return self.x.shape[1] == 1 and self.x.device.type == "cpu"
+
     def accumulate_(self, out: Tensor, weight: Tensor) -> None:
         out = out.view(self.g.shape[2], self.x.shape[2])
-        if self.x.shape[1] != 1 or self.x.device.type != "cpu":
+        if self.adds_once:
+            accumulate_rank_one_(out, self.x[:, 0], self.g[:, 0], weight)
+        else:
             ops.sq_outer_acc_(out, self.x, self.g, weight)
-            return
-        accumulate_rank_one_(out, self.x[:, 0], self.g[:, 0], weight)
 
     def gradients(self, start: int, stop: int) -> Tensor:
         x, g = (reference.widen(t[start:stop]) for t in (self.x, self.g))
@@ -182,13 +197,13 @@ def accumulate_rank_one_(out: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> N
 
     A square of a product is a product of squares, so one matrix product serves all examples.
     """
-    squares = reference.widen(g).square() * weight[:, None]
+    squares = reference.widen(g).square().mul_(weight.unsqueeze(1))
     if len(g) > len(x):
         squares = squares.unflatten(0, (-1, len(x))).sum(0)
     out.addmm_(squares.T, reference.widen(x).square())
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Convolution(_Layer):
     """G_n of a 2-d convolution; the parameter is [O, C / groups, *kernel]."""
 
@@ -223,7 +238,7 @@ class Convolution(_Layer):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Product(Factors):
     """G_n = sum_s g (x - shift) scale, or sum_s g for a bias; C counts all entries of the parameter, in their order."""
 
@@ -238,7 +253,7 @@ class Product(Factors):
             q, reuse.bias = reuse.bias, None
             return q
         if self.norm and self.x is not None and reuse.parameters > 1:
-            q, reuse.bias = ops.sq_norm(self.g, self.x, self.shift, self.scale)
+            q, reuse.bias = ops.sq_norm(self.g, self.x, self.shift, self.scale).unbind()
             return q
         return ops.sq_prod(self.g, self.x, self.shift, self.scale)
 
@@ -265,7 +280,7 @@ class Product(Factors):
         return "pass", planner.Work((), (), n * operands, n * operands * self.g.element_size())
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Stacked(Factors):
     """G_n of a 3-d convolution as 2-d ones, one per slice of the kernel; the parameter is [O, C / groups, *kernel].
 
@@ -308,7 +323,7 @@ class Stacked(Factors):
         return None if None in seconds else sum(seconds)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Scatter(Factors):
     """G_n = rows of g, summed by index: the parameter is a table [rows, D]. Negative indices are left out."""
 
@@ -331,7 +346,7 @@ class Scatter(Factors):
         return "pass", planner.Work((), (), 2 * n, n * self.g.element_size())
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Summed(Factors):
     """G_n = the sum over several uses of a parameter, or the gradient that a use passes on to a parameter behind it.
 
@@ -365,7 +380,7 @@ class Summed(Factors):
         return "gradients", planner.Work((), (), sum(w.flops for w in inner), sum(w.bytes for w in inner))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Formed(Factors):
     """G_n that was computed before, for all uses so far of a parameter."""
 
@@ -395,7 +410,7 @@ class Formed(Factors):
         return "gradients", planner.Work((), (), 0, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Called(Factors):
     """G_n as the autograd node computes it, called with the cotangents of one example after the other.
 

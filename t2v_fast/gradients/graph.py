@@ -67,7 +67,7 @@ class Use:
     stack: Stack | None = None  # which matrices of the parameter a matrix product reads, if it is a stack of them
     kept: dict[str, Any] = field(default_factory=dict, init=False)  # small things that serve all cotangents
 
-    @property
+    @cached_property
     def parameter(self) -> str:
         """The first of the parameters; usually the only one."""
         return self.parameters[0]

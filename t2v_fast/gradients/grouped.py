@@ -45,7 +45,7 @@ class Segments:
         return t if self.order is None else t.index_select(0, self.order.to(t.device))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Grouped(Factors):
     """G_n = sum of g x^T over the rows of example n, for each of E experts; the parameter is [E, O, I].
 

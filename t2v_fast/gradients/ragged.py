@@ -41,7 +41,7 @@ def groups_of(owner: Owner, n: int) -> list[tuple[Tensor, Owned]] | None:
     return groups if len(groups) > 1 else None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Ragged(Factors):
     """Factors for groups of examples, each with the numbers of its examples."""
 

@@ -14,6 +14,6 @@ def random_state() -> tuple:
     if (numpy_random := sys.modules.get("numpy.random")) is not None:
         _, keys, *rest = numpy_random.get_state()
         states += [keys.tobytes(), *rest]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         states += [g.get_offset() for g in torch.cuda.default_generators]
     return tuple(states)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from itertools import accumulate
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ from .wrappers import network_of
 
 GRANULARITIES = ("filter", "parameter", "tensor")
 UNSUPPORTED = ("error", "exact", "skip")
+_NOTHING = nullcontext()
 
 
 class FisherRecorder:
@@ -177,6 +178,7 @@ class FisherRecorder:
         weights: Tensor | None = None,
         retain_graph: bool = False,
         segments: Tensor | None = None,
+        into: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Backpropagate ``cotangents`` and return squares of per-example gradients, summed over the cotangents.
 
@@ -188,6 +190,8 @@ class FisherRecorder:
             retain_graph: Whether to keep the graph for another backward pass.
             segments: For a row of packed sequences, whose output is [1, T, ...]: the number of the example of each
                 position, int64 [T], or -1 for padding. N is then the number of sequences.
+            into: For granularity ``"parameter"``: the result of an earlier call, or an empty dictionary. The squares
+                are added to it in place, and it is returned. After an error its values mean nothing.
 
         Returns:
             One tensor for each parameter. A parameter with O filters gets [N, O] at granularity ``"filter"``, [N] at
@@ -215,8 +219,17 @@ class FisherRecorder:
             raise ValueError(f"the output is {what}, expected a tensor [N, ...] with the examples along its first axis")
         if cotangents.shape == output.shape:
             cotangents = cotangents[None]
-        (found,) = self._backward(output, cotangents, [len(cotangents)], weights, retain_graph, segments)
-        return found
+        if into is not None and self.granularity != "parameter":
+            raise ValueError(
+                f"into is for granularity 'parameter', got {self.granularity!r}, whose values are those of examples"
+            )
+        totals = {} if into is None else into
+        (found,) = self._backward(output, cotangents, [len(cotangents)], weights, retain_graph, segments, totals)
+        if into is None:
+            return found
+        for name, squares in found.items():
+            into[name] = into[name].add_(squares) if name in into else squares
+        return into
 
     def backward_groups(
         self, output: Tensor, cotangents: Tensor, groups: Sequence[int], retain_graph: bool = False
@@ -321,7 +334,7 @@ class FisherRecorder:
 
     def _reading(self) -> AbstractContextManager[None]:
         """A context in which what the graph has saved may be read."""
-        return nullcontext() if self.sharding is None else self.sharding.read()
+        return _NOTHING if self.sharding is None else self.sharding.read()
 
     def _backward(
         self,
@@ -331,8 +344,9 @@ class FisherRecorder:
         weights: Tensor | None,
         retain_graph: bool,
         segments: Tensor | None = None,
+        totals: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Iterator[dict[str, Tensor]]:
-        """The results of the groups, one after the other."""
+        """The results of the groups, one after the other, without what was added to ``totals``."""
         if self._required is None:
             raise RuntimeError(
                 "FisherRecorder.backward outside its context: use `with FisherRecorder(model) as recorder:`"
@@ -374,11 +388,12 @@ class FisherRecorder:
             more = retain_graph or bool(routes.plain) or called or k < len(cotangents)
             if tapped.uses:
                 with self.regions.reading():
-                    self._pass(output, cotangent, n, tapped, routes, sums, w, reuse, more)
+                    self._pass(output, cotangent, n, tapped, routes, sums, totals, w, reuse, more)
             if k in ends:
                 if routes.plain:
                     sums |= self._one_by_one(output, cotangents[first:k], routes.plain, w, segments)
-                found = {name: sums[name] if name in sums else self._zeros(name, n) for name in self.parameters}
+                wanted = [name for name in self.parameters if name in sums or name not in totals]
+                found = {name: sums[name] if name in sums else self._zeros(name, n) for name in wanted}
                 yield self._means({name: q for name, q in found.items() if name not in routes.skipped})
                 sums.clear()
                 first = k
@@ -401,11 +416,15 @@ class FisherRecorder:
         taps: Taps,
         routes: GradientRoutes,
         sums: dict[str, Tensor],
+        totals: Mapping[str, Tensor],
         weights: Tensor,
         reuse: Mapping[Node, Reuse],
         retain_graph: bool,
     ) -> None:
-        """Backpropagate one cotangent, and add the squares of single and summed parameters to ``sums``."""
+        """Backpropagate one cotangent, and add the squares of single and summed parameters to ``sums``.
+
+        Squares that cost no digits there are added to ``totals``, if it has the parameter.
+        """
         kept: dict[str, list[tuple[Use, Factors]]] = {}  # factors of the summed parameters
         missing = Counter(name for use in taps for name in routes.summed.intersection(use.parameters))
         later: list[tuple[Use, Factors]] = []  # factors that can be computed only after the pass
@@ -415,15 +434,16 @@ class FisherRecorder:
                 begin(node)
                 of_node = reuse[node]
                 for use in taps.uses[node]:
-                    if of_node.bias is not None and use.parameter in routes.single and self._is_norm_bias(use):
+                    single = use.parameter in routes.single
+                    if single and of_node.bias is not None and self._is_norm_bias(use):
                         q, of_node.bias = of_node.bias, None  # computed with the norm's weight
                         sums[use.parameter] = sums[use.parameter].add_(q) if use.parameter in sums else q
                         continue
-                    factors = factors_of_use(use, cotangents, n, alone=use.parameter in routes.single)
-                    if isinstance(factors, Called):
+                    factors = factors_of_use(use, cotangents, n, alone=single)
+                    if type(factors) is Called:
                         later.append((use, factors))
-                    elif use.parameter in routes.single:
-                        self._add(use, factors, sums, weights, of_node)
+                    elif single:
+                        self._add(use, factors, sums, weights, of_node, totals)
                         continue
                     for name in routes.summed.intersection(use.parameters):
                         kept.setdefault(name, []).append((use, factors))
@@ -469,27 +489,39 @@ class FisherRecorder:
         use = replace(found[0][0], parameters=(name,))
         self._add(use, whole, sums, weights, Reuse(reuse[use.node].cotangents))
 
-    def _add(self, use: Use, factors: Factors, sums: dict[str, Tensor], weights: Tensor, reuse: Reuse) -> None:
-        """Add the squares that follow from a use's factors to the sums of its parameter."""
+    def _add(
+        self,
+        use: Use,
+        factors: Factors,
+        sums: dict[str, Tensor],
+        weights: Tensor,
+        reuse: Reuse,
+        totals: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
+        """Add the squares that follow from a use's factors to the sums of its parameter, or to its total."""
         name = use.parameter
         p, axis = self.parameters[name], self.filter_axes[name]
         if not p.numel():
             return
         start = 0.0 if self.observer is None else time.perf_counter()
         if self.granularity == "parameter":
-            if name not in sums:
-                sums[name] = self._zeros(name, len(weights))
-            g = getattr(factors, "g", None)  # its precision differs where the parameter is cast before use
-            dtype = sums[name].dtype if g is None else accumulate_dtype(g.dtype)
-            if dtype == sums[name].dtype:
-                factors.accumulate_(sums[name], weights.to(p.device, dtype))
+            if factors.adds_once and name in totals:
+                out = totals[name]
+            elif name in sums:
+                out = sums[name]
             else:
-                own = torch.zeros_like(sums[name], dtype=dtype)
+                out = sums[name] = self._zeros(name, len(weights))
+            g = getattr(factors, "g", None)  # its precision differs where the parameter is cast before use
+            dtype = out.dtype if g is None else accumulate_dtype(g.dtype)
+            if dtype == out.dtype:
+                factors.accumulate_(out, weights.to(p.device, dtype))
+            else:
+                own = torch.zeros_like(out, dtype=dtype)
                 factors.accumulate_(own, weights.to(p.device, dtype))
-                sums[name] += own
+                out += own
         else:
             filters = p.shape[axis] if p.dim() else 1
-            if isinstance(factors, Called):
+            if type(factors) is Called:
                 factors = self._formed(factors, name, len(weights))
             elif axis != 0 and not isinstance(factors, Summed):
                 factors = factors.along(axis, p.dim()) or self._formed(factors, name, len(weights))

@@ -172,7 +172,8 @@ def _convolution(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     if use.slot == 2:
         return Product(_channels_by_example(g, owner, n))
     kernel = use.shape[2:]
-    geometry = [per_axis(getattr(node, f"_saved_{key}"), len(kernel)) for key in ("stride", "padding", "dilation")]
+    axes = len(kernel)
+    geometry = [per_axis(t, axes) for t in (node._saved_stride, node._saved_padding, node._saved_dilation)]
     x, of_input = node._saved_input, not node._saved_transposed
     if not of_input:  # a transposed convolution is a convolution from its output to its input
         x, g = g, x
@@ -597,7 +598,7 @@ def tokens_by_example(t: Tensor, owner: Owner, n: int, trailing: int = 1, fill: 
 def _channels_by_example(t: Tensor, owner: Owner, n: int) -> Tensor:
     """[R, C] or [R, C, *spatial] -> [N, S, C]."""
     if t.dim() > 2 and _is_each(owner):
-        return t.flatten(2).transpose(1, 2)
+        return t.flatten(2).mT
     if t.dim() == 2:
         return by_example(t, owner, n, 0)
     return tokens_by_example(t.flatten(2).transpose(1, 2), owner, n)

@@ -5,7 +5,9 @@ Each check takes the name of the op first, and raises ValueError with what was g
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ CONV_PATHS = ("explicit", "gram", "winograd")
 CONV_ACC_PATHS = ("explicit", "winograd")
 OUTER_PATHS = ("explicit", "gram")
 WINOGRAD_DTYPES = torch.float32, torch.float64, torch.bfloat16
+MAX_PASSED = 2**14  # most combinations of arguments that a check remembers
 
 
 def show(t: Tensor) -> str:
@@ -31,6 +34,30 @@ def require(condition: bool, name: str, message: Callable[[], str]) -> None:
     """
     if not condition:
         raise ValueError(f"{name}: {message()}")
+
+
+def remembered(check: Callable[..., None]) -> Callable[..., None]:
+    """Make a check look at each combination of arguments once, if it reads only shapes, dtypes and devices of tensors.
+
+    A network calls an op with the same shapes in every batch, and the check would take as long as a small op.
+    """
+    passed: set[tuple] = set()
+
+    @functools.wraps(check)
+    def once(name: str, *arguments: Any) -> None:
+        key = (name, *[(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in arguments])
+        try:
+            known = key in passed
+        except TypeError:  # a list, or a size that is a symbol while a function is traced
+            check(name, *arguments)
+            return
+        if not known:
+            check(name, *arguments)
+            if len(passed) >= MAX_PASSED:
+                passed.clear()
+            passed.add(key)
+
+    return once
 
 
 def check_floating(name: str, **tensors: Tensor) -> None:
@@ -82,6 +109,7 @@ def check_accumulator(
     )
 
 
+@remembered
 def check_outer(name: str, x: Tensor, g: Tensor, path: str = "explicit") -> None:
     """Check the arguments of ``sq_outer``."""
     check_floating(name, x=x, g=g)
@@ -94,6 +122,7 @@ def check_outer(name: str, x: Tensor, g: Tensor, path: str = "explicit") -> None
     check_rows(name, "x", x, g)
 
 
+@remembered
 def check_conv(
     name: str,
     x: Tensor,
@@ -179,6 +208,7 @@ def check_conv_gram(
     check_conv(name, x, g, kernel_size, stride, padding, dilation, groups)
 
 
+@remembered
 def check_gram(name: str, gram: Tensor, g: Tensor) -> None:
     """Check the arguments of ``sq_gram``."""
     check_floating(name, g=g)
@@ -199,6 +229,7 @@ def check_gram(name: str, gram: Tensor, g: Tensor) -> None:
     check_rows(name, "gram", gram, g)
 
 
+@remembered
 def check_prod(
     name: str, g: Tensor, x: Tensor | None = None, shift: Tensor | None = None, scale: Tensor | None = None
 ) -> None:
@@ -225,6 +256,7 @@ def check_prod(
     check_rows(name, "x", x, g)
 
 
+@remembered
 def check_scatter(name: str, index: Tensor, g: Tensor, num_rows: int) -> None:
     """Check the arguments of ``sq_scatter``, except the values in ``index``: reading them would wait for the device."""
     check_floating(name, g=g)

@@ -21,8 +21,9 @@ def conv_output_size(
 
 def per_axis(given: int | Sequence[int], axes: int) -> tuple[int, ...]:
     """One number for each of ``axes`` axes: a single number is repeated."""
-    given = (given,) if isinstance(given, int) else tuple(given)
-    return given * axes if len(given) == 1 else given
+    if isinstance(given, int):
+        return (given,) * axes
+    return tuple(given) * axes if len(given) == 1 else tuple(given)
 
 
 def winograd_fits(kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int) -> bool:

@@ -303,3 +303,22 @@ def test_label_sets_on_a_device() -> None:
     assert reduced == [{"cpu"}]  # processes add up what is on the CPU
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one.vector(), other.vector(), rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_large_values_are_finite_although_their_sum_is_not(dtype: torch.dtype) -> None:
+    def message(example: int, values: list[float]) -> str:
+        return f"example {example}"
+
+    checks = DeferredChecks()
+    large = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype)
+    checks.finite(large, message)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        t = large.clone()
+        t[1, 2] = bad
+        with pytest.raises(ValueError, match="example 1"):
+            checks.finite(t, message)
+    both = torch.zeros(3, 4, dtype=dtype)
+    both[2, 0], both[2, 1] = float("inf"), -float("inf")
+    with pytest.raises(ValueError, match="example 2"):
+        checks.finite(both, message)

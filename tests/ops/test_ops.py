@@ -353,3 +353,28 @@ def test_bad_arguments(case: str, level: str) -> None:
 def test_an_index_beyond_the_table(name: str) -> None:
     with variant(name), pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
         ops.sq_scatter(torch.tensor([[0, 3]]), torch.ones(1, 2, 4), 3)
+
+
+def test_a_check_that_passed_hides_no_other_argument() -> None:
+    """The checks remember which arguments passed. Shape, dtype, path and geometry are looked at in each new call."""
+    x, g = torch.rand(2, 3, 6, 6), torch.rand(2, 4, 4, 4)
+    geometry = (3, 3), (1, 1), (0, 0), (1, 1), 1
+    for _ in range(2):
+        ops.sq_conv(x, g, *geometry)
+        with pytest.raises(ValueError, match="gives spatial size"):
+            ops.sq_conv(x[:, :, 1:], g, *geometry)
+        with pytest.raises(ValueError, match="one dtype and device"):
+            ops.sq_conv(x.double(), g, *geometry)
+        with pytest.raises(ValueError, match="is none of"):
+            ops.sq_conv(x, g, *geometry, "fast")
+        with pytest.raises(ValueError, match="gives spatial size"):
+            ops.sq_conv(x, g, (3, 3), (2, 2), (0, 0), (1, 1), 1)
+    lists = ops.sq_conv(x, g, [3, 3], [1, 1], [0, 0], [1, 1], 1)  # cannot be remembered
+    assert torch.equal(lists, ops.sq_conv(x, g, *geometry))
+    with pytest.raises(ValueError, match="gives spatial size"):
+        ops.sq_conv(x, g, [3, 3], [2, 2], [0, 0], [1, 1], 1)
+    product = torch.rand(2, 5, 3)
+    for _ in range(2):
+        ops.sq_prod(product, product, product[0, 0], None)
+        with pytest.raises(ValueError, match="shift is"):
+            ops.sq_prod(product, product, torch.rand(2), None)
