@@ -9,8 +9,8 @@ this library's Fisher with one and with two cotangents. Each row has a fresh pro
 *Memory* is how far the resident memory of the process grows at its peak over the network and its batch, in the batches
 after the first, which also compiles and plans. What the first batch leaves counts for a Fisher, not for a step.
 *Time* is the median of the processor times of these batches, and *ratio* is that time over the step without
-checkpointing and compiler. Rows are measured one after the other, so ratios need a quiet machine. *Runs* counts how often a checkpointed
-region ran again in one batch.
+checkpointing and compiler. Rows are measured one after the other, so ratios need a quiet machine. *Runs* counts how
+often a checkpointed region ran again in one batch.
 """
 
 from __future__ import annotations
