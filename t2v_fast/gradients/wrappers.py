@@ -52,7 +52,7 @@ def network_of(model: Any) -> nn.Module:
 
     Example:
         >>> network = nn.Linear(2, 3)
-        >>> network_of(torch.compile(network)) is network
+        >>> network_of(nn.DataParallel(network)) is network
         True
     """
     while (inside := _inside(model)) is not None:
@@ -121,7 +121,7 @@ def original_name(model: nn.Module, name: str) -> str:
         The name without them.
 
     Example:
-        >>> model = nn.Sequential(torch.compile(nn.Linear(2, 3)))
+        >>> model = nn.Sequential(nn.DataParallel(nn.Linear(2, 3)))
         >>> [original_name(model, name) for name, _ in model.named_parameters()]
         ['0.weight', '0.bias']
     """
