@@ -26,11 +26,11 @@ Another interaction that the graph does not show, and that occurs in few batches
 
 **Once a network.** A network that passed the check of a first batch is remembered
 (:mod:`t2v_fast.gradients.network_state`). If a later call meets the network again, one example of the first batch is
-run alone, another one in each call, unless that batch is proved. The second batch is not run in halves once that of an
-earlier call was. The other checks stay as they are. A network that fails a check is forgotten. The network must be unchanged: its modules and
-their classes, modes, attributes, hooks and forward methods, and the shapes, dtypes and devices of its parameters. The
-call must be unchanged, too: the forward function, the wanted parameters, and the shapes and dtypes of the first batch,
-with its number of examples.
+run alone, another one in each call, unless that batch is proved. The second batch is not run in halves once that of
+an earlier call was. The other checks stay as they are. A network that fails a check is forgotten. The network must be
+unchanged: its modules and their classes, modes, attributes, hooks and forward methods, and the shapes, dtypes and
+devices of its parameters. The call must be unchanged, too: the forward function, the wanted parameters, and the
+shapes and dtypes of the first batch, with its number of examples.
 
 Weights may change in between, for two reasons. Which rule, which owner and which kernel takes part follows from the
 nodes and the shapes, so a rule that is right for some weights is right for others. And whether examples interact is
