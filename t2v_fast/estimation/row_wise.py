@@ -12,15 +12,16 @@ The proof fails, and nothing is lost but time, at the first call that is not in 
 which Python code can read a number out of a tensor or the number of examples: ``item``, ``bool``, ``tolist``,
 ``numpy``, ``shape``, ``len``. It also fails where a call gets a tensor that no seen call has returned (from compiled
 code, from a custom autograd function, or from another pass), or that an unseen call has written to, which the tensor's
-version tells.
+version tells. And it fails where a tensor's class or another mode may change what a call does, and where the pass has
+changed a constant.
 
 The calls in their order, with their numbers, are the *program* of the pass. Two passes with equal programs compute the
 same function of their rows. A network that hides a counter, a random number or a value of the batch in a Python number
 has other programs in other passes. So the caller compares programs, too.
 
 What remains unseen is code that writes to the memory of a tensor without a new version (outside torch, or through
-``data`` in a scripted function), and code that torch's functions do not show and that returns a number which depends on
-the batch, but is the same in all passes that are compared.
+``data`` in a scripted function or in another thread), and code that torch's functions do not show and that returns a
+number which depends on the batch, but is the same in all passes that are compared.
 """
 
 from __future__ import annotations
@@ -32,12 +33,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves
 
-Program = tuple[tuple, ...]  # one entry for each call: the function, and what its arguments are
+from ..gradients.fast_layers import FastLayers
 
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format)
+Program = tuple[tuple, ...]  # one entry for each call, with its function and what its arguments are; and the output
+
+# No subclasses, which may have a code of their own for torch's functions.
+_PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format))
+_SEQUENCES = frozenset((tuple, list, torch.Size))
+_ORDINARY = frozenset((Tensor, nn.Parameter))
+_HARMLESS = frozenset((FastLayers, DeviceContext))  # modes that keep what a function computes
 
 
 class _Row(NamedTuple):
@@ -46,6 +54,7 @@ class _Row(NamedTuple):
     of: weakref.ref
     place: int  # among the rows of the pass
     version: int
+    requires_grad: bool  # changes where a custom function returns the result of a seen call as its own
     fresh: bool  # whether its memory was made in the pass, so that a call may write to it
 
     def is_of(self, t: Any) -> bool:
@@ -85,7 +94,7 @@ class RowWise(TorchFunctionMode):
         >>> x = torch.randn(5, 4)
         >>> with RowWise(network, x) as watch:
         ...     logits = network(x)
-        >>> [function.__name__ for function, *_ in watch.program_of(logits)]
+        >>> [function.__name__ for function, *_ in watch.program_of(logits)[:-1]]
         ['linear', 'relu', 'linear']
         >>> with RowWise(network, x) as watch:
         ...     logits = network(x - x.mean(0))
@@ -98,6 +107,7 @@ class RowWise(TorchFunctionMode):
         self._calls: list[tuple] | None = []  # None once the proof has failed
         self._rows: dict[int, _Row] = {}
         self._made = 0  # rows so far
+        self._network = network
         with torch._C.DisableTorchFunction():
             constants = [*network.parameters(), *network.buffers()]
             tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
@@ -111,6 +121,12 @@ class RowWise(TorchFunctionMode):
             for t in tensors:
                 self._keep(t, False)
 
+    def __enter__(self) -> RowWise:
+        below = _get_current_function_mode_stack()
+        if not all(type(mode) in _HARMLESS for mode in below):
+            self._calls = None  # another mode may change what the calls do
+        return super().__enter__()
+
     def program_of(self, output: Any) -> Program | None:
         """The program of the pass, or None where it is not proved that the output [N, ...] is computed row by row."""
         if self._calls is None or not isinstance(output, Tensor):
@@ -121,6 +137,9 @@ class RowWise(TorchFunctionMode):
                 self._read(output, call)
             except Exception:
                 return None
+            constants = [*self._network.parameters(), *self._network.buffers()]
+            if [(id(t), t._version) for t in constants] != [(id(t), v) for _, v, t in self._constants.values()]:
+                return None  # the next pass would have other constants
         return (*self._calls, tuple(call.tokens[1:])) if call.rows else None
 
     def __torch_function__(
@@ -150,7 +169,8 @@ class RowWise(TorchFunctionMode):
             if func in _SIZES and (not call.rows or _is_inner(args[0], call.option(1, "dim", None))):
                 return None
             rule = ROW_WISE.get(func)
-            if rule is not None and call.rows and rule(call):
+            no_other_mode = torch._C._len_torch_dispatch_stack() == 0
+            if rule is not None and call.rows and rule(call) and no_other_mode:
                 return call
         except Exception:  # also of a rule that meets arguments which the function itself will refuse
             pass
@@ -163,41 +183,47 @@ class RowWise(TorchFunctionMode):
         known = self._rows.get(id(result))
         if known is not None and not known.is_of(result):
             known = None
-        for t, version in call.versions:
-            # A call in place may write to its first argument, and to memory that was made in the pass.
-            if t._version != version and not (t is result and t is call.args[0] and known is not None and known.fresh):
-                self._calls = None
-                return
+        fresh = known is not None and known.fresh
+        # A call in place may write to its first argument, and to memory that was made in the pass.
+        fine = all(
+            t._version == version or (t is result and t is call.args[0] and fresh) for t, version in call.versions
+        )
         ordinary = type(result) is Tensor and not result.is_inference()  # the others have no version
-        if not (ordinary and result.dim() and result.shape[0] == self._n):
+        if not (fine and ordinary and result.dim() and result.shape[0] == self._n):
             self._calls = None
             return
-        self._calls.append(tuple(call.tokens))
-        self._keep(result, not result._is_view() if known is None else known.fresh)
+        # What no argument shows: whether autograd is on, and the type of autocast.
+        self._calls.append((*call.tokens, result.requires_grad, result.dtype))
+        self._keep(result, fresh if known is not None else not result._is_view())
 
     def _keep(self, t: Tensor, fresh: bool) -> None:
-        self._rows[id(t)] = _Row(weakref.ref(t), self._made, t._version, fresh)
+        self._rows[id(t)] = _Row(weakref.ref(t), self._made, t._version, t.requires_grad, fresh)
         self._made += 1
 
     def _read(self, value: Any, call: _Call) -> None:
         """Note what an argument is: a row, a constant, a plain value, or a sequence of these."""
-        if isinstance(value, Tensor):
+        kind = type(value)
+        if kind in _ORDINARY:
             version = value._version
             if (constant := self._constants.get(id(value))) is not None and constant[1] == version:
                 call.constants.append(value)
                 call.tokens += ("constant", constant[0])
-            elif (row := self._rows.get(id(value))) is not None and row.is_of(value) and row.version == version:
+            elif (
+                (row := self._rows.get(id(value))) is not None
+                and row.is_of(value)
+                and (row.version, row.requires_grad) == (version, value.requires_grad)
+            ):
                 call.rows.append(value)
                 call.tokens += ("row", row.place)
             else:
                 raise _Unproved
             call.versions.append((value, version))
-        elif isinstance(value, (tuple, list)):
+        elif kind in _SEQUENCES:
             call.tokens.append(len(value))
             for entry in value:
                 self._read(entry, call)
-        elif isinstance(value, _PLAIN):
-            call.tokens += (type(value), value)
+        elif kind in _PLAIN:
+            call.tokens += (kind, value)
         else:
             raise _Unproved
 

@@ -18,9 +18,9 @@ watched:
 **Networks that are row by row** need less. The forward pass of each of these batches is watched
 (:mod:`t2v_fast.estimation.row_wise`), which proves for most convolutional networks that no example depends on another.
 The first batch is proved if its pass and that of one example alone have the same program. Then no halves are run, and
-one of the two examples goes through plain autograd. A later batch is proved if its pass has the program of the first
-batch that was proved. Then no further pass is run. Where there is no proof, or the programs differ, the values are
-compared as above. So a proof may fail without harm.
+one of the two examples goes through plain autograd. Of a batch of two, both examples are run alone. A later batch is
+proved if its pass has the program of the first batch that was proved. Then no further pass is run. Where there is no
+proof, or the programs differ, the values are compared as above. So a proof may fail without harm.
 
 Another interaction that the graph does not show, and that occurs in few batches, may escape these checks.
 
@@ -374,11 +374,11 @@ class SelfCheck:
         """Compare squared gradients of some examples, as a batch of their own, with plain autograd of each example.
 
         The logits of the batch of their own, and of each example alone, are compared with those of the ``whole`` batch.
-        Where the examples are proved not to interact, plain autograd is run of the last one only. (All rows of such a
-        network go through the same calls, so that a rule is right for all of them or for none.)
+        Where the first one alone has the ``program`` of a batch of more than two, plain autograd is run of this one
+        only. (All rows of such a network go through the same calls: a rule is right for all of them or for none.)
 
         Returns:
-            Whether the last example alone has the ``program`` of the batch.
+            Whether it is proved that examples do not interact: the examples alone have the ``program`` of the batch.
         """
         recorder, n = self.recorder, len(whole)
         with Counting() as counting:  # compiled layers, which the mode would not see into, run as they are written
@@ -399,17 +399,19 @@ class SelfCheck:
         # Plain autograd of an example that is run alone costs least. But rounding can push a pre-activation of this run
         # over a kink, which changes a narrow layer's gradient by percents, and more in half precision. So where the
         # squares differ, the example is differentiated through the activations of the batch of two.
-        wrong, proved = None, False
+        wrong, proved = None, n > 1 and program is not None
         checked = [] if n > 1 else [0]  # rows of ``both``
         if n > 1:
             want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
-            for k in reversed(range(len(examples))):
-                if proved and not summed:
+            # The first of these is in the middle of a batch of more than two. A number that unseen code takes from the
+            # first or the last example of a batch differs when it is run alone.
+            for k in range(len(examples)):
+                if k and proved and n > 2 and not summed:
                     break
                 checked.append(k)
                 e, place = examples[k], both.places[k]
                 alone = self._run(inputs, [e], watched=program is not None)
-                proved = proved or (program is not None and self._program == program)
+                proved = proved and self._program == program
                 self._agree(alone, whole, [e], "alone")
                 (own,) = alone.places
                 if alone.logits[own].shape != cotangent[place].shape or not alone.logits.requires_grad:
