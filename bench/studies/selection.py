@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from bench.pages import markdown, replace_section
-from bench.studies.selection_data import Results, Settings, Store, fill, finished, of_families
+from bench.studies.selection_data import Results, Settings, Store, embedder, fill, finished, of_families
 from bench.studies.selection_ways import (
     FLOOR,
     Judge,
@@ -36,7 +36,6 @@ from bench.studies.selection_ways import (
     random_halves,
 )
 from bench.studies.wide_task import wide_tasks
-from t2v_fast import Task2Vec, load_probe
 
 ROOT = Path(__file__).resolve().parents[2]
 SPENDING = (0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 1.0)  # the budgets of the curve
@@ -301,11 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, help="put the tables into this page, and the picture beside it")
     arguments = parser.parse_args(argv)
     settings = Settings(seed=arguments.seed)
-    probe = load_probe()
-    probe.preprocessing = probe.preprocessing.sized(settings.size)
     store = Store(arguments.output, settings, of_families(wide_tasks()))
     tasks = finished(store) if arguments.finished else None
-    study = Study(fill(store, Task2Vec(probe, seed=settings.seed), tasks), settings)
+    study = Study(fill(store, embedder(settings), tasks), settings)
     text = report(study)
     print(text)
     picture = arguments.write.parent / "selection_curve.png" if arguments.write else arguments.output / "curve.png"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.studies.meta_task import EXPERT, TEST, TRAIN, MetaTask
 from bench.studies.selection_experts import KINDS, Expert, Kind, outputs, prepare, train_expert
-from t2v_fast import Embedding, Task2Vec
+from t2v_fast import Embedding, Task2Vec, load_probe
 from t2v_fast.analysis.feature_scores import SCORES, held_out_likelihoods
 from t2v_fast.demo import DemoTask
 from t2v_fast.files import write_atomically
@@ -46,6 +46,13 @@ class Settings:
     size: int = 64  # pixels of the probe's input
     weight_decay: float = 1e-2  # of the heads on experts' features
     seed: int = 0
+
+
+def embedder(settings: Settings) -> Task2Vec:
+    """Task2Vec as the studies of selection embed with it."""
+    probe = load_probe()
+    probe.preprocessing = probe.preprocessing.sized(settings.size)
+    return Task2Vec(probe, seed=settings.seed)
 
 
 def enough(count: int, classes: int) -> int:

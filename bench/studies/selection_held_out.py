@@ -22,7 +22,7 @@ import numpy as np
 from bench.pages import markdown, replace_section
 from bench.studies.emoji_task import emoji_tasks
 from bench.studies.selection import RECOMMENDED, RIVAL
-from bench.studies.selection_data import Results, Settings, Store, of_families
+from bench.studies.selection_data import Results, Settings, Store, embedder, of_families
 from bench.studies.selection_ways import (
     AVERAGE,
     FLOOR,
@@ -36,7 +36,7 @@ from bench.studies.selection_ways import (
     shortlisted,
 )
 from bench.studies.wide_task import wide_tasks
-from t2v_fast import Task2Vec, load_probe
+from t2v_fast import Task2Vec
 from t2v_fast.analysis.distance import centred_distance
 from t2v_fast.analysis.selection import predict_errors
 
@@ -125,10 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, help="put the table into this page")
     arguments = parser.parse_args(argv)
     settings = Settings()
-    probe = load_probe()
-    probe.preprocessing = probe.preprocessing.sized(settings.size)
     store = Store(arguments.output, settings, of_families(wide_tasks()))
-    text = report(*ways_of(store, Task2Vec(probe, seed=settings.seed)))
+    text = report(*ways_of(store, embedder(settings)))
     print(text)
     if arguments.write:
         replace_section(arguments.write, "selection_held_out", text)

@@ -19,7 +19,7 @@ import numpy as np
 
 from bench.pages import markdown, replace_section
 from bench.studies.baseline import cosine_distances, log_contrasts, noise_aware, shrunk
-from bench.studies.selection_data import Results, Settings, Store, of_families
+from bench.studies.selection_data import Results, Settings, Store, embedder, of_families
 from bench.studies.selection_ways import (
     BANDWIDTHS,
     Judge,
@@ -34,7 +34,7 @@ from bench.studies.selection_ways import (
     then,
 )
 from bench.studies.wide_task import wide_tasks
-from t2v_fast import Embedding, Task2Vec, load_probe
+from t2v_fast import Embedding, Task2Vec
 
 ROOT = Path(__file__).resolve().parents[2]
 CENTRED, SPLITS = "centred: all layers alike", 200
@@ -172,10 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, help="put the table into this page")
     arguments = parser.parse_args(argv)
     settings = Settings()
-    probe = load_probe()
-    probe.preprocessing = probe.preprocessing.sized(settings.size)
     store = Store(arguments.output, settings, of_families(wide_tasks()))
-    text = report(load(store, Task2Vec(probe, seed=settings.seed), not arguments.finished))
+    text = report(load(store, embedder(settings), not arguments.finished))
     print(text)
     if arguments.write:
         replace_section(arguments.write, "selection_layers", text)
