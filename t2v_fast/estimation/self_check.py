@@ -278,9 +278,7 @@ class SelfCheck:
         if n > 1 and (layer := layer_with_capacity(self.recorder.model)) is not None:
             self._counting = described(self.recorder.model, layer)
         proved = self._gradients(inputs, whole, examples, program)
-        if self._counting is not None or (self._sorting and reads_unevenly(whole.logits)):
-            self._each_alone(inputs, whole)
-        elif n > 2 and not proved:
+        if n > 2 and not proved and not self._may_mix_tokens(whole):
             self._halves(inputs, whole, [e for e in range(n) if e not in examples])
         return proved
 
@@ -298,6 +296,10 @@ class SelfCheck:
                 f"{self._counting} counts over the tokens of all examples ({count.operator}), so that an example may "
                 f"depend on others, and {dtype} is too coarse to tell: {_NO_CAPACITY}, or use float32"
             )
+
+    def _may_mix_tokens(self, whole: Run) -> bool:
+        """Whether a layer counts or sorts the tokens of all examples, so that each example is compared alone."""
+        return self._counting is not None or (self._sorting and reads_unevenly(whole.logits))
 
     def _each_alone(self, inputs: Any, whole: Run) -> None:
         for example in range(len(whole)):
@@ -391,6 +393,8 @@ class SelfCheck:
             if counting.counts:
                 self._look_for_counting(inputs, counting.counts, examples[0], whole)
             self._agree(both, whole, examples, "in a batch of two")
+            if self._may_mix_tokens(whole):  # before the gradients differ, so that the error names the layer
+                self._each_alone(inputs, whole)
         logits = both.logits
         cotangent = torch.zeros_like(logits)
         generator = torch.Generator().manual_seed(n)
