@@ -46,8 +46,7 @@ def test_error(features: nn.Module, images: Tensor, labels: Tensor) -> float:
 def main() -> None:
     digits = load_digits()
     names, embeddings, data = [], [], []
-    probe = t2v_fast.load_probe("efficientnet-lite0")
-    probe.preprocessing = probe.preprocessing.sized(32)
+    probe = t2v_fast.load_probe("efficientnet-lite0", size=32)
     task2vec = t2v_fast.Task2Vec(probe)
     for chosen in DIGITS:
         names.append("".join(map(str, chosen)))

@@ -39,8 +39,7 @@ def main() -> None:
     }
 
     # The probe is a pretrained network that comes with a package: nothing is downloaded. Small images are faster.
-    probe = t2v_fast.load_probe("efficientnet-lite0")
-    probe.preprocessing = probe.preprocessing.sized(32)
+    probe = t2v_fast.load_probe("efficientnet-lite0", size=32)
     task2vec = t2v_fast.Task2Vec(probe)
     embeddings = [task2vec.embed(data, name=name) for name, data in tasks.items()]
 

@@ -191,8 +191,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, help="how many of the tasks (default: all)")
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    probe = load_probe()
-    probe.preprocessing = probe.preprocessing.sized(arguments.size)
+    probe = load_probe(size=arguments.size)
     # Of two classes every estimator but label sampling is exact with one cotangent.
     tasks = [task for task in demo_tasks(arguments.images) if len(task.classes) > 2][: arguments.tasks]
     print(

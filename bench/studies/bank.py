@@ -239,8 +239,7 @@ class Pool:
 
 def shared(arguments: argparse.Namespace) -> None:
     rng = np.random.default_rng(1)
-    probe = load_probe()
-    probe.preprocessing = probe.preprocessing.sized(arguments.size)
+    probe = load_probe(size=arguments.size)
     root = Path(tempfile.mkdtemp(prefix="bank"))
     try:
         paths = pool(root, arguments.images)
@@ -300,8 +299,7 @@ def heads(arguments: argparse.Namespace) -> None:
 
 
 def loading(arguments: argparse.Namespace) -> None:
-    probe = load_probe()
-    probe.preprocessing = probe.preprocessing.sized(arguments.size)
+    probe = load_probe(size=arguments.size)
     root = Path(tempfile.mkdtemp(prefix="bank"))
     try:
         paths = pool(root, arguments.images)

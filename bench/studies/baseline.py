@@ -406,8 +406,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "baseline")
     parser.add_argument("--write", type=Path, help="put the tables into this page")
     arguments = parser.parse_args(argv)
-    settings, probe = Settings(), load_probe()
-    probe.preprocessing = probe.preprocessing.sized(settings.size)
+    settings = Settings()
+    probe = load_probe(size=settings.size)
     text = report(measure(arguments.output, settings, meta_tasks(), probe))
     print(text, flush=True)
     of_demo = [Drawn(task) for task in demo_tasks(settings.images)]

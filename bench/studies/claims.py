@@ -165,8 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, help="put the tables into this page")
     arguments = parser.parse_args(argv)
     settings = Settings()
-    probe = load_probe()
-    probe.preprocessing = probe.preprocessing.sized(settings.size)
+    probe = load_probe(size=settings.size)
     store, task2vec = Store(arguments.output, settings, meta_tasks(), EXPERTS), Task2Vec(probe, seed=settings.seed)
     text = ""
     for heading, section in measure(store, task2vec, PERMUTED, SIZED, SIZES):

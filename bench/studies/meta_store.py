@@ -221,8 +221,7 @@ class Results:
 def fill(store: Store, task2vec: Task2Vec | None = None) -> Results:
     """Do whatever is missing, and read the rest."""
     if task2vec is None:
-        probe = load_probe()
-        probe.preprocessing = probe.preprocessing.sized(store.settings.size)
+        probe = load_probe(size=store.settings.size)
         task2vec = Task2Vec(probe, seed=store.settings.seed)
     experts = {name: store.expert(name) for name in store.experts}
     rows = [store.row(task, experts) for task in store.tasks]

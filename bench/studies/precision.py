@@ -49,8 +49,7 @@ def networks(cells: list[str], examples: list[int]) -> list[tuple[str, ...]]:
 
 def tasks(count: int, images: int, size: int) -> list[tuple[str, ...]]:
     rows = []
-    probe = load_probe()
-    probe.preprocessing = probe.preprocessing.sized(size)
+    probe = load_probe(size=size)
     for task in demo_tasks(images)[:count]:
         for head, settings in HEADS.items():
             narrow, wide = (

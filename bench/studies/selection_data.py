@@ -50,8 +50,7 @@ class Settings:
 
 def embedder(settings: Settings) -> Task2Vec:
     """Task2Vec as the studies of selection embed with it."""
-    probe = load_probe()
-    probe.preprocessing = probe.preprocessing.sized(settings.size)
+    probe = load_probe(size=settings.size)
     return Task2Vec(probe, seed=settings.seed)
 
 

@@ -100,15 +100,9 @@ class PackagedStore(Store):
 
 
 @cache
-def _network(name: str) -> Probe:
-    return load_probe(name)
-
-
 def sized_probe(name: str, size: int) -> Probe:
-    """A network whose images are prepared for another size of the input."""
-    probe = _network(name)
-    probe.preprocessing = probe.preprocessing.sized(size)
-    return probe
+    """A network at an input size. It is loaded once."""
+    return load_probe(name, size=size)
 
 
 def features_of(probe: Probe, images: np.ndarray) -> torch.Tensor:
@@ -121,7 +115,7 @@ def features_of(probe: Probe, images: np.ndarray) -> torch.Tensor:
 def price(name: str, size: int) -> float:
     """The floating-point operations for one image, in units of 10^9."""
     with FlopCounterMode(display=False) as counter:
-        _network(name).features(torch.zeros(1, 3, size, size))
+        sized_probe(name, size).features(torch.zeros(1, 3, size, size))
     return counter.get_total_flops() / 1e9
 
 

@@ -182,8 +182,7 @@ class Bank:
 def pipeline(size: int = SIZE) -> Task2Vec:
     """Task2Vec without a self-check: it would compare heads side by side whose logits differ a thousandfold in size,
     and take one head's rounding for another's error."""
-    probe = load_probe()
-    probe.preprocessing = probe.preprocessing.sized(size)
+    probe = load_probe(size=size)
     return Task2Vec(probe, batch_size=20, self_check=False)
 
 

@@ -159,8 +159,7 @@ class Other:
 
     def __init__(self, root: Path, size: int, public: Path | None, draws: int) -> None:
         self.root, self.draws = root, draws
-        probe = load_probe()
-        probe.preprocessing = probe.preprocessing.sized(size)
+        probe = load_probe(size=size)
         self.task2vec, self.probe = Task2Vec(probe, samples=SAMPLES), probe
         self.names = probe.embedding_parameters()
         self.module = None if public is None else import_public(public)

@@ -191,8 +191,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--size", type=int, default=64)
     arguments = parser.parse_args()
-    probe = load_probe()
-    probe.preprocessing = probe.preprocessing.sized(arguments.size)
+    probe = load_probe(size=arguments.size)
     goals = [c for g in GOALS for c in (f"passes an image, {g:.0%}", "s for 1,000 images", "error")]
     columns = ["classes", "head", "top probability", "cotangents", *goals]
     print(f"{arguments.images} images at {arguments.size} pixels, {torch.get_num_threads()} threads\n")

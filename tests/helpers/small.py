@@ -14,7 +14,7 @@ from t2v_fast import Preprocessing, Probe
 PREPROCESSING = Preprocessing(12, 12, "bilinear", (0.5,) * 3, (0.25,) * 3)
 
 
-def small_probe(seed: int = 0) -> Probe:
+def small_probe(seed: int = 0, size: int | None = None) -> Probe:
     torch.manual_seed(seed)
     network = nn.Sequential(
         nn.Conv2d(3, 6, 3, stride=2),
@@ -26,7 +26,8 @@ def small_probe(seed: int = 0) -> Probe:
         nn.Flatten(),
         nn.Linear(8, 5),
     )
-    return Probe(network, preprocessing=PREPROCESSING, name="small")
+    preprocessing = PREPROCESSING if size is None else PREPROCESSING.sized(size)
+    return Probe(network, preprocessing=preprocessing, name="small")
 
 
 def shapes(n: int = 24, classes: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image
 from small import small_probe
 from torch import nn
 
-from t2v_fast.tasks.probe import Preprocessing, Probe, load_probe
+from t2v_fast.tasks.probe import PACKAGED_SIZES, Preprocessing, Probe, load_probe
 
 
 def test_the_head_is_found_and_replaced() -> None:
@@ -156,6 +157,59 @@ def test_the_packaged_probe() -> None:
     x = torch.stack([probe.preprocessing(i) for i in (noise, noise[3:], stripes, stripes[3:])])
     f = torch.nn.functional.normalize(probe.features(x))
     assert float(f[0] @ f[1]) > float(f[0] @ f[2]) < float(f[2] @ f[3])
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"])
+def test_packaged_networks_pad_for_the_size_of_the_image(name: str) -> None:
+    """The package pads by the size for which a network is made. A probe must agree with one made for its own size."""
+    lite = importlib.import_module("efficientnet_lite_pytorch")
+    with pytest.warns(UserWarning, match="random weights"):
+        probe = load_probe(name, "none", size=40)
+    network = probe.network.double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():  # gains that keep signals alive: with small ones, wrong padding hardly shows
+        if parameter.dim() > 1:
+            parameter.data.mul_(2)
+    own = lite.EfficientNet.from_name(name).double().eval()
+    own.load_state_dict(network.state_dict())
+    right, wrong = [], []
+    for size in (8, 20, 31, 32, 33, 40, 48, 56, 63, 64, 80, 96, 100, 112, 130, PACKAGED_SIZES[name]):
+        made = lite.EfficientNet.from_name(name, image_size=size).double().eval()
+        made.load_state_dict(network.state_dict())
+        x = torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            torch.testing.assert_close(network(x), made(x), rtol=1e-12, atol=0)
+            probe.preprocessing = probe.preprocessing.sized(size)
+            try:
+                equal = torch.allclose(own(x), made(x), rtol=1e-9, atol=0)
+            except RuntimeError:  # the padded image is smaller than a filter
+                equal = False
+        # Fingerprints differ from those of versions up to 0.2 where the numbers do, and only there.
+        (right if " padded" not in probe.fingerprint() else wrong).append(size)
+        assert equal == (right[-1:] == [size]), size
+    assert PACKAGED_SIZES[name] in right
+    assert {63, 100, 130} & set(wrong)
+
+
+def test_the_size_of_the_input() -> None:
+    probe, plain = load_probe(size=64), load_probe()
+    assert (probe.preprocessing.resize, probe.preprocessing.crop) == (64, 64)
+    assert plain.preprocessing.crop == 224
+    assert probe.fingerprint() == plain.fingerprint()
+    assert probe.features(torch.zeros(1, 3, 64, 64)).shape == (1, 1280)
+    own = Preprocessing(12, 12, "bilinear", (0.5,) * 3, (0.25,) * 3)
+    assert load_probe(preprocessing=own, size=40).preprocessing == own.sized(40)
+    with pytest.raises(ValueError, match="crop is 0 and resize 0, expected 1 <= crop"):
+        load_probe(size=0)
+
+
+def test_a_size_that_a_network_cannot_run_on_is_refused() -> None:
+    pytest.importorskip("torchvision", reason="this torch has no torchvision built for it")
+    with (
+        pytest.warns(UserWarning, match="random weights"),
+        pytest.raises(ValueError, match=r"torchvision/vit_b_32 does not run on images of 96 x 96 pixels: .*height"),
+    ):
+        load_probe("torchvision/vit_b_32", "none", size=96)
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "resnet18", "timm/resnet18"])
