@@ -14,7 +14,7 @@ constexpr int64_t rows_together = 128;
 template <class T>
 int64_t tiles_together(int64_t tiles, int64_t rows, int64_t others) {
   constexpr int64_t bytes = int64_t(1) << 18;
-  const int64_t cached = bytes / (std::max(rows, rows_together) * segment_height * sizeof(T));
+  const int64_t cached = bytes / (std::max(rows, rows_together) * kernels<T>().max_height * sizeof(T));
   const int64_t shares = 4 * num_threads();
   return std::max<int64_t>(1, std::min(std::max<int64_t>(4, cached), (tiles * others + shares - 1) / shares));
 }
@@ -38,14 +38,15 @@ class Segments {
       segments_.push_back({rows, weight, rows == 1});
   }
 
-  // out [O, I] += sum over the segments of weight * G^2 for the rows `x` [rows, I] and `g` [rows, O] and some tiles of
-  // the outputs.
+  // out [O, I] += sum over the segments of weight * G^2 for the rows `x` [rows, I] and `g` [rows, O] and the outputs
+  // of some tiles.
   template <class S>
   void add_squares(T* out, const Positions<S>& x, int64_t inputs, const Positions<S>& g, const FilterTile* first,
                    const FilterTile* last) const {
     const int64_t from = first->first, outputs = last[-1].first + last[-1].height - from;
     const int64_t step = 2 * kernels<T>().width, ld = spread<T>(rows());
     const Scratch<T> a(ld * outputs), b(rows() * step);
+    const std::vector<FilterTile> tiles = filter_tiles(1, outputs, segment_height);
     pack_positions_last(a.get(), ld, g.from_column(from), outputs);
     for_squares([&](int64_t begin, int64_t end) {
       for (int64_t o = 0; o < outputs; ++o)
@@ -58,10 +59,10 @@ class Segments {
         for (T* at = b.get() + begin * step; at < b.get() + end * step; at += step)
           for (int64_t c = 0; c < columns; ++c) at[c] *= at[c];
       });
-      for (const FilterTile* tile = first; tile < last; ++tile)
-        kernels<T>().segments_add(out + tile->first * inputs + column, inputs, segments_.data(),
-                                  static_cast<int64_t>(segments_.size()), a.get() + (tile->first - from) * ld, ld,
-                                  tile->height, b.get(), columns);
+      for (const FilterTile& tile : tiles)
+        kernels<T>().segments_add(out + (from + tile.first) * inputs + column, inputs, segments_.data(),
+                                  static_cast<int64_t>(segments_.size()), a.get() + tile.first * ld, ld, tile.height,
+                                  b.get(), columns);
     }
   }
 

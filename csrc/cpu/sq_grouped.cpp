@@ -61,7 +61,8 @@ class Grouped {
 
   // out [E, O, I] += sum over the segments b of each group of weight[b] G_b^2
   void accumulate(T* out, const int64_t* groups, int64_t count, const T* weight) const {
-    const std::vector<FilterTile> tiles = filter_tiles(1, outputs, segment_height);
+    // With few registers, no tile is higher than those that leave room for squares, and only the packed input counts.
+    const bool has_higher_tiles = kernels<T>().max_height > segment_height;
     int64_t longest = 0;
     for (int64_t b = 0; b < segments; ++b) longest = std::max(longest, size(b));
     const int64_t step = tiles_together<T>(tiles.size(), longest, count), blocks = (tiles.size() + step - 1) / step;
@@ -70,6 +71,11 @@ class Grouped {
       const int64_t last = std::min<int64_t>(first + step, tiles.size());
       Segments<T> some;
       for (int64_t b = groups[e], end; b < groups[e + 1]; b = end) {
+        if (size(b) >= rows_together && has_higher_tiles) {
+          add_squares(out + e * outputs * inputs, b, weight, first, last);
+          end = b + 1;
+          continue;
+        }
         for (end = b + 1; end < groups[e + 1] && offsets_[end + 1] - offsets_[b] <= rows_together;) ++end;
         if (offsets_[end] == offsets_[b]) continue;
         for (int64_t k = 0; k < cotangents; ++k) {
@@ -134,6 +140,17 @@ class Grouped {
     for (int64_t k = 0; k < cotangents; ++k)
       for_tiles(b, k, first, last, [&](const FilterTile& tile, const T* g, const Rows& order) {
         kernels<T>().square_sum(q + (k * segments + b) * outputs + tile.first, g, tile.height,
+                                with(order, input.stride), input.data, inputs);
+      });
+  }
+
+  // out [O, I] += weight[b] G_b^2 for a long segment. Reading and writing the squares takes little of its time, so that
+  // all registers hold the gradient.
+  void add_squares(T* out, int64_t b, const T* weight, int64_t first, int64_t last) const {
+    const Columns input(*this, b);
+    for (int64_t k = 0; k < cotangents; ++k)
+      for_tiles(b, k, first, last, [&](const FilterTile& tile, const T* g, const Rows& order) {
+        kernels<T>().square_add(out + tile.first * inputs, inputs, weight[k * segments + b], g, tile.height,
                                 with(order, input.stride), input.data, inputs);
       });
   }

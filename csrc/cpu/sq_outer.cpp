@@ -91,7 +91,6 @@ class Outer {
   }
 
   void accumulate_together(T* out, const T* weight) const {
-    const std::vector<FilterTile> tiles = filter_tiles(1, outputs, segment_height);
     const int64_t step = tiles_together<T>(tiles.size(), positions, 1), blocks = (tiles.size() + step - 1) / step;
     const int64_t together = std::max<int64_t>(1, rows_together / positions);
     parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {

@@ -118,8 +118,7 @@ struct Kernels {
   // out[i * ld + c] += weight * G[i, c]^2
   void (*square_add)(T* out, int64_t ld, T weight, const T* a, int height, Rows rows, const T* b, int64_t columns);
   // out[i * ld + c] += sum over the segments of weight * G[i, c]^2, or of G[i, c] where the operands hold squares. Rows
-  // of b are 2 * width apart, which is the largest number of columns. Columns of a are a_column apart. `scratch` has
-  // room for a tile.
+  // of b are 2 * width apart, which is the largest number of columns. Columns of a are a_column apart.
   void (*segments_add)(T* out, int64_t ld, const Segment<T>* segments, int64_t count, const T* a, int64_t a_column,
                        int height, const T* b, int64_t columns);
   // out[i * ld + c] = G[i, c]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -99,6 +100,44 @@ class Watch(TorchDispatchMode):
                 return f"writes to a tensor {list(t.shape)} of the network or of its inputs"
         self._made.update(_storage(t) for t in made if t.numel())
         return None
+
+
+class HookWatch(TorchFunctionMode):
+    """Notices hooks on tensors and on their autograd nodes that a forward pass registers in this context.
+
+    Their code would run in each backward pass, and a replay runs none. What they compute could follow from numbers of
+    the host, which a replay would keep as they were.
+
+    Nodes have no list of their hooks. So reading the node of a tensor (``grad_fn``) counts, as torch's functions for
+    hooks on several tensors do.
+
+    Attributes:
+        obstacle: The first thing that was found; None if nothing was.
+
+    Example:
+        >>> with HookWatch() as watch:
+        ...     _ = torch.ones(3, requires_grad=True).exp().register_hook(lambda g: g)
+        >>> watch.obstacle
+        'Tensor.register_hook (<doctest ...>:2) adds a hook, which a replay would not run'
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.obstacle: str | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.obstacle is None and func in _ADDING_HOOKS:
+            name, does = _ADDING_HOOKS[func]
+            self.obstacle = f"{name}{_caller()} {does}, which a replay would not run"
+        return func(*args, **(kwargs or {}))
+
+
+_ADDING_HOOKS = {
+    Tensor.register_hook: ("Tensor.register_hook", "adds a hook"),
+    Tensor.grad_fn.__get__: ("Tensor.grad_fn", "reads an autograd node, which may get hooks"),
+}
 
 
 def _caller() -> str:

@@ -58,7 +58,7 @@ from ..gradients.recorder import FisherRecorder
 from ..ops import gpu_specs, planner
 from ..ops.asynchronous import to_device
 from ..spans import stage
-from .graph_obstacles import Snapshot, Watch, hooked
+from .graph_obstacles import HookWatch, Snapshot, Watch, hooked
 from .self_check import SelfCheckError
 
 log = logging.getLogger(__name__)
@@ -411,12 +411,14 @@ class GraphedPasses(Passes):
     ) -> str | None:
         """Run the passes on the stream of the captures, and say what stands in the way of a capture."""
         model, watch = self.recorder.model, Watch(self._device, [*snapshot.tensors, *buffers])
+        hooks = HookWatch()
         checkpointed = False
 
         def passes() -> None:
             nonlocal checkpointed
             with watch:
-                output = self._forward(model, static)
+                with hooks:
+                    output = self._forward(model, static)
                 checkpointed = self.recorder.regions.alive
                 squares(output)
 
@@ -424,8 +426,8 @@ class GraphedPasses(Passes):
         capture.aside(passes)
         if checkpointed:
             return "activation checkpointing runs parts of the network again"
-        if watch.obstacle is not None:
-            return watch.obstacle
+        if (obstacle := watch.obstacle or hooks.obstacle) is not None:
+            return obstacle
         if random != random_state():
             return "a pass draws random numbers"
         if signature != network_state.signature_of(model, self._own) or not snapshot.holds():

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..ops import planner, reference
+from ..ops.asynchronous import to_device
 from .owners import Owner, Shape
 from .ownership import call_node, dense
 
@@ -434,14 +435,20 @@ class Called(Factors):
             dtype=reference.accumulate_dtype(template.dtype),
             device=template.device,
         )
+        # Who owns which entries, and the same beside the cotangents: the host need not wait to know who has any.
+        known = [
+            None if g is None or owner is None else owner.field(g.dim(), self.examples)
+            for g, owner in zip(self.cotangents, self.owners, strict=True)
+        ]
+        there = [
+            None if g is None or entries is None else to_device(entries, g.device)
+            for g, entries in zip(self.cotangents, known, strict=True)
+        ]
         for row, example in zip(rows, range(start, stop), strict=True):
-            own: list[Tensor | None] = []
-            for g, owner in zip(self.cotangents, self.owners, strict=True):
-                if g is None or owner is None:
-                    own.append(None)
-                    continue
-                mask = owner.field(g.dim(), self.examples) == example
-                own.append(torch.where(mask.to(g.device), g, 0) if bool(mask.any()) else None)
+            own = [
+                torch.where(of == example, g, 0) if entries is not None and bool((entries == example).any()) else None
+                for g, entries, of in zip(self.cotangents, known, there, strict=True)
+            ]
             if any(g is not None for g in own):
                 found = call_node(self.node, own)[self.slot]
                 if found is not None:

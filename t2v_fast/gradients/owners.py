@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops.asynchronous import to_device
+
 Shape = tuple[int, ...]
 
 
@@ -56,7 +58,7 @@ class ListedRows:
         index = torch.full((n, max(1, int(counts.max()))), len(t))
         index[owners[nobodys:], place[nobodys:]] = order[nobodys:]
         filled = torch.cat([t, t.new_full((1, *t.shape[1:]), fill)])
-        return filled[index.to(t.device)]
+        return filled[to_device(index, t.device)]
 
 
 class PaddedRows(ListedRows):

@@ -188,13 +188,16 @@ def _convolution(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
         return _over_images(x, g, kernel, stride, padding, dilation, node._saved_groups, of_input)
     slices: list[Convolution | None] = []
     for k in range(kernel[0]):
-        frames = torch.arange(g.shape[3]) * stride[0] - padding[0] + k * dilation[0]
-        inside = (frames >= 0) & (frames < x.shape[3])
-        if not inside.any():  # this slice of the kernel sees nothing but padding
+        # The output frame d sees the input frame d * stride + offset. Frames from `first` to `last` are in the input.
+        offset = k * dilation[0] - padding[0]
+        first, last = max(0, -(offset // stride[0])), min(g.shape[3], (x.shape[3] - 1 - offset) // stride[0] + 1)
+        if first >= last:  # this slice of the kernel sees nothing but padding
             slices.append(None)
             continue
+        start = first * stride[0] + offset
+        frames = slice(start, start + (last - first - 1) * stride[0] + 1, stride[0])
         seen = (  # [N, F, C, D, H, W] -> [N, F D', C, H, W]
-            t[:, :, :, at].transpose(2, 3).flatten(1, 2) for t, at in ((x, frames[inside]), (g, inside.nonzero()[:, 0]))
+            t[:, :, :, at].transpose(2, 3).flatten(1, 2) for t, at in ((x, frames), (g, slice(first, last)))
         )
         rest = (given[1:] for given in (kernel, stride, padding, dilation))
         slices.append(_over_images(*seen, *rest, node._saved_groups, of_input))

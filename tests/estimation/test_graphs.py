@@ -288,6 +288,24 @@ def hooked_network() -> nn.Module:
     return made
 
 
+def hooking(add: Callable[[Tensor], Any]) -> Network:
+    """A network whose forward pass adds a hook to the output of its first layer."""
+
+    def make() -> nn.Module:
+        def forward(self: nn.Module, x: Tensor) -> Tensor:
+            x = self.net[0](x)
+            if x.requires_grad:
+                add(x)
+            return self.net[1:](x)
+
+        return Function(forward, net=images()).eval()
+
+    return make
+
+
+SCALES = [1.0]  # that hooks multiply gradients by, a number that no snapshot sees
+
+
 def checkpointed() -> nn.Module:
     body = images()
 
@@ -320,6 +338,21 @@ class Captured:
 REFUSED: dict[str, tuple[Network, dict[str, Any], str]] = {
     "batch mean": (images, {"estimator": "batch_mean"}, "'batch_mean' needs the gradients of the whole batch"),
     "a hook": (hooked_network, {}, r"the layer '0' has a hook \(_forward_hooks\)"),
+    "a hook on a tensor": (
+        hooking(lambda x: x.register_hook(lambda g: g * SCALES[0])),
+        {},
+        "Tensor.register_hook adds a hook, which a replay would not run",
+    ),
+    "a hook on a node": (
+        hooking(lambda x: x.grad_fn.register_prehook(lambda g: (g[0] * SCALES[0],))),
+        {},
+        "Tensor.grad_fn reads an autograd node, which may get hooks",
+    ),
+    "hooks on several tensors": (
+        hooking(lambda x: torch.autograd.graph.register_multi_grad_hook([x], lambda g: None)),
+        {},
+        "Tensor.grad_fn reads an autograd node",
+    ),
     "checkpointing": (checkpointed, {}, "activation checkpointing"),
     "item": (of_images(masked), {}, "aten._local_scalar_dense.default makes the host wait"),
     "nonzero": (of_images(sparse), {}, "aten.nonzero.default makes the host wait"),

@@ -162,9 +162,15 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...] | Tensor]] = {
     "embedding bag": (lambda: nn.EmbeddingBag(6, 4), INDICES),
     "PReLU": (lambda: after_conv(nn.PReLU(4)), IMAGES),
     "multi-head": (lambda: last(nn.MultiheadAttention(8, 2, batch_first=True), lambda m, x: m(x, x, x)[0]), TOKENS),
-    "encoder layer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), TOKENS),
+    # The features behind the last norm sum to nearly zero. Logits that are such sums would be rounding errors.
+    "encoder layer": (
+        lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3)),
+        TOKENS,
+    ),
     "decoder layer": (
-        lambda: last(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), lambda m, x: m(x, x.flip(1))),
+        lambda: nn.Sequential(
+            last(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), lambda m, x: m(x, x.flip(1))), nn.Linear(8, 3)
+        ),
         TOKENS,
     ),
     **{
