@@ -12,16 +12,18 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from ..ops.asynchronous import to_device
 from ..ops.reference import accumulate_dtype
 from ..spans import backward_by_kind
+from .checkpointing import Regions
 from .factors import Called, Factors, Formed, Reuse, Summed, bytes_of
 from .graph import Taps, Use, backpropagate, onward
 from .grouped import Grouped, concatenated
@@ -29,10 +31,26 @@ from .routes import GradientRoutes
 from .rules import takes_passes_together
 from .tensor_parallel import check_transformed, factors_of_use
 
-if TYPE_CHECKING:
-    from .recorder import FisherRecorder
-
 MAX_TOGETHER = 2**16  # the most entries of cotangents that wait at a tap for those of the next passes
+
+
+class Recording(Protocol):
+    """What :class:`Squares` asks of a :class:`~t2v_fast.gradients.recorder.FisherRecorder`."""
+
+    granularity: str
+    parameters: dict[str, nn.Parameter]
+    filter_axes: dict[str, int]
+    observer: Callable[[Use, Factors, int, float, float], None] | None
+    regions: Regions
+
+    @property
+    def leaves(self) -> dict[str, Tensor]: ...
+
+    def reading(self) -> AbstractContextManager[None]: ...
+
+    def zeros(self, name: str, n: int) -> Tensor: ...
+
+    def reuse_at(self, uses: Sequence[Use], cotangents: int, single: Set[str]) -> Reuse: ...
 
 
 class Squares:
@@ -51,7 +69,7 @@ class Squares:
 
     def __init__(
         self,
-        recorder: FisherRecorder,
+        recorder: Recording,
         output: Tensor,
         n: int,
         taps: Taps,
