@@ -148,18 +148,14 @@ _budgets = {"forward": _Budget(), "backward": _Budget()}
 
 
 @contextlib.contextmanager
-def _pass(name: str, n: int) -> Iterator[tuple[Spans, bool] | None]:
-    """Time one pass over n examples; yield the collector and whether this pass is divided, or None."""
-    spans = _active.get()
-    if spans is None:
-        yield None
-        return
+def _pass(name: str, n: int, spans: Spans) -> Iterator[bool]:
+    """Time one pass over n examples; yield whether this pass is divided."""
     budget = _budgets[name]
     divided = budget.due
     former = spans.switch(f"{name}.other" if divided else name)
     start = spans._since
     try:
-        yield spans, divided
+        yield divided
     finally:
         spans.switch(former)
         seconds = spans._since - start
@@ -168,14 +164,25 @@ def _pass(name: str, n: int) -> Iterator[tuple[Spans, bool] | None]:
         spans.add_size(name, n, seconds)
 
 
-@contextlib.contextmanager
-def forward_by_kind(model: nn.Module, n: int) -> Iterator[None]:
+# Without a collector a pass has one of these contexts, since those with a generator take as long as a small op.
+_NO_FORWARD = contextlib.nullcontext()
+_NO_BACKWARD: contextlib.AbstractContextManager[Callable[[Node], None]] = contextlib.nullcontext(lambda node: None)
+
+
+def forward_by_kind(model: nn.Module, n: int) -> contextlib.AbstractContextManager[None]:
     """Charge the body, a forward pass over n examples, to ``forward``, and now and then to the kinds of layers."""
-    with _pass("forward", n) as found:
-        if found is None or not found[1]:
+    spans = _active.get()
+    return _NO_FORWARD if spans is None else _forward_by_kind(model, n, spans)
+
+
+@contextlib.contextmanager
+def _forward_by_kind(model: nn.Module, n: int, spans: Spans) -> Iterator[None]:
+    with _pass("forward", n, spans) as divided:
+        if not divided:
             yield
             return
-        spans, start, formers = found[0], perf_counter(), []
+        start = perf_counter()
+        formers: list[str] = []
 
         def enter(name: str) -> Callable:
             return lambda *_: formers.append(spans.switch(name))
@@ -198,18 +205,23 @@ def forward_by_kind(model: nn.Module, n: int) -> Iterator[None]:
             _budgets["forward"].spent += hooked - start + perf_counter() - done + HOOK * len(handles)
 
 
-@contextlib.contextmanager
-def backward_by_kind(nodes: Sequence[Node], n: int) -> Iterator[Callable[[Node], None]]:
+def backward_by_kind(nodes: Sequence[Node], n: int) -> contextlib.AbstractContextManager[Callable[[Node], None]]:
     """Charge the body, a backward pass through a graph, to ``backward``, and now and then to the kinds of layers.
 
-    Yields a function that begins the time of a node. A hook calls it for each of ``nodes`` that the pass runs; the
-    caller calls it for the nodes at which the pass ends, whose hooks are not called.
+    The context's value is a function that begins the time of a node. A hook calls it for each of ``nodes`` that the
+    pass runs; the caller calls it for the nodes at which the pass ends, whose hooks are not called.
     """
-    with _pass("backward", n) as found:
-        if found is None or not found[1]:
+    spans = _active.get()
+    return _NO_BACKWARD if spans is None else _backward_by_kind(nodes, n, spans)
+
+
+@contextlib.contextmanager
+def _backward_by_kind(nodes: Sequence[Node], n: int, spans: Spans) -> Iterator[Callable[[Node], None]]:
+    with _pass("backward", n, spans) as divided:
+        if not divided:
             yield lambda node: None
             return
-        spans, start = found[0], perf_counter()
+        start = perf_counter()
 
         def begin(kind: str) -> Callable[[Any], None]:
             return lambda _: (spans.switch(f"backward.{kind}"), None)[1]

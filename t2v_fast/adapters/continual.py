@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from ..estimation.one_forward import graph_bytes
 from .fim import evaluating, fim_diag
 from .squares import summed_squares
 
@@ -48,12 +50,14 @@ def compute_importances(
         optimizer: Ignored.
         dataset: A data set of (input, label, ...), whose last entries are task labels for a model that takes them.
         device: The device to run on.
-        batch_size: Examples in a batch.
+        batch_size: Examples in the first batch. Later batches are larger if their inputs and activations take less
+            memory than the gradients of all parameters, which the plugin has and this function has not. The result
+            does not depend on the sizes of the batches.
         num_workers: Processes that load data.
         labels: Whose labels the gradients are of. ``"true"`` takes the data's, as Avalanche does. For ``"all"``,
             ``"sample"`` and ``"pred"``, see :func:`~t2v_fast.adapters.fim.fim_diag`; they need cross-entropy, or binary
             cross-entropy with logits, without class weights and label smoothing.
-        batch_scale: Divide by the batch size. The expectation of the plugin's squared batch means is this, plus about
+        batch_scale: Divide by ``batch_size``. The expectation of the plugin's squared batch means is this, plus about
             the square of the mean gradient, which vanishes only where training has converged.
         options: ``unsupported`` and ``self_check`` of :func:`t2v_fast.fisher`. For other ``labels``, all arguments of
             :func:`~t2v_fast.adapters.fim.fim_diag`.
@@ -70,14 +74,21 @@ def compute_importances(
     """
     model.to(device)
     collate = getattr(dataset, "collate_fn", None)
-    loader = DataLoader(dataset, batch_size, shuffle=False, num_workers=num_workers, collate_fn=collate)
+    order = _GrowingBatches(dataset, batch_size)
+    loader = DataLoader(dataset, num_workers=num_workers, collate_fn=collate, **order.arguments)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    inverse_sizes: list[float] = []
+    seen = 0
 
     def batches() -> Iterator[tuple[Any, Tensor]]:
+        nonlocal seen
         for batch in loader:
-            inverse_sizes.append(1 / len(batch[1]))
+            seen += len(batch[1])
+            order.inputs = sum(t.numel() * t.element_size() for t in tree_leaves(batch) if isinstance(t, Tensor))
             yield (batch[0], batch[-1]), batch[1]
+
+    def watch(outputs: Tensor) -> None:
+        if not order.grown:
+            order.grow(graph_bytes(outputs), sum(p.numel() * p.element_size() for p in model.parameters()))
 
     if labels == "true":
 
@@ -87,14 +98,24 @@ def compute_importances(
 
         with evaluating(model):
             found, examples = summed_squares(
-                model, batches(), gradients, parameters=names, device=device, forward=_avalanche_forward, **options
+                model,
+                batches(),
+                gradients,
+                parameters=names,
+                device=device,
+                forward=_avalanche_forward,
+                watch=watch,
+                **options,
             )
         found = {name: squares / examples for name, squares in found.items()}
     else:
         task_type = _likelihood_of(criterion)
         options = {"parameters": names, "forward": _avalanche_forward, **options}
         found = fim_diag(model, batches(), task_type, labels, device=device, **options)
-    scale = sum(inverse_sizes) / len(inverse_sizes) if batch_scale else 1.0
+    scale = 1.0
+    if batch_scale:  # the mean of 1 / size over the plugin's batches, the last of which may be smaller
+        whole, rest = divmod(seen, batch_size)
+        scale = (whole / batch_size + (1 / rest if rest else 0)) / (whole + bool(rest))
     with torch.no_grad():
         values = {
             name: found[name].to(p) * scale if name in found else torch.zeros_like(p)
@@ -106,6 +127,33 @@ def compute_importances(
     return {
         name: param_data(name, value.shape, init_tensor=value, device=value.device) for name, value in values.items()
     }
+
+
+class _GrowingBatches(Sampler[list[int]]):
+    """The numbers of the examples of each batch: a first batch of the given size, and larger ones after :meth:`grow`.
+
+    A data set that only yields its examples in turn has batches of one size.
+    """
+
+    def __init__(self, dataset: Any, size: int) -> None:
+        self.dataset, self.size, self.grown = dataset, size, False
+        self.inputs = 0  # the bytes of the last batch
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of a loader."""
+        return {"batch_size": self.size} if isinstance(self.dataset, IterableDataset) else {"batch_sampler": self}
+
+    def grow(self, activations: int, allowed: int) -> None:
+        """Let later batches take the memory ``allowed`` in bytes, where the first one has ``activations``."""
+        self.size, self.grown = self.size * max(1, allowed // max(1, self.inputs + activations)), True
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = 0
+        while start < len(self.dataset):
+            numbers = list(range(start, min(start + self.size, len(self.dataset))))
+            yield numbers
+            start += len(numbers)
 
 
 def accelerate_avalanche(plugin: Any, *, batch_scale: bool = True, **options: Any) -> Any:

@@ -24,6 +24,7 @@ def summed_squares(
     forward: Forward = lambda model, inputs: model(inputs),
     unsupported: str = "error",
     self_check: bool = True,
+    watch: Callable[[Tensor], None] = lambda outputs: None,
 ) -> tuple[dict[str, Tensor], int]:
     """Sum the squares of per-example gradients over all examples of a loader.
 
@@ -39,6 +40,7 @@ def summed_squares(
         forward: Runs the model: ``forward(model, inputs)`` returns the outputs.
         unsupported: As for :class:`t2v_fast.FisherRecorder`.
         self_check: As for :func:`t2v_fast.fisher`.
+        watch: Called with the outputs of each batch, with their autograd graph.
 
     Returns:
         The sums of squares in the parameters' shapes, by name, and the number of examples.
@@ -62,6 +64,7 @@ def summed_squares(
     examples = 0
     with forward_passes(recorder, forward, device, self_check=self_check) as batches:
         for batch in batches(loader):
+            watch(batch.logits)
             labels = None if batch.labels is None else batch.labels.to(device)
             recorder.backward(batch.logits, directions(batch.logits.detach(), labels), into=sums)
             examples += batch.size

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..gradients.checkpointing import Regions
-from ..gradients.graph import VIEWS
+from ..gradients.graph import TRANSPOSES, VIEWS
 from ..gradients.ownership import nodes_of
 from ..gradients.recorder import FisherRecorder, ParameterFilter
 from .allocation import FORWARD, OVERHEAD, Allocation
@@ -311,7 +311,11 @@ def graph_bytes(output: Tensor, regions: Regions | None = None) -> int:
     edges = [(node, child) for node in nodes for child, _ in node.next_functions if child is not None]
     used_outside = {child for node, child in edges if inside.get(child) is not inside.get(node)}
     for node in nodes:
-        if node.name() not in VIEWS and node.next_functions and (node not in inside or node in used_outside):
+        if (
+            node.name() not in VIEWS | TRANSPOSES
+            and node.next_functions
+            and (node not in inside or node in used_outside)
+        ):
             total += sum(math.prod(of.shape) * of.dtype.itemsize for of in node._input_metadata)
     return total
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from time import monotonic
 from types import TracebackType
 from typing import Any
 
@@ -33,7 +35,10 @@ _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 # A thread that has the lock may collect garbage, which ends the contexts of objects that are deleted.
 _lock = threading.RLock()
 _contexts = 0
-_release: threading.Timer | None = None  # gives kept memory back, some seconds after the last context ended
+_kept = False  # whether freed memory stays in the process
+_until = 0.0  # when to give it back, unless a context begins before
+_release: threading.Timer | None = None  # looks whether to give kept memory back, at this time:
+_looks_at = math.inf
 
 
 def kept_memory() -> AbstractContextManager[None]:
@@ -69,14 +74,10 @@ def lingering_memory() -> AbstractContextManager[None]:
 
 @contextmanager
 def _kept_for(linger: float) -> Iterator[None]:
-    global _contexts, _release
+    global _contexts, _until
     with _lock:
         _contexts += 1
-        if _release is not None:
-            _release.cancel()
-            _release = None
-        elif _contexts == 1:
-            _keep(True)
+        _keep(True)
     try:
         yield
     finally:
@@ -85,26 +86,43 @@ def _kept_for(linger: float) -> Iterator[None]:
             if _contexts == 0 and not linger:
                 _keep(False)
             elif _contexts == 0:
-                _release = threading.Timer(linger, _give_back_memory)
-                _release.daemon = True
-                _release.start()
+                _until = monotonic() + linger
+                if _looks_at > _until:
+                    _look_again(linger)
+
+
+def _look_again(after: float) -> None:
+    """Look after some seconds whether to give kept memory back.
+
+    One timer serves all contexts of these seconds, because to start a thread takes longer than a small batch.
+    """
+    global _release, _looks_at
+    if _release is not None:
+        _release.cancel()
+    _release, _looks_at = threading.Timer(after, _give_back_memory), monotonic() + after
+    _release.daemon = True
+    _release.start()
 
 
 def _give_back_memory() -> None:
-    """Give kept memory back to the system, unless a context has begun meanwhile."""
-    global _release
+    """Give kept memory back to the system, unless a context is open or has begun meanwhile."""
+    global _release, _looks_at
     with _lock:
-        if _contexts == 0 and threading.current_thread() is _release:
-            _release = None
+        if threading.current_thread() is not _release:
+            return
+        _release, _looks_at = None, math.inf
+        if _contexts == 0 and (left := _until - monotonic()) > 0:
+            _look_again(left)
+        elif _contexts == 0:
             _keep(False)
 
 
 def _after_fork() -> None:
     """A child process has no timer: restore the allocator's usual behaviour there."""
-    global _lock, _release
+    global _lock, _release, _looks_at
     _lock = threading.RLock()
-    if _release is not None:
-        _release = None
+    _release, _looks_at = None, math.inf
+    if _contexts == 0:
         _keep(False)
 
 
@@ -113,6 +131,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def _keep(keep: bool) -> None:
+    global _kept
+    if keep == _kept:
+        return
+    _kept = keep
     by_user = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if not by_user:
         ops.keep_freed_memory(keep)

@@ -136,6 +136,13 @@ class Taps:
                 last.append(node)
         return last
 
+    @cached_property
+    def ends(self) -> tuple[list[GradientEdge], list[Node]]:
+        """The outputs of the last taps, as edges at which a backward pass ends, and the other taps."""
+        edges = [GradientEdge(node, number) for node in self.last for number in range(len(node._input_metadata))]
+        last = set(self.last)
+        return edges, [node for node in self.uses if node not in last]
+
     def of(self, parameters: Set[str]) -> Taps:
         """Restrict the uses to those of some parameters."""
         if all(parameters.issuperset(use.parameters) for use in self):
@@ -299,9 +306,8 @@ def backpropagate(
 
         return pre
 
-    last = set(taps.last)
-    ends = [GradientEdge(node, number) for node in taps.last for number in range(len(node._input_metadata))]
-    handles = [node.register_prehook(hook(node)) for node in taps.uses if node not in last]
+    ends, others = taps.ends
+    handles = [node.register_prehook(hook(node)) for node in others]
     try:
         captured = torch.autograd.grad(
             [output],

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import planner, reference
-from .factors import Factors, Outer, Product, Reuse, Scatter, accumulate_rank_one_
+from .factors import Factors, Outer, Product, Reuse, Scatter
 from .owners import ListedRows, Owned, Owner, PaddedRows
 from .tied import tied
 
@@ -78,12 +78,6 @@ class Grouped(Factors):
         x, g, offsets = self._operands()
         groups = torch.arange(self.experts + 1, device=g.device) * self.examples
         out = out.view(self.experts, g.shape[1], x.shape[1])
-        if x.device.type == "cpu" and int(offsets.diff().amax()) <= 1:  # every gradient has rank one
-            ends = offsets[:: self.examples].tolist()
-            by_row = weight[self.segments.arrange(self.key) % self.examples]
-            for squares, start, stop in zip(out, ends[:-1], ends[1:], strict=True):
-                accumulate_rank_one_(squares, x[start:stop], g[start:stop], by_row[start:stop])
-            return
         ops.sq_grouped_acc_(out, x, g, offsets, groups, weight.repeat(self.experts))
 
     def gradients(self, start: int, stop: int) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import sys
+from typing import Any
 
 import torch
 
@@ -12,8 +14,49 @@ def random_state() -> tuple:
     """The states of the generators that a network may draw random numbers from: torch's, Python's and NumPy's."""
     states: list[object] = [torch.get_rng_state().numpy().tobytes(), random.getstate()]
     if (numpy_random := sys.modules.get("numpy.random")) is not None:
-        _, keys, *rest = numpy_random.get_state()
-        states += [keys.tobytes(), *rest]
+        states.append(_numpy_states.now(numpy_random))
     if torch.cuda.is_initialized():
         states += [g.get_offset() for g in torch.cuda.default_generators]
     return tuple(states)
+
+
+class _NumpyStates:
+    """The states of NumPy's global generator, which is asked for one only after its memory has changed.
+
+    NumPy takes some hundred microseconds to write a state down, as long as a small network for a pass. The words of the
+    generator can be read from its memory in less than one. A state has one more number, where a normal number was drawn
+    together with another and waits for its use. It begins to wait when the generator draws, which changes the words. So
+    the same words mean the same state, unless a number waits.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[bytes | None, tuple] = None, ()  # the words, and the state that they mean
+
+    def now(self, numpy_random: Any) -> tuple:
+        """The present state."""
+        words = self._words(numpy_random)
+        before, state = self._known
+        if words is None or words != before:
+            state = self._ask(numpy_random)
+            waits = len(state) == 1 or state[3]
+            self._known = (None if waits or words != b"".join(state[1:3]) else words), state
+        return state
+
+    @staticmethod
+    def _ask(numpy_random: Any) -> tuple:
+        found = numpy_random.get_state(legacy=False)
+        if found["bit_generator"] != "MT19937":
+            return (repr(found),)
+        words, position = found["state"]["key"].tobytes(), int(found["state"]["pos"]).to_bytes(4, sys.byteorder)
+        return "MT19937", words, position, found["has_gauss"], found["gauss"]
+
+    @staticmethod
+    def _words(numpy_random: Any) -> bytes | None:
+        """The words and the position of a Mersenne twister; None where another generator is NumPy's global one."""
+        generator: Any = getattr(numpy_random, "get_bit_generator", lambda: None)()  # NumPy has it from 1.24 on
+        if type(generator) is not numpy_random.MT19937:
+            return None
+        return ctypes.string_at(generator.ctypes.state_address, 4 * 625)
+
+
+_numpy_states = _NumpyStates()

@@ -4,43 +4,34 @@ A *cotangent* of a tensor is what a backward pass carries to the tensor: the gra
 the inner product of the network's output [N, ...] with a direction of the same shape. The direction itself is the
 cotangent of the output. Row n of the direction belongs to example n, and sends its cotangents through the part of the
 graph that example n owns. The recorder reads the cotangents at the taps (:mod:`t2v_fast.gradients.graph`) and turns
-them into factors (:mod:`t2v_fast.gradients.rules`), from which the ops compute squares of per-example gradients. No
-per-example gradient of a weight is stored on the usual route.
-
-This file is long because the class has one pass, whose steps share the recorder's state.
+them into factors (:mod:`t2v_fast.gradients.rules`), from which the ops compute squares of per-example gradients
+(:mod:`t2v_fast.gradients.squares`). No per-example gradient of a weight is stored on the usual route.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
-from itertools import accumulate
 from types import MappingProxyType, TracebackType
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
-from ..ops.asynchronous import to_device
 from ..ops.reference import accumulate_dtype
-from ..spans import backward_by_kind
 from .checkpointing import Regions
 from .compiled import eager, say_once
-from .factors import Called, Factors, Formed, Plan, Reuse, Summed, bytes_of
-from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gradients, onward
-from .grouped import Grouped, concatenated
+from .factors import Factors, Plan, Reuse
+from .graph import Taps, UnsupportedError, Use, fix_batch_norm_gradients
 from .ownership import dense
 from .parameters import FilterAxis, ParameterFilter, filter_axes_of, select_parameters
 from .quantised import allow_packing, unpack
 from .refusals import check_segments, random_layer, taps_of
-from .routes import GradientRoutes, routes_of
+from .routes import routes_of
 from .rules import has_rule
 from .sharding import sharding_of
-from .tensor_parallel import check_parameters, check_transformed, check_whole, factors_of_use, is_distributed, whole
+from .squares import Squares
+from .tensor_parallel import check_parameters, check_whole, is_distributed, whole
 from .wrappers import network_of
 
 GRANULARITIES = ("filter", "parameter", "tensor")
@@ -332,7 +323,7 @@ class FisherRecorder:
         """What the autograd graph has for each wanted parameter: the parameter, or what FSDP2 gathered of it."""
         return dict(self.parameters) if self.sharding is None else self.sharding.leaves(self.parameters)
 
-    def _reading(self) -> AbstractContextManager[None]:
+    def reading(self) -> AbstractContextManager[None]:
         """A context in which what the graph has saved may be read."""
         return _NOTHING if self.sharding is None else self.sharding.read()
 
@@ -379,193 +370,44 @@ class FisherRecorder:
             tapped = taps.of(routes.single | routes.summed)
             called = not all(map(has_rule, tapped))
         self.unused, self.skipped = taps.unused, routes.skipped
-        sums: dict[str, Tensor] = {}
-        w = torch.ones(n) if weights is None else to_device(weights, output.device)
-        reuse = {node: self._reuse(len(cotangents), uses, routes) for node, uses in tapped.uses.items()}
-        ends = set(accumulate(groups))
-        first = 0
-        for k, cotangent in enumerate(cotangents, 1):
-            more = retain_graph or bool(routes.plain) or called or k < len(cotangents)
-            if tapped.uses:
-                with self.regions.reading():
-                    self._pass(output, cotangent, n, tapped, routes, sums, totals, w, reuse, more)
-            if k in ends:
-                if routes.plain:
-                    sums |= self._one_by_one(output, cotangents[first:k], routes.plain, w, segments)
-                wanted = [name for name in self.parameters if name in sums or name not in totals]
-                found = {name: sums[name] if name in sums else self._zeros(name, n) for name in wanted}
-                yield self._means({name: q for name, q in found.items() if name not in routes.skipped})
-                sums.clear()
-                first = k
+        squares = Squares(self, output, n, tapped, routes, len(cotangents), weights, totals)
+        left = len(cotangents)
+        for group in cotangents.split(list(groups)):
+            for k, cotangent in enumerate(group, 1):
+                left -= 1
+                if tapped.uses:
+                    with self.regions.reading():
+                        squares.add(cotangent, len(group) - k, retain_graph or bool(routes.plain) or called or left > 0)
+            sums = squares.take()
+            if routes.plain:
+                sums |= self._one_by_one(output, group, routes.plain, n, weights, segments)
+            wanted = [name for name in self.parameters if name in sums or name not in totals]
+            found = {name: sums[name] if name in sums else self.zeros(name, n) for name in wanted}
+            yield self._means({name: q for name, q in found.items() if name not in routes.skipped})
 
-    def _reuse(self, cotangents: int, uses: Sequence[Use], routes: GradientRoutes) -> Reuse:
+    def reuse_at(self, uses: Sequence[Use], cotangents: int, single: Set[str]) -> Reuse:
         """What the cotangents of a batch share at a node, with the plan that the node's layer had in the last batch."""
-        reuse = Reuse(cotangents, sum(use.parameter in routes.single for use in uses))
+        reuse = Reuse(cotangents, sum(use.parameter in single for use in uses))
         reuse.plan = self._plans.setdefault((uses[0].parameter, uses[0].slot), reuse.plan)
         return reuse
 
     def _taps(self, output: Tensor, segments: Tensor | None = None) -> Taps:
-        with self._reading():
+        with self.reading():
             return taps_of(output, self.leaves, self.verified or self.unsupported == "exact", segments)
-
-    def _pass(
-        self,
-        output: Tensor,
-        cotangent: Tensor,
-        n: int,
-        taps: Taps,
-        routes: GradientRoutes,
-        sums: dict[str, Tensor],
-        totals: Mapping[str, Tensor],
-        weights: Tensor,
-        reuse: Mapping[Node, Reuse],
-        retain_graph: bool,
-    ) -> None:
-        """Backpropagate one cotangent, and add the squares of single and summed parameters to ``sums``.
-
-        Squares that cost no digits there are added to ``totals``, if it has the parameter.
-        """
-        kept: dict[str, list[tuple[Use, Factors]]] = {}  # factors of the summed parameters
-        missing = Counter(name for use in taps for name in routes.summed.intersection(use.parameters))
-        later: list[tuple[Use, Factors]] = []  # factors that can be computed only after the pass
-
-        def visit(node: Node, cotangents: tuple[Tensor | None, ...]) -> None:
-            with self._reading():
-                begin(node)
-                of_node = reuse[node]
-                for use in taps.uses[node]:
-                    single = use.parameter in routes.single
-                    if single and of_node.bias is not None and self._is_norm_bias(use):
-                        q, of_node.bias = of_node.bias, None  # computed with the norm's weight
-                        sums[use.parameter] = sums[use.parameter].add_(q) if use.parameter in sums else q
-                        continue
-                    factors = factors_of_use(use, cotangents, n, alone=single)
-                    if type(factors) is Called:
-                        later.append((use, factors))
-                    elif single:
-                        self._add(use, factors, sums, weights, of_node, totals)
-                        continue
-                    for name in routes.summed.intersection(use.parameters):
-                        kept.setdefault(name, []).append((use, factors))
-                        if self.regions.holding and use.direct:
-                            kept[name] = self._without_activations(kept[name], name, n)
-                        missing[name] -= 1
-                        if not missing[name] and not any(isinstance(f, Called) for _, f in kept[name]):
-                            self._add_summed(name, kept.pop(name), sums, weights, reuse)
-                if self.regions.holding:
-                    of_node.gram = None  # the next cotangent computes it again, as the activations
-
-        with backward_by_kind(taps.order, n) as begin:
-            backpropagate(output, cotangent, taps, visit, retain_graph)
-            with torch.no_grad(), self._reading():
-                for use, factors in later:
-                    begin(use.node)
-                    if use.parameter in routes.single:
-                        self._add(use, factors, sums, weights, reuse[use.node])
-                for name, found in kept.items():
-                    begin(found[0][0].node)
-                    self._add_summed(name, found, sums, weights, reuse)
-
-    def _add_summed(
-        self,
-        name: str,
-        found: Sequence[tuple[Use, Factors]],
-        sums: dict[str, Tensor],
-        weights: Tensor,
-        reuse: Mapping[Node, Reuse],
-    ) -> None:
-        """Add the squares of the gradients of a parameter, summed over all its uses."""
-        whole = None
-        in_place = [use.direct or (use.stack is not None and isinstance(f, Grouped)) for use, f in found]
-        if all(in_place) and not any(isinstance(f, Formed) for _, f in found):
-            whole = concatenated([f for _, f in found])
-        if whole is None:
-            p = self.leaves[name]
-            check_transformed(name, p)
-            parts = [
-                (f, (lambda t: t) if own else onward(use, p)) for own, (use, f) in zip(in_place, found, strict=True)
-            ]
-            whole = Summed(parts, tuple(p.shape), len(weights), self.filter_axes[name])
-        use = replace(found[0][0], parameters=(name,))
-        self._add(use, whole, sums, weights, Reuse(reuse[use.node].cotangents))
-
-    def _add(
-        self,
-        use: Use,
-        factors: Factors,
-        sums: dict[str, Tensor],
-        weights: Tensor,
-        reuse: Reuse,
-        totals: Mapping[str, Tensor] = MappingProxyType({}),
-    ) -> None:
-        """Add the squares that follow from a use's factors to the sums of its parameter, or to its total."""
-        name = use.parameter
-        p, axis = self.parameters[name], self.filter_axes[name]
-        if not p.numel():
-            return
-        start = 0.0 if self.observer is None else time.perf_counter()
-        if self.granularity == "parameter":
-            if factors.adds_once and name in totals:
-                out = totals[name]
-            elif name in sums:
-                out = sums[name]
-            else:
-                out = sums[name] = self._zeros(name, len(weights))
-            g = getattr(factors, "g", None)  # its precision differs where the parameter is cast before use
-            dtype = out.dtype if g is None else accumulate_dtype(g.dtype)
-            if dtype == out.dtype:
-                factors.accumulate_(out, weights.to(p.device, dtype))
-            else:
-                own = torch.zeros_like(out, dtype=dtype)
-                factors.accumulate_(own, weights.to(p.device, dtype))
-                out += own
-        else:
-            filters = p.shape[axis] if p.dim() else 1
-            if type(factors) is Called:
-                factors = self._formed(factors, name, len(weights))
-            elif axis != 0 and not isinstance(factors, Summed):
-                factors = factors.along(axis, p.dim()) or self._formed(factors, name, len(weights))
-            q = factors.filter_sums(reuse)
-            if q.shape[1] % filters:  # the layer sees the parameter through a view with fewer and longer rows
-                factors = self._formed(factors, name, len(weights))
-                q = factors.filter_sums(reuse)
-            if q.shape[1] != filters:
-                q = q.unflatten(1, (filters, -1)).sum(2)
-            # The first q becomes the sum itself: adding it to zeros would cost as much as a small op.
-            sums[name] = sums[name].add_(q) if name in sums else q
-        if self.observer is not None:
-            self.observer(use, factors, reuse.cotangents, start, time.perf_counter())
-
-    def _is_norm_bias(self, use: Use) -> bool:
-        """Whether the filter sums of a norm's bias, computed with those of its weight, are those of this parameter."""
-        plain = use.slot == 2 and use.direct and not use.between and self.observer is None
-        return plain and self.parameters[use.parameter].dim() == 1
-
-    def _without_activations(self, found: list[tuple[Use, Factors]], name: str, n: int) -> list[tuple[Use, Factors]]:
-        """Form the gradients of uses in checkpointed regions, where these take less memory than the activations."""
-        direct = [pair for pair in found if pair[0].direct and not isinstance(pair[1], Called)]
-        g = self.parameters[name]
-        if sum(bytes_of(factors) for _, factors in direct) <= 2 * n * g.numel() * g.element_size() or len(direct) < 2:
-            return found
-        rest = [pair for pair in found if not any(pair is other for other in direct)]
-        return [(direct[0][0], Formed.of([factors for _, factors in direct], n)), *rest]
-
-    def _formed(self, factors: Factors, name: str, n: int) -> Summed:
-        """The same gradients, computed before they are squared, so that the filters may lie along any axis."""
-        return Summed([(factors, lambda t: t)], tuple(self.parameters[name].shape), n, self.filter_axes[name])
 
     def _one_by_one(
         self,
         output: Tensor,
         cotangents: Tensor,
         names: Iterable[str],
-        weights: Tensor,
+        n: int,
+        weights: Tensor | None,
         segments: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Sums of squares by plain autograd, for one example and one cotangent at a time."""
-        totals = {name: self._zeros(name, len(weights)) for name in names}
-        numbers = weights.tolist()
-        for e in range(len(weights)):
+        totals = {name: self.zeros(name, n) for name in names}
+        numbers = [1.0] * n if weights is None else weights.tolist()
+        for e in range(n):
             for cotangent in cotangents:
                 row, own = e, cotangent
                 if segments is not None:  # one row, with zeros for the other sequences
@@ -585,7 +427,7 @@ class FisherRecorder:
         t = t.movedim(self.filter_axes[name], 0)
         return t.reshape(len(t), math.prod(t.shape[1:]))
 
-    def _zeros(self, name: str, n: int) -> Tensor:
+    def zeros(self, name: str, n: int) -> Tensor:
         """Sums of squares of a parameter that nothing has been added to."""
         p = self.parameters[name]
         shape = p.shape if self.granularity == "parameter" else (n, p.shape[self.filter_axes[name]] if p.dim() else 1)

@@ -39,6 +39,7 @@ class Rule:
     knows: Callable[[Use], bool]
     check: Callable[[Use], str | None]
     segments: Callable[[Use, Tensor], bool]
+    together: Callable[[Use], bool]
 
 
 RULES: dict[str, Rule] = {}
@@ -49,6 +50,7 @@ def register_rule(
     knows: Callable[[Use], bool] = lambda use: True,
     check: Callable[[Use], str | None] = lambda use: None,
     segments: Callable[[Use, Tensor], bool] = lambda use, g: False,
+    together: Callable[[Use], bool] = lambda use: False,
 ) -> Callable:
     """Make the decorated function the rule of some autograd nodes.
 
@@ -64,6 +66,9 @@ def register_rule(
             ...", or None. The recorder raises UnsupportedError with this sentence.
         segments: Whether the rule takes rows in any order as they lie, with the cotangent g. Only then is it called
             with an owner that lists them. Elsewhere, examples of similar length are padded together.
+        together: Whether the rule takes the cotangents of several passes together, g [K N, ...], where example n owns
+            row n of each pass. The factors then have these rows in place of [N, ...], except for what is read from the
+            node. The rule is asked only where example n owns row n of the node's output.
 
     Returns:
         The decorator, which returns the function unchanged.
@@ -104,7 +109,7 @@ def register_rule(
         for name in nodes:
             if name in RULES:
                 raise ValueError(f"the autograd node {name!r} already has a rule: {RULES[name].factors.__name__}")
-            RULES[name] = Rule(factors, knows, check, segments)
+            RULES[name] = Rule(factors, knows, check, segments, together)
         return factors
 
     return decorate
@@ -131,6 +136,12 @@ def factors_of(use: Use, cotangents: Sequence[Tensor | None], n: int, alone: boo
 def has_rule(use: Use) -> bool:
     """Whether a rule handles this use; otherwise the node itself computes the gradients."""
     return _rule_of(use) is not None
+
+
+def takes_passes_together(use: Use) -> bool:
+    """Whether the rule of a use takes the cotangents of several passes together."""
+    rule = _rule_of(use)
+    return rule is not None and use.stack is None and _is_each(use.owners[0]) and rule.together(use)
 
 
 def _rule_of(use: Use) -> Rule | None:
@@ -166,7 +177,11 @@ def _before_axis(use: Use, axis: int) -> bool:
 # ---- convolutions
 
 
-@register_rule("ConvolutionBackward0", knows=lambda use: _of_rows(use) and 3 <= len(output_shape(use.node)) <= 5)
+@register_rule(
+    "ConvolutionBackward0",
+    knows=lambda use: _of_rows(use) and 3 <= len(output_shape(use.node)) <= 5,
+    together=lambda use: len(output_shape(use.node)) <= 4 and not use.node._saved_transposed,
+)
 def _convolution(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     node = use.node
     if use.slot == 2:
@@ -204,7 +219,7 @@ def _convolution(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     return Stacked(slices)
 
 
-@register_rule(*(f"{layer}Backward" for layer in FAST_CONVOLUTIONS), knows=_of_rows)
+@register_rule(*(f"{layer}Backward" for layer in FAST_CONVOLUTIONS), knows=_of_rows, together=lambda use: True)
 def _fast_convolution(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     if use.slot == 2:
         return Product(_channels_by_example(g, owner, n))
@@ -259,6 +274,7 @@ def _check_batch_norm(use: Use) -> str | None:
     *("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0", "BatchNormBackward"),
     knows=_of_rows,
     check=_check_batch_norm,
+    together=lambda use: True,
 )
 def _batch_norm(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     g = _channels_by_example(g, owner, n)
@@ -275,7 +291,7 @@ def _batch_norm(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     return Product(g, _channels_by_example(x, owner, n), mean, use.kept["scale"], norm=use.direct)
 
 
-@register_rule("NativeGroupNormBackward0", knows=_of_rows)
+@register_rule("NativeGroupNormBackward0", knows=_of_rows, together=lambda use: True)
 def _group_norm(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     node = use.node
     if use.slot == 2:
@@ -347,7 +363,20 @@ def _is_matrix(use: Use, g: Tensor) -> bool:
     return g.dim() == 2 and not (use.node.name() == "AddmmBackward0" and use.slot == 0)
 
 
-@register_rule("AddmmBackward0", "MmBackward0", "BmmBackward0", knows=_knows_product, segments=_is_matrix)
+def _takes_products_together(use: Use) -> bool:
+    """Whether the parameter is added to a product, or is the right factor as a linear layer has it."""
+    of_input = use.slot == _right_factor(use.node) and use.transposed
+    return use.node.name() == "AddmmBackward0" and (use.slot == 0 or of_input)
+
+
+@register_rule(
+    "AddmmBackward0",
+    "MmBackward0",
+    "BmmBackward0",
+    knows=_knows_product,
+    segments=_is_matrix,
+    together=_takes_products_together,
+)
 def _linear(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     node = use.node
     added = node.name() == "AddmmBackward0"
@@ -374,6 +403,7 @@ def _linear(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     "OneDnnLinearBackward",
     knows=lambda use: use.slot > 0 and _before_axis(use, -1),
     segments=lambda use, g: use.slot == 1 and g.dim() == 2,
+    together=lambda use: True,
 )
 def _onednn_linear(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     if is_listed(owner) and use.stack is None:
@@ -622,7 +652,7 @@ def _broadcast_by_example(t: Tensor, own: Shape, owner: Owner, n: int) -> Tensor
     summed = [axis + 2 for axis, size in enumerate(own) if size == 1]
     kept = [axis + 2 for axis, size in enumerate(own) if size != 1]
     sizes = (math.prod(t.shape[axis] for axis in axes) for axes in ((1, *summed), kept))
-    return t.permute(0, 1, *summed, *kept).reshape(n, *sizes)
+    return t.permute(0, 1, *summed, *kept).reshape(len(t), *sizes)
 
 
 def _with_leading_ones(shape: Shape, whole: Sequence[int]) -> Shape:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from t2v_fast import SelfCheckError
 from t2v_fast.adapters.continual import (
@@ -82,6 +82,60 @@ def test_frozen_parameters_have_zeros_and_the_scale_is_that_of_batches() -> None
     scaled = compute_importances(model, nn.CrossEntropyLoss(), None, DATA, "cpu", 3, batch_scale=True)
     for name, value in every.items():  # batches of 3, 3 and 1
         close(scaled[name], value * (1 / 3 + 1 / 3 + 1) / 3)
+
+
+class Batches(Dataset):
+    """Examples whose batches are noted."""
+
+    def __init__(self, count: int, entries: int) -> None:
+        self.x = torch.randn(count, entries, generator=torch.Generator().manual_seed(2)).double()
+        self.sizes: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, n: int) -> tuple[Tensor, int, int]:
+        return self.x[n], n % 3, 0
+
+    def collate_fn(self, examples: list) -> list[Tensor]:
+        self.sizes.append(len(examples))
+        return default_collate(examples)
+
+
+def test_later_batches_take_the_memory_of_the_gradients() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 3)).double()
+    data = Batches(50, 20)
+    got = compute_importances(model, nn.CrossEntropyLoss(), None, data, "cpu", 4, batch_scale=True)
+    parameters, example = 20 * 30 + 30 + 30 * 3 + 3, 20 + 2 * 30 + 3  # numbers
+    most = max(data.sizes)
+    assert data.sizes[0] == 4 < most <= parameters / example + 4
+    assert sum(data.sizes) == 50
+    want = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for n in range(50):
+        loss = F.cross_entropy(model(data.x[n : n + 1]), torch.tensor([n % 3]))
+        for name, g in zip(want, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            want[name] += g.square() / 50
+    for name, value in want.items():
+        close(got[name], value * (12 / 4 + 1 / 2) / 13)  # the plugin has 12 batches of 4 and one of 2
+
+
+def test_batches_stay_as_they_are_where_activations_take_more_memory() -> None:
+    model = nn.Sequential(nn.Unflatten(1, (1, 4, 5)), nn.Conv2d(1, 3, 1), nn.Tanh(), nn.Flatten(), nn.Linear(60, 3))
+    data = Batches(9, 20)
+    compute_importances(model.double(), nn.CrossEntropyLoss(), None, data, "cpu", 4)
+    assert data.sizes == [4, 4, 1]
+
+
+def test_examples_in_turn_have_batches_of_one_size() -> None:
+    class InTurn(IterableDataset):
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            yield from DATA
+
+    model = network()
+    got = compute_importances(model, nn.CrossEntropyLoss(), None, InTurn(), "cpu", 3)
+    for name, value in compute_importances(model, nn.CrossEntropyLoss(), None, DATA, "cpu", 3).items():
+        close(got[name], value)
 
 
 def test_the_data_sets_own_batches() -> None:
