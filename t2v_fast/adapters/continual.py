@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..estimation.one_forward import graph_bytes
 from .fim import evaluating, fim_diag
+from .single_images import SingleImages, noting
 from .squares import summed_squares
 
 CRITERIA = {nn.CrossEntropyLoss: "classification", nn.BCEWithLogitsLoss: "multi-label"}
@@ -186,6 +186,7 @@ def online_ewc_fisher(
     batch_size: int | None = None,
     *,
     mode: str = "own",
+    update_statistics: bool = False,
     **options: Any,
 ) -> Tensor:
     """Compute what Mammoth's online EWC accumulates over a task, in its layout.
@@ -194,7 +195,8 @@ def online_ewc_fisher(
 
     Mammoth runs the network on one image after the other, in the network's own mode. A batch norm in training mode then
     normalises each image by the statistics of this image. This function does the same for all images of a batch at
-    once, but leaves the running statistics as they are.
+    once. Mammoth's images also move the running statistics, one after the other. This function leaves these as they
+    are, unless ``update_statistics`` is true.
 
     Args:
         net: The model, which is moved to ``device`` and left in its own mode.
@@ -204,6 +206,8 @@ def online_ewc_fisher(
             the number of examples.
         mode: ``"own"`` for Mammoth's numbers. ``"eval"`` runs the network in evaluation mode, in which batch norm uses
             its running statistics, as it does for predictions.
+        update_statistics: Leave the running statistics of batch norms in training mode where Mammoth's loop leaves
+            them. In evaluation mode, they never change.
         options: ``unsupported`` and ``self_check`` of :func:`t2v_fast.fisher`.
 
     Returns:
@@ -211,7 +215,7 @@ def online_ewc_fisher(
 
     Raises:
         ValueError: There are no examples, the mode is unknown, or a batch norm in training mode sees one value for each
-            channel of an image.
+            channel of an image. Or the statistics are to be updated, and the network changes another buffer.
         UnsupportedError: A parameter has no exact per-example gradient.
         SelfCheckError: The network is random, as with dropout in training mode.
     """
@@ -219,10 +223,14 @@ def online_ewc_fisher(
         raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
     net.to(device)
     batches = 0
+    single = SingleImages(net) if mode == "own" else None
+    moved = single is not None and update_statistics
 
     def directions(logits: Tensor, labels: Tensor | None) -> Tensor:
         nonlocal batches
         batches += 1
+        if single is not None and moved:
+            single.take(logits)
         if labels is None:
             raise ValueError("train_loader yields no labels, expected (inputs, labels, ...)")
         p = logits.softmax(1)
@@ -231,13 +239,17 @@ def online_ewc_fisher(
 
     wanted = {name: p for name, p in net.named_parameters() if p.requires_grad}
     pairs = ((batch[0], batch[1]) for batch in train_loader)
-    with evaluating(net) if mode == "eval" else _own_statistics(net):
+    if moved:
+        options["forward"] = noting
+    with evaluating(net) if single is None else single:
         try:
             total, examples = summed_squares(net, pairs, directions, parameters=list(wanted), device=device, **options)
         except ValueError as error:
             if str(error) == "the loader gave no example":
                 raise ValueError("train_loader has no examples") from None
             raise
+    if single is not None and moved:
+        single.store()
     count = examples if batch_size is None else batches * batch_size
     parts = [
         total[name].to(p).flatten() if name in total else torch.zeros_like(p).flatten()
@@ -246,11 +258,16 @@ def online_ewc_fisher(
     return torch.cat(parts) / count
 
 
-def accelerate_mammoth(model: Any, **options: Any) -> Any:
+def accelerate_mammoth(model: Any, *, update_statistics: bool = True, **options: Any) -> Any:
     """Let Mammoth's online EWC compute its Fisher with :func:`online_ewc_fisher`.
+
+    The network ends a task in the state in which Mammoth leaves it, which includes the running statistics of its batch
+    norms. Tasks that follow, and predictions, depend on these.
 
     Args:
         model: The class ``EwcOn``, or an object of it.
+        update_statistics: False leaves the running statistics as training left them. Predictions then use the
+            statistics of whole batches, and differ from those of Mammoth.
         options: More arguments of :func:`online_ewc_fisher`.
 
     Returns:
@@ -263,7 +280,14 @@ def accelerate_mammoth(model: Any, **options: Any) -> Any:
         raise TypeError(f"model is {model!r}, expected Mammoth's EwcOn, with end_task() and get_penalty_grads()")
 
     def end_task(self: Any, dataset: Any) -> None:
-        found = online_ewc_fisher(self.net, dataset.train_loader, self.device, self.args.batch_size, **options)
+        found = online_ewc_fisher(
+            self.net,
+            dataset.train_loader,
+            self.device,
+            self.args.batch_size,
+            update_statistics=update_statistics,
+            **options,
+        )
         self.fish = found if self.fish is None else self.args.gamma * self.fish + found
         self.checkpoint = self.net.get_params().data.clone()
 
@@ -312,30 +336,3 @@ def _gradients_of_single_losses(criterion: Any, outputs: Tensor, targets: Tensor
                 )
             loss = torch.stack([t.reshape(()) for t in each]).sum()
         return torch.autograd.grad(loss, z)[0]
-
-
-@contextmanager
-def _own_statistics(net: nn.Module) -> Iterator[None]:
-    """Let batch norms in training mode normalise each example by itself, as they do in batches of one example."""
-    before: list[tuple[nn.Module, Any]] = []
-    for name, module in net.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            before.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = functools.partial(_normalised_alone, module, name)
-    try:
-        yield
-    finally:
-        for module, forward in before:
-            del module.__dict__["forward"]
-            if forward is not None:
-                module.__dict__["forward"] = forward
-
-
-def _normalised_alone(norm: _BatchNorm, name: str, x: Tensor) -> Tensor:
-    """Return x [N, C, ...] with each channel of each example normalised: a group norm with one group a channel."""
-    if x.dim() < 3 or x[0, 0].numel() == 1:
-        raise ValueError(
-            f"the batch norm {name!r} is in training mode and sees one value for each channel of an example "
-            f"{list(x.shape)}, which has no variance: call eval() on it, or pass mode='eval'"
-        )
-    return F.group_norm(x, x.shape[1], norm.weight, norm.bias, norm.eps)

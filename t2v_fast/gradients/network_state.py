@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.modules.batchnorm import _NormBase
 
 MAX_SIGNATURES = 16  # of one network: a network gets another head for each task
 MAX_TOKENS = 200_000  # a network with more attributes has no signature
@@ -239,7 +240,11 @@ class _Reader:
                 if key in ("_parameters", "_buffers"):
                     for name, t in value.items():
                         self.tokens.append(name)
-                        self.value(t)
+                        # How many batches a norm has seen in training decides its momentum at most, and no code.
+                        if name == "num_batches_tracked" and isinstance(module, _NormBase) and t is not None:
+                            self._tensor(t)
+                        else:
+                            self.value(t)
                 elif key == "_modules":
                     self.tokens.extend(value)
                     stack.extend(child for child in value.values() if child is not None)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Callable, Iterator
+from itertools import pairwise
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from t2v_fast.adapters.continual import (
     online_ewc_fisher,
 )
 from t2v_fast.adapters.fim import fim_diag
+from t2v_fast.estimation.self_check import SelfCheck
 
 X = torch.randn(7, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 2, 3, 0, 1, 2])
@@ -223,7 +227,7 @@ def test_accelerating_mammoth() -> None:
 
     class EwcOn:
         def __init__(self) -> None:
-            self.net, self.device, self.fish = network(), "cpu", None
+            self.net, self.device, self.fish = network().train(), "cpu", None
             self.net.get_params = lambda: nn.utils.parameters_to_vector(self.net.parameters())
             self.args = types.SimpleNamespace(batch_size=4, gamma=0.5)
 
@@ -233,12 +237,78 @@ def test_accelerating_mammoth() -> None:
         def get_penalty_grads(self) -> None: ...
 
     dataset = types.SimpleNamespace(train_loader=DataLoader(DATA, 4))
-    first = online_ewc_fisher(network(), dataset.train_loader, "cpu", 4)
+    first = online_ewc_fisher(network().train(), dataset.train_loader, "cpu", 4)
+    want = one_image_at_a_time(network().train())
     for model in (accelerate_mammoth(EwcOn()), accelerate_mammoth(type("Own", (EwcOn,), {}))()):
         model.end_task(dataset)
+        for name, b in model.net.named_buffers():
+            close(b, want[name])
         close(model.fish, first)
         close(model.checkpoint, nn.utils.parameters_to_vector(model.net.parameters()).detach())
         model.end_task(dataset)
         close(model.fish, 1.5 * first)
+    as_trained = accelerate_mammoth(EwcOn(), update_statistics=False)
+    as_trained.end_task(dataset)
+    close(as_trained.fish, first)
+    assert all(b.equal(dict(network().named_buffers())[name]) for name, b in as_trained.net.named_buffers())
     with pytest.raises(TypeError, match="expected Mammoth's EwcOn"):
         accelerate_mammoth(nn.Linear(1, 1))
+
+
+def one_image_at_a_time(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a loop over single images leaves, in the model's own mode."""
+    model = copy.deepcopy(model)
+    for n in range(len(X)):
+        model(X[n : n + 1])
+    return dict(model.named_buffers())
+
+
+def with_a_shared_norm() -> nn.Module:
+    model = network()
+    return nn.Sequential(model[:3], model[1], *model[3:])
+
+
+@pytest.mark.parametrize("cuts", [(7,), (3, 6, 7), (1, 2, 3, 4, 5, 6, 7)])
+@pytest.mark.parametrize("make", [network, with_a_shared_norm])
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None])
+def test_norms_end_in_the_state_of_the_loop(make: Callable, momentum: float | None, cuts: tuple[int, ...]) -> None:
+    """Also where a norm has seen batches before, is called twice, or is in evaluation mode."""
+    model = make().train()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = momentum
+    model(X)
+    last = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)][-1].eval()
+    want = one_image_at_a_time(model)
+    assert int(want[next(name for name in want if name.endswith("tracked"))]) >= 8
+    loader = [(X[a:b], Y[a:b]) for a, b in pairwise((0, *cuts))]
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    kept = online_ewc_fisher(model, loader, "cpu")
+    assert all(b.equal(before[name]) for name, b in model.named_buffers())
+    close(online_ewc_fisher(model, loader, "cpu", update_statistics=True), kept)
+    for name, b in model.named_buffers():
+        assert b.dtype == want[name].dtype
+        close(b, want[name])
+    assert not last.training
+    moved = {name: b.clone() for name, b in model.named_buffers()}
+    online_ewc_fisher(model, loader, "cpu", mode="eval", update_statistics=True)
+    assert all(b.equal(moved[name]) for name, b in model.named_buffers())
+    with pytest.raises(IndexError):  # an error leaves the statistics, too
+        online_ewc_fisher(model, [*loader, (X[:1],)], "cpu", update_statistics=True)
+    assert all(b.equal(moved[name]) for name, b in model.named_buffers())
+
+
+def test_another_buffer_that_changes_is_refused() -> None:
+    model = network().train()
+    model[1] = nn.InstanceNorm2d(3, track_running_stats=True).double()
+    with pytest.raises(ValueError, match=r"changes the buffer '1\.running_mean'.*update_statistics=False"):
+        online_ewc_fisher(model, [(X, Y)], "cpu", update_statistics=True)
+    online_ewc_fisher(model, [(X, Y)], "cpu")
+
+
+def test_a_network_is_remembered_although_its_norms_count_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, model = Mock(side_effect=SelfCheck._first, autospec=True), network().train()
+    monkeypatch.setattr(SelfCheck, "_first", lambda *args: first(*args))
+    for _ in range(3):
+        online_ewc_fisher(model, [(X, Y)], "cpu", update_statistics=True)
+    assert first.call_count == 1
