@@ -44,7 +44,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -54,12 +53,11 @@ from ..gradients import network_state
 from ..gradients.attention import APART
 from ..gradients.fast_forward import FastNetwork
 from ..gradients.graph import fix_batch_norm_gradients
-from ..gradients.ownership import dense, nodes_of
+from ..gradients.ownership import nodes_of
 from ..gradients.random_state import random_state
 from ..gradients.recorder import FisherRecorder
 from ..gradients.refusals import random_layer
 from ..gradients.rules import RULES
-from ..gradients.tensor_parallel import whole
 from ..ops import planner
 from .counting import (
     Count,
@@ -72,19 +70,9 @@ from .counting import (
     sorting_over_examples,
 )
 from .packing import part_of
+from .plain_squares import KINKS, SELF_CHECK_TOLERANCE, PlainSquares, Tolerances, coarsest
 from .row_wise import Program, RowWise
-from .runs import Place, Run, part_of_batch, places_of
-
-# How far the squares of two examples may differ from plain autograd, relative to the norm of a parameter's squares. The
-# error of a wrong rule is of order one. Rounding, and a rare ReLU that flips, stay far below these tolerances.
-SELF_CHECK_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
-# How far they may differ from an example that is run alone, if the activations of the batch explain the difference.
-# Rounding pushes few pre-activations over a kink, and more in half precision. A hook or a custom backward function that
-# depends on the other rows is not explained by them.
-KINKS = {torch.float64: 0.1, torch.float32: 0.5, torch.bfloat16: 4.0, torch.float16: 4.0}
-
-LARGEST_FLOAT64 = 2**22  # the most numbers of a gradient that are brought to float64 at once
-LEAST_FLOAT32 = 1e-24  # smaller squares of float32 gradients are computed in float64, where none becomes zero
+from .runs import Run, part_of_batch, places_of
 
 
 class SelfCheckError(RuntimeError):
@@ -319,7 +307,7 @@ class SelfCheck:
 
     def _coarsest(self, logits: Tensor) -> torch.dtype:
         if self._dtype is None:
-            self._dtype = _coarsest(self.recorder, logits)
+            self._dtype = coarsest(self.recorder, logits)
         return self._dtype
 
     def _tolerance(self, logits: Tensor) -> float:
@@ -402,15 +390,16 @@ class SelfCheck:
             shape = cotangent[place].shape
             cotangent[place] = torch.randn(shape, generator=generator, dtype=logits.dtype).to(logits.device)
         got = recorder.backward(logits, cotangent, retain_graph=True, segments=both.segments)
-        summed, rows = recorder.granularity == "parameter", both.rows
-        got = {name: q[None] if summed else q[rows] for name, q in got.items()}
+        summed = recorder.granularity == "parameter"
+        if not summed:
+            got = {name: q[both.rows] for name, q in got.items()}
+        plain = PlainSquares(recorder, got)
         # Plain autograd of an example that is run alone costs least. But rounding can push a pre-activation of this run
         # over a kink, which changes a narrow layer's gradient by percents, and more in half precision. So where the
         # squares differ, the example is differentiated through the activations of the batch of two.
         wrong, proved = None, n > 1 and program is not None
         checked = [] if n > 1 else [0]  # rows of ``both``
         if n > 1:
-            want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
             # The first of these is in the middle of a batch of more than two. A number that unseen code takes from the
             # first or the last example of a batch differs when it is run alone.
             for k in range(len(examples)):
@@ -425,94 +414,36 @@ class SelfCheck:
                 if alone.logits[own].shape != cotangent[place].shape or not alone.logits.requires_grad:
                     wrong = "another graph"
                     continue
-                with recorder.regions.reading():
-                    fix_batch_norm_gradients(nodes_of(alone.logits))
-                direction = torch.zeros_like(alone.logits)
-                direction[own] = cotangent[place]
-                self._add_plain(want, k, alone.logits, direction, own)
+                self._add_alone(plain, k, alone, cotangent[place])
             if wrong is None:
-                wrong = self._wrong(got, want, checked, logits, SELF_CHECK_TOLERANCE)
-                if wrong is not None and self._wrong(got, want, checked, logits, KINKS) is not None:
+                wrong = self._difference(plain, got, checked, logits, SELF_CHECK_TOLERANCE)
+                if wrong is not None and self._difference(plain, got, checked, logits, KINKS) is not None:
                     raise SelfCheckError(
                         f"{wrong}. If it has a hook or a backward function of its own, these may mix the examples"
                     )
         if got and (n == 1 or wrong is not None):
-            want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
+            plain = PlainSquares(recorder, got)
             for k in checked:
                 with recorder.regions.reading():  # the graph serves several passes
-                    self._add_plain(want, k, logits, cotangent, both.places[k])
-            if (wrong := self._wrong(got, want, checked, logits, SELF_CHECK_TOLERANCE)) is not None:
+                    plain.add(k, logits, cotangent, both.places[k])
+            if (wrong := self._difference(plain, got, checked, logits, SELF_CHECK_TOLERANCE)) is not None:
                 raise SelfCheckError(wrong)
         return proved
 
-    def _add_plain(self, want: dict[str, Tensor], k: int, logits: Tensor, cotangent: Tensor, place: Place) -> None:
-        """Add the squared gradients of one example's logits to the k-th values. Only torch's autograd is used."""
-        recorder = self.recorder
-        if not want:
-            return
-        single = torch.zeros_like(cotangent)
-        single[place] = cotangent[place]
-        at = 0 if recorder.granularity == "parameter" else k
-        options = {"retain_graph": True, "allow_unused": True}
-        leaves = recorder.leaves
-        if recorder.divided:  # what hooks would do to gradients is not theirs alone
-            sharding = recorder.sharding
-            chosen = {name: recorder.parameters[name] for name in want}
-            for names in [list(want)] if sharding is None else sharding.portions(chosen):
-                gradients = torch.autograd.grad(
-                    [logits], [leaves[name] for name in names], [single], materialize_grads=True, **options
-                )
-                for name, gradient in zip(names, gradients, strict=True):
-                    want[name][at] += _squares(recorder, name, dense(whole(gradient)))
-            return
+    def _add_alone(self, plain: PlainSquares, row: int, alone: Run, cotangent: Tensor) -> None:
+        """Add the squared gradients of an example that was run alone, with a cotangent of its own logits."""
+        with self.recorder.regions.reading():
+            fix_batch_norm_gradients(nodes_of(alone.logits))
+        (place,) = alone.places
+        direction = torch.zeros_like(alone.logits)
+        direction[place] = cotangent
+        plain.add(row, alone.logits, direction, place)
 
-        taken: set[str] = set()
-
-        def take(name: str, gradient: Tensor) -> Tensor | None:
-            want[name][at] += _squares(recorder, name, dense(gradient))
-            taken.add(name)
-            return gradient.new_zeros(()).expand(gradient.shape) if gradient.layout == torch.strided else None
-
-        # The hooks square each gradient when it is there, and pass on one that takes no memory: a large network's
-        # gradients would not fit beside its activations.
-        wanted = [leaves[name] for name in want]
-        hooks = [p.register_hook(partial(take, name)) for name, p in zip(want, wanted, strict=True)]
-        try:
-            found = torch.autograd.grad([logits], wanted, [single], **options)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for name, gradient in zip(want, found, strict=True):  # of tensors that are not torch's own, which have no hooks
-            if gradient is not None and name not in taken:
-                take(name, gradient)
-
-    def _wrong(
-        self,
-        got: dict[str, Tensor],
-        want: dict[str, Tensor],
-        rows: list[int],
-        logits: Tensor,
-        allowed: dict[torch.dtype, float],
+    def _difference(
+        self, plain: PlainSquares, got: dict[str, Tensor], rows: list[int], logits: Tensor, allowed: Tolerances
     ) -> str | None:
-        """Say which parameter's squares differ from the wanted ones in these rows; None if none does."""
-        if self.recorder.granularity != "parameter":  # whose one row is the sum over all examples
-            got, want = ({name: q[rows] for name, q in of.items()} for of in (got, want))
         dtype = self._coarsest(logits)
-        tolerance = allowed[dtype]
-        # Where the true gradient is zero (a bias that a softmax ignores), only rounding errors of larger ones remain.
-        floor = (1e3 * torch.finfo(dtype).eps) ** 2 * max(
-            (float(w.max()) for w in want.values() if w.numel()), default=0
-        )
-        for name, wanted in want.items():
-            for q, w in zip(got[name].double(), wanted, strict=True):
-                difference = float((q - w).norm()) if w.numel() else 0.0
-                if not difference <= tolerance * float(w.norm()) + floor * w.numel() ** 0.5:
-                    return (
-                        f"self-check failed for {name!r}: its squared per-example gradients differ from plain autograd "
-                        f"by {difference / max(float(w.norm()), 1e-300):.2g} relative (allowed {tolerance:.0e}). The "
-                        "result would be wrong; please report the layer, and leave it out with parameters=..."
-                    )
-        return None
+        return plain.difference(got, rows, dtype, allowed[dtype])
 
 
 _NOTHING = Run(torch.empty(0), [])
@@ -563,22 +494,6 @@ def _random(model: nn.Module) -> str:
     )
 
 
-def _squares(recorder: FisherRecorder, name: str, gradient: Tensor) -> Tensor:
-    """The squares of a gradient at the recorder's granularity, in float64, or in float32 where none becomes zero."""
-    if gradient.dtype == torch.float32:
-        q = recorder.reduce(name, gradient)
-        if not q.numel() or float(q.amax()) > LEAST_FLOAT32:
-            return q
-    if recorder.granularity == "parameter" or gradient.numel() <= LARGEST_FLOAT64:
-        return recorder.reduce(name, gradient.double())
-    # All filters have the same number of entries, so the mean over the parameter is the mean over its filters' means.
-    filters = gradient.movedim(recorder.filter_axes[name], 0)
-    filters = filters.reshape(len(filters), -1)
-    some = filters.split(max(1, LARGEST_FLOAT64 // filters.shape[1]))
-    q = torch.cat([part.double().square_().mean(1) for part in some])
-    return q if recorder.granularity == "filter" else q.mean()
-
-
 _NO_CAPACITY = "pass batches of one example, or switch the capacity off"
 
 
@@ -601,10 +516,3 @@ def _spread(logits: Tensor, robust: bool) -> float:
     apart = apart.flatten()
     spread = float(apart[:: -(-len(apart) // 2**20)].quantile(0.5) if robust else apart.max())
     return max(spread, 1e3 * torch.finfo(logits.dtype).eps * float(z.abs().median()))
-
-
-def _coarsest(recorder: FisherRecorder, logits: Tensor) -> torch.dtype:
-    """The least precise floating-point type among parameters and activations."""
-    found = {p.dtype for p in recorder.parameters.values()}
-    found |= {of.dtype for node in nodes_of(logits) for of in node._input_metadata}
-    return max((d for d in found if d in SELF_CHECK_TOLERANCE), key=lambda d: torch.finfo(d).eps)

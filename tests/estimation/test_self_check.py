@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from t2v_fast import FisherRecorder, SelfCheckError, UnsupportedError, fisher
 from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.estimation.label_sets import Heads, LabelSet, fisher_of_label_sets
+from t2v_fast.estimation.plain_squares import PlainSquares
 from t2v_fast.estimation.self_check import SelfCheck, _spread
 from t2v_fast.gradients import network_state
 from t2v_fast.gradients.factors import Outer
@@ -542,15 +543,15 @@ def test_two_threads(checks: list[int]) -> None:
 def test_a_mismatch_with_an_example_alone_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where plain autograd of an example alone differs (a kink), the batch's own activations decide."""
     found: list[str | None] = []
-    real = SelfCheck._wrong
+    real = PlainSquares.difference
 
-    def noted(self: SelfCheck, got: Any, want: dict[str, Tensor], *rest: Any) -> str | None:
+    def noted(self: PlainSquares, got: dict[str, Tensor], *rest: Any) -> str | None:
         if len(found) < 2:
-            want = {name: 1.05 * w for name, w in want.items()}
-        found.append(real(self, got, want, *rest))
+            got = {name: 1.05 * q for name, q in got.items()}
+        found.append(real(self, got, *rest))
         return found[-1]
 
-    monkeypatch.setattr(SelfCheck, "_wrong", noted)
+    monkeypatch.setattr(PlainSquares, "difference", noted)
     assert_right(network())
     assert [why is None for why in found] == [False, True, True]
 
