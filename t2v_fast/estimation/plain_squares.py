@@ -30,6 +30,8 @@ KINKS = {torch.float64: 0.1, torch.float32: 0.5, torch.bfloat16: 4.0, torch.floa
 LARGEST_FLOAT64 = 2**22  # the most numbers of a gradient that are brought to float64 at once
 LEAST_FLOAT32 = 1e-24  # smaller squares of float32 gradients are computed in float64, where none becomes zero
 
+LEAST_PART = 1e-3  # how small the smallest cotangent of an example may be beside its largest, for a comparison
+
 
 class PlainSquares:
     """Squared gradients by plain autograd, at the recorder's granularity, for some rows of the recorder's results.
@@ -135,6 +137,49 @@ class PlainSquares:
                         "be wrong; please report the layer, and leave it out with parameters=..."
                     )
         return None
+
+    def each_agrees(self, got: Mapping[str, Tensor], row: int, dtype: torch.dtype, allowed: float) -> bool:
+        """Whether each single entry of a row agrees, so that small entries count as much as large ones.
+
+        The gradients are compared, not their squares: where the terms of a gradient cancel, its rounding error is a
+        part of the largest gradient. This part is far below :data:`LEAST_PART`.
+
+        Args:
+            got: The recorder's results for the parameters, by example.
+            row: The row that is compared.
+            dtype: The least precise type that took part.
+            allowed: The largest difference of an entry, relative to it.
+        """
+        for name, q in got.items():
+            if not q.numel():
+                continue
+            w = self._rows.get(row, {}).get(name)
+            w = torch.zeros_like(q[row], dtype=torch.float64) if w is None else w.sqrt()
+            apart = (q[row].double().sqrt() - w).abs()
+            if not bool((apart <= allowed / 2 * w + 1e2 * torch.finfo(dtype).eps * w.max()).all()):
+                return False
+        return True
+
+
+def row_to_compare(cotangents: Tensor) -> int | None:
+    """Choose an example whose cotangents [N, C] show errors wherever they are, or None if there is none.
+
+    The cotangents of its logits are the most alike in size. The first and the last example are not chosen: a number
+    that unseen code takes from one of these is the same where an example is run alone.
+
+    Example:
+        >>> row_to_compare(torch.tensor([[1.0, -1.0], [1.0, -0.2], [-2.0, 2.0], [1.0, -1.0]]))
+        2
+        >>> row_to_compare(torch.tensor([[1.0, -1.0], [0.0, 0.0], [1.0, 0.0], [1.0, -1.0]])) is None
+        True
+    """
+    size = cotangents[1:-1].abs()
+    if not size.numel():
+        return None
+    largest = size.amax(1)
+    alike = torch.where(largest > 0, size.amin(1) / largest, 0)
+    row = int(alike.argmax())
+    return row + 1 if float(alike[row]) >= LEAST_PART else None
 
 
 def _squares(recorder: FisherRecorder, name: str, gradient: Tensor) -> Tensor:
