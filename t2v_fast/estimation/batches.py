@@ -42,6 +42,7 @@ class Batch:
     mask: Tensor | None  # [N, T], true where a token counts; None where every token does, and for logits [N, C]
     checks: DeferredChecks  # of values of this batch that the host need not wait for
     segments: Tensor | None = None  # [T], the example of each token of a packed row, on the CPU; -1 for padding
+    check: SelfCheck | None = None  # to which the squares are to be handed over
 
     def count_tokens(self) -> Tensor:
         """Count the tokens of each example that the mask keeps, float64 [N]."""
@@ -66,6 +67,7 @@ def forward_passes(
     adds_up: bool = False,
     passes: Passes | None = None,
     parts: Sequence[int] = (),
+    purpose: tuple[str, ...] | None = None,
 ) -> Iterator[Callable[[Iterable[Any]], Iterator[Batch]]]:
     """Prepare the recorder's network; yield a function that runs the network over a loader, batch after batch.
 
@@ -73,7 +75,8 @@ def forward_passes(
     :class:`t2v_fast.estimation.self_check.SelfCheck`. ``texts`` says how batches of text are read. ``adds_up``
     says that the caller adds up what the processes of a sharded network find; others are refused. ``parts`` are the
     numbers of logits of the heads, where the logits are those of several heads. Logits that ``passes`` replays have no
-    autograd graph: the caller takes the squares from ``passes`` as well.
+    autograd graph: the caller takes the squares from ``passes`` as well. With a ``purpose``, the caller hands the
+    squares of each batch that has a ``check`` over to it, as :class:`~t2v_fast.estimation.self_check.SelfCheck` says.
     """
     passes = Passes(recorder) if passes is None else passes
     if recorder.sharding is not None and not adds_up:
@@ -89,7 +92,7 @@ def forward_passes(
         _forward_of(recorder, forward, device, channels_last) as fast,
         passes.of(fast),
     ):
-        check = SelfCheck(recorder, fast, parts) if self_check else None
+        check = SelfCheck(recorder, fast, parts, purpose) if self_check else None
 
         def run(loader: Iterable[Any]) -> Iterator[Batch]:
             checks, copies = DeferredChecks(), DeviceCopies(torch.device(device))
@@ -112,7 +115,9 @@ def forward_passes(
                     with stage("check", whole=True):
                         check.batch(there, logits, segments)
                 del there, output  # so that their memory is free for the next batch
-                yield Batch(n, logits, labels, valid, checks, segments)
+                yield Batch(n, logits, labels, valid, checks, segments, check if check and check.waits else None)
+                if check and check.waits:
+                    raise RuntimeError("the squares of a batch were not handed over to its check")
             checks.finish()
 
         yield run

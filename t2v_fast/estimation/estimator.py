@@ -24,7 +24,7 @@ from .batches import Batch, Draws, Schedule, forward_passes
 from .cotangents import check_estimator, cotangents
 from .diagonal import FisherDiagonal, check_finite, diagonal_of
 from .graphs import GraphedPasses, Passes
-from .likelihoods import Likelihood, get_likelihood
+from .likelihoods import LIKELIHOODS, Likelihood, get_likelihood
 from .moments import DrawnExamples, DrawnUnits, NamedMoments, Units
 from .packing import IGNORED, Texts
 from .processes import add_up, shards_of, together
@@ -231,6 +231,7 @@ def fisher(
             texts=Texts(shift_labels, packed),
             adds_up=True,
             passes=passes,
+            purpose=_purpose(estimator, likelihood),
         ) as batches_of:
             for batch in batches_of(tqdm(loader, desc="Fisher", unit="batch", disable=not progress, leave=False)):
                 explained = explain and schedule.seen == 0 and estimator != BATCH_MEAN
@@ -250,6 +251,12 @@ def _check_options(estimator: str, granularity: str, estimator_error: bool, allo
             raise ValueError(
                 f"{what} is for estimator 'deflated' by filter or tensor, got {estimator!r} by {granularity}"
             )
+
+
+def _purpose(estimator: str, likelihood: Likelihood) -> tuple[str, ...] | None:
+    """What decides the kind of cotangents, by which the self-check remembers a network; None where that is unknown."""
+    names = [name for name, kind in LIKELIHOODS.items() if type(likelihood) is kind]
+    return (estimator, names[0]) if names else None
 
 
 def _schedule(
@@ -334,8 +341,18 @@ class _Estimate:
             return self._with_estimator_error(batch, draws, u, self.drawn)
         summed = self.recorder.granularity == "parameter"
         weights = draws.weights if summed else None
-        (found,) = self.passes.squares(batch.logits, u, weights=weights, segments=batch.segments)
+        (found,) = self._squares(batch, u, weights=weights)
         return found
+
+    def _squares(
+        self, batch: Batch, u: Tensor, groups: Sequence[int] | None = None, weights: Tensor | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Return the squares of each group of cotangents, or of all of them. Those of a first batch are checked."""
+
+        def squares(groups: Sequence[int] | None) -> list[dict[str, Tensor]]:
+            return self.passes.squares(batch.logits, u, groups, weights, batch.segments)
+
+        return squares(groups) if batch.check is None else batch.check.compared(u, squares, groups)
 
     def _with_estimator_error(
         self, batch: Batch, draws: Draws, u: Tensor, drawn: dict[str, DrawnExamples]
@@ -347,7 +364,7 @@ class _Estimate:
         least = int(draws.samples.min()) if isinstance(draws.samples, Tensor) else draws.samples
         if least < self.likelihood.rank(batch.logits.shape[-1]):
             sizes = [len(u) - 2, 1, 1] if len(u) > 2 else [1, 1]
-            groups = self.passes.squares(batch.logits, u, sizes)
+            groups = self._squares(batch, u, sizes)
             values = {name: cast(Tensor, sum(g[name] for g in groups)) for name in groups[0]}
             apart = {name: groups[-1][name] - groups[-2][name] for name in values}
             if isinstance(draws.source, Tensor):  # two of the sketches of an example tell the error of all
@@ -355,7 +372,7 @@ class _Estimate:
                 scale = to_device(counts.sqrt(), batch.logits.device)
                 apart = {name: q * scale.to(q.dtype).view(-1, *(1,) * (q.dim() - 1)) for name, q in apart.items()}
         else:  # every example is exact
-            (values,) = self.passes.squares(batch.logits, u)
+            (values,) = self._squares(batch, u)
             apart = {name: torch.zeros_like(q) for name, q in values.items()}
         units = DrawnUnits(draws.weights, draws.inclusion)
         for name, q in values.items():

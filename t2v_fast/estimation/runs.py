@@ -1,4 +1,4 @@
-"""Some examples of a batch as a batch of their own, and where the logits of each example lie."""
+"""Some examples of a batch as a batch of their own: where the logits of each lie, and how far they are from others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -42,6 +43,33 @@ class Run:
         logits = self.logits.detach()
         return [logits[cast(list[int], places)]] if self.segments is None else [logits[place][None] for place in places]
 
+    def apart(
+        self, whole: Run, examples: Sequence[int], tolerance: float, parts: Sequence[int] = ()
+    ) -> tuple[int, float] | None:
+        """Compare these logits with those of some examples of a ``whole`` batch, of the same shapes.
+
+        Args:
+            whole: The batch.
+            examples: The numbers that these examples have there.
+            tolerance: The largest difference, relative to the spread of the logits of the batch.
+            parts: The numbers of logits of the heads, which are compared at their own scales.
+
+        Returns:
+            The example that differs most and by how much, or None where all logits are close.
+        """
+        logits = whole.logits.detach()
+        pairs = zip(self.each(), whole.each(examples), strict=True)
+        differences = [(one - other).abs().reshape(len(one), -1) for one, other in pairs]
+        apart = torch.cat([d.amax(1) for d in differences])
+        blocks = [(apart[:, None], logits)]
+        if sum(parts) == logits.shape[-1]:  # each head is compared at its own scale
+            both = (torch.cat(differences), logits)
+            blocks = list(zip(*(t.split(list(parts), 1) for t in both), strict=True))
+        if all(bool((d <= tolerance * spread(part, robust=tolerance < 0.1)).all()) for d, part in blocks):
+            return None
+        worst = int(apart.nan_to_num(torch.inf).argmax())
+        return examples[worst], float(apart[worst])
+
 
 def part_of_batch(inputs: Any, examples: list[int], n: int) -> Any:
     """Some examples of a batch; inputs without an axis of n examples are passed on unchanged."""
@@ -49,3 +77,24 @@ def part_of_batch(inputs: Any, examples: list[int], n: int) -> Any:
         lambda t: t[examples] if isinstance(t, Tensor) and t.dim() and t.shape[0] == n else t,
         inputs,
     )
+
+
+def spread(logits: Tensor, robust: bool) -> float:
+    """How far the logits of an example spread around their median; at least a multiple of their rounding error.
+
+    ``robust`` takes the median spread, so that a masked class does not count. Otherwise the largest spread is taken,
+    which half precision needs. Rows whose logits are all alike do not count, such as tokens with zero vectors.
+    """
+    z = logits.reshape(-1, logits.shape[-1])
+    z = z[:: -(-z.numel() // 2**22)].double()  # of a language model's tokens, some are enough
+    # In the middle between the lower and the upper median: at the lower one of two logits, the spread would be the
+    # smallest margin of all examples.
+    centre = (z.median(1, keepdim=True).values - (-z).median(1, keepdim=True).values) / 2
+    centre = centre if z.shape[1] > 1 else z.median()
+    apart = (z - centre).abs()
+    differs = (apart > 0).any(1)
+    if bool(differs.any()):
+        z, apart = z[differs], apart[differs]
+    apart = apart.flatten()
+    spread = float(apart[:: -(-len(apart) // 2**20)].quantile(0.5) if robust else apart.max())
+    return max(spread, 1e3 * torch.finfo(logits.dtype).eps * float(z.abs().median()))

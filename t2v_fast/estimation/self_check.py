@@ -8,7 +8,7 @@ watched:
   generators takes some microseconds, and finds a dropout of any probability.
 - *The first batch of two or more examples*: the other examples, in halves of the batch, and two examples, each alone
   and both together, must have the logits of the batch. The two examples, as a batch of their own, must have the squared
-  gradients of plain autograd.
+  gradients of plain autograd for a random cotangent.
 - *Later batches*: the halves of the second batch must have its logits. In the 4th, 8th, 16th batch and so on, one
   example run alone must have the logits of the batch.
 - *Every batch of two or more examples, in networks that count or rank the tokens of all examples*: each example alone
@@ -17,10 +17,25 @@ watched:
 
 **Networks that are row by row** need less. The forward pass of each of these batches is watched
 (:mod:`t2v_fast.estimation.row_wise`), which proves for most convolutional networks that no example depends on another.
-The first batch is proved if its pass and that of one example alone have the same program. Then no halves are run, and
-one of the two examples goes through plain autograd. Of a batch of two, both examples are run alone. A later batch is
-proved if its pass has the program of the first batch that was proved. Then no further pass is run. Where there is no
-proof, or the programs differ, the values are compared as above. So a proof may fail without harm.
+The first batch is proved if its pass and that of one example alone have the same program. Then no halves are run. Of a
+batch of two, both examples are run alone. A later batch is proved if its pass has the program of the first batch that
+was proved. Then no further pass is run. Where there is no proof, or the programs differ, the values are compared as
+above. So a proof may fail without harm.
+
+The squares of the two examples are then replaced by squares that are needed anyway (:meth:`SelfCheck.compared`). The
+caller hands over the cotangents of its first batch and the squares that it finds. Those of one example, for the last
+cotangent, must be those of plain autograd of this example alone. The kernels have the size of the batch, which a batch
+of two does not show. Two things could make this weaker than a random cotangent of two examples, and each has an answer:
+
+- *A cotangent that is zero, or small, for some logits* hides what belongs to them. The example is the one whose logits'
+  cotangents are the most alike, neither the first nor the last of the batch. Where the smallest of them is below
+  :data:`~t2v_fast.estimation.plain_squares.LEAST_PART` of the largest, the two examples are used.
+- *Gradients that depend on the other rows* show less in a large batch than in one of two. So each filter must agree, to
+  one part in as many as the batch has examples. Where one does not, which may be a kink, the two examples are compared
+  as well, and the example is differentiated through the activations of its own batch.
+
+The verdict of such a comparison holds for the caller's own estimator and likelihood. Granularities that show no single
+example or no single filter, tokens, and half precision keep the two examples.
 
 Another interaction that the graph does not show, and that occurs in few batches, may escape these checks.
 
@@ -41,81 +56,38 @@ that is run alone, can show it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..gradients import network_state
-from ..gradients.attention import APART
 from ..gradients.fast_forward import FastNetwork
 from ..gradients.graph import fix_batch_norm_gradients
-from ..gradients.ownership import dense, nodes_of
-from ..gradients.random_state import random_state
+from ..gradients.ownership import nodes_of
 from ..gradients.recorder import FisherRecorder
-from ..gradients.refusals import random_layer
 from ..gradients.rules import RULES
-from ..gradients.tensor_parallel import whole
 from ..ops import planner
-from .counting import (
-    Count,
-    Counting,
-    counting_over_examples,
-    described,
-    is_half,
-    layer_with_capacity,
-    reads_unevenly,
-    sorting_over_examples,
-)
-from .packing import part_of
-from .row_wise import Program, RowWise
-from .runs import Place, Run, part_of_batch, places_of
-
-# How far the squares of two examples may differ from plain autograd, relative to the norm of a parameter's squares. The
-# error of a wrong rule is of order one. Rounding, and a rare ReLU that flips, stay far below these tolerances.
-SELF_CHECK_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
-# How far they may differ from an example that is run alone, if the activations of the batch explain the difference.
-# Rounding pushes few pre-activations over a kink, and more in half precision. A hook or a custom backward function that
-# depends on the other rows is not explained by them.
-KINKS = {torch.float64: 0.1, torch.float32: 0.5, torch.bfloat16: 4.0, torch.float16: 4.0}
-
-LARGEST_FLOAT64 = 2**22  # the most numbers of a gradient that are brought to float64 at once
-LEAST_FLOAT32 = 1e-24  # smaller squares of float32 gradients are computed in float64, where none becomes zero
+from ..spans import stage
+from .counting import Counting, described, layer_with_capacity, reads_unevenly
+from .plain_squares import KINKS, SELF_CHECK_TOLERANCE, PlainSquares, Tolerances, row_to_compare
+from .reruns import NOTHING, Reruns, SelfCheckError, random_network
+from .row_wise import Program
+from .runs import Run, places_of
 
 
-class SelfCheckError(RuntimeError):
-    """Raised where the self-check finds a wrong result, examples that interact, or a random network.
-
-    If the squared gradients differ from plain autograd, the message names the parameter.
-
-    Example:
-        A mean over the batch couples the examples. The autograd graph does not show this mean, because the inputs need
-        no gradient:
-
-        >>> import t2v_fast
-        >>> class Centred(nn.Linear):
-        ...     def forward(self, x):
-        ...         return super().forward(x - x.mean(0))
-        >>> network = Centred(4, 3)
-        >>> try:
-        ...     t2v_fast.fisher(network, [torch.eye(4)])
-        ... except t2v_fast.SelfCheckError as error:
-        ...     print("examples interact" in str(error))
-        True
-    """
-
-
-class SelfCheck:
+class SelfCheck(Reruns):
     """Watch a network's forward passes: call :meth:`forward` for the logits of each batch, then :meth:`batch`.
 
     Args:
         recorder: The recorder of the network. Its ``verified`` attribute is set.
         forward: Called as ``forward(model, inputs)`` to run the network.
         parts: The numbers of logits of the heads, where logits [N, C] are those of several heads.
+        purpose: What decides the cotangents of a caller who hands over the squares of a batch (:meth:`compared`)
+            whenever :attr:`waits` is true; None for other callers.
 
     Example:
         >>> network = nn.Linear(4, 3)
@@ -127,22 +99,21 @@ class SelfCheck:
     """
 
     def __init__(
-        self, recorder: FisherRecorder, forward: Callable[[nn.Module, Any], Tensor], parts: Sequence[int] = ()
+        self,
+        recorder: FisherRecorder,
+        forward: Callable[[nn.Module, Any], Tensor],
+        parts: Sequence[int] = (),
+        purpose: tuple[str, ...] | None = None,
     ) -> None:
-        self.recorder, self.parts = recorder, list(parts)
+        super().__init__(recorder, forward, parts)
+        self.purpose = purpose
         recorder.verified = True
-        self._forward = forward
         self._network: network_state.Signature | None = None  # of the network, before its first forward pass
         self._looked = False  # whether the signature was taken
         self._verdict = _Verdict(None)  # of the first batch, in this call or in an earlier one
-        self._whole = _NOTHING  # the batch that is checked
+        self._waiting: _Waiting | None = None
         self._batches = 0  # the number of batches with two or more examples
         self._single = False  # whether a batch of one example was checked
-        self._drew = False  # whether the last forward pass drew random numbers
-        self._program: Program | None = None  # of the last forward pass, if it was watched and is row by row
-        self._sorting = False  # whether whole numbers of all examples are sorted
-        self._counting: str | None = None  # the layer that counts over the tokens of all examples
-        self._dtype: torch.dtype | None = None  # the least precise type among parameters and activations
 
     def forward(self, inputs: Any) -> Tensor:
         """Run the network, and note whether it draws random numbers.
@@ -159,31 +130,6 @@ class SelfCheck:
                 of_call = _call_of(self.recorder, self._forward)
                 self._network = network_state.signature_of(self.recorder.model, *of_call)
         return self._pass(inputs, watched=_is_due(self._batches + 1))
-
-    def _pass(self, inputs: Any, watched: bool) -> Tensor:
-        """Run the network. Note whether it draws random numbers and, if it is ``watched``, its program."""
-        watched = watched and not self.recorder.divided  # the processes must come to the same decisions
-        watches: list[RowWise] = []
-
-        def observe(given: Any) -> RowWise:
-            watches.append(RowWise(self.recorder.model, given))
-            return watches[-1]
-
-        before = random_state()
-        if not watched:
-            output = self._forward(self.recorder.model, inputs)
-        elif isinstance(self._forward, FastNetwork):
-            self._forward.observe = observe
-            try:
-                output = self._forward(self.recorder.model, inputs)
-            finally:
-                self._forward.observe = nullcontext
-        else:
-            with observe(inputs):
-                output = self._forward(self.recorder.model, inputs)
-        self._program = watches[-1].program_of(output) if watches else None
-        self._drew = before != random_state()
-        return output
 
     def is_due(self, n: int) -> bool:
         """Whether :meth:`batch` needs the autograd graph of the next batch, which has ``n`` examples."""
@@ -203,13 +149,120 @@ class SelfCheck:
         Raises:
             SelfCheckError: Examples interact, the network is random, or squared gradients are wrong.
         """
-        try:
+        with self._checking():
             self._check_batch(inputs, logits, segments)
+
+    @contextmanager
+    def _checking(self) -> Iterator[None]:
+        try:
+            yield
         except SelfCheckError:  # the next call must not trust what an earlier batch or call showed
             network_state.state_of(self.recorder.model).clear()
             raise
         finally:
-            self._whole = _NOTHING  # the graph takes memory
+            self._whole = NOTHING  # the graph takes memory
+
+    @property
+    def waits(self) -> bool:
+        """Whether the last batch is still to be :meth:`compared`."""
+        return self._waiting is not None
+
+    def compared(
+        self,
+        cotangents: Tensor,
+        squares: Callable[[Sequence[int] | None], list[dict[str, Tensor]]],
+        groups: Sequence[int] | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """Compute the squares of the batch that :attr:`waits`, and compare those of one example with plain autograd.
+
+        Args:
+            cotangents: The cotangents [K, N, C] of the batch's logits.
+            squares: Called with numbers of cotangents that add up to K, or None for one group of all: returns the
+                squares of each group, as :meth:`t2v_fast.FisherRecorder.backward_groups` does. It may use up the graph.
+            groups: The groups that are wanted.
+
+        Returns:
+            The squares of the wanted groups.
+
+        Raises:
+            SelfCheckError: Examples interact, or squared gradients are wrong.
+        """
+        first, self._waiting = self._waiting, None
+        assert first is not None
+        with self._checking():
+            self._whole = first.whole
+            with stage("check", whole=True):
+                row = row_to_compare(cotangents[-1])
+                plain = None if row is None else self._plain_squares(first, row, cotangents[-1])
+                if row is None or plain is None:
+                    self._compare_two(first)
+            if row is None or plain is None:
+                return squares(groups)
+            sizes = list(groups or [len(cotangents)])
+            if divided := sizes[-1] > 1:
+                sizes[-1:] = [sizes[-1] - 1, 1]
+            found = squares(sizes)
+            with stage("check", whole=True):
+                self._compare_row(first, plain, found[-1], row, cotangents[-1])
+        if divided:
+            *others, last, one = found
+            found = [*others, {name: q + one[name] for name, q in last.items()}]
+        return found
+
+    def _may_wait(self, whole: Run, program: Program | None) -> bool:
+        """Whether the squares of a first batch may replace those of two of its examples."""
+        return (
+            self.purpose is not None
+            and program is not None
+            and len(whole) > 2
+            and whole.logits.dim() == 2
+            and self.recorder.granularity == "filter"
+            and self._tolerance(whole.logits) < 0.1
+            and layer_with_capacity(self.recorder.model) is None
+        )
+
+    def _plain_squares(self, first: _Waiting, row: int, cotangent: Tensor) -> PlainSquares | None:
+        """The squares of an example that is run alone; None unless it is proved that it does not depend on others."""
+        alone = self._run(first.inputs, [row], watched=True)
+        if self._program != first.program or not alone.logits.requires_grad:
+            return None
+        self._agree(alone, first.whole, [row], "alone")
+        plain = PlainSquares(self.recorder, self.recorder.parameters)
+        self._add_alone(plain, row, alone, cotangent[row])
+        return plain
+
+    def _compare_row(
+        self, first: _Waiting, plain: PlainSquares, found: dict[str, Tensor], row: int, cotangent: Tensor
+    ) -> None:
+        """Compare an example's squares with those of plain autograd, and remember the network if they agree."""
+        n, dtype = len(first.whole), self._coarsest(first.whole.logits)
+        tolerance = SELF_CHECK_TOLERANCE[dtype]
+        if plain.each_agrees(found, row, dtype, min(tolerance, 1 / n)):
+            self._verdict = _Verdict(dtype, first.program)
+            network_state.state_of(self.recorder.model).put(first.own_key, self._verdict)
+            return
+        if (wrong := plain.difference(found, [row], dtype, KINKS[dtype])) is not None:
+            raise SelfCheckError(f"{wrong}. {_MAY_MIX}")
+        self._compare_two(first)
+        # A kink changes the squares of an example that is run alone, and not those of the batch's own activations.
+        again = self._run(first.inputs, list(range(n)))
+        own = PlainSquares(self.recorder, found)
+        with self.recorder.regions.reading():
+            fix_batch_norm_gradients(nodes_of(again.logits))
+            own.add(row, again.logits, cotangent, row)
+        if (wrong := own.difference(found, [row], dtype, tolerance)) is not None:
+            raise SelfCheckError(wrong)
+
+    def _compare_two(self, first: _Waiting) -> None:
+        """Check a first batch by two of its examples, and remember the network for every estimator."""
+        proved = self._first(first.inputs, first.whole, first.program)
+        self._verdict = _Verdict(
+            self._coarsest(first.whole.logits),
+            first.program if proved else None,
+            mixing=self._counting,
+            sorting=self._sorting,
+        )
+        network_state.state_of(self.recorder.model).put(first.key, self._verdict)
 
     def _check_batch(self, inputs: Any, logits: Tensor, segments: Tensor | None) -> None:
         n = logits.shape[0] if segments is None else int(segments.max()) + 1
@@ -229,14 +282,19 @@ class SelfCheck:
         # A packed row does not tell by its shape how many examples it has.
         key = network_state.extended(self._network, (inputs, n)) if due and first else None
         verdict: _Verdict | None = state.get(key)
-        if drew or (due and verdict is None):
+        waiting = None
+        if due and first and verdict is None and self._may_wait(whole, program):
+            own_key = network_state.extended(self._network, (inputs, n, self.purpose))
+            verdict = state.get(own_key)
+            waiting = _Waiting(inputs, Run(logits.detach(), whole.places), program, key, own_key)
+        if drew or (due and verdict is None and waiting is None):
             self.recorder.check(logits, segments)
         if drew:
             # A network may draw random numbers once, for buffers that it creates at first use.
             with torch.no_grad():
                 self._run(inputs, [n - 1])
             if self._drew:
-                raise SelfCheckError(_random(self.recorder.model))
+                raise SelfCheckError(random_network(self.recorder.model))
         if mixing:
             self._each_alone(inputs, whole)
         if not due:
@@ -253,12 +311,10 @@ class SelfCheck:
                 self._each_alone(inputs, whole)
             elif n > 1 and not verdict.has(program):
                 self._alone(inputs, whole, verdict.calls * 7919 % n)
+        elif waiting is not None:
+            self._waiting = waiting
         elif first:
-            proved = self._first(inputs, whole, program)
-            self._verdict = _Verdict(
-                self._coarsest(logits), program if proved else None, mixing=self._counting, sorting=self._sorting
-            )
-            state.put(key, self._verdict)
+            self._compare_two(_Waiting(inputs, whole, program, key, None))
         elif self._verdict.has(program):
             pass  # the pass was row by row, and computed what was verified before
         elif self._batches > 2:
@@ -281,100 +337,6 @@ class SelfCheck:
         if n > 2 and not proved and not self._may_mix_tokens(whole):
             self._halves(inputs, whole, [e for e in range(n) if e not in examples])
         return proved
-
-    def _look_for_counting(self, inputs: Any, counts: Sequence[Count], example: int, whole: Run) -> None:
-        """Note a layer that counts along a longer axis for two examples, which gave ``counts``, than for one."""
-        with Counting() as counting, torch.no_grad():
-            self._run(inputs, [example])
-        self._sorting = sorting_over_examples(counts, counting.counts)
-        if (count := counting_over_examples(counts, counting.counts)) is None:
-            return
-        self._counting = described(self.recorder.model, count.layer)
-        dtype = self._coarsest(whole.logits)
-        if "capacity" in self._counting and is_half(dtype):
-            raise SelfCheckError(
-                f"{self._counting} counts over the tokens of all examples ({count.operator}), so that an example may "
-                f"depend on others, and {dtype} is too coarse to tell: {_NO_CAPACITY}, or use float32"
-            )
-
-    def _may_mix_tokens(self, whole: Run) -> bool:
-        """Whether a layer counts or sorts the tokens of all examples, so that each example is compared alone."""
-        return self._counting is not None or (self._sorting and reads_unevenly(whole.logits))
-
-    def _each_alone(self, inputs: Any, whole: Run) -> None:
-        for example in range(len(whole)):
-            self._alone(inputs, whole, example)
-
-    def _halves(self, inputs: Any, whole: Run, examples: Sequence[int]) -> None:
-        """Compare the logits of some examples, each half of the batch run apart, with those of the batch."""
-        n = len(whole)
-        # In half precision, the worst of many examples may differ by more than the typical rounding error.
-        if self._tolerance(whole.logits) < 0.1:
-            for half in (range(n // 2), range(n // 2, n)):
-                if some := [e for e in half if e in examples]:
-                    self._compare(inputs, whole, some, "with half of its batch" if n > 2 else "alone")
-
-    def _alone(self, inputs: Any, whole: Run, example: int) -> None:
-        self._compare(inputs, whole, [example], "alone")
-
-    def _coarsest(self, logits: Tensor) -> torch.dtype:
-        if self._dtype is None:
-            self._dtype = _coarsest(self.recorder, logits)
-        return self._dtype
-
-    def _tolerance(self, logits: Tensor) -> float:
-        return SELF_CHECK_TOLERANCE[self._coarsest(logits)]
-
-    def _compare(self, inputs: Any, whole: Run, examples: list[int], how: str) -> None:
-        """Compare the logits of some examples, run as a batch of their own, with those of the whole batch."""
-        with torch.no_grad():
-            found = self._run(inputs, examples)
-        self._agree(found, whole, examples, how)
-
-    def _agree(self, found: Run, whole: Run, examples: list[int], how: str) -> None:
-        """Raise SelfCheckError unless the logits that were found for some examples are those of the whole batch."""
-        logits = whole.logits.detach()
-        tolerance = self._tolerance(whole.logits)
-        pairs = list(zip(found.each(), whole.each(examples), strict=True))
-        for one, other in pairs:
-            if one.shape != other.shape:
-                raise SelfCheckError(
-                    f"the logits of example {examples[0]} are {list(one.shape[1:])} when it is run {how}, and "
-                    f"{list(other.shape[1:])} in the batch: examples interact"
-                )
-        differences = [(one - other).abs().reshape(len(one), -1) for one, other in pairs]
-        apart = torch.cat([d.amax(1) for d in differences])
-        blocks = [(apart[:, None], logits)]
-        if sum(self.parts) == logits.shape[-1]:  # each head is compared at its own scale
-            both = (torch.cat(differences), logits)
-            blocks = list(zip(*(t.split(self.parts, 1) for t in both), strict=True))
-        if not all(bool((d <= tolerance * _spread(part, robust=tolerance < 0.1)).all()) for d, part in blocks):
-            if self._drew:
-                raise SelfCheckError(_random(self.recorder.model))
-            worst = int(apart.nan_to_num(torch.inf).argmax())
-            change = f"the logits of example {examples[worst]} change by {float(apart[worst]):.2g} when it is run {how}"
-            if self._counting is not None and whole.segments is None:
-                raise SelfCheckError(
-                    f"{change}: examples interact, probably in {self._counting}, which counts over the tokens of all "
-                    "examples or has a capacity: tokens of one example take the places of another's. "
-                    f"{_NO_CAPACITY.capitalize()}"
-                )
-            raise SelfCheckError(
-                f"{change}: examples interact, or the network is random; call eval() on it, or change the layer that "
-                "mixes them" + ("" if whole.segments is None else f" ({APART})")
-            )
-
-    def _run(self, inputs: Any, examples: list[int], watched: bool = False) -> Run:
-        """Run some examples of the batch as a batch of their own."""
-        if self._whole.segments is not None:
-            part, segments = part_of(inputs, self._whole.segments, examples)
-            return Run(self._pass(part, watched), places_of(len(examples), segments), segments)
-        n = len(self._whole)
-        try:
-            return Run(self._pass(part_of_batch(inputs, examples, n), watched), list(range(len(examples))))
-        except Exception:  # the network may need n examples: fill the batch with copies of the first of these
-            filled = [e if e in examples else examples[0] for e in range(n)]
-            return Run(self._pass(part_of_batch(inputs, filled, n), watched), list(examples))
 
     def _gradients(self, inputs: Any, whole: Run, examples: list[int], program: Program | None) -> bool:
         """Compare squared gradients of some examples, as a batch of their own, with plain autograd of each example.
@@ -402,15 +364,16 @@ class SelfCheck:
             shape = cotangent[place].shape
             cotangent[place] = torch.randn(shape, generator=generator, dtype=logits.dtype).to(logits.device)
         got = recorder.backward(logits, cotangent, retain_graph=True, segments=both.segments)
-        summed, rows = recorder.granularity == "parameter", both.rows
-        got = {name: q[None] if summed else q[rows] for name, q in got.items()}
+        summed = recorder.granularity == "parameter"
+        if not summed:
+            got = {name: q[both.rows] for name, q in got.items()}
+        plain = PlainSquares(recorder, got)
         # Plain autograd of an example that is run alone costs least. But rounding can push a pre-activation of this run
         # over a kink, which changes a narrow layer's gradient by percents, and more in half precision. So where the
         # squares differ, the example is differentiated through the activations of the batch of two.
         wrong, proved = None, n > 1 and program is not None
         checked = [] if n > 1 else [0]  # rows of ``both``
         if n > 1:
-            want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
             # The first of these is in the middle of a batch of more than two. A number that unseen code takes from the
             # first or the last example of a batch differs when it is run alone.
             for k in range(len(examples)):
@@ -425,97 +388,48 @@ class SelfCheck:
                 if alone.logits[own].shape != cotangent[place].shape or not alone.logits.requires_grad:
                     wrong = "another graph"
                     continue
-                with recorder.regions.reading():
-                    fix_batch_norm_gradients(nodes_of(alone.logits))
-                direction = torch.zeros_like(alone.logits)
-                direction[own] = cotangent[place]
-                self._add_plain(want, k, alone.logits, direction, own)
+                self._add_alone(plain, k, alone, cotangent[place])
             if wrong is None:
-                wrong = self._wrong(got, want, checked, logits, SELF_CHECK_TOLERANCE)
-                if wrong is not None and self._wrong(got, want, checked, logits, KINKS) is not None:
-                    raise SelfCheckError(
-                        f"{wrong}. If it has a hook or a backward function of its own, these may mix the examples"
-                    )
+                wrong = self._difference(plain, got, checked, logits, SELF_CHECK_TOLERANCE)
+                if wrong is not None and self._difference(plain, got, checked, logits, KINKS) is not None:
+                    raise SelfCheckError(f"{wrong}. {_MAY_MIX}")
         if got and (n == 1 or wrong is not None):
-            want = {name: torch.zeros_like(q, dtype=torch.float64) for name, q in got.items()}
+            plain = PlainSquares(recorder, got)
             for k in checked:
                 with recorder.regions.reading():  # the graph serves several passes
-                    self._add_plain(want, k, logits, cotangent, both.places[k])
-            if (wrong := self._wrong(got, want, checked, logits, SELF_CHECK_TOLERANCE)) is not None:
+                    plain.add(k, logits, cotangent, both.places[k])
+            if (wrong := self._difference(plain, got, checked, logits, SELF_CHECK_TOLERANCE)) is not None:
                 raise SelfCheckError(wrong)
         return proved
 
-    def _add_plain(self, want: dict[str, Tensor], k: int, logits: Tensor, cotangent: Tensor, place: Place) -> None:
-        """Add the squared gradients of one example's logits to the k-th values. Only torch's autograd is used."""
-        recorder = self.recorder
-        if not want:
-            return
-        single = torch.zeros_like(cotangent)
-        single[place] = cotangent[place]
-        at = 0 if recorder.granularity == "parameter" else k
-        options = {"retain_graph": True, "allow_unused": True}
-        leaves = recorder.leaves
-        if recorder.divided:  # what hooks would do to gradients is not theirs alone
-            sharding = recorder.sharding
-            chosen = {name: recorder.parameters[name] for name in want}
-            for names in [list(want)] if sharding is None else sharding.portions(chosen):
-                gradients = torch.autograd.grad(
-                    [logits], [leaves[name] for name in names], [single], materialize_grads=True, **options
-                )
-                for name, gradient in zip(names, gradients, strict=True):
-                    want[name][at] += _squares(recorder, name, dense(whole(gradient)))
-            return
+    def _add_alone(self, plain: PlainSquares, row: int, alone: Run, cotangent: Tensor) -> None:
+        """Add the squared gradients of an example that was run alone, with a cotangent of its own logits."""
+        with self.recorder.regions.reading():
+            fix_batch_norm_gradients(nodes_of(alone.logits))
+        (place,) = alone.places
+        direction = torch.zeros_like(alone.logits)
+        direction[place] = cotangent
+        plain.add(row, alone.logits, direction, place)
 
-        taken: set[str] = set()
-
-        def take(name: str, gradient: Tensor) -> Tensor | None:
-            want[name][at] += _squares(recorder, name, dense(gradient))
-            taken.add(name)
-            return gradient.new_zeros(()).expand(gradient.shape) if gradient.layout == torch.strided else None
-
-        # The hooks square each gradient when it is there, and pass on one that takes no memory: a large network's
-        # gradients would not fit beside its activations.
-        wanted = [leaves[name] for name in want]
-        hooks = [p.register_hook(partial(take, name)) for name, p in zip(want, wanted, strict=True)]
-        try:
-            found = torch.autograd.grad([logits], wanted, [single], **options)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for name, gradient in zip(want, found, strict=True):  # of tensors that are not torch's own, which have no hooks
-            if gradient is not None and name not in taken:
-                take(name, gradient)
-
-    def _wrong(
-        self,
-        got: dict[str, Tensor],
-        want: dict[str, Tensor],
-        rows: list[int],
-        logits: Tensor,
-        allowed: dict[torch.dtype, float],
+    def _difference(
+        self, plain: PlainSquares, got: dict[str, Tensor], rows: list[int], logits: Tensor, allowed: Tolerances
     ) -> str | None:
-        """Say which parameter's squares differ from the wanted ones in these rows; None if none does."""
-        if self.recorder.granularity != "parameter":  # whose one row is the sum over all examples
-            got, want = ({name: q[rows] for name, q in of.items()} for of in (got, want))
         dtype = self._coarsest(logits)
-        tolerance = allowed[dtype]
-        # Where the true gradient is zero (a bias that a softmax ignores), only rounding errors of larger ones remain.
-        floor = (1e3 * torch.finfo(dtype).eps) ** 2 * max(
-            (float(w.max()) for w in want.values() if w.numel()), default=0
-        )
-        for name, wanted in want.items():
-            for q, w in zip(got[name].double(), wanted, strict=True):
-                difference = float((q - w).norm()) if w.numel() else 0.0
-                if not difference <= tolerance * float(w.norm()) + floor * w.numel() ** 0.5:
-                    return (
-                        f"self-check failed for {name!r}: its squared per-example gradients differ from plain autograd "
-                        f"by {difference / max(float(w.norm()), 1e-300):.2g} relative (allowed {tolerance:.0e}). The "
-                        "result would be wrong; please report the layer, and leave it out with parameters=..."
-                    )
-        return None
+        return plain.difference(got, rows, dtype, allowed[dtype])
 
 
-_NOTHING = Run(torch.empty(0), [])
+_MAY_MIX = "If it has a hook or a backward function of its own, these may mix the examples"
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A first batch that is not checked yet."""
+
+    inputs: Any
+    whole: Run
+    program: Program | None
+    key: network_state.Signature | None  # of the network with this batch, for any cotangents
+    own_key: network_state.Signature | None  # for those of the caller
 
 
 @dataclass
@@ -551,60 +465,3 @@ def _call_of(recorder: FisherRecorder, forward: Callable[[nn.Module, Any], Tenso
         tuple(f"{dtype}: {tolerance}" for dtype, tolerance in SELF_CHECK_TOLERANCE.items()),
         [network_state.ByIdentity(rule) for rule in RULES.values()],
     )
-
-
-def _random(model: nn.Module) -> str:
-    """Say that a network is random, and which layer makes it so, if a layer in training mode is known to."""
-    layer = random_layer(model)
-    where = "" if layer is None else f" (the layer {layer} is in training mode)"
-    return (
-        f"the network is random: it draws random numbers in its forward pass{where}, so that no example has a gradient "
-        "of its own; call eval() on it"
-    )
-
-
-def _squares(recorder: FisherRecorder, name: str, gradient: Tensor) -> Tensor:
-    """The squares of a gradient at the recorder's granularity, in float64, or in float32 where none becomes zero."""
-    if gradient.dtype == torch.float32:
-        q = recorder.reduce(name, gradient)
-        if not q.numel() or float(q.amax()) > LEAST_FLOAT32:
-            return q
-    if recorder.granularity == "parameter" or gradient.numel() <= LARGEST_FLOAT64:
-        return recorder.reduce(name, gradient.double())
-    # All filters have the same number of entries, so the mean over the parameter is the mean over its filters' means.
-    filters = gradient.movedim(recorder.filter_axes[name], 0)
-    filters = filters.reshape(len(filters), -1)
-    some = filters.split(max(1, LARGEST_FLOAT64 // filters.shape[1]))
-    q = torch.cat([part.double().square_().mean(1) for part in some])
-    return q if recorder.granularity == "filter" else q.mean()
-
-
-_NO_CAPACITY = "pass batches of one example, or switch the capacity off"
-
-
-def _spread(logits: Tensor, robust: bool) -> float:
-    """How far the logits of an example spread around their median; at least a multiple of their rounding error.
-
-    ``robust`` takes the median spread, so that a masked class does not count. Otherwise the largest spread is taken,
-    which half precision needs. Rows whose logits are all alike do not count, such as tokens with zero vectors.
-    """
-    z = logits.reshape(-1, logits.shape[-1])
-    z = z[:: -(-z.numel() // 2**22)].double()  # of a language model's tokens, some are enough
-    # In the middle between the lower and the upper median: at the lower one of two logits, the spread would be the
-    # smallest margin of all examples.
-    centre = (z.median(1, keepdim=True).values - (-z).median(1, keepdim=True).values) / 2
-    centre = centre if z.shape[1] > 1 else z.median()
-    apart = (z - centre).abs()
-    differs = (apart > 0).any(1)
-    if bool(differs.any()):
-        z, apart = z[differs], apart[differs]
-    apart = apart.flatten()
-    spread = float(apart[:: -(-len(apart) // 2**20)].quantile(0.5) if robust else apart.max())
-    return max(spread, 1e3 * torch.finfo(logits.dtype).eps * float(z.abs().median()))
-
-
-def _coarsest(recorder: FisherRecorder, logits: Tensor) -> torch.dtype:
-    """The least precise floating-point type among parameters and activations."""
-    found = {p.dtype for p in recorder.parameters.values()}
-    found |= {of.dtype for node in nodes_of(logits) for of in node._input_metadata}
-    return max((d for d in found if d in SELF_CHECK_TOLERANCE), key=lambda d: torch.finfo(d).eps)

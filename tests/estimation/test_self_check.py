@@ -25,9 +25,12 @@ from oracle import per_example_squares, reduce
 from torch import Tensor, nn
 
 from t2v_fast import FisherRecorder, SelfCheckError, UnsupportedError, fisher
+from t2v_fast.estimation.batches import forward_passes
 from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.estimation.label_sets import Heads, LabelSet, fisher_of_label_sets
-from t2v_fast.estimation.self_check import SelfCheck, _spread
+from t2v_fast.estimation.plain_squares import PlainSquares
+from t2v_fast.estimation.runs import spread
+from t2v_fast.estimation.self_check import SelfCheck
 from t2v_fast.gradients import network_state
 from t2v_fast.gradients.factors import Outer
 from t2v_fast.gradients.rules import RULES
@@ -62,13 +65,18 @@ class Centred(nn.Tanh):
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of examples of the first batches that were checked in full."""
     seen: list[int] = []
-    real = SelfCheck._first
+    two, row = SelfCheck._compare_two, SelfCheck._compare_row
 
-    def first(self: SelfCheck, inputs: Any, logits: Tensor, *rest: Any) -> bool:
-        seen.append(len(logits))
-        return real(self, inputs, logits, *rest)
+    def compare_two(self: SelfCheck, first: Any) -> None:
+        seen.append(len(first.whole))
+        two(self, first)
 
-    monkeypatch.setattr(SelfCheck, "_first", first)
+    def compare_row(self: SelfCheck, first: Any, *rest: Any) -> None:
+        seen.append(len(first.whole))
+        row(self, first, *rest)
+
+    monkeypatch.setattr(SelfCheck, "_compare_two", compare_two)
+    monkeypatch.setattr(SelfCheck, "_compare_row", compare_row)
     return seen
 
 
@@ -500,20 +508,23 @@ def test_a_scripted_network_is_checked_anew_or_once(checks: list[int]) -> None:
     assert set(checks) == {3}
 
 
-def test_an_error_within_a_call_is_not_remembered_as_a_success(
-    checks: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, real = network(), SelfCheck._gradients
+@pytest.mark.parametrize("within", ["_gradients", "_plain_squares", "_compare_row"])
+def test_an_error_within_a_call_is_not_remembered_as_a_success(within: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen, real = unproved_network() if within == "_gradients" else network(), [], getattr(SelfCheck, within)
 
-    def interrupted(self: SelfCheck, *rest: Any) -> None:
-        raise KeyboardInterrupt
+    def interrupted(self: SelfCheck, *rest: Any) -> Any:
+        seen.append(within)
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        return real(self, *rest)
 
-    monkeypatch.setattr(SelfCheck, "_gradients", interrupted)
+    monkeypatch.setattr(SelfCheck, within, interrupted)
     with pytest.raises(KeyboardInterrupt):
         fisher(model, X.split(3))
-    monkeypatch.setattr(SelfCheck, "_gradients", real)
+    for _ in range(2):
+        fisher(model, X.split(3))
+    assert seen == [within] * 2
     assert_right(model)
-    assert checks == [3, 3]
 
 
 def test_two_threads(checks: list[int]) -> None:
@@ -542,15 +553,15 @@ def test_two_threads(checks: list[int]) -> None:
 def test_a_mismatch_with_an_example_alone_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where plain autograd of an example alone differs (a kink), the batch's own activations decide."""
     found: list[str | None] = []
-    real = SelfCheck._wrong
+    real = PlainSquares.difference
 
-    def noted(self: SelfCheck, got: Any, want: dict[str, Tensor], *rest: Any) -> str | None:
+    def noted(self: PlainSquares, got: dict[str, Tensor], *rest: Any) -> str | None:
         if len(found) < 2:
-            want = {name: 1.05 * w for name, w in want.items()}
-        found.append(real(self, got, want, *rest))
+            got = {name: 1.05 * q for name, q in got.items()}
+        found.append(real(self, got, *rest))
         return found[-1]
 
-    monkeypatch.setattr(SelfCheck, "_wrong", noted)
+    monkeypatch.setattr(PlainSquares, "difference", noted)
     assert_right(network())
     assert [why is None for why in found] == [False, True, True]
 
@@ -698,9 +709,9 @@ def test_a_switch_is_noticed_wherever_it_is(kind: str) -> None:
 def test_rows_without_any_spread_do_not_count() -> None:
     """Most tokens are padding with a zero vector, so that the median spread would be zero, and rounding an error."""
     logits = torch.zeros(2, 5, 3, dtype=torch.float64)
-    assert _spread(logits, robust=True) == 0
+    assert spread(logits, robust=True) == 0
     logits[1, 2:4] = torch.tensor([2.0, 0.0, -2.0])
-    assert _spread(logits, robust=True) == _spread(logits[1, 2:4], robust=True) == 2
+    assert spread(logits, robust=True) == spread(logits[1, 2:4], robust=True) == 2
 
 
 def test_each_head_is_compared_at_its_own_scale() -> None:
@@ -785,3 +796,163 @@ def test_gradients_that_are_changed_row_by_row(hook: bool) -> None:
     alone = fisher(copy.deepcopy(model), x.split(1), "exact")
     for name, q in fisher(model, x.split(5), "exact").items():
         torch.testing.assert_close(q, alone[name])
+
+
+# ---- the squares of a first batch, compared with plain autograd (networks that are row by row)
+
+
+def within_the_batch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """The examples whose own squares are compared, and whether they agree."""
+    seen: list[tuple[int, bool]] = []
+    real = PlainSquares.each_agrees
+
+    def noted(self: PlainSquares, got: Any, row: int, *rest: Any) -> bool:
+        seen.append((row, real(self, got, row, *rest)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(PlainSquares, "each_agrees", noted)
+    return seen
+
+
+BROKEN: dict[str, Callable[[Outer], Outer]] = {
+    "in every batch": lambda f: Outer(f.x * 1.01, f.g),
+    "in batches of more than three": lambda f: Outer(f.x * (1.01 if len(f.x) > 3 else 1), f.g),
+    "in batches of one or two": lambda f: Outer(f.x * (1.01 if len(f.x) < 3 else 1), f.g),
+    "in one class": lambda f: Outer(f.x, f.g * (1 + 0.01 * (torch.arange(f.g.shape[-1]) == 4))),
+    "by the mean of the other rows": lambda f: Outer(f.x, f.g - f.g.mean(0)),
+    "in the next row": lambda f: Outer(f.x, f.g.roll(1, 0)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("estimator", "samples"), [("monte_carlo", 1), ("deflated", 2), ("empirical", 1)])
+@pytest.mark.parametrize("how", sorted(set(BROKEN) - {"in batches of one or two"}))
+def test_a_broken_rule_is_found_in_the_batch_itself(
+    how: str, estimator: str, samples: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = RULES["AddmmBackward0"]
+
+    def broken(*args: Any) -> Any:
+        factors = rule.factors(*args)
+        return BROKEN[how](factors) if isinstance(factors, Outer) else factors
+
+    monkeypatch.setitem(RULES, "AddmmBackward0", replace(rule, factors=broken))
+    for granularity in ("filter", *(["tensor", "parameter"] if how == "in every batch" else [])):
+        with pytest.raises(SelfCheckError, match=r"self-check failed for '4\."):
+            fisher(network().to(dtype), [(X.to(dtype), torch.arange(6) % 5)], estimator, samples, granularity)
+
+
+def saturated(scale: float) -> nn.Module:
+    """Cotangents of a softmax that are zero for most classes, or all, the more the logits are scaled."""
+    model = network()
+    with torch.no_grad():
+        model[4].weight *= scale
+        model[4].bias *= scale
+    return model
+
+
+@pytest.mark.parametrize("scale", [300.0, 1e4])
+@pytest.mark.parametrize("estimator", ["monte_carlo", "deflated", "exact"])
+def test_a_saturated_softmax_keeps_the_random_cotangent(
+    scale: float, estimator: str, checks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = within_the_batch(monkeypatch)
+    fisher(saturated(scale), [X], estimator)
+    assert checks == [6]
+    assert not compared
+    rule = RULES["AddmmBackward0"]
+
+    def broken(*args: Any) -> Any:  # for a class that has no probability
+        factors = rule.factors(*args)
+        return (
+            Outer(factors.x, factors.g * torch.tensor([1.01] + [1] * 3 + [1.01])) if type(factors) is Outer else factors
+        )
+
+    monkeypatch.setitem(RULES, "AddmmBackward0", replace(rule, factors=broken))
+    with pytest.raises(SelfCheckError, match=r"self-check failed for '4\."):
+        fisher(saturated(scale), [X], estimator)
+
+
+def test_the_example_with_usable_cotangents_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the first nor the last, nor one whose softmax is saturated."""
+    compared = within_the_batch(monkeypatch)
+    for row in range(6):
+        scale = torch.full((6, 1), 1e4, dtype=torch.float64)
+        scale[[0, row, 5]] = 1.0
+        model = Scaled(network())
+        compared.clear()
+        result = fisher(model, [{"x": X, "scale": scale}], "monte_carlo", 1)
+        assert compared == ([(row, True)] if 0 < row < 5 else [])
+        assert all(bool(q.isfinite().all()) for q in result.values())
+
+
+class Scaled(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.network(x) * scale
+
+
+@pytest.mark.parametrize("granularity", ["filter", "tensor", "parameter"])
+@pytest.mark.parametrize("likelihood", ["softmax", "sigmoid", "gaussian"])
+@pytest.mark.parametrize("options", [{}, {"estimator_error": True}, {"parameters": ["4.weight", "0.bias"]}])
+def test_squares_are_those_without_a_check(
+    granularity: str, likelihood: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if granularity == "parameter":
+        options = {name: value for name, value in options.items() if name != "estimator_error"}  # it has none
+    compared = within_the_batch(monkeypatch)
+    for samples in (1, 2, 3):
+        model, settings = network(), {"likelihood": likelihood, "granularity": granularity, "samples": samples}
+        batches = [X, X[:3].clone(), X[:4] * 2, X[:2], X[:1]]
+        got = fisher(model, batches, **settings, **options)
+        want = fisher(copy.deepcopy(model), batches, self_check=False, **settings, **options)
+        for name, q in want.items():
+            torch.testing.assert_close(got[name], q, rtol=1e-12, atol=0)
+            torch.testing.assert_close(got.standard_error[name], want.standard_error[name], rtol=1e-9, atol=1e-12)
+    # With more than one cotangent, the sketch of a diagonal Fisher is zero for the classes that came first.
+    times = 0 if granularity != "filter" else 3 if likelihood == "softmax" else 1
+    assert [agrees for _, agrees in compared] == [True] * times
+
+
+def test_estimators_have_verdicts_of_their_own(checks: list[int]) -> None:
+    """What the cotangents of a softmax do not show, those of other likelihoods may."""
+    model = network()
+    for _ in range(2):
+        for estimator, likelihood in (("deflated", "softmax"), ("monte_carlo", "softmax"), ("deflated", "gaussian")):
+            fisher(model, [X], estimator, likelihood=likelihood)
+    assert checks == [6] * 3
+    other = network()
+    fisher(other, [X], granularity="parameter")  # a random cotangent
+    assert checks == [6] * 4
+    fisher(other, [X], "exact", granularity="parameter")
+    assert checks == [6] * 4
+
+
+def test_squares_that_are_not_handed_over_are_an_error() -> None:
+    passes = forward_passes(FisherRecorder(network()), lambda m, x: m(x), "cpu", purpose=("deflated", "softmax"))
+    with passes as batches_of, pytest.raises(RuntimeError, match="not handed over"):
+        list(batches_of([X]))
+
+
+@pytest.mark.parametrize("by", [1.02, 1.3, 3.0])
+def test_a_kink_between_the_batch_and_an_example_alone(by: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch's own activations decide. Where they do not explain the difference, it is an error."""
+    compared, real = within_the_batch(monkeypatch), SelfCheck._add_alone
+
+    def apart(self: SelfCheck, plain: PlainSquares, row: int, alone: Any, cotangent: Tensor) -> None:
+        real(self, plain, row, alone, cotangent)
+        if plain._rows.get(4) is not None:  # of the batch itself
+            plain._rows[row] = {name: by * w for name, w in plain._rows[row].items()}
+
+    monkeypatch.setattr(SelfCheck, "_add_alone", apart)
+    monkeypatch.setattr("t2v_fast.estimation.self_check.row_to_compare", lambda u: 4)
+    if by > 1.1:  # no kink does this
+        with pytest.raises(SelfCheckError, match="mix the examples"):
+            fisher(network(), [X])
+    else:
+        want = fisher(network(), [X], self_check=False)
+        torch.testing.assert_close(fisher(network(), [X]).vector(), want.vector(), rtol=1e-12, atol=0)
+    assert compared == [(4, False)]

@@ -13,7 +13,7 @@ from texts import TOKENS, Decoder, alone, by_filter, empirical, every_token, pac
 from torch import Tensor, nn
 
 from t2v_fast import FisherRecorder, SelfCheckError, UnsupportedError, fisher, gradient_norms
-from t2v_fast.estimation import self_check
+from t2v_fast.estimation import plain_squares
 from t2v_fast.estimation.packing import part_of, segments_of, shifted
 from t2v_fast.gradients.tied import Tied
 
@@ -270,7 +270,7 @@ def test_plain_autograd_goes_by_sequence(granularity: str) -> None:
 @pytest.mark.parametrize("granularity", ["filter", "tensor", "parameter"])
 def test_the_check_squares_a_gradient_at_a_time(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In parts, without gradients in ``grad`` and without the hooks of those who train. A wrong rule is found."""
-    monkeypatch.setattr(self_check, "LARGEST_FLOAT64", 12)
+    monkeypatch.setattr(plain_squares, "LARGEST_FLOAT64", 12)
     torch.manual_seed(0)
     model = Decoder().double()
     before, called = torch.randn_like(model.tokens.weight), []

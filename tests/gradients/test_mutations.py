@@ -14,6 +14,7 @@ from ownership_pieces import WIDTH, WORDS, Made, parameter
 from torch import Tensor, nn
 
 import t2v_fast.estimation.moments
+import t2v_fast.estimation.reruns
 import t2v_fast.estimation.self_check
 import t2v_fast.gradients.factors
 import t2v_fast.gradients.grouped
@@ -407,7 +408,7 @@ MUTATIONS = [
     ),
     Mutation(
         "random numbers that are not noticed",
-        function(t2v_fast.estimation.self_check, "random_state", lambda real: lambda: ()),
+        function(t2v_fast.estimation.reruns, "random_state", lambda real: lambda: ()),
         case(extra=RANDOM["skipped_by_torch/0.01"], recorder=False),
         UNSEEN,
     ),
