@@ -105,7 +105,8 @@ def test_no_kernel_spills() -> None:
     assert [row["name"] for row in found if row["stores"] != "0" or row["loads"] != "0"] == []
     launches = resources.cuda_launches(found)
     assert {name for name, _ in launches} == {
-        *("squares", "gram", "shift", "form", "depthwise", "along_channels", "along_positions", "filter", "element")
+        *("squares", "gradient", "split", "gram", "shift", "form", "depthwise"),
+        *("along_channels", "along_positions", "filter", "element"),
     }
     assert all(cells.keys() == resources.CARD.keys() for cells in launches.values())
 
