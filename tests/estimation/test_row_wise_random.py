@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from t2v_fast.estimation.row_wise import ROW_WISE, RowWise
 
-CALLS = 150  # of each function
+CALLS = 100  # of each function
 DIMS = (1, 2, 3, 4)
 NAMES = ("dim", "dims", "keepdim", "start_dim", "end_dim", "training", "normalized_shape", "weight", "dropout_p", "pad")
 NAMES += ("attn_mask", "is_causal", "scale", "other", "input", "value", "p", "eps", "shape", "size", "sizes", "out")
