@@ -9,15 +9,17 @@ buffers are *constants*. A call in the table that gets rows, constants and plain
 is one of the rows, its n-th entry is a function of the n-th entry of the inputs and of the constants.
 
 The proof fails, and nothing is lost but time, at the first call that is not in the table. This includes each way in
-which Python code can read a number out of a tensor or the number of examples: ``item``, ``bool``, ``tolist``,
-``numpy``, ``shape``, ``len``. It also fails where a call gets a tensor that no seen call has returned (from compiled
-code, from a custom autograd function, or from another pass), or that an unseen call has written to, which the tensor's
-version tells. And it fails where a tensor's class or another mode may change what a call does, and where the pass has
-changed a constant.
+which Python code can read a number out of a tensor: ``item``, ``bool``, ``tolist``, ``numpy``. It also fails where a
+call gets a tensor that no seen call has returned (from compiled code, from a custom autograd function, or from another
+pass), or that an unseen call has written to, which the tensor's version tells. And it fails where a tensor's class or
+another mode may change what a call does, and where the pass has changed a constant.
 
 The calls in their order, with their numbers, are the *program* of the pass. Two passes with equal programs compute the
 same function of their rows. A network that hides a counter, a random number or a value of the batch in a Python number
-has other programs in other passes. So the caller compares programs, too.
+has other programs in other passes. So the caller compares programs, too. One of the passes must be that of an example
+alone, because code may read the number of examples (``shape``, ``len``). This number is then part of the program, so
+that the program of the batch is another one. Only calls that set a shape, such as ``x.view(len(x), -1)``, may be given
+the number: the program has the shape of a row of their result in its place.
 
 What remains unseen is code that writes to the memory of a tensor without a new version (outside torch, or through
 ``data`` in a scripted function or in another thread), and code that torch's functions do not show and that returns a
@@ -42,7 +44,7 @@ from ..gradients.fast_layers import FastLayers
 Program = tuple[tuple, ...]  # one entry for each call, with its function and what its arguments are; and the output
 
 # No subclasses, which may have a code of their own for torch's functions.
-_PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format))
+_PLAIN = frozenset((type(None), type(...), bool, int, float, str, torch.dtype, torch.device, torch.memory_format))
 _SEQUENCES = frozenset((tuple, list, torch.Size))
 _ORDINARY = frozenset((Tensor, nn.Parameter))
 _HARMLESS = frozenset((FastLayers, DeviceContext))  # modes that keep what a function computes
@@ -64,10 +66,13 @@ class _Row(NamedTuple):
 class _Call:
     """A call that is about to be made."""
 
-    __slots__ = ("args", "constants", "kwargs", "rows", "tokens", "versions")
+    __slots__ = ("args", "constants", "kwargs", "rows", "sized", "tokens", "versions")
 
     def __init__(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
+        self.sized = (
+            False  # whether the program has the shape of a row of the result, and not the sizes that were given
+        )
         self.tokens: list[Any] = [func]
         self.rows: list[Tensor] = []  # among the arguments, in their order
         self.constants: list[Tensor] = []
@@ -76,6 +81,19 @@ class _Call:
     def option(self, place: int, name: str, default: Any) -> Any:
         """The argument of this name, or at this place."""
         return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
+    def sizes(self) -> Sequence[int]:
+        """The whole numbers after the first argument, as in ``x.view(2, 3)`` and ``x.view((2, 3))``."""
+        given = self.args[1:]
+        given = given[0] if len(given) == 1 and type(given[0]) in _SEQUENCES else given
+        if self.kwargs or not given or not all(type(size) is int for size in given):
+            raise _Unproved
+        return given
+
+    def leave_out_sizes(self) -> None:
+        """Let the program have the shape of a row of the result, in place of all arguments but the first."""
+        self.sized = True
+        del self.tokens[4:]  # behind the function, the number of arguments, and the two tokens of a tensor
 
 
 class _Unproved(Exception):
@@ -166,11 +184,9 @@ class RowWise(TorchFunctionMode):
                 self._read(value, call)
             if not (call.rows or call.constants) or func in _PROPERTIES:
                 return None
-            if func in _SIZES and (not call.rows or _is_inner(args[0], call.option(1, "dim", None))):
-                return None
             rule = ROW_WISE.get(func)
             no_other_mode = torch._C._len_torch_dispatch_stack() == 0
-            if rule is not None and call.rows and rule(call) and no_other_mode:
+            if rule is not None and rule(call) and no_other_mode:
                 return call
         except Exception:  # also of a rule that meets arguments which the function itself will refuse
             pass
@@ -180,21 +196,26 @@ class RowWise(TorchFunctionMode):
     def _after(self, call: _Call, result: Any) -> None:
         """Note what a call has returned, and check what it has written to."""
         assert self._calls is not None
-        known = self._rows.get(id(result))
-        if known is not None and not known.is_of(result):
-            known = None
-        fresh = known is not None and known.fresh
+        results = result if type(result) in (tuple, list) else (result,)
+        ordinary = all(type(t) is Tensor and not t.is_inference() for t in results)  # the others have no version
+        if not (ordinary and results and all(t.dim() and t.shape[0] == self._n for t in results)):
+            self._calls = None
+            return
+        known = [self._rows.get(id(t)) for t in results]
+        fresh = [
+            not t._is_view() if k is None or not k.is_of(t) else k.fresh for t, k in zip(results, known, strict=True)
+        ]
         # A call in place may write to its first argument, and to memory that was made in the pass.
-        fine = all(
-            t._version == version or (t is result and t is call.args[0] and fresh) for t, version in call.versions
-        )
-        ordinary = type(result) is Tensor and not result.is_inference()  # the others have no version
-        if not (fine and ordinary and result.dim() and result.shape[0] == self._n):
+        if not all(
+            t._version == version or (t is result and t is call.args[0] and fresh[0]) for t, version in call.versions
+        ):
             self._calls = None
             return
         # What no argument shows: whether autograd is on, and the type of autocast.
-        self._calls.append((*call.tokens, result.requires_grad, result.dtype))
-        self._keep(result, fresh if known is not None else not result._is_view())
+        shapes = [t.shape[1:] for t in results if call.sized]
+        self._calls.append((*call.tokens, *((t.requires_grad, t.dtype) for t in results), *shapes))
+        for t, is_fresh in zip(results, fresh, strict=True):
+            self._keep(t, is_fresh)
 
     def _keep(self, t: Tensor, fresh: bool) -> None:
         self._rows[id(t)] = _Row(weakref.ref(t), self._made, t._version, t.requires_grad, fresh)
@@ -222,6 +243,9 @@ class RowWise(TorchFunctionMode):
             call.tokens.append(len(value))
             for entry in value:
                 self._read(entry, call)
+        elif kind is slice:
+            call.tokens.append(slice)
+            self._read((value.start, value.stop, value.step), call)
         elif kind in _PLAIN:
             call.tokens += (kind, value)
         else:
@@ -267,38 +291,105 @@ def _in_evaluation(place: int, default: bool) -> Rule:
     return lambda call: _linear(call) and call.option(place, "training", default) is False
 
 
-def _layer_norm(call: _Call) -> bool:
+def _norm(call: _Call) -> bool:
+    """Layer norm and RMS norm over the last axes."""
     return _one_row(call) and 0 < len(call.option(1, "normalized_shape", ())) < call.args[0].dim()
 
 
-def _flatten(call: _Call) -> bool:
-    return _elementwise(call) and _is_inner(call.args[0], call.option(1, "start_dim", 0))
+def _over_axes(place: int = 1, name: str = "dim", default: Any = (), added: int = 0) -> Rule:
+    """A function of one row along some axes, none of which is the first of the result, which has some more axes."""
+
+    def rule(call: _Call) -> bool:
+        axes = call.option(place, name, default)
+        axes = [axes] if isinstance(axes, int) else axes
+        dims = call.args[0].dim() + added
+        return _elementwise(call) and len(axes) > 0 and all(_is_inner(dims, axis) for axis in axes)
+
+    return rule
 
 
-def _over_axes(call: _Call) -> bool:
-    """A function along some axes, none of which is that of the rows."""
-    axes = call.option(1, "dim", ())
-    axes = [axes] if isinstance(axes, int) else axes
-    return _elementwise(call) and len(axes) > 0 and all(_is_inner(call.args[0], a) for a in axes)
+def _joined(added: int) -> Rule:
+    """Tensors that are joined along an inner axis of the result, which has some more axes."""
 
+    def rule(call: _Call) -> bool:
+        tensors, axis = call.args[0], call.option(1, "dim", 0)
+        all_rows = len(call.rows) == len(tensors) > 0 and not call.constants
+        return all_rows and all(_is_inner(t.dim() + added, axis) for t in tensors)
 
-def _cat(call: _Call) -> bool:
-    axis = call.option(1, "dim", 0)
-    return len(call.rows) == len(call.args[0]) and not call.constants and all(_is_inner(t, axis) for t in call.rows)
+    return rule
 
 
 def _permute(call: _Call) -> bool:
-    axes = call.args[1:] if isinstance(call.args[1], int) else call.args[1]
-    return _elementwise(call) and not call.kwargs and axes[0] == 0
+    return _elementwise(call) and call.sizes()[0] == 0
 
 
 def _transpose(call: _Call) -> bool:
-    return _elementwise(call) and not call.kwargs and all(_is_inner(call.args[0], a) for a in call.args[1:])
+    return _elementwise(call) and not call.kwargs and all(_is_inner(call.args[0].dim(), a) for a in call.args[1:])
 
 
-def _is_inner(t: Tensor, axis: Any) -> bool:
-    """Whether an axis is none but the first."""
-    return type(axis) is int and -t.dim() < axis < t.dim() and axis != 0
+def _listed_axes(call: _Call) -> bool:
+    """A function of one row along axes that may be arguments of their own, none of which is the first."""
+    return _elementwise(call) and all(_is_inner(call.args[0].dim(), axis) for axis in call.sizes())
+
+
+def _reshape(call: _Call) -> bool:
+    """Another shape of as many rows. Each then has the same numbers as before, because the first axis is outermost."""
+    sizes = call.sizes()
+    call.leave_out_sizes()
+    return _elementwise(call) and len(sizes) > 0
+
+
+def _expand(call: _Call) -> bool:
+    """One row or one constant, repeated along inner axes; or a constant that becomes every row."""
+    t, sizes = call.args[0], call.sizes()
+    call.leave_out_sizes()
+    if call.rows:
+        return _elementwise(call) and len(sizes) == t.dim()
+    return len(sizes) > t.dim() or (len(sizes) == t.dim() and t.shape[0] == 1)
+
+
+def _index(call: _Call) -> bool:
+    """Whole numbers and slices of inner axes: the first axis is taken whole."""
+    index = call.args[1] if type(call.args[1]) is tuple else (call.args[1],)
+    if not _elementwise(call) or not all(type(i) in (int, slice, type(None), type(...)) for i in index):
+        return False
+    if index[0] is ...:
+        return sum(type(i) in (int, slice) for i in index) < call.args[0].dim()
+    return type(index[0]) is slice and index[0] == slice(None)
+
+
+def _embedding(call: _Call) -> bool:
+    """Rows of indices into a constant table. Gradients that are scaled by the counts of the batch are left out."""
+    plain = call.option(3, "max_norm", None) is None and call.option(5, "scale_grad_by_freq", False) is False
+    return _one_row(call) and plain and call.option(6, "sparse", False) is False
+
+
+def _pad(call: _Call) -> bool:
+    """Padding, which begins at the last axis."""
+    return _elementwise(call) and len(call.option(1, "pad", ())) < 2 * call.args[0].dim() - 1
+
+
+def _matmul(call: _Call) -> bool:
+    """Products of matrices, each of one row; or of a constant matrix with the last axes of rows."""
+    a, b = call.args
+    if call.constants:
+        (row,), (constant,) = call.rows, call.constants
+        return constant.dim() == 2 and row.dim() > (1 if row is a else 2)
+    return a.dim() == b.dim() > 2 and not call.kwargs
+
+
+def _attention(call: _Call) -> bool:
+    """Attention among the tokens of each row, without dropout. A mask may be a constant of the same dims or fewer."""
+    (dims,) = {t.dim() for t in call.rows}
+    q, k, v = call.args[:3]
+    masks = all(t.dim() < dims or (t.dim() == dims and t.shape[0] == 1) for t in call.constants)
+    no_constants = not any(t is u for t in (q, k, v) for u in call.constants)
+    return dims > 2 and no_constants and masks and call.option(4, "dropout_p", 0.0) == 0
+
+
+def _is_inner(dims: int, axis: Any) -> bool:
+    """Whether an axis of a tensor with so many axes is none but the first."""
+    return type(axis) is int and -dims < axis < dims and axis != 0
 
 
 ROW_WISE: dict[Callable, Rule] = {
@@ -306,32 +397,52 @@ ROW_WISE: dict[Callable, Rule] = {
     F.conv2d: _layer(4),
     F.conv3d: _layer(5),
     F.linear: _linear,
+    F.embedding: _embedding,
+    F.scaled_dot_product_attention: _attention,
     F.batch_norm: _in_evaluation(5, False),
     F.group_norm: _linear,
-    F.layer_norm: _layer_norm,
+    F.layer_norm: _norm,
+    F.rms_norm: _norm,
+    F.normalize: _over_axes(2, "dim", 1),
+    F.adaptive_avg_pool1d: _layer(3),
     F.adaptive_avg_pool2d: _layer(4),
+    F.adaptive_avg_pool3d: _layer(5),
     F.avg_pool2d: _layer(4),
     F.max_pool2d: _layer(4),
+    F.pad: _pad,
     F.dropout: _in_evaluation(2, True),
     F.dropout2d: _in_evaluation(2, True),
-    F.softmax: _over_axes,
-    F.log_softmax: _over_axes,
-    torch.flatten: _flatten,
-    Tensor.flatten: _flatten,
-    torch.cat: _cat,
-    torch.permute: _permute,
-    Tensor.permute: _permute,
-    torch.transpose: _transpose,
-    Tensor.transpose: _transpose,
+    F.softmax: _over_axes(),
+    F.log_softmax: _over_axes(),
+    F.glu: _over_axes(1, "dim", -1),
+    torch.flatten: _over_axes(1, "start_dim", 0),
+    Tensor.flatten: _over_axes(1, "start_dim", 0),
+    Tensor.unflatten: _over_axes(),
+    torch.cat: _joined(0),
+    torch.stack: _joined(1),
+    Tensor.__getitem__: _index,
+    Tensor.expand: _expand,
 }
-ROW_WISE |= dict.fromkeys((torch.mean, Tensor.mean, torch.sum, Tensor.sum, torch.softmax, Tensor.softmax), _over_axes)
+ROW_WISE |= dict.fromkeys((torch.mean, Tensor.mean, torch.sum, Tensor.sum, torch.amax, Tensor.amax), _over_axes())
+ROW_WISE |= dict.fromkeys((torch.softmax, Tensor.softmax), _over_axes())
+ROW_WISE |= dict.fromkeys((torch.squeeze, Tensor.squeeze, torch.flip, Tensor.flip), _listed_axes)
+ROW_WISE |= dict.fromkeys((torch.roll, Tensor.roll), _over_axes(2, "dims"))
+ROW_WISE |= dict.fromkeys((torch.unsqueeze, Tensor.unsqueeze), _over_axes(added=1))
+ROW_WISE |= dict.fromkeys((torch.unbind, Tensor.unbind), _over_axes(1, "dim", 0))
+ROW_WISE |= dict.fromkeys((torch.chunk, Tensor.chunk, torch.split, Tensor.split), _over_axes(2, "dim", 0))
+ROW_WISE |= dict.fromkeys((torch.permute, Tensor.permute), _permute)
+ROW_WISE |= dict.fromkeys((torch.transpose, Tensor.transpose), _transpose)
+ROW_WISE |= dict.fromkeys((torch.reshape, Tensor.reshape, Tensor.view), _reshape)
+ROW_WISE |= dict.fromkeys((torch.matmul, Tensor.matmul, torch.bmm, Tensor.bmm), _matmul)
 ROW_WISE |= dict.fromkeys(
     (
         *(F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.hardtanh, F.relu6, F.leaky_relu, F.elu),
         *(F.celu, F.selu, F.gelu, F.silu, F.mish, F.softplus, F.hardswish, F.hardsigmoid, F.logsigmoid),
         *(torch.sigmoid, Tensor.sigmoid, torch.tanh, Tensor.tanh, torch.clamp, Tensor.clamp, Tensor.contiguous),
+        *(torch.abs, Tensor.abs, torch.sqrt, Tensor.sqrt, torch.rsqrt, Tensor.rsqrt, torch.pow, Tensor.pow),
+        *(torch.sin, Tensor.sin, torch.cos, Tensor.cos, torch.log, Tensor.log, Tensor.__pow__, Tensor.detach),
         *(torch.exp, Tensor.exp, torch.square, Tensor.square, torch.neg, Tensor.neg, Tensor.__neg__),
-        *(Tensor.float, Tensor.double, Tensor.bfloat16, Tensor.half),
+        *(Tensor.float, Tensor.double, Tensor.bfloat16, Tensor.half, Tensor.to),
     ),
     _elementwise,
 )
@@ -343,15 +454,14 @@ ROW_WISE |= dict.fromkeys(
     _broadcast,
 )
 
-# What tells neither an entry of a tensor nor the number of its rows.
+# What tells no entry of a tensor. The number of rows differs from pass to pass, so that it shows in the programs.
 _PROPERTIES = frozenset(
     (
+        *(Tensor.size, Tensor.numel, Tensor.__len__),
         *(Tensor.dim, Tensor.is_floating_point, Tensor.is_complex, torch.is_floating_point, torch.is_complex),
         *(
             getattr(Tensor, name).__get__
-            for name in ("ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_nested")
+            for name in ("ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_nested", "shape")
         ),
     )
 )
-# The size of the first axis is the number of rows.
-_SIZES = frozenset((Tensor.size, Tensor.numel, Tensor.__len__, getattr(Tensor, "shape").__get__))  # noqa: B009

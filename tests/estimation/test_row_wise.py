@@ -408,13 +408,24 @@ class Constants(nn.Module):
             "square": (N, N),
             "by_row": (N, 6),
             "wider": (1, N, 6),
+            "table": (7, 4),
+            "first_token": (1, 1, 6),
+            "mask": (4, 4),
+            "six": (6, 6),
+            "of_all": (N, 4, 4),
         }.items():
             self.register_buffer(name, torch.rand(shape, generator=generator) + 0.5)
 
 
 C = Constants()
-IMAGE, TOKENS, VECTOR = (3, 6, 6), (4, 6), (6,)
+IMAGE, HEADS, TOKENS, VECTOR = (3, 6, 6), (2, 4, 6), (4, 6), (6,)
 Calls = list[tuple[tuple[int, ...], Callable[[Tensor], Tensor]]]
+
+
+def indices(x: Tensor) -> Tensor:
+    return x.clamp(-1, 1).to(torch.int64) * 2 + 2  # 0, 2 or 4
+
+
 CALLS: dict[Callable, Calls] = {
     F.conv1d: [(TOKENS, lambda x: F.conv1d(x, C.over_tokens, padding=1))],
     F.conv2d: [(IMAGE, lambda x: F.conv2d(x, C.over_images, None, 2, "valid"))],
@@ -428,6 +439,35 @@ CALLS: dict[Callable, Calls] = {
     F.max_pool2d: [(IMAGE, lambda x: F.max_pool2d(x, 3, 2, 1))],
     F.dropout: [(VECTOR, lambda x: F.dropout(x, 0.5, False))],
     F.dropout2d: [(IMAGE, lambda x: F.dropout2d(x, 0.5, training=False))],
+    F.embedding: [
+        ((4,), lambda x: F.embedding(indices(x), C.table)),
+        ((), lambda x: F.embedding(indices(x), C.table, 1)),
+    ],
+    F.scaled_dot_product_attention: [
+        (TOKENS, lambda x: F.scaled_dot_product_attention(x, x.sin(), x.cos())),
+        (TOKENS, lambda x: F.scaled_dot_product_attention(x, x, x, C.mask, scale=0.5)),
+        (TOKENS, lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True)),
+        (TOKENS, lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=(x @ x.transpose(1, 2)))),
+        (HEADS, lambda x: F.scaled_dot_product_attention(x, x, x, C.mask)),
+    ],
+    F.rms_norm: [(TOKENS, lambda x: F.rms_norm(x, (6,), C.features))],
+    F.normalize: [(TOKENS, lambda x: F.normalize(x, dim=-1)), (VECTOR, lambda x: F.normalize(x, 1.0))],
+    F.glu: [(TOKENS, lambda x: F.glu(x)), (TOKENS, lambda x: F.glu(x, 1))],
+    F.pad: [(TOKENS, lambda x: F.pad(x, (1, 0, 2, 1))), (TOKENS, lambda x: F.pad(x, [1, 1], "reflect"))],
+    F.adaptive_avg_pool1d: [(TOKENS, lambda x: F.adaptive_avg_pool1d(x, 2))],
+    F.adaptive_avg_pool3d: [((2, 3, 4, 4), lambda x: F.adaptive_avg_pool3d(x, 1))],
+    Tensor.unflatten: [(TOKENS, lambda x: x.unflatten(-1, (2, 3))), (TOKENS, lambda x: x.unflatten(1, [2, -1]))],
+    torch.stack: [(TOKENS, lambda x: torch.stack([x, x.sin()], 1)), (TOKENS, lambda x: torch.stack((x, x), -1))],
+    Tensor.__getitem__: [
+        *((TOKENS, lambda x, i=i: x[i]) for i in (np.s_[:, 0], np.s_[:, :, 1:3], np.s_[..., -1], np.s_[:, None, 1:])),
+        *((TOKENS, lambda x, i=i: x[i]) for i in (np.s_[:], np.s_[...], np.s_[:, ..., 0], np.s_[..., None, ::2])),
+    ],
+    Tensor.expand: [
+        (TOKENS, lambda x: C.first_token.expand(len(x), -1, -1) + x),
+        (TOKENS, lambda x: C.features.expand([x.shape[0], 4, 6]) + x),
+        ((1, 6), lambda x: x.expand(-1, 4, 6)),
+        ((1, 6), lambda x: x.expand(len(x), 4, -1)),
+    ],
     torch.cat: [(VECTOR, lambda x: torch.cat([x, x], 1)), (TOKENS, lambda x: torch.cat((x, x), -2))],
     torch.permute: [(TOKENS, lambda x: torch.permute(x, (0, 2, 1)))],
     Tensor.permute: [(TOKENS, lambda x: x.permute(0, 2, 1)), (TOKENS, lambda x: x.permute((0, 2, 1)))],
@@ -436,11 +476,45 @@ CALLS: dict[Callable, Calls] = {
     torch.clamp: [(TOKENS, lambda x: torch.clamp(x, -0.5, 0.5))],
     Tensor.clamp: [(TOKENS, lambda x: x.clamp(min=0.1))],
 }
+for _f in (torch.reshape, Tensor.reshape, Tensor.view):
+    CALLS[_f] = [
+        (TOKENS, lambda x, f=_f: f(x, (x.shape[0], -1))),
+        (TOKENS, lambda x, f=_f: f(x, (-1, 2, 12))),
+        ((), lambda x, f=_f: f(x, (x.size(0), 1))),
+    ]
+for _f in (torch.squeeze, Tensor.squeeze):
+    CALLS[_f] = [((1, 6, 1), lambda x, f=_f: f(x, 1)), ((1, 6, 1), lambda x, f=_f: f(x, (-1, 1)))]
+for _f in (torch.unsqueeze, Tensor.unsqueeze):
+    CALLS[_f] = [(VECTOR, lambda x, f=_f: f(x, 1)), (VECTOR, lambda x, f=_f: f(x, dim=-1))]
+for _f in (torch.flip, Tensor.flip):
+    CALLS[_f] = [(TOKENS, lambda x, f=_f: f(x, (1,))), (TOKENS, lambda x, f=_f: f(x, [-1, 1]))]
+for _f in (torch.roll, Tensor.roll):
+    CALLS[_f] = [(TOKENS, lambda x, f=_f: f(x, 1, 1)), (TOKENS, lambda x, f=_f: f(x, (1, 2), dims=(2, 1)))]
+for _f in (torch.unbind, Tensor.unbind):
+    CALLS[_f] = [(TOKENS, lambda x, f=_f: sum(f(x, 1))), (TOKENS, lambda x, f=_f: f(x, dim=-1)[2])]
+for _f in (torch.chunk, Tensor.chunk, torch.split, Tensor.split):
+    CALLS[_f] = [(TOKENS, lambda x, f=_f: f(x, 2, 1)[1]), (TOKENS, lambda x, f=_f: torch.cat(f(x, 4, dim=-1), 2))]
+for _f in (torch.split, Tensor.split):
+    CALLS[_f].append((TOKENS, lambda x, f=_f: f(x, [1, 5], -1)[1]))
+for _f in (torch.matmul, Tensor.matmul):
+    CALLS[_f] = [
+        (TOKENS, lambda x, f=_f: f(x, x.transpose(1, 2))),
+        (HEADS, lambda x, f=_f: f(x.transpose(-1, -2), x)),
+        (VECTOR, lambda x, f=_f: f(x, C.six)),
+        (TOKENS, lambda x, f=_f: f(C.mask, x)),
+    ]
+for _f in (torch.bmm, Tensor.bmm):
+    CALLS[_f] = [(TOKENS, lambda x, f=_f: f(x, x.transpose(1, 2)))]
+for _f in (torch.pow, Tensor.pow, Tensor.__pow__):
+    CALLS[_f] = [(TOKENS, lambda x, f=_f: f(x, 2)), (TOKENS, lambda x, f=_f: f(x.square(), 0.5))]
+for _f in (torch.sqrt, Tensor.sqrt, torch.rsqrt, Tensor.rsqrt, torch.log, Tensor.log):
+    CALLS[_f] = [(TOKENS, lambda x, f=_f: f(x.square() + 1))]
+CALLS[Tensor.to] = [(TOKENS, lambda x: x.to(torch.float64)), (TOKENS, lambda x: x.to("cpu", torch.float32))]
 for _f in (torch.flatten, Tensor.flatten):
     CALLS[_f] = [(IMAGE, lambda x, f=_f: f(x, 1)), (IMAGE, lambda x, f=_f: f(x, -2))]
 for _f in (F.softmax, F.log_softmax, torch.softmax, Tensor.softmax):
     CALLS[_f] = [(VECTOR, lambda x, f=_f: f(x, 1)), (TOKENS, lambda x, f=_f: f(x, dim=-1))]
-for _f in (torch.mean, Tensor.mean, torch.sum, Tensor.sum):
+for _f in (torch.mean, Tensor.mean, torch.sum, Tensor.sum, torch.amax, Tensor.amax):
     CALLS[_f] = [(IMAGE, lambda x, f=_f: f(x, (2, 3))), (IMAGE, lambda x, f=_f: f(x, dim=-1, keepdim=True))]
 
 
@@ -504,10 +578,58 @@ REFUSED: Calls = [
     (IMAGE, lambda x: F.dropout(x)),
     (IMAGE, lambda x: F.dropout2d(x, 0.5, True)),
     (VECTOR, lambda x: x.clamp(max=x.mean(0))),
-    (VECTOR, lambda x: x * x.size(0)),
-    (VECTOR, lambda x: x * x.size(-2)),
-    (VECTOR, lambda x: x * x.numel()),
     (VECTOR, lambda x: x * x.stride(1)),
+    ((4,), lambda x: F.embedding(indices(x), C.table, scale_grad_by_freq=True)),
+    ((4,), lambda x: F.embedding(indices(x), C.table, None, None, 2.0, True)),
+    ((4,), lambda x: F.embedding(indices(x), C.table.clone(), max_norm=1.0)),
+    ((4,), lambda x: F.embedding(indices(x), x)),
+    (TOKENS, lambda x: F.scaled_dot_product_attention(x, x, x, C.of_all)),
+    (TOKENS, lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1)),
+    (VECTOR, lambda x: F.scaled_dot_product_attention(x, x, x)),
+    (VECTOR, lambda x: F.normalize(x, dim=0)),
+    (VECTOR, lambda x: F.normalize(x, 2.0, -2)),
+    (VECTOR, lambda x: F.pad(x, (0, 0, 1, -1))),
+    (VECTOR, lambda x: F.pad(x[:, None, None], (0, 0, 0, 0, 0, 0, 1, -1))),
+    ((N,), lambda x: x.t().reshape(N, N)),
+    ((N, N), lambda x: x.view(-1, N)[:N]),
+    ((2,), lambda x: x.view(2, N).view(-1)),
+    ((N, 2), lambda x: x.unflatten(0, (1, N))[0]),
+    (VECTOR, lambda x: torch.stack([x, x])[0]),
+    (VECTOR, lambda x: torch.stack([x, x], -3)[0]),
+    (VECTOR, lambda x: torch.stack([x[0] * n for n in range(N)], 0)),
+    (VECTOR, lambda x: x[[0] * N]),
+    (VECTOR, lambda x: x[0].expand(N, 6)),
+    (VECTOR, lambda x: x[-N:]),
+    (VECTOR, lambda x: x[None][0]),
+    (VECTOR, lambda x: x[torch.arange(N)]),
+    ((), lambda x: x[..., [0] * N]),
+    ((N,), lambda x: x[..., 0, :]),
+    (VECTOR, lambda x: x[True][0]),
+    (VECTOR, lambda x: x.expand(N, N, 6)),
+    (VECTOR, lambda x: C.by_row.expand(N, 6) + x),
+    (VECTOR, lambda x: C.wider.expand(N, N, 6)[0] + x),
+    (TOKENS, lambda x: x.flip(1, 0)),
+    (TOKENS, lambda x: x.flip((1, 0))),
+    (TOKENS, lambda x: torch.flip(x, dims=[0])),
+    (TOKENS, lambda x: x.roll(1)),
+    (TOKENS, lambda x: x.roll(1, 0)),
+    (TOKENS, lambda x: x.roll((1, 1), (1, 0))),
+    (TOKENS, lambda x: x.roll((1, 1), dims=(1, -3))),
+    (TOKENS, lambda x: x.squeeze()),
+    ((N, 1), lambda x: x.unsqueeze(0)[0]),
+    ((N, 1), lambda x: x.unsqueeze(-4)[0]),
+    (TOKENS, lambda x: torch.stack(x.unbind())),
+    (TOKENS, lambda x: torch.cat(x.chunk(2))),
+    (TOKENS, lambda x: torch.cat(torch.split(x, 2, 0))),
+    (TOKENS, lambda x: torch.cat(x.split([1, N - 1]))),
+    ((N,), lambda x: x @ x),
+    (VECTOR, lambda x: C.square @ x),
+    ((N, N), lambda x: x @ C.square[0]),
+    (TOKENS, lambda x: C.of_all @ x),
+    (TOKENS, lambda x: torch.matmul(C.of_all, x)),
+    (TOKENS, lambda x: torch.bmm(C.of_all, x)),
+    (TOKENS, lambda x: torch.pow(x, x.mean(0))),
+    (TOKENS, lambda x: x.to(x.mean(0))),
 ]
 
 
@@ -518,6 +640,53 @@ def test_calls_that_mix_rows_are_refused(k: int) -> None:
     with RowWise(C, x) as watch:
         result = call(x)
     assert watch.program_of(result) is None
+
+
+NUMBERED: list[Callable[[Tensor], Tensor]] = [
+    lambda x: x * x.size(0),
+    lambda x: x * x.size(-2),
+    lambda x: x / x.shape[0],
+    lambda x: x + len(x),
+    lambda x: x * (x.numel() // 6),
+    lambda x: x.tanh() if len(x) > 1 else x,
+    lambda x: x.pow(len(x)),
+    lambda x: F.leaky_relu(x, 1 / len(x)),
+    lambda x: x.roll(len(x), 1),
+    lambda x: x[:, : len(x)].sum(1, keepdim=True) * x,
+    lambda x: x.unflatten(1, (-1, 3 if len(x) > 1 else 2)).flip(2).flatten(1),
+    lambda x: x.view(len(x), -1, 3 if len(x) > 1 else 2).flip(2).flatten(1),
+    lambda x: C.features.expand(len(x), 6) * x * torch.Size((len(x),)).numel(),
+]
+
+
+@pytest.mark.parametrize("k", range(len(NUMBERED)))
+def test_the_number_of_examples_shows_in_the_program(k: int) -> None:
+    """Code may read the number. Where the result depends on it, the program of an example alone is another one."""
+    run, x = NUMBERED[k], inputs(6)
+    programs = []
+    for rows in (x, x[:1].clone(), x[:2].clone()):
+        with RowWise(C, rows) as watch:
+            result = run(rows)
+        programs.append(watch.program_of(result))
+    assert programs[0] != programs[1]
+    assert None not in programs
+    with pytest.raises(SelfCheckError, match="examples interact"):
+        fisher(Run(lambda m, z: run(z)), [inputs(4)])
+
+
+def test_shapes_of_the_batch_are_no_obstacle() -> None:
+    def attention(m: Any, x: Tensor) -> Tensor:
+        n, width = x.shape
+        tokens = torch.cat([C.first_token.expand(n, -1, -1), x[:, None].expand(-1, 2, width)], 1)
+        q, k, v = F.linear(tokens, C.six).view(n, 3, 2, 3).transpose(1, 2).sin(), tokens.view(n, 3, 2, -1), tokens
+        q = q @ k.transpose(1, 2).transpose(-1, -2)
+        return q.softmax(-1).mean((1, 2, 3))[:, None] * v[:, 0]
+
+    network = Run(attention)
+    network.constants = C
+    found = [program(network, inputs(4)[:n].clone()) for n in (N, 1, 2)]
+    assert found[0] is not None
+    assert found == found[:1] * 3
 
 
 # ---- what fisher() makes of it

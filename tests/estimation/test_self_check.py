@@ -45,13 +45,13 @@ def network() -> nn.Module:
 
 
 def unproved_network() -> nn.Module:
-    """A network that looks at the number of examples, so that only values can show whether they interact."""
+    """A network that looks at its values, so that only these can show whether examples interact."""
     return nn.Sequential(network(), Looks())
 
 
 class Looks(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x.view(len(x), -1)
+        return x if bool(x.detach().isfinite().all()) else -x
 
 
 class Centred(nn.Tanh):
