@@ -125,9 +125,7 @@ class HookWatch(TorchFunctionMode):
         super().__init__()
         self.obstacle: str | None = None
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if self.obstacle is None and func in _ADDING_HOOKS:
             name, does = _ADDING_HOOKS[func]
             self.obstacle = f"{name}{_caller()} {does}, which a replay would not run"

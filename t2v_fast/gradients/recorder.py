@@ -31,7 +31,7 @@ from ..spans import backward_by_kind
 from .checkpointing import Regions
 from .compiled import eager, say_once
 from .factors import Called, Factors, Formed, Plan, Reuse, Summed, bytes_of
-from .graph import Taps, UnsupportedError, Use, backpropagate, fix_batch_norm_gradients, onward
+from .graph import Taps, UnsupportedError, Use, backpropagate, bias_slot, fix_batch_norm_gradients, onward
 from .grouped import Grouped, concatenated
 from .ownership import dense
 from .parameters import FilterAxis, ParameterFilter, filter_axes_of, select_parameters
@@ -435,8 +435,8 @@ class FisherRecorder:
                 of_node = reuse[node]
                 for use in taps.uses[node]:
                     single = use.parameter in routes.single
-                    if single and of_node.bias is not None and self._is_norm_bias(use):
-                        q, of_node.bias = of_node.bias, None  # computed with the norm's weight
+                    if single and of_node.bias is not None and self._is_bias(use):
+                        q, of_node.bias = of_node.bias, None  # computed with the layer's weight
                         sums[use.parameter] = sums[use.parameter].add_(q) if use.parameter in sums else q
                         continue
                     factors = factors_of_use(use, cotangents, n, alone=single)
@@ -536,9 +536,9 @@ class FisherRecorder:
         if self.observer is not None:
             self.observer(use, factors, reuse.cotangents, start, time.perf_counter())
 
-    def _is_norm_bias(self, use: Use) -> bool:
-        """Whether the filter sums of a norm's bias, computed with those of its weight, are those of this parameter."""
-        plain = use.slot == 2 and use.direct and not use.between and self.observer is None
+    def _is_bias(self, use: Use) -> bool:
+        """Whether the filter sums of a bias, computed with those of its layer's weight, are those of this parameter."""
+        plain = use.slot == bias_slot(use.node) and use.direct and not use.between and self.observer is None
         return plain and self.parameters[use.parameter].dim() == 1
 
     def _without_activations(self, found: list[tuple[Use, Factors]], name: str, n: int) -> list[tuple[Use, Factors]]:

@@ -94,6 +94,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "sq_gram": lambda: backend.sq_gram(torch.empty(2, 1, 196, 196, dtype=sums), rand(4, 256, 14, 14, dtype=dtype)),
         "linear explicit": lambda: backend.sq_outer(tokens, out),
         "linear gram": lambda: backend.sq_outer(tokens, out, "gram"),
+        "linear gram, with bias": lambda: backend.sq_linear(tokens, out),
         "norm": lambda: backend.sq_norm(maps, maps, shift, shift),
         "norm, contiguous maps": lambda: backend.sq_norm(*[rand(2, 64, 3136, dtype=dtype).transpose(1, 2)] * 2),
         "bias": lambda: backend.sq_prod(maps),
