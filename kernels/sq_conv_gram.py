@@ -41,7 +41,7 @@ from .sq_conv_geometry import (
 # The source of the tiles of K: the patches, the pixels' Gram matrix, or K itself in memory.
 PATCHES, PIXELS, STORED = 0, 1, 2
 LARGEST_GRID = 2**31 - 1  # most programs along the first axis of a grid
-WIDE = 160 << 10  # bytes of shared memory: an A100 has 163 KiB for a program, an H100 227
+WIDE = 200 << 10  # bytes of shared memory of a program: an H100 has 227 KiB, and an A100, which lacks registers, 163
 LARGEST_WORKSPACE = 1 << 28  # most bytes of pixels' Gram matrices that are held at once
 
 

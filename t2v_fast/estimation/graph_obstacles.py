@@ -132,9 +132,10 @@ class HookWatch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_GRAD_FN: Any = Tensor.grad_fn  # the descriptor of the attribute
 _ADDING_HOOKS = {
     Tensor.register_hook: ("Tensor.register_hook", "adds a hook"),
-    Tensor.grad_fn.__get__: ("Tensor.grad_fn", "reads an autograd node, which may get hooks"),
+    _GRAD_FN.__get__: ("Tensor.grad_fn", "reads an autograd node, which may get hooks"),
 }
 
 

@@ -328,10 +328,10 @@ def test_large_blocks_need_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         sq_conv_gram, "_quadratic", lambda geometry, g, source, gram, blocks, *_: sizes.append(blocks) or g
     )
-    for memory in (227, 163, 99):
+    for memory in (227, 200, 163, 99):
         monkeypatch.setattr(sq_conv_gram, "shared_memory", lambda t, memory=memory: memory << 10)
         backend.sq_linear(x, g)
-    assert [blocks[1] for blocks in sizes] == [128, 128, 64]
+    assert [blocks[1] for blocks in sizes] == [128, 128, 64, 64]
 
 
 @pytest.mark.slow_unless(dtype=("torch.float32",))
