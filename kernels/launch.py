@@ -69,6 +69,11 @@ def processors(t: Tensor) -> int:
     return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 1
 
 
+def shared_memory(t: Tensor) -> int:
+    """The bytes of shared memory that one program may have on the tensor's device; as on an H100 without a device."""
+    return torch.cuda.get_device_properties(t.device).shared_memory_per_block_optin if t.is_cuda else 227 << 10
+
+
 def row_chunks(g: Tensor, programs: int) -> int:
     """The number of chunks of rows that give every processor work, for ``programs`` programs per chunk.
 

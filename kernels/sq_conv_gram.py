@@ -19,7 +19,16 @@ from torch import Tensor
 from t2v_fast.ops.geometry import gram_by_pixels
 from t2v_fast.ops.reference import accumulate_dtype
 
-from .launch import on_device_of, operand_type, power_of_two, precision, processors, run_best, sum_type
+from .launch import (
+    on_device_of,
+    operand_type,
+    power_of_two,
+    precision,
+    processors,
+    run_best,
+    shared_memory,
+    sum_type,
+)
 from .sq_conv_geometry import (
     POINTWISE,
     ConvGeometry,
@@ -32,6 +41,7 @@ from .sq_conv_geometry import (
 # The source of the tiles of K: the patches, the pixels' Gram matrix, or K itself in memory.
 PATCHES, PIXELS, STORED = 0, 1, 2
 LARGEST_GRID = 2**31 - 1  # most programs along the first axis of a grid
+WIDE = 200 << 10  # bytes of shared memory of a program: an H100 has 227 KiB, and an A100, which lacks registers, 163
 LARGEST_WORKSPACE = 1 << 28  # most bytes of pixels' Gram matrices that are held at once
 
 
@@ -209,6 +219,7 @@ def quadratic_kernel(
     gram,
     g,
     out,
+    plain,
     examples,
     cotangents,
     groups,
@@ -238,13 +249,15 @@ def quadratic_kernel(
     DROPPED: tl.constexpr,
     FACTOR: tl.constexpr,
     FORM_PRECISION: tl.constexpr,
+    PLAIN: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """g_i^T K[i, j] g_j for one pair of blocks, all cotangents and a share of the filters.  out [M, pairs, O].
 
-    K is a sum of TERMS terms of the type FACTOR (see form_terms).
+    K is a sum of TERMS terms of the type FACTOR (see form_terms). With PLAIN, the sums of g_j go to plain
+    [M, tiles, O]: the gradients of a bias, from cotangents that are on the chip anyway.
     """
     tiles = tl.cdiv(positions, BLOCK_P)
     row = tl.program_id(0) % (tiles * tiles) // tiles
@@ -299,6 +312,9 @@ def quadratic_kernel(
                 o = start + tl.arange(0, BLOCK_O)
                 a = load_cotangents(g_row, o, i, filters, positions, out_width, g_o, g_h, g_w, FLAT_G)
                 b = load_cotangents(g_row, o, j, filters, positions, out_width, g_o, g_h, g_w, FLAT_G)
+                if PLAIN:
+                    place = (m * tiles + column) * groups * filters + group * filters + o
+                    tl.store(plain + place, tl.sum(b.to(SUM), 1), mask=(o < filters) & (column == row))
                 a = a.to(FACTOR)
                 product = tl.dot(a, first.to(FACTOR), input_precision=FORM_PRECISION, out_dtype=SUM)
                 if TERMS > 1:
@@ -329,8 +345,14 @@ def form_terms(dtype: torch.dtype, positions: int) -> dict[str, object]:
     return {"TERMS": terms, "DROPPED": dropped, "FACTOR": factor, "FORM_PRECISION": exactness}
 
 
-def gram_blocks(dtype: torch.dtype, filters: int, positions: int, columns: int) -> list[tuple[int, ...]]:
-    """Candidates (filters, positions, columns, warps, stages), the default first."""
+def gram_blocks(
+    dtype: torch.dtype, filters: int, positions: int, columns: int, wide: bool = False
+) -> list[tuple[int, ...]]:
+    """Candidates (filters, positions, columns, warps, stages), the default first.
+
+    ``wide`` allows blocks that need WIDE bytes of shared memory. A pair of blocks of 128 positions reads as many
+    cotangents as one of 64, for four times as many products.
+    """
     if dtype == torch.float64:
         sizes = [(32, 32, 16, 4, 2)]
     elif dtype != torch.float32:
@@ -339,6 +361,10 @@ def gram_blocks(dtype: torch.dtype, filters: int, positions: int, columns: int) 
         sizes = [(16, 64, 16, 8, 2), (32, 32, 16, 2, 2)]
     else:
         sizes = [(64, 64, 32, 8, 2), (32, 64, 32, 4, 3)]
+    if wide and positions > 64 and dtype == torch.bfloat16:
+        sizes.insert(0, (64, 128, 64, 8, 2))
+    elif wide and positions > 64 and dtype == torch.float32 and precision() == "tf32":
+        sizes.insert(0, (64, 128, 32, 8, 2))
     return list(
         dict.fromkeys(
             (power_of_two(filters, 16, o), power_of_two(positions, 16, p), power_of_two(columns, 16, d), w, s)
@@ -381,8 +407,10 @@ def _gram(geometry: ConvGeometry, source: int, pixels: Tensor | None, fold: bool
     return out
 
 
-def _quadratic(geometry: ConvGeometry, g: Tensor, source: int, gram: Tensor | None, blocks: tuple[int, ...]) -> Tensor:
-    """Filter sums [M, O] from the quadratic forms."""
+def _quadratic(
+    geometry: ConvGeometry, g: Tensor, source: int, gram: Tensor | None, blocks: tuple[int, ...], plain: bool = False
+) -> Tensor:
+    """Filter sums [M, O] from the quadratic forms; with ``plain`` [2, M, O], and then the squares of the sums of g."""
     block_o, block_p, block_d, warps, stages = blocks
     x, groups = geometry.x, geometry.groups
     filters = g.shape[1] // groups
@@ -392,17 +420,20 @@ def _quadratic(geometry: ConvGeometry, g: Tensor, source: int, gram: Tensor | No
     shares = 1 if source == PATCHES else 4 * processors(g) // (x.shape[0] * groups * pairs)
     shares = min(max(shares, 1), triton.cdiv(filters, block_o))
     out = g.new_empty((g.shape[0], pairs, g.shape[1]), dtype=accumulate_dtype(g.dtype))
+    biases = out.new_empty((g.shape[0], tiles, g.shape[1])) if plain else out
     with on_device_of(g):
         quadratic_kernel[(*gram_grid(geometry, block_p), shares)](
             x,
             x if gram is None else gram,
             g,
             out,
+            biases,
             examples=x.shape[0],
             cotangents=g.shape[0] // x.shape[0],
             groups=groups,
             filters=filters,
             SOURCE=source,
+            PLAIN=plain,
             BLOCK_O=block_o,
             BLOCK_P=block_p,
             BLOCK_D=block_d,
@@ -414,7 +445,8 @@ def _quadratic(geometry: ConvGeometry, g: Tensor, source: int, gram: Tensor | No
             **geometry.products(),
             **form_terms(g.dtype, geometry.positions),
         )
-    return out.sum(1) if pairs > 1 else out[:, 0]
+    q = out.sum(1) if pairs > 1 else out[:, 0]
+    return torch.stack([q, biases.sum(1).square_()]) if plain else q
 
 
 def gram_source(geometry: ConvGeometry) -> int:
@@ -447,9 +479,19 @@ def gram_sums(geometry: ConvGeometry, g: Tensor) -> Tensor:
             sums[:, piece] = gram_sums(part, whole[:, piece].flatten(0, 1)).unflatten(0, (-1, part.x.shape[0]))
         return q
     gram = _pixels(geometry) if source == PIXELS else None
-    candidates = gram_blocks(g.dtype, g.shape[1] // geometry.groups, geometry.positions, geometry.columns)
     key = ("quadratic", source, *geometry.key(g))
-    return run_best(key, candidates, lambda blocks: _quadratic(geometry, g, source, gram, blocks))
+    return run_best(key, _blocks(geometry, g), lambda blocks: _quadratic(geometry, g, source, gram, blocks))
+
+
+def linear_sums(geometry: ConvGeometry, g: Tensor) -> Tensor:
+    """[2, M, O]: the filter sums of a 1x1 convolution by the gram path, and the squares of its bias's gradients."""
+    key = ("linear", *geometry.key(g))
+    return run_best(key, _blocks(geometry, g), lambda blocks: _quadratic(geometry, g, PATCHES, None, blocks, True))
+
+
+def _blocks(geometry: ConvGeometry, g: Tensor) -> list[tuple[int, ...]]:
+    wide = geometry.window == POINTWISE and shared_memory(g) >= WIDE
+    return gram_blocks(g.dtype, g.shape[1] // geometry.groups, geometry.positions, geometry.columns, wide)
 
 
 def conv_gram(
@@ -474,12 +516,21 @@ def conv_gram(
 
 def sq_gram(gram: Tensor, g: Tensor) -> Tensor:
     """As :func:`t2v_fast.ops.sq_gram`."""
+    return _stored(gram, g, False)
+
+
+def linear_forms(gram: Tensor, g: Tensor) -> Tensor:
+    """[2, M, O]: as :func:`linear_sums`, with Gram matrices that are there already."""
+    return _stored(gram, g, True)
+
+
+def _stored(gram: Tensor, g: Tensor, plain: bool) -> Tensor:
     if g.numel() == 0:
-        return g.new_zeros(g.shape[:2], dtype=accumulate_dtype(g.dtype))
+        return g.new_zeros((*([2] if plain else []), *g.shape[:2]), dtype=accumulate_dtype(g.dtype))
     gram = gram.contiguous()
     # The kernel takes no layer input here. A slice of g, which has the size of the image, stands for it.
     x = g[: gram.shape[0], : gram.shape[1]]
     geometry = ConvGeometry(x, POINTWISE, gram.shape[1])
     candidates = gram_blocks(g.dtype, g.shape[1] // gram.shape[1], geometry.positions, 16)
-    key = ("stored", *geometry.key(g))
-    return run_best(key, candidates, lambda blocks: _quadratic(geometry, g, STORED, gram, blocks))
+    key = ("stored", plain, *geometry.key(g))
+    return run_best(key, candidates, lambda blocks: _quadratic(geometry, g, STORED, gram, blocks, plain))

@@ -70,7 +70,10 @@ def other_ops(backend: str, dtype: torch.dtype, device: torch.device) -> str:
             want = op_checks.filter_sums(op_checks.outer_gradients(x, g))
             for path in ops.OUTER_PATHS:
                 op_checks.assert_close(ops.sq_outer(x.to(device), g.to(device), path).cpu(), want, dtype, case.s)
-                count += 1
+                weight, bias = ops.sq_linear(x.to(device), g.to(device), path).cpu()
+                op_checks.assert_close(weight, want, dtype, case.s)
+                op_checks.assert_close(bias, g.double().sum(1).square(), dtype, case.s)
+                count += 2
         for n, s, c in ((3, 5, 7), (2, 70, 18), (1, 3, 1100)):
             x, g = op_checks.guarded((n, s, c), dtype, 1), op_checks.guarded((n, s, c), dtype, 2)
             q = ops.sq_norm(g.to(device), x.to(device)).cpu()

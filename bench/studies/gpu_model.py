@@ -1,13 +1,15 @@
 """Estimated times of whole networks on an H100, before and after the kernels of this version. Nothing is measured.
 
-    python -m bench.studies.gpu_model [--write docs/gpu.md]
+    python -m bench.studies.gpu_model [--parts] [--write docs/gpu.md]
 
-Prints Markdown; --write puts it into the page. The assumptions are in the constants of this file.
+Prints Markdown; --write puts it into the page. --parts shows what the Fisher's own time consists of instead. The
+assumptions are in the constants of this file.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 
 from bench.pages import markdown, print_or_write
@@ -24,8 +26,10 @@ OF_LIBRARIES, OF_BANDWIDTH = 0.55, 0.75
 # convolution, batch norm, ReLU and the addition read and write it in both directions. Less follows a linear layer.
 MOVES = {"resnet50": 16, "vit_b_16": 6}
 # Reads of cotangents and inputs by the sums of norms and biases, in outputs of a layer: batch norms read both after
-# each convolution. ViT's biases read each cotangent, and its layer norms, two a block, read less than half of that.
-READS = {"resnet50": 2.0, "vit_b_16": 1.4}
+# each convolution. ViT's layer norms, two a block, read less than half of a cotangent, and its biases read each
+# cotangent. Where Triton leads, the kernel of the Gram path reads the cotangents for the biases, too.
+NORM_READS = {"resnet50": 2.0, "vit_b_16": 0.4}
+BIAS_READS = {"resnet50": 0.0, "vit_b_16": 1.0}
 
 # Shares of the published rates that the kernels of commit 317f8b0 were estimated to achieve: (explicit, Gram, forms),
 # from the same bounds as in t2v_fast/ops/gpu_estimates.py. CUDA's kernels ran wherever they were built, and the planner
@@ -33,6 +37,12 @@ READS = {"resnet50": 2.0, "vit_b_16": 1.4}
 BEFORE = {"half": (0.115, 0.06, 0.035), "tf32": (0.10, 0.06, 0.07), "float32": (0.58, 0.45, 0.50)}
 # The stem copied values of 2 bytes one at a time, 1,240 instructions a step, on half of the processors.
 BEFORE_STEM = {"half": 0.025, "tf32": 0.05, "float32": 0.30}
+# Shares of the published rates of Triton's kernel with blocks of 128 positions: (Gram, forms), for linear layers and
+# 1x1 convolutions of more than 64 positions. The second cache bounds it, as in gpu_estimates.py. A block of 128 x 128
+# makes 64 flops of a byte in half precision and 32 in TF32, so that 5.5 TB/s allow 352 and 176 TFLOP/s. Half of that
+# is left, because a processor holds one program of 256 threads. And 0.83 of that is useful, compared with blocks of
+# 64: 197 positions fill three pairs of blocks of 128, or ten of 64 (49,152 products against 40,960).
+WIDE = {"half": (0.15, 0.15), "tf32": (0.15, 0.15)}
 STEM = 0.6  # of the explicit rate now: a quarter of its columns is padding, and copies are 8 bytes
 
 
@@ -50,8 +60,8 @@ def before(conv: planner.Conv, kind: str, itemsize: int) -> float:
     return max(products, works[path].bytes / (OF_BANDWIDTH * CARD.bandwidth * 1e9))
 
 
-def after(conv: planner.Conv, kind: str, itemsize: int) -> float:
-    """Seconds for an image now, on the backend that leads."""
+def after(conv: planner.Conv, kind: str, itemsize: int) -> tuple[str, float]:
+    """The path now, on the backend that leads, and seconds for an image."""
     rates = gpu_estimates.estimates(CARD)
     backend = rates.leader(kind)
     times = {
@@ -60,8 +70,31 @@ def after(conv: planner.Conv, kind: str, itemsize: int) -> float:
         if path != "winograd"
     }
     if conv.channels == 3:  # such a layer stays with CUDA
-        return rates.seconds(planner.gpu_work(conv, "explicit", itemsize), "cuda", kind, "explicit") / STEM
-    return min(times.values())
+        return "explicit", rates.seconds(planner.gpu_work(conv, "explicit", itemsize), "cuda", kind, "explicit") / STEM
+    path = min(times, key=times.__getitem__)  # as the planner chooses it
+    if path == "gram" and is_wide(conv, kind):
+        gram, forms = (1e12 * share * getattr(CARD, kind) for share in WIDE[kind])
+        work = planner.gpu_work(conv, path, itemsize)
+        products = work.flops / gram + work.sum_flops / forms
+        return path, max(products, work.bytes / (OF_BANDWIDTH * CARD.bandwidth * 1e9))
+    return path, times[path]
+
+
+def is_wide(conv: planner.Conv, kind: str) -> bool:
+    """Whether the blocks of a layer have 128 positions (kernels/sq_conv_gram.py: gram_blocks)."""
+    pointwise = (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
+    return kind in WIDE and pointwise and math.prod(conv.out_size) > 64
+
+
+def fuses_biases(kind: str) -> bool:
+    """Whether the biases of layers by the Gram path take no pass of their own."""
+    return gpu_estimates.estimates(CARD).leader(kind) == "triton"
+
+
+def passes(found: Counter[planner.Conv], reads: float, itemsize: int) -> float:
+    """Seconds for an image of ``reads`` reads of the outputs of all layers."""
+    outputs = sum(times * conv.filters * math.prod(conv.out_size) for conv, times in found.items())
+    return reads * outputs * itemsize / (OF_BANDWIDTH * CARD.bandwidth * 1e9)
 
 
 def floor(found: Counter[planner.Conv], name: str, kind: str, itemsize: int) -> float:
@@ -83,14 +116,12 @@ def predictions() -> dict[tuple[str, str], tuple[float, float, float]]:
     times_of = {}
     for name in MOVES:
         found = layers(getattr(torchvision.models, name)(num_classes=10).eval(), 224)
-        outputs = sum(times * conv.filters * math.prod(conv.out_size) for conv, times in found.items())
         for kind, (title, itemsize) in KINDS.items():
-            passes = READS[name] * outputs * itemsize / (OF_BANDWIDTH * CARD.bandwidth * 1e9)
             base = 1e3 * BATCH * floor(found, name, kind, itemsize)
-            was, now = (
-                1e3 * BATCH * (passes + sum(times * seconds(conv, kind, itemsize) for conv, times in found.items()))
-                for seconds in (before, after)
-            )
+            norms, biases = (1e3 * BATCH * passes(found, n[name], itemsize) for n in (NORM_READS, BIAS_READS))
+            was = 1e3 * BATCH * sum(times * before(conv, kind, itemsize) for conv, times in found.items())
+            now = 1e3 * BATCH * sum(times * after(conv, kind, itemsize)[1] for conv, times in found.items())
+            was, now = was + norms + biases, now + norms + (0.0 if fuses_biases(kind) else biases)
             times_of[name, title] = base, was, now
     return times_of
 
@@ -104,8 +135,46 @@ def page() -> str:
     return markdown(rows)
 
 
+def parts() -> str:
+    """What ViT's own time consists of, part by part."""
+    import torchvision
+
+    rows = [["products", "part", "GFLOP", "MB", "ms", "bound by", "share of the floor"]]
+    found = layers(torchvision.models.vit_b_16(num_classes=10).eval(), 224)
+    for kind, (title, itemsize) in KINDS.items():
+        base = BATCH * floor(found, "vit_b_16", kind, itemsize)
+        rates = gpu_estimates.estimates(CARD)
+        for conv, times in found.items():
+            path, seconds = after(conv, kind, itemsize)
+            work = planner.gpu_work(conv, path, itemsize)
+            gram, forms = (work.flops, work.sum_flops) if path == "gram" else (0.0, 0.0)
+            shares = WIDE[kind] if is_wide(conv, kind) else None
+            speeds = [
+                1e12 * (shares[k] * getattr(CARD, kind) if shares else rates.products[rates.leader(kind), kind, name])
+                for k, name in enumerate(("gram", "forms"))
+            ]
+            name = f"{times} x {conv.channels} to {conv.filters}"
+            moved = BATCH * times * work.bytes / 1e6
+            halves = [("Gram matrices", gram / speeds[0], gram), ("forms", forms / speeds[1], forms)]
+            for what, part, flops in halves if path == "gram" else [("explicit", seconds, work.flops)]:
+                ms = 1e3 * BATCH * times * part
+                if ms > 0.005:
+                    cells = f"{BATCH * times * flops / 1e9:.0f}", f"{moved:.0f}", f"{ms:.2f}", "products"
+                    rows.append([title, f"{name}: {what}", *cells, f"{ms / base / 1e3:.3f}"])
+        reads = [("layer norms", NORM_READS), *([] if fuses_biases(kind) else [("biases", BIAS_READS)])]
+        for what, of in reads:
+            seconds = BATCH * passes(found, of["vit_b_16"], itemsize)
+            moved = seconds * OF_BANDWIDTH * CARD.bandwidth * 1e3
+            rows.append([title, what, "-", f"{moved:.0f}", f"{1e3 * seconds:.2f}", "memory", f"{seconds / base:.3f}"])
+    return markdown(rows)
+
+
 def main() -> None:
-    print_or_write(page, "gpu model", __doc__)
+    if "--parts" in sys.argv:
+        sys.argv.remove("--parts")
+        print_or_write(parts, "gpu parts", __doc__)
+    else:
+        print_or_write(page, "gpu model", __doc__)
 
 
 if __name__ == "__main__":

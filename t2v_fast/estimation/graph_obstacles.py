@@ -125,18 +125,17 @@ class HookWatch(TorchFunctionMode):
         super().__init__()
         self.obstacle: str | None = None
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if self.obstacle is None and func in _ADDING_HOOKS:
             name, does = _ADDING_HOOKS[func]
             self.obstacle = f"{name}{_caller()} {does}, which a replay would not run"
         return func(*args, **(kwargs or {}))
 
 
+_GRAD_FN: Any = Tensor.grad_fn  # the descriptor of the attribute
 _ADDING_HOOKS = {
     Tensor.register_hook: ("Tensor.register_hook", "adds a hook"),
-    Tensor.grad_fn.__get__: ("Tensor.grad_fn", "reads an autograd node, which may get hooks"),
+    _GRAD_FN.__get__: ("Tensor.grad_fn", "reads an autograd node, which may get hooks"),
 }
 
 

@@ -43,7 +43,7 @@ class Reuse:
     cotangents: int = 1  # the number of cotangents of the batch
     parameters: int = 1  # the number of wanted parameters that enter the node
     gram: Tensor | None = None  # Gram matrices of the layer's input, for all cotangents
-    bias: Tensor | None = None  # filter sums of a norm's bias, computed with those of its weight, for this cotangent
+    bias: Tensor | None = None  # filter sums of a bias, computed with those of its layer's weight, for this cotangent
     plan: Plan = field(default_factory=Plan, init=False)  # the recorder keeps it from batch to batch
 
 
@@ -117,10 +117,14 @@ class _Layer(Factors):
     def filter_sums(self, reuse: Reuse) -> Tensor:
         plan, path = self._planned(reuse)
         if plan.keeps_gram:
-            if reuse.gram is None:
-                reuse.gram = ops.conv_gram(self.images(self.x), *self.conv.arguments)
-            return ops.sq_gram(reuse.gram, self.images(self.g))
+            return ops.sq_gram(self._kept_gram(reuse), self.images(self.g))
         return self.sums(path)
+
+    def _kept_gram(self, reuse: Reuse) -> Tensor:
+        """The Gram matrices of the input, which serve all cotangents."""
+        if reuse.gram is None:
+            reuse.gram = ops.conv_gram(self.images(self.x), *self.conv.arguments)
+        return reuse.gram
 
     def _planned(self, reuse: Reuse) -> tuple[Plan, str]:
         """The plan of this layer, made anew only if something that the choice depends on has changed."""
@@ -173,6 +177,15 @@ class Outer(_Layer):
 
     def sums(self, path: str) -> Tensor:
         return ops.sq_outer(self.x, self.g, path)
+
+    def filter_sums(self, reuse: Reuse) -> Tensor:
+        if self.of_input and reuse.parameters > 1 and ops.fuses_bias(self.x, self.g):
+            plan, path = self._planned(reuse)
+            if path == "gram":
+                gram = self._kept_gram(reuse) if plan.keeps_gram else None
+                q, reuse.bias = ops.sq_linear(self.x, self.g, path, gram).unbind()
+                return q
+        return super().filter_sums(reuse)
 
     @property
     def adds_once(self) -> bool:

@@ -30,6 +30,11 @@ from .stacks import Stack, stacks_of
 from .transfers import ELEMENTWISE, FAST_CONVOLUTIONS, input_shape, kind_of
 
 
+def bias_slot(node: Node) -> int:
+    """The input of a layer's node that is its bias, if it has one."""
+    return 0 if node.name() == "AddmmBackward0" else 2
+
+
 class UnsupportedError(RuntimeError):
     """Raised where no exact per-example gradient exists; the message names the parameter and the autograd node.
 
@@ -228,6 +233,8 @@ def find_taps(
                 uses.setdefault(node, []).append(use)
     if segments is not None:
         interacting = {name: why if APART in why else f"{why} ({APART})" for name, why in interacting.items()}
+    for at_node in uses.values():  # the sums of a bias may come with those of its layer's weight
+        at_node.sort(key=lambda use: use.slot == bias_slot(use.node))
     reached = {name for found in uses.values() for use in found for name in use.parameters}
     unused = frozenset(names.values()) - reached - unknown.keys() - interacting.keys()
     return Taps(uses, unused, ownership.order, ownership, unknown, interacting)

@@ -25,7 +25,7 @@ from ..ops.reference import accumulate_dtype
 from ..spans import backward_by_kind
 from .checkpointing import Regions
 from .factors import Called, Factors, Formed, Reuse, Summed, bytes_of
-from .graph import Taps, Use, backpropagate, onward
+from .graph import Taps, Use, backpropagate, bias_slot, onward
 from .grouped import Grouped, concatenated
 from .routes import GradientRoutes
 from .rules import takes_passes_together
@@ -162,8 +162,8 @@ class Squares:
         recorder, routes, of_node = self.recorder, self.routes, self._reuse[node]
         for use in self.taps.uses[node]:
             single = use.parameter in routes.single
-            if single and of_node.bias is not None and self._is_norm_bias(use):
-                q, of_node.bias = of_node.bias, None  # computed with the norm's weight
+            if single and of_node.bias is not None and self._is_bias(use):
+                q, of_node.bias = of_node.bias, None  # computed with the layer's weight
                 self._add_filter_sums(use.parameter, q)
                 continue
             factors = factors_of_use(use, cotangents, self.n, alone=single)
@@ -260,9 +260,9 @@ class Squares:
         # The first q becomes the sum itself: adding it to zeros would cost as much as a small op.
         self._sums[name] = self._sums[name].add_(q) if name in self._sums else q
 
-    def _is_norm_bias(self, use: Use) -> bool:
-        """Whether the filter sums of a norm's bias, computed with those of its weight, are those of this parameter."""
-        plain = use.slot == 2 and use.direct and not use.between and self.recorder.observer is None
+    def _is_bias(self, use: Use) -> bool:
+        """Whether the filter sums of a bias, computed with those of its layer's weight, are those of this parameter."""
+        plain = use.slot == bias_slot(use.node) and use.direct and not use.between and self.recorder.observer is None
         return plain and self.recorder.parameters[use.parameter].dim() == 1
 
     def _without_activations(self, found: list[tuple[Use, Factors]], name: str) -> list[tuple[Use, Factors]]:

@@ -21,7 +21,8 @@ are deterministic.
 
 Three more ops serve special cases. ``conv_gram`` and ``sq_gram`` are the two halves of the gram path of ``sq_conv`` and
 ``sq_outer``, for callers who have several cotangents of one input. ``sq_norm`` computes ``sq_prod`` with and without x
-in one pass. ``winograd_conv`` is a layer of the network itself, for the CPU (:mod:`t2v_fast.gradients.fast_layers`).
+in one pass. The function ``sq_linear`` computes the squares of a linear layer's weight and bias, in one pass on some
+GPUs. ``winograd_conv`` is a layer of the network itself, for the CPU (:mod:`t2v_fast.gradients.fast_layers`).
 
 Calls go through the torch dispatcher. The compiled extension implements the operators for the devices that it was built
 for, the Triton kernels of ``t2v_fast.kernels`` run on CUDA tensors where the extension has no CUDA kernels, and
@@ -48,11 +49,13 @@ from .dispatch import (
 from .geometry import conv_output_size, winograd_fits
 from .primitives import (
     conv_gram,
+    fuses_bias,
     sq_conv,
     sq_conv_acc_,
     sq_gram,
     sq_grouped,
     sq_grouped_acc_,
+    sq_linear,
     sq_norm,
     sq_outer,
     sq_outer_acc_,
@@ -79,6 +82,7 @@ __all__ = [
     "conv_gram",
     "conv_output_size",
     "cpu_capability",
+    "fuses_bias",
     "gpu_backend",
     "keep_freed_memory",
     "multiplies_bfloat16",
@@ -88,6 +92,7 @@ __all__ = [
     "sq_gram",
     "sq_grouped",
     "sq_grouped_acc_",
+    "sq_linear",
     "sq_norm",
     "sq_outer",
     "sq_outer_acc_",

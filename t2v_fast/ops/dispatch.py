@@ -251,6 +251,16 @@ def _runs_triton(name: str, args: Sequence[object]) -> bool:
     return _gpu_backend_for(own.device, own.dtype) == "triton"
 
 
+def triton_for(name: str, *args: object) -> ModuleType | None:
+    """The Triton kernels, if they would take a call of the operator ``name`` with these arguments; else None.
+
+    This is for functions of several operators that a Triton kernel computes together.
+    """
+    forced = _backend.get()
+    runs = forced == "triton" or (forced == "auto" and _on_gpu(args) and _runs_triton(name, args))
+    return _triton() if runs else None
+
+
 def call(name: str, *args: object) -> Any:
     """Run the operator ``name`` of :data:`SCHEMAS` on the backend in force; the arguments have been checked.
 

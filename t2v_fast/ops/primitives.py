@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from . import dispatch
@@ -55,6 +56,67 @@ def sq_outer(x: Tensor, g: Tensor, path: str = "explicit") -> Tensor:
     """
     check_outer("sq_outer", x, g, path)
     return dispatch.call("sq_outer", x, g, path)
+
+
+def sq_linear(x: Tensor, g: Tensor, path: str = "explicit", gram: Tensor | None = None) -> Tensor:
+    """Square the per-example gradients of the weight and the bias of a linear layer.
+
+    Where :func:`fuses_bias` says so, the path ``"gram"`` reads the cotangents once for both.
+
+    Args:
+        x: Input of the layer, ``[N, S, I]``.
+        g: Cotangents of the layer's output, ``[M, S, O]``; M is a multiple of N.
+        path: As for :func:`sq_outer`.
+        gram: The Gram matrices of ``x`` as an image with one row, ``[N, 1, S, S]``, from :func:`conv_gram`. The path
+            ``"gram"`` computes them if there are none, and the other path takes none.
+
+    Returns:
+        ``[2, M, O]``: :func:`sq_outer` for the weight, then :func:`sq_prod` of ``g`` for the bias.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices don't fit together.
+
+    Example:
+        >>> import torch
+        >>> from t2v_fast import ops
+        >>> x, g = torch.rand(2, 5, 3), torch.rand(2, 5, 4)
+        >>> weight, bias = ops.sq_linear(x, g)
+        >>> torch.allclose(weight, ops.sq_outer(x, g)), torch.allclose(bias, ops.sq_prod(g))
+        (True, True)
+    """
+    check_outer("sq_linear", x, g, path)
+    if gram is not None:
+        if path != "gram":
+            raise ValueError(f"sq_linear: path {path!r} takes no Gram matrices: leave them out, or pass path='gram'")
+        check_gram("sq_linear", gram, _row(g))
+    kernels = dispatch.triton_for("sq_outer", x, g) if path == "gram" else None
+    if kernels is not None:
+        return kernels.sq_linear(x, g, gram)
+    return torch.stack([sq_outer(x, g, path) if gram is None else sq_gram(gram, _row(g)), sq_prod(g)])
+
+
+def _row(tokens: Tensor) -> Tensor:
+    """[N, S, I] as an image with one row, [N, I, 1, S]."""
+    return tokens.transpose(1, 2).unsqueeze(2)
+
+
+def fuses_bias(x: Tensor, g: Tensor) -> bool:
+    """Whether one kernel computes all of :func:`sq_linear` for these tensors by the path ``"gram"``.
+
+    Args:
+        x: As for :func:`sq_linear`.
+        g: As for :func:`sq_linear`.
+
+    Returns:
+        True where Triton's kernels run on the tensors.
+
+    Example:
+        >>> import torch
+        >>> from t2v_fast import ops
+        >>> ops.fuses_bias(torch.rand(2, 5, 3), torch.rand(2, 5, 4))  # on a CPU
+        False
+    """
+    return dispatch.triton_for("sq_outer", x, g) is not None
 
 
 def sq_outer_acc_(out: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> None:

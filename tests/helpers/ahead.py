@@ -18,7 +18,7 @@ from pathlib import Path
 import machine_code
 import torch
 import triton
-from t2v_fast.kernels import backend, launch
+from t2v_fast.kernels import backend, launch, sq_conv_gram
 from t2v_fast.kernels.sq_conv_geometry import conv_geometry
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -34,6 +34,7 @@ except ImportError:  # resources.py compares with an earlier commit, which has n
 
 POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 POINTERS[torch.int64] = "*i64"
+SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes of shared memory that a program may have
 
 
 def rand(*shape: int, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -94,6 +95,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "sq_gram": lambda: backend.sq_gram(torch.empty(2, 1, 196, 196, dtype=sums), rand(4, 256, 14, 14, dtype=dtype)),
         "linear explicit": lambda: backend.sq_outer(tokens, out),
         "linear gram": lambda: backend.sq_outer(tokens, out, "gram"),
+        "linear gram, with bias": lambda: backend.sq_linear(tokens, out),
         "norm": lambda: backend.sq_norm(maps, maps, shift, shift),
         "norm, contiguous maps": lambda: backend.sq_norm(*[rand(2, 64, 3136, dtype=dtype).transpose(1, 2)] * 2),
         "bias": lambda: backend.sq_prod(maps),
@@ -160,15 +162,19 @@ def main(archs: list[int]) -> None:
         torch.set_float32_matmul_precision(precision)
         kind = "tf32" if precision == "high" else str(dtype).removeprefix("torch.")
         for case, run in cases(dtype).items():
-            caught.clear()
-            run()
-            for kernel, args, kwargs in caught:
-                source, options = specialise(kernel, args, dict(kwargs))
-                key = (source.hash(), *options.items())
-                if key in seen or (precision == "high" and kwargs.get("PRECISION") != "tf32"):
-                    continue  # another case compiled the same kernel
-                seen.add(key)
-                for arch in archs:
+            launches = []
+            for arch in archs:
+                caught.clear()
+                sq_conv_gram.shared_memory = lambda t, arch=arch: SHARED[arch]  # which block sizes depend on
+                run()
+                launches.append(caught.copy())
+            for at_once in zip(*launches, strict=True):
+                for arch, (kernel, args, kwargs) in zip(archs, at_once, strict=True):
+                    source, options = specialise(kernel, args, dict(kwargs))
+                    key = (arch, source.hash(), *options.items())
+                    if key in seen or (precision == "high" and kwargs.get("PRECISION") != "tf32"):
+                        continue  # another case compiled the same kernel
+                    seen.add(key)
                     if kernel.fn.__name__ == "boxes_kernel" and arch < 90:
                         continue
                     compiled = triton.compile(source, GPUTarget("cuda", arch, 32), options)

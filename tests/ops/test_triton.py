@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -20,9 +21,11 @@ from op_checks import (
     prod_gradients,
     scatter_gradients,
 )
+from oracle import per_example_squares, reduce
 from torch import Tensor
 
-from t2v_fast import ops
+from t2v_fast import FisherRecorder, ops
+from t2v_fast.ops import planner
 from t2v_fast.ops.reference import accumulate_dtype
 
 pytest.importorskip("triton", reason="this torch comes without Triton")
@@ -58,7 +61,9 @@ def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda g: [(two(g.shape[1], 1, 64), two(g.shape[2] * g.shape[3], 16, 1024), 4)],
     )
     monkeypatch.setattr(
-        sq_conv_gram, "gram_blocks", lambda dtype, o, p, d: [(two(o, 16, 64), two(p, 16, 512), two(d, 16, 512), 4, 1)]
+        sq_conv_gram,
+        "gram_blocks",
+        lambda dtype, o, p, d, wide=False: [(two(o, 16, 64), two(p, 16, 512), two(d, 16, 512), 4, 1)],
     )
     monkeypatch.setattr(sq_prod, "prod_blocks", lambda g: [(two(g.shape[1], 1, 512), two(g.shape[2], 1, 512), 4)])
 
@@ -249,6 +254,86 @@ def test_sq_prod(dtype: torch.dtype, affine: str) -> None:
             assert_close(bias, plain, dtype, 4 * s)
 
 
+LINEAR = {  # N, S, I, O, K
+    "one position": (2, 1, 3, 4, 1),
+    "few positions": (3, 5, 9, 33, 2),
+    "one block": (1, 70, 18, 70, 1),
+    "two blocks": (1, 130, 6, 20, 2),
+    "no example": (0, 3, 4, 5, 1),
+}
+
+
+@pytest.mark.slow_unless(case=("few positions", "no example"), kind=("tf32", "torch.bfloat16"))
+@pytest.mark.slow_unless(case=("two blocks",), kind=("torch.bfloat16",))
+@pytest.mark.parametrize("kind", [*map(str, DTYPES), "tf32"])
+@pytest.mark.parametrize("case", LINEAR)
+def test_sq_linear(case: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight and the bias of a linear layer, by blocks of at most 64 positions and of 128."""
+    dtype = torch.float32 if kind == "tf32" else getattr(torch, kind.removeprefix("torch."))
+    monkeypatch.setattr(launch, "allows_tf32", lambda: kind == "tf32")  # the interpreter does not round to TF32
+    n, s, i, o, k = LINEAR[case]
+    for layout in ("contiguous", "sliced"):
+        x, g = guarded((n, s, i), dtype, 1, layout), guarded((n * k, s, o), dtype, 2, layout)
+        gradients = torch.einsum("knso,nsi->knoi", g.double().unflatten(0, (k, n)), x.double())
+        with ops.use_backend("triton"):
+            assert ops.fuses_bias(x, g)
+            weight, bias = ops.sq_linear(x, g, "gram")
+            assert torch.equal(torch.stack([weight, bias]), ops.sq_linear(x, g, "gram"))
+            assert torch.equal(weight, ops.sq_outer(x, g, "gram"))
+            image = x.transpose(1, 2).unsqueeze(2)
+            kept = ops.sq_linear(x, g, "gram", ops.conv_gram(image, (1, 1), (1, 1), (0, 0), (1, 1), 1))
+            explicit = ops.sq_linear(x, g)
+        want = gradients.square().sum(3).flatten(0, 1), g.double().sum(1).square()
+        for found in ((weight, bias), kept, explicit):
+            assert_close(found[0], want[0], dtype, s * i)
+            assert_close(found[1], want[1], dtype, s)
+
+
+class Tokens(torch.nn.Module):
+    """Linear layers over tokens, without the bias of one, and one whose bias is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(6, 9), torch.nn.Linear(9, 5, bias=False)
+        self.third, self.last = torch.nn.Linear(5, 5), torch.nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.third(self.second(self.first(x).tanh())).tanh() + self.third.bias
+        return self.last(x.tanh()).mean(1)
+
+
+@pytest.mark.parametrize("wanted", [None, ["first.bias", "last.weight"]])
+def test_biases_come_with_the_weights_of_linear_layers(
+    wanted: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    network, x, u = Tokens(), torch.randn(3, 7, 6), torch.randn(2, 3, 3)
+    truth = per_example_squares(copy.deepcopy(network).double(), x.double(), u.double())
+    passes: list[Tensor] = []
+    monkeypatch.setattr(backend, "sq_prod", lambda g, *rest: passes.append(g) or sq_prod.sq_prod(g, *rest))
+    names = None if wanted is None else lambda name, parameter: name in wanted
+    with ops.use_backend("triton"), planner.force("gram"), FisherRecorder(network, parameters=names) as recorder:
+        for _ in range(2):
+            found = recorder.backward(network(x), u)
+            assert found.keys() == set(wanted or truth)
+            for name, squares in found.items():
+                torch.testing.assert_close(squares.double(), reduce(truth[name], "filter"), rtol=1e-4, atol=1e-7)
+    # A bias without its weight has passes of its own, and so has the one that is used twice: two in each batch.
+    assert [g.shape[2] for g in passes] == [5 if wanted is None else 9] * 4
+
+
+def test_large_blocks_need_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, g = torch.zeros(1, 197, 64, dtype=torch.bfloat16), torch.zeros(1, 197, 256, dtype=torch.bfloat16)
+    sizes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        sq_conv_gram, "_quadratic", lambda geometry, g, source, gram, blocks, *_: sizes.append(blocks) or g
+    )
+    for memory in (227, 200, 163, 99):
+        monkeypatch.setattr(sq_conv_gram, "shared_memory", lambda t, memory=memory: memory << 10)
+        backend.sq_linear(x, g)
+    assert [blocks[1] for blocks in sizes] == [128, 128, 64, 64]
+
+
 @pytest.mark.slow_unless(dtype=("torch.float32",))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sq_scatter(dtype: torch.dtype) -> None:
@@ -278,7 +363,7 @@ def test_an_index_beyond_the_table() -> None:
 
 
 def test_every_op_has_a_kernel() -> None:
-    assert set(backend.__all__) - {"interpreted"} == ops.SCHEMAS.keys()
+    assert set(backend.__all__) - {"interpreted", "sq_linear"} == ops.SCHEMAS.keys()
 
 
 def test_tuning_takes_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
