@@ -357,6 +357,23 @@ def fix_batch_norm_gradients(nodes: Iterable[Node]) -> None:
         node.register_prehook(partial(_in_format, torch.channels_last if last else torch.contiguous_format))
 
 
+def keep_channels_last(taps: Taps) -> None:
+    """Bring the cotangents of means over all pixels into the memory format of the channels-last images below.
+
+    torch gives them in its usual format. A ReLU on a CPU that reads a cotangent in another format than its own
+    activations takes thirty times as long.
+    """
+    for node, name in zip(taps.order, taps.ownership.names, strict=True):
+        if name != "MeanBackward1" or len(node._saved_self_sym_sizes) != 4:
+            continue
+        below = node.next_functions[0][0]
+        if below is None or below.name() != "ReluBackward0" or below._input_metadata[0].device.type != "cpu":
+            continue
+        x = below._saved_result
+        if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+            below.register_prehook(partial(_in_format, torch.channels_last))
+
+
 def _in_format(wanted: torch.memory_format, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """The gradients, the first of them in the wanted memory format."""
     if gradients[0] is None:

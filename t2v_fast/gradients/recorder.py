@@ -22,7 +22,7 @@ from ..ops.reference import accumulate_dtype
 from .checkpointing import Regions
 from .compiled import eager, say_once
 from .factors import Factors, Plan, Reuse
-from .graph import Taps, UnsupportedError, Use, fix_batch_norm_gradients
+from .graph import Taps, UnsupportedError, Use, fix_batch_norm_gradients, keep_channels_last
 from .ownership import dense
 from .parameters import FilterAxis, ParameterFilter, filter_axes_of, select_parameters
 from .quantised import allow_packing, unpack
@@ -366,6 +366,8 @@ class FisherRecorder:
         with self.regions.reading():
             taps = self._taps(output, segments)
             fix_batch_norm_gradients(taps.order)
+            if not self.regions.holding:  # to look at a ReLU's activations would compute them again
+                keep_channels_last(taps)
             routes = routes_of(taps, self.unsupported, self._reported)
             tapped = taps.of(routes.single | routes.summed)
             called = not all(map(has_rule, tapped))

@@ -75,10 +75,9 @@ def network_of(model: Any) -> nn.Module:
         raise TypeError(f"the network is a {type(model).__name__}, expected a torch.nn.Module")
     fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
     for key, module in model.named_modules():
-        name = original_name(model, key)
         if fsdp1 is not None and isinstance(module, fsdp1):
             flat = getattr(module, "_flat_param", None)  # which knows the names of its parts
-            first = ".".join(filter(None, (name, *getattr(flat, "_fqns", ())[:1])))
+            first = ".".join(filter(None, (original_name(model, key), *getattr(flat, "_fqns", ())[:1])))
             raise UnsupportedError(
                 f"the parameter {first!r} is flattened together with others by FSDP1 (FullyShardedDataParallel), so "
                 "that its own gradient does not exist: shard the network with fully_shard (FSDP2), or pass the network "
@@ -87,8 +86,8 @@ def network_of(model: Any) -> nn.Module:
         alone = isinstance(module, nn.DataParallel) and len(module.device_ids) < 2  # which calls its module as it is
         if isinstance(module, _PARALLEL) and not alone:
             raise UnsupportedError(
-                f"the layer {name!r} is a {type(module).__name__}, which exchanges tensors in its forward pass: wrap "
-                "the whole network, or pass it before it is wrapped"
+                f"the layer {original_name(model, key)!r} is a {type(module).__name__}, which exchanges tensors in its "
+                "forward pass: wrap the whole network, or pass it before it is wrapped"
             )
     for name, p in named_parameters(model):
         if hasattr(p, "ds_id"):
@@ -106,6 +105,9 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Names and parameters, as ``model.named_parameters()`` has them without wrappers."""
+    if not any(_inside(module) is not None for module in model.modules()):  # to follow every name takes long
+        yield from model.named_parameters()
+        return
     for name, p in model.named_parameters():
         yield original_name(model, name), p
 

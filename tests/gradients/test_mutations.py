@@ -19,6 +19,7 @@ import t2v_fast.estimation.self_check
 import t2v_fast.gradients.factors
 import t2v_fast.gradients.grouped
 import t2v_fast.gradients.recorder
+import t2v_fast.gradients.squares
 import t2v_fast.ops
 from t2v_fast import FisherRecorder
 from t2v_fast.estimation import estimator as fisher_module
@@ -258,13 +259,13 @@ MUTATIONS = [
     ),
     Mutation(
         "only one of two uses of a parameter counted",
-        function(t2v_fast.gradients.recorder, "concatenated", lambda real: lambda factors: factors[0]),
+        function(t2v_fast.gradients.squares, "concatenated", lambda real: lambda factors: factors[0]),
         SEVERAL,
         SELF_CHECK,
     ),
     Mutation(
         "two uses of a parameter squared before they are added",
-        function(t2v_fast.gradients.recorder, "concatenated", lambda real: Apart),
+        function(t2v_fast.gradients.squares, "concatenated", lambda real: Apart),
         SEVERAL,
         SELF_CHECK,
     ),
@@ -324,7 +325,7 @@ MUTATIONS = [
     ),
     Mutation(
         "what flows on through a transformation doubled",
-        function(t2v_fast.gradients.recorder, "onward", onward_doubled),
+        function(t2v_fast.gradients.squares, "onward", onward_doubled),
         case("parameters/weight_norm", unsupported="exact"),
         SELF_CHECK,
     ),

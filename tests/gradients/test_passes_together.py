@@ -88,3 +88,24 @@ def test_a_parameter_that_a_layer_sees_through_a_view(shape: tuple[int, ...]) ->
         want = torch.stack([torch.stack(grads).square().sum(0) for grads in each])
         want = reduce(want, "filter")
         torch.testing.assert_close(got[name], want, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_mean_over_pixels_of_channels_last_images(n: int) -> None:
+    torch.manual_seed(0)
+    pool = nn.AdaptiveAvgPool2d(1)
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), pool, nn.Flatten()).double()
+    x, u = torch.randn(n, 2, 9, 9).double(), torch.randn(1, n, 5).double()
+    formats = []
+    with FisherRecorder(network) as recorder:
+        output = network(x.contiguous(memory_format=torch.channels_last))
+        relu = output.grad_fn
+        while relu.name() != "ReluBackward0":
+            relu = relu.next_functions[0][0]
+        got = recorder.backward(output, u, retain_graph=True)
+        relu.register_prehook(lambda g: formats.append(g[0].is_contiguous(memory_format=torch.channels_last)))
+        again = recorder.backward(output, u)
+    assert formats == [True]
+    for name, each in per_example_squares(network, x, u).items():
+        for found in (got, again):
+            torch.testing.assert_close(found[name], reduce(each, "filter"), rtol=1e-10, atol=1e-14)

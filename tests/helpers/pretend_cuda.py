@@ -5,7 +5,7 @@ computes with the CPU tensors. Operators that only CUDA has are replaced by stan
 arguments on different devices.
 
 Autograd's engine starts a thread for each CUDA device, and cannot run without one. A walk through the graph that calls
-each node therefore replaces ``torch.autograd.grad`` and the recorder's backward pass.
+each node therefore replaces ``torch.autograd.grad`` and the backward pass of ``Squares``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from t2v_fast.gradients import recorder
+from t2v_fast.gradients import squares
 from t2v_fast.gradients.graph import Taps
 from t2v_fast.gradients.ownership import LEAF, call_node
 from t2v_fast.ops import dispatch, gpu_estimates, gpu_specs
@@ -551,7 +551,7 @@ def pretended(kernel: str = "math") -> Iterator[None]:
     """
     torch._C._ensureCUDADeviceGuardSet()
     with pytest.MonkeyPatch.context() as patch, _Mode():
-        patch.setattr(recorder, "backpropagate", _backpropagate)
+        patch.setattr(squares, "backpropagate", _backpropagate)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         for name in ("tensor", "as_tensor"):  # these copy to the device behind the mode's back
             patch.setattr(torch, name, _made(getattr(torch, name)))

@@ -3,7 +3,9 @@
     python -m bench.studies.frontends.avalanche [--rounds 5]
 
 Avalanche comes from ``requirements/frontends.txt``. The plugin squares the mean gradient of a batch. What it computes
-at batch size 1 is the Fisher, so the time for the same error is that of the plugin at batch size 1.
+at batch size 1 is the Fisher, so the time for the same error is that of the plugin at batch size 1. The time for the
+same images compares one cotangent of each example with one backward pass of the plugin. The adapter's first batch has
+the plugin's size; later ones are larger where they fit into the memory that the plugin's gradients take.
 """
 
 from __future__ import annotations

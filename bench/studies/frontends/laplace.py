@@ -3,7 +3,8 @@
     python -m bench.studies.frontends.laplace [--rounds 5]
 
 laplace-torch comes from ``requirements/frontends.txt``. Times are those of ``Laplace(...).fit``. The backends are
-exact, so the time for the same error is that for the same images. Memory is measured in processes of their own.
+exact, so the time for the same error is that for the same images. Each fit has a new network, so all of its self-check
+is in the time. Memory is measured in processes of their own.
 """
 
 from __future__ import annotations
