@@ -13,7 +13,7 @@ import torch
 from t2v_fast.adapters.mml import fim_diag
 
 pytest.importorskip("mml_similarity", reason="compares with it: PYTHONPATH=FOLDER, see requirements/mml.txt")
-from bench.studies.frontends.mml import distance, embedding, estimates, flat, network, package  # noqa: E402
+from bench.studies.frontends.mml import distance, embedding, estimates, flat, network, package
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SETTINGS = [{}, {"ignore_bias": False, "final_fraction": 1.0, "average_filters": False}]

@@ -112,7 +112,9 @@ def same_run(kind: type, backbone: nn.Module) -> tuple[list[float], float]:
     In float64 nothing but the mathematics can make the runs differ. Float32's rounding grows in training, until two
     runs have other accuracies.
     """
-    (theirs, first), (ours, second) = (two_tasks(kind, copy.deepcopy(backbone).double(), ours) for ours in (False, True))
+    (theirs, first), (ours, second) = (
+        two_tasks(kind, copy.deepcopy(backbone).double(), ours) for ours in (False, True)
+    )
     assert theirs == ours, (theirs, ours)
     pairs = zip(first.net.state_dict().items(), second.net.state_dict().values(), strict=True)
     return ours, max(float((b - a).double().norm() / a.double().norm()) for (_, a), b in pairs)

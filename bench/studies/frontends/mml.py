@@ -135,7 +135,7 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
         Row(
             f"mml-similarity `compute_fisher_information_embedding`, labels of the data, {shape}",
             1,
-            f"{apart:.0e} relative in float64 (`gradient=\"logit\"`), the same {len(given[0])} entries",
+            f'{apart:.0e} relative in float64 (`gradient="logit"`), the same {len(given[0])} entries',
             found.ratio,
             found.ratio,
         ),
@@ -143,7 +143,7 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
             f"mml-similarity `compute_fisher_information_embedding`, {shape}",
             1,
             f"one pass of the package {single:.2f} from the expectation over labels, which is exact here "
-            f"(`gradient=\"logit\"`), the mean of {PASSES} passes {together:.3f}",
+            f'(`gradient="logit"`), the mean of {PASSES} passes {together:.3f}',
             expected.ratio,
         ),
     ]
