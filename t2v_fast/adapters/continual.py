@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from ..estimation.cotangents import class_indices
 from ..estimation.one_forward import graph_bytes
 from .fim import evaluating, fim_diag
 from .single_images import SingleImages, noting
@@ -80,7 +81,7 @@ def compute_importances(
 
     def batches() -> Iterator[tuple[Any, Tensor]]:
         nonlocal seen
-        for batch in loader:
+        for batch in map(partial(_labelled, "dataset"), loader):
             seen += len(batch[1])
             order.inputs = sum(t.numel() * t.element_size() for t in tree_leaves(batch) if isinstance(t, Tensor))
             yield (batch[0], batch[-1]), batch[1]
@@ -174,7 +175,7 @@ def accelerate_avalanche(plugin: Any, *, batch_scale: bool = True, **options: An
         raise TypeError(
             f"plugin is {plugin!r}, expected an EWC plugin of Avalanche, that is an object with compute_importances()"
         )
-    plugin.compute_importances = functools.partial(compute_importances, batch_scale=batch_scale, **options)
+    plugin.compute_importances = partial(compute_importances, batch_scale=batch_scale, **options)
     return plugin
 
 
@@ -232,12 +233,13 @@ def online_ewc_fisher(
             single.take(logits)
         if labels is None:
             raise ValueError("train_loader yields no labels, expected (inputs, labels, ...)")
+        labels = class_indices(labels, *logits.shape)
         p = logits.softmax(1)
         chance = p.gather(1, labels[:, None])
         return p.scatter_add(1, labels[:, None], -torch.ones_like(chance)) * chance.sqrt()
 
     wanted = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    pairs = ((batch[0], batch[1]) for batch in train_loader)
+    pairs = ((batch[0], batch[1]) for batch in map(partial(_labelled, "train_loader"), train_loader))
     if moved:
         options["forward"] = noting
     with evaluating(net) if single is None else single:
@@ -290,8 +292,16 @@ def accelerate_mammoth(model: Any, *, update_statistics: bool = True, **options:
         self.fish = found if self.fish is None else self.args.gamma * self.fish + found
         self.checkpoint = self.net.get_params().data.clone()
 
-    model.end_task = end_task if isinstance(model, type) else functools.partial(end_task, model)
+    model.end_task = end_task if isinstance(model, type) else partial(end_task, model)
     return model
+
+
+def _labelled(source: str, batch: Any) -> Any:
+    """Return a batch of (inputs, labels, ...). Raise ValueError for another."""
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        what = f"{len(batch)} entry" if isinstance(batch, (tuple, list)) else f"a {type(batch).__name__}"
+        raise ValueError(f"{source} gives batches of {what}, expected (inputs, labels, ...)")
+    return batch
 
 
 def _avalanche_forward(model: nn.Module, inputs: Any) -> Tensor:
@@ -319,6 +329,10 @@ def _gradients_of_single_losses(criterion: Any, outputs: Tensor, targets: Tensor
     z = outputs.detach().requires_grad_(True)
     with torch.enable_grad():
         if type(criterion) is nn.CrossEntropyLoss and criterion.weight is None and criterion.reduction != "none":
+            if z.dim() == 2 and targets.shape != z.shape:  # no probabilities of classes
+                ignored = targets == criterion.ignore_index
+                targets = class_indices(targets.masked_fill(ignored, 0), *z.shape)
+                targets = targets.masked_fill(ignored, criterion.ignore_index)
             loss = F.cross_entropy(
                 z,
                 targets,

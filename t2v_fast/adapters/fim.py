@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..estimation.estimator import fisher
+from ..estimation.batches import split_batch
+from ..estimation.estimator import default_forward, fisher
+from ..estimation.packing import IGNORED
 from ..gradients.recorder import ParameterFilter
 
 TASK_TYPES = {"classification": "softmax", "multi-label": "sigmoid", "regression": "gaussian"}
@@ -36,8 +38,8 @@ def fim_diag(
     The model runs in evaluation mode and is left in its own mode.
 
     Args:
-        model: The model, from inputs to logits.
-        data_loader: Batches of (inputs, labels, ...).
+        model: The model, from inputs to logits [N, C], or to an object that has them as ``logits``.
+        data_loader: Batches of (inputs, labels, ...), or mappings, as for :func:`t2v_fast.fisher`.
         task_type: ``"classification"``, ``"multi-label"``, or ``"regression"`` with half the squared error.
         labels: Whose labels the gradients are of:
 
@@ -72,6 +74,8 @@ def fim_diag(
     if parameters is None and any(p.requires_grad for p in model.parameters()):
         parameters = [name for name, p in model.named_parameters() if p.requires_grad]
     device = device or next(model.parameters()).device
+    if labels == "pred":  # made for the positions of the logits
+        options = {**options, "shift_labels": False}
     with evaluating(model):
         found = fisher(
             model,
@@ -111,14 +115,24 @@ def _predicted(
     forward: Callable[[nn.Module, Any], Tensor] | None,
 ) -> Iterator[tuple[Any, Tensor]]:
     """Yield the inputs with the model's most likely labels."""
+    run = default_forward if forward is None else forward
     likeliest: Mapping[str, Callable[[Tensor], Tensor]] = {
-        "classification": lambda z: z.argmax(1),
+        "classification": lambda z: z.argmax(-1),
         "multi-label": lambda z: (z > 0).to(z.dtype),
         "regression": lambda z: z,
     }
     for batch in data_loader:
-        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        x, labels = split_batch(batch)
+        x = dict(x) if isinstance(x, Mapping) else x  # as what tokenizers return
         x = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, x)
         with torch.no_grad():
-            z = model(x) if forward is None else forward(model, x)
-        yield x, likeliest[task_type](z)
+            z = run(model, x)
+        if not isinstance(z, Tensor):
+            raise TypeError(
+                f"the model returned {type(z).__name__}, expected logits [N, C]: pass forward=lambda model, x: ..., or "
+                "wrap the model in a module that returns the logits alone"
+            )
+        found = likeliest[task_type](z)
+        if task_type == "classification" and labels is not None and labels.shape == found.shape:
+            found = found.masked_fill(labels.to(found.device) == IGNORED, IGNORED)  # these tokens do not count
+        yield x, found

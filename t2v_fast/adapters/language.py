@@ -234,11 +234,7 @@ def _weights(model: nn.Module) -> list[str]:
 
 def next_tokens(batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the model's inputs with labels: the next token where it is predicted, and -100 elsewhere."""
-    batch = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-    if "input_ids" not in batch:
-        raise ValueError(
-            f"a batch of text has {sorted(batch)}, expected input_ids and, for padded texts, attention_mask"
-        )
+    batch = _mapping(batch)
     tokens = batch["input_ids"]
     there = batch.get("attention_mask", torch.ones_like(tokens)).bool()
     following = torch.full_like(tokens, -100)
@@ -250,13 +246,25 @@ def next_tokens(batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _every_token(batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the model's inputs with labels at all positions but the last."""
-    batch = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    batch = _mapping(batch)
     tokens = batch["input_ids"]
     following = torch.full_like(tokens, -100)
     following[:, :-1] = tokens[:, 1:]
     if tokens.shape[1] < 2:
         raise ValueError(f"a batch of {len(tokens)} texts has no token that is followed by another")
     return {**{key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}, "labels": following}
+
+
+def _mapping(batch: Any) -> dict[str, Tensor]:
+    """Return a batch of text as a mapping with ``input_ids``. Raise ValueError for another."""
+    batch = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        what = f"has {sorted(batch)}" if isinstance(batch, Mapping) else f"is a {type(batch).__name__}"
+        raise ValueError(
+            f"a batch of text {what}, expected token numbers [N, T], or a mapping with input_ids and, for padded "
+            "texts, attention_mask"
+        )
+    return dict(batch)
 
 
 def _predicting(inputs: Any, labels: Tensor | None) -> Tensor:

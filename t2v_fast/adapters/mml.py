@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..estimation.cotangents import cotangents
+from ..estimation.cotangents import class_indices, cotangents
 from .squares import summed_squares
 
 IMAGES, LABELS = "image", "class"  # the keys of a batch
@@ -64,6 +64,7 @@ def fim_diag(
 
     Raises:
         NotImplementedError: For another type of task, which mml-similarity refuses as well.
+        TypeError: A batch or the model's output is no mapping.
         ValueError: A name is no parameter of the model, or a batch lacks a key, or another argument is unknown.
 
     Example:
@@ -86,6 +87,8 @@ def fim_diag(
 
     def batches() -> Iterator[tuple[Any, Tensor | None]]:
         for k, batch in enumerate(data_loader):
+            if not isinstance(batch, Mapping):
+                raise TypeError(f"batch {k} is a {type(batch).__name__}, expected a mapping with {IMAGES!r}, as in mml")
             needed = [IMAGES, LABELS] if empirical else [IMAGES]
             if missing := [key for key in needed if key not in batch]:
                 raise ValueError(f"batch {k} has {sorted(batch)}, expected {missing[0]!r} as well")
@@ -97,7 +100,7 @@ def fim_diag(
             return cotangents(logits, chosen, samples, "softmax", labels, generator)
         c = logits.shape[1]
         if labels is not None:
-            return F.one_hot(labels.long(), c).to(logits)
+            return F.one_hot(class_indices(labels, len(logits), c), c).to(logits)
         return torch.eye(c).to(logits)[:, None, :] * logits.softmax(1).sqrt()  # [C, N, C]
 
     model.eval()
@@ -107,8 +110,18 @@ def fim_diag(
         directions,
         parameters=list(fim_params),
         device=device,
-        forward=lambda model, images: next(iter(model(images).values())),
+        forward=_first_head,
         unsupported=unsupported,
         self_check=self_check,
     )
     return {name: sums[name].to(p) / examples for name, p in model.named_parameters() if name in sums}
+
+
+def _first_head(model: nn.Module, images: Any) -> Tensor:
+    outputs = model(images)
+    if not isinstance(outputs, Mapping) or not outputs:
+        raise TypeError(
+            f"the model returned {type(outputs).__name__}, expected a mapping from heads to logits, as models of mml "
+            "return: t2v_fast.adapters.fim.fim_diag takes models that return logits"
+        )
+    return next(iter(outputs.values()))

@@ -58,13 +58,14 @@ def module_scores(
         The score of each module, by the module's full name, in the model's order.
 
     Raises:
-        ValueError: No module matches, or a module that matches has no weight matrix.
+        ValueError: No module matches, or a module that matches has no weight matrix, or PEFT has wrapped the model.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> list(module_scores(model, [torch.randn(6, 4)], ["0", "2"]))
         ['0', '2']
     """
+    _check_base(model)
     modules = _targets(model, target_modules)
     with evaluating(model):
         found = fisher(
@@ -127,6 +128,7 @@ def rank_pattern(
         raise ValueError(f"the score of {bad[0]!r} is {scores[bad[0]]}, expected a finite number of at least 0")
     if minimum < 1 or r < 1:
         raise ValueError(f"minimum is {minimum} and r is {r}, expected at least 1: leave modules out of target_modules")
+    _check_base(model)
     modules = dict(model.named_modules())
     shapes = {name: _shape(name, modules.get(name)) for name in scores}
     costs = {name: sum(shape) for name, shape in shapes.items()}
@@ -168,6 +170,20 @@ def _ranks(
             ranks[name] += 1
             spare -= costs[name]
     return ranks
+
+
+def _check_base(model: nn.Module) -> None:
+    """Raise ValueError where PEFT has wrapped the model: names are others then, and adapters are modules, too."""
+    wrapped = next(
+        (name for name, m in model.named_modules() if isinstance(getattr(m, "base_layer", None), nn.Module)), ""
+    )
+    if wrapped or (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
+        where = f" (at {wrapped!r})" if wrapped else ""
+        raise ValueError(
+            f"PEFT has put adapters into this {type(model).__name__}{where}, whose modules have other names than those "
+            "of the base model: pass the base model before PEFT wraps it, or the result of model.unload(), or that of "
+            "model.merge_and_unload() with what the adapters have learned"
+        )
 
 
 def _targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:

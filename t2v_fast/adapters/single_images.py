@@ -108,7 +108,8 @@ def noting(net: nn.Module, inputs: Any) -> Tensor:
     """Run a network within :class:`SingleImages`, and note the statistics of its batch norms."""
     single = _current.get()
     versions = {name: (b, b._version) for name, b in net.named_buffers() if not b.is_inference()}
-    single._of_pass = statistics = {}
+    statistics: Statistics = {}
+    single._of_pass = statistics
     try:
         outputs = net(inputs)
     finally:

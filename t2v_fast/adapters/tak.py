@@ -88,12 +88,17 @@ class DiagComputer:
             [O, I + 1] with the bias last if the bias is named. A layer norm has [C] or [C, 2].
 
         Raises:
+            TypeError: The network has no ``visual_encoder``, or a batch is no tuple.
             ValueError: No named parameter counts, or there is no head to use.
             UnsupportedError: A parameter has no exact per-example gradient.
         """
         if use_head and head is None:
             raise ValueError("use_head is true, but head is None")
-        encoder: nn.Module = net.visual_encoder
+        encoder = getattr(net, "visual_encoder", None)
+        if not isinstance(encoder, nn.Module):
+            raise TypeError(
+                f"net is a {type(net).__name__} without a module visual_encoder, as Mammoth's networks have it"
+            )
         names = list(delta_w_names)
         columns = dict(_columns(encoder, set(names)))
         if not columns:
@@ -111,7 +116,7 @@ class DiagComputer:
         with evaluating(encoder):
             sums, examples = summed_squares(
                 encoder,
-                ((batch[0], None) for batch in islice(dataset.train_loader, batches)),
+                ((_images(batch), None) for batch in islice(dataset.train_loader, batches)),
                 lambda outputs, labels: self.directions(outputs),
                 parameters=[name for parts in columns.values() for name in parts],
                 device=self.device,
@@ -165,6 +170,12 @@ class LossDiagComputer(DiagComputer):
         if not use_head:
             raise ValueError("use_head is false: the loss needs a head, from features to logits")
         return super().compute(net, head, delta_w_names, dataset, use_head)
+
+
+def _images(batch: Any) -> Any:
+    if not isinstance(batch, (tuple, list)) or not batch:
+        raise TypeError(f"train_loader gives batches that are a {type(batch).__name__}, expected (images, ...)")
+    return batch[0]
 
 
 def _columns(encoder: nn.Module, names: set[str]) -> Iterator[tuple[str, list[str]]]:

@@ -208,7 +208,7 @@ class Schedule:
 def _rows(loader: Iterable[Any], texts: Texts) -> Iterator[tuple[Any, Tensor | None, Tensor | None]]:
     """Yield the inputs and labels of each batch of a loader, or of each packed row, with the segments of the row."""
     for batch in loader:
-        inputs, labels = _split_batch(batch)
+        inputs, labels = split_batch(batch)
         if isinstance(inputs, Mapping) and not isinstance(inputs, dict):  # as what tokenizers return
             inputs = dict(inputs)
         if labels is not None and not isinstance(labels, Tensor):
@@ -224,7 +224,7 @@ def _mask_of_row(valid: Tensor | None, segments: Tensor, logits: Tensor) -> Tens
     return theirs if valid is None else theirs & valid.cpu().bool()
 
 
-def _split_batch(batch: Any) -> tuple[Any, Tensor | None]:
+def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """Split what a loader yields, (inputs, labels, ...), inputs alone or a mapping with "labels", into two."""
     if isinstance(batch, Mapping) and "labels" in batch:
         return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
@@ -289,7 +289,8 @@ def _check_logits(logits: Any, n: int) -> Tensor:
     """Raise an error unless these are the logits of n examples."""
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"the model returned {type(logits).__name__}, expected logits [N, C]: pass forward=lambda model, x: ..."
+            f"the model returned {type(logits).__name__}, expected logits [N, C]: pass forward=lambda model, x: ..., "
+            "or wrap the model in a module that returns the logits alone"
         )
     if logits.dim() not in (2, 3) or logits.shape[0] != n:
         raise ValueError(

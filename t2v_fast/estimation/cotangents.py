@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ..ops.asynchronous import to_device
 from .deferred import DeferredChecks
-from .likelihoods import Likelihood, Softmax, get_likelihood, random_signs
+from .likelihoods import Likelihood, Sigmoid, Softmax, get_likelihood, random_signs
 from .sketches import packed, sketches_of
 
 ESTIMATORS = ("exact", "deflated", "hutchinson", "monte_carlo", "empirical")
@@ -284,12 +284,21 @@ def _of_tokens(
 def _check_labels(labels: Tensor, n: int, c: int, model: Likelihood) -> Tensor:
     """Return the labels in the dtype that the likelihood needs. Raise ValueError where they do not fit."""
     if isinstance(model, Softmax):
-        whole = not labels.is_floating_point() and labels.dtype != torch.bool
-        if list(labels.shape) != [n] or not whole:
-            raise ValueError(f"labels are {list(labels.shape)} {labels.dtype}, expected integers [{n}]")
-        if n and (int(labels.min()) < 0 or int(labels.max()) >= c):
-            raise ValueError(f"labels go from {labels.min()} to {labels.max()}, expected 0 to {c - 1}")
-        return labels.long()
+        return class_indices(labels, n, c)
     if list(labels.shape) != [n, c]:
         raise ValueError(f"labels are {list(labels.shape)}, expected targets [{n}, {c}]")
+    if not bool(labels.isfinite().all()):
+        raise ValueError("labels have NaN or infinite values, expected finite targets")
+    if isinstance(model, Sigmoid) and n and not 0 <= float(labels.min()) <= float(labels.max()) <= 1:
+        raise ValueError(f"labels go from {labels.min()} to {labels.max()}, expected 0 to 1, as probabilities of yes")
     return labels.double()
+
+
+def class_indices(labels: Tensor, n: int, c: int) -> Tensor:
+    """Return labels [N] as int64. Raise ValueError unless they are whole numbers from 0 to C - 1, one an example."""
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    if list(labels.shape) != [n] or not whole:
+        raise ValueError(f"labels are {list(labels.shape)} {labels.dtype}, expected integers [{n}]")
+    if n and (int(labels.min()) < 0 or int(labels.max()) >= c):
+        raise ValueError(f"labels go from {labels.min()} to {labels.max()}, expected 0 to {c - 1}")
+    return labels.long()

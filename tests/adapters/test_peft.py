@@ -121,6 +121,52 @@ def test_peft_takes_the_ranks() -> None:
         assert 0.8 * uniform.get_nb_trainable_parameters()[0] < trainable <= uniform.get_nb_trainable_parameters()[0]
 
 
+def test_a_wrapped_model_is_refused_by_name() -> None:
+    """Its adapters would be scored as modules of their own."""
+    peft = pytest.importorskip("peft", reason="wraps the model")
+    for base, target in ((llama(), "q_proj"), (gpt2(), "c_attn")):
+        want = module_scores(base, BATCHES, [target])
+        for config in (
+            peft.LoraConfig(target_modules=[target]),
+            peft.IA3Config(target_modules=[target], feedforward_modules=[]),
+            peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        ):
+            wrapped = peft.get_peft_model(copy.deepcopy(base), config)
+            for targets in ([target], "all-linear"):
+                with pytest.raises(ValueError, match=r"PEFT has put adapters into this Peft.*model\.unload\(\)"):
+                    module_scores(wrapped, BATCHES, targets)
+            with pytest.raises(ValueError, match="pass the base model"):
+                rank_pattern(wrapped, want)
+        inner = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=[target]))
+        with pytest.raises(ValueError, match=f"at '.*{target}'"):
+            module_scores(inner.base_model.model, BATCHES)
+        assert module_scores(inner.unload(), BATCHES, [target]) == want
+
+
+@pytest.mark.slow
+def test_axolotl_takes_the_ranks() -> None:
+    """axolotl's schema and its own code, which makes PEFT's configuration of it (``requirements/axolotl.txt``)."""
+    schemas = pytest.importorskip("axolotl.utils.schemas.peft", reason="compares with it: PYTHONPATH=FOLDER")
+    peft = pytest.importorskip("peft", reason="axolotl hands the ranks to it")
+    from axolotl.loaders.adapter import _build_peft_lora_config
+    from axolotl.utils.dict import DictDefault
+
+    base = llama()
+    scores = module_scores(base, BATCHES)
+    patterns = rank_pattern(base, scores, r=4, lora_alpha=8)
+    chosen = schemas.LoraConfig(
+        adapter="lora",
+        lora_r=4,
+        lora_alpha=8,
+        lora_target_modules=list(scores),
+        **{f"lora_{name}": values for name, values in patterns.items()},
+    )
+    model = peft.get_peft_model(base, _build_peft_lora_config(base, DictDefault(chosen.model_dump())))
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    assert [layer.r["default"] for layer in layers] == list(patterns["rank_pattern"].values())
+    assert {layer.scaling["default"] for layer in layers} == {2.0}
+
+
 def test_what_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.LayerNorm(4))
     for targets, message in (

@@ -2,8 +2,9 @@
 
     python -m bench.studies.frontends --checkouts FOLDER [--rounds 5] [--only NAME ...] [--write docs/adapters.md]
 
-FOLDER has the clones that the studies need, or their bare git directories, each named as its repository. The packages
-come from ``requirements/frontends.txt``. Each study runs in a process of its own. A study that fails, or whose clone
+FOLDER has the clones that the studies need, or their bare git directories, each named as its repository. The folder
+``mml`` in it is made by ``pip install --no-deps --target FOLDER/mml -r requirements/mml.txt``. The other packages come
+from ``requirements/frontends.txt``. Each study runs in a process of its own. A study that fails, or whose clone
 is missing, is reported, and the exit status is 1. ``--write`` then leaves the page as it is.
 """
 
@@ -25,6 +26,7 @@ STUDIES = {
     "language": ("beyond-scale-language-data-diversity", "DataFlow"),
     "merging": ("mats",),
     "mammoth": ("mammoth",),
+    "mml": ("mml",),
     "avalanche": (),
     "laplace": (),
     "curvlinops": (),
