@@ -105,8 +105,11 @@ class MatrixConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, matrix = ctx.saved_tensors
+        rows = _pixels(g, len(matrix))
+        # oneDNN transposes the matrix first, which takes longer than a product with one row.
+        back = None if not is_wanted(ctx, 0) else rows @ matrix if len(rows) == 1 else _product(rows, matrix.mT)
         return (
-            _images(_product(_pixels(g, len(matrix)), matrix.mT), len(x), x.shape[2:]) if is_wanted(ctx, 0) else None,
+            None if back is None else _images(back, len(x), x.shape[2:]),
             *parameter_gradients(ctx, g, x, weight),
             None,
             None,

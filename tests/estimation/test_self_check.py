@@ -508,7 +508,7 @@ def test_a_scripted_network_is_checked_anew_or_once(checks: list[int]) -> None:
     assert set(checks) == {3}
 
 
-@pytest.mark.parametrize("within", ["_gradients", "_plain_squares", "_compare_row"])
+@pytest.mark.parametrize("within", ["_gradients", "_add_alone", "_compare_row"])
 def test_an_error_within_a_call_is_not_remembered_as_a_success(within: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen, real = unproved_network() if within == "_gradients" else network(), [], getattr(SelfCheck, within)
 
@@ -803,14 +803,20 @@ def test_gradients_that_are_changed_row_by_row(hook: bool) -> None:
 
 def within_the_batch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     """The examples whose own squares are compared, and whether they agree."""
+    rows: list[int] = []
     seen: list[tuple[int, bool]] = []
-    real = PlainSquares.each_agrees
+    compare, agrees = SelfCheck._compare_row, PlainSquares.each_agrees
 
-    def noted(self: PlainSquares, got: Any, row: int, *rest: Any) -> bool:
-        seen.append((row, real(self, got, row, *rest)))
+    def compare_row(self: SelfCheck, first: Any, found: Any, row: int, *rest: Any) -> None:
+        rows.append(row)
+        compare(self, first, found, row, *rest)
+
+    def each_agrees(*args: Any) -> bool:
+        seen.append((rows[-1], agrees(*args)))
         return seen[-1][1]
 
-    monkeypatch.setattr(PlainSquares, "each_agrees", noted)
+    monkeypatch.setattr(SelfCheck, "_compare_row", compare_row)
+    monkeypatch.setattr(PlainSquares, "each_agrees", each_agrees)
     return seen
 
 
@@ -910,8 +916,8 @@ def test_squares_are_those_without_a_check(
         got = fisher(model, batches, **settings, **options)
         want = fisher(copy.deepcopy(model), batches, self_check=False, **settings, **options)
         for name, q in want.items():
-            torch.testing.assert_close(got[name], q, rtol=1e-12, atol=0)
-            torch.testing.assert_close(got.standard_error[name], want.standard_error[name], rtol=1e-9, atol=1e-12)
+            assert torch.equal(got[name], q)
+            assert torch.equal(got.standard_error[name], want.standard_error[name])
     # With more than one cotangent, the sketch of a diagonal Fisher is zero for the classes that came first.
     times = 0 if granularity != "filter" else 3 if likelihood == "softmax" else 1
     assert [agrees for _, agrees in compared] == [True] * times
@@ -941,11 +947,12 @@ def test_squares_that_are_not_handed_over_are_an_error() -> None:
 def test_a_kink_between_the_batch_and_an_example_alone(by: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The batch's own activations decide. Where they do not explain the difference, it is an error."""
     compared, real = within_the_batch(monkeypatch), SelfCheck._add_alone
+    ours = iter([by])  # the first call is for the batch itself
 
-    def apart(self: SelfCheck, plain: PlainSquares, row: int, alone: Any, cotangent: Tensor) -> None:
-        real(self, plain, row, alone, cotangent)
-        if plain._rows.get(4) is not None:  # of the batch itself
-            plain._rows[row] = {name: by * w for name, w in plain._rows[row].items()}
+    def apart(self: SelfCheck, plain: PlainSquares, row: int, *rest: Any) -> None:
+        real(self, plain, row, *rest)
+        scale = next(ours, 1)
+        plain._rows[row] = {name: scale * w for name, w in plain._rows[row].items()}
 
     monkeypatch.setattr(SelfCheck, "_add_alone", apart)
     monkeypatch.setattr("t2v_fast.estimation.self_check.row_to_compare", lambda u: 4)
@@ -954,5 +961,5 @@ def test_a_kink_between_the_batch_and_an_example_alone(by: float, monkeypatch: p
             fisher(network(), [X])
     else:
         want = fisher(network(), [X], self_check=False)
-        torch.testing.assert_close(fisher(network(), [X]).vector(), want.vector(), rtol=1e-12, atol=0)
+        assert torch.equal(fisher(network(), [X]).vector(), want.vector())
     assert compared == [(4, False)]
