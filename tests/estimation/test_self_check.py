@@ -963,3 +963,38 @@ def test_a_kink_between_the_batch_and_an_example_alone(by: float, monkeypatch: p
         want = fisher(network(), [X], self_check=False)
         assert torch.equal(fisher(network(), [X]).vector(), want.vector())
     assert compared == [(4, False)]
+
+
+HIDDEN_HOOKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "the mean over the batch": _mean_over_rows,
+    "the first row": _first_row,
+    "the last row": lambda g: torch.cat([g[:-1], 3 * g[-1:]]),
+    "another row": lambda g: g.roll(1, 0),
+    "the number of rows": lambda g: g * (1 + 0.3 * (len(g) - 1)),
+    "the largest row": lambda g: g / (1 + g.norm(dim=1).max()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [3, 6, 32, 200])
+@pytest.mark.parametrize("how", HIDDEN_HOOKS)
+def test_hooks_that_the_proof_does_not_see(how: str, size: int, dtype: torch.dtype) -> None:
+    """Another thread sets a hook on a network that is row by row, whose gradients are then those of no example."""
+
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.below, self.above = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.below(x))
+            thread = threading.Thread(target=lambda: h.requires_grad and h.register_hook(HIDDEN_HOOKS[how]))
+            thread.start()
+            thread.join()
+            return self.above(h)
+
+    torch.manual_seed(0)
+    x = torch.randn(size, 4, dtype=dtype)
+    for estimator, samples in (("monte_carlo", 1), ("deflated", 2)):
+        with pytest.raises(SelfCheckError, match="self-check failed for 'below"):
+            fisher(Hooked().to(dtype), [x], estimator, samples)
