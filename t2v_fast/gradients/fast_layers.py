@@ -106,10 +106,13 @@ class MatrixConvolution(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, matrix = ctx.saved_tensors
         rows = _pixels(g, len(matrix))
-        # oneDNN transposes the matrix first, which takes longer than a product with one row.
-        back = None if not is_wanted(ctx, 0) else rows @ matrix if len(rows) == 1 else _product(rows, matrix.mT)
+        back = None
+        if is_wanted(ctx, 0):
+            # oneDNN transposes the matrix first, which takes longer than a product with one row.
+            single = len(rows) == 1 and rows.dtype == torch.float32
+            back = _images(rows @ matrix if single else _product(rows, matrix.mT), len(x), x.shape[2:])
         return (
-            None if back is None else _images(back, len(x), x.shape[2:]),
+            back,
             *parameter_gradients(ctx, g, x, weight),
             None,
             None,

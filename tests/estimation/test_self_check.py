@@ -998,3 +998,18 @@ def test_hooks_that_the_proof_does_not_see(how: str, size: int, dtype: torch.dty
     for estimator, samples in (("monte_carlo", 1), ("deflated", 2)):
         with pytest.raises(SelfCheckError, match="self-check failed for 'below"):
             fisher(Hooked().to(dtype), [x], estimator, samples)
+
+
+@pytest.mark.parametrize("by", [1.0, 1e3, 1e5])
+def test_a_last_cotangent_that_is_small_beside_the_others(by: float, checks: list[int]) -> None:
+    """Its squares are lost to rounding in the sums of all cotangents. That is no error of a rule."""
+    recorder, generator = FisherRecorder(network().float()), torch.Generator().manual_seed(1)
+    u = torch.randn(3, 6, 5, generator=generator) * torch.tensor([by, by, 1.0])[:, None, None]
+    with forward_passes(recorder, lambda m, x: m(x), "cpu", purpose=("deflated", "softmax")) as batches_of:
+        for batch in batches_of([X.float()]):
+            assert batch.check is not None
+            got = batch.check.compared(u, lambda groups, logits=batch.logits: [recorder.backward(logits, u)])
+        want = recorder.backward(recorder.model(X.float()), u)
+    assert checks == [6] * (1 if by == 1 else 2)
+    for name, q in want.items():
+        torch.testing.assert_close(got[0][name], q, rtol=1e-4, atol=0)
