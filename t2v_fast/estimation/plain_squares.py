@@ -27,6 +27,7 @@ SELF_CHECK_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16
 # depends on the other rows is not explained by them.
 KINKS = {torch.float64: 0.1, torch.float32: 0.5, torch.bfloat16: 4.0, torch.float16: 4.0}
 
+LEAST_HOOKED = 2**14  # smaller gradients are squared after the pass: a hook takes longer than they do
 LARGEST_FLOAT64 = 2**22  # the most numbers of a gradient that are brought to float64 at once
 LEAST_FLOAT32 = 1e-24  # smaller squares of float32 gradients are computed in float64, where none becomes zero
 
@@ -95,16 +96,16 @@ class PlainSquares:
             taken.add(name)
             return gradient.new_zeros(()).expand(gradient.shape) if gradient.layout == torch.strided else None
 
-        # The hooks square each gradient when it is there, and pass on one that takes no memory: a large network's
+        # The hooks square each large gradient when it is there, and pass on one that takes no memory: a large network's
         # gradients would not fit beside its activations.
-        wanted = [leaves[name] for name in self._names]
-        hooks = [p.register_hook(partial(take, name)) for name, p in zip(self._names, wanted, strict=True)]
+        wanted = {name: leaves[name] for name in self._names}
+        hooks = [p.register_hook(partial(take, name)) for name, p in wanted.items() if p.numel() >= LEAST_HOOKED]
         try:
-            found = torch.autograd.grad([logits], wanted, [single], **options)
+            found = torch.autograd.grad([logits], list(wanted.values()), [single], **options)
         finally:
             for hook in hooks:
                 hook.remove()
-        # Tensors that are not torch's own have no hooks.
+        # Small gradients, and those of tensors that are not torch's own, which have no hooks.
         for name, gradient in zip(self._names, found, strict=True):
             if gradient is not None and name not in taken:
                 take(name, gradient)
@@ -150,15 +151,16 @@ class PlainSquares:
             dtype: The least precise type that took part.
             allowed: The largest difference of an entry, relative to it.
         """
-        for name, q in got.items():
-            if not q.numel():
-                continue
-            w = self._rows.get(row, {}).get(name)
-            w = torch.zeros_like(q[row], dtype=torch.float64) if w is None else w.sqrt()
-            apart = (q[row].double().sqrt() - w).abs()
-            if not bool((apart <= allowed / 2 * w + 1e2 * torch.finfo(dtype).eps * w.max()).all()):
-                return False
-        return True
+        of_row = self._rows.get(row, {})
+        own = {name: q[row].flatten().double() for name, q in got.items() if q.numel()}
+        if not own:
+            return True
+        plain = [of_row[name].flatten() if name in of_row else torch.zeros_like(q) for name, q in own.items()]
+        largest = torch.stack([w.max() for w in plain]).sqrt()
+        sizes = torch.tensor([len(w) for w in plain], device=largest.device)
+        found, wanted = (torch.cat(of).clamp_min(0).sqrt() for of in (list(own.values()), plain))
+        floor = 1e2 * torch.finfo(dtype).eps * largest.repeat_interleave(sizes)
+        return bool(((found - wanted).abs() <= allowed / 2 * wanted + floor).all())
 
 
 def row_to_compare(cotangents: Tensor) -> int | None:
@@ -184,7 +186,7 @@ def row_to_compare(cotangents: Tensor) -> int | None:
 
 def _squares(recorder: FisherRecorder, name: str, gradient: Tensor) -> Tensor:
     """The squares of a gradient at the recorder's granularity, in float64, or in float32 where none becomes zero."""
-    if gradient.dtype == torch.float32:
+    if gradient.dtype == torch.float32 and gradient.numel() >= LEAST_HOOKED:
         q = recorder.reduce(name, gradient)
         if not q.numel() or float(q.amax()) > LEAST_FLOAT32:
             return q

@@ -23,6 +23,8 @@ from ..ops.geometry import conv_output_size
 
 Pair = tuple[int, int]
 
+MAX_TINY_PIXELS = 64  # of a layer's output, for which torch's weight gradient of one example is slow
+
 
 def is_wide(t: Tensor) -> bool:
     """Whether products of such tensors are computed in float32."""
@@ -47,12 +49,22 @@ def is_wanted(ctx: Any, slot: int) -> bool:
 def parameter_gradients(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of weight and bias, the second and third input of a convolution's function."""
     of_weight = None
-    if is_wanted(ctx, 1):
+    if is_wanted(ctx, 1) and _is_tiny(ctx, g, x):
+        columns = F.unfold(x, weight.shape[2:], ctx.geometry[2], ctx.geometry[1], ctx.geometry[0])[0]
+        of_weight = (g.reshape(len(weight), -1) @ columns.mT).view(weight.shape)
+    elif is_wanted(ctx, 1):
         geometry = *ctx.geometry, False, [0, 0], ctx.groups
         mask = [False, True, False]
         operands = [t.float() if is_wide(t) else t for t in (g, x, weight)]
         of_weight = torch.ops.aten.convolution_backward(*operands, None, *geometry, mask)[1].to(weight.dtype)
     return of_weight, g.sum((0, 2, 3)) if is_wanted(ctx, 2) else None
+
+
+def _is_tiny(ctx: Any, g: Tensor, x: Tensor) -> bool:
+    """Whether the weight gradient is a product with few columns, in which torch writes the gradient several times."""
+    few = len(x) == 1 and ctx.groups == 1 and g.shape[2] * g.shape[3] <= MAX_TINY_PIXELS
+    precise = g.dtype == x.dtype and x.dtype in (torch.float32, torch.float64)
+    return few and precise and not in_batches(g) and not in_batches(x)
 
 
 def _input_gradient(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:

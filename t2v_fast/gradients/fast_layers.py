@@ -105,8 +105,14 @@ class MatrixConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, matrix = ctx.saved_tensors
+        rows = _pixels(g, len(matrix))
+        back = None
+        if is_wanted(ctx, 0):
+            # oneDNN transposes the matrix first, which takes longer than a product with one row.
+            single = len(rows) == 1 and rows.dtype == torch.float32
+            back = _images(rows @ matrix if single else _product(rows, matrix.mT), len(x), x.shape[2:])
         return (
-            _images(_product(_pixels(g, len(matrix)), matrix.mT), len(x), x.shape[2:]) if is_wanted(ctx, 0) else None,
+            back,
             *parameter_gradients(ctx, g, x, weight),
             None,
             None,

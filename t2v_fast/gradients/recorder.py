@@ -81,6 +81,8 @@ class FisherRecorder:
         regions: The regions of activation checkpointing in the forward passes.
         observer: Called after each op with the use, its factors, the number of cotangents, and the times in seconds at
             which the op began and ended.
+        before_last: Called before the last cotangent of a call, with the result of its group so far. Parameters that
+            ``unsupported="exact"`` leaves to plain autograd are not in it.
 
     Raises:
         ValueError: An argument is none of those above, or no parameter is left.
@@ -124,6 +126,7 @@ class FisherRecorder:
         self.skipped: frozenset[str] = frozenset()
         self.verified = False
         self.observer: Callable[[Use, Factors, int, float, float], None] | None = None
+        self.before_last: Callable[[dict[str, Tensor]], None] | None = None
         self.regions = Regions()
         self._contexts = ExitStack()
         say_once(model, self.model)
@@ -377,6 +380,8 @@ class FisherRecorder:
         for group in cotangents.split(list(groups)):
             for k, cotangent in enumerate(group, 1):
                 left -= 1
+                if not left and self.before_last is not None:
+                    self.before_last(self._means(squares.so_far()))
                 if tapped.uses:
                     with self.regions.reading():
                         squares.add(cotangent, len(group) - k, retain_graph or bool(routes.plain) or called or left > 0)
@@ -423,10 +428,12 @@ class FisherRecorder:
         return totals
 
     def _rows(self, name: str, t: Tensor) -> Tensor:
-        """A tensor of a parameter's shape as [filters, entries of each]."""
+        """A tensor of a parameter's shape as [filters, entries of each], the entries in any order."""
         if t.dim() == 0:
             return t.reshape(1, 1)
         t = t.movedim(self.filter_axes[name], 0)
+        if t.dim() == 4 and not t.is_contiguous():  # channels-last, most often: a view in the order of memory
+            t = t.permute(0, 2, 3, 1)
         return t.reshape(len(t), math.prod(t.shape[1:]))
 
     def zeros(self, name: str, n: int) -> Tensor:

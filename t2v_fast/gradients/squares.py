@@ -41,6 +41,7 @@ class Recording(Protocol):
     parameters: dict[str, nn.Parameter]
     filter_axes: dict[str, int]
     observer: Callable[[Use, Factors, int, float, float], None] | None
+    before_last: Callable[[dict[str, Tensor]], None] | None
     regions: Regions
 
     @property
@@ -122,6 +123,10 @@ class Squares:
                     self._begin(node)
                     self._visit_together(node)
 
+    def so_far(self) -> dict[str, Tensor]:
+        """Return a copy of the sums of the passes since the last call of :meth:`take`."""
+        return {name: q.clone() for name, q in self._sums.items()}
+
     def take(self) -> dict[str, Tensor]:
         """Return the sums of the passes since the last call, without what was added to the totals."""
         sums, self._sums = self._sums, {}
@@ -130,8 +135,8 @@ class Squares:
     def _can_wait(self, node: Node) -> bool:
         """Whether an op at this tap can take the cotangents of several passes together."""
         recorder, uses = self.recorder, self.taps.uses[node]
-        if recorder.observer is not None or recorder.regions.holding:
-            return False
+        if recorder.observer is not None or recorder.before_last is not None or recorder.regions.holding:
+            return False  # an op is watched, or the sums of all but the last pass are wanted
         return all(
             use.parameter in self.routes.single
             and takes_passes_together(use)

@@ -64,6 +64,23 @@ def test_convolutions_over_few_pixels(case: str, dtype: torch.dtype, bias: bool)
     assert_same(lambda x, w, b=None: F.conv2d(x * 1, w, b, *geometry), "MatrixConvolutionBackward", x, w, *b)
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", sorted(set(PAIRS) - {"1x1"}))
+def test_a_single_image_of_few_pixels(case: str, dtype: torch.dtype, channels_last: bool) -> None:
+    """Its weight gradient is one product, whatever the memory format."""
+    torch.manual_seed(0)
+    kernel, image, *geometry = PAIRS[case]
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x, w = (
+        torch.randn(*shape, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+        for shape in ((1, 64, *image), (68, 64, *kernel))
+    )
+    assert_same(
+        lambda x, w, b: F.conv2d(x * 1, w, b, *geometry), "MatrixConvolutionBackward", x, w, leaf(68, dtype=dtype)
+    )
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(65,), (5, 13), (2, 3, 11)])
 def test_linear_layers(shape: tuple[int, ...], bias: bool) -> None:
