@@ -47,8 +47,15 @@ def test_layers(name: str) -> None:
         assert counted.kinds[TO_DEVICE] <= 9
 
 
+WAITING = {"ghostnet_050", "edgenext_xx_small"}  # docs/gpu.md says so
+NOT_COUNTED = {  # 224 pixels take minutes, and networks of texts are in tests/estimation/test_host.py
+    *("levit_128s", "xcit_nano_12_p16_224", "eva02_tiny_patch14_224", "volo_d1_224", "tiny_vit_5m_224"),
+    *("BERT", "GPT-2", "Llama", "ModernBERT"),
+}
+
+
 @pytest.mark.slow_unless(name=("resnet18",))
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in WAITING | NOT_COUNTED])
 def test_networks(name: str) -> None:
     torch.manual_seed(0)
     network, x = NETWORKS[name]()
