@@ -42,6 +42,7 @@ CHANGED: dict[str, str] = {
         ("t2v_fast.FisherRecorder.backward_groups", "t2v_fast.recorder.FisherRecorder.backward_groups"),
         "it takes retain_graph last, as backward does",
     ),
+    "t2v_fast.selfcheck.SelfCheck": "purpose, the last, with a default: fisher hands over squares of its first batch",
     "t2v_fast.cotangents.cotangents": "it takes checks last, where the host need not wait for the device",
     "t2v_fast.moments.DrawnExamples.add": "it takes factors that are computed once a batch, for all parameters",
     "t2v_fast.transfers.transfer": "its default was the table itself, so that each new transfer changed the parameters",
