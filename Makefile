@@ -6,6 +6,8 @@ VENV := $(if $(filter 2.14.1,$(TORCH)),.venv,.venv-$(TORCH))
 BIN := $(VENV)/bin
 # The tests need the extension, so that a build without it must fail.
 export T2V_FAST_REQUIRE_EXT := 1
+# The tests refuse to run beside another torch: a package that wants a newer one would replace it without a word.
+export T2V_FAST_REQUIRE_TORCH := $(TORCH)
 # Each torch gets its own build folder, or switching between them would recompile everything.
 export T2V_FAST_BUILD_DIR := build/torch-$(TORCH)
 
@@ -27,8 +29,7 @@ setup: $(VENV)/.built ## Install everything into .venv and compile the extension
 
 $(VENV)/.installed: $(REQUIREMENTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	set -e; for file in $(REQUIREMENTS); do \
-		$(BIN)/python -m pip install --quiet --progress-bar off -r $$file; done
+	$(BIN)/python -m pip install --quiet --progress-bar off $(REQUIREMENTS:%=-r %)
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(BUILD_FILES)

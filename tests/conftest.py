@@ -14,6 +14,15 @@ collect_ignore_glob = ["helpers/*"]  # no tests, nor examples
 pytest.register_assert_rewrite("cuda_checks", "mutations", "op_checks", "ownership_networks")
 
 
+def pytest_configure() -> None:
+    """Stop if torch is another version than the one that the tests are to run with."""
+    if wanted := os.environ.get("T2V_FAST_REQUIRE_TORCH"):
+        from importlib.metadata import version
+
+        if (found := version("torch").split("+")[0]) != wanted:
+            raise pytest.UsageError(f"the tests are to run with torch {wanted}, but torch {found} is installed")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow what ``slow_unless(parameter=(value, ...), ...)`` does not name: its values as in the test's id."""
