@@ -58,6 +58,8 @@ CHANGED: dict[str, str] = {
     "t2v_fast.fisher.FisherDiagonal": _ENTRIES,
     "t2v_fast.adapters.continual.compute_importances": "batch_scale, which keeps the meaning of a plugin's ewc_lambda",
     "t2v_fast.adapters.continual.online_ewc_fisher": "mode, whose default gives Mammoth's numbers",
+    "t2v_fast.load_probe": "size, whose default is the network's own",
+    "t2v_fast.probe.load_probe": "size, whose default is the network's own",
 }
 # Names that are gone because nobody can have used them, each with the reason.
 REMOVED: dict[str, str] = {

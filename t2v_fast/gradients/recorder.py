@@ -369,7 +369,7 @@ class FisherRecorder:
         with self.regions.reading():
             taps = self._taps(output, segments)
             fix_batch_norm_gradients(taps.order)
-            if not self.regions.holding:  # to look at a ReLU's activations would compute them again
+            if not self.regions.alive:  # to look at a ReLU's activations would compute them again
                 keep_channels_last(taps)
             routes = routes_of(taps, self.unsupported, self._reported)
             tapped = taps.of(routes.single | routes.summed)

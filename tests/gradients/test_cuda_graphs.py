@@ -419,7 +419,8 @@ def test_hooks_see_the_callers_choices(monkeypatch: pytest.MonkeyPatch) -> None:
             hooks.append(hook)
             return Handle()
 
-    taps = SimpleNamespace(last=(), uses={Tapped(): ()})
+    tapped = Tapped()
+    taps = SimpleNamespace(last=(), ends=([], [tapped]), uses={tapped: ()})
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **options: _on_threads(hooks))
     with ops.use_backend("reference"), planner.force("gram"):
         graph.backpropagate(network(x), torch.ones(2, 2), taps, visit, False)
