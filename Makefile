@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark
 
 BUILD_FILES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help setup demo pictures docs-data test slow weekly test-version coverage lint format bench peers \
+.PHONY: help setup demo pictures docs-data test slow apart weekly test-version coverage lint format bench peers \
 	benchmarks wheels audit test-matrix clean
 .DEFAULT_GOAL := help
 
@@ -75,6 +75,13 @@ test: setup ## Run the tests that end within minutes, and the examples in docstr
 slow: setup $(VENV)/.coverage $(VENV)/.frontends ## Run the tests that are too long for `make test`
 	$(PYTEST) -m slow
 
+# mml-core brings a plugin for pytest, and axolotl pins other packages, so each is in a folder of its own. To install both
+# may take some minutes. Last run: 2026-11-29, passed.
+apart: setup $(VENV)/.frontends $(VENV)/apart/mml $(VENV)/apart/axolotl ## Run the tests against mml-similarity and axolotl
+	PYTHONPATH=$(VENV)/apart/mml $(BIN)/python -m pytest -p no:benchmark -p no:mml-test-utils -m slow \
+		tests/adapters/test_mml_package.py
+	PYTHONPATH=$(VENV)/apart/axolotl $(BIN)/python -m pytest -p no:benchmark -m slow tests/adapters/test_peft.py -k axolotl
+
 # These tests take many minutes, and depend on the sources of the GPU kernels only. Last run: 2026-11-29.
 # The four of the CUDA sources passed. The two that compile Triton's kernels were not finished on a busy machine.
 weekly: setup ## Run the sanitizers over the GPU kernels and compile them for two GPUs
@@ -91,6 +98,10 @@ test-version: setup ## Run the tests that depend on torch; TORCH=2.11.0 takes th
 $(VENV)/.coverage $(VENV)/.frontends: $(VENV)/.%: $(VENV)/.installed requirements/%.txt
 	$(BIN)/python -m pip install --quiet --progress-bar off --no-deps -r requirements/$*.txt
 	touch $@
+
+$(VENV)/apart/%: requirements/%.txt $(VENV)/.installed
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --progress-bar off --no-deps --target $@ -r $<
 
 # Hundreds of networks take an hour. After an interruption, the same command continues.
 coverage: setup $(VENV)/.coverage ## Check hundreds of networks against plain autograd into docs/coverage.md
