@@ -640,7 +640,7 @@ def test_what_is_read_in_a_region_tells_owners() -> None:
     network = two_layers(lambda one, x: checkpoint(lambda x: one(x)[order], x, use_reentrant=False))
     got = record(network, X)
     assert got.keys() == dict(network.named_parameters()).keys()
-    with pytest.raises(t2v_fast.SelfCheckError):
+    with pytest.raises((t2v_fast.SelfCheckError, UnsupportedError)):  # no two examples can be run, as the order says
         fisher(network, [X])
 
 

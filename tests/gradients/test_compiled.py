@@ -22,10 +22,19 @@ X = torch.randn(7, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 PREPARED = Preprocessing(resize=12, crop=12)
 
 
+class Layers(nn.Sequential):
+    """Layers one after the other. torch 2.11 compiles nothing in place where all code is torch's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 def network() -> nn.Module:
     torch.manual_seed(0)
     body = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
-    return nn.Sequential(
+    return Layers(
         body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)
     ).eval()
 
@@ -146,7 +155,7 @@ def test_the_network_is_named_once_in_the_log(caplog: pytest.LogCaptureFixture) 
             fisher(compiled, [X])
     fisher(network(), [X])
     (line,) = [record.getMessage() for record in caplog.records if "torch.compile" in record.getMessage()]
-    assert line.startswith("Sequential was compiled with torch.compile")
+    assert line.startswith("Layers was compiled with torch.compile")
 
 
 def test_nested_recorders_and_errors_restore_the_compiler() -> None:
