@@ -9,8 +9,9 @@ watched:
 - *The first batch of two or more examples*: the other examples, in halves of the batch, and two examples, each alone
   and both together, must have the logits of the batch. The two examples, as a batch of their own, must have the squared
   gradients of plain autograd for a random cotangent.
-- *Later batches*: the halves of the second batch must have its logits. In the 4th, 8th, 16th batch and so on, one
-  example run alone must have the logits of the batch.
+- *Later batches*: the halves of the second batch must have its logits. In the 4th, 8th, 16th batch and so on, and in the
+  first batch of each further number of examples, one example run alone must have the logits of the batch. Code that
+  guesses axes from their sizes goes wrong where the number of examples equals another size.
 - *Every batch of two or more examples, in networks that count or rank the tokens of all examples*: each example alone
   must have the logits of the batch. Routers of experts that drop the tokens beyond a capacity do so in some batches
   only (:mod:`t2v_fast.estimation.counting`).
@@ -19,7 +20,8 @@ watched:
 (:mod:`t2v_fast.estimation.row_wise`), which proves for most convolutional networks that no example depends on another.
 The first batch is proved if its pass and that of one example alone have the same program. Then no halves are run. Of a
 batch of two, both examples are run alone. A later batch is proved if its pass has the program of the first batch that
-was proved. Then no further pass is run. Where there is no proof, or the programs differ, the values are compared as
+was proved. Then no further pass is run. Where only the program differs, it is compared as a first batch is: its graph
+may be another one, which no logit shows. Where there is no proof, or the programs differ, the values are compared as
 above. So a proof may fail without harm.
 
 The squares of the two examples are then replaced by squares that are needed anyway (:meth:`SelfCheck.compared`). The
@@ -140,10 +142,7 @@ class SelfCheck(Reruns):
         return bool(self._verdict.mixing or self._verdict.sorting) or self._is_due(n)
 
     def _is_due(self, n: int) -> bool:
-        """Whether the next batch, of two or more examples, is checked: the 1st, 2nd, 4th, ..., and one of a new size.
-
-        A number of examples that equals another size is where code that guesses the axes from their sizes goes wrong.
-        """
+        """Whether the next batch, of two or more examples, is checked: the 1st, 2nd, 4th, ..., and one of a new size."""
         batch = self._batches + 1
         return batch & (batch - 1) == 0 or n not in self._sizes
 
