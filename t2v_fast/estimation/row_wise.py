@@ -366,8 +366,10 @@ def _embedding(call: _Call) -> bool:
 
 
 def _pad(call: _Call) -> bool:
-    """Padding, which begins at the last axis."""
-    return _elementwise(call) and len(call.option(1, "pad", ())) < 2 * call.args[0].dim() - 1
+    """Padding, which begins at the last axis. What torch cuts off in circular padding may show memory of others."""
+    sizes = call.option(1, "pad", ())
+    uncut = call.option(2, "mode", "constant") == "constant" or all(size >= 0 for size in sizes)
+    return _elementwise(call) and len(sizes) < 2 * call.args[0].dim() - 1 and uncut
 
 
 def _matmul(call: _Call) -> bool:

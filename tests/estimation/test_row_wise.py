@@ -593,6 +593,8 @@ REFUSED: Calls = [
     (VECTOR, lambda x: F.normalize(x, dim=0)),
     (VECTOR, lambda x: F.normalize(x, 2.0, -2)),
     (VECTOR, lambda x: F.pad(x, (0, 0, 1, -1))),
+    (IMAGE, lambda x: F.pad(x[..., :1], (1, -1, 0, 0), "circular")),
+    (IMAGE, lambda x: F.pad(x[..., :1], (0, 0, -1, 1), mode="circular")),
     (VECTOR, lambda x: F.pad(x[:, None, None], (0, 0, 0, 0, 0, 0, 1, -1))),
     ((N,), lambda x: x.t().reshape(N, N)),
     ((N, N), lambda x: x.view(-1, N)[:N]),
