@@ -9,8 +9,8 @@ watched:
 - *The first batch of two or more examples*: the other examples, in halves of the batch, and two examples, each alone
   and both together, must have the logits of the batch. The two examples, as a batch of their own, must have the squared
   gradients of plain autograd for a random cotangent.
-- *Later batches*: the halves of the second batch must have its logits. In the 4th, 8th, 16th batch and so on, and in the
-  first batch of each further number of examples, one example run alone must have the logits of the batch. Code that
+- *Later batches*: the halves of the second batch must have its logits. In the 4th, 8th, 16th batch and so on, and in
+  the first batch of each further number of examples, one example run alone must have the logits of the batch. Code that
   guesses axes from their sizes goes wrong where the number of examples equals another size.
 - *Every batch of two or more examples, in networks that count or rank the tokens of all examples*: each example alone
   must have the logits of the batch. Routers of experts that drop the tokens beyond a capacity do so in some batches
@@ -142,7 +142,7 @@ class SelfCheck(Reruns):
         return bool(self._verdict.mixing or self._verdict.sorting) or self._is_due(n)
 
     def _is_due(self, n: int) -> bool:
-        """Whether the next batch, of two or more examples, is checked: the 1st, 2nd, 4th, ..., and one of a new size."""
+        """Whether the next batch, of two or more examples, is checked: the 1st, 2nd, 4th, ... or one of a new size."""
         batch = self._batches + 1
         return batch & (batch - 1) == 0 or n not in self._sizes
 
