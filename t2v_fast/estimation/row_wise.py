@@ -283,7 +283,8 @@ def _layer(dims: int) -> Rule:
 
 
 def _linear(call: _Call) -> bool:
-    return _one_row(call) and call.args[0].dim() > 1
+    """A layer along inner axes. Its weight may be a matrix, and its bias, which is broadcast, a vector."""
+    return _one_row(call) and call.args[0].dim() > 1 and all(t.dim() < 2 for t in call.constants[1:])
 
 
 def _in_evaluation(place: int, default: bool) -> Rule:
@@ -365,8 +366,10 @@ def _embedding(call: _Call) -> bool:
 
 
 def _pad(call: _Call) -> bool:
-    """Padding, which begins at the last axis."""
-    return _elementwise(call) and len(call.option(1, "pad", ())) < 2 * call.args[0].dim() - 1
+    """Padding, which begins at the last axis. What torch cuts off in circular padding may show memory of others."""
+    sizes = call.option(1, "pad", ())
+    uncut = call.option(2, "mode", "constant") == "constant" or all(size >= 0 for size in sizes)
+    return _elementwise(call) and len(sizes) < 2 * call.args[0].dim() - 1 and uncut
 
 
 def _matmul(call: _Call) -> bool:
@@ -379,12 +382,16 @@ def _matmul(call: _Call) -> bool:
 
 
 def _attention(call: _Call) -> bool:
-    """Attention among the tokens of each row, without dropout. A mask may be a constant of the same dims or fewer."""
+    """Attention among the tokens of each row, without dropout. A mask may be a constant of the same dims or fewer.
+
+    torch's kernel for CPUs reads as many keys as there are values: of fewer keys, it reads those of the next row.
+    """
     (dims,) = {t.dim() for t in call.rows}
     q, k, v = call.args[:3]
     masks = all(t.dim() < dims or (t.dim() == dims and t.shape[0] == 1) for t in call.constants)
     no_constants = not any(t is u for t in (q, k, v) for u in call.constants)
-    return dims > 2 and no_constants and masks and call.option(4, "dropout_p", 0.0) == 0
+    one_key_a_value = k.shape[:-1] == v.shape[:-1]
+    return dims > 2 and no_constants and masks and one_key_a_value and call.option(4, "dropout_p", 0.0) == 0
 
 
 def _is_inner(dims: int, axis: Any) -> bool:

@@ -546,6 +546,8 @@ REFUSED: Calls = [
     ((6, 6), lambda x: F.max_pool2d(x, 2)),
     ((N,), lambda x: F.linear(x, C.square) + F.linear(C.square, x)),
     ((), lambda x: F.linear(x, C.square)),
+    (VECTOR, lambda x: F.linear(x, C.six, C.by_row)),
+    (TOKENS, lambda x: F.linear(x, C.six, bias=C.by_row[:, None])),
     ((), lambda x: x.softmax(0)),
     (VECTOR, lambda x: x.softmax(-2)),
     (VECTOR, lambda x: torch.softmax(x, dim=0)),
@@ -585,10 +587,14 @@ REFUSED: Calls = [
     ((4,), lambda x: F.embedding(indices(x), x)),
     (TOKENS, lambda x: F.scaled_dot_product_attention(x, x, x, C.of_all)),
     (TOKENS, lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1)),
+    (TOKENS, lambda x: F.scaled_dot_product_attention(x, x[:, :2], x)),
+    (HEADS, lambda x: F.scaled_dot_product_attention(x, x[:, :, :1], x)),
     (VECTOR, lambda x: F.scaled_dot_product_attention(x, x, x)),
     (VECTOR, lambda x: F.normalize(x, dim=0)),
     (VECTOR, lambda x: F.normalize(x, 2.0, -2)),
     (VECTOR, lambda x: F.pad(x, (0, 0, 1, -1))),
+    (IMAGE, lambda x: F.pad(x[..., :1], (1, -1, 0, 0), "circular")),
+    (IMAGE, lambda x: F.pad(x[..., :1], (0, 0, -1, 1), mode="circular")),
     (VECTOR, lambda x: F.pad(x[:, None, None], (0, 0, 0, 0, 0, 0, 1, -1))),
     ((N,), lambda x: x.t().reshape(N, N)),
     ((N, N), lambda x: x.view(-1, N)[:N]),
@@ -752,6 +758,47 @@ def test_the_proof_holds_for_a_batch_and_not_for_the_next(passes: list[int]) -> 
     assert passes == [1]
     with pytest.raises(SelfCheckError, match="examples interact"):
         fisher(network, [fine, odd])
+
+
+def without_graph(m: Any, x: Tensor) -> Tensor:
+    with torch.set_grad_enabled(len(x) <= 3):
+        y = x.sin()
+    return x + y
+
+
+CUT: list[Callable[[Any, Tensor], Tensor]] = [
+    lambda m, x: x + (x.sin().detach() if len(x) > 3 else x.sin()),
+    without_graph,
+    lambda m, x: x * (len(x) <= 3) - x.detach() * (len(x) <= 3) + x.detach(),
+]
+
+
+@pytest.mark.parametrize("run", CUT, ids=["detached", "without a graph", "times zero"])
+@pytest.mark.parametrize("sizes", [(5,), (3, 5), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_number_of_examples_that_cuts_the_graph_is_refused(run: Any, sizes: tuple[int, ...], dtype: Any) -> None:
+    """No logit shows it, and neither do two examples: the squares of the batch itself do."""
+    with pytest.raises(SelfCheckError, match="The number of examples decides"):
+        fisher(Run(run).to(dtype), [torch.randn(n, 4, dtype=dtype) for n in sizes])
+
+
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("later", [False, True])
+def test_the_first_batch_of_each_size_is_checked(shown: bool, later: bool) -> None:
+    """The last batch has as many examples as the activations have entries, and code guesses the axes from that."""
+    network = Run(lambda m, x: x if len(x) != 6 else x - (x if shown else x.cumsum(1)).detach().mean(0))
+    batches = [torch.randn(n, 4) for n in (5, 5, 6)]
+    if later:
+        fisher(network, batches[:2])
+    with pytest.raises(SelfCheckError, match="examples interact"):
+        fisher(network, batches)
+
+
+def test_another_size_of_a_proved_network_needs_no_further_pass(passes: list[int]) -> None:
+    x = images(15).double()
+    fisher(small(), x.split(4))
+    fisher(small(), [x[:4], x[4:7], x[7:9], x[9:]])
+    assert passes == [1, 1]
 
 
 class Branch(nn.Module):
