@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset
 
 from ..estimation.cotangents import class_indices
+from ..estimation.graph_obstacles import hooked
 from ..estimation.one_forward import graph_bytes
 from .fim import evaluating, fim_diag
 from .single_images import SingleImages, noting
@@ -227,9 +228,9 @@ def online_ewc_fisher(
         One vector with all parameters, in the order of ``net.parameters()``. Frozen parameters have zeros.
 
     Raises:
-        ValueError: There are no examples, the mode is unknown, or a batch norm in training mode sees one value for each
-            channel of an image, or has a forward method of its own. Or the statistics are to be updated, and the
-            network changes another buffer.
+        ValueError: There are no examples, the logits are not [N, C], or the mode is unknown. Or a batch norm in
+            training mode sees one value for each channel of an image, or has a forward method of its own. Or the
+            statistics are to be updated, and the network changes another buffer.
         UnsupportedError: A parameter has no exact per-example gradient.
         SelfCheckError: The network is random, as with dropout in training mode.
     """
@@ -247,6 +248,8 @@ def online_ewc_fisher(
             single.take(logits)
         if labels is None:
             raise ValueError("train_loader yields no labels, expected (inputs, labels, ...)")
+        if logits.dim() != 2:
+            raise ValueError(f"the network gives logits {list(logits.shape)}, expected [N, C], one row for each image")
         labels = class_indices(labels, *logits.shape)
         p = logits.softmax(1)
         chance = p.gather(1, labels[:, None])
@@ -353,7 +356,8 @@ def _gradients_of_single_losses(criterion: Any, outputs: Tensor, targets: Tensor
     """Return the gradient [N, ...] of each example's loss, where the example is a batch of its own."""
     z = outputs.detach().requires_grad_(True)
     with torch.enable_grad():
-        if type(criterion) is nn.CrossEntropyLoss and criterion.weight is None and criterion.reduction != "none":
+        plain = type(criterion) is nn.CrossEntropyLoss and "forward" not in vars(criterion) and not hooked(criterion)
+        if plain and criterion.weight is None and criterion.reduction != "none":
             if z.dim() == 2 and targets.shape != z.shape:  # no probabilities of classes
                 ignored = targets == criterion.ignore_index
                 targets = class_indices(targets.masked_fill(ignored, 0), *z.shape)

@@ -393,6 +393,19 @@ def test_norms_end_in_the_state_of_the_loop(make: Callable, momentum: float | No
     assert all(b.equal(moved[name]) for name, b in model.named_buffers())
 
 
+def test_logits_of_positions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"logits \[2, 4, 5\], expected \[N, C\]"):
+        online_ewc_fisher(nn.Conv1d(3, 4, 1), [(torch.randn(2, 3, 5), torch.zeros(2, 5).long())], "cpu")
+
+
+def test_a_hook_on_the_criterion_counts() -> None:
+    criterion = nn.CrossEntropyLoss()
+    want = compute_importances(network(), criterion, None, DATA, "cpu", 3)
+    criterion.register_forward_hook(lambda module, inputs, loss: 3 * loss)
+    for name, value in compute_importances(network(), criterion, None, DATA, "cpu", 3).items():
+        close(value, 9 * want[name])
+
+
 def test_norms_without_a_count_stay_as_they_are_where_torch_leaves_them() -> None:
     model = network().train()
     model[1].momentum, model[1].num_batches_tracked = None, None
