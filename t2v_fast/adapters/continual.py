@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils.data import DataLoader, Dataset
 
 from ..estimation.cotangents import class_indices
+from ..estimation.graph_obstacles import hooked
 from ..estimation.one_forward import graph_bytes
 from .fim import evaluating, fim_diag
 from .single_images import SingleImages, noting
@@ -41,8 +42,8 @@ def compute_importances(
     The plugin squares the mean gradient of each batch. This function squares the gradient of each example, which is
     what the plugin computes at batch size 1. The model runs in evaluation mode and is left in its own mode.
 
-    A data set's ``collate_fn`` makes the batches if there is one. A model with task labels (Avalanche's
-    ``MultiTaskModule``) gets those of the batch.
+    A data set's ``collate_fn`` makes the batches if there is one. If it pads examples, each example is padded as in the
+    plugin's batches. A model with task labels (Avalanche's ``MultiTaskModule``) gets those of the batch.
 
     Args:
         model: The model, which is moved to ``device``.
@@ -50,9 +51,9 @@ def compute_importances(
         optimizer: Ignored.
         dataset: A data set of (input, label, ...), whose last entries are task labels for a model that takes them.
         device: The device to run on.
-        batch_size: Examples in the first batch. Later batches are larger if their inputs and activations take less
-            memory than the gradients of all parameters, which the plugin has and this function has not. The result
-            does not depend on the sizes of the batches.
+        batch_size: Examples in the batches of the loader. After the first one, batches of the same shape are joined if
+            their inputs and activations take less memory than the gradients of all parameters, which the plugin has
+            and this function has not. The result does not depend on this.
         num_workers: Processes that load data.
         labels: Whose labels the gradients are of. ``"true"`` takes the data's, as Avalanche does. For ``"all"``,
             ``"sample"`` and ``"pred"``, see :func:`~t2v_fast.adapters.fim.fim_diag`; they need cross-entropy, or binary
@@ -69,26 +70,17 @@ def compute_importances(
 
     Raises:
         ValueError: The criterion does not give one number for one example, or it is no likelihood and ``labels`` needs
-            one, or the data set is empty.
+            one, or ``labels`` needs outputs [N, C] and the model gives others, or the data set is empty.
         UnsupportedError: A parameter has no exact per-example gradient.
     """
     model.to(device)
     collate = getattr(dataset, "collate_fn", None)
-    order = _GrowingBatches(dataset, batch_size)
-    loader = DataLoader(dataset, num_workers=num_workers, collate_fn=collate, **order.arguments)
+    joined = _JoinedBatches(DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=collate))
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    seen = 0
-
-    def batches() -> Iterator[tuple[Any, Tensor]]:
-        nonlocal seen
-        for batch in map(partial(_labelled, "dataset"), loader):
-            seen += len(batch[1])
-            order.inputs = sum(t.numel() * t.element_size() for t in tree_leaves(batch) if isinstance(t, Tensor))
-            yield (batch[0], batch[-1]), batch[1]
 
     def watch(outputs: Tensor) -> None:
-        if not order.grown:
-            order.grow(graph_bytes(outputs), sum(p.numel() * p.element_size() for p in model.parameters()))
+        if not joined.most:
+            joined.grow(graph_bytes(outputs), sum(p.numel() * p.element_size() for p in model.parameters()))
 
     if labels == "true":
 
@@ -99,7 +91,7 @@ def compute_importances(
         with evaluating(model):
             found, examples = summed_squares(
                 model,
-                batches(),
+                joined,
                 gradients,
                 parameters=names,
                 device=device,
@@ -110,12 +102,12 @@ def compute_importances(
         found = {name: squares / examples for name, squares in found.items()}
     else:
         task_type = _likelihood_of(criterion)
-        options = {"parameters": names, "forward": _avalanche_forward, **options}
-        found = fim_diag(model, batches(), task_type, labels, device=device, **options)
+        forward = _one_row_each if task_type == "classification" else _avalanche_forward
+        options = {"parameters": names, "forward": forward, **options}
+        found = fim_diag(model, joined, task_type, labels, device=device, **options)
     scale = 1.0
-    if batch_scale:  # the mean of 1 / size over the plugin's batches, the last of which may be smaller
-        whole, rest = divmod(seen, batch_size)
-        scale = (whole / batch_size + (1 / rest if rest else 0)) / (whole + bool(rest))
+    if batch_scale:  # the mean of 1 / size over the plugin's batches, some of which may be smaller
+        scale = sum(1 / size for size in joined.sizes) / len(joined.sizes)
     with torch.no_grad():
         values = {
             name: found[name].to(p) * scale if name in found else torch.zeros_like(p)
@@ -129,31 +121,53 @@ def compute_importances(
     }
 
 
-class _GrowingBatches(Sampler[list[int]]):
-    """The numbers of the examples of each batch: a first batch of the given size, and larger ones after :meth:`grow`.
+class _JoinedBatches:
+    """The batches of a loader as ((inputs, task labels), labels), several of them joined into one after :meth:`grow`.
 
-    A data set that only yields its examples in turn has batches of one size.
+    Only batches of the same shape are joined, because a network may give an example another output if it is padded to
+    another length.
     """
 
-    def __init__(self, dataset: Any, size: int) -> None:
-        self.dataset, self.size, self.grown = dataset, size, False
-        self.inputs = 0  # the bytes of the last batch
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of a loader."""
-        return {"batch_size": self.size} if isinstance(self.dataset, IterableDataset) else {"batch_sampler": self}
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader, self.most = loader, 0  # the most examples of a joined batch
+        self.sizes: list[int] = []  # of the loader's batches
+        self._bytes = 0  # of the last batch of the loader
 
     def grow(self, activations: int, allowed: int) -> None:
         """Let later batches take the memory ``allowed`` in bytes, where the first one has ``activations``."""
-        self.size, self.grown = self.size * max(1, allowed // max(1, self.inputs + activations)), True
+        self.most = self.sizes[0] * max(1, allowed // max(1, self._bytes + activations))
 
-    def __iter__(self) -> Iterator[list[int]]:
-        start = 0
-        while start < len(self.dataset):
-            numbers = list(range(start, min(start + self.size, len(self.dataset))))
-            yield numbers
-            start += len(numbers)
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        waiting: list[tuple[Any, Any]] = []
+        shape: Any = None  # of the batches that wait
+        examples = 0  # in them
+        for batch in map(partial(_labelled, "dataset"), self.loader):
+            found, size = ((batch[0], batch[-1]), batch[1]), len(batch[1])
+            own = _shape_to_join(found, size)
+            if waiting and (own is None or own != shape or examples + size > self.most):
+                yield _joined(waiting)
+                waiting, examples = [], 0
+            self.sizes.append(size)
+            self._bytes = sum(t.numel() * t.element_size() for t in tree_leaves(found) if isinstance(t, Tensor))
+            waiting.append(found)
+            shape, examples = own, examples + size
+            if own is None or examples + size > self.most:
+                yield _joined(waiting)
+                waiting, examples = [], 0
+        if waiting:
+            yield _joined(waiting)
+
+
+def _shape_to_join(batch: Any, size: int) -> Any:
+    """What batches have in common that can be joined along the first axis; None if this one cannot be joined."""
+    leaves, structure = tree_flatten(batch)
+    if not all(isinstance(t, Tensor) and t.layout == torch.strided and t.shape[:1] == (size,) for t in leaves):
+        return None
+    return structure, [(t.shape[1:], t.dtype, t.device) for t in leaves]
+
+
+def _joined(batches: list[Any]) -> Any:
+    return batches[0] if len(batches) == 1 else tree_map(lambda *parts: torch.cat(parts), *batches)
 
 
 def accelerate_avalanche(plugin: Any, *, batch_scale: bool = True, **options: Any) -> Any:
@@ -214,8 +228,9 @@ def online_ewc_fisher(
         One vector with all parameters, in the order of ``net.parameters()``. Frozen parameters have zeros.
 
     Raises:
-        ValueError: There are no examples, the mode is unknown, or a batch norm in training mode sees one value for each
-            channel of an image. Or the statistics are to be updated, and the network changes another buffer.
+        ValueError: There are no examples, the logits are not [N, C], or the mode is unknown. Or a batch norm in
+            training mode sees one value for each channel of an image, or has a forward method of its own. Or the
+            statistics are to be updated, and the network changes another buffer.
         UnsupportedError: A parameter has no exact per-example gradient.
         SelfCheckError: The network is random, as with dropout in training mode.
     """
@@ -233,6 +248,8 @@ def online_ewc_fisher(
             single.take(logits)
         if labels is None:
             raise ValueError("train_loader yields no labels, expected (inputs, labels, ...)")
+        if logits.dim() != 2:
+            raise ValueError(f"the network gives logits {list(logits.shape)}, expected [N, C], one row for each image")
         labels = class_indices(labels, *logits.shape)
         p = logits.softmax(1)
         chance = p.gather(1, labels[:, None])
@@ -311,6 +328,17 @@ def _avalanche_forward(model: nn.Module, inputs: Any) -> Tensor:
     return model(x) if their_forward is None else their_forward(model, x, task_labels)
 
 
+def _one_row_each(model: nn.Module, inputs: Any) -> Tensor:
+    """Run the model, whose outputs must be [N, C]. Cross-entropy reads others as [N, C, ...], a Fisher as [N, T, C]."""
+    outputs = _avalanche_forward(model, inputs)
+    if isinstance(outputs, Tensor) and outputs.dim() > 2:
+        raise ValueError(
+            f"the model gives outputs {list(outputs.shape)}, expected [N, C] for labels of the model: pass "
+            "labels='true' for the squared gradients of the loss itself, or use t2v_fast.fisher, which takes [N, T, C]"
+        )
+    return outputs
+
+
 def _likelihood_of(criterion: Any) -> str:
     """Return the task type of a criterion that is a log-likelihood. Raise ValueError for another."""
     task_type = next((kind for loss, kind in CRITERIA.items() if type(criterion) is loss), None)
@@ -328,24 +356,31 @@ def _gradients_of_single_losses(criterion: Any, outputs: Tensor, targets: Tensor
     """Return the gradient [N, ...] of each example's loss, where the example is a batch of its own."""
     z = outputs.detach().requires_grad_(True)
     with torch.enable_grad():
-        if type(criterion) is nn.CrossEntropyLoss and criterion.weight is None and criterion.reduction != "none":
+        plain = type(criterion) is nn.CrossEntropyLoss and "forward" not in vars(criterion) and not hooked(criterion)
+        if plain and criterion.weight is None and criterion.reduction != "none":
             if z.dim() == 2 and targets.shape != z.shape:  # no probabilities of classes
                 ignored = targets == criterion.ignore_index
                 targets = class_indices(targets.masked_fill(ignored, 0), *z.shape)
                 targets = targets.masked_fill(ignored, criterion.ignore_index)
-            loss = F.cross_entropy(
+            each = F.cross_entropy(
                 z,
                 targets,
                 ignore_index=criterion.ignore_index,
-                reduction="sum",
+                reduction="none",
                 label_smoothing=criterion.label_smoothing,
             )
+            if each.dim() > 1 and criterion.reduction == "mean":  # over the positions of an example that count
+                counted = torch.ones_like(each)
+                if targets.shape == each.shape:  # no probabilities of classes
+                    counted = counted.masked_fill(targets == criterion.ignore_index, 0)
+                each = each.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
+            loss = each.sum()
         else:
-            each = [criterion(z[n : n + 1], targets[n : n + 1]) for n in range(len(z))]
-            if any(not isinstance(t, Tensor) or t.numel() != 1 for t in each):
+            losses = [criterion(z[n : n + 1], targets[n : n + 1]) for n in range(len(z))]
+            if any(not isinstance(t, Tensor) or t.numel() != 1 for t in losses):
                 raise ValueError(
-                    f"criterion {criterion} gives {each[0]!r} for one example, expected one number: set its reduction "
-                    "to 'mean' or 'sum'"
+                    f"criterion {criterion} gives {losses[0]!r} for one example, expected one number: set its "
+                    "reduction to 'mean' or 'sum'"
                 )
-            loss = torch.stack([t.reshape(()) for t in each]).sum()
+            loss = torch.stack([t.reshape(()) for t in losses]).sum()
         return torch.autograd.grad(loss, z)[0]

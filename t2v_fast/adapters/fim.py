@@ -133,6 +133,6 @@ def _predicted(
                 "wrap the model in a module that returns the logits alone"
             )
         found = likeliest[task_type](z)
-        if task_type == "classification" and labels is not None and labels.shape == found.shape:
+        if task_type == "classification" and found.dim() > 1 and labels is not None and labels.shape == found.shape:
             found = found.masked_fill(labels.to(found.device) == IGNORED, IGNORED)  # these tokens do not count
         yield x, found

@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 Statistics = dict[_BatchNorm, list[tuple[Tensor, Tensor]]]  # of each call of a norm: means and variances, [N, C] each
 
+_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
 # The functions that run a network are the same in every call, so that the self-check meets them again. They find the
 # statistics of this call here.
 _current: ContextVar[SingleImages] = ContextVar("single images")
@@ -31,7 +33,8 @@ class SingleImages:
         net: The network. Its modules may be in training mode or not.
 
     Raises:
-        ValueError: A norm in training mode sees one value for each channel of an image, which has no variance.
+        ValueError: A norm in training mode sees one value for each channel of an image, which has no variance. Or it
+            has a forward method of its own, which may compute more than a batch norm does.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -48,7 +51,6 @@ class SingleImages:
             for name, module in net.named_modules()
             if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
         }
-        self._before: list[tuple[nn.Module, Any]] = []
         self._of_pass: Statistics | None = None  # while a pass is noted
         self._passes: list[tuple[int, Statistics]] = []  # the address of each pass's outputs, and its statistics
         self._taken: list[Statistics] = []
@@ -56,18 +58,20 @@ class SingleImages:
 
     def __enter__(self) -> SingleImages:
         for name, norm in self._norms.items():
-            self._before.append((norm, vars(norm).get("forward")))
+            if "forward" in vars(norm) or type(norm).forward not in _FORWARDS:
+                raise ValueError(
+                    f"the batch norm {name!r} ({type(norm).__name__}) is in training mode and has a forward method of "
+                    "its own, about which nothing is known: call eval() on it, or pass mode='eval'"
+                )
+        for name, norm in self._norms.items():
             vars(norm)["forward"] = functools.partial(_normalised_alone, norm, name)
         self._token = _current.set(self)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         _current.reset(self._token)
-        for norm, forward in self._before:
+        for norm in self._norms.values():
             del vars(norm)["forward"]
-            if forward is not None:
-                vars(norm)["forward"] = forward
-        self._before = []
 
     def take(self, outputs: Tensor) -> None:
         """Keep the statistics of the pass that gave these outputs, which must have been alive since."""
@@ -151,7 +155,8 @@ def _move(norm: _BatchNorm, running: Tensor | None, values: Tensor) -> None:
     assert running is not None  # _has_statistics says so
     n = len(values)
     if norm.momentum is None:  # the plain mean of all
-        assert norm.num_batches_tracked is not None  # it counts them
+        if norm.num_batches_tracked is None:
+            return  # torch moves nothing without the count
         total = int(norm.num_batches_tracked) + n
         kept, weights = 1 - n / total, torch.full((n,), 1 / total, dtype=torch.float64)
     else:

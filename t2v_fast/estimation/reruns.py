@@ -164,6 +164,8 @@ class Reruns:
             raise SelfCheckError(random_network(self.recorder.model))
         example, by = apart
         change = f"the logits of example {example} change by {by:.2g} when it is run {how}"
+        if len(whole) == 1:
+            raise SelfCheckError(f"{change}: the network is random, or each pass changes it; call eval() on it")
         if self._counting is not None and whole.segments is None:
             raise SelfCheckError(
                 f"{change}: examples interact, probably in {self._counting}, which counts over the tokens of all "

@@ -9,6 +9,7 @@ watched:
 - *The first batch of two or more examples*: the other examples, in halves of the batch, and two examples, each alone
   and both together, must have the logits of the batch. The two examples, as a batch of their own, must have the squared
   gradients of plain autograd for a random cotangent.
+- *The first batch, if it has one example*: its logits must be the same when it is run again.
 - *Later batches*: the halves of the second batch must have its logits. In the 4th, 8th, 16th batch and so on, and in
   the first batch of each further number of examples, one example run alone must have the logits of the batch. Code that
   guesses axes from their sizes goes wrong where the number of examples equals another size.
@@ -364,6 +365,8 @@ class SelfCheck(Reruns):
         """
         n = len(whole)
         examples = [n // 2, n - 1] if n > 2 else list(range(n))
+        if n == 1:  # it has no others to depend on, but the network may draw from a generator of its own
+            self._compare(inputs, whole, [0], "again")
         if n > 1 and (layer := layer_with_capacity(self.recorder.model)) is not None:
             self._counting = described(self.recorder.model, layer)
         proved = self._gradients(inputs, whole, examples, program)

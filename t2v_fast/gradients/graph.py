@@ -293,8 +293,9 @@ def backpropagate(
 ) -> None:
     """Run one backward pass of ``cotangent`` from ``output``, and call ``visit(node, cotangents)`` at each tap.
 
-    ``cotangents`` has one entry for each output of the node, and at least one entry is not None. The pass computes no
-    weight gradient, and stops at the last taps. ``visit`` sees the caller's context variables.
+    ``cotangents`` has one entry for each output of the node. All entries are None where the pass runs the node without
+    a cotangent. What the node has saved is gone afterwards, unless the graph is kept. The pass computes no weight
+    gradient, and stops at the last taps. ``visit`` sees the caller's context variables.
     """
 
     # Autograd calls the hooks of CUDA nodes on a thread of its own, where context variables have their defaults. Hooks
@@ -303,8 +304,6 @@ def backpropagate(
 
     def hook(node: Node) -> Callable[[tuple[Tensor | None, ...]], None]:
         def pre(gradients: tuple[Tensor | None, ...]) -> None:
-            if gradients[0] is None and not any(g is not None for g in gradients):
-                return
             if get_ident() == caller and not torch.is_grad_enabled():  # the usual case on a CPU
                 visit(node, gradients)
                 return

@@ -26,7 +26,8 @@ class _NumpyStates:
     NumPy takes some hundred microseconds to write a state down, as long as a small network for a pass. The words of the
     generator can be read from its memory in less than one. A state has one more number, where a normal number was drawn
     together with another and waits for its use. It begins to wait when the generator draws, which changes the words. So
-    the same words mean the same state, unless a number waits.
+    the same words mean the same state, unless a number waits. (``set_state`` may let a number wait and keep the
+    words. Then the draw that takes this number goes unnoticed. The next draw is noticed.)
     """
 
     def __init__(self) -> None:

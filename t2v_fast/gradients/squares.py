@@ -146,6 +146,13 @@ class Squares:
         )
 
     def _visit(self, node: Node, cotangents: tuple[Tensor | None, ...]) -> None:
+        if all(g is None for g in cotangents):
+            if self._passes_left or node not in self._waiting:
+                return
+            with self.recorder.reading():
+                self._begin(node)
+                self._visit_together(node)  # as long as the node has its saved tensors
+            return
         with self.recorder.reading():
             self._begin(node)
             g = cotangents[0]

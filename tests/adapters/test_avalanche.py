@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,14 @@ from t2v_fast.adapters.continual import accelerate_avalanche
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 EXPERIENCES = 2
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _leave_no_avalanche() -> Iterator[None]:
+    """Importances are others where Avalanche has been imported, and tests of other files expect the usual ones."""
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "avalanche"]:
+        del sys.modules[name]
 
 
 def features() -> nn.Sequential:

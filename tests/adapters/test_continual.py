@@ -6,13 +6,14 @@ import copy
 import types
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate, get_worker_info
 
 from t2v_fast import SelfCheckError
 from t2v_fast.adapters.continual import (
@@ -88,12 +89,11 @@ def test_frozen_parameters_have_zeros_and_the_scale_is_that_of_batches() -> None
         close(scaled[name], value * (1 / 3 + 1 / 3 + 1) / 3)
 
 
-class Batches(Dataset):
-    """Examples whose batches are noted."""
+class Numbered(Dataset):
+    """Examples whose labels are their numbers modulo 3."""
 
     def __init__(self, count: int, entries: int) -> None:
         self.x = torch.randn(count, entries, generator=torch.Generator().manual_seed(2)).double()
-        self.sizes: list[int] = []
 
     def __len__(self) -> int:
         return len(self.x)
@@ -101,45 +101,140 @@ class Batches(Dataset):
     def __getitem__(self, n: int) -> tuple[Tensor, int, int]:
         return self.x[n], n % 3, 0
 
-    def collate_fn(self, examples: list) -> list[Tensor]:
-        self.sizes.append(len(examples))
-        return default_collate(examples)
+
+class InTurn(IterableDataset):
+    """The examples of a data set, without their number."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        start, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        yield from (self.data[n] for n in range(start, len(self.data), step))
 
 
-def test_later_batches_take_the_memory_of_the_gradients() -> None:
+def sizes_of_passes(model: nn.Module, sizes: list[int]) -> nn.Module:
+    """Note the number of examples of each forward pass of a model."""
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    return model
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_batches_are_joined_in_the_memory_of_the_gradients(in_turn: bool, workers: int) -> None:
     torch.manual_seed(0)
+    sizes: list[int] = []
     model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 3)).double()
-    data = Batches(50, 20)
-    got = compute_importances(model, nn.CrossEntropyLoss(), None, data, "cpu", 4, batch_scale=True)
+    data = Numbered(50, 20)
+    sizes_of_passes(model, sizes)
+    got = compute_importances(
+        model,
+        nn.CrossEntropyLoss(),
+        None,
+        InTurn(data) if in_turn else data,
+        "cpu",
+        4,
+        workers,
+        batch_scale=True,
+        self_check=False,
+    )
     parameters, example = 20 * 30 + 30 + 30 * 3 + 3, 20 + 2 * 30 + 3  # numbers
-    most = max(data.sizes)
-    assert data.sizes[0] == 4 < most <= parameters / example + 4
-    assert sum(data.sizes) == 50
+    assert sizes[0] == 4 < max(sizes) <= parameters / example + 4
+    assert sum(sizes) == 50
     want = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for n in range(50):
         loss = F.cross_entropy(model(data.x[n : n + 1]), torch.tensor([n % 3]))
         for name, g in zip(want, torch.autograd.grad(loss, list(model.parameters())), strict=True):
             want[name] += g.square() / 50
+    # The plugin has 12 batches of 4 and one of 2. If each of two workers yields 25 examples, 12 of 4 and two of one.
+    scale = (12 / 4 + 1 + 1) / 14 if in_turn and workers else (12 / 4 + 1 / 2) / 13
     for name, value in want.items():
-        close(got[name], value * (12 / 4 + 1 / 2) / 13)  # the plugin has 12 batches of 4 and one of 2
+        close(got[name], value * scale)
 
 
 def test_batches_stay_as_they_are_where_activations_take_more_memory() -> None:
+    sizes: list[int] = []
     model = nn.Sequential(nn.Unflatten(1, (1, 4, 5)), nn.Conv2d(1, 3, 1), nn.Tanh(), nn.Flatten(), nn.Linear(60, 3))
-    data = Batches(9, 20)
-    compute_importances(model.double(), nn.CrossEntropyLoss(), None, data, "cpu", 4)
-    assert data.sizes == [4, 4, 1]
+    model = sizes_of_passes(model.double(), sizes)
+    compute_importances(model, nn.CrossEntropyLoss(), None, Numbered(9, 20), "cpu", 4, self_check=False)
+    assert sizes == [4, 4, 1]
 
 
-def test_examples_in_turn_have_batches_of_one_size() -> None:
-    class InTurn(IterableDataset):
-        def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            yield from DATA
+class Padded(Dataset):
+    """Sequences of several lengths, which are padded to the longest of a batch."""
 
-    model = network()
-    got = compute_importances(model, nn.CrossEntropyLoss(), None, InTurn(), "cpu", 3)
-    for name, value in compute_importances(model, nn.CrossEntropyLoss(), None, DATA, "cpu", 3).items():
+    lengths = (3, 3, 3, 5, 5, 2, 7, 7, 7, 7, 1)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, n: int) -> tuple[Tensor, int, int]:
+        x = torch.randn(self.lengths[n], 3, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        return x, n % 4, 0
+
+    @staticmethod
+    def collate_fn(examples: list) -> tuple[Tensor, Tensor, Tensor]:
+        x, labels, tasks = zip(*examples, strict=True)
+        return nn.utils.rnn.pad_sequence(x, batch_first=True), torch.tensor(labels), torch.tensor(tasks)
+
+
+class MeanOfTokens(nn.Module):
+    """A network without a mask: padding changes its output. It has memory of gradients to spare."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.unused = nn.Linear(3, 4), nn.Linear(200, 200)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).tanh().mean(1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_examples_are_padded_as_in_the_plugins_batches(batch_size: int, workers: int) -> None:
+    torch.manual_seed(0)
+    model, data, sizes = MeanOfTokens().double(), Padded(), []
+    want = {name: torch.zeros_like(p) for name, p in model.linear.named_parameters()}
+    for x, labels, _ in DataLoader(data, batch_size, collate_fn=data.collate_fn):
+        for n in range(len(x)):
+            loss = F.cross_entropy(model(x[n : n + 1]), labels[n : n + 1])
+            for name, g in zip(want, torch.autograd.grad(loss, list(model.linear.parameters())), strict=True):
+                want[name] += g.square() / len(data)
+    sizes_of_passes(model, sizes)
+    got = compute_importances(model, nn.CrossEntropyLoss(), None, data, "cpu", batch_size, workers, self_check=False)
+    for name, value in want.items():
+        close(got[f"linear.{name}"], value)
+    assert sizes == {1: [1, 2, 2, 1, 4, 1], 2: [2, 4, 4, 1], 5: [5, 5, 1]}[batch_size]
+
+
+@pytest.mark.parametrize("of_classes", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_loss_of_positions_is_that_of_an_example_alone(reduction: str, smoothing: float, of_classes: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Conv1d(3, 4, 3, padding=1).double()
+    x, y = torch.randn(6, 3, 5).double(), torch.randint(0, 4, (6, 5))
+    y[0, :2] = y[3, 1:] = -100  # do not count
+    if of_classes:
+        y = torch.rand(6, 4, 5).double().softmax(1)
+    criterion = nn.CrossEntropyLoss(reduction=reduction, label_smoothing=smoothing)
+    got = compute_importances(model, criterion, None, TensorDataset(x, y, torch.zeros(6)), "cpu", 4)
+    want = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for n in range(6):
+        loss = criterion(model(x[n : n + 1]), y[n : n + 1])
+        for name, g in zip(want, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            want[name] += g.square() / 6
+    for name, value in want.items():
         close(got[name], value)
+
+
+def test_labels_of_the_model_are_for_one_row_of_logits_an_example() -> None:
+    model = nn.Conv1d(3, 4, 3, padding=1).double()
+    data = TensorDataset(torch.randn(6, 3, 4).double(), torch.randint(0, 4, (6, 4)), torch.zeros(6))
+    for labels in ("all", "sample", "pred"):
+        with pytest.raises(ValueError, match=r"outputs \[\d, 4, 4\], expected \[N, C\]"):
+            compute_importances(model, nn.CrossEntropyLoss(), None, data, "cpu", 2, labels=labels)
 
 
 def test_the_data_sets_own_batches() -> None:
@@ -296,6 +391,48 @@ def test_norms_end_in_the_state_of_the_loop(make: Callable, momentum: float | No
     with pytest.raises(ValueError, match="batches of 1 entry"):  # an error leaves the statistics, too
         online_ewc_fisher(model, [*loader, (X[:1],)], "cpu", update_statistics=True)
     assert all(b.equal(moved[name]) for name, b in model.named_buffers())
+
+
+def test_logits_of_positions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"logits \[2, 4, 5\], expected \[N, C\]"):
+        online_ewc_fisher(nn.Conv1d(3, 4, 1), [(torch.randn(2, 3, 5), torch.zeros(2, 5).long())], "cpu")
+
+
+def test_a_hook_on_the_criterion_counts() -> None:
+    criterion = nn.CrossEntropyLoss()
+    want = compute_importances(network(), criterion, None, DATA, "cpu", 3)
+    criterion.register_forward_hook(lambda module, inputs, loss: 3 * loss)
+    for name, value in compute_importances(network(), criterion, None, DATA, "cpu", 3).items():
+        close(value, 9 * want[name])
+
+
+def test_norms_without_a_count_stay_as_they_are_where_torch_leaves_them() -> None:
+    model = network().train()
+    model[1].momentum, model[1].num_batches_tracked = None, None
+    want = one_image_at_a_time(model)
+    online_ewc_fisher(model, [(X, Y)], "cpu", update_statistics=True)
+    for name, b in model.named_buffers():
+        close(b, want[name])
+
+
+class NormAndReLU(nn.BatchNorm2d):
+    """As norms of timm, which are followed by their activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def test_norms_that_compute_more_are_refused() -> None:
+    model = network().train()
+    model[1] = NormAndReLU(3).double()
+    with pytest.raises(ValueError, match=r"the batch norm '1' \(NormAndReLU\) .* forward method of its own"):
+        online_ewc_fisher(model, [(X, Y)], "cpu")
+    online_ewc_fisher(model, [(X, Y)], "cpu", mode="eval")
+    model = network().train()
+    theirs = model[1].forward
+    model[1].forward = lambda x: theirs(x).relu()
+    with pytest.raises(ValueError, match="forward method of its own"):
+        online_ewc_fisher(model, [(X, Y)], "cpu")
 
 
 def test_another_buffer_that_changes_is_refused() -> None:

@@ -59,6 +59,8 @@ def test_fim_diag_of_every_choice() -> None:
     assert_same(fim_diag(model, loader, labels="true"), of_true)
     likeliest = plain(model, X, lambda z, n: [(1, F.cross_entropy(z, z.argmax(1)))])
     assert_same(fim_diag(model, loader, labels="pred"), likeliest)
+    unlabelled = TensorDataset(X, Y.index_fill(0, torch.tensor([1, 4]), -100))  # the data's labels play no part
+    assert_same(fim_diag(model, DataLoader(unlabelled, 3), labels="pred"), likeliest)
     many = fim_diag(model, [(X, Y)] * 400, labels="sample", samples=4)
     exact = fim_diag(model, loader)
     for name, value in exact.items():

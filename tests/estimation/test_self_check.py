@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import random
 import threading
 import weakref
 from collections.abc import Callable
@@ -1013,3 +1014,31 @@ def test_a_last_cotangent_that_is_small_beside_the_others(by: float, checks: lis
     assert checks == [6] * (1 if by == 1 else 2)
     for name, q in want.items():
         torch.testing.assert_close(got[0][name], q, rtol=1e-4, atol=0)
+
+
+class DrawsByItself(nn.Module):
+    """Scales its output by numbers that no common generator gives."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        own, numpys, pythons = torch.Generator().manual_seed(0), np.random.default_rng(0), random.Random(0)
+        draws: dict[str, Callable[[], float]] = {
+            "torch": lambda: float(torch.rand((), generator=own)),
+            "numpy": numpys.random,
+            "python": pythons.random,
+            "system": random.SystemRandom().random,
+        }
+        self.linear, self.draw = nn.Linear(3, 2), draws[source]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * (0.1 + self.draw())
+
+
+@pytest.mark.parametrize("source", ["torch", "numpy", "python", "system"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_generators_of_a_networks_own_are_found_in_batches_of_any_size(source: str, size: int) -> None:
+    torch.manual_seed(0)
+    network = DrawsByItself(source).eval()
+    for _ in range(2):  # a network that failed is not remembered
+        with pytest.raises(SelfCheckError, match="the network is random"):
+            fisher(network, [torch.randn(size, 3) for _ in range(2)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,45 @@ def test_weights_and_totals(n: int) -> None:
             recorder.backward(network(x), u, weights, into=totals)
     for name, each in per_example_squares(network, x, u).items():
         torch.testing.assert_close(totals[name], 2 * torch.tensordot(weights, each, 1), rtol=1e-10, atol=1e-14)
+
+
+class NothingOfZeros(torch.autograd.Function):
+    """Gives no gradient at all for a cotangent of zeros, so that the nodes below run without a cotangent."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor | None:
+        return g if g.any() else None
+
+
+class WithoutSome(nn.Module):
+    """A network whose first two layers get no cotangent where that of their part of the output is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.other = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([NothingOfZeros.apply(self.second(torch.tanh(self.first(x)))), self.other(x)], 1)
+
+
+@pytest.mark.parametrize("granularity", ["filter", "parameter"])
+@pytest.mark.parametrize("zeros", [[0], [1], [2], [1, 2], [0, 1, 2]])
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_passes_that_do_not_reach_a_layer(granularity: str, zeros: list[int], retain_graph: bool) -> None:
+    torch.manual_seed(0)
+    network = WithoutSome().double()
+    x, u = torch.randn(4, 3).double(), torch.randn(3, 4, 4).double()
+    u[zeros, :, :2] = 0
+    with FisherRecorder(network, granularity=granularity, unsupported="exact") as recorder:
+        found = recorder.backward(network(x), u, retain_graph=retain_graph)
+    for name, each in per_example_squares(network, x, u).items():
+        want = reduce(each, granularity)
+        want = want.sum(0) if granularity == "parameter" else want
+        torch.testing.assert_close(found[name], want, rtol=1e-10, atol=1e-14, msg=name)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4), (24,)])
