@@ -29,7 +29,7 @@ from torch.autograd.graph import GradientEdge, Node
 from bench import harness
 from bench.report import table
 from t2v_fast import FisherRecorder, fisher, ops
-from t2v_fast.gradients import recorder as recorder_module
+from t2v_fast.gradients import squares
 from t2v_fast.gradients.fast_forward import fast_forward
 from t2v_fast.ops import dispatch
 
@@ -84,7 +84,7 @@ REAL, ZEROS = dispatch.call, {}
 def of_hooks(model: nn.Module, x: Tensor, rounds: int) -> list[float]:
     """Milliseconds in the hooks, in the search for taps, and of backward passes with and without hooks."""
     inside = [0]
-    real = recorder_module.backpropagate
+    real = squares.backpropagate
 
     def timed(output: Tensor, cotangent: Tensor, taps: Any, visit: Any, retain_graph: bool) -> None:
         def each(node: Node, gradients: tuple) -> None:
@@ -95,7 +95,7 @@ def of_hooks(model: nn.Module, x: Tensor, rounds: int) -> list[float]:
         real(output, cotangent, taps, each, retain_graph)
 
     rows = []
-    dispatch.call, recorder_module.backpropagate = no_op, timed
+    dispatch.call, squares.backpropagate = no_op, timed
     try:
         with FisherRecorder(model) as recorder, fast_forward(model, lambda m, x: m(x), "cpu") as run:
             for _ in range(rounds + 1):
@@ -115,7 +115,7 @@ def of_hooks(model: nn.Module, x: Tensor, rounds: int) -> list[float]:
                 spent = [b - a for a, b in itertools.pairwise(times)]
                 rows.append((inside[0] / 1e9, spent[2], spent[0], spent[3]))
     finally:
-        dispatch.call, recorder_module.backpropagate = REAL, real
+        dispatch.call, squares.backpropagate = REAL, real
     return [1e3 * statistics.median(column) for column in zip(*rows[1:], strict=True)]
 
 
