@@ -587,8 +587,6 @@ REFUSED: Calls = [
     ((4,), lambda x: F.embedding(indices(x), x)),
     (TOKENS, lambda x: F.scaled_dot_product_attention(x, x, x, C.of_all)),
     (TOKENS, lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1)),
-    (TOKENS, lambda x: F.scaled_dot_product_attention(x, x[:, :2], x)),
-    (HEADS, lambda x: F.scaled_dot_product_attention(x, x[:, :, :1], x)),
     (VECTOR, lambda x: F.scaled_dot_product_attention(x, x, x)),
     (VECTOR, lambda x: F.normalize(x, dim=0)),
     (VECTOR, lambda x: F.normalize(x, 2.0, -2)),
@@ -645,6 +643,19 @@ def test_calls_that_mix_rows_are_refused(k: int) -> None:
     x = inputs(*shape)
     with RowWise(C, x) as watch:
         result = call(x)
+    assert watch.program_of(result) is None
+
+
+@pytest.mark.parametrize("shape, keys", [(TOKENS, 2), (HEADS, 1)])
+def test_fewer_keys_than_values_are_refused(shape: tuple[int, ...], keys: int) -> None:
+    """torch's kernel for CPUs reads past such keys, into those of the next example. torch 2.11 refuses some of them."""
+    x = inputs(*shape)
+    with RowWise(C, x) as watch:
+        try:
+            result = F.scaled_dot_product_attention(x, x[..., :keys, :], x)
+        except RuntimeError as error:
+            assert "Expected size" in str(error)
+            return
     assert watch.program_of(result) is None
 
 
