@@ -646,7 +646,7 @@ def test_calls_that_mix_rows_are_refused(k: int) -> None:
     assert watch.program_of(result) is None
 
 
-@pytest.mark.parametrize("shape, keys", [(TOKENS, 2), (HEADS, 1)])
+@pytest.mark.parametrize(("shape", "keys"), [(TOKENS, 2), (HEADS, 1)])
 def test_fewer_keys_than_values_are_refused(shape: tuple[int, ...], keys: int) -> None:
     """torch's kernel for CPUs reads past such keys, into those of the next example. torch 2.11 refuses some of them."""
     x = inputs(*shape)
@@ -654,7 +654,8 @@ def test_fewer_keys_than_values_are_refused(shape: tuple[int, ...], keys: int) -
         try:
             result = F.scaled_dot_product_attention(x, x[..., :keys, :], x)
         except RuntimeError as error:
-            assert "Expected size" in str(error)
+            if "Expected size" not in str(error):
+                raise
             return
     assert watch.program_of(result) is None
 
