@@ -85,7 +85,7 @@ def compute_importances(
     if labels == "true":
 
         def gradients(outputs: Tensor, targets: Tensor | None) -> Tensor:
-            assert targets is not None  # batches() yields some
+            assert targets is not None  # every joined batch has some
             return _gradients_of_single_losses(criterion, outputs, targets)
 
         with evaluating(model):

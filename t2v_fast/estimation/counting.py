@@ -101,6 +101,17 @@ def _longer(whole: Sequence[Count], some: Sequence[Count]) -> list[Count]:
     return [a for a, b in pairs if a.layer is b.layer and a.size != b.size]
 
 
+def may_mix_tokens(counting: str | None, sorting: bool, logits: Tensor) -> bool:
+    """Whether each example of a batch must be compared alone, because the tokens of all may be counted or sorted.
+
+    Args:
+        counting: The layer that counts over the tokens of all examples, if there is one.
+        sorting: Whether whole numbers of all examples are sorted.
+        logits: The logits of the batch.
+    """
+    return counting is not None or (sorting and reads_unevenly(logits))
+
+
 def reads_unevenly(output: Tensor) -> bool:
     """Whether a network reads some rows of an activation more often by their numbers than others.
 

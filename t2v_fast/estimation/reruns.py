@@ -20,7 +20,7 @@ from .counting import (
     counting_over_examples,
     described,
     is_half,
-    reads_unevenly,
+    may_mix_tokens,
     sorting_over_examples,
 )
 from .packing import part_of
@@ -117,7 +117,7 @@ class Reruns:
 
     def _may_mix_tokens(self, whole: Run) -> bool:
         """Whether a layer counts or sorts the tokens of all examples, so that each example is compared alone."""
-        return self._counting is not None or (self._sorting and reads_unevenly(whole.logits))
+        return may_mix_tokens(self._counting, self._sorting, whole.logits)
 
     def _each_alone(self, inputs: Any, whole: Run) -> None:
         for example in range(len(whole)):

@@ -70,9 +70,7 @@ class _Call:
 
     def __init__(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
-        self.sized = (
-            False  # whether the program has the shape of a row of the result, and not the sizes that were given
-        )
+        self.sized = False  # whether the program has the shape of a row of the result in place of the sizes given
         self.tokens: list[Any] = [func]
         self.rows: list[Tensor] = []  # among the arguments, in their order
         self.constants: list[Tensor] = []

@@ -76,7 +76,7 @@ from ..gradients.recorder import FisherRecorder
 from ..gradients.rules import RULES
 from ..ops import planner
 from ..spans import stage
-from .counting import Counting, described, layer_with_capacity, reads_unevenly
+from .counting import Counting, described, layer_with_capacity, may_mix_tokens
 from .plain_squares import KINKS, SELF_CHECK_TOLERANCE, PlainSquares, Tolerances, row_to_compare
 from .reruns import NOTHING, Reruns, SelfCheckError, random_network
 from .row_wise import Program
@@ -304,7 +304,7 @@ class SelfCheck(Reruns):
         if segments is None:
             self._sizes.add(n)
         drew = self._drew
-        mixing = n > 1 and bool(self._verdict.mixing or (self._verdict.sorting and reads_unevenly(logits)))
+        mixing = n > 1 and self._verdict.may_mix_tokens(logits)
         # The caller reports logits that are not finite. On a CUDA device, to look at them is to wait for them.
         if not (due or drew or mixing) or not bool(logits.isfinite().all()):
             return
@@ -336,10 +336,8 @@ class SelfCheck(Reruns):
         if verdict is not None:
             self._verdict, self._dtype = verdict, verdict.dtype
             verdict.calls += 1
-            if n > 1 and verdict.mixing:
-                self._counting = verdict.mixing
-                self._each_alone(inputs, whole)
-            elif n > 1 and verdict.sorting and reads_unevenly(logits):
+            if n > 1 and verdict.may_mix_tokens(logits):
+                self._counting = verdict.mixing or self._counting
                 self._each_alone(inputs, whole)
             elif n > 1 and not verdict.has(program):
                 self._alone(inputs, whole, verdict.calls * 7919 % n)
@@ -483,6 +481,10 @@ class _Verdict:
     def has(self, program: Program | None) -> bool:
         """Whether a pass with this program is row by row and computes what was verified."""
         return program is not None and program == self.program
+
+    def may_mix_tokens(self, logits: Tensor) -> bool:
+        """Whether each example of a batch with these logits is compared alone."""
+        return may_mix_tokens(self.mixing, self.sorting, logits)
 
 
 def _is_rounded_away(difference: Tensor, of: Tensor, tolerance: float) -> bool:

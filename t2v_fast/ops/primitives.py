@@ -64,8 +64,8 @@ def sq_linear(x: Tensor, g: Tensor, path: str = "explicit", gram: Tensor | None 
     Where :func:`fuses_bias` says so, the path ``"gram"`` reads the cotangents once for both.
 
     Args:
-        x: Input of the layer, ``[N, S, I]``.
-        g: Cotangents of the layer's output, ``[M, S, O]``; M is a multiple of N.
+        x: As for :func:`sq_outer`.
+        g: As for :func:`sq_outer`.
         path: As for :func:`sq_outer`.
         gram: The Gram matrices of ``x`` as an image with one row, ``[N, 1, S, S]``, from :func:`conv_gram`. The path
             ``"gram"`` computes them if there are none, and the other path takes none.
