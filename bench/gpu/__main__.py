@@ -39,7 +39,7 @@ class Sizes:
     cells: list[tuple[str, int, int]]  # networks, sizes and batches that are timed
     counts: tuple[int, int]  # batches of the two calls of fisher() that are compared
     batch: int  # images of a layer that is timed
-    processes: int  # that compile ahead
+    processes: int  # that verify and compile ahead
     toy: bool
     compiled: tuple[str, ...] = ("bfloat16", "TF32")  # precisions of the compiled steps
     # Networks that are timed with and without CUDA graphs, and the batches of the two calls. Between these numbers of
@@ -84,13 +84,13 @@ REHEARSAL = Sizes(
     large=("squares",),
     more=["--device", "cpu"],
 )
-# Seconds of each step in its order; None where only the total limits it.
-STEPS: dict[str, float | None] = {
-    "environment": 110,
-    "verification": None,
+BUILD = 110  # seconds
+# Seconds of each step in its order.
+STEPS: dict[str, float] = {
+    "verification": 150,
     "sanitizer": 30,
     "ceilings": 15,
-    "networks": 90,
+    "networks": 120,
     "layers": 65,
     "compiled": 60,
     "peers": 50,
@@ -110,7 +110,7 @@ def main() -> None:
     report = Report(asked.output, asked.minutes)
     wanted = asked.only or list(STEPS)
     if asked.build and not asked.rehearse:
-        tools.build(report, STEPS["environment"] or 0)  # before the library is imported, which loads the extension
+        tools.build(report, BUILD)  # before the library is imported, which loads the extension
     import torch
 
     from bench.gpu.card import rehearsing
@@ -129,7 +129,7 @@ def run(report: Report, device: Any, sizes: Sizes, wanted: list[str]) -> None:
     """Run the wanted steps."""
     import torch
 
-    from bench.gpu import measure, verify
+    from bench.gpu import measure
     from bench.gpu.card import backends
     from t2v_fast import ops
 
@@ -138,22 +138,17 @@ def run(report: Report, device: Any, sizes: Sizes, wanted: list[str]) -> None:
     report.write()
     found = backends(device)
 
-    def ahead() -> None:
-        arguments = ["--rehearse"] if sizes.more else []
-        tools.compile_ahead(report, sizes.processes, STEPS["environment"] or 0, arguments)
-
-    started: dict[str, Any] = {}
-
     def verification() -> None:
-        if "sanitizer" in wanted:  # which takes long, and runs beside what is not timed
-            started.update(tools.start_checks(sizes.small, found, sizes.more))
-        verify.run(report, device, sizes)
+        from bench.gpu import pool
+
+        arguments = ["--rehearse"] if sizes.more else []
+        spent = pool.run(report, pool.jobs(device, sizes), sizes.processes, STEPS["verification"], arguments)
+        report.results["seconds"] = dict(sorted(spent.items(), key=lambda item: -item[1])[:20])
 
     steps = {
-        "environment": ahead,
         "verification": verification,
         "sanitizer": lambda: tools.finish_checks(
-            report, started or tools.start_checks(sizes.small, found, sizes.more), STEPS["sanitizer"] or 0
+            report, tools.start_checks(sizes.small, found, sizes.more), STEPS["sanitizer"]
         ),
         "ceilings": lambda: (
             measure.ceilings(report, device, sizes.product),
@@ -163,9 +158,8 @@ def run(report: Report, device: Any, sizes: Sizes, wanted: list[str]) -> None:
         "layers": lambda: measure.layers(report, device, sizes.layers, sizes.batch),
         "compiled": lambda: measure.compiled(report, device, sizes.cells, sizes.compiled),
         "peers": lambda: measure.peers(report, device, sizes.cells),
-        "counters": lambda: tools.counters(report, sizes.large, found, STEPS["counters"] or 0, sizes.more),
+        "counters": lambda: tools.counters(report, sizes.large, found, STEPS["counters"], sizes.more),
         "graphs": lambda: (
-            verify.graphs(report, device, sizes.verified),
             measure.graphs(report, device, sizes.cells, sizes.compiled),
             measure.replays(report, device, sizes.graphed, sizes.compiled, sizes.replays),
         ),

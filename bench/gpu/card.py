@@ -85,13 +85,27 @@ def apart(run: Callable[[], object], repeats: int = 10) -> dict[str, float]:
 
 def busy(run: Callable[[], object]) -> float:
     """The sum of the times of the kernels of one call in milliseconds; on a CPU, of its operators."""
+    return sum(_kernels(run).values())
+
+
+def longest(run: Callable[[], object], count: int) -> dict[str, float]:
+    """The kernels of one call that take longest, and the rest: milliseconds by how often each ran and its name."""
+    found = sorted(_kernels(run).items(), key=lambda item: -item[1])
+    return dict(found[:count]) | {"the rest": sum(spent for _, spent in found[count:])}
+
+
+def _kernels(run: Callable[[], object]) -> dict[str, float]:
     on_gpu = torch.profiler.ProfilerActivity.CUDA in torch.profiler.supported_activities() and torch.cuda.is_available()
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:
         run()
         torch.cuda.synchronize()
     field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    return sum(getattr(event, field) for event in profiler.key_averages()) / 1e3
+    found: dict[str, float] = {}
+    for event in profiler.key_averages():
+        name = f"{event.count} x {event.key[:100]}"
+        found[name] = found.get(name, 0.0) + getattr(event, field) / 1e3
+    return found
 
 
 @contextmanager

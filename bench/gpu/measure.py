@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 import t2v_fast
 from bench import contestants
-from bench.gpu.card import KINDS, apart, backends, messages_of, products, rotated, seconds
+from bench.gpu.card import KINDS, apart, backends, longest, messages_of, products, rotated, seconds
 from bench.gpu.networks import network
+from bench.gpu.pool import Job
 from bench.gpu.report import Absent, Report
 from t2v_fast import ops
 from t2v_fast.ops import planner
@@ -71,14 +73,7 @@ def planner_rates(report: Report, device: torch.device) -> None:
 
 def layer(conv: planner.Conv, path: str, backend: str, kind: str, batch: int, device: torch.device) -> dict[str, float]:
     """The time and the rates of one layer's squares, with inputs that are not in the cache."""
-
-    def make() -> tuple[Tensor, Tensor]:
-        x = torch.randn(batch, conv.channels, *conv.size, device=device)
-        g = torch.randn(batch, conv.filters, *conv.out_size, device=device)
-        x, g = (t.to(KINDS[kind]).contiguous(memory_format=torch.channels_last) for t in (x, g))
-        return x, g
-
-    inputs = rotated(make, 2**28 if device.type == "cuda" else 1)
+    inputs = rotated(partial(_inputs, conv, kind, batch, device), 2**28 if device.type == "cuda" else 1)
     with ops.use_backend(backend), products(kind):
         spent = seconds(lambda: ops.sq_conv(*next(inputs), *conv.arguments, path))
     work = planner.gpu_work(conv, path, KINDS[kind].itemsize)
@@ -89,12 +84,59 @@ def layer(conv: planner.Conv, path: str, backend: str, kind: str, batch: int, de
     }
 
 
+def _inputs(conv: planner.Conv, kind: str, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    x = torch.randn(batch, conv.channels, *conv.size, device=device)
+    g = torch.randn(batch, conv.filters, *conv.out_size, device=device)
+    x, g = (t.to(KINDS[kind]).contiguous(memory_format=torch.channels_last) for t in (x, g))
+    return x, g
+
+
+def compilations(device: torch.device, sizes: Any) -> list[Job]:
+    """What Triton and torch.compile compile for the lines below, into their caches on the disk.
+
+    What is not compiled there is compiled later. A failure shows then, as one of the library's own.
+    """
+    found: dict[str, Callable[[], object]] = {}
+    compiling = [name for name in backends(device) if name != "cuda"]  # nvcc has compiled those already
+    for name, size, batch in sizes.cells:
+        for kind in sizes.compiled:
+            found[f"compiled step of {name}, {kind}"] = partial(_once, name, size, batch, kind, device, "step")
+        for backend in compiling:
+            for kind in KINDS:
+                found[f"squares of {name}, {kind}"] = partial(_once, name, size, batch, kind, device, backend)
+    for backend in compiling:
+        for name, conv in sizes.layers.items():
+            for kind in KINDS:
+                for path in _paths(conv):
+                    found[f"{name}, {kind}, {path}"] = partial(_layer_once, conv, path, backend, kind, device, sizes)
+    return [Job("compiled ahead", name, run, excused=True) for name, run in found.items()]
+
+
+def _once(name: str, size: int, batch: int, kind: str, device: torch.device, what: str) -> None:
+    model, x, u = _prepared(name, size, batch, kind, device)
+    with products(kind):
+        if what == "step":
+            step_of(name, size, batch, kind, device, compiled=True)()
+            return
+        with ops.use_backend(what), t2v_fast.FisherRecorder(model) as recorder:
+            recorder.backward(model(x), u)
+
+
+def _layer_once(conv: planner.Conv, path: str, backend: str, kind: str, device: torch.device, sizes: Any) -> None:
+    with ops.use_backend(backend), products(kind):
+        ops.sq_conv(*_inputs(conv, kind, sizes.batch, device), *conv.arguments, path)
+
+
+def _paths(conv: planner.Conv) -> list[str]:
+    return [path for path in conv.paths() if path != "winograd"]
+
+
 def layers(report: Report, device: torch.device, table: dict[str, planner.Conv], batch: int) -> None:
     """Every layer by backend, precision and path."""
     for name, conv in table.items():
         for backend in backends(device):
             for kind in KINDS:
-                for path in (p for p in conv.paths() if p != "winograd"):
+                for path in _paths(conv):
                     key = f"{name}, {kind}, {backend}, {path}"
                     report.line("layers", key, partial(layer, conv, path, backend, kind, batch, device))
 
@@ -120,6 +162,12 @@ def frozen(model: nn.Module) -> Iterator[list[Tensor]]:
             p.requires_grad_(True)
 
 
+@functools.lru_cache(maxsize=1)
+def _model(name: str, size: int, kind: str, device: torch.device) -> nn.Module:
+    """A network that the lines of one cell share: they leave it as it was, and to make one takes seconds."""
+    return network(name, size, device, KINDS[kind])
+
+
 def step_of(name: str, size: int, batch: int, kind: str, device: torch.device, compiled: bool) -> Callable[[], object]:
     """A training step without the update, eager or compiled."""
     model, x, u = _prepared(name, size, batch, kind, device)
@@ -131,7 +179,7 @@ def step_of(name: str, size: int, batch: int, kind: str, device: torch.device, c
 
 
 def _prepared(name: str, size: int, batch: int, kind: str, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
-    model = network(name, size, device, KINDS[kind])
+    model = _model(name, size, kind, device)
     x = torch.randn(batch, 3, size, size, device=device, dtype=KINDS[kind]).contiguous(
         memory_format=torch.channels_last
     )
@@ -165,6 +213,15 @@ def time_squares(name: str, size: int, batch: int, kind: str, device: torch.devi
         return apart(lambda: recorder.backward(model(x), u))
 
 
+def time_kernels(name: str, size: int, batch: int, kind: str, device: torch.device) -> dict[str, float]:
+    """The kernels of one pass with squares that take longest: milliseconds by name."""
+    model, x, u = _prepared(name, size, batch, kind, device)
+    with products(kind), t2v_fast.FisherRecorder(model) as recorder:
+        for _ in range(2):
+            recorder.backward(model(x), u)
+        return longest(lambda: recorder.backward(model(x), u), 30)
+
+
 def time_replayed(name: str, size: int, batch: int, kind: str, device: torch.device, backend: str) -> dict[str, float]:
     """Forward, backward and squares as one CUDA graph, replayed: what the host costs without it."""
     model, x, u = _prepared(name, size, batch, kind, device)
@@ -185,7 +242,7 @@ def time_fisher(
 
     With ``replayed`` the passes are replayed from CUDA graphs. Raises Absent, with the reason, where none can be.
     """
-    model = network(name, size, device, KINDS[kind])
+    model = _model(name, size, kind, device)
     x = torch.randn(batch, 3, size, size, dtype=KINDS[kind])
     x = x.pin_memory() if device.type == "cuda" else x
 
@@ -237,8 +294,8 @@ PEERS = {"naive": 4, "vmap_chunked": 16, "curvlinops": 16, "opacus": 16, "backpa
 
 def networks(report: Report, device: torch.device, cells: list[tuple[str, int, int]], counts: tuple[int, int]) -> None:
     """Floor, step, compiled step, squares and ``fisher()`` of each network in each precision."""
-    for name, size, batch in cells:
-        for kind in KINDS:
+    for kind in KINDS:
+        for name, size, batch in cells:
             cell = (name, size, batch, kind, device)
             title = f"{name}, {size}, batch {batch}, {kind}: "
             report.line("networks", f"{title}floor", partial(time_floor, *cell))
@@ -246,6 +303,7 @@ def networks(report: Report, device: torch.device, cells: list[tuple[str, int, i
             for backend in backends(device):
                 report.line("networks", f"{title}squares, {backend}", partial(time_squares, *cell, backend))
             report.line("networks", f"{title}fisher()", partial(time_fisher, *cell, counts))
+            report.line("kernels", f"{title}squares", partial(time_kernels, *cell))
             torch.cuda.empty_cache()
 
 

@@ -65,7 +65,7 @@ class Report:
             self.results.setdefault(section, {})[name] = value
             said = str(value)
         except (OutOfTime, Exception) as error:
-            said = self._reason(error, left)
+            said = f"no time was left (it began with {max(left, 0):.0f} s)" if isinstance(error, OutOfTime) else self.reason(error)
             place = "left_out" if excused or isinstance(error, Absent) else "wrong"
             self.results[place].append(f"{section}: {name}: {said}")
         print(
@@ -76,9 +76,8 @@ class Report:
         return value
 
     @staticmethod
-    def _reason(error: BaseException, left: float) -> str:
-        if isinstance(error, OutOfTime):
-            return f"no time was left (it began with {max(left, 0):.0f} s)"
+    def reason(error: BaseException) -> str:
+        """What went wrong, in one text."""
         if isinstance(error, AssertionError):
             return str(error) or traceback.format_exc(limit=-1)
         return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Programs beside this one: the build, compilation in many processes, compute-sanitizer and ncu."""
+"""Programs beside this one: the build, compute-sanitizer and ncu."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 from bench.gpu import ROOT
 from bench.gpu.report import Absent, Report
@@ -23,11 +25,13 @@ METRICS = {
 }
 
 
-def start(command: Sequence[str], **settings: str) -> subprocess.Popen:
-    """Start a program in the repository, with more environment variables."""
-    return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def start(command: Sequence[str], log: Path | None = None, **settings: str) -> subprocess.Popen:
+    """Start a program in the repository, with more environment variables. What it prints goes into a file or a pipe."""
+    environment = {**os.environ, **settings}
+    with nullcontext(subprocess.PIPE) if log is None else log.open("w") as out:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, text=True
+        )
 
 
 def finish(process: subprocess.Popen, seconds: float) -> str:
@@ -53,31 +57,6 @@ def build(report: Report, seconds: float) -> None:
         return f"{time.monotonic() - begin:.0f} s; {said.strip().splitlines()[-1]}"
 
     report.line("environment", "build", run)
-
-
-def compile_ahead(report: Report, processes: int, seconds: float, arguments: Sequence[str]) -> None:
-    """Let many processes compile what Triton and torch.compile need, into their caches on the disk."""
-
-    def run() -> str:
-        begin = time.monotonic()
-        command = [sys.executable, "-m", "bench.gpu.ahead", *arguments]
-        # Each process that compiles a step would otherwise start one of its own for every core.
-        threads = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}
-        started = [start([*command, str(k), str(processes)], **threads) for k in range(processes)]
-        try:
-            said = [finish(process, begin + seconds - time.monotonic()) for process in started]
-        finally:
-            for process in started:
-                if process.poll() is None:
-                    process.kill()
-                    process.communicate()
-        failed = [line for text in said for line in text.splitlines() if line.startswith("failed")]
-        assert not failed, "; ".join(failed[:5])
-        jobs = sum(text.count("compiled: ") for text in said)
-        return f"{jobs} jobs in {processes} processes, {time.monotonic() - begin:.0f} s"
-
-    # What is not compiled now is compiled later: a failure shows there, as one of the library's own.
-    report.line("environment", "compiled ahead", run, excused=True)
 
 
 def start_checks(cases: Sequence[str], backends: Sequence[str], more: Sequence[str]) -> dict[str, subprocess.Popen]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -17,7 +18,8 @@ from torch import Tensor
 import t2v_fast
 from bench.gpu.card import DTYPES, backends, messages_of, products
 from bench.gpu.networks import network
-from bench.gpu.report import Absent, Report
+from bench.gpu.pool import Job
+from bench.gpu.report import Absent
 from t2v_fast import ops
 from t2v_fast.ops.reference import accumulate_dtype
 
@@ -38,26 +40,36 @@ def geometries(backend: str, every: int = 1) -> list[cases.ConvCase]:
     return found[::every]
 
 
-def convolutions(backend: str, dtype: torch.dtype, device: torch.device, every: int = 1) -> str:
+def convolutions(backend: str, dtype: torch.dtype, device: torch.device, chosen: Sequence[cases.ConvCase]) -> str:
     """Every op of convolutions on the device, within the bounds of the tests."""
     count = 0
     with ops.use_backend(backend), products("float32"):
-        for case in geometries(backend, every):
+        for case in chosen:
             x = op_checks.guarded((case.n, case.c, *case.size), dtype, 1, "channels_last")
             g = op_checks.guarded((case.n * case.cotangents, case.o, *case.out_size), dtype, 2)
             gradients, terms = op_checks.conv_gradients(case, x, g), math.prod(case.out_size)
             want = op_checks.filter_sums(gradients)
             x, g = x.to(device), g.to(device)
-            found = [ops.sq_conv(x, g, *case.geometry, path) for path in ("explicit", "gram")]
-            found.append(ops.sq_gram(ops.conv_gram(x, *case.geometry), g))
-            for q in found:
-                op_checks.assert_close(q.cpu(), want, dtype, terms)
+            found = {path: ops.sq_conv(x, g, *case.geometry, path) for path in ("explicit", "gram")}
+            found["sq_gram"] = ops.sq_gram(ops.conv_gram(x, *case.geometry), g)
             weight = torch.rand(len(g), dtype=accumulate_dtype(dtype))
             out = torch.zeros(gradients.shape[1:], dtype=weight.dtype, device=device)
             ops.sq_conv_acc_(out, x, g, weight.to(device), *case.geometry[1:])
-            op_checks.assert_close(out.cpu(), torch.tensordot(weight.double(), gradients.square(), 1), dtype, terms)
+            weighted = torch.tensordot(weight.double(), gradients.square(), 1)
+            for what, q in (*found.items(), ("sq_conv_acc_", out)):
+                with _naming(f"{case.name}, {what}"):
+                    op_checks.assert_close(q.cpu(), weighted if what == "sq_conv_acc_" else want, dtype, terms)
             count += 4
     return f"{count} results within the bound"
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Say what was compared where the comparison fails."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}") from error
 
 
 def other_ops(backend: str, dtype: torch.dtype, device: torch.device) -> str:
@@ -206,34 +218,37 @@ def capture_backward(name: str, size: int, device: torch.device) -> str:
     return "captured and replayed"
 
 
-def graphs(report: Report, device: torch.device, names: Sequence[tuple[str, int]]) -> None:
-    """Whether a pass can be captured in one graph. The library captures in two, so that a refusal is not wrong."""
-    for name, size in names:
-        report.line("cuda_graphs", f"{name}, fisher()", partial(replayed, name, size, device))
-        report.line("cuda_graphs", f"{name}, backward", partial(capture_backward, name, size, device), excused=True)
-
-
-def run(report: Report, device: torch.device, sizes: Any) -> None:
-    """All of it."""
-    found = backends(device)
-    if not found:
-        report.results["wrong"].append(f"no backend but the reference runs on {device}")
+def jobs(device: torch.device, sizes: Any) -> list[Job]:
+    """All of it, what takes longest first."""
+    found, names = backends(device), sizes.verified
+    every: list[Job] = []
     for backend in found:
         for dtype in DTYPES:
             key = f"{backend}, {str(dtype).removeprefix('torch.')}"
-            report.line("ops", f"convolutions, {key}", partial(convolutions, backend, dtype, device, sizes.every))
-            report.line("ops", f"others, {key}", partial(other_ops, backend, dtype, device))
-        report.line("cuda_graphs", f"ops, {backend}", partial(capture, backend, device))
-    for op in ops.SCHEMAS:
-        report.line("opcheck", op, partial(operator, op, device))
-    _networks(report, device, sizes.verified, found)
-
-
-def _networks(report: Report, device: torch.device, names: Sequence[tuple[str, int]], found: Sequence[str]) -> None:
+            chosen = geometries(backend, sizes.every)
+            # Triton compiles some kernels for each geometry, so that processes share those.
+            parts = {f", {case.name}": [case] for case in chosen} if backend == "triton" else {"": chosen}
+            for part, some in parts.items():
+                run = partial(convolutions, backend, dtype, device, some)
+                every.append(Job("ops", f"convolutions, {key}{part}", run))
+            every.append(Job("ops", f"others, {key}", partial(other_ops, backend, dtype, device)))
+        every.append(Job("cuda_graphs", f"ops, {backend}", partial(capture, backend, device)))
     for name, size in names:
         for backend in found:
             for dtype in DTYPES:
                 key = f"{name}, {backend}, {str(dtype).removeprefix('torch.')}"
-                report.line("against_float64", key, partial(squares, name, size, backend, dtype, device))
-        report.line("against_float64", f"{name}, fisher()", partial(whole_fisher, name, size, device))
-        report.line("waits", name, partial(waits, name, size, device))
+                every.append(Job("against_float64", key, partial(squares, name, size, backend, dtype, device)))
+        every.append(Job("against_float64", f"{name}, fisher()", partial(whole_fisher, name, size, device)))
+        every.append(Job("waits", name, partial(waits, name, size, device)))
+        every.append(Job("cuda_graphs", f"{name}, fisher()", partial(replayed, name, size, device)))
+        # Whether a pass can be captured in one graph. The library captures in two, so that a refusal is not wrong.
+        run = partial(capture_backward, name, size, device)
+        every.append(Job("cuda_graphs", f"{name}, backward", run, excused=True))
+    every += [Job("opcheck", op, partial(operator, op, device)) for op in ops.SCHEMAS]
+    if not found:
+        every.append(Job("ops", "backends", partial(_none, device)))
+    return every
+
+
+def _none(device: torch.device) -> None:
+    raise AssertionError(f"no backend but the reference runs on {device}")

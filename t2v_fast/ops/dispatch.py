@@ -11,10 +11,13 @@ import contextlib
 import contextvars
 import functools
 import importlib
+import importlib.util
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -58,7 +61,19 @@ _backend: contextvars.ContextVar[str] = contextvars.ContextVar("t2v_fast_backend
 
 @functools.cache
 def _triton() -> ModuleType:
+    _find_kernels()
     return importlib.import_module("t2v_fast.kernels.backend")
+
+
+def _find_kernels() -> None:
+    """In a checkout that is not installed, take the folder ``kernels/`` beside the package for ``t2v_fast.kernels``."""
+    name, folder = "t2v_fast.kernels", Path(__file__).resolve().parents[2] / "kernels"
+    if importlib.util.find_spec(name) is None and (folder / "backend.py").exists():
+        spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
 
 
 @functools.cache

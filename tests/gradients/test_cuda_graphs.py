@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cuda_device import Pretend, dtype_of, moved, pretended
 from networks import Function
 from oracle import per_example_squares, randomise_norms, reduce
-from pretend_cuda import Pretend, aten, moved, pretended
+from pretend_cuda import aten
 from torch import Tensor, nn
 
 from t2v_fast import FisherRecorder, UnsupportedError, fisher, ops
@@ -56,6 +57,7 @@ def check(
     want = {name: reduce(s, "filter") for name, s in per_example_squares(network, x, u).items()}
     on_cpu, _ = answers(network, x)
     assert not any("refused" in what for what in on_cpu.values())
+    dtype = dtype_of(kernel, dtype)
     with torch.backends.cudnn.flags(enabled=cudnn), pretended(kernel):
         there = moved(network.to(dtype))
         images = Pretend(x.to(dtype) if x.is_floating_point() else x)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pretend_cuda import Pretend, aten, moved, pretended
+from cuda_device import Pretend, moved, pretended
+from pretend_cuda import aten
 from test_cuda_graphs import LAYERS, TOKENS, check, example, last
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence

@@ -10,7 +10,7 @@ def per_example_squares(model: nn.Module, x: Tensor, cotangents: Tensor) -> dict
     """{name: [N, *shape]}: sum over k of squared gradients of u[k, n] . logits(x_n), cotangents u [K, N, C]."""
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     required = {name: p.requires_grad for name, p in parameters.items()}
-    squares = {name: torch.zeros(len(x), *p.shape, dtype=p.dtype) for name, p in parameters.items()}
+    squares = {name: p.new_zeros(len(x), *p.shape) for name, p in parameters.items()}
     try:
         for p in parameters.values():
             p.requires_grad_(True)
