@@ -20,6 +20,7 @@ from bench.gpu.networks import network
 from bench.gpu.pool import Job
 from bench.gpu.report import Absent, Report
 from t2v_fast import ops
+from t2v_fast.gradients.fast_forward import FastNetwork
 from t2v_fast.ops import planner
 
 LAYERS = {
@@ -118,8 +119,8 @@ def _once(name: str, size: int, batch: int, kind: str, device: torch.device, wha
         if what == "step":
             step_of(name, size, batch, kind, device, compiled=True)()
             return
-        with ops.use_backend(what), t2v_fast.FisherRecorder(model) as recorder:
-            recorder.backward(model(x), u)
+        with ops.use_backend(what), _squares(model) as squares:
+            squares(x, u)
 
 
 def _layer_once(conv: planner.Conv, path: str, backend: str, kind: str, device: torch.device, sizes: Any) -> None:
@@ -206,32 +207,46 @@ def time_step(
         return apart(step_of(name, size, batch, kind, device, compiled))
 
 
+@contextmanager
+def _squares(model: nn.Module) -> Iterator[Callable[[Tensor, Tensor], object]]:
+    """A pass with squares of one cotangent, as ``fisher()`` makes it: images x, cotangents u."""
+    forward = FastNetwork(model, lambda model, x: model(x))
+    with t2v_fast.FisherRecorder(model) as recorder, forward:
+        yield lambda x, u: recorder.backward(forward(model, x), u)
+
+
 def time_squares(name: str, size: int, batch: int, kind: str, device: torch.device, backend: str) -> dict[str, float]:
     """Forward, and backward with squared per-example gradients of one cotangent."""
     model, x, u = _prepared(name, size, batch, kind, device)
-    with products(kind), ops.use_backend(backend), t2v_fast.FisherRecorder(model) as recorder:
-        return apart(lambda: recorder.backward(model(x), u))
+    with products(kind), ops.use_backend(backend), _squares(model) as squares:
+        return apart(lambda: squares(x, u))
 
 
-def time_kernels(name: str, size: int, batch: int, kind: str, device: torch.device) -> dict[str, float]:
-    """The kernels of one pass with squares that take longest: milliseconds by name."""
+def time_kernels(
+    name: str, size: int, batch: int, kind: str, device: torch.device, backend: str | None
+) -> dict[str, float]:
+    """The kernels of one pass that take longest: milliseconds by name. With squares, unless the backend is None."""
     model, x, u = _prepared(name, size, batch, kind, device)
-    with products(kind), t2v_fast.FisherRecorder(model) as recorder:
-        for _ in range(2):
-            recorder.backward(model(x), u)
-        return longest(lambda: recorder.backward(model(x), u), 30)
+    with products(kind):
+        if backend is None:
+            with frozen(model) as outputs:
+                return longest(lambda: torch.autograd.grad(model(x), outputs, u), 30)
+        with ops.use_backend(backend), _squares(model) as squares:
+            for _ in range(2):
+                squares(x, u)
+            return longest(lambda: squares(x, u), 30)
 
 
 def time_replayed(name: str, size: int, batch: int, kind: str, device: torch.device, backend: str) -> dict[str, float]:
     """Forward, backward and squares as one CUDA graph, replayed: what the host costs without it."""
     model, x, u = _prepared(name, size, batch, kind, device)
-    with products(kind), ops.use_backend(backend), t2v_fast.FisherRecorder(model) as recorder:
+    with products(kind), ops.use_backend(backend), _squares(model) as squares:
         for _ in range(2):
-            recorder.backward(model(x), u)
+            squares(x, u)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            recorder.backward(model(x), u)
+            squares(x, u)
         return apart(graph.replay)
 
 
@@ -303,7 +318,9 @@ def networks(report: Report, device: torch.device, cells: list[tuple[str, int, i
             for backend in backends(device):
                 report.line("networks", f"{title}squares, {backend}", partial(time_squares, *cell, backend))
             report.line("networks", f"{title}fisher()", partial(time_fisher, *cell, counts))
-            report.line("kernels", f"{title}squares", partial(time_kernels, *cell))
+            for backend in (None, *backends(device)):
+                what = "floor" if backend is None else f"squares, {backend}"
+                report.line("kernels", f"{title}{what}", partial(time_kernels, *cell, backend))
             torch.cuda.empty_cache()
 
 
@@ -329,19 +346,14 @@ def graphs(report: Report, device: torch.device, cells: list[tuple[str, int, int
 
 
 def replays(
-    report: Report,
-    device: torch.device,
-    cells: Iterable[tuple[str, int, int]],
-    kinds: tuple[str, ...],
-    counts: tuple[int, int],
+    report: Report, device: torch.device, cells: Iterable[tuple[str, int, int]], counts: tuple[int, int]
 ) -> None:
-    """``fisher()`` as it is and with ``cuda_graphs=True``. A network that replays nothing is left out, and says why."""
-    for name, size, batch in cells:
-        for kind in kinds:
-            for replayed in (False, True):
-                title = f"{name}, {size}, batch {batch}, {kind}: fisher(), {'replayed' if replayed else 'as it is'}"
-                run = partial(time_fisher, name, size, batch, kind, device, counts, replayed)
-                report.line("networks", title, run)
+    """``fisher()`` with ``cuda_graphs=True``. A network that replays nothing is left out, and says why."""
+    for kind in KINDS:
+        for name, size, batch in cells:
+            title = f"{name}, {size}, batch {batch}, {kind}: fisher(), replayed"
+            report.line("networks", title, partial(time_fisher, name, size, batch, kind, device, counts, True))
+            torch.cuda.empty_cache()
 
 
 def peers(report: Report, device: torch.device, cells: list[tuple[str, int, int]], kind: str = "TF32") -> None:

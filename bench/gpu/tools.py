@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from bench.gpu import ROOT
 from bench.gpu.report import Absent, Report
@@ -59,37 +60,22 @@ def build(report: Report, seconds: float) -> None:
     report.line("environment", "build", run)
 
 
-def start_checks(cases: Sequence[str], backends: Sequence[str], more: Sequence[str]) -> dict[str, subprocess.Popen]:
-    """Start compute-sanitizer on small cases, all at once. Nothing may be timed meanwhile."""
-    tool, started = _found("compute-sanitizer", more), {}
-    for case in cases if tool is not None else ():
-        for backend in backends:
-            for check in ("memcheck", "racecheck"):
-                options = [] if more else ["--tool", check, "--error-exitcode", "9"]
-                program = [sys.executable, "-m", "bench.gpu.single", case, "--backend", backend, *more]
-                started[f"{case}, {backend}, {check}"] = start([*tool, *options, *program])
-    return started
+def sanitized(case: str, backend: str, check: str, more: Sequence[str]) -> str:
+    """What compute-sanitizer says about a small case."""
+    tool = _found("compute-sanitizer", more)
+    if tool is None:
+        return _absent("compute-sanitizer")
+    options = [] if more else ["--tool", check, "--error-exitcode", "9"]
+    program = [sys.executable, "-m", "bench.gpu.single", case, "--backend", backend, *more]
+    try:
+        return finish(start([*tool, *options, *program]), 120).strip().splitlines()[-1]
+    except AssertionError as error:
+        if "Device not supported" in str(error):
+            raise Absent("compute-sanitizer cannot work on this machine") from error
+        raise
 
 
-def finish_checks(report: Report, started: dict[str, subprocess.Popen], seconds: float) -> None:
-    """What compute-sanitizer found."""
-
-    def run(process: subprocess.Popen) -> str:
-        try:
-            return finish(process, end - time.monotonic()).strip().splitlines()[-1]
-        except AssertionError as error:
-            if "Device not supported" in str(error):
-                raise Absent("compute-sanitizer cannot work on this machine") from error
-            raise
-
-    end = time.monotonic() + seconds
-    for name, process in started.items():
-        report.line("sanitizer", name, partial(run, process))
-    if not started:
-        report.line("sanitizer", "all cases", partial(_absent, "compute-sanitizer"))
-
-
-def _absent(name: str) -> None:
+def _absent(name: str) -> NoReturn:
     raise Absent(f"this machine has no {name}")
 
 
@@ -100,7 +86,7 @@ def counters(
     for case in cases:
         for backend in backends:
 
-            def run(case: str = case, backend: str = backend) -> dict[str, str] | None:
+            def run(case: str = case, backend: str = backend) -> dict[str, str]:
                 tool = _found("ncu", more)
                 if tool is None:
                     return _absent("ncu")

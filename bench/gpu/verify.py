@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import cases
@@ -16,6 +16,7 @@ from oracle import per_example_squares, reduce, relative_error
 from torch import Tensor
 
 import t2v_fast
+from bench.gpu import tools
 from bench.gpu.card import DTYPES, backends, messages_of, products
 from bench.gpu.networks import network
 from bench.gpu.pool import Job
@@ -222,6 +223,9 @@ def jobs(device: torch.device, sizes: Any) -> list[Job]:
     """All of it, what takes longest first."""
     found, names = backends(device), sizes.verified
     every: list[Job] = []
+    for case, backend, check in product(sizes.small, found, ("memcheck", "racecheck")):
+        run: Callable[[], object] = partial(tools.sanitized, case, backend, check, sizes.more)
+        every.append(Job("sanitizer", f"{case}, {backend}, {check}", run))
     for backend in found:
         for dtype in DTYPES:
             key = f"{backend}, {str(dtype).removeprefix('torch.')}"

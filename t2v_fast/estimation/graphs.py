@@ -53,7 +53,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ..gradients import network_state
 from ..gradients.fast_forward import FastNetwork
-from ..gradients.random_state import random_state
+from ..gradients.random_state import drawn, random_state
 from ..gradients.recorder import FisherRecorder
 from ..ops import gpu_specs, planner
 from ..ops.asynchronous import to_device
@@ -428,8 +428,8 @@ class GraphedPasses(Passes):
             return "activation checkpointing runs parts of the network again"
         if (obstacle := watch.obstacle or hooks.obstacle) is not None:
             return obstacle
-        if random != random_state():
-            return "a pass draws random numbers"
+        if (generator := drawn(random, random_state())) is not None:
+            return f"a pass draws random numbers from {generator}"
         if signature != network_state.signature_of(model, self._own) or not snapshot.holds():
             return "a pass changes attributes or the memory of the network"
         return None

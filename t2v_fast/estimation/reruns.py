@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..gradients.attention import APART
 from ..gradients.fast_forward import FastNetwork
-from ..gradients.random_state import random_state
+from ..gradients.random_state import drawn, random_state
 from ..gradients.recorder import FisherRecorder
 from ..gradients.refusals import random_layer
 from .counting import (
@@ -97,7 +97,7 @@ class Reruns:
             with observe(inputs):
                 output = self._forward(self.recorder.model, inputs)
         self._program = watches[-1].program_of(output) if watches else None
-        self._drew = before != random_state()
+        self._drew = drawn(before, random_state()) is not None
         return output
 
     def _look_for_counting(self, inputs: Any, counts: Sequence[Count], example: int, whole: Run) -> None:

@@ -1,4 +1,4 @@
-"""Run a network faster, with the same results: channels-last images, and on a CPU faster layers and kept memory."""
+"""Run a network faster, with the same results: channels-last images, faster layers, and on a CPU kept memory."""
 
 from __future__ import annotations
 
@@ -146,8 +146,7 @@ class FastNetwork:
     Within the context, channels-last copies replace the weights of the convolutions that torch computes, so that torch
     does not copy them for every batch. The model gets its own weights back at the end. If the network refuses
     channels-last images, or torch crashes on them, the images and the weights are left in their format. Norms and
-    poolings gain most: see docs/performance.md. The faster layers are for CPUs; a network on another device keeps
-    torch's own.
+    poolings gain most: see docs/performance.md.
 
     Args:
         model: The network.
@@ -174,7 +173,7 @@ class FastNetwork:
         self.works: bool | None = None if channels_last else False
         self.observe: Callable[[Any], AbstractContextManager[Any]] = nullcontext
         self._on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-        self._layers = FastLayers(self._put_back)
+        self._layers = FastLayers(self._put_back, self._on_cpu)
         self._layers.read = self._make_channels_last
         # By the weight's id: the weight, its own data, the channels-last copy, and the weight's version then.
         self._own: dict[int, tuple[Tensor, Tensor, Tensor, int]] = {}
@@ -225,9 +224,6 @@ class FastNetwork:
 
     def _run(self, model: nn.Module, inputs: Any) -> Tensor:
         """Run the network with fast layers; run it again if it wrote over the output of an in-place layer."""
-        if not self._on_cpu:
-            with self.observe(inputs):
-                return self.forward(model, inputs)
         with self._layers, self.observe(inputs):
             output = self.forward(model, inputs)
         if not self._layers.overwritten():

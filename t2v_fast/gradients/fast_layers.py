@@ -1,4 +1,6 @@
-"""CPU implementations of layers that are faster than torch's own, with the same results up to rounding.
+"""Implementations of layers that are faster than torch's own, with the same results up to rounding.
+
+On a CUDA device only batch norms have one.
 
 Linear layers
     torch computes float32 products with the BLAS library that it was built with. The usual one, MKL, runs at half speed
@@ -16,7 +18,8 @@ Depthwise convolutions with strides in bfloat16, and all products on processors 
     (:mod:`~t2v_fast.gradients.bfloat16_layers`).
 Batch norms in evaluation mode
     The layer is linear, so its input gradient is the batch norm without the shift. torch reads the input again, and
-    sums the gradients of the parameters.
+    sums the gradients of the parameters. On a CUDA device, torch's input gradient leaves the channels-last format, and
+    each convolution below copies it twice.
 In-place ReLU6
     The output tells where the input was clamped. torch copies the input first.
 
@@ -272,17 +275,23 @@ def _images(rows: Tensor, n: int, size: Sequence[int]) -> Tensor:
     return rows.view(n, *size, -1).permute(0, 3, 1, 2)
 
 
-def _usable(x: Tensor, weight: Tensor | None) -> bool:
+def _usable(x: Tensor, weight: Tensor | None, devices: Sequence[str] = ("cpu",)) -> bool:
     """Whether the fast layers may compute with this input and weight."""
     return (
-        x.device.type == "cpu"
-        and (weight is None or (weight.device.type == "cpu" and weight.dtype == x.dtype))
-        and not torch.is_autocast_enabled("cpu")
+        x.device.type in devices
+        and (weight is None or (weight.device == x.device and weight.dtype == x.dtype))
+        and not torch.is_autocast_enabled(x.device.type)
         and not torch._C._are_functorch_transforms_active()
         and not torch.compiler.is_compiling()
         # Leave an input that is a parameter (or its view) to torch's layers, whose rules handle parameters as inputs.
-        and not (x.requires_grad and (x.grad_fn is None or views_of(x.grad_fn) is not None))
+        and not (x.requires_grad and _is_parameter(x))
     )
+
+
+def _is_parameter(x: Tensor) -> bool:
+    with torch._C.DisableTorchFunction():  # a mode around this one may look for the network's reads of autograd nodes
+        node = x.grad_fn
+    return node is None or views_of(node) is not None
 
 
 def _all_wide(*tensors: Tensor | None) -> bool:
@@ -291,11 +300,12 @@ def _all_wide(*tensors: Tensor | None) -> bool:
 
 
 class FastLayers(TorchFunctionMode):
-    """A context in which layers on a CPU use the implementations of this module.
+    """A context in which the layers of a network use the implementations of this module.
 
     The matrices of convolutions are kept from call to call. ``replaced`` is called with each weight that a matrix
     replaces. The attribute ``read`` may be set to a function that is called with the weight of each convolution that
-    torch computes from channels-last images.
+    torch computes from channels-last images. ``on_cpu`` says whether the network is on a CPU, for which most of the
+    implementations are.
 
     Example:
         >>> layer = torch.nn.Linear(2048, 2048)
@@ -306,7 +316,7 @@ class FastLayers(TorchFunctionMode):
         True
     """
 
-    def __init__(self, replaced: Callable[[Tensor], None] = lambda weight: None) -> None:
+    def __init__(self, replaced: Callable[[Tensor], None] = lambda weight: None, on_cpu: bool = True) -> None:
         super().__init__()
         self._replaced = replaced
         self.read: Callable[[Tensor], None] = lambda weight: None
@@ -315,9 +325,11 @@ class FastLayers(TorchFunctionMode):
         self._in_place: list[tuple[Tensor, int]] = []  # in-place outputs of the last forward pass, with their versions
         # Ids of parameters that the network may write through ``data``, which does not change their versions.
         self.written: set[int] = set()
-        self._faster: dict[Callable, Callable] = {
+        self._faster: dict[Callable, Callable] = {F.batch_norm: self._batch_norm}
+        if not on_cpu:
+            return
+        self._faster |= {
             F.hardtanh: self._hardtanh,
-            F.batch_norm: self._batch_norm,
             Tensor.data.__get__: self._data,
             Tensor.data.__set__: self._set_data,
         }
@@ -462,8 +474,8 @@ class FastLayers(TorchFunctionMode):
             # The layer's own tensors may be float32 where the input is less precise.
             and ({t.dtype for t in own} in ({input.dtype}, {torch.float32}))
             and torch.finfo(own[0].dtype).eps <= torch.finfo(input.dtype).eps
-            and all(t.device.type == "cpu" for t in own)
-            and _usable(input, None)
+            and all(t.device == input.device for t in own)
+            and _usable(input, None, ("cpu", "cuda"))
         ):
             return BatchNorm.apply(input, weight, bias, running_mean, running_var, eps)
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

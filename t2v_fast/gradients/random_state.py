@@ -7,17 +7,25 @@ import random
 import sys
 from typing import Any
 
+import numpy.random  # from NumPy 2.5 on, "import numpy" leaves it out, and a pass that imports it would seem to draw
 import torch
 
 
-def random_state() -> tuple:
-    """The states of the generators that a network may draw random numbers from: torch's, Python's and NumPy's."""
-    states: list[object] = [torch.get_rng_state().numpy().tobytes(), random.getstate()]
-    if (numpy_random := sys.modules.get("numpy.random")) is not None:
-        states.append(_numpy_states.now(numpy_random))
+def random_state() -> dict[str, object]:
+    """The states of the generators that a network may draw random numbers from, by name: torch's, Python's, NumPy's."""
+    states: dict[str, object] = {
+        "torch's generator": torch.get_rng_state().numpy().tobytes(),
+        "Python's generator": random.getstate(),
+        "NumPy's generator": _numpy_states.now(numpy.random),
+    }
     if torch.cuda.is_initialized():
-        states += [g.get_offset() for g in torch.cuda.default_generators]
-    return tuple(states)
+        states |= {f"the generator of cuda:{k}": g.get_offset() for k, g in enumerate(torch.cuda.default_generators)}
+    return states
+
+
+def drawn(before: dict[str, object], after: dict[str, object]) -> str | None:
+    """The name of a generator that has drawn numbers between two states; None if none has."""
+    return next((name for name, state in after.items() if before.get(name, state) != state), None)
 
 
 class _NumpyStates:

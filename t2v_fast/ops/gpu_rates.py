@@ -24,10 +24,16 @@ __all__ = ["measure", "rates"]
 log = logging.getLogger(__name__)
 
 
+def let_the_host_run_ahead() -> None:
+    """Keep the device busy for some two milliseconds, so that what the host launches next is not timed with its gaps."""
+    torch.cuda._sleep(4_000_000)
+
+
 def by_events(run: Callable[[], object], repeats: int = 5) -> float:
     """The median seconds of a call by CUDA events, after two calls that warm up and compile."""
     times = []
     for repeat in range(repeats + 2):
+        let_the_host_run_ahead()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()
@@ -87,7 +93,7 @@ def measure(
                 # A cost of zero says that the samples cannot tell: then both kinds of product share the time.
                 together = counts.sum() / sum(spent for _, spent in grams)
                 for kernel, unit in zip(("gram", "forms"), units, strict=True):
-                    products[backend, kind, kernel] = (1 / unit if unit and units.all() else together) / 1e12
+                    products[backend, kind, kernel] = float(1 / unit if unit and units.all() else together) / 1e12
         bandwidth = _bandwidth(device, seconds_of)
     finally:
         torch.set_float32_matmul_precision(before)

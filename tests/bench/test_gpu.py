@@ -12,6 +12,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import torch
 from pretend_cuda import moved, pretended
 from pretend_graphs import with_graphs
 
-from bench.gpu import ROOT, ahead, measure, networks, page, single, tools, verify
+from bench.gpu import ROOT, measure, networks, page, pool, single, tools, verify
+from bench.gpu.card import KINDS
+from bench.gpu.pool import Job
 from bench.gpu.report import Absent, OutOfTime, Report
 from bench.studies import gpu_model
 from t2v_fast import UnsupportedError, ops
@@ -31,10 +34,13 @@ main = importlib.import_module("bench.gpu.__main__")
 class Here:
     """A module's ``main`` as a process, in this process, which has imported torch."""
 
-    def __init__(self, command: Sequence[str], **settings: str) -> None:
+    def __init__(self, command: Sequence[str], log: Path | None = None, **settings: str) -> None:
         self.args, self.returncode = command, None
         at = list(command).index("-m")
         self.name, self.arguments = command[at + 1], command[at + 2 :]
+
+    def wait(self) -> int | None:
+        return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         said = io.StringIO()
@@ -45,6 +51,8 @@ class Here:
         return said.getvalue(), None
 
     def poll(self) -> int | None:
+        if self.returncode is None:
+            self.communicate()
         return self.returncode
 
     def kill(self) -> None:
@@ -70,14 +78,16 @@ def test_a_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(results["waits"]) == {"small resnet", "small vit"}
     assert set(results["cuda_graphs"]) == {"ops, cpu", "small resnet, backward", "small vit, backward"}
     assert set(results["sanitizer"]) == {"padding, cpu, memcheck", "padding, cpu, racecheck"}
-    assert results["environment"]["compiled ahead"].startswith("18 jobs in 1 processes")
+    assert len(results["compiled ahead"]) == 13
+    assert len(results["seconds"]) == 20
     cell = "small resnet, 32, batch 2, TF32: "
     timed = {name.removeprefix(cell) for name in results["networks"] if name.startswith(cell)}
-    own = {"fisher()", "fisher(), as it is"}
-    assert timed == {"floor", "step", "compiled step", "squares, cpu", "squares replayed, cpu", *own}
+    assert timed == {"floor", "step", "compiled step", "squares, cpu", "squares replayed, cpu", "fisher()"}
     assert all(
         {"ms", "host", "busy"} <= value.keys() for name, value in results["networks"].items() if "fisher" not in name
     )
+    what = ("floor", "squares, cpu")
+    assert set(results["kernels"]) == {f"small resnet, 32, batch 2, {kind}: {w}" for kind in KINDS for w in what}
     assert {f"{cell}naive", f"{cell}vmap_chunked"} <= set(results["peers"])
     # What is left out says why. Only peers, tools and what needs a card can be.
     replayed = [
@@ -95,11 +105,12 @@ def test_a_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rehearsal_with_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.gpu", "--rehearse", "--output", str(tmp_path)]
     done = subprocess.run(
-        [*command, "--only", "environment", "sanitizer", "counters"], cwd=ROOT, capture_output=True, text=True
+        [*command, "--only", "verification", "sanitizer", "counters"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "gpu.json").read_text())
-    assert results["environment"]["compiled ahead"].startswith("18 jobs")
+    assert len(results["compiled ahead"]) == 13
+    assert len(results["ops"]) == 8
     assert len(results["sanitizer"]) == 2
 
 
@@ -166,7 +177,7 @@ def test_a_machine_without_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = Report(tmp_path, 1)
     monkeypatch.setattr(tools.shutil, "which", lambda name, path=None: None)
-    tools.finish_checks(report, tools.start_checks(["7x7"], ["cuda"], []), 1)
+    report.line("sanitizer", "7x7, cuda", partial(tools.sanitized, "7x7", "cuda", "memcheck", []))
     tools.counters(report, ["stem"], ["cuda"], 1, [])
     reasons = ["this machine has no compute-sanitizer", "this machine has no ncu"]
     assert [text.rpartition(": ")[2] for text in report.results["left_out"]] == reasons
@@ -180,9 +191,9 @@ def test_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools.shutil, "which", lambda name, path=None: f"/bin/{name}")
     for text, code in (("Error: Device not supported", 1), ("ERROR SUMMARY: 3 errors", 9), ("fine", 0)):
         monkeypatch.setattr(tools, "start", program(text, code))
-        started = tools.start_checks(["padding"], ["cuda"], [])
-        assert len(started) == 2
-        tools.finish_checks(report, started, 30)
+        for check in ("memcheck", "racecheck"):
+            run = partial(tools.sanitized, "padding", "cuda", check, [])
+            report.line("sanitizer", f"padding, cuda, {check}", run)
     assert sum("cannot work on this machine" in text for text in report.results["left_out"]) == 2
     assert sum("3 errors" in text for text in report.results["wrong"]) == 2
     assert report.results["sanitizer"] == {"padding, cuda, memcheck": "fine", "padding, cuda, racecheck": "fine"}
@@ -201,37 +212,74 @@ def test_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         tools.longest(header)
 
 
-def test_programs_that_fail_or_take_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_that_take_too_long() -> None:
     process = tools.start([sys.executable, "-c", "import time; time.sleep(60)"])
     with pytest.raises(subprocess.TimeoutExpired):
         tools.finish(process, 1)
     assert process.poll() is not None
+
+
+def test_jobs_in_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that fails leaves the others alone. A process that dies, or does not end, is reported by name."""
     report = Report(tmp_path, 1)
-    started: list[subprocess.Popen] = []
 
-    def start(command: Sequence[str], **settings: str) -> subprocess.Popen:
-        script = "print('failed: a layer: OSError')" if not started else "import time; time.sleep(60)"
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-        return started[-1]
+    def fail(error: Exception) -> None:
+        raise error
 
-    monkeypatch.setattr(tools, "start", start)
-    tools.compile_ahead(report, 1, 20, [])
-    tools.compile_ahead(report, 2, 0, [])
-    assert all(process.poll() is not None for process in started)
-    assert "failed: a layer" in report.results["left_out"][0]
-    assert "TimeoutExpired" in report.results["left_out"][1]
+    every = [
+        Job("ops", "room", lambda: fail(OSError("no room"))),
+        Job("ops", "fine", lambda: 3),
+        Job("cuda_graphs", "none", lambda: fail(Absent("no graph"))),
+        Job("compiled ahead", "excused", lambda: fail(OSError("no compiler")), excused=True),
+        Job("ops", "broken", lambda: fail(RuntimeError("CUDA error: an illegal memory access was encountered"))),
+        Job("ops", "after", lambda: 4),
+    ]
 
+    class Worker:
+        """A process whose program is a function."""
 
-def test_a_job_that_fails_leaves_the_others_alone(capsys: pytest.CaptureFixture) -> None:
-    def fail() -> None:
-        raise OSError("no room")
+        def __init__(self, command: Sequence[str], log: Path, **settings: str) -> None:
+            self.run = partial(program, Path(command[-1]), log)
 
-    ahead.run_share({"a": fail, "b": lambda: None, "c": fail, "d": lambda: None}, 0, 2)
-    assert capsys.readouterr().out == "failed: a: OSError: no room\nfailed: c: OSError: no room\n"
+        def poll(self) -> int | None:
+            return self.run()
+
+        def wait(self) -> None:
+            pass
+
+        kill = wait
+
+    def program(where: Path, log: Path) -> int:
+        broken.append(pool.work(every, where))  # where the context broke, the process starts anew
+        return 0
+
+    broken: list[bool] = []
+    monkeypatch.setattr(tools, "start", Worker)
+    spent = pool.run(report, every, 1, 20)
+    assert broken[:2] == [True, False]
+    assert set(spent) == {"room", "fine", "none", "excused", "broken", "after"}
+    assert report.results["ops"] == {"fine": 3, "after": 4}
+    wrong = ["ops: room: OSError: no room", "ops: broken: RuntimeError: CUDA error: an illegal memory access was"]
+    assert [text[: len(start)] for text, start in zip(report.results["wrong"], wrong, strict=True)] == wrong
+    left_out = ["cuda_graphs: none: Absent: no graph", "compiled ahead: excused: OSError: no compiler"]
+    assert report.results["left_out"] == left_out
+
+    def program(where: Path, log: Path) -> int:  # takes a job and dies
+        (where / "0.taken").touch()
+        log.write_text("Segmentation fault")
+        return -11
+
+    pool.run(report, every[:2], 1, 20)
+    assert report.results["wrong"][-2:] == [
+        "ops: room: its process ended early: Segmentation fault",
+        "ops: fine: no process took it: each ended early: Segmentation fault",
+    ]
+
+    def program(where: Path, log: Path) -> None:  # never ends
+        return None
+
+    pool.run(report, every[1:2], 1, 0.3)
+    assert report.results["wrong"][-1] == "ops: fine: not done within 0 s"
 
 
 def test_triton_verifies_twelve_geometries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,19 +294,18 @@ def test_verification_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_p
     real = ops.sq_conv
     monkeypatch.setattr(ops, "sq_conv", lambda *args: 1.01 * real(*args))
     with pytest.raises(AssertionError):
-        verify.convolutions("cpu", torch.float32, cpu, every=20)
+        verify.convolutions("cpu", torch.float32, cpu, verify.geometries("cpu", 20))
     with pytest.raises(AssertionError, match="relative error"):
         verify._bounded(1e-2, torch.float32)
     monkeypatch.setattr(ops, "sq_conv", lambda *args: 2 * real(*args))
     monkeypatch.setattr(sys, "argv", ["single", "padding", "--backend", "cpu", "--device", "cpu"])
     with pytest.raises(AssertionError, match="explicit"):
         single.main()
-    report = Report(tmp_path, 1)
     monkeypatch.setattr(verify, "backends", lambda device: [])
     monkeypatch.setattr(ops, "SCHEMAS", {})
-    sizes = main.Sizes(1, [], 1, [], (1, 2), 2, 1, True)
-    verify.run(report, cpu, sizes)
-    assert report.results["wrong"] == ["no backend but the reference runs on cpu"]
+    (job,) = verify.jobs(cpu, main.Sizes(1, [], 1, [], (1, 2), 2, 1, True))
+    with pytest.raises(AssertionError, match="no backend but the reference runs on cpu"):
+        job.run()
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a CPU build: it builds other graphs")
@@ -271,10 +318,10 @@ def test_replays_are_verified_and_timed(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pretended(), with_graphs():
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         said = verify.replayed("small resnet", 32, cpu)
-        measure.replays(report, cpu, [("small resnet", 32, 2)], ("float32",), (4, 6))
+        measure.replays(report, cpu, [("small resnet", 32, 2)], (4, 6))
     assert re.fullmatch(r"relative difference 0.0e\+00: CUDA graphs: \d+ of 14 batches were replayed, from 4 .*", said)
     assert report.results["wrong"] == report.results["left_out"] == []
-    assert [set(value) for value in report.results["networks"].values()] == 2 * [
+    assert [set(value) for value in report.results["networks"].values()] == 3 * [
         {"ms", "first call's own", "later call's own"}
     ]
 

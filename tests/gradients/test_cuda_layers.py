@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cuda_device import Pretend, moved, pretended
+from cuda_device import LIBRARIES, Pretend, dtype_of, moved, pretended
 from pretend_cuda import aten
 from test_cuda_graphs import LAYERS, TOKENS, check, example, last
 from torch import Tensor, nn
@@ -22,10 +22,10 @@ class RawAttention(nn.Module):
 
     def __init__(self, kernel: str, causal: bool) -> None:
         super().__init__()
-        self.qkv, self.out, self.kernel, self.causal = nn.Linear(8, 24), nn.Linear(8, 3), kernel, causal
+        self.qkv, self.out, self.kernel, self.causal = nn.Linear(8, 48), nn.Linear(16, 3), kernel, causal
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).unbind(2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).unbind(2)
         t = x.shape[1]
         if not isinstance(x, Pretend):
             q, k, v = (s.transpose(1, 2) for s in (q, k, v))
@@ -41,7 +41,7 @@ class RawAttention(nn.Module):
 @pytest.mark.parametrize("kernel", ["flash", "efficient"])
 def test_attention_operators_that_are_called_directly(kernel: str, causal: bool) -> None:
     torch.manual_seed(0)
-    found = check(RawAttention(kernel, causal), example(TOKENS), torch.float64)
+    found = check(RawAttention(kernel, causal), example(TOKENS), dtype_of(kernel, torch.float64))
     assert all(what.startswith("rule") for what in found.values())
 
 
@@ -88,7 +88,7 @@ RECURRENT: dict[str, Callable[[], nn.RNNBase]] = {
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("library", ["cuDNN", "MIOpen"])
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("kind", RECURRENT)
 def test_recurrent_layers(kind: str, library: str, packed: bool) -> None:
     torch.manual_seed(0)
@@ -112,7 +112,7 @@ def test_mamba() -> None:
     check(network.eval(), torch.randint(1, 50, (2, 6)), torch.float32)  # it computes in float32 itself
 
 
-@pytest.mark.parametrize("library", ["cuDNN", "MIOpen"])
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_no_backward_pass_in_eval_mode(library: str) -> None:
     network = Recurrent(nn.LSTM(8, 3, batch_first=True), library, False, train=False)
     with pretended(), FisherRecorder(there := moved(network)) as recorder:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 REAL = torch.cuda.is_available()
 
@@ -33,7 +34,10 @@ if REAL:
 
     def moved(network: nn.Module) -> nn.Module:
         """A copy of a network on the device."""
-        return copy.deepcopy(network).cuda()
+        # What a network keeps of its last pass is part of a graph, and cannot be copied as it is.
+        attributes = [t for module in network.modules() for t in tree_leaves(vars(module)) if isinstance(t, Tensor)]
+        memo = {id(t): t.detach().clone() for t in attributes if not t.is_leaf}
+        return copy.deepcopy(network, memo).cuda()
 
     _KERNELS = {
         "math": SDPBackend.MATH,
@@ -55,7 +59,10 @@ if REAL:
 else:
     from pretend_cuda import Pretend, moved, pretended
 
-__all__ = ["REAL", "Pretend", "dtype_of", "moved", "pretended"]
+# The libraries of recurrent layers that torch can call here.
+LIBRARIES = ("cuDNN",) if REAL else ("cuDNN", "MIOpen")
+
+__all__ = ["LIBRARIES", "REAL", "Pretend", "dtype_of", "moved", "pretended"]
 
 
 def dtype_of(kernel: str, dtype: torch.dtype) -> torch.dtype:

@@ -147,6 +147,12 @@ _ACROSS = {
 }
 
 
+# Attention keeps the seeds of its dropout on the host.
+_ATTENTION = {
+    getattr(aten, f"_scaled_dot_product_{kernel}_attention").default for kernel in ("efficient", "flash", "cudnn")
+}
+
+
 # Operators that change the shape of their argument itself.
 _RESHAPING_IN_PLACE = {
     *(aten.transpose_.default, aten.t_.default, aten.squeeze_.default, aten.squeeze_.dim, aten.unsqueeze_.default)
@@ -185,6 +191,8 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return found
     if func is aten._pack_padded_sequence.default:  # lengths of a batch are on the CPU
         return Pretend(found[0]), found[1]
+    if func in _ATTENTION:
+        return tree_map_only(Tensor, lambda t: Pretend(t) if t.is_floating_point() else t, found)
     return tree_map_only(Tensor, lambda t: own[id(t)] if id(t) in own else Pretend(t), found)
 
 
@@ -338,9 +346,14 @@ def _attention_gradients(g, q, k, v, mask, causal, scale):
     return _gradients(lambda *inputs: _attention(*inputs, causal, scale), (q, k, v, mask), (g,))
 
 
+def _seeds() -> tuple[Tensor, Tensor]:
+    """Where dropout began to draw. Without dropout, and outside of a capture, they are empty numbers of the host."""
+    return torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+
+
 def _efficient(q, k, v, mask, lse, dropout=0.0, causal=False, *, scale=None):
     none = q.new_zeros(0)
-    return *_attention(q, k, v, mask, causal, scale), none, none, none
+    return *_attention(q, k, v, mask, causal, scale), none, *_seeds()
 
 
 def _efficient_backward(g, q, k, v, mask, out, lse, seed, offset, dropout, wanted, causal=False, *, scale=None):
@@ -349,7 +362,7 @@ def _efficient_backward(g, q, k, v, mask, out, lse, seed, offset, dropout, wante
 
 def _flash(q, k, v, dropout=0.0, causal=False, debug=False, *, scale=None):
     none = q.new_zeros(0)
-    return *_attention(q, k, v, None, causal, scale), none, none, none, q.shape[2], k.shape[2], none, none, none
+    return *_attention(q, k, v, None, causal, scale), none, none, none, q.shape[2], k.shape[2], *_seeds(), none
 
 
 def _flash_backward(g, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout, causal, *rest, scale=None):
@@ -358,7 +371,7 @@ def _flash_backward(g, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout, c
 
 def _cudnn(q, k, v, mask, lse, dropout=0.0, causal=False, debug=False, *, scale=None):
     none = q.new_zeros(0)
-    return *_attention(q, k, v, mask, causal, scale), none, none, none, q.shape[2], k.shape[2], none, none, none
+    return *_attention(q, k, v, mask, causal, scale), none, none, none, q.shape[2], k.shape[2], *_seeds(), none
 
 
 def _cudnn_backward(g, q, k, v, out, lse, seed, offset, mask, *rest, scale=None):
