@@ -45,6 +45,17 @@ def test_a_missing_extension_is_explained(tmp_path: Path) -> None:
     assert "cpu: the compiled extension did not load: there is no libt2v_cpu.so in" in " ".join(found.stdout.split())
 
 
+def test_a_checkout_without_an_install_finds_the_triton_kernels(tmp_path: Path) -> None:
+    """There they are beside the package, and not in it."""
+    for folder in ("t2v_fast", "kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]; "
+    code += "from t2v_fast.ops import dispatch; print(dispatch._load_triton(), dispatch._triton().__file__)"
+    found = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split() == ["None", str(tmp_path / "kernels" / "backend.py")]
+
+
 def test_a_broken_library_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "libt2v_cpu.so").write_text("no library")
     monkeypatch.setattr(extension, "CPU_LIBRARY", tmp_path / "libt2v_cpu.so")

@@ -37,15 +37,13 @@ class Sizes:
     verified: list[tuple[str, int]]  # networks and the sizes of their images
     product: int  # rows of the matrices that show the ceilings
     cells: list[tuple[str, int, int]]  # networks, sizes and batches that are timed
-    counts: tuple[int, int]  # batches of the two calls of fisher() that are compared
+    batches: int  # of a call of fisher() that is timed
     batch: int  # images of a layer that is timed
     processes: int  # that verify and compile ahead
     toy: bool
     compiled: tuple[str, ...] = ("bfloat16", "TF32")  # precisions of the compiled steps
-    # Networks whose passes are replayed from CUDA graphs, and the batches of the two calls. Between these numbers of
-    # batches the self-check looks at none (nor between ``counts``), so that all of them are replayed.
+    # Networks whose passes are replayed from CUDA graphs.
     graphed: tuple[tuple[str, int, int], ...] = (("resnet50", 224, 64), ("vit_b_16", 224, 64), ("resnet18", 64, 16))
-    replays: tuple[int, int] = (16, 31)
     small: tuple[str, ...] = ("three channels", "padding", "7x7", "depthwise")
     large: tuple[str, ...] = ("squares", "form", "stem")
     more: list[str] = field(default_factory=list)  # arguments of the programs that the tools run
@@ -63,7 +61,7 @@ FULL = Sizes(
     verified=[("resnet18", 64), ("small vit", 64)],
     product=8192,
     cells=[("resnet50", 224, 64), ("vit_b_16", 224, 64)],
-    counts=(9, 15),
+    batches=32,
     batch=64,
     processes=16,
     toy=False,
@@ -73,13 +71,12 @@ REHEARSAL = Sizes(
     verified=[("small resnet", 32), ("small vit", 32)],
     product=64,
     cells=[("small resnet", 32, 2)],
-    counts=(1, 2),
+    batches=8,
     batch=2,
     processes=1,
     toy=True,
     compiled=("TF32",),
     graphed=(("small resnet", 32, 2),),
-    replays=(1, 2),
     small=("padding",),
     large=("squares",),
     more=["--device", "cpu"],
@@ -150,14 +147,14 @@ def run(report: Report, device: Any, sizes: Sizes, wanted: list[str]) -> None:
             measure.ceilings(report, device, sizes.product),
             measure.planner_rates(report, device),
         ),
-        "networks": lambda: measure.networks(report, device, sizes.cells, sizes.counts),
+        "networks": lambda: measure.networks(report, device, sizes.cells, sizes.batches),
         "layers": lambda: measure.layers(report, device, sizes.layers, sizes.batch),
         "compiled": lambda: measure.compiled(report, device, sizes.cells, sizes.compiled),
         "peers": lambda: measure.peers(report, device, sizes.cells),
         "counters": lambda: tools.counters(report, sizes.large, found, STEPS["counters"], sizes.more),
         "graphs": lambda: (
             measure.graphs(report, device, sizes.cells, sizes.compiled),
-            measure.replays(report, device, sizes.graphed, sizes.replays),
+            measure.replays(report, device, sizes.graphed, sizes.batches),
         ),
     }
     assert list(steps) == list(STEPS)

@@ -251,33 +251,38 @@ def time_replayed(name: str, size: int, batch: int, kind: str, device: torch.dev
 
 
 def time_fisher(
-    name: str, size: int, batch: int, kind: str, device: torch.device, counts: tuple[int, int], replayed: bool = False
+    name: str, size: int, batch: int, kind: str, device: torch.device, batches: int, cuda_graphs: bool | None = None
 ) -> dict[str, float]:
     """Milliseconds of a steady batch of ``fisher()`` with one cotangent, and what a call costs beyond its batches.
 
-    With ``replayed`` the passes are replayed from CUDA graphs. Raises Absent, with the reason, where none can be.
+    A batch is steady in the later half of a call. There the self-check looks at none if ``batches`` is a power of two.
+    The host is at most two batches ahead of the device, so that the times at which it asks for batches show the
+    device's. Raises Absent, with the reason, where ``cuda_graphs`` is True and no graph can be captured.
     """
     model = _model(name, size, kind, device)
     x = torch.randn(batch, 3, size, size, dtype=KINDS[kind])
     x = x.pin_memory() if device.type == "cuda" else x
 
-    def call(count: int) -> float:
+    def call() -> tuple[float, float]:
+        asked: list[float] = []
+
+        def loader() -> Iterator[Tensor]:
+            for _ in range(batches):
+                asked.append(time.perf_counter())
+                yield x
+
         begin = time.perf_counter()
-        t2v_fast.fisher(model, [x] * count, "hutchinson", 1, cuda_graphs=replayed)
+        t2v_fast.fisher(model, loader(), "hutchinson", 1, cuda_graphs=cuda_graphs)
         torch.cuda.synchronize()
-        return 1e3 * (time.perf_counter() - begin)
+        steady = (asked[-1] - asked[batches // 2 + 1]) / (batches - batches // 2 - 2)
+        return 1e3 * steady, 1e3 * (time.perf_counter() - begin - batches * steady)
 
     with products(kind), messages_of("t2v_fast.estimation.graphs") as messages:
-        first = call(counts[0])
-        few, many = call(counts[0]), call(counts[1])
-    if replayed and "CUDA graphs: 0 of" in messages[-1]:
+        _, first = call()
+        steady, later = call()
+    if cuda_graphs and "CUDA graphs: 0 of" in messages[-1]:
         raise Absent("; ".join(messages))
-    steady = (many - few) / (counts[1] - counts[0])
-    return {
-        "ms": steady,
-        "first call's own": first - counts[0] * steady,
-        "later call's own": few - counts[0] * steady,
-    }
+    return {"ms": steady, "first call's own": first, "later call's own": later}
 
 
 def time_peer(
@@ -307,7 +312,7 @@ def time_peer(
 PEERS = {"naive": 4, "vmap_chunked": 16, "curvlinops": 16, "opacus": 16, "backpack_save_memory": 16}
 
 
-def networks(report: Report, device: torch.device, cells: list[tuple[str, int, int]], counts: tuple[int, int]) -> None:
+def networks(report: Report, device: torch.device, cells: list[tuple[str, int, int]], batches: int) -> None:
     """Floor, step, compiled step, squares and ``fisher()`` of each network in each precision."""
     for kind in KINDS:
         for name, size, batch in cells:
@@ -317,7 +322,7 @@ def networks(report: Report, device: torch.device, cells: list[tuple[str, int, i
             report.line("networks", f"{title}step", partial(time_step, *cell))
             for backend in backends(device):
                 report.line("networks", f"{title}squares, {backend}", partial(time_squares, *cell, backend))
-            report.line("networks", f"{title}fisher()", partial(time_fisher, *cell, counts))
+            report.line("networks", f"{title}fisher()", partial(time_fisher, *cell, 2 * batches))
             for backend in (None, *backends(device)):
                 what = "floor" if backend is None else f"squares, {backend}"
                 report.line("kernels", f"{title}{what}", partial(time_kernels, *cell, backend))
@@ -345,14 +350,14 @@ def graphs(report: Report, device: torch.device, cells: list[tuple[str, int, int
                 report.line("networks", title, run, excused=True)
 
 
-def replays(
-    report: Report, device: torch.device, cells: Iterable[tuple[str, int, int]], counts: tuple[int, int]
-) -> None:
-    """``fisher()`` with ``cuda_graphs=True``. A network that replays nothing is left out, and says why."""
+def replays(report: Report, device: torch.device, cells: Iterable[tuple[str, int, int]], batches: int) -> None:
+    """``fisher()`` with and without CUDA graphs. A network that replays nothing is left out, and says why."""
     for kind in KINDS:
         for name, size, batch in cells:
-            title = f"{name}, {size}, batch {batch}, {kind}: fisher(), replayed"
-            report.line("networks", title, partial(time_fisher, name, size, batch, kind, device, counts, True))
+            for replayed in (False, True):
+                title = f"{name}, {size}, batch {batch}, {kind}: fisher(), {'replayed' if replayed else 'as it is'}"
+                run = partial(time_fisher, name, size, batch, kind, device, batches, replayed)
+                report.line("networks", title, run)
             torch.cuda.empty_cache()
 
 

@@ -103,7 +103,8 @@ def forward_passes(
                 if n == 0:
                     continue
                 with stage("forward"):
-                    output = passes.replay(there, segments, check is not None and check.is_due(n))
+                    checked = check is not None and check.is_due(n)
+                    output = passes.replay(there, segments, checked, checks.host_binds)
                 if output is None:
                     with forward_by_kind(recorder.model, n):
                         output = check.forward(there) if check else fast(recorder.model, there)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+_WINDOW = 8  # batches that show whether host or device binds; the first ones compile kernels and are checked
+
 Judge = Callable[[Sequence[float]], None]  # raises an error where the numbers are those of a bad batch
 
 
@@ -32,6 +34,7 @@ class DeferredChecks:
 
     def __init__(self) -> None:
         self.batch = -1  # the number of the batch
+        self._waited = -1  # the last batch at whose begin the host had to wait for the device
         self._waiting: deque[tuple[int, Tensor, torch.cuda.Event, Judge]] = deque()
 
     def begin_batch(self) -> None:
@@ -39,9 +42,16 @@ class DeferredChecks:
         self.batch += 1
         while self._waiting:
             batch, _, arrived, _ = self._waiting[0]
-            if batch > self.batch - self.AHEAD and not arrived.query():
-                return
+            if not arrived.query():
+                if batch > self.batch - self.AHEAD:
+                    return
+                self._waited = self.batch
             self._judge_first()
+
+    @property
+    def host_binds(self) -> bool:
+        """Whether the device has waited for the host for some batches, and not the host for the device."""
+        return self.batch >= 2 * _WINDOW and self.batch - self._waited > _WINDOW
 
     def finish(self) -> None:
         """Wait for all numbers, and raise the first error."""

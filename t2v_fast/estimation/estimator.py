@@ -87,7 +87,7 @@ def fisher(
     explain: bool = False,
     estimator_error: bool = False,
     allocation: Allocation | None = None,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool | None = None,
 ) -> FisherDiagonal:
     """Estimate the diagonal of the Fisher information of ``model`` over the examples of ``loader``.
 
@@ -175,8 +175,9 @@ def fisher(
             gets in place of ``samples`` (:mod:`t2v_fast.estimation.allocation`). ``weights`` are then the weights of
             the whole data set, whose Fisher is estimated. Restricted as ``estimator_error`` is.
         cuda_graphs: On a CUDA device, capture the passes of batches of equal shapes in CUDA graphs and replay them,
-            where that is possible; a warning says why it is not (:mod:`t2v_fast.estimation.graphs`). For networks
-            whose kernels are so short that the host binds. No card has run this yet.
+            where that is possible; a log line says why it is not (:mod:`t2v_fast.estimation.graphs`). With True from
+            the second batch on. With None, the default, once the device has waited for the host for some batches: the
+            graphs take memory, and help where the host binds.
 
     Returns:
         A mapping from parameter names to float64 tensors on the CPU, with standard errors: [O] for a parameter
@@ -213,7 +214,8 @@ def fisher(
     schedule = _schedule(estimator, samples, weights, seed, allocation)
     if device is None:
         device = next(iter(recorder.parameters.values())).device
-    passes = GraphedPasses(recorder) if cuda_graphs else Passes(recorder)
+    automatic = cuda_graphs is None and estimator != BATCH_MEAN and torch.device(device).type == "cuda"
+    passes = GraphedPasses(recorder, bool(cuda_graphs)) if cuda_graphs or automatic else Passes(recorder)
     if isinstance(passes, GraphedPasses) and estimator == BATCH_MEAN:
         passes.refuse("'batch_mean' needs the gradients of the whole batch")
     estimate = _Estimate(recorder, passes, estimator, likelihood, level, estimator_error)

@@ -19,6 +19,10 @@ The recorder sets two things on the host in each backward pass: its ``unused`` a
 set anew after a replay. What follows from shapes alone is captured as it was: the taps, the routes, and the paths that
 the planner chose.
 
+**When graphs are captured.** At once if the caller asks for them. By default as soon as the device has waited for the
+host for some batches (:attr:`t2v_fast.estimation.deferred.DeferredChecks.host_binds`), so that a small task pays nothing
+for them.
+
 **What a batch meets.** Batches are of one kind if the shapes, strides and dtypes of their inputs, the number of
 cotangents and torch's settings are equal. The first batch of a kind is run as it is. The second is run as it is, and
 then captured. The third is run as it is and replayed as well. The graphs are trusted if logits and squares agree to the
@@ -26,7 +30,7 @@ rounding of their dtype, and from then on batches are only replayed. All of this
 anew. The batches that the self-check looks at (the 4th, 8th, 16th and so on) are run as they are, replayed and compared
 again. An error is raised if graphs that were trusted differ there.
 
-**What is never captured** is run as it is, and a warning says why. These are networks that are not on one CUDA device,
+**What is never captured** is run as it is, and a log line says why (a warning if the caller asked). These are networks that are not on one CUDA device,
 that several processes share, that have hooks or checkpointed regions, and rows of packed sequences. The same holds for
 whatever :class:`t2v_fast.estimation.graph_obstacles.Watch` finds in a pass. It also holds where a pass changes
 attributes of the network or draws random numbers, where the capture fails, and where the third batch differs.
@@ -35,7 +39,7 @@ attributes of the network or draws random numbers, where the capture fails, and 
 addresses with those of the capture before each replay. Where one differs, all graphs are dropped, and the batch is run
 as it is. Graphs last for one call of :func:`t2v_fast.fisher`.
 
-No card has run this yet. The tests run it on a tape of operators that stands in for the graphs of a card.
+The tests run it on a tape of operators that stands in for the graphs of a card; ``python -m bench.gpu`` runs it on one.
 """
 
 from __future__ import annotations
@@ -88,13 +92,14 @@ class Passes:
         """A context in which the forward passes are those of ``forward(model, inputs)``."""
         yield
 
-    def replay(self, inputs: Any, segments: Tensor | None, checked: bool) -> Tensor | None:
+    def replay(self, inputs: Any, segments: Tensor | None, checked: bool, host_binds: bool) -> Tensor | None:
         """Return the logits of a batch from a graph, without an autograd graph; None where the batch is run as it is.
 
         Args:
             inputs: The inputs of the batch, on the device.
             segments: The examples of a packed row, as for :meth:`t2v_fast.FisherRecorder.backward`.
             checked: Whether the self-check needs the batch to be run as it is.
+            host_binds: Whether the device has waited for the host, so that a replay would be faster.
         """
         return None
 
@@ -232,6 +237,8 @@ class GraphedPasses(Passes):
 
     Args:
         recorder: The recorder of the network.
+        asked: Whether the caller asked for graphs. If not, none is captured before the host binds, because a capture
+            takes as long as some batches, and a graph keeps the memory of its activations.
 
     Attributes:
         reason: Why no graph is used; None while graphs are used.
@@ -240,8 +247,9 @@ class GraphedPasses(Passes):
         captures: The number of graphs that were captured.
     """
 
-    def __init__(self, recorder: FisherRecorder) -> None:
+    def __init__(self, recorder: FisherRecorder, asked: bool = True) -> None:
         super().__init__(recorder)
+        self._asked = self._begun = asked
         self.reason: str | None = None
         self.batches = self.replayed = self.captures = 0
         self._kinds: OrderedDict[Any, _Kind] = OrderedDict()  # the latest one last
@@ -265,21 +273,25 @@ class GraphedPasses(Passes):
             yield
         finally:
             self._drop()
-            log.info(
-                "CUDA graphs: %d of %d batches were replayed, from %d captured graphs",
-                *(self.replayed, self.batches, self.captures),
-            )
+            if self._begun:
+                log.info(
+                    "CUDA graphs: %d of %d batches were replayed, from %d captured graphs",
+                    *(self.replayed, self.batches, self.captures),
+                )
 
     def refuse(self, reason: str, detail: str = "") -> None:
         """Use no graph from now on. Say why, with a detail, unless this reason was logged for this network before."""
         self.reason = reason + detail
         self._drop()
         if network_state.state_of(self.recorder.model).is_first(f"no CUDA graphs: {reason}"):
-            log.warning("no CUDA graphs are used: %s", self.reason)
+            log.log(logging.WARNING if self._asked else logging.INFO, "no CUDA graphs are used: %s", self.reason)
 
-    def replay(self, inputs: Any, segments: Tensor | None, checked: bool) -> Tensor | None:
+    def replay(self, inputs: Any, segments: Tensor | None, checked: bool, host_binds: bool) -> Tensor | None:
         self.batches += 1
         self._now = self._inputs = None
+        self._begun = self._begun or host_binds
+        if not self._begun:
+            return None
         if segments is not None and self.reason is None:
             self.refuse("the sequences of packed rows differ from batch to batch")
         if self.reason is not None or (key := self._key(inputs)) is None:

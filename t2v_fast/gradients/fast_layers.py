@@ -181,8 +181,9 @@ class BatchNorm(torch.autograd.Function):
         mask = [False, is_wanted(ctx, 1), is_wanted(ctx, 2)]
         of_weight = of_bias = None
         if any(mask):
+            saved = x.new_empty(0) if x.is_cuda else None  # the statistics of a batch: CUDA asks for a tensor
             _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-                g, x, weight, mean, variance, None, None, False, ctx.eps, mask
+                g, x, weight, mean, variance, saved, saved, False, ctx.eps, mask
             )
         return of_x, of_weight, of_bias, None, None, None
 

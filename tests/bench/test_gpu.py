@@ -81,8 +81,9 @@ def test_a_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(results["compiled ahead"]) == 13
     assert len(results["seconds"]) == 20
     cell = "small resnet, 32, batch 2, TF32: "
+    own = {"fisher()", "fisher(), as it is"}
     timed = {name.removeprefix(cell) for name in results["networks"] if name.startswith(cell)}
-    assert timed == {"floor", "step", "compiled step", "squares, cpu", "squares replayed, cpu", "fisher()"}
+    assert timed == {"floor", "step", "compiled step", "squares, cpu", "squares replayed, cpu", *own}
     assert all(
         {"ms", "host", "busy"} <= value.keys() for name, value in results["networks"].items() if "fisher" not in name
     )
@@ -93,7 +94,9 @@ def test_a_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replayed = [
         text for text in results["left_out"] if "no CUDA graphs are used: the network has tensors on cpu" in text
     ]
-    assert [text.split(": ")[1] for text in replayed] == ["small resnet, fisher()", "small vit, fisher()", cell[:-2]]
+    names = [text.split(": ")[1] for text in replayed]
+    timed_ones = [f"small resnet, 32, batch 2, {kind}" for kind in KINDS]
+    assert names == ["small resnet, fisher()", "small vit, fisher()", *timed_ones]
     others = {text.partition(":")[0] for text in results["left_out"] if text not in replayed}
     assert others <= {"rates", "peers", "counters"}
     assert any("ncu measured nothing" in text for text in results["left_out"])
@@ -303,7 +306,7 @@ def test_verification_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_p
         single.main()
     monkeypatch.setattr(verify, "backends", lambda device: [])
     monkeypatch.setattr(ops, "SCHEMAS", {})
-    (job,) = verify.jobs(cpu, main.Sizes(1, [], 1, [], (1, 2), 2, 1, True))
+    (job,) = verify.jobs(cpu, main.Sizes(1, [], 1, [], 4, 2, 1, True))
     with pytest.raises(AssertionError, match="no backend but the reference runs on cpu"):
         job.run()
 
@@ -318,10 +321,10 @@ def test_replays_are_verified_and_timed(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pretended(), with_graphs():
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         said = verify.replayed("small resnet", 32, cpu)
-        measure.replays(report, cpu, [("small resnet", 32, 2)], (4, 6))
+        measure.replays(report, cpu, [("small resnet", 32, 2)], 8)
     assert re.fullmatch(r"relative difference 0.0e\+00: CUDA graphs: \d+ of 14 batches were replayed, from 4 .*", said)
     assert report.results["wrong"] == report.results["left_out"] == []
-    assert [set(value) for value in report.results["networks"].values()] == 3 * [
+    assert [set(value) for value in report.results["networks"].values()] == 6 * [
         {"ms", "first call's own", "later call's own"}
     ]
 

@@ -6,6 +6,7 @@ code of the host.
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import random
@@ -371,7 +372,11 @@ REFUSED: dict[str, tuple[Network, dict[str, Any], str]] = {
     "a generator": (in_front(Drawing("torch")), {"self_check": False}, "draws random numbers from a generator of its"),
     "numpy's array": (in_front(Drawing("arrays")), {"self_check": False}, "reads or writes memory of the host"),
     "numpy's number": (in_front(Drawing("numpy")), {"self_check": False}, "a replay changes the logits by"),
-    "Python's number": (in_front(Drawing("global")), {"self_check": False}, "a pass draws random numbers"),
+    "Python's number": (
+        in_front(Drawing("global")),
+        {"self_check": False},
+        "a pass draws random numbers from Python's generator",
+    ),
 }
 
 
@@ -410,6 +415,42 @@ def test_a_hook_of_all_modules() -> None:
     assert "every module has a hook (_forward_hooks)" in messages[0]
 
 
+def test_graphs_by_default_where_the_host_binds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the host has never waited for the device, graphs are captured from the 18th batch on, else none."""
+    batches = [torch.randn(8, 4, 7, 6, generator=torch.Generator().manual_seed(k)) for k in range(24)]
+    with pretended():
+        want = run(images, batches, cuda_graphs=False)
+        with with_graphs() as made, said() as messages:
+            got = run(images, batches)
+            few = run(images, batches[:16])
+        equal(got, want)
+        assert messages == ["CUDA graphs: 5 of 24 batches were replayed, from 2 captured graphs"]
+        assert replays(made) == [6, 6]
+        monkeypatch.setattr(torch.cuda.Event, "query", lambda event: False)  # the device is always behind
+        with with_graphs() as made, said() as messages:
+            got = run(images, batches)
+        equal(got, want)
+        assert messages == replays(made) == []
+        equal(few, run(images, batches[:16], cuda_graphs=False))
+
+
+@pytest.mark.parametrize("kernel", ["efficient", "flash", "cudnn"])
+def test_attention_kernels(kernel: str) -> None:
+    """The seeds of dropout that they keep on the host stand in no way."""
+    torch.manual_seed(0)
+    layer, head = nn.MultiheadAttention(8, 1, batch_first=True), nn.Linear(8, 3)
+    make = functools.partial(
+        Function, lambda self, x: self.head(self.layer(x, x, x, need_weights=False)[0][:, 0]), layer=layer, head=head
+    )
+    batches = [torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(k)) for k in range(7)]
+    with pretended(kernel):
+        want = run(make, batches, cuda_graphs=False)
+        with with_graphs() as made:
+            got = run(make, batches, cuda_graphs=True)
+    equal(got, want)
+    assert replays(made) == [5, 5]
+
+
 def test_packed_rows_and_odd_inputs() -> None:
     inputs = torch.ones(2, 3)
     there = SimpleNamespace(model=nn.Linear(3, 3), divided=False, observer=None)
@@ -420,7 +461,7 @@ def test_packed_rows_and_odd_inputs() -> None:
     ):
         passes = GraphedPasses(there)
         passes._device = torch.device("cuda", 0)
-        assert passes.replay(batch, segments, False) is None
+        assert passes.replay(batch, segments, False, False) is None
         assert reason in passes.reason
     with GraphedPasses(SimpleNamespace(model=nn.Linear(3, 3), divided=True, observer=None)).of(lambda m, x: x) as _:
         pass

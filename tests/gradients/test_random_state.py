@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from t2v_fast.gradients.random_state import random_state
+from t2v_fast.gradients.random_state import drawn, random_state
 
 DRAWS: dict[str, Callable[[], object]] = {
     "torch": lambda: torch.rand(1),
@@ -66,3 +68,17 @@ def test_another_generator_of_numpy_is_seen(kind: type) -> None:
     assert given != before
     np.random.rand()
     assert random_state() != given
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_the_generator_that_has_drawn_is_named(draw: str) -> None:
+    before = random_state()
+    assert drawn(before, random_state()) is None
+    DRAWS[draw]()
+    assert drawn(before, random_state()) in ("torch's generator", "Python's generator", "NumPy's generator")
+
+
+def test_numpy_is_known_before_a_pass_imports_it() -> None:
+    """From NumPy 2.5 on, "import numpy" leaves numpy.random out: a pass that imports it draws nothing."""
+    program = "import sys, t2v_fast.gradients.random_state; assert 'numpy.random' in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -247,6 +247,12 @@ def _batch_norm_backward(x, g, weight, mean, variance, saved_mean, saved_scale, 
     return aten.native_batch_norm_backward(g, x, weight, *saved, True, eps, [True, True, True])
 
 
+def _native_batch_norm_backward(g, x, weight, mean, variance, saved_mean, saved_scale, *rest):
+    if saved_mean is None or saved_scale is None:
+        raise RuntimeError("save_mean should always be defined")  # as on CUDA; a CPU takes None
+    return aten.native_batch_norm_backward(g, x, weight, mean, variance, saved_mean, saved_scale, *rest)
+
+
 def _rms_norm(x, shape, weight, eps):
     axes = list(range(-len(shape), 0))
     wide = x if x.dtype == torch.float64 else x.float()
@@ -419,6 +425,7 @@ _STAND_INS = {
     aten._flash_attention_backward.default: _raw_flash_backward,
     aten._efficient_attention_forward.default: _raw_efficient,
     aten._efficient_attention_backward.default: _raw_efficient_backward,
+    aten.native_batch_norm_backward.default: _native_batch_norm_backward,
     aten.cudnn_batch_norm.default: _batch_norm,
     aten.cudnn_batch_norm_backward.default: _batch_norm_backward,
     aten._fused_rms_norm.default: _rms_norm,
