@@ -65,7 +65,11 @@ class Report:
             self.results.setdefault(section, {})[name] = value
             said = str(value)
         except (OutOfTime, Exception) as error:
-            said = f"no time was left (it began with {max(left, 0):.0f} s)" if isinstance(error, OutOfTime) else self.reason(error)
+            said = (
+                f"no time was left (it began with {max(left, 0):.0f} s)"
+                if isinstance(error, OutOfTime)
+                else self.reason(error)
+            )
             place = "left_out" if excused or isinstance(error, Absent) else "wrong"
             self.results[place].append(f"{section}: {name}: {said}")
         print(

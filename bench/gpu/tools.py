@@ -30,9 +30,7 @@ def start(command: Sequence[str], log: Path | None = None, **settings: str) -> s
     """Start a program in the repository, with more environment variables. What it prints goes into a file or a pipe."""
     environment = {**os.environ, **settings}
     with nullcontext(subprocess.PIPE) if log is None else log.open("w") as out:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, text=True
-        )
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen, seconds: float) -> str:

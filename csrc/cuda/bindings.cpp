@@ -29,10 +29,15 @@ void check_size(const char* op, const ConvGeometry& s, bool gram) {
                   " positions are too many for a Gram matrix, expected at most ", largest_gram);
 }
 
-// A convolution of tensors from pixels_first.
+// Images from by_pixels.
+template <class T>
+cuda::Pixels<T> pixels_of(const Tensor& images) {
+  return {images.const_data_ptr<T>(), images.stride(0), static_cast<int>(pixel_pitch(images))};
+}
+
 template <class T>
 cuda::Convolution<T> convolution(const ConvGeometry& s, const Tensor& x, const Tensor& g) {
-  return {s, x.const_data_ptr<T>(), g.const_data_ptr<T>(), x.size(0), g.size(0)};
+  return {s, pixels_of<T>(x), pixels_of<T>(g), x.size(0), g.size(0)};
 }
 
 ConvGeometry pixelwise(const ConvGeometry& s) {
@@ -93,8 +98,8 @@ Tensor forms(const Tensor& gram, const Tensor& g, const Launch& launch) {
   grams.data = terms.const_data_ptr<Factor>();
   const int64_t parts = cuda::form_parts(positions, filters, groups, rows, launch);
   const Tensor sums = empty_sums({parts, rows, filters}, g);
-  cuda::quadratic_forms<Factor>(sums.mutable_data_ptr<SumOf<T>>(), parts, grams, cotangents.const_data_ptr<Factor>(),
-                                filters, rows, launch);
+  cuda::quadratic_forms<Factor>(sums.mutable_data_ptr<SumOf<T>>(), parts, grams, pixels_of<Factor>(cotangents), filters,
+                                rows, launch);
   return add_parts(sums);
 }
 
@@ -108,7 +113,7 @@ Tensor gram_sums(const ConvGeometry& s, const Tensor& x, const Tensor& g, const 
   const Tensor q = empty_sums({cotangents.size(0), examples, filters}, g);
   for (int64_t first = 0; first < examples; first += at_once) {
     const int64_t count = std::min(at_once, examples - first);
-    const Tensor some = contiguous(by_row(narrowed(cotangents, 1, first, count)));
+    const Tensor some = by_pixels(by_row(narrowed(cotangents, 1, first, count)));
     const Tensor sums = forms<T>(grams<T>(s, narrowed(x, 0, first, count), launch), some, launch);
     copy_to(narrowed(q, 1, first, count), by_cotangent(sums, count));
   }
@@ -223,7 +228,7 @@ Tensor sq_outer(const Tensor& x, const Tensor& g, const std::string& path) {
     const Tensor norms = total(square_of_token(x), 1, /*keep_axis=*/true);
     return by_row(product(by_cotangent(square_of_token(g), x.size(0)), norms));
   }
-  return filter_sums(tokenwise(x, g), inserted(contiguous(x), 2), inserted(contiguous(g), 2), path == "gram");
+  return filter_sums(tokenwise(x, g), tokens_first(x), tokens_first(g), path == "gram");
 }
 
 void sq_outer_acc_(const Tensor& out, const Tensor& x, const Tensor& g, const Tensor& weight) {
@@ -235,7 +240,7 @@ void sq_outer_acc_(const Tensor& out, const Tensor& x, const Tensor& g, const Te
     add_to(out, torch::stable::matmul(transposed(weighted), square_of_token(x)));
     return;
   }
-  const Tensor sums = element_sums(tokenwise(x, g), inserted(contiguous(x), 2), inserted(contiguous(g), 2), weight);
+  const Tensor sums = element_sums(tokenwise(x, g), tokens_first(x), tokens_first(g), weight);
   add_to(out, viewed(sums, out.sizes()));
 }
 

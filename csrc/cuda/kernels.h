@@ -27,12 +27,20 @@ struct Launch {
   bool tf32;       // whether products of float values may be rounded to TF32
 };
 
-// A convolution's input and cotangent, dense and channels-last; M is a multiple of N.
+// Images [N, H, W, C]. The channels of a pixel lie side by side, and pixels are equally far apart.
+template <class T>
+struct Pixels {
+  const T* data;
+  int64_t example;  // from one image to the next
+  int pixel;        // from one pixel to the next
+};
+
+// A convolution's input and cotangent; M is a multiple of N.
 template <class T>
 struct Convolution {
   ConvGeometry geometry;
-  const T* x;  // [N, H, W, C]
-  const T* g;  // [M, Ho, Wo, O]
+  Pixels<T> x;  // [N, H, W, C]
+  Pixels<T> g;  // [M, Ho, Wo, O]
   int64_t examples, rows;
 };
 
@@ -82,11 +90,11 @@ template <class Term>
 void split_grams(Term* to, int64_t terms, int64_t pitch, const float* gram, int64_t matrices, int64_t positions,
                  const Launch& l);
 
-// sums [parts, M, O]: g_o^T gram g_o; g [M, P, O] dense
+// sums [parts, M, O]: g_o^T gram g_o; g [M, P, O]
 int64_t form_parts(int64_t positions, int64_t filters, int64_t groups, int64_t rows, const Launch& l);
 template <class T>
-void quadratic_forms(SumOf<T>* sums, int64_t parts, const Grams<T>& gram, const T* g, int64_t filters, int64_t rows,
-                     const Launch& l);
+void quadratic_forms(SumOf<T>* sums, int64_t parts, const Grams<T>& gram, const Pixels<T>& g, int64_t filters,
+                     int64_t rows, const Launch& l);
 
 // A tensor [rows, positions, channels] with any strides, also zero for broadcasting; or null.
 template <class T>

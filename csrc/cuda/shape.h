@@ -65,4 +65,10 @@ __device__ inline Pixel pixel_at(const Shape& s, const Position& position, const
   return {inside ? y * s.width + x : 0, inside};
 }
 
+// Whether the channels of every pixel start where `count` values can be read at once.
+template <class T>
+bool aligned(const Pixels<T>& images, int count) {
+  return aligned(images.data) && images.example % count == 0 && images.pixel % count == 0;
+}
+
 }  // namespace t2v::cuda

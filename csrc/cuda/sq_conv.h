@@ -29,13 +29,13 @@ struct Patches {
   }
   __device__ Read<T> at(const Position& position, const Tap& tap) const {
     const Pixel pixel = pixel_at(shape, position, tap);
-    return {image + (static_cast<uint64_t>(pixel.at) * static_cast<uint32_t>(shape.channels) + tap.channel),
-            pixel.inside};
+    return {image + (static_cast<uint64_t>(pixel.at) * static_cast<uint32_t>(pitch) + tap.channel), pixel.inside};
   }
   __device__ Read<T> at(const Tap& tap, const Position& position) const { return at(position, tap); }
 
   const Shape& shape;
   const T* image;  // starts at the group's first channel
+  int pitch;       // between pixels
 };
 
 // A matrix [outer, inner] or [inner, outer] whose rows lie `pitch` apart.

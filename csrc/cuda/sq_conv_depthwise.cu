@@ -11,7 +11,7 @@ constexpr int kTaps = 8;  // taps per block; a larger kernel takes several block
 // Each lane computes V neighbouring filters.
 template <class T, int V>
 __global__ void __launch_bounds__(kLaneThreads, 2)
-    depthwise_kernel(Shape s, int examples, int rows, int parts, int lanes, const T* x, const T* g,
+    depthwise_kernel(Shape s, int examples, int rows, int parts, int lanes, Pixels<T> x, Pixels<T> g,
                      SumOf<T>* gradients) {
   using Sum = SumOf<T>;
   Share share;
@@ -24,17 +24,16 @@ __global__ void __launch_bounds__(kLaneThreads, 2)
   for (int t = 0; t < kTaps; ++t) taps[t] = tap_at(s, tap0 + t);
   Sum sums[kTaps][V] = {};
   if (o < s.filters) {
-    const T* const image =
-        x + static_cast<int64_t>(m % examples) * s.height * s.width * s.channels + o / s.group_filters;
-    const T* const cotangent = g + static_cast<int64_t>(m) * s.positions * s.filters + o;
+    const T* const image = x.data + m % examples * x.example + o / s.group_filters;
+    const T* const cotangent = g.data + m * g.example + o;
     for (int p = part * walkers + thread() / lanes; p < s.positions; p += parts * walkers) {
       const Position position = position_at(s, p);
-      const auto from_g = *reinterpret_cast<const Vector<T, V>*>(cotangent + static_cast<int64_t>(p) * s.filters);
+      const auto from_g = *reinterpret_cast<const Vector<T, V>*>(cotangent + static_cast<int64_t>(p) * g.pixel);
 #pragma unroll
       for (int t = 0; t < kTaps; ++t) {
         const Pixel pixel = pixel_at(s, position, taps[t]);
         if (!pixel.inside) continue;
-        const auto from_x = *reinterpret_cast<const Vector<T, V>*>(image + static_cast<int64_t>(pixel.at) * s.channels);
+        const auto from_x = *reinterpret_cast<const Vector<T, V>*>(image + static_cast<int64_t>(pixel.at) * x.pixel);
 #pragma unroll
         for (int v = 0; v < V; ++v)
           sums[t][v] += static_cast<Sum>(from_g.values[v]) * static_cast<Sum>(from_x.values[v]);
@@ -66,7 +65,7 @@ void depthwise_gradients(SumOf<T>* gradients, int64_t parts, const Convolution<T
            ceil_div(s.filters, lanes * vector) * ceil_div(s.kernel_h * s.kernel_w, kTaps) * parts * c.rows,
            kLaneThreads, l.stream, Shape(s), c.examples, c.rows, parts, lanes, c.x, c.g, gradients);
   };
-  if (s.group_filters() == 1 && s.channels % kWide<T> == 0 && aligned(c.x) && aligned(c.g))
+  if (s.group_filters() == 1 && s.channels % kWide<T> == 0 && aligned(c.x, kWide<T>) && aligned(c.g, kWide<T>))
     run(std::integral_constant<int, kWide<T>>());
   else
     run(std::integral_constant<int, 1>());

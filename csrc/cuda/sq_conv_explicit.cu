@@ -7,7 +7,7 @@ namespace {
 // With Elements, sums the weighted squares over m for each element; without, sums over columns for each m and filter.
 template <class Math, int V, bool Elements>
 __global__ void __launch_bounds__(kThreads, 2)
-    squares_kernel(Shape s, const typename Math::Value* x, const typename Math::Value* g,
+    squares_kernel(Shape s, Pixels<typename Math::Value> x, Pixels<typename Math::Value> g,
                    const typename Math::Sum* weight, int examples, int rows, int parts, typename Math::Sum* sums) {
   using T = typename Math::Value;
   using Sum = typename Math::Sum;
@@ -23,10 +23,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   typename Block::Product product, squares;
   squares.clear();
   const auto add = [&](int m, int tile, Sum by) {
-    const T* const image = x + static_cast<int64_t>(m % examples) * s.height * s.width * s.channels;
-    const T* const cotangent = g + static_cast<int64_t>(m) * s.positions * s.filters;
-    const Cotangents a{cotangent + group * s.group_filters, s.filters, s.group_filters, s.positions};
-    const Columns b{s, image + group * s.group_channels};
+    const Cotangents a{g.data + m * g.example + group * s.group_filters, g.pixel, s.group_filters, s.positions};
+    const Columns b{s, x.data + m % examples * x.example + group * s.group_channels, x.pixel};
     product.clear();
     Block::add(product, a, b, i0, tile * Block::columns, 0, s.positions);
     squares.add_squares(product, by);
@@ -59,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // Parts of the gradients [parts, M, O, D], each from some of the positions: for few examples of large images.
 template <class Math, int V>
 __global__ void __launch_bounds__(kThreads, 2)
-    gradient_kernel(Shape s, const typename Math::Value* x, const typename Math::Value* g, int examples, int rows,
+    gradient_kernel(Shape s, Pixels<typename Math::Value> x, Pixels<typename Math::Value> g, int examples, int rows,
                     int parts, typename Math::Sum* gradients) {
   using T = typename Math::Value;
   using Sum = typename Math::Sum;
@@ -73,10 +71,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int part = share.of(parts), m = share.rest();
   const int steps = (s.positions + Block::depth - 1) / Block::depth, each = (steps + parts - 1) / parts * Block::depth;
 
-  const T* const image = x + static_cast<int64_t>(m % examples) * s.height * s.width * s.channels;
-  const T* const cotangent = g + static_cast<int64_t>(m) * s.positions * s.filters;
-  const Cotangents a{cotangent + group * s.group_filters, s.filters, s.group_filters, s.positions};
-  const Columns b{s, image + group * s.group_channels};
+  const Cotangents a{g.data + m * g.example + group * s.group_filters, g.pixel, s.group_filters, s.positions};
+  const Columns b{s, x.data + m % examples * x.example + group * s.group_channels, x.pixel};
   typename Block::Product product;
   product.clear();
   Block::add(product, a, b, i0, j0, std::min(part * each, s.positions), std::min((part + 1) * each, s.positions));
@@ -96,7 +92,8 @@ template <class T, class Use>
 void choose_reads(const Convolution<T>& c, bool tf32, const Use& use) {
   const ConvGeometry& s = c.geometry;
   const auto fits = [&](int count) {
-    return s.group_channels() % count == 0 && s.group_filters() % count == 0 && aligned(c.x) && aligned(c.g);
+    return s.group_channels() % count == 0 && s.group_filters() % count == 0 && aligned(c.x, count) &&
+           aligned(c.g, count);
   };
   choose_math<T>(tf32, [&](auto math) {
     if (fits(kWide<T>)) return use(math, std::integral_constant<int, kWide<T>>());

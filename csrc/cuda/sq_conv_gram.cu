@@ -8,7 +8,7 @@ namespace {
 
 template <class Math, int V>
 __global__ void __launch_bounds__(kThreads, 2)
-    gram_kernel(Shape s, const typename Math::Value* x, typename Math::Sum* gram) {
+    gram_kernel(Shape s, Pixels<typename Math::Value> x, typename Math::Sum* gram) {
   using Sum = typename Math::Sum;
   using Windows = Patches<typename Math::Value, V, true>;
   using Block = Tiles<Math, Windows, Windows>;
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (i0 >= j0 + Block::columns) return;  // below the diagonal
   const int group = share.of(s.groups), n = share.rest();
 
-  const Windows patches{s, x + static_cast<int64_t>(n) * s.height * s.width * s.channels + group * s.group_channels};
+  const Windows patches{s, x.data + n * x.example + group * s.group_channels, x.pixel};
   typename Block::Product product;
   product.clear();
   Block::add(product, patches, patches, i0, j0, 0, s.columns);
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class Math, int V>
 __global__ void __launch_bounds__(kThreads, 2)
     form_kernel(int positions, int filters, int groups, int examples, int rows, int parts, int terms, int pitch,
-                const typename Math::Value* gram, const typename Math::Value* g, typename Math::Sum* sums) {
+                const typename Math::Value* gram, Pixels<typename Math::Value> g, typename Math::Sum* sums) {
   using T = typename Math::Value;
   using Sum = typename Math::Sum;
   using Block = Tiles<Math, Matrix<T, V, true>, Matrix<T, V, false>>;
@@ -99,8 +99,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const int64_t square = static_cast<int64_t>(positions) * pitch;
   const T* const matrices = gram + (static_cast<int64_t>(m % examples) * groups + group) * terms * square;
-  const Matrix<T, V, false> b{g + static_cast<int64_t>(m) * positions * filters + group * group_filters, filters,
-                              group_filters, positions};
+  const Matrix<T, V, false> b{g.data + m * g.example + group * group_filters, g.pixel, group_filters, positions};
   const int o = j0 + thread();
   const bool mine = thread() < Block::columns && o < group_filters;
   Sum sum = 0;
@@ -113,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Sum* const tile = Block::store(product);
     if (mine)
       for (int i = 0; i < Block::rows && i0 + i < positions; ++i)
-        sum += tile[i * Block::pitch + thread()] * static_cast<Sum>(b.data[static_cast<int64_t>(i0 + i) * filters + o]);
+        sum += tile[i * Block::pitch + thread()] * static_cast<Sum>(b.data[static_cast<int64_t>(i0 + i) * g.pixel + o]);
   }
   if (mine) sums[(static_cast<int64_t>(part) * rows + m) * filters + group * group_filters + o] = sum;
 }
@@ -127,7 +126,7 @@ int64_t form_parts(int64_t positions, int64_t filters, int64_t groups, int64_t r
 template <class T>
 void conv_grams(SumOf<T>* gram, const Convolution<T>& c, const Launch& l) {
   const ConvGeometry& s = c.geometry;
-  choose<T>(s.group_channels() % kWide<T> == 0 && aligned(c.x), l.tf32, [&](auto math, auto vector) {
+  choose<T>(s.group_channels() % kWide<T> == 0 && aligned(c.x, kWide<T>), l.tf32, [&](auto math, auto vector) {
     using Math = decltype(math);
     using Block = Tiles<Math, Patches<T, vector, true>, Patches<T, vector, true>>;
     launch("conv_gram", gram_kernel<Math, vector>,
@@ -152,10 +151,10 @@ void split_grams(Term* to, int64_t terms, int64_t pitch, const float* gram, int6
 }
 
 template <class T>
-void quadratic_forms(SumOf<T>* sums, int64_t parts, const Grams<T>& gram, const T* g, int64_t filters, int64_t rows,
-                     const Launch& l) {
+void quadratic_forms(SumOf<T>* sums, int64_t parts, const Grams<T>& gram, const Pixels<T>& g, int64_t filters,
+                     int64_t rows, const Launch& l) {
   const bool wide =
-      gram.pitch % kWide<T> == 0 && filters / gram.groups % kWide<T> == 0 && aligned(gram.data) && aligned(g);
+      gram.pitch % kWide<T> == 0 && filters / gram.groups % kWide<T> == 0 && aligned(gram.data) && aligned(g, kWide<T>);
   choose<T>(wide, l.tf32 || gram.terms > 1, [&](auto math, auto vector) {
     using Math = decltype(math);
     using Block = Tiles<Math, Matrix<T, vector, true>, Matrix<T, vector, false>>;
@@ -176,7 +175,7 @@ T2V_INSTANTIATE(double)
 #undef T2V_INSTANTIATE
 
 #define T2V_INSTANTIATE(T) \
-  template void quadratic_forms<T>(SumOf<T>*, int64_t, const Grams<T>&, const T*, int64_t, int64_t, const Launch&);
+  template void quadratic_forms<T>(SumOf<T>*, int64_t, const Grams<T>&, const Pixels<T>&, int64_t, int64_t, const Launch&);
 T2V_INSTANTIATE(float)
 T2V_INSTANTIATE(double)
 T2V_INSTANTIATE(c10::BFloat16)

@@ -100,8 +100,29 @@ inline Tensor by_row(const Tensor& t) {
   return call("aten::reshape", "", t, Sizes(sizes));
 }
 
-// [N, C, H, W] -> dense [N, H, W, C]. Channels-last tensors are not copied.
-inline Tensor pixels_first(const Tensor& images) { return contiguous(permuted(images, {0, 2, 3, 1})); }
+// How far the pixels of images [N, H, W, C] are apart, if they are equally far apart.
+inline int64_t pixel_pitch(const Tensor& images) {
+  return images.size(2) > 1 ? images.stride(2) : images.size(1) > 1 ? images.stride(1) : images.size(3);
+}
+
+// Images [N, H, W, C] that the kernels can read by 16 bytes wherever a dense copy could be read so: either the images
+// themselves, or a dense copy.
+inline Tensor by_pixels(const Tensor& images) {
+  const ScalarType type = images.scalar_type();
+  const int64_t wide = type == ScalarType::Double ? 2 : type == ScalarType::Float ? 4 : 8;  // values in 16 bytes
+  const int64_t pitch = pixel_pitch(images);
+  const bool even = images.size(1) == 1 || images.size(2) == 1 || images.stride(1) == images.size(2) * pitch;
+  const bool whole = images.stride(3) == 1 || images.size(3) == 1;
+  const bool fits = pitch % wide == 0 && images.stride(0) % wide == 0 && pitch <= INT32_MAX;
+  const bool starts = reinterpret_cast<uintptr_t>(images.const_data_ptr<char>()) % 16 == 0;
+  return even && whole && fits && starts ? images : contiguous(images);
+}
+
+// [N, C, H, W] -> [N, H, W, C]
+inline Tensor pixels_first(const Tensor& images) { return by_pixels(permuted(images, {0, 2, 3, 1})); }
+
+// [N, S, C] -> images [N, S, 1, C]
+inline Tensor tokens_first(const Tensor& tokens) { return by_pixels(inserted(tokens, 2)); }
 
 // Whether torch allows products of float32 values to be rounded to TF32. The interface cannot tell, so that Python's
 // t2v_fast::allows_tf32 does.

@@ -6,7 +6,15 @@ from collections.abc import Callable
 
 import torch
 from cases import ConvCase
-from op_checks import DTYPES, conv_gradients, filter_sums, guarded, prod_gradients, scatter_gradients
+from op_checks import (
+    DTYPES,
+    conv_gradients,
+    filter_sums,
+    guarded,
+    outer_gradients,
+    prod_gradients,
+    scatter_gradients,
+)
 from torch import Tensor
 
 from t2v_fast import ops
@@ -28,6 +36,22 @@ def conv_check(case: ConvCase, path: str, dtype: torch.dtype) -> Callable[[], fl
             return difference(ops.sq_conv(x, g, *case.geometry, path), filter_sums(gradients))
         out = torch.zeros(gradients.shape[1:], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         ops.sq_conv_acc_(out, x, g, torch.ones(len(g), dtype=out.dtype), *case.geometry[1:])
+        return difference(out, gradients.square().sum(0))
+
+    return run
+
+
+def tokens_first_check(path: str, dtype: torch.dtype) -> Callable[[], float]:
+    """Tokens whose examples lie side by side, as in torch's multi-head attention. The kernels read them in place."""
+    x = guarded((3, 70, 40), dtype, 1, "tokens_first")
+    g = guarded((3, 70, 72), dtype, 2, "tokens_first")
+    gradients = outer_gradients(x, g)
+
+    def run() -> float:
+        if path != "elementwise":
+            return difference(ops.sq_outer(x, g, path), filter_sums(gradients))
+        out = torch.zeros(gradients.shape[1:], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        ops.sq_outer_acc_(out, x, g, torch.ones(len(g), dtype=out.dtype))
         return difference(out, gradients.square().sum(0))
 
     return run
@@ -60,6 +84,11 @@ CHECKS = {
         f"{path} {str(dtype).removeprefix('torch.')}": conv_check(TILED, path, dtype)
         for path in ("explicit", "gram", "elementwise")
         for dtype in DTYPES
+    },
+    **{
+        f"tokens first, {path} {str(dtype).removeprefix('torch.')}": tokens_first_check(path, dtype)
+        for path in ("explicit", "gram", "elementwise")
+        for dtype in (torch.float32, torch.bfloat16)
     },
     "stem": conv_check(STEM, "explicit", torch.bfloat16),
     "stem, elementwise": conv_check(STEM, "elementwise", torch.float16),

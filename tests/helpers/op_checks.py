@@ -96,8 +96,8 @@ def guarded(shape: tuple[int, ...], dtype: torch.dtype, seed: int, layout: str =
     """Random values inside a larger buffer of NaN, so that a read outside them shows in the result."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    if layout == "channels_last":
-        axes = (0, *range(2, len(shape)), 1)
+    if layout in ("channels_last", "tokens_first"):
+        axes = (0, *range(2, len(shape)), 1) if layout == "channels_last" else (1, 0, 2)
         buffer = torch.full((values.numel() + 256,), float("nan"), dtype=dtype)
         inner = buffer[64 : 64 + values.numel()].view([shape[a] for a in axes])
         inner.copy_(values.permute(axes))
