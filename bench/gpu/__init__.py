@@ -7,7 +7,8 @@
 ``networks``    ResNet-18, ResNet-50 and ViT-B/16, which need no other package
 ``verify``      ops and networks against float64; waits; captures
 ``measure``     ceilings, layers by path, networks, peers
-``tools``       the build, compilation in many processes, compute-sanitizer and ncu
+``pool``        the processes that verify, and compile what is measured later
+``tools``       the build, compute-sanitizer and ncu
 ``single``      one small call of an op, for the tools
 ``page``        tables of predicted and measured times for docs/gpu.md
 ==============  ======================================================================================================

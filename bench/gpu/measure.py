@@ -108,7 +108,7 @@ def compilations(device: torch.device, sizes: Any) -> list[Job]:
     for backend in compiling:
         for name, conv in sizes.layers.items():
             for kind in KINDS:
-                for path in _paths(conv):
+                for path in paths(conv):
                     found[f"{name}, {kind}, {path}"] = partial(_layer_once, conv, path, backend, kind, device, sizes)
     return [Job("compiled ahead", name, run, excused=True) for name, run in found.items()]
 
@@ -128,7 +128,8 @@ def _layer_once(conv: planner.Conv, path: str, backend: str, kind: str, device: 
         ops.sq_conv(*_inputs(conv, kind, sizes.batch, device), *conv.arguments, path)
 
 
-def _paths(conv: planner.Conv) -> list[str]:
+def paths(conv: planner.Conv) -> list[str]:
+    """The paths of a layer that GPUs have."""
     return [path for path in conv.paths() if path != "winograd"]
 
 
@@ -137,7 +138,7 @@ def layers(report: Report, device: torch.device, table: dict[str, planner.Conv],
     for name, conv in table.items():
         for backend in backends(device):
             for kind in KINDS:
-                for path in _paths(conv):
+                for path in paths(conv):
                     key = f"{name}, {kind}, {backend}, {path}"
                     report.line("layers", key, partial(layer, conv, path, backend, kind, batch, device))
 

@@ -1,6 +1,7 @@
-"""Tables of predicted and measured times: ``python -m bench.gpu.page [build/gpu/gpu.json] --write docs/gpu.md``.
+"""Tables of predicted and measured times: ``python -m bench.gpu.page [bench/gpu/h200.json ...] --write docs/gpu.md``.
 
-Without a report the measured columns say that no card has been measured.
+Of several reports, the later ones have precedence. Without a report the measured columns say that no card has been
+measured.
 """
 
 from __future__ import annotations
@@ -8,16 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.measure import LAYERS
+from bench.gpu import ROOT
+from bench.gpu.measure import LAYERS, paths
 from bench.pages import markdown, replace_section
 from bench.studies import gpu_model
 from t2v_fast.ops import gpu_specs, planner
 
 CARD = "H200"
+REPORT = ROOT / "bench" / "gpu" / "h200.json"
 NONE = "no card yet"
 RATES = {"bfloat16": ("half", 2), "TF32": ("tf32", 4), "float32": ("float32", 4)}
 BACKENDS = ("cuda", "triton")
@@ -40,12 +43,10 @@ def rates(results: dict[str, Any]) -> str:
 
 
 def networks(results: dict[str, Any]) -> str:
-    """Whole networks: the floor, a step, and this library's ratio to both."""
-    rows = [["network", "products", "floor, ms", "squares, ms", "squares / floor"]]
-    rows[0] += [
-        f"{what}, measured"
-        for what in ("floor", "step", "compiled step", "squares", "fisher()", "host", "fisher() / floor")
-    ]
+    """Whole networks: the floor, a step, this library, and its ratios to both."""
+    rows = [["network", "products", "floor, predicted", "floor", "step", "compiled step"]]
+    rows[0] += ["squares, predicted", "squares", "fisher()", "without graphs"]
+    rows[0] += [f"fisher() / {what}" for what in ("floor", "step", "compiled step")]
     found = results.get("networks", {})
     for (name, kind), (floor, _, own) in gpu_model.predictions().items():
         title = f"{name}, 224, batch 64, {kind}: "
@@ -53,14 +54,25 @@ def networks(results: dict[str, Any]) -> str:
         def time(what: str, field: str = "ms", title: str = title) -> float | None:
             return found.get(title + what, {}).get(field)
 
-        squares = [(t, b) for b in BACKENDS if (t := time(f"squares, {b}")) is not None]
-        best = min(squares, default=(None, ""))
-        host = time(f"squares, {best[1]}", "host")
-        whole, least = time("fisher()"), time("floor")
-        ratio = None if whole is None or least is None else whole / least
-        measured = [least, time("step"), time("compiled step"), best[0], whole, host, ratio]
-        predicted = [f"{floor:.1f}", f"{floor + own:.1f}", f"{(floor + own) / floor:.2f}"]
-        rows.append([name, kind, *predicted, *map(_number, measured)])
+        squares = min((t for b in BACKENDS if (t := time(f"squares, {b}", "busy")) is not None), default=None)
+        whole, others = time("fisher()"), [time(what) for what in ("floor", "step", "compiled step")]
+        ratios = [None if whole is None or other is None else whole / other for other in others]
+        row = [name, kind, f"{floor:.1f}", *map(_number, others), f"{floor + own:.1f}"]
+        rows.append([*row, *map(_number, (squares, whole, time("fisher(), as it is"), *ratios))])
+    return markdown(rows)
+
+
+def peers(results: dict[str, Any]) -> str:
+    """Other ways to the squares of a batch, in TF32."""
+    rows = [["network", "way", "ms a batch", "over fisher()", "relative error", "examples at once"]]
+    whole = results.get("networks", {})
+    for title, found in results.get("peers", {}).items():
+        cell, _, peer = title.partition(": ")
+        own = whole.get(f"{cell}: fisher()", {}).get("ms")
+        ratio = None if own is None else found["ms"] / own
+        error = f"{found['error']:.0e}" if "error" in found else "another quantity"
+        network = cell.partition(",")[0]
+        rows.append([network, peer, _number(found["ms"]), _number(ratio), error, str(found["examples"])])
     return markdown(rows)
 
 
@@ -72,7 +84,7 @@ def layers(results: dict[str, Any]) -> str:
     found = results.get("layers", {})
     for name, conv in LAYERS.items():
         for kind, (rate, itemsize) in RATES.items():
-            for path in (p for p in conv.paths() if p != "winograd"):
+            for path in paths(conv):
                 least = 1e6 * _least(card, planner.gpu_work(conv, path, itemsize), rate)
                 times = [found.get(f"{name}, {kind}, {b}, {path}", {}).get("us an example") for b in BACKENDS]
                 rows.append([name, kind, path, f"{least:.2f}", *map(_number, times)])
@@ -92,16 +104,26 @@ def _number(value: float | None) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu rates": rates,
     "gpu networks": networks,
+    "gpu peers": peers,
     "gpu layers": layers,
 }
 
 
+def merged(paths: Sequence[Path]) -> dict[str, Any]:
+    """The sections of several reports; the lines of later reports have precedence."""
+    found: dict[str, Any] = {}
+    for path in paths:
+        for section, lines in json.loads(path.read_text()).items() if path.exists() else ():
+            found[section] = found.get(section, {}) | lines if isinstance(lines, dict) else lines
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("report", type=Path, nargs="?", default=Path("build/gpu/gpu.json"))
+    parser.add_argument("reports", type=Path, nargs="*", default=[REPORT])
     parser.add_argument("--write", type=Path, help="put the tables into this page")
     asked = parser.parse_args()
-    results = json.loads(asked.report.read_text()) if asked.report.exists() else {}
+    results = merged(asked.reports)
     if results and not re.search(CARD, str(results["machine"]["device"])):
         raise SystemExit(f"the report is from {results['machine']['device']}, and the predictions are for an {CARD}")
     for name, table in TABLES.items():

@@ -1,7 +1,7 @@
 """Run what is not timed in many processes at once: ``python -m bench.gpu.pool [--rehearse] FOLDER``.
 
-Each process takes the next job that no other has taken, and writes what came of it into the folder. A kernel that breaks
-the device's context breaks it for its process alone: that process starts anew with the next job.
+Each process takes the next job that no other has taken, and writes what came of it into the folder. A kernel that
+breaks the device's context breaks it for its process alone: that process starts anew with the next job.
 """
 
 from __future__ import annotations

@@ -11,9 +11,12 @@ from typing import Any
 
 import cases
 import op_checks
+import steady
 import torch
 from oracle import per_example_squares, reduce, relative_error
+from small import shapes, small_probe
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import t2v_fast
 from bench.gpu import tools
@@ -149,6 +152,47 @@ def whole_fisher(name: str, size: int, device: torch.device) -> float:
     return _bounded(relative_error(*found), torch.float64)
 
 
+# Estimators that combine eigenvectors on a CPU and classes on a GPU: both are unbiased, and their draws differ.
+DRAWS_DIFFER = {"deflated", "with errors", "an allocation"}
+
+
+def estimator(case: str, device: torch.device) -> float:
+    """Relative error of ``fisher()`` in float64 on the device against the CPU, for an estimator and granularity."""
+    make, batches, options = steady.CASES[case]
+    wide = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, batches)
+    found = [t2v_fast.fisher(make().double().to(where), wide, **options) for where in (device, torch.device("cpu"))]
+    assert found[0].keys() == found[1].keys()
+    return _bounded(relative_error(*(f.vector() for f in found)), torch.float64)
+
+
+def pipeline(method: str, device: torch.device) -> float:
+    """Relative error of the embeddings of one task in float32, its head included, on the device against the CPU.
+
+    Methods are ``"embed"`` and ``"embed_label_sets"``.
+    """
+    images, labels = shapes(n=90)
+    found = []
+    for where in (device, torch.device("cpu")):
+        task2vec = t2v_fast.Task2Vec(small_probe(), samples=3, batch_size=16, device=where)
+        if method == "embed":
+            found.append(task2vec.embed((images, labels)))
+        else:
+            found.append(task2vec.embed_label_sets((images, labels), {"task": labels})["task"])
+    return _bounded(relative_error(*(torch.from_numpy(e.hessian) for e in found)), torch.float32)
+
+
+def norms(device: torch.device) -> float:
+    """Relative error of the norms of per-example gradients in float64 on the device against the CPU."""
+    x, y = torch.randn(24, 4, 7, 6).double().split(8), (torch.arange(24) % 5).split(8)
+    found = [
+        torch.stack(
+            [*t2v_fast.gradient_norms(steady.images().double().to(where), list(zip(x, y, strict=True))).values()]
+        )
+        for where in (device, torch.device("cpu"))
+    ]
+    return _bounded(relative_error(*found), torch.float64)
+
+
 def waits(name: str, size: int, device: torch.device) -> str:
     """A steady batch of ``fisher()`` makes no call for which the host waits; torch raises at the first one."""
 
@@ -248,6 +292,11 @@ def jobs(device: torch.device, sizes: Any) -> list[Job]:
         # Whether a pass can be captured in one graph. The library captures in two, so that a refusal is not wrong.
         run = partial(capture_backward, name, size, device)
         every.append(Job("cuda_graphs", f"{name}, backward", run, excused=True))
+    for case in (name for name in steady.CASES if name not in DRAWS_DIFFER):
+        every.append(Job("against_the_cpu", f"fisher(), {case}", partial(estimator, case, device)))
+    for method in ("embed", "embed_label_sets"):
+        every.append(Job("against_the_cpu", f"Task2Vec.{method}", partial(pipeline, method, device)))
+    every.append(Job("against_the_cpu", "gradient_norms", partial(norms, device)))
     every += [Job("opcheck", op, partial(operator, op, device)) for op in ops.SCHEMAS]
     if not found:
         every.append(Job("ops", "backends", partial(_none, device)))

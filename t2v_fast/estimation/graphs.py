@@ -20,8 +20,8 @@ set anew after a replay. What follows from shapes alone is captured as it was: t
 the planner chose.
 
 **When graphs are captured.** At once if the caller asks for them. By default as soon as the device has waited for the
-host for some batches (:attr:`t2v_fast.estimation.deferred.DeferredChecks.host_binds`), so that a small task pays nothing
-for them.
+host for some batches (:attr:`t2v_fast.estimation.deferred.DeferredChecks.host_binds`), so that a small task pays
+nothing for them.
 
 **What a batch meets.** Batches are of one kind if the shapes, strides and dtypes of their inputs, the number of
 cotangents and torch's settings are equal. The first batch of a kind is run as it is. The second is run as it is, and
@@ -30,10 +30,11 @@ rounding of their dtype, and from then on batches are only replayed. All of this
 anew. The batches that the self-check looks at (the 4th, 8th, 16th and so on) are run as they are, replayed and compared
 again. An error is raised if graphs that were trusted differ there.
 
-**What is never captured** is run as it is, and a log line says why (a warning if the caller asked). These are networks that are not on one CUDA device,
-that several processes share, that have hooks or checkpointed regions, and rows of packed sequences. The same holds for
-whatever :class:`t2v_fast.estimation.graph_obstacles.Watch` finds in a pass. It also holds where a pass changes
-attributes of the network or draws random numbers, where the capture fails, and where the third batch differs.
+**What is never captured** is run as it is. A log line says why; it is a warning if the caller asked for graphs. These
+are networks that are not on one CUDA device, that several processes share, that have hooks or checkpointed regions, and
+rows of packed sequences. The same holds for whatever :class:`t2v_fast.estimation.graph_obstacles.Watch` finds in a
+pass. It also holds where a pass changes attributes of the network or draws random numbers, where the capture fails, and
+where the third batch differs.
 
 **Stale addresses.** :class:`t2v_fast.estimation.graph_obstacles.Snapshot` compares the network's objects, modes and
 addresses with those of the capture before each replay. Where one differs, all graphs are dropped, and the batch is run

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def let_the_host_run_ahead() -> None:
-    """Keep the device busy for some two milliseconds, so that what the host launches next is not timed with its gaps."""
+    """Keep the device busy for some two milliseconds, so that the gaps between launches are not timed."""
     torch.cuda._sleep(4_000_000)
 
 

@@ -409,7 +409,7 @@ MUTATIONS = [
     ),
     Mutation(
         "random numbers that are not noticed",
-        function(t2v_fast.estimation.reruns, "random_state", lambda real: lambda: {}),
+        function(t2v_fast.estimation.reruns, "random_state", lambda real: dict),
         case(extra=RANDOM["skipped_by_torch/0.01"], recorder=False),
         UNSEEN,
     ),

@@ -1,7 +1,7 @@
 """The CUDA device of the tests: the machine's own, or a pretended one (:mod:`pretend_cuda`).
 
-``Pretend(x)`` is a CPU tensor on that device, ``moved(network)`` a copy of a network there, and ``t.held`` the values of
-one of its tensors on the CPU. Within ``pretended(kernel)`` attention takes one kernel.
+``Pretend(x)`` is a CPU tensor on that device, ``moved(network)`` a copy of a network there, and ``t.held`` the values
+of one of its tensors on the CPU. Within ``pretended(kernel)`` attention takes one kernel.
 """
 
 from __future__ import annotations
