@@ -208,6 +208,20 @@ def test_rows_are_shared_out(monkeypatch: pytest.MonkeyPatch, large_blocks: None
         assert_close(out, want, x.dtype, 16)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 18), (1, 300, 1), (2, 1, 1), (2, 300, 18)], ids=str)
+def test_positions_are_shared_out(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
+    """With enough processors, several programs sum the positions of a row; the last one has fewer."""
+    monkeypatch.setattr(sq_prod, "processors", lambda t: 64)
+    x, g = guarded((2, 300, 18), torch.float32, 1), guarded((4, 300, 18), torch.float32, 2)
+    shift, scale = guarded(shape, torch.float32, 3), guarded(shape, torch.float32, 4)
+    block = sq_prod.prod_blocks(g)[0][0]
+    assert sq_prod._parts(g, 1, block) > 1
+    with ops.use_backend("triton"):
+        weight, bias = ops.sq_norm(g, x, shift, scale)
+    assert_close(weight, filter_sums(prod_gradients(g, x, shift, scale)), x.dtype, 1200)
+    assert_close(bias, g.double().sum(1).square(), x.dtype, 300)
+
+
 @pytest.mark.slow_unless(case=("one_token", "few_tokens", "no_tokens", "empty_batch"), dtype=("torch.bfloat16",))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", OUTERS, ids=str)
