@@ -75,9 +75,9 @@ def prod_kernel(
             elif SCALE == "sc":
                 place = n * scale_n + s[:, None] * scale_s + c[None, :] * scale_c
                 factor = tl.load(scale + place, mask=inside, other=0.0).to(SUM)
-            if SHIFT:
+            if SHIFT != "":
                 b -= moved
-            if SCALE:
+            if SCALE != "":
                 b *= factor
             product += a * b
         if PLAIN:
