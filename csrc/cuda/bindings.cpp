@@ -290,7 +290,14 @@ void sq_prod_acc_(const Tensor& out, const Tensor& g, const Tensor& weight, cons
                   const std::optional<Tensor>& shift, const std::optional<Tensor>& scale) {
   const Tensor q = sq_prod(g, x, shift, scale);
   check_accumulator("sq_prod_acc_", out, {g.size(2)}, g, weight);
-  add_to(out, total(product(q, inserted(weight, 1)), 0));
+  if (g.numel() == 0) return;
+  const OnDevice device(g);
+  const Tensor by = contiguous(weight);
+  with_type("sq_prod_acc_", out.scalar_type(), [&]<class scalar_t>() {
+    if constexpr (std::is_same_v<scalar_t, SumOf<scalar_t>>)
+      cuda::add_weighted(out.mutable_data_ptr<scalar_t>(), q.const_data_ptr<scalar_t>(), by.const_data_ptr<scalar_t>(),
+                         q.size(0), q.size(1), *device);
+  });
 }
 
 // A number on the tensor's device.

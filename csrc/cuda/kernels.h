@@ -113,6 +113,10 @@ int64_t product_parts(const Products<T>& p, const Launch& l);
 template <class T>
 void products(SumOf<T>* q, SumOf<T>* sums, const Products<T>& p, const Launch& l);
 
+// out [C] += weight [M] q [M, C]
+template <class Sum>
+void add_weighted(Sum* out, const Sum* q, const Sum* weight, int64_t rows, int64_t channels, const Launch& l);
+
 // The look-ups of a table, sorted by row and then by place n S + s. Rows of look-ups that are left out are negative.
 struct Lookups {
   const int64_t *row, *place;

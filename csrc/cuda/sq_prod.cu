@@ -203,6 +203,24 @@ __global__ void __launch_bounds__(kLaneThreads) square_kernel(const Sum* sums, i
   q[k] = sum * sum;
 }
 
+constexpr int kWeighLanes = 8;  // which read at least 32 bytes together
+
+// Adds the sums over rows of q [M, C] times weight [M] to out [C].
+template <class Sum>
+__global__ void __launch_bounds__(kLaneThreads)
+    weigh_kernel(const Sum* q, const Sum* weight, int rows, int channels, Sum* out) {
+  Sum* const shared = reinterpret_cast<Sum*>(shared_memory<walkers_bytes<1, Sum>()>());
+  const int first = Share().rest() * kWeighLanes, c = first + thread() % kWeighLanes;
+  Sum sum = 0;
+  if (c < channels)
+#pragma unroll 4
+    for (int m = thread() / kWeighLanes; m < rows; m += kLaneThreads / kWeighLanes)
+      sum += weight[m] * q[static_cast<int64_t>(m) * channels + c];
+  add_walkers<1>(&sum, kWeighLanes, shared, [&](int lane, int, Sum total) {
+    if (first + lane < channels) out[first + lane] += total;
+  });
+}
+
 // Whether vectors may be read along the axis with stride `along` and the given size.
 template <class T>
 bool wide_along(const Tokens<T>& t, int64_t Tokens<T>::* along, int64_t size) {
@@ -307,6 +325,15 @@ void products(SumOf<T>* q, SumOf<T>* sums, const Products<T>& p, const Launch& l
   launch("sq_prod", square_kernel<SumOf<T>>, ceil_div(count, kLaneThreads), kLaneThreads, l.stream, sums, count,
          plan.parts, q);
 }
+
+template <class Sum>
+void add_weighted(Sum* out, const Sum* q, const Sum* weight, int64_t rows, int64_t channels, const Launch& l) {
+  launch("sq_prod_acc_", weigh_kernel<Sum>, ceil_div(channels, kWeighLanes), kLaneThreads, l.stream, q, weight, rows,
+         channels, out);
+}
+
+template void add_weighted<float>(float*, const float*, const float*, int64_t, int64_t, const Launch&);
+template void add_weighted<double>(double*, const double*, const double*, int64_t, int64_t, const Launch&);
 
 #define T2V_INSTANTIATE(T)                                              \
   template int64_t product_parts<T>(const Products<T>&, const Launch&); \

@@ -109,7 +109,7 @@ def test_no_kernel_spills() -> None:
     launches = resources.cuda_launches(found)
     assert {name for name, _ in launches} == {
         *("squares", "gradient", "split", "gram", "shift", "form", "depthwise"),
-        *("along_channels", "along_positions", "square", "filter", "element"),
+        *("along_channels", "along_positions", "square", "weigh", "filter", "element"),
     }
     assert all(cells.keys() == resources.CARD.keys() for cells in launches.values())
 
