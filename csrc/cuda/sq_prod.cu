@@ -138,19 +138,20 @@ __global__ void __launch_bounds__(kLaneThreads) along_channels_kernel(Work<T> w)
   unsigned char* const shared = shared_memory<Total::kBytes + of_walkers>();
   Total total;
   if (c < w.channels) {
-    Sum by[V] = {};
+    Sum by[V], times[V];
     const Sum* const shift = w.at(w.shift, n, 0, c);
     const Sum* const scale = w.at(w.scale, n, 0, c);
     if constexpr (kFactor == Factor::by_channel)
 #pragma unroll
-      for (int v = 0; v < V; ++v)
-        if (shift) by[v] = shift[v * w.shift.channel];
+      for (int v = 0; v < V; ++v) {
+        by[v] = shift ? shift[v * w.shift.channel] : Sum(0);
+        times[v] = scale ? scale[v * w.scale.channel] : Sum(1);
+      }
     total.add(w.at(w.g, m, 0, c), w.at(w.x, n, 0, c), shift, scale, w.next, w.step, by,
               {part * walkers + walker, w.parts * walkers, w.positions}, shared);
     if constexpr (kFactor == Factor::by_channel)
 #pragma unroll
-      for (int v = 0; v < V; ++v)
-        if (scale) total.product()[v] *= scale[v * w.scale.channel];
+      for (int v = 0; v < V; ++v) total.product()[v] *= times[v];
   }
   add_walkers<Total::kKinds * V>(total.all, lanes, reinterpret_cast<Sum*>(shared + Total::kBytes),
                                  [&](int of, int e, Sum sum) {
