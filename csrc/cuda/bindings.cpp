@@ -254,7 +254,7 @@ cuda::Tokens<T> tokens(const std::optional<Tensor>& t) {
 Tensor product_sums(const char* op, const Tensor& g, const std::optional<Tensor>& x, const std::optional<Tensor>& shift,
                     const std::optional<Tensor>& scale, bool plain) {
   check_prod(op, g, x, shift, scale);
-  const int64_t kinds = (x ? 1 : 0) + (plain ? 1 : 0), rows = g.size(0), channels = g.size(2);
+  const int64_t kinds = x && plain ? 2 : 1, rows = g.size(0), channels = g.size(2);
   if (g.numel() == 0) return zero_sums({kinds, rows, channels}, g);
   const OnDevice device(g);
   const auto broadcast = [&](const std::optional<Tensor>& t) -> std::optional<Tensor> {
@@ -262,16 +262,23 @@ Tensor product_sums(const char* op, const Tensor& g, const std::optional<Tensor>
     return call("aten::expand", "", converted(*t, sum_type(g)), x->sizes(), false);
   };
   const std::optional<Tensor> by = broadcast(shift), times = broadcast(scale);
-  const int64_t parts = cuda::product_parts(g.size(1), channels, rows, *device);
-  const Tensor sums = empty_sums({kinds, parts, rows, channels}, g);
+  const Tensor q = empty_sums({kinds, rows, channels}, g);
   with_type("sq_prod", g.scalar_type(), [&]<class scalar_t>() {
     using T = SumOf<scalar_t>;
-    T* const to = sums.mutable_data_ptr<T>();
-    cuda::products<scalar_t>(x ? to : nullptr, plain ? to + (kinds - 1) * parts * rows * channels : nullptr, parts,
-                             tokens<scalar_t>(g), tokens<scalar_t>(x), tokens<T>(by), tokens<T>(times), g.size(1),
-                             channels, x ? x->size(0) : rows, rows, *device);
+    const cuda::Products<scalar_t> sums{tokens<scalar_t>(g),
+                                        tokens<scalar_t>(x),
+                                        tokens<T>(by),
+                                        tokens<T>(times),
+                                        g.size(1),
+                                        channels,
+                                        x ? x->size(0) : rows,
+                                        rows,
+                                        plain};
+    const int64_t parts = cuda::product_parts(sums, *device);
+    const Tensor partial = empty_sums({parts == 1 ? 0 : parts, kinds, rows, channels}, g);
+    cuda::products(q.mutable_data_ptr<T>(), partial.mutable_data_ptr<T>(), sums, *device);
   });
-  return squared_in_place(total(sums, 1));
+  return q;
 }
 
 Tensor sq_prod(const Tensor& g, const std::optional<Tensor>& x, const std::optional<Tensor>& shift,
@@ -288,7 +295,14 @@ void sq_prod_acc_(const Tensor& out, const Tensor& g, const Tensor& weight, cons
                   const std::optional<Tensor>& shift, const std::optional<Tensor>& scale) {
   const Tensor q = sq_prod(g, x, shift, scale);
   check_accumulator("sq_prod_acc_", out, {g.size(2)}, g, weight);
-  add_to(out, total(product(q, inserted(weight, 1)), 0));
+  if (g.numel() == 0) return;
+  const OnDevice device(g);
+  const Tensor by = contiguous(weight);
+  with_type("sq_prod_acc_", out.scalar_type(), [&]<class scalar_t>() {
+    if constexpr (std::is_same_v<scalar_t, SumOf<scalar_t>>)
+      cuda::add_weighted(out.mutable_data_ptr<scalar_t>(), q.const_data_ptr<scalar_t>(), by.const_data_ptr<scalar_t>(),
+                         q.size(0), q.size(1), *device);
+  });
 }
 
 // A number on the tensor's device.

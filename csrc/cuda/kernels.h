@@ -103,12 +103,27 @@ struct Tokens {
   int64_t row = 0, position = 0, channel = 0;  // strides
 };
 
-// sums [parts, M, C]: sum_s g (x - shift) scale. plain [parts, M, C]: sum_s g, unless plain is null.
-int64_t product_parts(int64_t positions, int64_t channels, int64_t rows, const Launch& l);
+// The sums over positions of g (x - shift) scale, and of g alone.
 template <class T>
-void products(SumOf<T>* sums, SumOf<T>* plain, int64_t parts, const Tokens<T>& g, const Tokens<T>& x,
-              const Tokens<SumOf<T>>& shift, const Tokens<SumOf<T>>& scale, int64_t positions, int64_t channels,
-              int64_t examples, int64_t rows, const Launch& l);
+struct Products {
+  Tokens<T> g, x;
+  Tokens<SumOf<T>> shift, scale;
+  int64_t positions, channels, examples, rows;
+  bool plain;  // whether the sum of g is wanted besides the other, which there is if there is x
+
+  int64_t kinds() const { return x.data && plain ? 2 : 1; }
+};
+
+// q [kinds, M, C]: the squares of the sums, first those with x. `sums` [parts, kinds, M, C] is written if there is more
+// than one part.
+template <class T>
+int64_t product_parts(const Products<T>& p, const Launch& l);
+template <class T>
+void products(SumOf<T>* q, SumOf<T>* sums, const Products<T>& p, const Launch& l);
+
+// out [C] += weight [M] q [M, C]
+template <class Sum>
+void add_weighted(Sum* out, const Sum* q, const Sum* weight, int64_t rows, int64_t channels, const Launch& l);
 
 // The look-ups of a table, sorted by row and then by place n S + s. Rows of look-ups that are left out are negative.
 struct Lookups {

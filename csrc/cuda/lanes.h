@@ -25,18 +25,29 @@ inline int64_t lane_parts(int64_t blocks, int64_t positions, const Launch& l) {
                              ceil_div(std::max<int64_t>(positions, 1), fewest_positions));
 }
 
-// Adds the sums of the walkers to those of the first walker, in order.
+// The sums of one thread lie this far apart in shared memory, in different banks.
+constexpr int kWalkerPitch = kLaneThreads + 1;
+
+// The bytes of shared memory that add_walkers needs.
 template <int Count, class T>
-__device__ inline void add_walkers(T* sums, int lanes) {
-  T* const shared = reinterpret_cast<T*>(shared_memory<sizeof(T) * kLaneThreads * Count>());
+constexpr size_t walkers_bytes() {
+  return sizeof(T) * kWalkerPitch * Count;
+}
+
+// Adds the sums of the walkers in order, and calls write(lane, e, sum) for each lane's sum number e. All threads add,
+// and neighbouring threads write neighbouring sums.
+template <int Count, class T, class Write>
+__device__ inline void add_walkers(const T* sums, int lanes, T* shared, const Write& write) {
 #pragma unroll
-  for (int e = 0; e < Count; ++e) shared[e * kLaneThreads + thread()] = sums[e];
+  for (int e = 0; e < Count; ++e) shared[e * kWalkerPitch + thread()] = sums[e];
   __syncthreads();
-  if (thread() >= lanes) return;
-#pragma unroll
-  for (int e = 0; e < Count; ++e)
-    for (int other = thread() + lanes; other < kLaneThreads; other += lanes)
-      sums[e] += shared[e * kLaneThreads + other];
+  for (int k = thread(); k < lanes * Count; k += kLaneThreads) {
+    const int lane = k / Count, e = k % Count;
+    T sum = 0;
+#pragma unroll 4
+    for (int other = lane; other < kLaneThreads; other += lanes) sum += shared[e * kWalkerPitch + other];
+    write(lane, e, sum);
+  }
 }
 
 }  // namespace t2v::cuda

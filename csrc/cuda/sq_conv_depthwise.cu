@@ -40,14 +40,14 @@ __global__ void __launch_bounds__(kLaneThreads, 2)
       }
     }
   }
-  add_walkers<kTaps * V>(&sums[0][0], lanes);
-  if (thread() >= lanes || o >= s.filters) return;
-  Sum* const to = gradients + ((static_cast<int64_t>(part) * rows + m) * s.columns + tap0) * s.filters + o;
-#pragma unroll
-  for (int t = 0; t < kTaps; ++t)
-    if (tap0 + t < s.columns)
-#pragma unroll
-      for (int v = 0; v < V; ++v) to[t * s.filters + v] = sums[t][v];
+  const int first = o - thread() % lanes * V;
+  Sum* const to = gradients + (static_cast<int64_t>(part) * rows + m) * s.columns * s.filters;
+  constexpr size_t of_walkers = walkers_bytes<kTaps * V, Sum>();
+  Sum* const shared = reinterpret_cast<Sum*>(shared_memory<of_walkers>());
+  add_walkers<kTaps * V>(&sums[0][0], lanes, shared, [&](int lane, int e, Sum sum) {
+    const int tap = tap0 + e / V, filter = first + lane * V + e % V;
+    if (tap < s.columns && filter < s.filters) to[tap * s.filters + filter] = sum;
+  });
 }
 
 }  // namespace

@@ -160,22 +160,31 @@ class InPlaceHardtanh(torch.autograd.Function):
 
 
 class BatchNorm(torch.autograd.Function):
-    """A batch norm in evaluation mode, x [N, C, ...]: its input gradient is the batch norm without the shift."""
+    """A batch norm in evaluation mode, x [N, C, ...]: its input gradient is the batch norm without the shift.
+
+    The last two of the saved tensors are what x is shifted and scaled by, in the type of sums. torch computes them
+    for each forward pass on a CUDA device. On a CPU they are None.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, variance)
+        # As torch.batch_norm, which checks the shapes.
+        y, *known, _, _ = torch._batch_norm_impl_index(x, weight, bias, mean, variance, False, 0.0, eps, False)
+        shift, scale = known if x.is_cuda and known[1].shape == variance.shape else (None, None)
+        ctx.save_for_backward(x, weight, mean, variance, shift, scale)
         ctx.eps = eps
-        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, False)  # checks the shapes
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, variance = ctx.saved_tensors
+        x, weight, mean, variance, _, scale = ctx.saved_tensors
         of_x = None
-        if is_wanted(ctx, 0):
+        if is_wanted(ctx, 0) and scale is not None:
+            of_x = torch.batch_norm_elemt(g, weight, None, torch.zeros_like(scale), scale, ctx.eps)
+        elif is_wanted(ctx, 0):
             zero = torch.zeros_like(mean)
             of_x = torch.native_batch_norm(g, weight, None, zero, variance, False, 0.0, ctx.eps)[0]
         mask = [False, is_wanted(ctx, 1), is_wanted(ctx, 2)]

@@ -280,15 +280,21 @@ def _batch_norm(use: Use, g: Tensor, owner: Owner, n: int) -> Factors:
     g = _channels_by_example(g, owner, n)
     if use.slot == 2:
         return Product(g, norm=use.direct)
-    node = use.node
+    node, shift, scale = use.node, None, None
     if node.name() in NODES:
-        (x, _, mean, variance), eps = node.saved_tensors, node.eps
+        (x, _, mean, variance, shift, scale), eps = node.saved_tensors, node.eps
     else:
         x, mean, variance = node._saved_input, node._saved_running_mean, node._saved_running_var
         eps = node._saved_epsilon if hasattr(node, "_saved_epsilon") else node._saved_eps
-    if "scale" not in use.kept:
-        use.kept["scale"] = (variance + eps).rsqrt()
-    return Product(g, _channels_by_example(x, owner, n), mean, use.kept["scale"], norm=use.direct)
+        if node.name() == "NativeBatchNormBackward0" and not node._saved_training:
+            shift, scale = node._saved_result1, node._saved_result2
+            if scale.shape != variance.shape:  # on a CPU they are empty
+                shift = scale = None
+    if scale is None:
+        if "scale" not in use.kept:
+            use.kept["scale"] = (variance + eps).rsqrt()
+        shift, scale = mean, use.kept["scale"]
+    return Product(g, _channels_by_example(x, owner, n), shift, scale, norm=use.direct)
 
 
 @register_rule("NativeGroupNormBackward0", knows=_of_rows, together=lambda use: True)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import pretend_cuda
 import pytest
 import torch
-from cuda_device import Pretend, dtype_of, moved, pretended
+from cuda_device import REAL, Pretend, dtype_of, moved, pretended
 from networks import Function
 from oracle import per_example_squares, randomise_norms, reduce
 from pretend_cuda import aten
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from t2v_fast import FisherRecorder, UnsupportedError, fisher, ops
 from t2v_fast.gradients import graph
+from t2v_fast.gradients.fast_layers import FastLayers
 from t2v_fast.gradients.owners import EACH, Owned
 from t2v_fast.gradients.ownership import nodes_of
 from t2v_fast.gradients.refusals import taps_of
@@ -238,6 +240,29 @@ def test_the_rule_of_a_batch_norm_reads_what_its_node_saves(kind: str) -> None:
         assert has_rule(use)
         gradients = factors_of(use, [u.double()], N).gradients(0, N)
         torch.testing.assert_close(gradients.square(), want[parameter])
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_batch_norm_is_scaled_as_torch_scaled_it(fast: bool) -> None:
+    """The rule reads the shift and the scale that the forward pass has computed, which are more precise than x."""
+    torch.manual_seed(0)
+    network = randomise_norms(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Flatten())).bfloat16().eval()
+    x, u = example(IMAGES).bfloat16(), torch.randn(N, 168).bfloat16()
+    ran: list[str] = []
+    inputs: list[Tensor] = []
+    with pretended(), FastLayers() if fast else nullcontext(), FisherRecorder(there := moved(network)) as recorder:
+        there[1].register_forward_hook(lambda layer, args, output: inputs.append(args[0].detach()))
+        y = there(Pretend(x))
+        pretend_cuda.listeners.append(lambda function, *rest: ran.append(str(function)))
+        got = recorder.backward(y, Pretend(u))
+        pretend_cuda.listeners.pop()
+    assert not [name for name in ran if "rsqrt" in name or "copy" in name]
+    assert REAL or ("aten.batch_norm_elemt.default" in ran) == fast
+    norm = network[1].double()
+    normalised = norm(inputs[0].held.double()) - norm.bias.view(-1, 1, 1)
+    terms = normalised.flatten(2) * u.double().view(N, 4, 42)
+    want = terms.sum(2).square() / norm.weight.square()
+    torch.testing.assert_close(got["1.weight"].held.double(), want, rtol=1e-4, atol=1e-5)
 
 
 KERNELS = {"efficient": "Efficient", "flash": "Flash", "cudnn": "Cudnn"}

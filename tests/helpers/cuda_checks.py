@@ -74,9 +74,17 @@ def scatter_check() -> float:
     return difference(ops.sq_scatter(index, g, 5), filter_sums(scatter_gradients(index, g, 5)))
 
 
-def prod_check() -> float:
+def prod_check(*shift_shape: int) -> Callable[[], float]:
+    """Of g times x, which has more positions than are read at once."""
     x, g = guarded((2, 200, 12), torch.float32, 1), guarded((4, 200, 12), torch.float32, 2)
-    return difference(ops.sq_norm(g, x)[0], prod_gradients(g, x, None, None).square())
+    shift = guarded(shift_shape, torch.float32, 3) if shift_shape else None
+    return lambda: difference(ops.sq_norm(g, x, shift)[0], prod_gradients(g, x, shift, None).square())
+
+
+def bias_check() -> float:
+    """Of few channels at many positions, which are split over blocks."""
+    g = guarded((1, 5000, 4), torch.float32, 1)
+    return difference(ops.sq_prod(g), prod_gradients(g, None, None, None).square())
 
 
 CHECKS = {
@@ -94,5 +102,7 @@ CHECKS = {
     "stem, elementwise": conv_check(STEM, "elementwise", torch.float16),
     "depthwise": conv_check(DEPTHWISE, "explicit", torch.float32),
     "scatter": scatter_check,
-    "prod": prod_check,
+    "prod": prod_check(),
+    "prod, shifted by position": prod_check(2, 200, 1),
+    "prod, bias": bias_check,
 }

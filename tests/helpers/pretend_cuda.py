@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from t2v_fast.gradients import squares
 from t2v_fast.gradients.graph import Taps
 from t2v_fast.gradients.ownership import LEAF, call_node
-from t2v_fast.ops import dispatch, gpu_estimates, gpu_specs
+from t2v_fast.ops import dispatch, gpu_estimates, gpu_specs, reference
 
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -237,6 +237,30 @@ def _gradients(
 _engine_grad = torch.autograd.grad
 
 
+def _native_batch_norm(x, weight, bias, mean, variance, training, momentum, eps):
+    """As on a GPU, also the shift and the scale in evaluation mode, in the type of sums."""
+    found = aten.native_batch_norm(x, weight, bias, mean, variance, training, momentum, eps)
+    if training:
+        return found
+    wide = reference.accumulate_dtype(x.dtype)
+    return found[0], mean.to(wide, copy=True), (variance.to(wide) + eps).rsqrt()
+
+
+def _native_batch_norm_backward(g, x, weight, mean, variance, saved_mean, saved_scale, training, eps, mask):
+    if saved_mean is None or saved_scale is None:
+        raise RuntimeError("save_mean should always be defined")  # as on CUDA; a CPU takes None
+    saved = (saved_mean, saved_scale) if training else (None, None)  # on a CPU they have the type of x
+    return aten.native_batch_norm_backward(g, x, weight, mean, variance, *saved, training, eps, mask)
+
+
+def _batch_norm_elemt(x, weight, bias, mean, scale, eps):
+    shape = (-1, *[1] * (x.dim() - 2))
+    y = (x - mean.view(shape)) * scale.view(shape)
+    if weight is not None:
+        y = y * weight.view(shape)
+    return (y if bias is None else y + bias.view(shape)).to(x.dtype)
+
+
 def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps):
     y, *saved = aten.native_batch_norm(x, weight, bias, mean, variance, training, momentum, eps)
     return y, *saved, torch.empty(0, dtype=torch.uint8)
@@ -245,12 +269,6 @@ def _batch_norm(x, weight, bias, mean, variance, training, momentum, eps):
 def _batch_norm_backward(x, g, weight, mean, variance, saved_mean, saved_scale, eps, reserve):
     saved = (mean, variance, saved_mean, saved_scale)
     return aten.native_batch_norm_backward(g, x, weight, *saved, True, eps, [True, True, True])
-
-
-def _native_batch_norm_backward(g, x, weight, mean, variance, saved_mean, saved_scale, *rest):
-    if saved_mean is None or saved_scale is None:
-        raise RuntimeError("save_mean should always be defined")  # as on CUDA; a CPU takes None
-    return aten.native_batch_norm_backward(g, x, weight, mean, variance, saved_mean, saved_scale, *rest)
 
 
 def _rms_norm(x, shape, weight, eps):
@@ -425,7 +443,9 @@ _STAND_INS = {
     aten._flash_attention_backward.default: _raw_flash_backward,
     aten._efficient_attention_forward.default: _raw_efficient,
     aten._efficient_attention_backward.default: _raw_efficient_backward,
+    aten.native_batch_norm.default: _native_batch_norm,
     aten.native_batch_norm_backward.default: _native_batch_norm_backward,
+    aten.batch_norm_elemt.default: _batch_norm_elemt,
     aten.cudnn_batch_norm.default: _batch_norm,
     aten.cudnn_batch_norm_backward.default: _batch_norm_backward,
     aten._fused_rms_norm.default: _rms_norm,

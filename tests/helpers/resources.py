@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "gpu.md"
 CARD = {80: "A100", 90: "H100"}
 NVCC = shutil.which("nvcc")
+FACTORS = ("no x", "by channel", "by position")  # the values of Factor in csrc/cuda/sq_prod.cu
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -73,6 +74,7 @@ def instance(row: dict[str, Any]) -> tuple[str, str]:
     """(kernel, template arguments) of a kernel in csrc/cuda."""
     name, arguments = re.search(r"(\w+)_kernel<(.*)>\(", row["name"]).groups()
     arguments = re.sub(r"t2v::cuda::|c10::", "", arguments).replace("true", "elements").replace("false", "filters")
+    arguments = re.sub(r"\(\(anonymous namespace\)::Factor\)(\d)", lambda m: FACTORS[int(m[1])], arguments)
     return name, arguments
 
 
