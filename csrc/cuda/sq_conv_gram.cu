@@ -83,14 +83,21 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// sum_{p <= p'} g[p, o] gram[p, p'] g[p', o]: each thread sums one column of (gram g) g.
-template <class Math, int V>
-__global__ void __launch_bounds__(kThreads, 2)
-    form_kernel(int positions, int filters, int groups, int examples, int rows, int parts, int terms, int pitch,
+// Blocks of form_kernel that run on a processor at the same time: as many as the registers allow without spills.
+template <class Math, int V, int Terms>
+constexpr int kFormBlocks = std::is_same_v<Math, TensorCores<typename Math::Value>> && V > 1 && Terms < 3 ? 4 : 2;
+
+// sum_{p <= p'} g[p, o] gram[p, p'] g[p', o]: the sums of the columns of (gram g) g. Neighbouring threads sum
+// neighbouring columns, and the rows of threads, called walkers, share the positions.
+template <class Math, int V, int Terms>
+__global__ void __launch_bounds__(kThreads, kFormBlocks<Math, V, Terms>)
+    form_kernel(int positions, int filters, int groups, int examples, int rows, int parts, int pitch,
                 const typename Math::Value* gram, const typename Math::Value* g, typename Math::Sum* sums) {
   using T = typename Math::Value;
   using Sum = typename Math::Sum;
-  using Block = Tiles<Math, Matrix<T, V, true>, Matrix<T, V, false>>;
+  using Factors = Matrix<T, V, true, Terms>;
+  using Block = Tiles<Math, Factors, Matrix<T, V, false>>;
+  constexpr int each = V == 1 ? 1 : kWide<Sum>, across = Block::columns / each, walkers = kThreads / across;
 
   const int group_filters = filters / groups;
   Share share;
@@ -98,24 +105,51 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int group = share.of(groups), part = share.of(parts), m = share.rest();
 
   const int64_t square = static_cast<int64_t>(positions) * pitch;
-  const T* const matrices = gram + (static_cast<int64_t>(m % examples) * groups + group) * terms * square;
+  const Factors a{gram + (static_cast<int64_t>(m % examples) * groups + group) * Terms * square, pitch, positions,
+                  positions, square};
   const Matrix<T, V, false> b{g + static_cast<int64_t>(m) * positions * filters + group * group_filters, filters,
                               group_filters, positions};
-  const int o = j0 + thread();
-  const bool mine = thread() < Block::columns && o < group_filters;
-  Sum sum = 0;
+  const int column = thread() % across * each, walker = thread() / across;
+  const T* const to_weight = b.data + j0 + column;
+  Sum sum[each] = {};
   typename Block::Product product;
   for (int i0 = part * Block::rows; i0 < positions; i0 += parts * Block::rows) {
     product.clear();
-    for (int t = 0; t < terms; ++t)
-      Block::add(product, Matrix<T, V, true>{matrices + t * square, pitch, positions, positions}, b, i0, j0, i0,
-                 positions);
+    Block::add(product, a, b, i0, j0, i0, positions);
     const Sum* const tile = Block::store(product);
-    if (mine)
-      for (int i = 0; i < Block::rows && i0 + i < positions; ++i)
-        sum += tile[i * Block::pitch + thread()] * static_cast<Sum>(b.data[static_cast<int64_t>(i0 + i) * filters + o]);
+    if (j0 + column >= group_filters) continue;
+    // A constant number of reads, none of which waits for another one.
+#pragma unroll
+    for (int i = walker; i < walker + Block::rows; i += walkers) {
+      const bool inside = i0 + i < positions;
+      const uint32_t at = inside ? i0 + i : 0, apart = filters;
+      const auto by = *reinterpret_cast<const Vector<T, each>*>(to_weight + static_cast<uint64_t>(at) * apart);
+      const auto products = *reinterpret_cast<const Vector<Sum, each>*>(tile + i * Block::pitch + column);
+#pragma unroll
+      for (int v = 0; v < each; ++v) sum[v] += products.values[v] * (inside ? static_cast<Sum>(by.values[v]) : Sum(0));
+    }
   }
-  if (mine) sums[(static_cast<int64_t>(part) * rows + m) * filters + group * group_filters + o] = sum;
+  const Sum* const of_walkers = Block::exchanged([&](Sum* to) {
+#pragma unroll
+    for (int v = 0; v < each; ++v) to[walker * Block::columns + column + v] = sum[v];
+  });
+  const int o = j0 + thread();
+  if (thread() >= Block::columns || o >= group_filters) return;
+  Sum all = 0;
+#pragma unroll
+  for (int w = 0; w < walkers; ++w) all += of_walkers[w * Block::columns + thread()];
+  sums[(static_cast<int64_t>(part) * rows + m) * filters + group * group_filters + o] = all;
+}
+
+// Calls use(Terms) with the number of terms, which is one or two of float values, and two or three of bfloat16 ones.
+template <class Math, class Use>
+void choose_terms(int64_t terms, const Use& use) {
+  if constexpr (std::is_same_v<Math, Exact<typename Math::Value>>)
+    use(std::integral_constant<int, 1>());
+  else if constexpr (std::is_same_v<Math, TensorCores<float>>)
+    terms == 1 ? use(std::integral_constant<int, 1>()) : use(std::integral_constant<int, 2>());
+  else
+    terms == 2 ? use(std::integral_constant<int, 2>()) : use(std::integral_constant<int, 3>());
 }
 
 }  // namespace
@@ -158,11 +192,11 @@ void quadratic_forms(SumOf<T>* sums, int64_t parts, const Grams<T>& gram, const 
       gram.pitch % kWide<T> == 0 && filters / gram.groups % kWide<T> == 0 && aligned(gram.data) && aligned(g);
   choose<T>(wide, l.tf32 || gram.terms > 1, [&](auto math, auto vector) {
     using Math = decltype(math);
-    using Block = Tiles<Math, Matrix<T, vector, true>, Matrix<T, vector, false>>;
-    launch("sq_gram", form_kernel<Math, vector>,
-           ceil_div(filters / gram.groups, Block::columns) * gram.groups * parts * rows, kThreads, l.stream,
-           gram.positions, filters, gram.groups, gram.examples, rows, parts, gram.terms, gram.pitch, gram.data, g,
-           sums);
+    choose_terms<Math>(gram.terms, [&](auto terms) {
+      launch("sq_gram", form_kernel<Math, vector, terms>,
+             ceil_div(filters / gram.groups, Math::columns) * gram.groups * parts * rows, kThreads, l.stream,
+             gram.positions, filters, gram.groups, gram.examples, rows, parts, gram.pitch, gram.data, g, sums);
+    });
   });
 }
 
