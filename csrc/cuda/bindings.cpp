@@ -71,11 +71,12 @@ Tensor grams(const ConvGeometry& s, const Tensor& x, const Launch& launch) {
   return gram;
 }
 
-// gram [N, groups, P, P] and g [M, Ho, Wo, O] -> [M, O]. Half-precision cotangents are multiplied on tensor cores, and
-// the Gram matrices are split into terms, so that little or nothing of them is lost (kernels/sq_conv_gram.py:
-// form_terms). float16 cotangents are multiplied in TF32, which has all of their bits and the range of float32.
+// gram [N, groups, P, P] and g [M, Ho, Wo, O] -> [1, M, O], or with `plain` [2, M, O], and then the sums of g.
+// Half-precision cotangents are multiplied on tensor cores, and the Gram matrices are split into terms, so that little
+// or nothing of them is lost (kernels/sq_conv_gram.py: form_terms). float16 cotangents are multiplied in TF32, which
+// has all of their bits and the range of float32.
 template <class T>
-Tensor forms(const Tensor& gram, const Tensor& g, const Launch& launch) {
+Tensor forms(const Tensor& gram, const Tensor& g, bool plain, const Launch& launch) {
   using Factor = std::conditional_t<std::is_same_v<T, Half>, float, T>;
   constexpr bool split = sizeof(T) == 2;
   const int64_t groups = gram.size(1), positions = gram.size(2), rows = g.size(0), filters = g.size(3);
@@ -92,27 +93,29 @@ Tensor forms(const Tensor& gram, const Tensor& g, const Launch& launch) {
   }
   grams.data = terms.const_data_ptr<Factor>();
   const int64_t parts = cuda::form_parts(positions, filters, groups, rows, launch);
-  const Tensor sums = empty_sums({parts, rows, filters}, g);
-  cuda::quadratic_forms<Factor>(sums.mutable_data_ptr<SumOf<T>>(), parts, grams, cotangents.const_data_ptr<Factor>(),
-                                filters, rows, launch);
-  return add_parts(sums);
+  const Tensor sums = empty_sums({plain ? 2 : 1, parts, rows, filters}, g);
+  SumOf<T>* const to = sums.mutable_data_ptr<SumOf<T>>();
+  cuda::quadratic_forms<Factor>(to, plain ? to + parts * rows * filters : nullptr, parts, grams,
+                                cotangents.const_data_ptr<Factor>(), filters, rows, launch);
+  return parts == 1 ? selected(sums, 1, 0) : total(sums, 1);
 }
 
-// x [N, H, W, C], g [M, Ho, Wo, O] -> [M, O]
+// x [N, H, W, C], g [M, Ho, Wo, O] -> [1, M, O], or with `plain` [2, M, O], and then the sums of g
 template <class T>
-Tensor gram_sums(const ConvGeometry& s, const Tensor& x, const Tensor& g, const Launch& launch) {
+Tensor gram_sums(const ConvGeometry& s, const Tensor& x, const Tensor& g, bool plain, const Launch& launch) {
   const int64_t examples = x.size(0), filters = g.size(3);
   const int64_t at_once = std::max<int64_t>(kLargestWorkspace / gram_bytes(s, x), 1);
-  if (examples <= at_once) return forms<T>(grams<T>(s, x, launch), g, launch);
+  if (examples <= at_once) return forms<T>(grams<T>(s, x, launch), g, plain, launch);
   const Tensor cotangents = by_cotangent(g, examples);
-  const Tensor q = empty_sums({cotangents.size(0), examples, filters}, g);
+  const int64_t kinds = plain ? 2 : 1, each = cotangents.size(0);
+  const Tensor q = empty_sums({kinds, each, examples, filters}, g);
   for (int64_t first = 0; first < examples; first += at_once) {
     const int64_t count = std::min(at_once, examples - first);
     const Tensor some = contiguous(by_row(narrowed(cotangents, 1, first, count)));
-    const Tensor sums = forms<T>(grams<T>(s, narrowed(x, 0, first, count), launch), some, launch);
-    copy_to(narrowed(q, 1, first, count), by_cotangent(sums, count));
+    const Tensor sums = forms<T>(grams<T>(s, narrowed(x, 0, first, count), launch), some, plain, launch);
+    copy_to(narrowed(q, 2, first, count), viewed(contiguous(sums), {kinds, each, count, filters}));
   }
-  return by_row(q);
+  return viewed(q, {kinds, g.size(0), filters});
 }
 
 // [M, kh kw, O]. The gradients of a depthwise convolution are smaller than its input.
@@ -137,7 +140,7 @@ Tensor filter_sums(const ConvGeometry& s, const Tensor& x, const Tensor& g, bool
   check_size("sq_conv", s, gram);
   const OnDevice device(g, allows_tf32(g));
   return with_type("sq_conv", g.scalar_type(), [&]<class scalar_t>() -> Tensor {
-    if (gram) return gram_sums<scalar_t>(s, x, g, *device);
+    if (gram) return selected(gram_sums<scalar_t>(s, x, g, false, *device), 0, 0);
     if (s.depthwise()) return total(squared_in_place(depthwise<scalar_t>(s, x, g, *device)), 1);
     if (const int64_t split = cuda::gradient_parts(s, g.size(0), sizeof(scalar_t), *device); split > 1) {
       const Tensor gradients =
@@ -208,8 +211,9 @@ Tensor sq_gram(const Tensor& gram, const Tensor& g) {
   if (g.numel() == 0) return zero_sums({g.size(0), g.size(1)}, g);
   const OnDevice device(g, allows_tf32(g));
   const Tensor grams = contiguous(gram), cotangents = pixels_first(g);
-  return with_type("sq_gram", g.scalar_type(),
-                   [&]<class scalar_t>() { return forms<scalar_t>(grams, cotangents, *device); });
+  return with_type("sq_gram", g.scalar_type(), [&]<class scalar_t>() {
+    return selected(forms<scalar_t>(grams, cotangents, false, *device), 0, 0);
+  });
 }
 
 // For a single token, the square of the outer product is the outer product of the squares.
@@ -224,6 +228,23 @@ Tensor sq_outer(const Tensor& x, const Tensor& g, const std::string& path) {
     return by_row(product(by_cotangent(square_of_token(g), x.size(0)), norms));
   }
   return filter_sums(tokenwise(x, g), inserted(contiguous(x), 2), inserted(contiguous(g), 2), path == "gram");
+}
+
+// The squares of the gradients of the weight, by quadratic forms, and then of those of the bias: [2, M, O].
+Tensor sq_linear(const Tensor& x, const Tensor& g, const std::optional<Tensor>& gram) {
+  check_outer("sq_linear", x, g);
+  if (gram) check_forms(*gram, permuted(inserted(g, 2), {0, 3, 2, 1}));
+  if (g.numel() == 0 || x.numel() == 0) return zero_sums({2, g.size(0), g.size(2)}, g);
+  const ConvGeometry s = tokenwise(x, g);
+  check_size("sq_linear", s, true);
+  const OnDevice device(g, allows_tf32(g));
+  const Tensor cotangents = inserted(contiguous(g), 2);
+  const Tensor sums = with_type("sq_linear", g.scalar_type(), [&]<class scalar_t>() -> Tensor {
+    if (gram) return forms<scalar_t>(contiguous(*gram), cotangents, true, *device);
+    return gram_sums<scalar_t>(s, inserted(contiguous(x), 2), cotangents, true, *device);
+  });
+  squared_in_place(selected(sums, 0, 1));
+  return sums;
 }
 
 void sq_outer_acc_(const Tensor& out, const Tensor& x, const Tensor& g, const Tensor& weight) {
@@ -347,6 +368,7 @@ STABLE_TORCH_LIBRARY_IMPL(T2V_LIBRARY, T2V_KEY, m) {
   T2V_IMPL(sq_conv);
   T2V_IMPL(sq_conv_acc_);
   T2V_IMPL(sq_gram);
+  T2V_IMPL(sq_linear);
   T2V_IMPL(sq_norm);
   T2V_IMPL(sq_outer);
   T2V_IMPL(sq_outer_acc_);

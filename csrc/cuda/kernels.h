@@ -82,11 +82,11 @@ template <class Term>
 void split_grams(Term* to, int64_t terms, int64_t pitch, const float* gram, int64_t matrices, int64_t positions,
                  const Launch& l);
 
-// sums [parts, M, O]: g_o^T gram g_o; g [M, P, O] dense
+// sums [parts, M, O]: g_o^T gram g_o; g [M, P, O] dense. plain [parts, M, O]: the sums of g_o, unless plain is null.
 int64_t form_parts(int64_t positions, int64_t filters, int64_t groups, int64_t rows, const Launch& l);
 template <class T>
-void quadratic_forms(SumOf<T>* sums, int64_t parts, const Grams<T>& gram, const T* g, int64_t filters, int64_t rows,
-                     const Launch& l);
+void quadratic_forms(SumOf<T>* sums, SumOf<T>* plain, int64_t parts, const Grams<T>& gram, const T* g, int64_t filters,
+                     int64_t rows, const Launch& l);
 
 // A tensor [rows, positions, channels] with any strides, also zero for broadcasting; or null.
 template <class T>

@@ -85,14 +85,19 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // Blocks of form_kernel that run on a processor at the same time: as many as the registers allow without spills.
 template <class Math, int V, int Terms>
-constexpr int kFormBlocks = std::is_same_v<Math, TensorCores<typename Math::Value>> && V > 1 && Terms < 3 ? 4 : 2;
+constexpr int kFormBlocks = std::is_same_v<Math, TensorCores<typename Math::Value>> && V > 1 &&
+                                    Terms * sizeof(typename Math::Value) <= 4
+                                ? 4
+                                : 2;
 
 // sum_{p <= p'} g[p, o] gram[p, p'] g[p', o]: the sums of the columns of (gram g) g. Neighbouring threads sum
-// neighbouring columns, and the rows of threads, called walkers, share the positions.
+// neighbouring columns, and the rows of threads, called walkers, share the positions. A product is weighted with each
+// g[p, o] once, so that the sum of g takes no more than an addition.
 template <class Math, int V, int Terms>
 __global__ void __launch_bounds__(kThreads, kFormBlocks<Math, V, Terms>)
     form_kernel(int positions, int filters, int groups, int examples, int rows, int parts, int pitch,
-                const typename Math::Value* gram, const typename Math::Value* g, typename Math::Sum* sums) {
+                const typename Math::Value* gram, const typename Math::Value* g, typename Math::Sum* sums,
+                typename Math::Sum* plain) {
   using T = typename Math::Value;
   using Sum = typename Math::Sum;
   using Factors = Matrix<T, V, true, Terms>;
@@ -102,7 +107,8 @@ __global__ void __launch_bounds__(kThreads, kFormBlocks<Math, V, Terms>)
   const int group_filters = filters / groups;
   Share share;
   const int j0 = share.of((group_filters + Block::columns - 1) / Block::columns) * Block::columns;
-  const int group = share.of(groups), part = share.of(parts), m = share.rest();
+  const int place = share.rest();  // [parts, M, groups], as in the sums
+  const int group = share.of(groups), m = share.of(rows), part = share.rest();
 
   const int64_t square = static_cast<int64_t>(positions) * pitch;
   const Factors a{gram + (static_cast<int64_t>(m % examples) * groups + group) * Terms * square, pitch, positions,
@@ -110,8 +116,7 @@ __global__ void __launch_bounds__(kThreads, kFormBlocks<Math, V, Terms>)
   const Matrix<T, V, false> b{g + static_cast<int64_t>(m) * positions * filters + group * group_filters, filters,
                               group_filters, positions};
   const int column = thread() % across * each, walker = thread() / across;
-  const T* const to_weight = b.data + j0 + column;
-  Sum sum[each] = {};
+  Sum sum[each] = {}, sum_of_g[each] = {};
   typename Block::Product product;
   for (int i0 = part * Block::rows; i0 < positions; i0 += parts * Block::rows) {
     product.clear();
@@ -123,22 +128,35 @@ __global__ void __launch_bounds__(kThreads, kFormBlocks<Math, V, Terms>)
     for (int i = walker; i < walker + Block::rows; i += walkers) {
       const bool inside = i0 + i < positions;
       const uint32_t at = inside ? i0 + i : 0, apart = filters;
-      const auto by = *reinterpret_cast<const Vector<T, each>*>(to_weight + static_cast<uint64_t>(at) * apart);
+      const T* const from = b.data + (static_cast<uint64_t>(at) * apart + static_cast<uint32_t>(j0 + column));
+      const auto by = *reinterpret_cast<const Vector<T, each>*>(from);
       const auto products = *reinterpret_cast<const Vector<Sum, each>*>(tile + i * Block::pitch + column);
 #pragma unroll
-      for (int v = 0; v < each; ++v) sum[v] += products.values[v] * (inside ? static_cast<Sum>(by.values[v]) : Sum(0));
+      for (int v = 0; v < each; ++v) {
+        const Sum value = inside ? static_cast<Sum>(by.values[v]) : Sum(0);
+        sum[v] += products.values[v] * value;
+        sum_of_g[v] += value;
+      }
     }
   }
   const Sum* const of_walkers = Block::exchanged([&](Sum* to) {
 #pragma unroll
-    for (int v = 0; v < each; ++v) to[walker * Block::columns + column + v] = sum[v];
+    for (int v = 0; v < each; ++v) {
+      to[walker * Block::columns + column + v] = sum[v];
+      to[(walkers + walker) * Block::columns + column + v] = sum_of_g[v];
+    }
   });
   const int o = j0 + thread();
   if (thread() >= Block::columns || o >= group_filters) return;
-  Sum all = 0;
+  Sum all = 0, all_of_g = 0;
 #pragma unroll
-  for (int w = 0; w < walkers; ++w) all += of_walkers[w * Block::columns + thread()];
-  sums[(static_cast<int64_t>(part) * rows + m) * filters + group * group_filters + o] = all;
+  for (int w = 0; w < walkers; ++w) {
+    all += of_walkers[w * Block::columns + thread()];
+    all_of_g += of_walkers[(walkers + w) * Block::columns + thread()];
+  }
+  const int64_t to = static_cast<int64_t>(place) * group_filters + o;
+  sums[to] = all;
+  if (plain) plain[to] = all_of_g;
 }
 
 // Calls use(Terms) with the number of terms, which is one or two of float values, and two or three of bfloat16 ones.
@@ -186,8 +204,8 @@ void split_grams(Term* to, int64_t terms, int64_t pitch, const float* gram, int6
 }
 
 template <class T>
-void quadratic_forms(SumOf<T>* sums, int64_t parts, const Grams<T>& gram, const T* g, int64_t filters, int64_t rows,
-                     const Launch& l) {
+void quadratic_forms(SumOf<T>* sums, SumOf<T>* plain, int64_t parts, const Grams<T>& gram, const T* g, int64_t filters,
+                     int64_t rows, const Launch& l) {
   const bool wide =
       gram.pitch % kWide<T> == 0 && filters / gram.groups % kWide<T> == 0 && aligned(gram.data) && aligned(g);
   choose<T>(wide, l.tf32 || gram.terms > 1, [&](auto math, auto vector) {
@@ -195,7 +213,7 @@ void quadratic_forms(SumOf<T>* sums, int64_t parts, const Grams<T>& gram, const 
     choose_terms<Math>(gram.terms, [&](auto terms) {
       launch("sq_gram", form_kernel<Math, vector, terms>,
              ceil_div(filters / gram.groups, Math::columns) * gram.groups * parts * rows, kThreads, l.stream,
-             gram.positions, filters, gram.groups, gram.examples, rows, parts, gram.pitch, gram.data, g, sums);
+             gram.positions, filters, gram.groups, gram.examples, rows, parts, gram.pitch, gram.data, g, sums, plain);
     });
   });
 }
@@ -209,8 +227,9 @@ T2V_INSTANTIATE(float)
 T2V_INSTANTIATE(double)
 #undef T2V_INSTANTIATE
 
-#define T2V_INSTANTIATE(T) \
-  template void quadratic_forms<T>(SumOf<T>*, int64_t, const Grams<T>&, const T*, int64_t, int64_t, const Launch&);
+#define T2V_INSTANTIATE(T)                                                                                     \
+  template void quadratic_forms<T>(SumOf<T>*, SumOf<T>*, int64_t, const Grams<T>&, const T*, int64_t, int64_t, \
+                                   const Launch&);
 T2V_INSTANTIATE(float)
 T2V_INSTANTIATE(double)
 T2V_INSTANTIATE(c10::BFloat16)

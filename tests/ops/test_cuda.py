@@ -18,10 +18,12 @@ import resources
 import symbols
 import torch
 from cuda_checks import CHECKS, TILED, conv_check
+from op_checks import DTYPES, assert_close, guarded
 from oracle import per_example_squares, reduce, relative_error
 from resources import NVCC
 
 import t2v_fast
+from t2v_fast import ops
 from t2v_fast.ops import planner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,6 +132,7 @@ x, g, weight = torch.ones(0, 3, 4), torch.ones(0, 3, 5), torch.ones(0)
 image, cotangent, index = torch.ones(0, 3, 6, 6), torch.ones(0, 8, 6, 6), torch.zeros(0, 3, dtype=torch.long)
 cases = {
     "sq_outer": ((x, g, "gram"), [0, 5]),
+    "sq_linear": ((x, g, torch.ones(0, 1, 3, 3)), [2, 0, 5]),
     "sq_outer_acc_": ((torch.zeros(5, 4), x, g, weight), None),
     "sq_conv": ((image, cotangent, [3, 3], *geometry, "explicit"), [0, 8]),
     "sq_conv_acc_": ((torch.zeros(8, 3, 3, 3), image, cotangent, weight, *geometry, "explicit"), None),
@@ -193,6 +196,52 @@ def test_tf32_is_allowed_by_the_newer_setting(tf32_by_backend: None) -> None:
     with emulated.running():
         errors = [conv_check(TILED, path, torch.float32)() for path in ("explicit", "gram", "elementwise")]
     assert all(1e-5 < e < 2e-3 for e in errors)
+
+
+LINEAR = {  # N, S, I, O, K
+    "one position": (2, 1, 3, 4, 1),
+    "few positions": (3, 5, 9, 33, 2),
+    "one tile": (2, 64, 16, 64, 1),
+    "several parts": (1, 197, 18, 136, 2),
+    "examples in turn": (3, 130, 8, 24, 2),
+    "many blocks": (2, 70, 8, 1160, 1),
+    "no example": (0, 3, 4, 5, 1),
+}
+
+
+@pytest.mark.parametrize("kind", [*map(str, DTYPES), "tf32"])
+@pytest.mark.parametrize("case", LINEAR)
+def test_sq_linear(case: str, kind: str) -> None:
+    """The weight and the bias of a linear layer come from one kernel."""
+    dtype = torch.float32 if kind == "tf32" else getattr(torch, kind.removeprefix("torch."))
+    n, s, i, o, k = LINEAR[case]
+    before = torch.get_float32_matmul_precision()
+    calls: list[str] = []
+    for layout in ("contiguous", "sliced"):
+        x, g = guarded((n, s, i), dtype, 1, layout), guarded((n * k, s, o), dtype, 2, layout)
+        gradients = torch.einsum("knso,nsi->knoi", g.double().unflatten(0, (k, n)), x.double())
+        try:
+            torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+            with emulated.running(calls=calls):
+                assert ops.fuses_bias(x, g)
+                both = ops.sq_linear(x, g, "gram")
+                assert torch.equal(both, ops.sq_linear(x, g, "gram"))
+                assert calls == ["sq_linear"] * 2
+                outer = ops.sq_outer(x, g, "gram")
+                gram = ops.conv_gram(x.transpose(1, 2).unsqueeze(2), (1, 1), (1, 1), (0, 0), (1, 1), 1)
+                kept, explicit = ops.sq_linear(x, g, "gram", gram), ops.sq_linear(x, g)
+                calls.clear()
+        finally:
+            torch.set_float32_matmul_precision(before)
+        if s > 1:  # the square of one token's gradient is a product of squares
+            assert torch.equal(both[0], outer)
+        want = gradients.square().sum(3).flatten(0, 1), g.double().sum(1).square()
+        for weight, bias in (both, kept, explicit):
+            if kind != "tf32" or n == 0:
+                assert_close(weight, want[0], dtype, s * i)
+            else:
+                assert relative_error(weight, want[0]) < 2e-3
+            assert_close(bias, want[1], dtype, s)
 
 
 def test_a_whole_network() -> None:
