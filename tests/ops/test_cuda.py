@@ -198,6 +198,16 @@ def test_tf32_is_allowed_by_the_newer_setting(tf32_by_backend: None) -> None:
     assert all(1e-5 < e < 2e-3 for e in errors)
 
 
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    """Memory that is allocated and not written has NaN in it."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.ones(1).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 LINEAR = {  # N, S, I, O, K
     "one position": (2, 1, 3, 4, 1),
     "few positions": (3, 5, 9, 33, 2),
@@ -211,8 +221,8 @@ LINEAR = {  # N, S, I, O, K
 
 @pytest.mark.parametrize("kind", [*map(str, DTYPES), "tf32"])
 @pytest.mark.parametrize("case", LINEAR)
-def test_sq_linear(case: str, kind: str) -> None:
-    """The weight and the bias of a linear layer come from one kernel."""
+def test_sq_linear(case: str, kind: str, nan_in_new_memory: None) -> None:
+    """The weight and the bias of a linear layer come from one kernel. No value of a Gram matrix is read unwritten."""
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind.removeprefix("torch."))
     n, s, i, o, k = LINEAR[case]
     before = torch.get_float32_matmul_precision()
