@@ -254,6 +254,21 @@ def test_sq_linear(case: str, kind: str, nan_in_new_memory: None) -> None:
             assert_close(bias, want[1], dtype, s)
 
 
+def test_biases_come_with_the_weights_of_linear_layers() -> None:
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 5), torch.nn.Flatten()
+    network, x, cotangents = torch.nn.Sequential(*layers), torch.randn(3, 70, 6), torch.randn(2, 3, 350)
+    want = per_example_squares(network.double(), x.double(), cotangents.double())
+    network.float()
+    calls: list[str] = []
+    with planner.force("gram"), emulated.running(calls=calls), t2v_fast.FisherRecorder(network) as recorder:
+        found = recorder.backward(network(x), cotangents)
+    assert set(calls) == {"sq_linear"}
+    assert found.keys() == want.keys()
+    for name, value in found.items():
+        assert relative_error(value, reduce(want[name], "filter")) < 1e-5, name
+
+
 def test_a_whole_network() -> None:
     """A Fisher runs every op on the CUDA kernels."""
     torch.manual_seed(0)
