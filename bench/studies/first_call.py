@@ -74,7 +74,7 @@ def no_op(name: str, *arguments: Any) -> Tensor:
     width = arguments[2] if name == "sq_scatter" else g.shape[1 if name in ("sq_conv", "sq_gram") else 2]
     key = (name, g.shape[0], width)
     if key not in ZEROS:
-        ZEROS[key] = g.new_zeros(*([2] if name == "sq_norm" else []), g.shape[0], width)
+        ZEROS[key] = g.new_zeros(*([2] if name in ("sq_linear", "sq_norm") else []), g.shape[0], width)
     return ZEROS[key]
 
 

@@ -21,7 +21,7 @@ using cuda::SumOf;
 constexpr int64_t kLargestWorkspace = T2V_WORKSPACE;
 
 void check_size(const char* op, const ConvGeometry& s, bool gram) {
-  constexpr int64_t largest = INT32_MAX, largest_gram = 46340;  // its square is below 2^31
+  constexpr int64_t largest = INT32_MAX, largest_gram = 46336;  // its square is below 2^31, and it is its own pitch
   T2V_CHECK_VALUE(
       s.pixels() <= largest && s.positions() <= largest && s.kernel_h * s.kernel_w * s.group_channels() <= largest, op,
       ": an image of ", s.pixels(), " pixels and ", s.channels, " channels is too large for the CUDA kernels");
@@ -61,63 +61,93 @@ int64_t gram_bytes(const ConvGeometry& s, const Tensor& x) {
   return entries * s.groups * (x.scalar_type() == ScalarType::Double ? 8 : 4);
 }
 
-// x [N, H, W, C] -> [N, groups, P, P]
-template <class T>
-Tensor grams(const ConvGeometry& s, const Tensor& x, const Launch& launch) {
-  const auto of_patches = [&](const ConvGeometry& shape) {
-    const Tensor gram = zero_sums({x.size(0), shape.groups, shape.positions(), shape.positions()}, x);
-    cuda::conv_grams<T>(gram.mutable_data_ptr<SumOf<T>>(), convolution<T>(shape, x, x), launch);
+// Gram matrices of x [N, H, W, C] as sums of terms: [N, groups, terms, P, pitch]. What is not `whole` may have any
+// values in tiles below the diagonal, which quadratic forms do not read.
+template <class T, class Term>
+Tensor grams(const ConvGeometry& s, const Tensor& x, int64_t terms, int64_t pitch, bool whole, const Launch& launch) {
+  const ScalarType type = std::is_same_v<Term, SumOf<T>> ? sum_type(x) : x.scalar_type();
+  const std::vector<int64_t> sizes{x.size(0), s.groups, terms, s.positions(), pitch};
+  const bool by_pixels = gram_by_pixels(s);
+  const Tensor gram = whole && !by_pixels ? zero_sums(sizes, x) : empty_like(x, sizes, type);
+  Term* const to = gram.mutable_data_ptr<Term>();
+  if (!by_pixels) {
+    cuda::conv_grams<T, Term>(to, terms, pitch, convolution<T>(s, x, x), launch);
     return gram;
-  };
-  if (!gram_by_pixels(s)) return of_patches(s);
-  const Tensor pixels = of_patches(pixelwise(s));
-  const Tensor gram = zero_sums({x.size(0), s.groups, s.positions(), s.positions()}, x);
-  cuda::shifted_grams(gram.mutable_data_ptr<SumOf<T>>(), pixels.const_data_ptr<SumOf<T>>(), s, x.size(0), launch);
+  }
+  const ConvGeometry all = pixelwise(s);
+  const Tensor pixels = empty_sums({x.size(0), all.groups, all.positions(), all.positions()}, x);
+  cuda::conv_grams<T, SumOf<T>>(pixels.mutable_data_ptr<SumOf<T>>(), 1, all.positions(), convolution<T>(all, x, x),
+                                launch);
+  cuda::shifted_grams<T, Term>(to, terms, pitch, pixels.const_data_ptr<SumOf<T>>(), s, x.size(0), launch);
   return gram;
 }
 
-// gram [N, groups, P, P] and g [M, Ho, Wo, O] -> [M, O]. Half-precision cotangents are multiplied on tensor cores, and
-// the Gram matrices are split into terms, so that little or nothing of them is lost (kernels/sq_conv_gram.py:
-// form_terms). float16 cotangents are multiplied in TF32, which has all of their bits and the range of float32.
+// Half-precision cotangents are multiplied on tensor cores, and the Gram matrices are split into terms, so that little
+// or nothing of them is lost (kernels/sq_conv_gram.py: form_terms). float16 cotangents are multiplied in TF32, which
+// has all of their bits and the range of float32.
 template <class T>
-Tensor forms(const Tensor& gram, const Tensor& g, const Launch& launch) {
-  using Factor = std::conditional_t<std::is_same_v<T, Half>, float, T>;
-  constexpr bool split = sizeof(T) == 2;
-  const int64_t groups = gram.size(1), positions = gram.size(2), rows = g.size(0), filters = g.size(3);
-  const ScalarType factor = std::is_same_v<T, Half> ? ScalarType::Float : g.scalar_type();
-  const Tensor cotangents = converted(g, factor);
-  cuda::Grams<Factor> grams{nullptr, gram.size(0), groups, 1, positions, positions};
-  Tensor terms = gram;
-  if constexpr (split) {
-    grams.terms = std::is_same_v<T, BFloat16> && positions < 64 ? 3 : 2;
-    grams.pitch = (positions + 7) / 8 * 8;
-    terms = empty_like(gram, {gram.size(0), groups, grams.terms, positions, grams.pitch}, factor);
-    cuda::split_grams<Factor>(terms.mutable_data_ptr<Factor>(), grams.terms, grams.pitch, gram.const_data_ptr<float>(),
-                              gram.size(0) * groups, positions, launch);
-  }
-  grams.data = terms.const_data_ptr<Factor>();
-  const int64_t parts = cuda::form_parts(positions, filters, groups, rows, launch);
-  const Tensor sums = empty_sums({parts, rows, filters}, g);
-  cuda::quadratic_forms<Factor>(sums.mutable_data_ptr<SumOf<T>>(), parts, grams, pixels_of<Factor>(cotangents), filters,
-                                rows, launch);
-  return add_parts(sums);
+int64_t terms_for(int64_t positions) {
+  if (sizeof(T) != 2) return 1;
+  return std::is_same_v<T, BFloat16> && positions < 64 ? 3 : 2;
 }
 
-// x [N, H, W, C], g [M, Ho, Wo, O] -> [M, O]
+// Rows of Gram matrices are padded, so that they can be read 16 bytes at a time.
+int64_t pitch_for(int64_t positions) { return (positions + 7) / 8 * 8; }
+
+// gram [N, groups, P, P] -> [N, groups, terms, P, pitch]
 template <class T>
-Tensor gram_sums(const ConvGeometry& s, const Tensor& x, const Tensor& g, const Launch& launch) {
+Tensor split(const Tensor& gram, const Launch& launch) {
+  using Term = cuda::TermOf<T>;
+  const int64_t positions = gram.size(2), pitch = pitch_for(positions), terms = terms_for<T>(positions);
+  const std::vector<int64_t> sizes{gram.size(0), gram.size(1), terms, positions, pitch};
+  if constexpr (sizeof(T) == 2) {
+    const Tensor to = empty_like(gram, sizes, std::is_same_v<T, Half> ? ScalarType::Float : ScalarType::BFloat16);
+    cuda::split_grams<T>(to.mutable_data_ptr<Term>(), terms, pitch, gram.const_data_ptr<float>(),
+                         gram.size(0) * gram.size(1), positions, launch);
+    return to;
+  } else {
+    return viewed(pitch == positions ? gram : Tensor(torch::stable::pad(gram, {0, pitch - positions})), sizes);
+  }
+}
+
+// gram [N, groups, terms, P, pitch] and g [M, Ho, Wo, O] -> [1, M, O], or with `plain` [2, M, O], and then the sums of
+// g.
+template <class T>
+Tensor forms(const Tensor& gram, const Tensor& g, bool plain, const Launch& launch) {
+  using Term = cuda::TermOf<T>;
+  const int64_t groups = gram.size(1), positions = gram.size(3), rows = g.size(0), filters = g.size(3);
+  const Tensor cotangents = converted(g, std::is_same_v<T, Half> ? ScalarType::Float : g.scalar_type());
+  const cuda::Grams<Term> grams{
+      gram.const_data_ptr<Term>(), gram.size(0), groups, gram.size(2), positions, gram.size(4)};
+  const int64_t parts = cuda::form_parts(positions, filters, groups, rows, launch);
+  const Tensor sums = empty_sums({plain ? 2 : 1, parts, rows, filters}, g);
+  SumOf<T>* const to = sums.mutable_data_ptr<SumOf<T>>();
+  cuda::quadratic_forms<Term>(to, plain ? to + parts * rows * filters : nullptr, parts, grams,
+                              pixels_of<Term>(cotangents), filters, rows, launch);
+  return parts == 1 ? selected(sums, 1, 0) : total(sums, 1);
+}
+
+// x [N, H, W, C], g [M, Ho, Wo, O] -> [1, M, O], or with `plain` [2, M, O], and then the sums of g
+template <class T>
+Tensor gram_sums(const ConvGeometry& s, const Tensor& x, const Tensor& g, bool plain, const Launch& launch) {
   const int64_t examples = x.size(0), filters = g.size(3);
   const int64_t at_once = std::max<int64_t>(kLargestWorkspace / gram_bytes(s, x), 1);
-  if (examples <= at_once) return forms<T>(grams<T>(s, x, launch), g, launch);
+  const auto sums_of = [&](const Tensor& images, const Tensor& cotangents) {
+    const int64_t positions = s.positions();
+    return forms<T>(grams<T, cuda::TermOf<T>>(s, images, terms_for<T>(positions), pitch_for(positions), false, launch),
+                    cotangents, plain, launch);
+  };
+  if (examples <= at_once) return sums_of(x, g);
   const Tensor cotangents = by_cotangent(g, examples);
-  const Tensor q = empty_sums({cotangents.size(0), examples, filters}, g);
+  const int64_t kinds = plain ? 2 : 1, each = cotangents.size(0);
+  const Tensor q = empty_sums({kinds, each, examples, filters}, g);
   for (int64_t first = 0; first < examples; first += at_once) {
     const int64_t count = std::min(at_once, examples - first);
     const Tensor some = by_pixels(by_row(narrowed(cotangents, 1, first, count)));
-    const Tensor sums = forms<T>(grams<T>(s, narrowed(x, 0, first, count), launch), some, launch);
-    copy_to(narrowed(q, 1, first, count), by_cotangent(sums, count));
+    const Tensor sums = sums_of(narrowed(x, 0, first, count), some);
+    copy_to(narrowed(q, 2, first, count), viewed(contiguous(sums), {kinds, each, count, filters}));
   }
-  return by_row(q);
+  return viewed(q, {kinds, g.size(0), filters});
 }
 
 // [M, kh kw, O]. The gradients of a depthwise convolution are smaller than its input.
@@ -142,7 +172,7 @@ Tensor filter_sums(const ConvGeometry& s, const Tensor& x, const Tensor& g, bool
   check_size("sq_conv", s, gram);
   const OnDevice device(g, allows_tf32(g));
   return with_type("sq_conv", g.scalar_type(), [&]<class scalar_t>() -> Tensor {
-    if (gram) return gram_sums<scalar_t>(s, x, g, *device);
+    if (gram) return selected(gram_sums<scalar_t>(s, x, g, false, *device), 0, 0);
     if (s.depthwise()) return total(squared_in_place(depthwise<scalar_t>(s, x, g, *device)), 1);
     if (const int64_t split = cuda::gradient_parts(s, g.size(0), sizeof(scalar_t), *device); split > 1) {
       const Tensor gradients =
@@ -204,8 +234,10 @@ Tensor conv_gram(const Tensor& x, Sizes kernel, Sizes stride, Sizes padding, Siz
   check_size("conv_gram", s, true);
   if (x.numel() == 0) return zero_sums({x.size(0), groups, s.positions(), s.positions()}, x);
   const OnDevice device(x, allows_tf32(x));
-  return with_type("conv_gram", x.scalar_type(),
-                   [&]<class scalar_t>() { return grams<scalar_t>(s, pixels_first(x), *device); });
+  return with_type("conv_gram", x.scalar_type(), [&]<class scalar_t>() {
+    const Tensor gram = grams<scalar_t, SumOf<scalar_t>>(s, pixels_first(x), 1, s.positions(), true, *device);
+    return selected(gram, 2, 0);
+  });
 }
 
 Tensor sq_gram(const Tensor& gram, const Tensor& g) {
@@ -213,8 +245,9 @@ Tensor sq_gram(const Tensor& gram, const Tensor& g) {
   if (g.numel() == 0) return zero_sums({g.size(0), g.size(1)}, g);
   const OnDevice device(g, allows_tf32(g));
   const Tensor grams = contiguous(gram), cotangents = pixels_first(g);
-  return with_type("sq_gram", g.scalar_type(),
-                   [&]<class scalar_t>() { return forms<scalar_t>(grams, cotangents, *device); });
+  return with_type("sq_gram", g.scalar_type(), [&]<class scalar_t>() {
+    return selected(forms<scalar_t>(split<scalar_t>(grams, *device), cotangents, false, *device), 0, 0);
+  });
 }
 
 // For a single token, the square of the outer product is the outer product of the squares.
@@ -229,6 +262,23 @@ Tensor sq_outer(const Tensor& x, const Tensor& g, const std::string& path) {
     return by_row(product(by_cotangent(square_of_token(g), x.size(0)), norms));
   }
   return filter_sums(tokenwise(x, g), tokens_first(x), tokens_first(g), path == "gram");
+}
+
+// The squares of the gradients of the weight, by quadratic forms, and then of those of the bias: [2, M, O].
+Tensor sq_linear(const Tensor& x, const Tensor& g, const std::optional<Tensor>& gram) {
+  check_outer("sq_linear", x, g);
+  if (gram) check_forms(*gram, permuted(inserted(g, 2), {0, 3, 2, 1}));
+  if (g.numel() == 0 || x.numel() == 0) return zero_sums({2, g.size(0), g.size(2)}, g);
+  const ConvGeometry s = tokenwise(x, g);
+  check_size("sq_linear", s, true);
+  const OnDevice device(g, allows_tf32(g));
+  const Tensor cotangents = tokens_first(g);
+  const Tensor sums = with_type("sq_linear", g.scalar_type(), [&]<class scalar_t>() -> Tensor {
+    if (gram) return forms<scalar_t>(split<scalar_t>(contiguous(*gram), *device), cotangents, true, *device);
+    return gram_sums<scalar_t>(s, tokens_first(x), cotangents, true, *device);
+  });
+  squared_in_place(selected(sums, 0, 1));
+  return sums;
 }
 
 void sq_outer_acc_(const Tensor& out, const Tensor& x, const Tensor& g, const Tensor& weight) {
@@ -366,6 +416,7 @@ STABLE_TORCH_LIBRARY_IMPL(T2V_LIBRARY, T2V_KEY, m) {
   T2V_IMPL(sq_conv);
   T2V_IMPL(sq_conv_acc_);
   T2V_IMPL(sq_gram);
+  T2V_IMPL(sq_linear);
   T2V_IMPL(sq_norm);
   T2V_IMPL(sq_outer);
   T2V_IMPL(sq_outer_acc_);

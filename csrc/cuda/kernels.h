@@ -68,14 +68,21 @@ int64_t depthwise_parts(const ConvGeometry& s, int64_t rows, const Launch& l);
 template <class T>
 void depthwise_gradients(SumOf<T>* gradients, int64_t parts, const Convolution<T>& c, const Launch& l);
 
-// gram [N, groups, P, P], zero before the call: the patches' Gram matrix, folded. Entries above the diagonal are
-// doubled, and those below are not written.
+// The type of the terms that a Gram matrix is a sum of in quadratic forms of T values. Each bfloat16 term holds 8 bits
+// of a value. float16 values are multiplied in TF32, and each TF32 term holds 11.
 template <class T>
-void conv_grams(SumOf<T>* gram, const Convolution<T>& c, const Launch& l);
+using TermOf = std::conditional_t<std::is_same_v<T, c10::Half>, float, T>;
 
-// The same from the folded Gram matrix of the pixels, pixels [N, groups, H W, H W].
-template <class T>
-void shifted_grams(T* gram, const T* pixels, const ConvGeometry& s, int64_t examples, const Launch& l);
+// gram [N, groups, terms, P, pitch]: the patches' Gram matrix, folded: entries above the diagonal are doubled, and
+// those below are zero. Padding is zero. More than one term needs a `pitch` that is a multiple of 16 bytes of sums.
+// Tiles of Term that are below the diagonal are not written, and quadratic_forms does not read them.
+template <class T, class Term>
+void conv_grams(Term* gram, int64_t terms, int64_t pitch, const Convolution<T>& c, const Launch& l);
+
+// The same from the folded Gram matrix of the pixels, pixels [N, groups, H W, H W]. All entries are written.
+template <class T, class Term>
+void shifted_grams(Term* gram, int64_t terms, int64_t pitch, const SumOf<T>* pixels, const ConvGeometry& s,
+                   int64_t examples, const Launch& l);
 
 // Gram matrices [N, groups, terms, P, P] whose rows lie `pitch` apart; each matrix is the sum of its terms.
 template <class T>
@@ -84,17 +91,16 @@ struct Grams {
   int64_t examples, groups, terms, positions, pitch;
 };
 
-// to [matrices, terms, P, pitch]: gram [matrices, P, P] as a sum of bfloat16 terms, or of TF32 terms if Term is float.
-// Padding is zero. Each bfloat16 term holds 8 bits of a value, and each TF32 term 11.
-template <class Term>
-void split_grams(Term* to, int64_t terms, int64_t pitch, const float* gram, int64_t matrices, int64_t positions,
+// to [matrices, terms, P, pitch]: gram [matrices, P, P] as a sum of terms. Padding is zero.
+template <class T>
+void split_grams(TermOf<T>* to, int64_t terms, int64_t pitch, const float* gram, int64_t matrices, int64_t positions,
                  const Launch& l);
 
-// sums [parts, M, O]: g_o^T gram g_o; g [M, P, O]
+// sums [parts, M, O]: g_o^T gram g_o; g [M, P, O]. plain [parts, M, O]: the sums of g_o, unless plain is null.
 int64_t form_parts(int64_t positions, int64_t filters, int64_t groups, int64_t rows, const Launch& l);
 template <class T>
-void quadratic_forms(SumOf<T>* sums, int64_t parts, const Grams<T>& gram, const Pixels<T>& g, int64_t filters,
-                     int64_t rows, const Launch& l);
+void quadratic_forms(SumOf<T>* sums, SumOf<T>* plain, int64_t parts, const Grams<T>& gram, const Pixels<T>& g,
+                     int64_t filters, int64_t rows, const Launch& l);
 
 // A tensor [rows, positions, channels] with any strides, also zero for broadcasting; or null.
 template <class T>

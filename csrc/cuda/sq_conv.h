@@ -14,6 +14,7 @@ struct Patches {
   using Value = T;
   static constexpr int vector = V;
   static constexpr bool along_depth = DepthIsColumns;
+  static constexpr int terms = 1, apart = 0;
 
   __device__ auto outer(int i) const {
     if constexpr (DepthIsColumns)
@@ -38,12 +39,13 @@ struct Patches {
   int pitch;       // between pixels
 };
 
-// A matrix [outer, inner] or [inner, outer] whose rows lie `pitch` apart.
-template <class T, int V, bool AlongDepth>
+// A matrix [outer, inner] or [inner, outer] whose rows lie `pitch` apart, or the sum of several such matrices.
+template <class T, int V, bool AlongDepth, int Terms = 1>
 struct Matrix {
   using Value = T;
   static constexpr int vector = V;
   static constexpr bool along_depth = AlongDepth;
+  static constexpr int terms = Terms;
 
   struct Place {
     uint32_t at;
@@ -59,6 +61,7 @@ struct Matrix {
 
   const T* data;
   int pitch, outer_size, inner_size;
+  int64_t apart = 0;
 
  private:
   __device__ static Place place(int at, int size) {

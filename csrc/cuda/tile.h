@@ -6,6 +6,7 @@
 //   along_depth               whether they are contiguous along k, or along i (or j)
 //   outer(i), inner(k)        what `at` needs of a place on either axis, computed once for many values
 //   at(outer, inner)          where the values from there on are, or that they are zero
+//   terms, apart              how many matrices the factor is the sum of, and how far apart their values are
 #pragma once
 
 #include <utility>
@@ -15,7 +16,8 @@
 
 namespace t2v::cuda {
 
-constexpr int kThreads = 128, kStages = 3;
+constexpr int kThreads = 128;
+constexpr size_t kStaticShared = 48 << 10;  // what every GPU grants a block that does not ask for more
 
 // Where values are read, in global memory; or zeros, if not inside. The address is one that may be read in either case.
 template <class T>
@@ -32,7 +34,7 @@ struct Factor {
   static constexpr bool along_depth = Source::along_depth;
   static constexpr int extent = Extent, depth = 64 / sizeof(T), vector = Source::vector;
   static constexpr int pitch = (along_depth ? depth : extent) + kWide<T>;
-  static constexpr int size = (along_depth ? extent : depth) * pitch;
+  static constexpr int terms = Source::terms, of_term = (along_depth ? extent : depth) * pitch, size = terms * of_term;
 
   // Threads fill a row side by side, as many rows as there are threads for at the same time.
   static constexpr int across = (along_depth ? depth : extent) / vector, together = kThreads / across;
@@ -63,12 +65,12 @@ struct Factor {
       const auto inner = source.inner(k0 + column());
 #pragma unroll
       for (int r = 0; r < rows / together; ++r)
-        copy(to + r * together * pitch,
+        copy(to + r * together * pitch, source,
              source.at(keeps_rows ? outer.at[r] : source.outer(i0 + first() + r * together), inner));
     } else {
 #pragma unroll
       for (int r = 0; r < rows / together; ++r)
-        copy(to + r * together * pitch, source.at(outer.at[0], source.inner(k0 + first() + r * together)));
+        copy(to + r * together * pitch, source, source.at(outer.at[0], source.inner(k0 + first() + r * together)));
     }
   }
 
@@ -76,11 +78,15 @@ struct Factor {
   __device__ static int column() { return thread() % across * vector; }
   __device__ static int first() { return thread() / across; }
 
-  __device__ static void copy(T* to, const Read<T>& values) {
-    if constexpr (vector * sizeof(T) >= 4)
-      copy_async<vector * sizeof(T)>(to, values.from, values.inside);
-    else
-      *to = values.inside ? *values.from : T(0.0f);
+  __device__ static void copy(T* to, const Source& source, const Read<T>& values) {
+#pragma unroll
+    for (int t = 0; t < terms; ++t) {
+      const T* const from = values.from + t * source.apart;
+      if constexpr (vector * sizeof(T) >= 4)
+        copy_async<vector * sizeof(T)>(to + t * of_term, from, values.inside);
+      else
+        to[t * of_term] = values.inside ? *from : T(0.0f);
+    }
   }
 };
 
@@ -101,6 +107,7 @@ struct Exact {
     }
 
     __device__ void multiply(const T* a, const T* b) {
+      static_assert(A::terms == 1 && B::terms == 1);
       constexpr int chunk = kWide<T>;
       for (int k = 0; k < A::depth; k += chunk) {
         T from_a[chunk][side], from_b[chunk][side];
@@ -191,8 +198,10 @@ struct TensorCores {
         for (auto& c : row) nvcuda::wmma::fill_fragment(c, 0.0f);
     }
 
+    // The fragments of B are loaded once for all terms of A.
     __device__ void multiply(const T* a, const T* b) {
       using namespace nvcuda::wmma;
+      static_assert(B::terms == 1);
       // [k][i] in memory is a matrix [i, k] by columns, and a matrix [k, j] by rows.
       fragment<matrix_a, 16, 16, depth, Element, std::conditional_t<A::along_depth, row_major, col_major>> from_a;
       fragment<matrix_b, 16, 16, depth, Element, std::conditional_t<B::along_depth, col_major, row_major>>
@@ -202,10 +211,11 @@ struct TensorCores {
 #pragma unroll
         for (int c = 0; c < across; ++c) load<B>(from_b[c], b, column() + 16 * c, k);
 #pragma unroll
-        for (int r = 0; r < down; ++r) {
-          load<A>(from_a, a, row() + 16 * r, k);
+        for (int r = 0; r < down * A::terms; ++r) {
+          auto& sums = c_[r % down];
+          load<A>(from_a, a + r / down * A::of_term, row() + 16 * (r % down), k);
 #pragma unroll
-          for (int c = 0; c < across; ++c) mma_sync(c_[r][c], from_a, from_b[c], c_[r][c]);
+          for (int c = 0; c < across; ++c) mma_sync(sums[c], from_a, from_b[c], sums[c]);
         }
       }
     }
@@ -258,8 +268,11 @@ class Tiles {
   using Product = typename Math::template Product<A, B>;
   static_assert(std::is_same_v<T, typename A::T> && std::is_same_v<T, typename B::T>);
   static constexpr int rows = Math::rows, columns = Math::columns, depth = A::depth;
-  static constexpr int pitch = columns + kWide<Sum>;  // between the rows of a stored tile
-  static constexpr size_t stored = sizeof(Sum) * rows * pitch, factors = sizeof(T) * kStages * (A::size + B::size);
+  // Between the rows of a stored tile: 32 bytes longer than a row, so that the rows of a fragment are in other banks.
+  static constexpr int pitch = columns + 2 * kWide<Sum>;
+  static constexpr size_t stored = sizeof(Sum) * rows * pitch, stage = sizeof(T) * (A::size + B::size);
+  static constexpr int stages = 3 * stage <= kStaticShared ? 3 : 2;
+  static constexpr size_t factors = stages * stage;
   static constexpr size_t shared = stored > factors ? stored : factors;
 
   // Adds to the tile from (i0, j0) on the products with k from k0, a multiple of the depth, to k1.
@@ -270,28 +283,34 @@ class Tiles {
     const auto places_b = B::places(b, j0);
     const auto fill = [&](int step) {
       if (step < steps) {
-        T* const to = buffers + step % kStages * (A::size + B::size);
+        T* const to = buffers + step % stages * (A::size + B::size);
         A::fill(to, a, places_a, i0, k0 + step * depth);
         B::fill(to + A::size, b, places_b, j0, k0 + step * depth);
       }
       group_copies();
     };
     __syncthreads();  // no thread reads the buffers any more: the last product's factors, or a stored tile
-    for (int step = 0; step < kStages - 1; ++step) fill(step);
+    for (int step = 0; step < stages - 1; ++step) fill(step);
     for (int step = 0; step < steps; ++step) {
-      wait_for_copies<kStages - 2>();
+      wait_for_copies<stages - 2>();
       __syncthreads();  // all threads' copies for this step are complete, and no thread reads the last step's buffer
-      fill(step + kStages - 1);
-      const T* const from = buffers + step % kStages * (A::size + B::size);
+      fill(step + stages - 1);
+      const T* const from = buffers + step % stages * (A::size + B::size);
       product.multiply(from, from + A::size);
     }
   }
 
   // Stores the tile where every thread can read it, with rows `pitch` apart.
   __device__ static const Sum* store(const Product& product) {
+    return exchanged([&](Sum* to) { product.store(to, pitch); });
+  }
+
+  // What write(Sum*), which every thread calls, writes where every thread can read it.
+  template <class Write>
+  __device__ static const Sum* exchanged(const Write& write) {
     Sum* const to = reinterpret_cast<Sum*>(shared_memory<shared>());
-    __syncthreads();  // no thread reads the factors, which are in this memory, any more
-    product.store(to, pitch);
+    __syncthreads();  // no thread reads the factors, or what was written before, which are in this memory, any more
+    write(to);
     __syncthreads();
     return to;
   }

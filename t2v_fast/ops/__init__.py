@@ -21,8 +21,8 @@ are deterministic.
 
 Three more ops serve special cases. ``conv_gram`` and ``sq_gram`` are the two halves of the gram path of ``sq_conv`` and
 ``sq_outer``, for callers who have several cotangents of one input. ``sq_norm`` computes ``sq_prod`` with and without x
-in one pass. The function ``sq_linear`` computes the squares of a linear layer's weight and bias, in one pass on some
-GPUs. ``winograd_conv`` is a layer of the network itself, for the CPU (:mod:`t2v_fast.gradients.fast_layers`).
+in one pass. ``sq_linear`` computes the squares of a linear layer's weight and bias, in one pass on GPUs.
+``winograd_conv`` is a layer of the network itself, for the CPU (:mod:`t2v_fast.gradients.fast_layers`).
 
 Calls go through the torch dispatcher. The compiled extension implements the operators for the devices that it was built
 for, the Triton kernels of ``t2v_fast.kernels`` run on CUDA tensors where the extension has no CUDA kernels, and

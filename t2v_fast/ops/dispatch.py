@@ -34,6 +34,7 @@ BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 SCHEMAS = {
     "sq_outer": '(Tensor x, Tensor g, str path="explicit") -> Tensor',
+    "sq_linear": "(Tensor x, Tensor g, Tensor? gram=None) -> Tensor",
     "sq_outer_acc_": "(Tensor(a!) out, Tensor x, Tensor g, Tensor weight) -> ()",
     "sq_conv": f'(Tensor x, Tensor g, int[2] kernel_size, {_GEOMETRY}, str path="explicit") -> Tensor',
     "sq_conv_acc_": f'(Tensor(a!) out, Tensor x, Tensor g, Tensor weight, {_GEOMETRY}, str path="explicit") -> ()',
@@ -168,6 +169,11 @@ def uses_cpu_extension(t: Tensor) -> bool:
     return t.device.type == "cpu" and backend_for(t) == "cpu"
 
 
+def uses_gpu_kernels(t: Tensor) -> bool:
+    """Whether the ops run on the kernels of the extension or of Triton for GPUs, for tensors on the device of ``t``."""
+    return backend_for(t) in ("cuda", "triton")
+
+
 def cpu_capability() -> str:
     """Return the instruction set that the compiled CPU kernels use.
 
@@ -266,16 +272,6 @@ def _runs_triton(name: str, args: Sequence[object]) -> bool:
     return _gpu_backend_for(own.device, own.dtype) == "triton"
 
 
-def triton_for(name: str, *args: object) -> ModuleType | None:
-    """The Triton kernels, if they would take a call of the operator ``name`` with these arguments; else None.
-
-    This is for functions of several operators that a Triton kernel computes together.
-    """
-    forced = _backend.get()
-    runs = forced == "triton" or (forced == "auto" and _on_gpu(args) and _runs_triton(name, args))
-    return _triton() if runs else None
-
-
 def call(name: str, *args: object) -> Any:
     """Run the operator ``name`` of :data:`SCHEMAS` on the backend in force; the arguments have been checked.
 
@@ -340,7 +336,15 @@ def _register() -> torch.library.Library:
     def fake_norm(g: Tensor, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         return g.new_empty((2, g.shape[0], g.shape[2]), dtype=reference.accumulate_dtype(g.dtype))
 
-    others: dict[str, Callable] = {"conv_gram": fake_gram, "sq_norm": fake_norm, "sq_grouped": fake_grouped}
+    def fake_linear(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
+        return fake_norm(g, x)
+
+    others: dict[str, Callable] = {
+        "conv_gram": fake_gram,
+        "sq_linear": fake_linear,
+        "sq_norm": fake_norm,
+        "sq_grouped": fake_grouped,
+    }
     for name, schema in SCHEMAS.items():
         library.define(name + schema)
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")

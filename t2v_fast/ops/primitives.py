@@ -89,9 +89,8 @@ def sq_linear(x: Tensor, g: Tensor, path: str = "explicit", gram: Tensor | None 
         if path != "gram":
             raise ValueError(f"sq_linear: path {path!r} takes no Gram matrices: leave them out, or pass path='gram'")
         check_gram("sq_linear", gram, _row(g))
-    kernels = dispatch.triton_for("sq_outer", x, g) if path == "gram" else None
-    if kernels is not None:
-        return kernels.sq_linear(x, g, gram)
+    if path == "gram" and fuses_bias(x, g):
+        return dispatch.call("sq_linear", x, g, gram)
     return torch.stack([sq_outer(x, g, path) if gram is None else sq_gram(gram, _row(g)), sq_prod(g)])
 
 
@@ -108,7 +107,7 @@ def fuses_bias(x: Tensor, g: Tensor) -> bool:
         g: As for :func:`sq_linear`.
 
     Returns:
-        True where Triton's kernels run on the tensors.
+        True where the kernels for GPUs run on the tensors.
 
     Example:
         >>> import torch
@@ -116,7 +115,7 @@ def fuses_bias(x: Tensor, g: Tensor) -> bool:
         >>> ops.fuses_bias(torch.rand(2, 5, 3), torch.rand(2, 5, 4))  # on a CPU
         False
     """
-    return dispatch.triton_for("sq_outer", x, g) is not None
+    return dispatch.uses_gpu_kernels(g)
 
 
 def sq_outer_acc_(out: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> None:

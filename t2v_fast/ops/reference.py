@@ -41,6 +41,11 @@ def sq_outer(x: Tensor, g: Tensor, path: str = "explicit") -> Tensor:
     return q
 
 
+def sq_linear(x: Tensor, g: Tensor, gram: Tensor | None = None) -> Tensor:
+    weight = sq_outer(x, g) if gram is None else sq_gram(gram, g.transpose(1, 2).unsqueeze(2))
+    return torch.stack([weight, sq_prod(g)])
+
+
 def sq_outer_acc_(out: Tensor, x: Tensor, g: Tensor, weight: Tensor) -> None:
     for m, gradient in enumerate(_outer(x, g)):
         out.add_(gradient.square_().mul_(weight[m]))

@@ -78,22 +78,26 @@ def load() -> ctypes.CDLL:
 
 
 @contextmanager
-def running(backwards: bool = False, eager: bool = False, left_out: str = "") -> Iterator[None]:
+def running(
+    backwards: bool = False, eager: bool = False, left_out: str = "", calls: list[str] | None = None
+) -> Iterator[None]:
     """Run the ops of t2v_fast.ops on the emulated kernels, with threads and copies in the given order.
 
-    ``left_out`` names a barrier, as file:line, that is skipped.
+    ``left_out`` names a barrier, as file:line, that is skipped. ``calls`` gets the names of the operators that run.
     """
-    library, call = load(), dispatch.call
+    library, call, uses_gpu_kernels = load(), dispatch.call, dispatch.uses_gpu_kernels
     library.emulation_set(backwards, eager, left_out.encode())
 
     def emulated(name: str, *args: object) -> object:
+        if calls is not None:
+            calls.append(name)
         return call(name, *args) if name in dispatch.TRITON_ONLY else getattr(getattr(torch.ops, LIBRARY), name)(*args)
 
-    dispatch.call = emulated
+    dispatch.call, dispatch.uses_gpu_kernels = emulated, lambda t: True
     try:
         yield
     finally:
-        dispatch.call = call
+        dispatch.call, dispatch.uses_gpu_kernels = call, uses_gpu_kernels
         library.emulation_set(False, False, b"")
 
 

@@ -267,6 +267,7 @@ LAYOUTS = ["contiguous", "channels_last", "sliced"]
 
 OPCHECKS = {
     "sq_outer": lambda: (torch.randn(2, 3, 4), torch.randn(4, 3, 5)),
+    "sq_linear": lambda: (torch.randn(2, 3, 4), torch.randn(4, 3, 5), torch.randn(2, 1, 3, 3).triu()),
     "sq_outer_acc_": lambda: (torch.zeros(5, 4), torch.randn(2, 3, 4), torch.randn(4, 3, 5), torch.ones(4)),
     "sq_conv": lambda: (torch.randn(2, 4, 5, 5), torch.randn(2, 6, 5, 5), (3, 3), (1, 1), (1, 1), (1, 1), 2),
     "sq_conv_acc_": lambda: (

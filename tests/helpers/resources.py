@@ -78,6 +78,11 @@ def instance(row: dict[str, Any]) -> tuple[str, str]:
     return name, arguments
 
 
+def reads_single_values(instance: str) -> bool:
+    """Whether the second template argument, which is how many values a kernel reads at once, is 1."""
+    return instance.split(", ")[1] == "1"
+
+
 def cuda_launches(rows: list[dict[str, str]]) -> dict[tuple[str, str], dict[int, str]]:
     """{(kernel, instance): {architecture: cell of the table}}."""
     launches: dict[tuple[str, str], dict[int, str]] = {}
@@ -135,7 +140,8 @@ def main_loops(cuda: list[dict[str, Any]], triton: list[dict[str, Any]]) -> dict
     cells: dict[tuple[str, ...], str] = {}
     for row in cuda:
         name, arguments = instance(row)
-        if name in ("squares", "gradient", "gram", "form") and row["arch"] == "90" and ", 1" not in arguments:
+        tiled = name in ("squares", "gradient", "gram", "form")
+        if tiled and row["arch"] == "90" and not reads_single_values(arguments):
             loop = machine_code.main_loop(row["code"])
             cells["CUDA", name, arguments] = loop_cell(machine_code.counts(loop), machine_code.multiply_adds(loop))
     for row in triton:

@@ -18,7 +18,7 @@ import resources
 import symbols
 import torch
 from cuda_checks import CHECKS, TILED, conv_check
-from op_checks import assert_close, guarded, prod_gradients
+from op_checks import DTYPES, assert_close, guarded, prod_gradients
 from oracle import per_example_squares, reduce, relative_error
 from resources import NVCC
 
@@ -133,6 +133,7 @@ x, g, weight = torch.ones(0, 3, 4), torch.ones(0, 3, 5), torch.ones(0)
 image, cotangent, index = torch.ones(0, 3, 6, 6), torch.ones(0, 8, 6, 6), torch.zeros(0, 3, dtype=torch.long)
 cases = {
     "sq_outer": ((x, g, "gram"), [0, 5]),
+    "sq_linear": ((x, g, torch.ones(0, 1, 3, 3)), [2, 0, 5]),
     "sq_outer_acc_": ((torch.zeros(5, 4), x, g, weight), None),
     "sq_conv": ((image, cotangent, [3, 3], *geometry, "explicit"), [0, 8]),
     "sq_conv_acc_": ((torch.zeros(8, 3, 3, 3), image, cotangent, weight, *geometry, "explicit"), None),
@@ -198,47 +199,7 @@ def test_tf32_is_allowed_by_the_newer_setting(tf32_by_backend: None) -> None:
     assert all(1e-5 < e < 2e-3 for e in errors)
 
 
-# Shapes N, S, C of x, and the layout. With 8 half-precision values in a vector, or 4, 2 or 1.
-PRODUCTS = {
-    "vectors of channels": (2, 37, 48, "contiguous"),
-    "a last block of few channels": (2, 30, 264, "contiguous"),
-    "channels of no whole vector": (2, 70, 12, "contiguous"),
-    "odd channels": (2, 9, 7, "contiguous"),
-    "one position": (3, 1, 40, "contiguous"),
-    "few rows of many positions": (1, 5000, 16, "contiguous"),
-    "vectors of positions": (2, 264, 5, "channels_last"),
-    "positions of no whole vector": (2, 49, 5, "channels_last"),
-    "many positions along memory": (1, 17000, 3, "channels_last"),
-    "any strides": (2, 70, 12, "sliced"),
-}
-# Shapes of the shift and the scale.
-NORMS = {
-    "no shift": lambda n, s, c: (None, None),
-    "by channel": lambda n, s, c: ((c,), (c,)),
-    "by example": lambda n, s, c: ((n, 1, c), (n, 1, c)),
-    "by position": lambda n, s, c: ((n, s, 1), (n, s, 1)),
-    "scale by position": lambda n, s, c: (None, (n, s, 1)),
-    "shift by channel, scale by position": lambda n, s, c: ((c,), (s, 1)),
-    "by element": lambda n, s, c: ((n, s, c), (n, s, c)),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("case", PRODUCTS)
-def test_products(case: str, norm: str, dtype: torch.dtype) -> None:
-    """Every way in which sq_prod.cu reads its tensors."""
-    *shape, layout = PRODUCTS[case]
-    wide = accumulate_dtype(dtype)
-    x, g = guarded(tuple(shape), dtype, 1, layout), guarded((2 * shape[0], *shape[1:]), dtype, 2, layout)
-    shift, scale = (given and guarded(given, wide, 3) for given in NORMS[norm](*shape))
-    with emulated.running():
-        found, plain = ops.sq_norm(g, x, shift, scale)
-        assert torch.equal(ops.sq_prod(g, x, shift, scale), found)
-        bias = ops.sq_prod(g)
-    assert_close(found, prod_gradients(g, x, shift, scale).square(), dtype, 4 * shape[1])
-    for each in (plain, bias):
-        assert_close(each, prod_gradients(g, None, None, None).square(), dtype, 4 * shape[1])
+from op_checks import DTYPES, assert_close, guarded, prod_gradients
 
 
 def test_a_whole_network() -> None:

@@ -377,7 +377,7 @@ def test_an_index_beyond_the_table() -> None:
 
 
 def test_every_op_has_a_kernel() -> None:
-    assert set(backend.__all__) - {"interpreted", "sq_linear"} == ops.SCHEMAS.keys()
+    assert set(backend.__all__) - {"interpreted"} == ops.SCHEMAS.keys()
 
 
 def test_tuning_takes_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
