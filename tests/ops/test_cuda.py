@@ -199,7 +199,118 @@ def test_tf32_is_allowed_by_the_newer_setting(tf32_by_backend: None) -> None:
     assert all(1e-5 < e < 2e-3 for e in errors)
 
 
-from op_checks import DTYPES, assert_close, guarded, prod_gradients
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    """Memory that is allocated and not written has NaN in it."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.ones(1).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+LINEAR = {  # N, S, I, O, K
+    "one position": (2, 1, 3, 4, 1),
+    "few positions": (3, 5, 9, 33, 2),
+    "one tile": (2, 64, 16, 64, 1),
+    "several parts": (1, 197, 18, 136, 2),
+    "examples in turn": (3, 130, 8, 24, 2),
+    "many blocks": (2, 70, 8, 1160, 1),
+    "no example": (0, 3, 4, 5, 1),
+}
+
+
+@pytest.mark.parametrize("kind", [*map(str, DTYPES), "tf32"])
+@pytest.mark.parametrize("case", LINEAR)
+def test_sq_linear(case: str, kind: str, nan_in_new_memory: None) -> None:
+    """The weight and the bias of a linear layer come from one kernel. No value of a Gram matrix is read unwritten."""
+    dtype = torch.float32 if kind == "tf32" else getattr(torch, kind.removeprefix("torch."))
+    n, s, i, o, k = LINEAR[case]
+    before = torch.get_float32_matmul_precision()
+    calls: list[str] = []
+    for layout in ("contiguous", "sliced"):
+        x, g = guarded((n, s, i), dtype, 1, layout), guarded((n * k, s, o), dtype, 2, layout)
+        gradients = torch.einsum("knso,nsi->knoi", g.double().unflatten(0, (k, n)), x.double())
+        try:
+            torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+            with emulated.running(calls=calls):
+                assert ops.fuses_bias(x, g)
+                both = ops.sq_linear(x, g, "gram")
+                assert torch.equal(both, ops.sq_linear(x, g, "gram"))
+                assert calls == ["sq_linear"] * 2
+                outer = ops.sq_outer(x, g, "gram")
+                gram = ops.conv_gram(x.transpose(1, 2).unsqueeze(2), (1, 1), (1, 1), (0, 0), (1, 1), 1)
+                kept, explicit = ops.sq_linear(x, g, "gram", gram), ops.sq_linear(x, g)
+                calls.clear()
+        finally:
+            torch.set_float32_matmul_precision(before)
+        if s > 1:  # the square of one token's gradient is a product of squares
+            assert torch.equal(both[0], outer)
+        want = gradients.square().sum(3).flatten(0, 1), g.double().sum(1).square()
+        for weight, bias in (both, kept, explicit):
+            if kind != "tf32" or n == 0:
+                assert_close(weight, want[0], dtype, s * i)
+            else:
+                assert relative_error(weight, want[0]) < 2e-3
+            assert_close(bias, want[1], dtype, s)
+
+
+def test_biases_come_with_the_weights_of_linear_layers() -> None:
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 5), torch.nn.Flatten()
+    network, x, cotangents = torch.nn.Sequential(*layers), torch.randn(3, 70, 6), torch.randn(2, 3, 350)
+    want = per_example_squares(network.double(), x.double(), cotangents.double())
+    network.float()
+    calls: list[str] = []
+    with planner.force("gram"), emulated.running(calls=calls), t2v_fast.FisherRecorder(network) as recorder:
+        found = recorder.backward(network(x), cotangents)
+    assert set(calls) == {"sq_linear"}
+    assert found.keys() == want.keys()
+    for name, value in found.items():
+        assert relative_error(value, reduce(want[name], "filter")) < 1e-5, name
+
+
+# Shapes N, S, C of x, and the layout. With 8 half-precision values in a vector, or 4, 2 or 1.
+PRODUCTS = {
+    "vectors of channels": (2, 37, 48, "contiguous"),
+    "a last block of few channels": (2, 30, 264, "contiguous"),
+    "channels of no whole vector": (2, 70, 12, "contiguous"),
+    "odd channels": (2, 9, 7, "contiguous"),
+    "one position": (3, 1, 40, "contiguous"),
+    "few rows of many positions": (1, 5000, 16, "contiguous"),
+    "vectors of positions": (2, 264, 5, "channels_last"),
+    "positions of no whole vector": (2, 49, 5, "channels_last"),
+    "many positions along memory": (1, 17000, 3, "channels_last"),
+    "any strides": (2, 70, 12, "sliced"),
+}
+# Shapes of the shift and the scale.
+NORMS = {
+    "no shift": lambda n, s, c: (None, None),
+    "by channel": lambda n, s, c: ((c,), (c,)),
+    "by example": lambda n, s, c: ((n, 1, c), (n, 1, c)),
+    "by position": lambda n, s, c: ((n, s, 1), (n, s, 1)),
+    "scale by position": lambda n, s, c: (None, (n, s, 1)),
+    "shift by channel, scale by position": lambda n, s, c: ((c,), (s, 1)),
+    "by element": lambda n, s, c: ((n, s, c), (n, s, c)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_products(case: str, norm: str, dtype: torch.dtype) -> None:
+    """Every way in which sq_prod.cu reads its tensors."""
+    *shape, layout = PRODUCTS[case]
+    wide = accumulate_dtype(dtype)
+    x, g = guarded(tuple(shape), dtype, 1, layout), guarded((2 * shape[0], *shape[1:]), dtype, 2, layout)
+    shift, scale = (given and guarded(given, wide, 3) for given in NORMS[norm](*shape))
+    with emulated.running():
+        found, plain = ops.sq_norm(g, x, shift, scale)
+        assert torch.equal(ops.sq_prod(g, x, shift, scale), found)
+        bias = ops.sq_prod(g)
+    assert_close(found, prod_gradients(g, x, shift, scale).square(), dtype, 4 * shape[1])
+    for each in (plain, bias):
+        assert_close(each, prod_gradients(g, None, None, None).square(), dtype, 4 * shape[1])
 
 
 def test_a_whole_network() -> None:
