@@ -58,6 +58,8 @@ CHANGED: dict[str, str] = {
     "t2v_fast.fisher.FisherDiagonal": _ENTRIES,
     "t2v_fast.adapters.continual.compute_importances": "batch_scale, which keeps the meaning of a plugin's ewc_lambda",
     "t2v_fast.adapters.continual.online_ewc_fisher": "mode, whose default gives Mammoth's numbers",
+    "t2v_fast.layers.FastLayers": "on_cpu, the last, whose default is what it was",
+    "t2v_fast.ops.backend_for": "path, the last, and with a default",
     "t2v_fast.load_probe": "size, whose default is the network's own",
     "t2v_fast.probe.load_probe": "size, whose default is the network's own",
 }

@@ -63,9 +63,8 @@ def before(conv: planner.Conv, kind: str, itemsize: int) -> float:
 def after(conv: planner.Conv, kind: str, itemsize: int) -> tuple[str, float]:
     """The path now, on the backend that leads, and seconds for an image."""
     rates = gpu_estimates.estimates(CARD)
-    backend = rates.leader(kind)
     times = {
-        path: rates.seconds(planner.gpu_work(conv, path, itemsize), backend, kind, path)
+        path: rates.seconds(planner.gpu_work(conv, path, itemsize), rates.leader(kind, path), kind, path)
         for path in conv.paths()
         if path != "winograd"
     }
@@ -84,11 +83,6 @@ def is_wide(conv: planner.Conv, kind: str) -> bool:
     """Whether the blocks of a layer have 128 positions (kernels/sq_conv_gram.py: gram_blocks)."""
     pointwise = (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
     return kind in WIDE and pointwise and math.prod(conv.out_size) > 64
-
-
-def fuses_biases(kind: str) -> bool:
-    """Whether the biases of layers by the Gram path take no pass of their own."""
-    return gpu_estimates.estimates(CARD).leader(kind) == "triton"
 
 
 def passes(found: Counter[planner.Conv], reads: float, itemsize: int) -> float:
@@ -121,7 +115,7 @@ def predictions() -> dict[tuple[str, str], tuple[float, float, float]]:
             norms, biases = (1e3 * BATCH * passes(found, n[name], itemsize) for n in (NORM_READS, BIAS_READS))
             was = 1e3 * BATCH * sum(times * before(conv, kind, itemsize) for conv, times in found.items())
             now = 1e3 * BATCH * sum(times * after(conv, kind, itemsize)[1] for conv, times in found.items())
-            was, now = was + norms + biases, now + norms + (0.0 if fuses_biases(kind) else biases)
+            was, now = was + norms + biases, now + norms  # the Gram path has the biases now
             times_of[name, title] = base, was, now
     return times_of
 
@@ -150,7 +144,7 @@ def parts() -> str:
             gram, forms = (work.flops, work.sum_flops) if path == "gram" else (0.0, 0.0)
             shares = WIDE[kind] if is_wide(conv, kind) else None
             speeds = [
-                1e12 * (shares[k] * getattr(CARD, kind) if shares else rates.products[rates.leader(kind), kind, name])
+                1e12 * (shares[k] * getattr(CARD, kind) if shares else rates.products[rates.leader(kind, "gram"), kind, name])
                 for k, name in enumerate(("gram", "forms"))
             ]
             name = f"{times} x {conv.channels} to {conv.filters}"
@@ -161,11 +155,9 @@ def parts() -> str:
                 if ms > 0.005:
                     cells = f"{BATCH * times * flops / 1e9:.0f}", f"{moved:.0f}", f"{ms:.2f}", "products"
                     rows.append([title, f"{name}: {what}", *cells, f"{ms / base / 1e3:.3f}"])
-        reads = [("layer norms", NORM_READS), *([] if fuses_biases(kind) else [("biases", BIAS_READS)])]
-        for what, of in reads:
-            seconds = BATCH * passes(found, of["vit_b_16"], itemsize)
-            moved = seconds * OF_BANDWIDTH * CARD.bandwidth * 1e3
-            rows.append([title, what, "-", f"{moved:.0f}", f"{1e3 * seconds:.2f}", "memory", f"{seconds / base:.3f}"])
+        seconds = BATCH * passes(found, NORM_READS["vit_b_16"], itemsize)
+        moved = seconds * OF_BANDWIDTH * CARD.bandwidth * 1e3
+        rows.append([title, "layer norms", "-", f"{moved:.0f}", f"{1e3 * seconds:.2f}", "memory", f"{seconds / base:.3f}"])
     return markdown(rows)
 
 

@@ -155,12 +155,15 @@ def forced_backend() -> str:
     return _backend.get()
 
 
-def backend_for(t: Tensor) -> str:
-    """Return the name of the backend that the ops run on for tensors on the device of ``t``."""
+def backend_for(t: Tensor, path: str | None = None) -> str:
+    """Return the name of the backend that the ops run on for tensors on the device of ``t``.
+
+    With a ``path`` (``"explicit"`` or ``"gram"``), the backend of the ops of that path, which may differ on a GPU.
+    """
     if (forced := _backend.get()) != "auto":
         return forced
     if t.is_cuda:
-        return _gpu_backend_for(t.device, t.dtype)
+        return _gpu_backend_for(t.device, t.dtype, path)
     return "cpu" if t.device.type == "cpu" and _missing is None else "reference"
 
 
@@ -244,22 +247,22 @@ def gpu_backend() -> str:
     return "reference"
 
 
-def _gpu_backend_for(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend for CUDA tensors of ``dtype``.
+def _gpu_backend_for(device: torch.device, dtype: torch.dtype, path: str | None) -> str:
+    """The backend for CUDA tensors of ``dtype`` on a path.
 
     Where both kinds of kernels can run, the faster ones do, by the rates of :mod:`t2v_fast.ops.gpu_estimates`.
     """
     backend = gpu_backend()
     if backend != "cuda" or not torch.cuda.is_available() or _missing_on_gpu("triton") is not None:
         return backend
-    return gpu_estimates.leader(device, dtype)
+    return gpu_estimates.leader(device, dtype, path)
 
 
 def _runs_triton(name: str, args: Sequence[object]) -> bool:
     """Whether the Triton kernels take these CUDA tensors although the extension has kernels for them.
 
-    Tensors of other types, which trace or pretend, go through torch's dispatcher. Only the extension's kernels read the
-    three channels of a pixel together, so that they take every layer that reads images.
+    Tensors of other types, which trace or pretend, go through torch's dispatcher. The extension keeps the ops that are
+    bound by memory, and every layer that reads images: only its kernels read the three channels of a pixel together.
     """
     tensors = [a for a in args if isinstance(a, Tensor)]
     if any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
@@ -267,9 +270,23 @@ def _runs_triton(name: str, args: Sequence[object]) -> bool:
     images = {"sq_conv": 0, "sq_conv_acc_": 1}.get(name)
     if images is not None and tensors[images].shape[1] == 3:
         return False
+    path = _path(name, args)
+    if path is None:
+        return gpu_backend() == "triton"
     # Accumulators and Gram matrices are wider than the layer's own tensors.
     own = min((t for t in tensors if t.is_floating_point()), key=lambda t: t.element_size())
-    return _gpu_backend_for(own.device, own.dtype) == "triton"
+    return _gpu_backend_for(own.device, own.dtype, path) == "triton"
+
+
+def _path(name: str, args: Sequence[object]) -> str | None:
+    """The path of a call of an operator; None for an operator that multiplies no matrices."""
+    if name in ("conv_gram", "sq_gram", "sq_linear"):
+        return "gram"
+    if name in ("sq_conv_acc_", "sq_outer_acc_"):
+        return "explicit"
+    if name in ("sq_conv", "sq_outer"):
+        return "gram" if args[-1] == "gram" else "explicit"
+    return None
 
 
 def call(name: str, *args: object) -> Any:

@@ -64,9 +64,10 @@ class Rates:
         sums = work.sum_flops / forms if path == "gram" else 0.0
         return max(work.flops / inputs + sums, work.bytes / (1e9 * self.bandwidth))
 
-    def leader(self, kind: str) -> str:
-        """The backend that takes less time for a flop of each kernel together."""
-        return min(BACKENDS, key=lambda name: sum(1 / self.products[name, kind, kernel] for kernel in KERNELS))
+    def leader(self, kind: str, path: str | None = None) -> str:
+        """The backend that takes less time for a flop of each kernel of a path together, or of all kernels."""
+        kernels = {None: KERNELS, "explicit": ("explicit",), "gram": ("gram", "forms")}[path]
+        return min(BACKENDS, key=lambda name: sum(1 / self.products[name, kind, kernel] for kernel in kernels))
 
 
 # The share of a card's published rate that a kernel achieves, by generation, backend and kind: (explicit, Gram, forms).
@@ -159,6 +160,6 @@ def _rates(name: str, card: Card) -> Rates:
         return estimated
 
 
-def leader(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend, ``"cuda"`` or ``"triton"``, that is faster for ``dtype`` values on a CUDA device."""
-    return rates(device).leader(gpu_specs.rate_of(dtype))
+def leader(device: torch.device, dtype: torch.dtype, path: str | None = None) -> str:
+    """The backend, ``"cuda"`` or ``"triton"``, that is faster on a path for ``dtype`` values on a CUDA device."""
+    return rates(device).leader(gpu_specs.rate_of(dtype), path)

@@ -419,12 +419,21 @@ def _seconds_on_gpu(
 
 @functools.cache
 def best_on_gpu(
-    conv: Conv, device: torch.device, itemsize: int, backend: str, kind: str, cotangents: int, elementwise: bool
+    conv: Conv,
+    device: torch.device,
+    itemsize: int,
+    backends: tuple[str, str],
+    kind: str,
+    cotangents: int,
+    elementwise: bool,
 ) -> str:
-    """The path that takes the least time on a device; cached until the device's rates are measured."""
-    paths = [path for path in conv.paths(elementwise) if path != "winograd"]  # GPUs run "winograd" as "explicit"
-    rest = (device, itemsize, backend, kind)
-    return min(paths, key=lambda path: _seconds_on_gpu(conv, *rest, path, cotangents))
+    """The path that takes the least time on a device; cached until the device's rates are measured.
+
+    ``backends`` are those of the explicit path and of the Gram path.
+    """
+    by_path = dict(zip(("explicit", "gram"), backends, strict=True))  # GPUs run "winograd" as "explicit"
+    paths = [path for path in conv.paths(elementwise) if path in by_path]
+    return min(paths, key=lambda path: _seconds_on_gpu(conv, device, itemsize, by_path[path], kind, path, cotangents))
 
 
 def choose(conv: Conv, x: Tensor, cotangents: int = 1, elementwise: bool = False) -> str:
@@ -443,7 +452,8 @@ def choose(conv: Conv, x: Tensor, cotangents: int = 1, elementwise: bool = False
         return forced if forced in conv.paths(elementwise) else "explicit"
     if x.is_cuda and dispatch.backend_for(x) != "reference":
         kind = gpu_specs.rate_of(x.dtype)
-        return best_on_gpu(conv, x.device, x.element_size(), dispatch.backend_for(x), kind, cotangents, elementwise)
+        backends = dispatch.backend_for(x, "explicit"), dispatch.backend_for(x, "gram")
+        return best_on_gpu(conv, x.device, x.element_size(), backends, kind, cotangents, elementwise)
     if not dispatch.uses_cpu_extension(x):
         return "explicit"  # the reference ops have one path only
     return _best(conv, x.dtype, dispatch.cpu_capability(), cotangents, elementwise)
@@ -456,7 +466,8 @@ def predict(conv: Conv, x: Tensor, path: str, cotangents: int = 1) -> float | No
     """
     if x.is_cuda and dispatch.backend_for(x) != "reference":
         path, kind = "explicit" if path == "winograd" else path, gpu_specs.rate_of(x.dtype)
-        return _seconds_on_gpu(conv, x.device, x.element_size(), dispatch.backend_for(x), kind, path, cotangents)
+        backend = dispatch.backend_for(x, path)
+        return _seconds_on_gpu(conv, x.device, x.element_size(), backend, kind, path, cotangents)
     if not dispatch.uses_cpu_extension(x):
         return None
     return costs(x.dtype).predict(conv, path, cotangents) / torch.get_num_threads()

@@ -249,7 +249,7 @@ def _native_batch_norm(x, weight, bias, mean, variance, training, momentum, eps)
 def _native_batch_norm_backward(g, x, weight, mean, variance, saved_mean, saved_scale, training, eps, mask):
     if saved_mean is None or saved_scale is None:
         raise RuntimeError("save_mean should always be defined")  # as on CUDA; a CPU takes None
-    saved = (saved_mean, saved_scale) if training else (None, None)  # on a CPU they have the type of x
+    saved = (saved_mean, saved_scale) if training else 2 * [x.new_empty(0)]  # on a CPU they have the type of x
     return aten.native_batch_norm_backward(g, x, weight, mean, variance, *saved, training, eps, mask)
 
 

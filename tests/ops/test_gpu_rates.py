@@ -112,17 +112,46 @@ def test_the_planner_and_the_backend_follow_the_rates(card: Path, monkeypatch: p
 def test_images_stay_with_the_extension(card: Path) -> None:
     x, g = torch.ones(1, 3, 4, 4, dtype=torch.bfloat16), torch.ones(1, 8, 4, 4, dtype=torch.bfloat16)
     out = torch.zeros(8, 3, 3, 3)
-    assert not dispatch._runs_triton("sq_conv", (x, g))
+    assert not dispatch._runs_triton("sq_conv", (x, g, "explicit"))
     assert not dispatch._runs_triton("sq_conv_acc_", (out, x, g))
-    assert dispatch._runs_triton("sq_conv", (g, g))
+    assert dispatch._runs_triton("sq_conv", (g, g, "explicit"))
     assert dispatch._runs_triton("sq_conv_acc_", (out, g, g))  # the accumulator's type does not count
-    assert not dispatch._runs_triton("sq_conv", (g.float(), g.float()))
+    assert not dispatch._runs_triton("sq_conv", (g.float(), g.float(), "explicit"))
 
     class Traced(torch.Tensor):
         pass
 
-    assert not dispatch._runs_triton("sq_conv", (g.as_subclass(Traced), g))
+    assert not dispatch._runs_triton("sq_conv", (g.as_subclass(Traced), g, "explicit"))
 
+
+def test_each_path_runs_on_the_backend_that_leads_there(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the planner compares the paths so. What memory bounds stays with the extension, if there is one."""
+    products = {key: 1.0 for key in fast_cuda().products}
+    products |= {("triton", "half", "explicit"): 8.0, ("cuda", "half", "gram"): 2.0, ("cuda", "half", "forms"): 2.0}
+    rates = gpu_estimates.Rates(products, 1e6, True)
+    monkeypatch.setattr(gpu_estimates, "rates", lambda device: rates)
+    x, g = torch.ones(2, 5, 8, dtype=torch.bfloat16), torch.ones(2, 5, 4, dtype=torch.bfloat16)
+    gram, image, geometry = torch.ones(2, 1, 5, 5), torch.ones(2, 8, 4, 4, dtype=torch.bfloat16), ((1, 1), (0, 0), 1)
+    for name, args, triton in (
+        ("sq_outer", (x, g, "explicit"), True),
+        ("sq_outer", (x, g, "gram"), False),
+        ("sq_linear", (x, g, None), False),
+        ("sq_gram", (gram, image), False),
+        ("conv_gram", (image, (1, 1), *geometry), False),
+        ("sq_conv", (image, image, (1, 1), *geometry, "winograd"), True),  # which GPUs run as "explicit"
+        ("sq_conv_acc_", (torch.ones(8, 8, 1, 1), image, image, torch.ones(2), *geometry, "explicit"), True),
+        ("sq_norm", (g, g, None, None), False),
+        ("sq_scatter", (torch.zeros(2, 5, dtype=torch.long), g, 3), False),
+    ):
+        assert dispatch._runs_triton(name, args) == triton, name
+    monkeypatch.setattr(dispatch, "gpu_backend", lambda: "triton")  # the extension has no CUDA kernels
+    assert dispatch._runs_triton("sq_norm", (g, g, None, None))
+    assert dispatch._runs_triton("sq_outer", (x, g, "gram"))
+    conv = Conv(64, (1, 64), 64)
+    works = {path: planner.gpu_work(conv, path, 2) for path in ("explicit", "gram")}
+    want = min(works, key=lambda p: rates.seconds(works[p], "triton" if p == "explicit" else "cuda", "half", p))
+    assert planner.best_on_gpu(conv, DEVICE, 2, ("triton", "cuda"), "half", 1, False) == want
+    assert planner.best_on_gpu(conv, DEVICE, 2, ("cuda", "cuda"), "half", 1, False) == "gram" != want
 
 def test_a_backend_that_cannot_run_keeps_its_estimates(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status = dispatch.backend_status() | {"triton": "Triton's kernels did not load"}
