@@ -81,7 +81,7 @@ def test_a_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(results["compiled ahead"]) == 13
     assert len(results["seconds"]) == 20
     cell = "small resnet, 32, batch 2, TF32: "
-    own = {"fisher()", "fisher(), as it is"}
+    own = {"fisher()", "fisher(), as it is"}  # "replayed" is left out on a CPU
     timed = {name.removeprefix(cell) for name in results["networks"] if name.startswith(cell)}
     assert timed == {"floor", "step", "compiled step", "squares, cpu", "squares replayed, cpu", *own}
     assert all(
