@@ -21,7 +21,7 @@ from t2v_fast.ops import gpu_specs, planner
 
 CARD = "H200"
 REPORT = ROOT / "bench" / "gpu" / "h200.json"
-NONE = "no card yet"
+NONE = "not measured"
 RATES = {"bfloat16": ("half", 2), "TF32": ("tf32", 4), "float32": ("float32", 4)}
 BACKENDS = ("cuda", "triton")
 
@@ -45,21 +45,29 @@ def rates(results: dict[str, Any]) -> str:
 def networks(results: dict[str, Any]) -> str:
     """Whole networks: the floor, a step, this library, and its ratios to both."""
     rows = [["network", "products", "floor, predicted", "floor", "step", "compiled step"]]
-    rows[0] += ["squares, predicted", "squares", "fisher()", "without graphs"]
-    rows[0] += [f"fisher() / {what}" for what in ("floor", "step", "compiled step")]
+    rows[0] += ["squares, predicted", "squares", "host", "replayed", "squares / floor", "/ step", "/ compiled step"]
+    rows[0] += ["fisher()", "fisher() / floor"]
     found = results.get("networks", {})
     for (name, kind), (floor, _, own) in gpu_model.predictions().items():
         title = f"{name}, 224, batch 64, {kind}: "
 
-        def time(what: str, field: str = "ms", title: str = title) -> float | None:
+        def time(what: str, field: str, title: str = title) -> float | None:
             return found.get(title + what, {}).get(field)
 
-        squares = min((t for b in BACKENDS if (t := time(f"squares, {b}", "busy")) is not None), default=None)
-        whole, others = time("fisher()"), [time(what) for what in ("floor", "step", "compiled step")]
-        ratios = [None if whole is None or other is None else whole / other for other in others]
-        row = [name, kind, f"{floor:.1f}", *map(_number, others), f"{floor + own:.1f}"]
-        rows.append([*row, *map(_number, (squares, whole, time("fisher(), as it is"), *ratios))])
+        squares, backend = min(
+            ((t, b) for b in BACKENDS if (t := time(f"squares, {b}", "busy")) is not None), default=(None, "")
+        )
+        of_others = [time(what, "busy") for what in ("floor", "step", "compiled step")]
+        row = [name, kind, f"{floor:.1f}", *map(_number, of_others), f"{floor + own:.1f}", _number(squares)]
+        row += [_number(time(f"squares, {backend}", "host")), _number(time(f"squares replayed, {backend}", "ms"))]
+        row += [_ratio(squares, other) for other in of_others]
+        whole = time("fisher()", "ms")
+        rows.append([*row, _number(whole), _ratio(whole, time("floor", "ms"))])
     return markdown(rows)
+
+
+def _ratio(time: float | None, to: float | None) -> str:
+    return NONE if time is None or to is None else f"{time / to:.2f}"
 
 
 def peers(results: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Estimated times of whole networks on an H100, before and after the kernels of this version. Nothing is measured.
+"""Times of whole networks on an H100, as predicted before a card was measured, for two versions of the kernels.
 
     python -m bench.studies.gpu_model [--parts] [--write docs/gpu.md]
 
@@ -26,13 +26,13 @@ OF_LIBRARIES, OF_BANDWIDTH = 0.55, 0.75
 # convolution, batch norm, ReLU and the addition read and write it in both directions. Less follows a linear layer.
 MOVES = {"resnet50": 16, "vit_b_16": 6}
 # Reads of cotangents and inputs by the sums of norms and biases, in outputs of a layer: batch norms read both after
-# each convolution. ViT's layer norms, two a block, read less than half of a cotangent, and its biases read each
-# cotangent. Where Triton leads, the kernel of the Gram path reads the cotangents for the biases, too.
+# each convolution. ViT's layer norms, two a block, read less than half of a cotangent. Its biases read each cotangent,
+# unless the kernel of the Gram path sums them too, as it does now.
 NORM_READS = {"resnet50": 2.0, "vit_b_16": 0.4}
 BIAS_READS = {"resnet50": 0.0, "vit_b_16": 1.0}
 
 # Shares of the published rates that the kernels of commit 317f8b0 were estimated to achieve: (explicit, Gram, forms),
-# from the same bounds as in t2v_fast/ops/gpu_estimates.py. CUDA's kernels ran wherever they were built, and the planner
+# from the bounds in t2v_fast/ops/gpu_estimates.py. CUDA's kernels ran wherever they were built, and the planner
 # took the published rates.
 BEFORE = {"half": (0.115, 0.06, 0.035), "tf32": (0.10, 0.06, 0.07), "float32": (0.58, 0.45, 0.50)}
 # The stem copied values of 2 bytes one at a time, 1,240 instructions a step, on half of the processors.
@@ -43,6 +43,24 @@ BEFORE_STEM = {"half": 0.025, "tf32": 0.05, "float32": 0.30}
 # is left, because a processor holds one program of 256 threads. And 0.83 of that is useful, compared with blocks of
 # 64: 197 positions fill three pairs of blocks of 128, or ten of 64 (49,152 products against 40,960).
 WIDE = {"half": (0.15, 0.15), "tf32": (0.15, 0.15)}
+# The same shares of the present kernels, as they were estimated before a card was measured.
+NOW = {
+    ("cuda", "float32"): (0.60, 0.50, 0.50),
+    ("cuda", "tf32"): (0.18, 0.14, 0.12),
+    ("cuda", "half"): (0.15, 0.10, 0.05),
+    ("triton", "float32"): (0.45, 0.35, 0.45),
+    ("triton", "tf32"): (0.26, 0.12, 0.14),
+    ("triton", "half"): (0.30, 0.15, 0.10),
+}
+RATES = gpu_estimates.Rates(
+    {
+        (backend, kind, kernel): share * getattr(CARD, kind)
+        for (backend, kind), shares in NOW.items()
+        for kernel, share in zip(gpu_estimates.KERNELS, shares, strict=True)
+    },
+    OF_BANDWIDTH * CARD.bandwidth,
+    measured=False,
+)
 STEM = 0.6  # of the explicit rate now: a quarter of its columns is padding, and copies are 8 bytes
 
 
@@ -62,14 +80,13 @@ def before(conv: planner.Conv, kind: str, itemsize: int) -> float:
 
 def after(conv: planner.Conv, kind: str, itemsize: int) -> tuple[str, float]:
     """The path now, on the backend that leads, and seconds for an image."""
-    rates = gpu_estimates.estimates(CARD)
     times = {
-        path: rates.seconds(planner.gpu_work(conv, path, itemsize), rates.leader(kind, path), kind, path)
+        path: RATES.seconds(planner.gpu_work(conv, path, itemsize), RATES.leader(kind, path), kind, path)
         for path in conv.paths()
         if path != "winograd"
     }
     if conv.channels == 3:  # such a layer stays with CUDA
-        return "explicit", rates.seconds(planner.gpu_work(conv, "explicit", itemsize), "cuda", kind, "explicit") / STEM
+        return "explicit", RATES.seconds(planner.gpu_work(conv, "explicit", itemsize), "cuda", kind, "explicit") / STEM
     path = min(times, key=times.__getitem__)  # as the planner chooses it
     if path == "gram" and is_wide(conv, kind):
         gram, forms = (1e12 * share * getattr(CARD, kind) for share in WIDE[kind])
@@ -137,14 +154,14 @@ def parts() -> str:
     found = layers(torchvision.models.vit_b_16(num_classes=10).eval(), 224)
     for kind, (title, itemsize) in KINDS.items():
         base = BATCH * floor(found, "vit_b_16", kind, itemsize)
-        rates = gpu_estimates.estimates(CARD)
         for conv, times in found.items():
             path, seconds = after(conv, kind, itemsize)
             work = planner.gpu_work(conv, path, itemsize)
             gram, forms = (work.flops, work.sum_flops) if path == "gram" else (0.0, 0.0)
             shares = WIDE[kind] if is_wide(conv, kind) else None
+            leader = RATES.leader(kind, "gram")
             speeds = [
-                1e12 * (shares[k] * getattr(CARD, kind) if shares else rates.products[rates.leader(kind, "gram"), kind, name])
+                1e12 * (shares[k] * getattr(CARD, kind) if shares else RATES.products[leader, kind, name])
                 for k, name in enumerate(("gram", "forms"))
             ]
             name = f"{times} x {conv.channels} to {conv.filters}"
@@ -157,7 +174,8 @@ def parts() -> str:
                     rows.append([title, f"{name}: {what}", *cells, f"{ms / base / 1e3:.3f}"])
         seconds = BATCH * passes(found, NORM_READS["vit_b_16"], itemsize)
         moved = seconds * OF_BANDWIDTH * CARD.bandwidth * 1e3
-        rows.append([title, "layer norms", "-", f"{moved:.0f}", f"{1e3 * seconds:.2f}", "memory", f"{seconds / base:.3f}"])
+        cells = "-", f"{moved:.0f}", f"{1e3 * seconds:.2f}", "memory"
+        rows.append([title, "layer norms", *cells, f"{seconds / base:.3f}"])
     return markdown(rows)
 
 

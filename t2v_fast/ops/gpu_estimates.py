@@ -71,26 +71,27 @@ class Rates:
 
 
 # The share of a card's published rate that a kernel achieves, by generation, backend and kind: (explicit, Gram, forms).
-# All of them are estimates: no card has been measured. They are the least of these bounds, and half of it where blocks
-# of 128 threads or fewer than three blocks a processor leave waits uncovered:
+# Those of sm_90 were measured on an H200 by measure() (bench/gpu/h200.json), but for float64 and two others. Since then
+# the CUDA kernel of the forms multiplies all terms of a Gram matrix in one pass, and reads 16 bytes at a time in TF32
+# too: its shares in TF32 and in half precision were 0.096 and 0.050, and are now estimates.
+# The shares of sm_80 are estimates: the least of these bounds, and half of it where blocks of 128 threads or fewer than
+# three blocks a processor leave waits uncovered:
 # - instructions issued: multiply-adds an instruction of the main loop (docs/gpu.md, "Main loops") times one instruction
 #   a cycle and scheduler;
 # - shared memory: 128 bytes a cycle and processor, against the bytes that matrix loads and copies move;
-# - the second cache: 5.5 TB/s on an H100 and 4 TB/s on an A100, against the bytes of a tile's factors.
-# CUDA in half precision on an H100, as an example: 202 instructions a warp for 65,536 multiply-adds allow 600 TFLOP/s,
-# shared memory 420, and the second cache, with 43 flops a byte of a 64 x 128 tile, 236. Estimate: 150, or 0.15 of 989.
-# Ordinary multiply-adds (float32, float64) are bound by issue: 0.9 of instructions are products, and two blocks a
-# processor cover most waits.
+# - the second cache: 4 TB/s on an A100, against the bytes of a tile's factors.
+# On an H200 such estimates were too high: by a quarter for explicit products of CUDA in half precision (0.15), and by
+# two thirds for Triton's (0.30) and for its forms (0.10).
 _ESTIMATES: dict[str, dict[tuple[str, str], tuple[float, float, float]]] = {
     "sm_90": {
         ("cuda", "float64"): (0.35, 0.35, 0.30),
-        ("cuda", "float32"): (0.60, 0.50, 0.50),
-        ("cuda", "tf32"): (0.18, 0.14, 0.12),
-        ("cuda", "half"): (0.15, 0.10, 0.05),
+        ("cuda", "float32"): (0.46, 0.13, 0.41),
+        ("cuda", "tf32"): (0.116, 0.040, 0.14),
+        ("cuda", "half"): (0.122, 0.049, 0.08),
         ("triton", "float64"): (0.30, 0.25, 0.25),
-        ("triton", "float32"): (0.45, 0.35, 0.45),
-        ("triton", "tf32"): (0.26, 0.12, 0.14),  # boxes; the Gram kernel's copies are 4 bytes each
-        ("triton", "half"): (0.30, 0.15, 0.10),  # boxes, with tiles of 128 x 128 and 64 flops a byte
+        ("triton", "float32"): (0.46, 0.058, 0.10),
+        ("triton", "tf32"): (0.068, 0.094, 0.042),
+        ("triton", "half"): (0.18, 0.12, 0.033),
     },
     "sm_80": {
         ("cuda", "float64"): (0.35, 0.35, 0.30),
@@ -103,7 +104,7 @@ _ESTIMATES: dict[str, dict[tuple[str, str], tuple[float, float, float]]] = {
         ("triton", "half"): (0.45, 0.30, 0.20),
     },
 }
-_OF_BANDWIDTH = 0.75  # a pass that reads 16 bytes a thread, as norms and depthwise convolutions do
+_OF_BANDWIDTH = 0.8  # a pass that reads 16 bytes a thread, as norms do; measured on an H200
 
 
 @functools.cache

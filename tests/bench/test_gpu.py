@@ -379,16 +379,17 @@ def test_the_tables_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         "machine": {"device": "NVIDIA H200"},
         "ceilings": {"copy, GB/s": 4300.0},
         "networks": {
-            f"{title}floor": {"ms": 20.0},
-            f"{title}step": {"ms": 40.0},
-            f"{title}squares, cuda": {"ms": 61.0, "busy": 31.0},
-            f"{title}squares, triton": {"ms": 59.0, "busy": 29.0},
+            f"{title}floor": {"ms": 21.0, "busy": 20.0},
+            f"{title}step": {"ms": 41.0, "busy": 40.0},
+            f"{title}squares, cuda": {"ms": 61.0, "busy": 31.0, "host": 60.0},
+            f"{title}squares, triton": {"ms": 59.0, "busy": 29.0, "host": 58.0},
+            f"{title}squares replayed, triton": {"ms": 29.5},
             f"{title}fisher()": {"ms": 99.0},
         },
         "peers": {f"{title}opacus": {"ms": 300.0, "examples": 16, "error": 1e-5}},
         "layers": {"7x7 stem, 224x224, bfloat16, cuda, explicit": {"us an example": 12.5}},
     }
-    later = {"networks": {f"{title}fisher()": {"ms": 30.0}, f"{title}fisher(), as it is": {"ms": 80.0}}, "wrong": []}
+    later = {"networks": {f"{title}fisher()": {"ms": 30.0}}, "wrong": []}
     reports = [tmp_path / "gpu.json", tmp_path / "later.json"]
     for path, report in zip(reports, (results, later), strict=True):
         path.write_text(json.dumps(report))
@@ -399,10 +400,10 @@ def test_the_tables_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert "| copy, GB/s | 4800 | 4300 |" in text
     row = next(line for line in text.splitlines() if line.startswith("| vit_b_16 | TF32 |"))
     floor, _, own = gpu_model.predictions()["vit_b_16", "TF32"]
-    measured = "29 | 30 | 80 | 1.5 | 0.75 | no card yet |"
-    assert row == f"| vit_b_16 | TF32 | {floor:.1f} | 20 | 40 | no card yet | {floor + own:.1f} | {measured}"
+    measured = "29 | 58 | 29.5 | 1.45 | 0.72 | not measured | 30 | 1.43 |"
+    assert row == f"| vit_b_16 | TF32 | {floor:.1f} | 20 | 40 | not measured | {floor + own:.1f} | {measured}"
     assert "| vit_b_16 | opacus | 300 | 10 | 1e-05 | 16 |" in text
-    assert any(line.endswith("| 12.5 | no card yet |") for line in text.splitlines())
+    assert any(line.endswith("| 12.5 | not measured |") for line in text.splitlines())
     results["machine"]["device"] = "NVIDIA A100"
     (tmp_path / "gpu.json").write_text(json.dumps(results))
     with pytest.raises(SystemExit, match="from NVIDIA A100"):

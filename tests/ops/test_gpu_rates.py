@@ -96,10 +96,11 @@ def test_the_planner_and_the_backend_follow_the_rates(card: Path, monkeypatch: p
         def element_size(self) -> int:
             return 2
 
-    conv = Conv(768, (1, 197), 768)
-    assert dispatch.backend_for(Cuda()) == "triton"  # estimated to lead in half precision
+    conv = Conv(768, (1, 197), 3072)
+    assert dispatch.backend_for(Cuda(), "explicit") == "triton"  # which leads in half precision on an H200
+    assert dispatch.backend_for(Cuda(), "gram") == "cuda"
     Cuda.dtype = torch.float32
-    assert dispatch.backend_for(Cuda()) == "cuda"
+    assert dispatch.backend_for(Cuda(), "explicit") == "cuda"
     Cuda.dtype = torch.bfloat16
     assert planner.choose(conv, Cuda()) == "gram"
     truth = fast_cuda()
@@ -126,7 +127,7 @@ def test_images_stay_with_the_extension(card: Path) -> None:
 
 def test_each_path_runs_on_the_backend_that_leads_there(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the planner compares the paths so. What memory bounds stays with the extension, if there is one."""
-    products = {key: 1.0 for key in fast_cuda().products}
+    products = dict.fromkeys(fast_cuda().products, 1.0)
     products |= {("triton", "half", "explicit"): 8.0, ("cuda", "half", "gram"): 2.0, ("cuda", "half", "forms"): 2.0}
     rates = gpu_estimates.Rates(products, 1e6, True)
     monkeypatch.setattr(gpu_estimates, "rates", lambda device: rates)
@@ -152,6 +153,7 @@ def test_each_path_runs_on_the_backend_that_leads_there(card: Path, monkeypatch:
     want = min(works, key=lambda p: rates.seconds(works[p], "triton" if p == "explicit" else "cuda", "half", p))
     assert planner.best_on_gpu(conv, DEVICE, 2, ("triton", "cuda"), "half", 1, False) == want
     assert planner.best_on_gpu(conv, DEVICE, 2, ("cuda", "cuda"), "half", 1, False) == "gram" != want
+
 
 def test_a_backend_that_cannot_run_keeps_its_estimates(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status = dispatch.backend_status() | {"triton": "Triton's kernels did not load"}
