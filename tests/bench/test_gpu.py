@@ -402,7 +402,7 @@ def test_the_tables_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     floor, _, own = gpu_model.predictions()["vit_b_16", "TF32"]
     measured = "29 | 58 | 29.5 | 1.45 | 0.72 | not measured | 30 | 1.43 |"
     assert row == f"| vit_b_16 | TF32 | {floor:.1f} | 20 | 40 | not measured | {floor + own:.1f} | {measured}"
-    assert "| vit_b_16 | opacus | 300 | 10 | 1e-05 | 16 |" in text
+    assert "| vit_b_16 | opacus | 300 | 10.17 | 1e-05 | 16 |" in text
     assert any(line.endswith("| 12.5 | not measured |") for line in text.splitlines())
     results["machine"]["device"] = "NVIDIA A100"
     (tmp_path / "gpu.json").write_text(json.dumps(results))
