@@ -82,9 +82,10 @@ apart: setup $(VENV)/.frontends $(VENV)/apart/mml $(VENV)/apart/axolotl ## Run t
 		tests/adapters/test_mml_package.py
 	PYTHONPATH=$(VENV)/apart/axolotl $(BIN)/python -m pytest -p no:benchmark -m slow tests/adapters/test_peft.py -k axolotl
 
-# These tests take many minutes, and depend on the sources of the GPU kernels only. Last run: 2026-11-29.
-# The four of the CUDA sources passed. The two that compile Triton's kernels were not finished on a busy machine.
-weekly: setup ## Run the sanitizers over the GPU kernels and compile them for two GPUs
+# These tests take many minutes, and depend on few sources: the GPU kernels, and the files of a bank. Last run: 2026-11-29.
+# That the CUDA library is built and loaded and a bank's crash after any operation passed. So did the sanitizers and the
+# machine code of the CUDA sources, before the last changes there. Triton's two were not finished on a busy machine.
+weekly: setup ## Run the sanitizers over the GPU kernels, compile them for two GPUs, and crash a bank after any operation
 	$(PYTEST) -m weekly
 
 # The tests that a second torch need not run. Files, processes, pages and distances reach torch only through calls that

@@ -109,7 +109,7 @@ def replay(tmp_path: Path, recorder: Recorder, made: dict[str, Embedding], draws
     return outcomes
 
 
-@pytest.mark.parametrize(("adds", "draws"), [(9, 0), pytest.param(40, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("adds", "draws"), [(9, 0), pytest.param(40, 3, marks=pytest.mark.weekly)])
 def test_a_crash_after_any_operation(tmp_path: Path, adds: int, draws: int) -> None:
     """The quick run stops after each of 136 operations, 72 of them writes, which gives some 350 states to check.
 

@@ -166,7 +166,7 @@ print(ops.backend_status()["cuda"])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the CUDA library cannot be built")
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is a CPU build: it loads no CUDA library")
 def test_the_library_has_the_kernels(tmp_path: Path) -> None:
