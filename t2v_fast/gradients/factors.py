@@ -116,7 +116,7 @@ class _Layer(Factors):
 
     def filter_sums(self, reuse: Reuse) -> Tensor:
         plan, path = self._planned(reuse)
-        if plan.keeps_gram:
+        if plan.keeps_gram and self.g.numel():  # an empty text has no position, and so no Gram matrix
             return ops.sq_gram(self._kept_gram(reuse), self.images(self.g))
         return self.sums(path)
 
@@ -182,7 +182,7 @@ class Outer(_Layer):
         if self.of_input and reuse.parameters > 1 and ops.fuses_bias(self.x, self.g):
             plan, path = self._planned(reuse)
             if path == "gram":
-                gram = self._kept_gram(reuse) if plan.keeps_gram else None
+                gram = self._kept_gram(reuse) if plan.keeps_gram and self.g.numel() else None
                 q, reuse.bias = ops.sq_linear(self.x, self.g, path, gram).unbind()
                 return q
         return super().filter_sums(reuse)
