@@ -52,15 +52,7 @@ NOW = {
     ("triton", "tf32"): (0.26, 0.12, 0.14),
     ("triton", "half"): (0.30, 0.15, 0.10),
 }
-RATES = gpu_estimates.Rates(
-    {
-        (backend, kind, kernel): share * getattr(CARD, kind)
-        for (backend, kind), shares in NOW.items()
-        for kernel, share in zip(gpu_estimates.KERNELS, shares, strict=True)
-    },
-    OF_BANDWIDTH * CARD.bandwidth,
-    measured=False,
-)
+RATES = gpu_estimates.rates_of(NOW, CARD, OF_BANDWIDTH)
 STEM = 0.6  # of the explicit rate now: a quarter of its columns is padding, and copies are 8 bytes
 
 

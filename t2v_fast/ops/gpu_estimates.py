@@ -114,12 +114,17 @@ def estimates(card: Card) -> Rates:
     Cards other than the H100 and the H200 get the shares that were estimated for the A100.
     """
     shares = _ESTIMATES["sm_90" if card.name.startswith(("H100", "H200")) else "sm_80"]
+    return rates_of(shares, card, _OF_BANDWIDTH)
+
+
+def rates_of(shares: Mapping[tuple[str, str], tuple[float, float, float]], card: Card, of_bandwidth: float) -> Rates:
+    """Estimated rates from shares of a card's published ones: (explicit, Gram, forms) by backend and kind."""
     products = {
         (backend, kind, kernel): share * getattr(card, kind)
         for (backend, kind), three in shares.items()
         for kernel, share in zip(KERNELS, three, strict=True)
     }
-    return Rates(products, _OF_BANDWIDTH * card.bandwidth, measured=False)
+    return Rates(products, of_bandwidth * card.bandwidth, measured=False)
 
 
 def rates_key(name: str) -> dict[str, str]:
