@@ -116,7 +116,7 @@ class _Layer(Factors):
 
     def filter_sums(self, reuse: Reuse) -> Tensor:
         plan, path = self._planned(reuse)
-        if plan.keeps_gram and self.g.numel():  # an empty text has no position, and so no Gram matrix
+        if plan.keeps_gram:
             return ops.sq_gram(self._kept_gram(reuse), self.images(self.g))
         return self.sums(path)
 
@@ -141,9 +141,10 @@ class _Layer(Factors):
         )
         if plan.key != key:
             path = self.path(reuse.cotangents)
-            # Keep the Gram matrices for the next cotangent only if they take no more memory than the layer itself.
+            # Keep the Gram matrices for the next cotangent only if they take no more memory than the layer itself. An
+            # empty text has no position, and so no Gram matrix.
             again = path == "gram" and self.of_input and reuse.cotangents > 1
-            keeps = again and self.conv.gram_numel * len(x) <= x.numel() + self.g.numel()
+            keeps = again and 0 < self.conv.gram_numel * len(x) <= x.numel() + self.g.numel()
             plan.key, plan.path, plan.keeps_gram = key, path, keeps
         return plan, plan.path
 
@@ -182,7 +183,7 @@ class Outer(_Layer):
         if self.of_input and reuse.parameters > 1 and ops.fuses_bias(self.x, self.g):
             plan, path = self._planned(reuse)
             if path == "gram":
-                gram = self._kept_gram(reuse) if plan.keeps_gram and self.g.numel() else None
+                gram = self._kept_gram(reuse) if plan.keeps_gram else None
                 q, reuse.bias = ops.sq_linear(self.x, self.g, path, gram).unbind()
                 return q
         return super().filter_sums(reuse)
