@@ -301,7 +301,8 @@ def time_peer(
     A way to the squares for given labels is compared with the loop: its relative error, and what it leaves out.
     """
     contestant = contestants.find(peer)
-    model, x, _ = _prepared(name, size, min(batch, examples), kind, device)
+    model = network(name, size, device, KINDS[kind])  # its own: peers leave hooks in a network
+    _, x, _ = _prepared(name, size, min(batch, examples), kind, device)
     y = torch.zeros(len(x), dtype=torch.int64, device=device)
     state = contestant.prepare(model)
     with products(kind), contestant.session():
