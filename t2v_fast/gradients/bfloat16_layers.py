@@ -36,28 +36,46 @@ def in_batches(g: Tensor) -> bool:
     return torch._C._dispatch_keys(g).has(DispatchKey.FuncTorchBatched)
 
 
-def is_wanted(ctx: Any, slot: int) -> bool:
-    """Whether this backward pass asks for an input's gradient; ``needs_input_grad`` tells if any pass could."""
-    if not ctx.needs_input_grad[slot]:
-        return False
+def wanted(ctx: Any) -> list[bool]:
+    """Whether this backward pass asks for the gradients of a layer's input, weight and bias, its first three inputs.
+
+    ``ctx.needs_input_grad`` only tells whether any pass could ask for them.
+    """
+    onward = ctx.next_functions  # torch makes an object for each input, so it is read once
+    return [needed and _executes(onward[slot][0]) for slot, needed in enumerate(ctx.needs_input_grad[:3])]
+
+
+# A backward pass that asks for gradients of leaves. torch answers for each of these by an error, which takes 0.1 ms.
+_asks_for_leaves = -1
+
+
+def _executes(node: Any) -> bool:
+    """Whether the running backward pass executes this node. To say so of a leaf in error costs time alone."""
+    global _asks_for_leaves
+    task = torch._C._current_graph_task_id()
+    if task == _asks_for_leaves and hasattr(node, "variable"):
+        return True
     try:
-        return torch._C._will_engine_execute_node(ctx.next_functions[slot][0])
-    except (RuntimeError, AttributeError):  # the input is a leaf, all gradients are asked for, or torch does not tell
+        return torch._C._will_engine_execute_node(node)
+    except (RuntimeError, AttributeError):  # a leaf whose gradient is asked for, or torch does not tell
+        _asks_for_leaves = task
         return True
 
 
-def parameter_gradients(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of weight and bias, the second and third input of a convolution's function."""
+def parameter_gradients(
+    ctx: Any, g: Tensor, x: Tensor, weight: Tensor, to_weight: bool, to_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of a convolution's weight and bias, or None for one that is not asked for."""
     of_weight = None
-    if is_wanted(ctx, 1) and _is_tiny(ctx, g, x):
+    if to_weight and _is_tiny(ctx, g, x):
         columns = F.unfold(x, weight.shape[2:], ctx.geometry[2], ctx.geometry[1], ctx.geometry[0])[0]
         of_weight = (g.reshape(len(weight), -1) @ columns.mT).view(weight.shape)
-    elif is_wanted(ctx, 1):
+    elif to_weight:
         geometry = *ctx.geometry, False, [0, 0], ctx.groups
         mask = [False, True, False]
         operands = [t.float() if is_wide(t) else t for t in (g, x, weight)]
         of_weight = torch.ops.aten.convolution_backward(*operands, None, *geometry, mask)[1].to(weight.dtype)
-    return of_weight, g.sum((0, 2, 3)) if is_wanted(ctx, 2) else None
+    return of_weight, g.sum((0, 2, 3)) if to_bias else None
 
 
 def _is_tiny(ctx: Any, g: Tensor, x: Tensor) -> bool:
@@ -67,10 +85,8 @@ def _is_tiny(ctx: Any, g: Tensor, x: Tensor) -> bool:
     return few and precise and not in_batches(g) and not in_batches(x)
 
 
-def _input_gradient(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+def _input_gradient(ctx: Any, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """The input gradient of a convolution's function, by way of float32."""
-    if not is_wanted(ctx, 0):
-        return None
     stride, padding, dilation = ctx.geometry
     # Pixels of the padded input that no output position reads.
     last = conv_output_size(x.shape[2:], weight.shape[2:], (1, 1), padding, dilation)
@@ -92,7 +108,9 @@ class StridedDepthwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return _input_gradient(ctx, g, x, weight), *parameter_gradients(ctx, g, x, weight), None
+        to_x, *to_parameters = wanted(ctx)
+        of_x = _input_gradient(ctx, g, x, weight) if to_x else None
+        return of_x, *parameter_gradients(ctx, g, x, weight, *to_parameters), None
 
 
 class WideConvolution(torch.autograd.Function):
@@ -109,7 +127,9 @@ class WideConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return _input_gradient(ctx, g, x, weight), *parameter_gradients(ctx, g, x, weight), None
+        to_x, *to_parameters = wanted(ctx)
+        of_x = _input_gradient(ctx, g, x, weight) if to_x else None
+        return of_x, *parameter_gradients(ctx, g, x, weight, *to_parameters), None
 
 
 def widened(func: Callable) -> Callable:

@@ -46,9 +46,9 @@ from .bfloat16_layers import (
     StridedDepthwise,
     WideConvolution,
     in_batches,
-    is_wanted,
     is_wide,
     parameter_gradients,
+    wanted,
     widened,
 )
 from .graph import views_of
@@ -77,10 +77,11 @@ class OneDnnLinear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = g.reshape(-1, g.shape[-1])
+        to_x, to_weight, to_bias = wanted(ctx)
         return (
-            _product(g, weight.mT) if is_wanted(ctx, 0) else None,
-            _WEIGHT_GRADIENT(rows.mT, x.reshape(-1, x.shape[-1])) if is_wanted(ctx, 1) else None,
-            rows.sum(0) if is_wanted(ctx, 2) else None,
+            _product(g, weight.mT) if to_x else None,
+            _WEIGHT_GRADIENT(rows.mT, x.reshape(-1, x.shape[-1])) if to_weight else None,
+            rows.sum(0) if to_bias else None,
         )
 
 
@@ -109,14 +110,15 @@ class MatrixConvolution(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, matrix = ctx.saved_tensors
         rows = _pixels(g, len(matrix))
+        to_x, *to_parameters = wanted(ctx)
         back = None
-        if is_wanted(ctx, 0):
+        if to_x:
             # oneDNN transposes the matrix first, which takes longer than a product with one row.
             single = len(rows) == 1 and rows.dtype == torch.float32
             back = _images(rows @ matrix if single else _product(rows, matrix.mT), len(x), x.shape[2:])
         return (
             back,
-            *parameter_gradients(ctx, g, x, weight),
+            *parameter_gradients(ctx, g, x, weight, *to_parameters),
             None,
             None,
         )
@@ -135,9 +137,10 @@ class WinogradConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        to_x, *to_parameters = wanted(ctx)
         return (
-            _winograd_gradient(g, weight, ctx.geometry[1]) if is_wanted(ctx, 0) else None,
-            *parameter_gradients(ctx, g, x, weight),
+            _winograd_gradient(g, weight, ctx.geometry[1]) if to_x else None,
+            *parameter_gradients(ctx, g, x, weight, *to_parameters),
             None,
         )
 
@@ -181,15 +184,16 @@ class BatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance, _, scale = ctx.saved_tensors
+        to_x, *to_parameters = wanted(ctx)
         of_x = None
-        if is_wanted(ctx, 0) and scale is not None:
+        if to_x and scale is not None:
             of_x = torch.batch_norm_elemt(g, weight, None, torch.zeros_like(scale), scale, ctx.eps)
-        elif is_wanted(ctx, 0):
+        elif to_x:
             zero = torch.zeros_like(mean)
             of_x = torch.native_batch_norm(g, weight, None, zero, variance, False, 0.0, ctx.eps)[0]
-        mask = [False, is_wanted(ctx, 1), is_wanted(ctx, 2)]
         of_weight = of_bias = None
-        if any(mask):
+        if any(to_parameters):
+            mask = [False, *to_parameters]
             saved = x.new_empty(0) if x.is_cuda else None  # the statistics of a batch: CUDA asks for a tensor
             _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
                 g, x, weight, mean, variance, saved, saved, False, ctx.eps, mask
@@ -212,20 +216,22 @@ def convolution_matrix(weight: Tensor, image: Pair, stride: Pair, padding: Pair,
     """The matrix [Ho Wo O, H W C] of a convolution with ``weight`` [O, C, *kernel] over images of size ``image``."""
     kernel = tuple(weight.shape[2:])
     size = conv_output_size(image, kernel, stride, padding, dilation)
+    geometry = list(zip(size, kernel, image, stride, padding, dilation, strict=True))
+    rows, columns = ([_overlap(o, *rest) for o in range(outputs)] for outputs, *rest in geometry)
     matrix = weight.new_zeros(*size, len(weight), *image, weight.shape[1])
-    rows, columns = (
-        [
-            (o, k, i)
-            for o in range(size[a])
-            for k in range(kernel[a])
-            if 0 <= (i := o * stride[a] - padding[a] + k * dilation[a]) < image[a]
-        ]
-        for a in (0, 1)
-    )
-    for oy, ky, y in rows:
-        for ox, kx, x in columns:
-            matrix[oy, ox, :, y, x] = weight[:, :, ky, kx]
+    for oy, (ky, y) in enumerate(rows):
+        for ox, (kx, x) in enumerate(columns):
+            matrix[oy, ox, :, y, x] = weight[:, :, ky, kx].permute(0, 2, 3, 1)
     return matrix.view(size[0] * size[1] * len(weight), -1)
+
+
+def _overlap(o: int, kernel: int, image: int, stride: int, padding: int, dilation: int) -> tuple[slice, slice]:
+    """The entries of a kernel that meet the image at output ``o`` along one axis, and the entries that they meet."""
+    first = o * stride - padding
+    met = [k for k in range(kernel) if 0 <= first + k * dilation < image]
+    if not met:
+        return slice(0), slice(0)
+    return slice(met[0], met[-1] + 1), slice(first + met[0] * dilation, first + met[-1] * dilation + 1, dilation)
 
 
 def _winograd_gradient(g: Tensor, weight: Tensor, padding: Pair) -> Tensor:

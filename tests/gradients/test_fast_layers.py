@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,7 @@ from t2v_fast import FisherRecorder, fisher, ops
 from t2v_fast.gradients.fast_layers import NODES, FastLayers, convolution_matrix
 from t2v_fast.gradients.graph import backpropagate
 from t2v_fast.gradients.refusals import taps_of
+from t2v_fast.ops.geometry import conv_output_size
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 PAIRS = {  # kernel, image, stride, padding, dilation
@@ -212,6 +214,24 @@ def test_the_matrix_of_a_convolution() -> None:
     assert m[0, :, 1].equal(w[:, :, 1, 2])
     assert m[1, :, 0].equal(w[:, :, 1, 0])
     assert m[0, :, 0].equal(m[1, :, 1])
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 3), (5, 4)])
+def test_the_matrix_of_a_convolution_is_the_convolution(kernel: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    w = torch.randn(3, 2, *kernel, dtype=torch.float64)
+    images = [(1, 1), (2, 2), (3, 2), (4, 5)]
+    strides, paddings, dilations = [(1, 1), (2, 3)], [(0, 0), (2, 1), (3, 3)], [(1, 1), (2, 1), (2, 3)]
+    compared = 0
+    for image, *geometry in itertools.product(images, strides, paddings, dilations):
+        if min(conv_output_size(image, kernel, *geometry)) < 1:
+            continue
+        x = torch.randn(4, 2, *image, dtype=torch.float64)
+        want = F.conv2d(x, w, None, *geometry)
+        rows = x.permute(0, 2, 3, 1).reshape(4, -1) @ convolution_matrix(w, image, *geometry).mT
+        assert torch.allclose(rows.view(4, *want.shape[2:], 3).permute(0, 3, 1, 2), want), (image, geometry)
+        compared += 1
+    assert compared >= 20
 
 
 def test_outputs_may_be_modified_in_place() -> None:
