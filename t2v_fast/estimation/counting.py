@@ -140,8 +140,9 @@ def reads_unevenly(output: Tensor) -> bool:
 def capacity_of(layer: nn.Module) -> str | None:
     """The name of an attribute of a layer that is a capacity, with its value; None if there is none."""
     for name, value in vars(layer).items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if "capacity" in name.lower() and number and value > 0:
+        if "capacity" not in name.lower():
+            continue
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
             return f"{name}={value}"
     return None
 

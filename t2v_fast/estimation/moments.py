@@ -172,6 +172,10 @@ class NamedMoments:
         """Return the weighted mean of each quantity."""
         return self._apart([part.mean() for part in self.parts])
 
+    def are_finite(self) -> bool:
+        """Whether all means are finite."""
+        return all(bool(part.mean().isfinite().all()) for part in self.parts)
+
     def standard_error(self) -> dict[str, Tensor]:
         """Return the standard error of each quantity's mean."""
         return self._apart([part.standard_error() for part in self.parts])
@@ -198,8 +202,9 @@ class NamedMoments:
         """Split the results of the parts into those of the quantities."""
         apart: dict[str, Tensor] = {}
         for t, names in zip(found, self._names, strict=True):
-            pieces = zip(names, t.split(self._sizes(names), -1), strict=True)
-            apart |= {n: q.reshape((*t.shape[:-1], *self._shapes[n])).clone() for n, q in pieces}
+            for name, q in zip(names, t.split(self._sizes(names), -1), strict=True):
+                shape = t.shape[:-1] + self._shapes[name]
+                apart[name] = (q if q.shape == shape else q.reshape(shape)).clone()
         return {name: apart[name] for name in self._shapes if name not in self._missed}
 
 

@@ -98,6 +98,12 @@ class _Unproved(Exception):
     """An argument that may hold what other rows have."""
 
 
+def _constants_of(network: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a network, each once."""
+    members = (t for m in network.modules() for of in (m._parameters, m._buffers) for t in of.values())
+    return list({id(t): t for t in members if t is not None}.values())
+
+
 class RowWise(TorchFunctionMode):
     """Watch one forward pass, within a ``with`` block; ask :meth:`program_of` its output afterwards.
 
@@ -125,7 +131,7 @@ class RowWise(TorchFunctionMode):
         self._made = 0  # rows so far
         self._network = network
         with torch._C.DisableTorchFunction():
-            constants = [*network.parameters(), *network.buffers()]
+            constants = _constants_of(network)
             tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
             ordinary = not any(t.is_inference() for t in (*constants, *tensors))  # the others have no version
             sizes = {t.shape[0] if type(t) is Tensor and t.dim() else None for t in tensors}
@@ -153,7 +159,7 @@ class RowWise(TorchFunctionMode):
                 self._read(output, call)
             except Exception:
                 return None
-            constants = [*self._network.parameters(), *self._network.buffers()]
+            constants = _constants_of(self._network)
             if [(id(t), t._version) for t in constants] != [(id(t), v) for _, v, t in self._constants.values()]:
                 return None  # the next pass would have other constants
         return (*self._calls, tuple(call.tokens[1:])) if call.rows else None

@@ -201,6 +201,49 @@ def extended(signature: Signature | None, inputs: Any) -> Signature | None:
     return Signature((*signature.tokens, *reader.tokens), (*signature.objects, *reader.objects))
 
 
+class _Methods:
+    """The methods of a class that are named by their identity alone, which is most of them.
+
+    Such a method has no closure and no default that could change in place. As long as the class has the same methods,
+    with the same code and defaults, :func:`_methods_of` returns the same object, which stands for them as a token.
+    """
+
+    def __init__(self, of: type) -> None:
+        self._plain = [
+            (key, weakref.ref(value), value.__code__, value.__defaults__)
+            for key, value in vars(of).items()
+            if type(value) is types.FunctionType
+            and not value.__closure__
+            and not value.__kwdefaults__
+            and all(type(default) in _PLAIN for default in value.__defaults__ or ())
+        ]
+        own = {key for key, *_ in self._plain}
+        self.others = [key for key in vars(of) if key not in own]
+
+    def hold(self, of: type) -> bool:
+        """Whether the class still has these methods, and the others' names."""
+        members = vars(of)
+        if len(members) != len(self._plain) + len(self.others) or not all(key in members for key in self.others):
+            return False
+        for key, ref, code, defaults in self._plain:
+            value = members.get(key)
+            if value is None or value is not ref() or value.__code__ is not code or value.__defaults__ is not defaults:
+                return False
+            if value.__kwdefaults__:
+                return False
+        return True
+
+
+_methods: weakref.WeakKeyDictionary[type, _Methods] = weakref.WeakKeyDictionary()
+
+
+def _methods_of(of: type) -> _Methods:
+    found = _methods.get(of)
+    if found is None or not found.hold(of):
+        found = _methods[of] = _Methods(of)
+    return found
+
+
 class _Reader:
     """Collects the tokens of a signature."""
 
@@ -209,7 +252,7 @@ class _Reader:
         self.objects: list[weakref.ref] = []
         self._places: dict[int, int] = {}  # by id: when an object was first met
         self._alive: list[Any] = []  # the objects met, so that their ids stay their own
-        self._looked: set[int] = set()  # the ids of the modules that were looked at
+        self._looked: set[int] = set()  # the ids of the modules and classes that were looked at
         self._found: list[nn.Module] = []  # modules in attributes, which may be no part of a network
 
     def network(self, network: nn.Module) -> None:
@@ -362,12 +405,20 @@ class _Reader:
 
     def _class(self, kind: type) -> None:
         """A class: its own address, and those of its methods and the values that it gives to all its objects."""
+        self._met(kind)
+        if id(kind) in self._looked:
+            return
         for of in kind.__mro__[:-1]:
-            if self._met(of):
+            self._met(of)
+            if id(of) in self._looked:
                 continue
+            self._looked.add(id(of))
             self._same(of)
-            for key, value in list(vars(of).items()):
-                value = getattr(value, "__func__", value)  # a static method or a class method
+            methods = _methods_of(of)
+            self.tokens.append(methods)
+            members = vars(of)
+            for key in methods.others:
+                value = getattr(members[key], "__func__", members[key])  # a static method or a class method
                 if isinstance(value, types.FunctionType):
                     self.tokens += (key, id(value.__code__))
                     self._same(value)

@@ -117,6 +117,8 @@ class FisherRecorder:
             raise ValueError(f"unsupported is {unsupported!r}, expected one of {', '.join(UNSUPPORTED)}")
         self.model = network_of(model)
         self.sharding = sharding_of(self.model)  # before the parameters are named, because gathered ones are others
+        # Whether several processes share the network's parameters, so that each has a part of some of them.
+        self.divided = self.sharding is not None or any(map(is_distributed, self.model.parameters()))
         self.granularity = granularity
         self.unsupported = unsupported
         self.parameters = select_parameters(model, parameters)  # by names with or without wrappers
@@ -315,11 +317,6 @@ class FisherRecorder:
                 [output], wanted, [single], retain_graph=True, allow_unused=True, materialize_grads=True
             )
         return {name: dense(whole(g)) for name, g in zip(names, gradients, strict=True)}
-
-    @property
-    def divided(self) -> bool:
-        """Whether several processes share the network's parameters, so that each has a part of some of them."""
-        return self.sharding is not None or any(map(is_distributed, self.model.parameters()))
 
     @property
     def leaves(self) -> dict[str, Tensor]:

@@ -265,6 +265,56 @@ def test_class_attributes_and_methods_are_part_of_a_network(checks: list[int]) -
     assert checks == [3, 3, 3]
 
 
+def test_each_change_of_a_class_changes_the_signature() -> None:
+    """Also of a class that an attribute names before a module of it is met, and of code that a method shares."""
+
+    class Base(nn.Module):
+        def scale(self, x: Tensor, by: float = 1.0) -> Tensor:
+            return by * x
+
+        @staticmethod
+        def shift(x: Tensor) -> Tensor:
+            return x
+
+    class Layer(Base):
+        def __init__(self) -> None:
+            super().__init__()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.shift(self.scale(x))
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kind, self.layer = Layer, Layer()
+
+    model = Named()
+    before = Base.__dict__["scale"]
+    changes: list[Callable[[], object]] = [
+        lambda: setattr(Layer, "forward", lambda self, x: x),
+        lambda: setattr(Layer.forward, "__code__", (lambda self, x: 2 * x).__code__),
+        lambda: setattr(Base, "shift", staticmethod(lambda x: x + 1)),
+        lambda: setattr(Base.scale, "__defaults__", (2.0,)),
+        lambda: setattr(Base.scale, "__kwdefaults__", {"by": 3.0}),
+        lambda: Base.scale.__kwdefaults__.update(by=4.0),
+        lambda: setattr(Base, "scale", lambda self, x: x),
+        lambda: setattr(Base, "more", lambda self, x: x),
+        lambda: delattr(Base, "more"),
+    ]
+    found = [network_state.signature_of(model)]
+    assert found[0] is not None
+    assert found[0] == network_state.signature_of(model)
+    for k, change in enumerate(changes[:-1]):
+        change()
+        found.append(network_state.signature_of(model))
+        assert found[-1] is not None, k
+        assert found[-1] not in found[:-1], k
+        assert found[-1] == network_state.signature_of(model), k
+    changes[-1]()
+    assert network_state.signature_of(model) != found[-1]
+    Base.scale = before
+
+
 def test_the_mode_belongs_to_the_network() -> None:
     model = network()
     assert_right(model)
