@@ -60,7 +60,7 @@ that is run alone, can show it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -376,17 +376,23 @@ class SelfCheck(Reruns):
         """Compare squared gradients of some examples, as a batch of their own, with plain autograd of each example.
 
         The logits of the batch of their own, and of each example alone, are compared with those of the ``whole`` batch.
-        Where the first one alone has the ``program`` of a batch of more than two, plain autograd is run of this one
-        only. (All rows of such a network go through the same calls: a rule is right for all of them or for none.)
+        Where the first one alone has the ``program`` of a batch of more than two, only this one is run alone. (All rows
+        of such a network go through the same calls: a rule is right for all of them or for none.) Plain autograd is run
+        of the second one only where the squares are sums over both.
 
         Returns:
             Whether it is proved that examples do not interact: the examples alone have the ``program`` of the batch.
         """
         recorder, n = self.recorder, len(whole)
-        with Counting() as counting:  # compiled layers, which the mode would not see into, run as they are written
+        first, proved = None, False
+        if n > 1 and program is not None:
+            first = self._run(inputs, examples[:1], watched=True)
+            proved = self._program == program
+        # Compiled layers, which the mode would not see into, run as they are written.
+        with nullcontext() if proved else Counting() as counting:
             both = self._run(inputs, examples) if n > 1 else whole
         if n > 1:
-            if counting.counts:
+            if counting is not None and counting.counts:
                 self._look_for_counting(inputs, counting.counts, examples[0], whole)
             self._agree(both, whole, examples, "in a batch of two")
             if self._may_mix_tokens(whole):  # before the gradients differ, so that the error names the layer
@@ -405,18 +411,20 @@ class SelfCheck(Reruns):
         # Plain autograd of an example that is run alone costs least. But rounding can push a pre-activation of this run
         # over a kink, which changes a narrow layer's gradient by percents, and more in half precision. So where the
         # squares differ, the example is differentiated through the activations of the batch of two.
-        wrong, proved = None, n > 1 and program is not None
+        wrong = None
         checked = [] if n > 1 else [0]  # rows of ``both``
         if n > 1:
             # The first of these is in the middle of a batch of more than two. A number that unseen code takes from the
             # first or the last example of a batch differs when it is run alone.
             for k in range(len(examples)):
-                if k and proved and n > 2 and not summed:
+                if k and proved and n > 2:
+                    if summed:  # ``got`` has this example as well, which depends on no other
+                        self._add_within(plain, k, both, cotangent)
                     break
                 checked.append(k)
                 e, place = examples[k], both.places[k]
-                alone = self._run(inputs, [e], watched=program is not None)
-                proved = proved and self._program == program
+                alone = first if k == 0 and first is not None else self._run(inputs, [e], watched=proved)
+                proved = proved and (k == 0 or self._program == program)
                 self._agree(alone, whole, [e], "alone")
                 (own,) = alone.places
                 if alone.logits[own].shape != cotangent[place].shape or not alone.logits.requires_grad:
@@ -429,9 +437,8 @@ class SelfCheck(Reruns):
                     raise SelfCheckError(f"{wrong}. {_MAY_MIX}")
         if got and (n == 1 or wrong is not None):
             plain = PlainSquares(recorder, got)
-            for k in checked:
-                with recorder.regions.reading():  # the graph serves several passes
-                    plain.add(k, logits, cotangent, both.places[k])
+            for k in range(len(both)) if summed else checked:
+                self._add_within(plain, k, both, cotangent)
             if (wrong := self._difference(plain, got, checked, logits, SELF_CHECK_TOLERANCE)) is not None:
                 raise SelfCheckError(wrong)
         return proved
@@ -444,6 +451,11 @@ class SelfCheck(Reruns):
         direction = torch.zeros_like(alone.logits)
         direction[place] = cotangent
         plain.add(row, alone.logits, direction, place)
+
+    def _add_within(self, plain: PlainSquares, row: int, both: Run, cotangent: Tensor) -> None:
+        """Add the squared gradients of an example of a batch, whose graph serves several passes."""
+        with self.recorder.regions.reading():
+            plain.add(row, both.logits, cotangent, both.places[row])
 
     def _difference(
         self, plain: PlainSquares, got: dict[str, Tensor], rows: list[int], logits: Tensor, allowed: Tolerances

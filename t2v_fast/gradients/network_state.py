@@ -22,7 +22,7 @@ import threading
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -209,7 +209,7 @@ class _Methods:
     """
 
     def __init__(self, of: type) -> None:
-        self._plain = [
+        self._plain: list[tuple[str, Callable[[], Any], types.CodeType, tuple | None]] = [
             (key, weakref.ref(value), value.__code__, value.__defaults__)
             for key, value in vars(of).items()
             if type(value) is types.FunctionType
@@ -226,10 +226,10 @@ class _Methods:
         if len(members) != len(self._plain) + len(self.others) or not all(key in members for key in self.others):
             return False
         for key, ref, code, defaults in self._plain:
-            value = members.get(key)
-            if value is None or value is not ref() or value.__code__ is not code or value.__defaults__ is not defaults:
+            value = ref()
+            if value is None or members.get(key) != value:  # functions are equal to themselves alone
                 return False
-            if value.__kwdefaults__:
+            if value.__code__ is not code or value.__defaults__ is not defaults or value.__kwdefaults__:
                 return False
         return True
 
