@@ -103,3 +103,11 @@ def test_kernels_of_earlier_commits_may_have_fewer_ops(monkeypatch: pytest.Monke
         monkeypatch.delattr(ahead.backend, op)
     assert ahead.cases(torch.bfloat16, earlier=True).keys() == every.keys() - ahead.NEWER.keys()
     assert ahead.cases(torch.bfloat16).keys() == every.keys()  # and the present kernels must have them
+
+
+def test_kernels_of_earlier_commits_may_have_fewer_template_arguments() -> None:
+    before = {("CUDA", "gram", "Exact<double>, 2"): "567", ("CUDA", "form", "Exact<double>, 2"): "218"}
+    assert resources.cell_before(before, ("CUDA", "gram", "Exact<double>, 2, double, 1, 1")) == "567"
+    assert resources.cell_before(before, ("CUDA", "form", "Exact<double>, 2")) == "218"
+    assert resources.cell_before(before, ("CUDA", "gram", "Exact<double>, 21, double")) == "-"
+    assert resources.cell_before(before, ("Triton", "gram", "Exact<double>, 2")) == "-"
