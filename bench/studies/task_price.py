@@ -1,7 +1,7 @@
 """What a task costs, beside what plain torch takes for the passes in it.
 
     python -m bench.studies.task_price [--probes efficientnet_lite0-96 resnet18-64] [--rounds 7] [--images 60]
-        [--classes 10] [--options activation_megabytes=0 self_check=False]
+        [--classes 10] [--options activation_megabytes=0 self_check=False] [--toy]
 
 A task of this library is ``Task2Vec.embed`` of fresh images with two cotangents. Plain torch runs the same batches: one
 forward pass for the features, one forward pass, and two backward passes with weight gradients, in each of two memory
@@ -20,11 +20,13 @@ import argparse
 import ast
 import functools
 import multiprocessing
+import pkgutil
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -35,28 +37,86 @@ from torch import nn
 from bench.harness import MODELS
 from bench.report import table
 from t2v_fast import Preprocessing, Probe, Task2Vec, ops
-from t2v_fast.estimation import batches, estimator, one_forward, self_check
-from t2v_fast.gradients import fast_forward, recorder
-from t2v_fast.tasks import data, stages
 
 SAMPLES = 2
 FORMATS = (torch.contiguous_format, torch.channels_last)
-# The stage, and the functions whose time it is, without the time of other stages within.
-STAGES: dict[str, list[tuple[Any, str]]] = {
-    "reading images": [(data._Reader, "__call__")],
-    "forward passes": [(fast_forward.FastNetwork, "__call__")],
-    "head": [(stages.Stages, "fit_heads")],
-    "allocation": [(stages.Stages, "allocate"), (one_forward, "passes_through_graphs"), (one_forward, "by_need")],
-    "cotangents": [(estimator, "cotangents"), (one_forward, "cotangents")],
-    "owners of rows": [(recorder, "taps_of")],
-    "backward passes": [(recorder, "backpropagate")],
-    "squares": [(recorder.FisherRecorder, "_add")],
-    "self-check": [(self_check.SelfCheck, "batch")],
-    "moments": [(estimator.NamedMoments, "add"), (estimator, "diagonal_of"), (one_forward, "diagonal_of")],
-    "preparing the network": [(batches, "forward_passes"), (fast_forward, "_keep")],
-    "embedding": [(Task2Vec, "make_embedding")],
+# What the self-check adds: all that runs within these counts as its own, but for forward passes, which have a row.
+CHECKS = (
+    "t2v_fast.estimation.self_check:SelfCheck.batch",
+    "t2v_fast.estimation.self_check:SelfCheck._compare_row",
+    "t2v_fast.estimation.self_check:SelfCheck._compare_two",
+)
+# The stage, and the functions whose time it is, without the time of other stages within. A function is named by the
+# module from which its caller takes it.
+STAGES: dict[str, tuple[str, ...]] = {
+    "reading images": ("t2v_fast.tasks.data:_Reader.__call__",),
+    "forward passes": ("t2v_fast.gradients.fast_forward:FastNetwork.__call__",),
+    "head": ("t2v_fast.tasks.stages:Stages.fit_heads",),
+    "allocation": (
+        "t2v_fast.tasks.stages:Stages.allocate",
+        "t2v_fast.estimation.one_forward:passes_through_graphs",
+        "t2v_fast.estimation.one_forward:by_need",
+    ),
+    "cotangents": ("t2v_fast.estimation.estimator:cotangents", "t2v_fast.estimation.one_forward:cotangents"),
+    "owners of rows": ("t2v_fast.gradients.recorder:taps_of",),
+    "backward passes": ("t2v_fast.gradients.squares:backpropagate",),
+    "squares": (
+        "t2v_fast.gradients.squares:Squares._uses_at",
+        "t2v_fast.gradients.squares:Squares._add_summed",
+        "t2v_fast.gradients.squares:Squares._add",
+    ),
+    # Within the second one, the squares of the batch itself are computed. They are not the check's.
+    "self-check": (
+        *CHECKS,
+        "t2v_fast.estimation.self_check:SelfCheck.compared",
+        "t2v_fast.gradients.network_state:signature_of",
+    ),
+    "moments": (
+        "t2v_fast.estimation.moments:NamedMoments.add",
+        "t2v_fast.estimation.estimator:diagonal_of",
+        "t2v_fast.estimation.one_forward:diagonal_of",
+    ),
+    "preparing the network": (
+        "t2v_fast.estimation.estimator:forward_passes",
+        "t2v_fast.estimation.one_forward:forward_passes",
+        "t2v_fast.gradients.fast_forward:_keep",
+    ),
+    "embedding": ("t2v_fast:Task2Vec.make_embedding",),
 }
-CHECKS = "forward passes of the self-check"
+FORWARD_OF_CHECKS = "forward passes of the self-check"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A function that is timed: an attribute of a module or a class."""
+
+    stage: str
+    owner: Any
+    attribute: str
+    of_check: bool
+
+
+def places_of(stages: Mapping[str, Sequence[str]]) -> list[Place]:
+    """Find the functions of all stages. Raise LookupError where one is gone, or where it is no function."""
+    found = []
+    for stage, names in stages.items():
+        for name in names:
+            parent, _, attribute = name.replace(":", ".").rpartition(".")
+            try:
+                owner = pkgutil.resolve_name(parent)
+                timed = getattr(owner, attribute)
+            except (ImportError, AttributeError) as error:
+                raise LookupError(
+                    f"the stage {stage!r} is timed at {name}, which is gone ({error}): name the place in STAGES where "
+                    "the library does this now"
+                ) from error
+            if not callable(timed):
+                raise LookupError(f"the stage {stage!r} is timed at {name}, which is no function but {timed!r}")
+            found.append(Place(stage, owner, attribute, name in CHECKS))
+    return found
+
+
+PLACES = places_of(STAGES)
 
 
 def network_of(name: str, size: int) -> nn.Module:
@@ -142,36 +202,53 @@ class Ours:
         self.task2vec.embed(self.of(seed), name=f"task {seed}")
 
 
+class ClockedContext(AbstractContextManager):
+    """A context whose beginning and end are the given functions."""
+
+    def __init__(self, begin: Callable, end: Callable) -> None:
+        self.begin, self.end = begin, end
+
+    def __enter__(self) -> Any:
+        return self.begin()
+
+    def __exit__(self, *error: Any) -> Any:
+        return self.end(*error)
+
+
 @contextmanager
 def clocks(spent: Counter[str]) -> Iterator[None]:
     """Within this context, add the CPU seconds of each stage to ``spent``."""
-    within: list[tuple[str, float]] = []  # the stages that are running, and the time of other stages within them
+    within: list[tuple[str, bool, float]] = []  # stages that run, whether for a check, and the time of others in them
 
-    def clocked(own: Callable, stage: str) -> Callable:
+    def clocked(own: Callable, place: Place) -> Callable:
         @functools.wraps(own)
         def run(*arguments: Any, **options: Any) -> Any:
-            name = CHECKS if stage == "forward passes" and any(s == "self-check" for s, _ in within) else stage
+            name, of_check = place.stage, place.of_check
+            if within and within[-1][1]:
+                name, of_check = FORWARD_OF_CHECKS if name == "forward passes" else "self-check", True
             start = time.process_time()
-            within.append((name, 0.0))
+            within.append((name, of_check, 0.0))
             try:
-                return own(*arguments, **options)
+                found = own(*arguments, **options)
             finally:
                 took = time.process_time() - start
-                spent[name] += took - within.pop()[1]
+                spent[name] += took - within.pop()[2]
                 if within:
-                    within[-1] = within[-1][0], within[-1][1] + took
+                    within[-1] = *within[-1][:2], within[-1][2] + took
+            if isinstance(found, AbstractContextManager):  # whose time is that of its beginning and its end
+                return ClockedContext(clocked(found.__enter__, place), clocked(found.__exit__, place))
+            return found
 
         return run
 
-    own = [(owner, name, getattr(owner, name)) for places in STAGES.values() for owner, name in places]
-    for stage, places in STAGES.items():
-        for owner, name in places:
-            setattr(owner, name, clocked(getattr(owner, name), stage))
+    own = [(place, getattr(place.owner, place.attribute)) for place in PLACES]
+    for place, function in own:
+        setattr(place.owner, place.attribute, clocked(function, place))
     try:
         yield
     finally:
-        for owner, name, function in own:
-            setattr(owner, name, function)
+        for place, function in own:
+            setattr(place.owner, place.attribute, function)
 
 
 def parts(side: Ours, rounds: int) -> list[list[str]]:
@@ -220,7 +297,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--options", nargs="*", default=[], type=option, metavar="NAME=VALUE")
+    parser.add_argument("--toy", action="store_true", help="a tiny network and a task of a few images, to try it out")
     arguments = parser.parse_args()
+    if arguments.toy:
+        arguments.probes, arguments.images, arguments.classes = ["toy-32"], 12, 3
     torch.set_num_threads(1)
     for cell in arguments.probes:
         study(cell, arguments)

@@ -42,6 +42,10 @@ def compute_importances(
     The plugin squares the mean gradient of each batch. This function squares the gradient of each example, which is
     what the plugin computes at batch size 1. The model runs in evaluation mode and is left in its own mode.
 
+    A criterion that is a mean leaves out labels that are its ``ignore_index``. Examples with such labels alone do not
+    count here either: the result is the mean over the others. The plugin counts a batch of such examples alone, as this
+    function does with ``batch_scale``.
+
     A data set's ``collate_fn`` makes the batches if there is one. If it pads examples, each example is padded as in the
     plugin's batches. A model with task labels (Avalanche's ``MultiTaskModule``) gets those of the batch.
 
@@ -58,8 +62,9 @@ def compute_importances(
         labels: Whose labels the gradients are of. ``"true"`` takes the data's, as Avalanche does. For ``"all"``,
             ``"sample"`` and ``"pred"``, see :func:`~t2v_fast.adapters.fim.fim_diag`; they need cross-entropy, or binary
             cross-entropy with logits, without class weights and label smoothing.
-        batch_scale: Divide by ``batch_size``. The expectation of the plugin's squared batch means is this, plus about
-            the square of the mean gradient, which vanishes only where training has converged.
+        batch_scale: Divide by ``batch_size``, or by the examples of a batch that count. The expectation of the plugin's
+            squared batch means is this, plus about the square of the mean gradient, which vanishes only where training
+            has converged.
         options: ``unsupported`` and ``self_check`` of :func:`t2v_fast.fisher`. For other ``labels``, all arguments of
             :func:`~t2v_fast.adapters.fim.fim_diag`.
 
@@ -70,12 +75,14 @@ def compute_importances(
 
     Raises:
         ValueError: The criterion does not give one number for one example, or it is no likelihood and ``labels`` needs
-            one, or ``labels`` needs outputs [N, C] and the model gives others, or the data set is empty.
+            one, or ``labels`` needs outputs [N, C] and the model gives others, or the data set is empty, or the
+            criterion ignores every label.
         UnsupportedError: A parameter has no exact per-example gradient.
     """
     model.to(device)
     collate = getattr(dataset, "collate_fn", None)
-    joined = _JoinedBatches(DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=collate))
+    ignored = _ignored_label(criterion) if labels == "true" else None
+    joined = _JoinedBatches(DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=collate), ignored)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
 
     def watch(outputs: Tensor) -> None:
@@ -89,7 +96,7 @@ def compute_importances(
             return _gradients_of_single_losses(criterion, outputs, targets)
 
         with evaluating(model):
-            found, examples = summed_squares(
+            found, _ = summed_squares(
                 model,
                 joined,
                 gradients,
@@ -99,15 +106,17 @@ def compute_importances(
                 watch=watch,
                 **options,
             )
-        found = {name: squares / examples for name, squares in found.items()}
+        if not sum(joined.counted):
+            raise ValueError(f"every label is the criterion's ignore_index ({ignored}): no example has a gradient")
+        found = {name: squares / sum(joined.counted) for name, squares in found.items()}
     else:
         task_type = _likelihood_of(criterion)
         forward = _one_row_each if task_type == "classification" else _avalanche_forward
         options = {"parameters": names, "forward": forward, **options}
         found = fim_diag(model, joined, task_type, labels, device=device, **options)
     scale = 1.0
-    if batch_scale:  # the mean of 1 / size over the plugin's batches, some of which may be smaller
-        scale = sum(1 / size for size in joined.sizes) / len(joined.sizes)
+    if batch_scale:  # the mean of 1 / size over the plugin's batches, some of which may be smaller, or have no gradient
+        scale = sum(1 / size for size in joined.counted if size) / len(joined.counted)
     with torch.no_grad():
         values = {
             name: found[name].to(p) * scale if name in found else torch.zeros_like(p)
@@ -128,9 +137,11 @@ class _JoinedBatches:
     another length.
     """
 
-    def __init__(self, loader: Iterable[Any]) -> None:
+    def __init__(self, loader: Iterable[Any], ignored: int | None) -> None:
         self.loader, self.most = loader, 0  # the most examples of a joined batch
+        self.ignored = ignored  # the label that the criterion leaves out, if any
         self.sizes: list[int] = []  # of the loader's batches
+        self.counted: list[int] = []  # the examples in each that have another label
         self._bytes = 0  # of the last batch of the loader
 
     def grow(self, activations: int, allowed: int) -> None:
@@ -148,6 +159,7 @@ class _JoinedBatches:
                 yield _joined(waiting)
                 waiting, examples = [], 0
             self.sizes.append(size)
+            self.counted.append(_other_labels(found[1], self.ignored))
             self._bytes = sum(t.numel() * t.element_size() for t in tree_leaves(found) if isinstance(t, Tensor))
             waiting.append(found)
             shape, examples = own, examples + size
@@ -156,6 +168,19 @@ class _JoinedBatches:
                 waiting, examples = [], 0
         if waiting:
             yield _joined(waiting)
+
+
+def _ignored_label(criterion: Any) -> int | None:
+    """The label that a criterion leaves out of its mean; None if there is none."""
+    known = isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss)) and criterion.reduction == "mean"
+    return criterion.ignore_index if known else None
+
+
+def _other_labels(labels: Any, ignored: int | None) -> int:
+    """How many examples have a label that is not ``ignored``. Floating-point labels are probabilities of classes."""
+    if ignored is None or not isinstance(labels, Tensor) or labels.is_floating_point():
+        return len(labels)
+    return int((labels != ignored).reshape(len(labels), -1).any(1).sum())
 
 
 def _shape_to_join(batch: Any, size: int) -> Any:

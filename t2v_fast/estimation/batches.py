@@ -24,6 +24,7 @@ from ..ops.asynchronous import to_device
 from ..spans import forward_by_kind, stage
 from .allocation import seeds_of
 from .deferred import DeferredChecks
+from .explanations import explanation
 from .graphs import Passes
 from .packing import AS_GIVEN, Texts
 from .self_check import SelfCheck
@@ -106,8 +107,13 @@ def forward_passes(
                     checked = check is not None and check.is_due(n)
                     output = passes.replay(there, segments, checked, checks.host_binds)
                 if output is None:
-                    with forward_by_kind(recorder.model, n):
-                        output = check.forward(there) if check else fast(recorder.model, there)
+                    try:
+                        with forward_by_kind(recorder.model, n):
+                            output = check.forward(there) if check else fast(recorder.model, there)
+                    except Exception as error:
+                        if (clearer := explanation(error, recorder.model, there, checks.batch)) is None:
+                            raise
+                        raise clearer from error
                 logits = _check_logits(output, n)
                 valid = _check_mask(mask(inputs, labels), labels, logits) if logits.dim() == 3 else None
                 if segments is not None:

@@ -35,7 +35,7 @@ from torch.utils import checkpoint as torch_checkpoint
 from .fast_layers import FastLayers
 from .graph import UnsupportedError
 from .process_wide import ProcessWide
-from .random_state import random_state
+from .random_state import drawn, random_state
 
 _Hook: type[saved_tensors_hooks] = getattr(torch_checkpoint, "_checkpoint_hook", saved_tensors_hooks)
 _Reentrant = torch_checkpoint.CheckpointFunction
@@ -160,7 +160,7 @@ class Regions:
     def _unpacked(self, region: _Region, holder: Any, unpack: Callable[[Any], Tensor]) -> Tensor:
         """Let torch give a saved tensor, which recomputes the region if it is not held."""
         key, runs = self._key, not region.frame.is_recomputed.get(self._key)
-        group, before = torch._C._get_graph_exec_group(), random_state() if runs else None
+        group, before = torch._C._get_graph_exec_group(), random_state() if runs else {}
         torch._C._set_graph_exec_group(key)
         self._running += 1
         try:
@@ -176,11 +176,11 @@ class Regions:
             torch._C._set_graph_exec_group(group)
         if runs:
             self.recomputations += 1
-            if random_state() != before:
+            if (generator := drawn(before, random_state())) is not None:
                 raise self._failed(
                     region,
-                    "draws other random numbers when it is recomputed: keep the default preserve_rng_state=True, draw "
-                    "with torch, or call eval() on the network",
+                    f"draws other random numbers from {generator} when it is recomputed: keep the default "
+                    "preserve_rng_state=True, draw with torch, or call eval() on the network",
                 )
         return t
 

@@ -353,7 +353,7 @@ def fix_batch_norm_gradients(nodes: Iterable[Node]) -> None:
             continue
         x = node._saved_input
         last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        node.register_prehook(partial(_in_format, torch.channels_last if last else torch.contiguous_format))
+        _bring_into(node, torch.channels_last if last else torch.contiguous_format)
 
 
 def keep_channels_last(taps: Taps) -> None:
@@ -371,7 +371,17 @@ def keep_channels_last(taps: Taps) -> None:
             continue
         x = below._saved_result
         if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-            below.register_prehook(partial(_in_format, torch.channels_last))
+            _bring_into(below, torch.channels_last)
+
+
+_FORMAT = "t2v_fast: the memory format of the cotangent"
+
+
+def _bring_into(node: Node, wanted: torch.memory_format) -> None:
+    """Bring the cotangent of a node into a memory format in every pass. A graph that is kept gets one hook a node."""
+    if _FORMAT not in node.metadata:
+        node.metadata[_FORMAT] = wanted
+        node.register_prehook(partial(_in_format, wanted))
 
 
 def _in_format(wanted: torch.memory_format, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

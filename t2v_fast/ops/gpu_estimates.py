@@ -6,7 +6,7 @@ this module. Nothing is measured unasked.
 
 A convolution or a linear layer is computed by one of two paths. The explicit path has products of inputs only. The Gram
 path has products of inputs too (the Gram matrices), and products with sums (the quadratic forms). Each kind of product
-has a rate of its own.
+has a rate of its own. Those of the Gram path have another one for large layers, which was measured on large layers.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 
 BACKENDS = ("cuda", "triton")
 KERNELS = ("explicit", "gram", "forms")
+LARGE = {"gram": "large gram", "forms": "large forms"}  # what the kernels of the Gram path are called in large layers
+# A layer is large from so many flops of an example on: half way, by the ratio, between the small and the large layers
+# that are measured.
+LARGE_FLOPS = 1.56e8
 # What is multiplied: the names of the rates of a card.
 KINDS = ("float64", "float32", "tf32", "half")
 
@@ -41,7 +45,8 @@ class Rates:
     """TFLOP/s of each (backend, kind of product, kernel), and GB/s of passes over memory.
 
     Attributes:
-        products: The rates. A kernel that multiplies every term of a Gram matrix apart counts its products once.
+        products: The rates. A kernel that multiplies every term of a Gram matrix apart counts its products once. The
+            kernels are those of :data:`KERNELS`, and the names in :data:`LARGE`.
         bandwidth: GB/s that kernels move which are bound by memory.
         measured: Whether the rates were measured on the card; otherwise they are estimated.
     """
@@ -54,19 +59,23 @@ class Rates:
         """The time for ``work``: of its products, or of its passes over memory if that is longer.
 
         Args:
-            work: What :func:`t2v_fast.ops.planner.gpu_work` counts for ``path``.
+            work: What :func:`t2v_fast.ops.planner.gpu_work` counts for ``path``, of one example.
             backend: ``"cuda"`` or ``"triton"``.
             kind: What is multiplied, as :func:`t2v_fast.ops.gpu_specs.rate_of` names it.
             path: ``"explicit"`` or ``"gram"``.
         """
-        inputs, forms = (1e12 * self.products[backend, kind, kernel] for kernel in (path, "forms"))
+        kernels = [path, "forms"]
+        if path == "gram" and work.flops + work.sum_flops >= LARGE_FLOPS:
+            kernels = [*LARGE.values()]
+        inputs, forms = (1e12 * self.products[backend, kind, kernel] for kernel in kernels)
         # Depthwise convolutions count as products with sums. They are bound by memory.
         sums = work.sum_flops / forms if path == "gram" else 0.0
         return max(work.flops / inputs + sums, work.bytes / (1e9 * self.bandwidth))
 
     def leader(self, kind: str, path: str | None = None) -> str:
         """The backend that takes less time for a flop of each kernel of a path together, or of all kernels."""
-        kernels = {None: KERNELS, "explicit": ("explicit",), "gram": ("gram", "forms")}[path]
+        of_gram = (*LARGE, *LARGE.values())
+        kernels = {None: ("explicit", *of_gram), "explicit": ("explicit",), "gram": of_gram}[path]
         return min(BACKENDS, key=lambda name: sum(1 / self.products[name, kind, kernel] for kernel in kernels))
 
 
@@ -124,7 +133,12 @@ def rates_of(shares: Mapping[tuple[str, str], tuple[float, float, float]], card:
         for (backend, kind), three in shares.items()
         for kernel, share in zip(KERNELS, three, strict=True)
     }
+    # Nobody has estimated how much busier a large layer keeps a card.
+    products |= {(b, kind, LARGE[kernel]): rate for (b, kind, kernel), rate in products.items() if kernel in LARGE}
     return Rates(products, of_bandwidth * card.bandwidth, measured=False)
+
+
+MEASUREMENT = "2"  # of rates. Files of another one are not read: 1 had no large layers
 
 
 def rates_key(name: str) -> dict[str, str]:
@@ -133,7 +147,7 @@ def rates_key(name: str) -> dict[str, str]:
         library = version("t2v-fast")
     except PackageNotFoundError:  # the sources are on the path, and nothing is installed
         library = "not installed"
-    return {"card": name, "library": library, "torch": torch.__version__}
+    return {"card": name, "library": library, "torch": torch.__version__, "measurement": MEASUREMENT}
 
 
 def rates_file(name: str) -> Path:

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from ..files import write_atomically
 from . import dispatch, gpu_specs, planner, primitives
-from .gpu_estimates import BACKENDS, Rates, _rates, estimates, rates, rates_file, rates_key
+from .gpu_estimates import BACKENDS, LARGE, Rates, _rates, estimates, rates, rates_file, rates_key
 from .gpu_specs import GpuWork
 
 __all__ = ["measure", "rates"]
 
 log = logging.getLogger(__name__)
+
+BATCH, LARGE_BATCH = 32, 64  # examples with which layers are timed, and large layers
 
 
 def let_the_host_run_ahead() -> None:
@@ -63,7 +65,6 @@ def measure(
     name, estimated = torch.cuda.get_device_name(device), estimates(gpu_specs.card_of(device))
     products: dict[tuple[str, str, str], float] = {}
     before = "high" if gpu_specs.allows_tf32() else "highest"
-    batch = 32
     try:
         for kind, dtype, precision in (
             ("half", torch.bfloat16, "highest"),
@@ -76,7 +77,7 @@ def measure(
                     continue
 
                 def seconds(
-                    conv: planner.Conv, path: str, dtype: torch.dtype = dtype, backend: str = backend
+                    conv: planner.Conv, path: str, batch: int, dtype: torch.dtype = dtype, backend: str = backend
                 ) -> tuple[GpuWork, float]:
                     x = _images(batch, conv.channels, conv.size, dtype, device)
                     g = _images(batch, conv.filters, conv.out_size, dtype, device)
@@ -84,16 +85,20 @@ def measure(
                         spent = seconds_of(lambda: primitives.sq_conv(x, g, *conv.arguments, path))
                     return planner.gpu_work(conv, path, x.element_size()), spent / batch
 
-                total = [seconds(conv, "explicit") for conv in planner.EXPLICIT_SAMPLES]
+                total = [seconds(conv, "explicit", BATCH) for conv in planner.EXPLICIT_SAMPLES]
                 flops = sum(work.flops for work, _ in total)
                 products[backend, kind, "explicit"] = flops / sum(spent for _, spent in total) / 1e12
-                grams = [seconds(conv, "gram") for conv in planner.GRAM_SAMPLES]
-                counts = np.array([(work.flops, work.sum_flops) for work, _ in grams])
-                units = planner.fit(counts, np.array([spent for _, spent in grams]))
-                # A cost of zero says that the samples cannot tell: then both kinds of product share the time.
-                together = counts.sum() / sum(spent for _, spent in grams)
-                for kernel, unit in zip(("gram", "forms"), units, strict=True):
-                    products[backend, kind, kernel] = float(1 / unit if unit and units.all() else together) / 1e12
+                for names, samples, batch in (
+                    (tuple(LARGE), planner.GRAM_SAMPLES, BATCH),
+                    (tuple(LARGE.values()), planner.LARGE_GRAM_SAMPLES, LARGE_BATCH),
+                ):
+                    grams = [seconds(conv, "gram", batch) for conv in samples]
+                    counts = np.array([(work.flops, work.sum_flops) for work, _ in grams])
+                    units = planner.fit(counts, np.array([spent for _, spent in grams]))
+                    # A cost of zero says that the samples cannot tell: then both kinds of product share the time.
+                    together = counts.sum() / sum(spent for _, spent in grams)
+                    for kernel, unit in zip(names, units, strict=True):
+                        products[backend, kind, kernel] = float(1 / unit if unit and units.all() else together) / 1e12
         bandwidth = _bandwidth(device, seconds_of)
     finally:
         torch.set_float32_matmul_precision(before)

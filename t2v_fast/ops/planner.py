@@ -223,13 +223,14 @@ _SAMPLES = {
 
 
 # Geometries on which gpu_rates.measure() times the explicit path; and the Gram path, with more products of inputs or
-# more forms.
+# more forms. Large layers keep a card busier: those of a ViT-B/16 have rates of their own.
 EXPLICIT_SAMPLES = (
     Conv(64, (56, 56), 64, (3, 3), padding=(1, 1)),
     Conv(128, (28, 28), 128, (3, 3), padding=(1, 1)),
     Conv(512, (14, 14), 256),
 )
 GRAM_SAMPLES = (Conv(3072, (1, 192), 256), Conv(256, (1, 192), 3072), Conv(768, (1, 192), 768))
+LARGE_GRAM_SAMPLES = (Conv(768, (1, 197), 3072), Conv(3072, (1, 197), 768))
 
 
 def _kernel(conv: Conv, path: str) -> str:

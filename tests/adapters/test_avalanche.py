@@ -148,6 +148,30 @@ def test_at_batch_size_one_the_importances_are_the_plugins() -> None:
         torch.testing.assert_close(got[name].data.float(), value.data, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("weight", [None, [1.0, 2.0, 3.0]])
+def test_labels_that_the_criterion_ignores_count_as_in_the_plugin(weight: list[float] | None) -> None:
+    import_avalanche()
+    from avalanche.training.plugins import EWCPlugin
+
+    from t2v_fast.adapters.continual import compute_importances
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    data = TensorDataset(torch.randn(6, 4).double(), torch.tensor([0, -100, 2, 1, -100, 0]), torch.zeros(6))
+    criterion = nn.CrossEntropyLoss(None if weight is None else torch.tensor(weight).double())
+    arguments = model, criterion, torch.optim.SGD(model.parameters(), 0.1), data, "cpu"
+    # A batch of ignored labels alone has no gradient, and the plugin counts it among its batches.
+    want = EWCPlugin(1.0).compute_importances(*arguments, 1)
+    for name, value in compute_importances(*arguments, 1, batch_scale=True).items():
+        torch.testing.assert_close(value.data.float(), want[name].data, rtol=1e-5, atol=1e-9)
+    # Batches with one label that counts each have the plugin's importances at any size.
+    few = TensorDataset(data.tensors[0][1:5], torch.tensor([-100, 2, 1, -100]), torch.zeros(4))
+    arguments = *arguments[:3], few, "cpu"
+    want = EWCPlugin(1.0).compute_importances(*arguments, 2)
+    for name, value in compute_importances(*arguments, 2, batch_scale=True).items():
+        torch.testing.assert_close(value.data.float(), want[name].data, rtol=1e-5, atol=1e-9)
+
+
 def test_the_page_runs() -> None:
     import_avalanche()
     page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()

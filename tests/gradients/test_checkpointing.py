@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpointed import checkpoint_some, checkpointed
@@ -551,13 +552,21 @@ def test_a_region_that_saves_more_is_refused() -> None:
         record(network, X)
 
 
-@pytest.mark.parametrize("draw", [lambda x: F.dropout(x, 0.5), lambda x: x * (1 + random.random())])
-def test_other_random_numbers_are_refused(draw: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("generator", "draw"),
+    [
+        ("torch's", lambda x: F.dropout(x, 0.5)),
+        ("Python's", lambda x: x * (1 + random.random())),
+        ("NumPy's", lambda x: x * (1 + np.random.rand())),  # noqa: NPY002
+    ],
+)
+def test_other_random_numbers_are_refused(generator: str, draw: Callable[[Tensor], Tensor]) -> None:
     """Without the random state, a region recomputes another function. Python's own generator is never restored."""
     network = two_layers(
         lambda one, x: checkpoint(lambda x: one(draw(x)).tanh(), x, use_reentrant=False, preserve_rng_state=False)
     )
-    with pytest.raises(UnsupportedError, match="draws other random numbers when it is recomputed"):
+    message = f"draws other random numbers from {generator} generator when it is recomputed"
+    with pytest.raises(UnsupportedError, match=message):
         record(network, X)
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from t2v_fast import FisherRecorder, fisher, ops
+from t2v_fast.gradients import graph
 from t2v_fast.gradients.fast_layers import NODES, FastLayers, convolution_matrix
 from t2v_fast.gradients.graph import backpropagate
 from t2v_fast.gradients.refusals import taps_of
@@ -193,6 +194,31 @@ def test_a_batch_norm_gets_a_cotangent_in_another_memory_format() -> None:
             (got,) = torch.autograd.grad(y, x, g)
             want = g.double() * (w.double() / (variance.double() + 1e-5).sqrt()).view(-1, 1, 1)
             assert relative_error(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["a mean over all pixels", "a batch norm of one image"])
+def test_a_kept_graph_brings_cotangents_into_a_format_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    in_format = graph._in_format
+
+    def counted(wanted: torch.memory_format, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        calls.append(wanted)
+        return in_format(wanted, gradients)
+
+    monkeypatch.setattr(graph, "_in_format", counted)
+    mean = kind == "a mean over all pixels"
+    top = (nn.ReLU(), nn.AdaptiveAvgPool2d(1)) if mean else (nn.BatchNorm2d(4), nn.Tanh(), nn.AvgPool2d(4))
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), *top, nn.Flatten(), nn.Linear(4, 3)).eval()
+    x = torch.randn(3 if mean else 1, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    with FisherRecorder(network.to(memory_format=torch.channels_last)) as recorder:
+        logits = network(x)
+        u = torch.randn_like(logits)
+        first = recorder.backward(logits, u, retain_graph=True)
+        assert len(calls) == 1
+        for k in (2, 3):
+            again = recorder.backward(logits, u, retain_graph=True)
+            assert len(calls) == k
+            assert all(again[name].equal(value) for name, value in first.items())
 
 
 def test_relu6_in_place() -> None:

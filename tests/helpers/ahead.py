@@ -3,6 +3,7 @@
 No GPU is needed. ``python tests/helpers/ahead.py 80 90`` prints a list of {kernel, case, arch, registers, shared,
 spills, code, loop, multiply_adds}, where the last three are about the machine code. Each launch of the ops is caught
 with its arguments, specialised as Triton would specialise it, and compiled to PTX, for which ptxas reports resources.
+``--earlier`` is for kernels of an earlier commit, which may have fewer ops.
 """
 
 from __future__ import annotations
@@ -71,8 +72,19 @@ def boxes(dtype: torch.dtype, c: int, o: int, size: int, kernel: int) -> Callabl
     return run
 
 
-def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Calls that launch every kernel, with sizes from the networks in docs/gpu.md."""
+# Cases whose op was not always there.
+NEWER = {
+    "linear gram, with bias": "sq_linear",
+    "experts": "sq_grouped",
+    "experts, elementwise": "sq_grouped_acc_",
+}
+
+
+def cases(dtype: torch.dtype, earlier: bool = False) -> dict[str, Callable[[], object]]:
+    """Calls that launch every kernel, with sizes from the networks in docs/gpu.md.
+
+    For ``earlier`` kernels, cases whose op is not there are left out.
+    """
     sums = accumulate_dtype(dtype)
     tokens, out = rand(2, 197, 768, dtype=dtype), rand(2, 197, 3072, dtype=dtype)
     maps, shift = rand(2, 784, 128, dtype=dtype), torch.zeros(128, dtype=sums)
@@ -80,7 +92,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     offsets, groups = torch.arange(17) * 32, torch.arange(9) * 2  # 8 experts of 2 examples
     rows, hidden = rand(512, 768, dtype=dtype), rand(512, 1536, dtype=dtype)
     on_tensor_cores = dtype.itemsize == 2 or (dtype == torch.float32 and launch.precision() == "tf32")
-    return (
+    found = (
         {"3x3 boxes": boxes(dtype, 128, 128, 28, 3), "linear boxes": boxes(dtype, 768, 768, 14, 1)}
         if on_tensor_cores and sq_conv_boxes
         else {}
@@ -108,6 +120,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
             torch.zeros(8, 1536, 768, dtype=sums), rows, hidden, offsets, groups, torch.ones(16, dtype=sums)
         ),
     }
+    return {name: run for name, run in found.items() if not earlier or hasattr(backend, NEWER.get(name, "sq_outer"))}
 
 
 def specialise(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, dict[str, int]]:
@@ -153,7 +166,7 @@ def instructions(cubin: bytes) -> dict[str, object]:
     }
 
 
-def main(archs: list[int]) -> None:
+def main(archs: list[int], earlier: bool) -> None:
     caught: list[tuple[JITFunction, tuple, dict]] = []
     JITFunction.run = lambda self, *args, grid, warmup, **kwargs: caught.append((self, args, kwargs))
     found, seen = [], set()
@@ -161,7 +174,7 @@ def main(archs: list[int]) -> None:
     for dtype, precision in [*modes, (torch.float32, "high")]:
         torch.set_float32_matmul_precision(precision)
         kind = "tf32" if precision == "high" else str(dtype).removeprefix("torch.")
-        for case, run in cases(dtype).items():
+        for case, run in cases(dtype, earlier).items():
             launches = []
             for arch in archs:
                 caught.clear()
@@ -190,4 +203,4 @@ def main(archs: list[int]) -> None:
 if __name__ == "__main__":
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: nothing would be compiled")
-    main([int(a) for a in sys.argv[1:]])
+    main([int(a) for a in sys.argv[1:] if a != "--earlier"], "--earlier" in sys.argv)

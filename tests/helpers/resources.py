@@ -96,6 +96,7 @@ def of_triton_kernels(root: Path = ROOT) -> list[dict[str, Any]]:
     """What ptxas reports of each default configuration in kernels/, in a process that does not interpret Triton."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "ahead.py"), *map(str, CARD)]
+    command += ["--earlier"] if root != ROOT else []
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
@@ -154,6 +155,13 @@ def main_loops(cuda: list[dict[str, Any]], triton: list[dict[str, Any]]) -> dict
     return cells
 
 
+def cell_before(before: dict[tuple[str, ...], str], key: tuple[str, ...]) -> str:
+    """The cell of the same kernel in an earlier commit, whose instances may have fewer template arguments."""
+    *kernel, instance = key
+    found = [k for k in before if list(k[:-1]) == kernel and f"{instance}, ".startswith(f"{k[-1]}, ")]
+    return before[max(found, key=lambda k: len(k[-1]))] if found else "-"
+
+
 def earlier(commit: str, folder: str) -> Path:
     """The sources of a commit, unpacked into a folder."""
     archive = subprocess.run(["git", "archive", commit, "csrc", "kernels", "t2v_fast"], cwd=ROOT, capture_output=True)
@@ -185,7 +193,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = earlier(arguments.before, folder)
         before = main_loops(of_cuda_kernels(root), of_triton_kernels(root))
-    rows = [[*key, before.get(key, "-"), now[key]] for key in sorted(now)]
+    rows = [[*key, cell_before(before, key), now[key]] for key in sorted(now)]
     write("main loops", ["written in", "kernel", "instance", f"at {arguments.before}", "now"], rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -108,6 +109,43 @@ def test_the_planner_and_the_backend_follow_the_rates(card: Path, monkeypatch: p
     gpu_rates.measure(DEVICE, pretend(gpu_estimates.Rates(slow_grams, 1e6, True), monkeypatch))
     assert dispatch.backend_for(Cuda()) == "cuda"
     assert planner.choose(conv, Cuda()) == "explicit"
+
+
+def test_large_layers_have_rates_of_their_own(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = fast_cuda()
+    large = {k: v * (3 if k[2].startswith("large") else 1) for k, v in truth.products.items()}
+    measured = gpu_rates.measure(DEVICE, pretend(gpu_estimates.Rates(large, 1e6, True), monkeypatch))
+    for kernel, name in gpu_estimates.LARGE.items():
+        small = measured.products["cuda", "half", kernel]
+        assert measured.products["cuda", "half", name] == pytest.approx(3 * small, rel=1e-6)
+    for conv, factor in ((Conv(768, (1, 197), 3072), 3), (Conv(768, (1, 197), 2304), 3), (Conv(768, (1, 197), 768), 1)):
+        work = planner.gpu_work(conv, "gram", 2)
+        at_small_rates = truth.seconds(work, "cuda", "half", "gram")
+        assert measured.seconds(work, "cuda", "half", "gram") == pytest.approx(at_small_rates / factor, rel=1e-6)
+    # Of a backend that is faster in small layers only, and slower by more in large ones.
+    products = measured.products | {("triton", "half", k): 1e3 for k in ("gram", "forms")}
+    products |= {("triton", "half", k): 1.0 for k in gpu_estimates.LARGE.values()}
+    assert gpu_estimates.Rates(products, 1e6, True).leader("half", "gram") == "cuda"
+
+
+def test_layers_count_as_the_samples_that_are_nearest() -> None:
+    """From half way between the samples' sizes on, layers are large."""
+
+    def mean(samples: tuple[Conv, ...]) -> float:
+        works = [planner.gpu_work(conv, "gram", 2) for conv in samples]
+        return statistics.geometric_mean(work.flops + work.sum_flops for work in works)
+
+    means = mean(planner.GRAM_SAMPLES), mean(planner.LARGE_GRAM_SAMPLES)
+    assert pytest.approx(statistics.geometric_mean(means), rel=0.01) == gpu_estimates.LARGE_FLOPS
+
+
+def test_rates_of_an_earlier_measurement_are_not_read(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr(gpu_estimates, "MEASUREMENT", "1")
+        gpu_rates.measure(DEVICE, pretend(fast_cuda(), earlier))
+        assert gpu_rates.rates(DEVICE).measured
+    gpu_estimates._rates.cache_clear()
+    assert not gpu_rates.rates(DEVICE).measured
 
 
 def test_images_stay_with_the_extension(card: Path) -> None:

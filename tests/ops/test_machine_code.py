@@ -8,6 +8,7 @@ from typing import Any
 import machine_code
 import pytest
 import resources
+import torch
 from resources import NVCC
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the CUDA sources were not compiled")
@@ -89,3 +90,24 @@ def test_main_loops_of_the_triton_kernels() -> None:
             assert row["loop"]["copies 16"], row
             # What is left weights the products with the cotangents of the other position (fewer from Triton 3.8 on).
             assert row["loop"]["multiply-adds"] <= 32, row
+
+
+def test_kernels_of_earlier_commits_may_have_fewer_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="this torch comes without Triton")
+    import ahead
+
+    every = ahead.cases(torch.bfloat16)
+    assert ahead.NEWER.keys() < every.keys()
+    assert ahead.cases(torch.bfloat16, earlier=True).keys() == every.keys()
+    for op in ahead.NEWER.values():
+        monkeypatch.delattr(ahead.backend, op)
+    assert ahead.cases(torch.bfloat16, earlier=True).keys() == every.keys() - ahead.NEWER.keys()
+    assert ahead.cases(torch.bfloat16).keys() == every.keys()  # and the present kernels must have them
+
+
+def test_kernels_of_earlier_commits_may_have_fewer_template_arguments() -> None:
+    before = {("CUDA", "gram", "Exact<double>, 2"): "567", ("CUDA", "form", "Exact<double>, 2"): "218"}
+    assert resources.cell_before(before, ("CUDA", "gram", "Exact<double>, 2, double, 1, 1")) == "567"
+    assert resources.cell_before(before, ("CUDA", "form", "Exact<double>, 2")) == "218"
+    assert resources.cell_before(before, ("CUDA", "gram", "Exact<double>, 21, double")) == "-"
+    assert resources.cell_before(before, ("Triton", "gram", "Exact<double>, 2")) == "-"
