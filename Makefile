@@ -88,10 +88,13 @@ apart: setup $(VENV)/.frontends $(VENV)/apart/mml $(VENV)/apart/axolotl ## Run t
 weekly: setup ## Run the sanitizers over the GPU kernels, compile them for two GPUs, and crash a bank after any operation
 	$(PYTEST) -m weekly
 
-# The tests that a second torch need not run. Files, processes, pages and distances reach torch only through calls that
-# other tests make too, and the scripts of bench/ measure with the first torch only. Tests that are not named here run.
-VERSION_INDEPENDENT := analysis bank bench ops/test_gpu_specs.py tasks/test_cache.py test_demo.py test_embedding.py \
-	test_readme.py test_docs.py test_examples.py
+# The tests that a second torch need not run. Files, processes, pages, distances, settings, commands and the adapters of
+# other packages reach torch only through calls that the tests of ops, gradients and estimation make too. The scripts of
+# bench/ measure with the first torch only, and the mutation tests break the library to try the tests. Not named here,
+# and so run, is also what follows from torch itself: heads, probes, pipelines, processes and the cut of a network.
+VERSION_INDEPENDENT := adapters analysis bank bench cli gradients/test_mutations.py gradients/test_ownership_mutations.py \
+	ops/test_gpu_specs.py tasks/test_cache.py tasks/test_data.py tasks/test_settings.py test_demo.py test_docs.py \
+	test_embedding.py test_examples.py test_public_names.py test_readme.py test_recipe.py test_zoo.py
 
 test-version: setup ## Run the tests that depend on torch; TORCH=2.11.0 takes that version
 	$(PYTEST) -m "not slow and not weekly" $(VERSION_INDEPENDENT:%=--ignore=tests/%)
