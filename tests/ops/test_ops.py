@@ -30,7 +30,7 @@ from torch import Tensor
 from t2v_fast import ops
 from t2v_fast.ops.reference import accumulate_dtype
 
-# The emulation takes most of the time.
+# The emulation takes most of the time. Channels that are a page apart matter to a CPU alone, and have one layout there.
 QUICK = [name for name in VARIANTS if name != "emulated"]
 
 
@@ -51,7 +51,8 @@ def test_the_extension_is_built() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 def test_sq_conv(case: ConvCase, dtype: torch.dtype, name: str) -> None:
-    for k, layout in enumerate(LAYOUTS if dtype in (torch.float32, torch.bfloat16) else ["contiguous"]):
+    every = dtype in (torch.float32, torch.bfloat16) and (name in QUICK or "a_page_apart" not in case.name)
+    for k, layout in enumerate(LAYOUTS if every else ["contiguous"]):
         x = guarded((case.n, case.c, *case.size), dtype, 1, layout)
         g = guarded((case.n * case.cotangents, case.o, *case.out_size), dtype, 2, LAYOUTS[(k + 1) % 3])
         gradients = conv_gradients(case, x, g)
