@@ -40,13 +40,13 @@ def test_the_extension_is_built() -> None:
     assert f"cpu-{INSTRUCTION_SETS[-1]}" in VARIANTS
 
 
-@pytest.mark.slow_unless(name=QUICK)
-@pytest.mark.slow_unless(
+@pytest.mark.weekly_unless(name=QUICK)
+@pytest.mark.weekly_unless(
     name=("emulated",),
     case=("3x3_grouped_dilated", "3x3_strided", "stem_7x7_of_vectors", "three_cotangents_depthwise"),
     dtype=("torch.float32",),
 )
-@pytest.mark.slow_unless(name=("emulated",), dtype=("torch.float16",))
+@pytest.mark.weekly_unless(name=("emulated",), dtype=("torch.float16",))
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
@@ -73,8 +73,8 @@ def test_sq_conv(case: ConvCase, dtype: torch.dtype, name: str) -> None:
         assert_close(q, filter_sums(gradients), dtype, terms)
 
 
-@pytest.mark.slow_unless(name=QUICK)
-@pytest.mark.slow_unless(name=("emulated",), dtype=("torch.float32", "torch.float16"))
+@pytest.mark.weekly_unless(name=QUICK)
+@pytest.mark.weekly_unless(name=("emulated",), dtype=("torch.float32", "torch.float16"))
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", OUTERS, ids=str)
@@ -94,8 +94,8 @@ def test_sq_outer(case: OuterCase, dtype: torch.dtype, name: str) -> None:
             )
 
 
-@pytest.mark.slow_unless(name=QUICK)
-@pytest.mark.slow_unless(name=("emulated",), affine=("channel",), dtype=("torch.float32",))
+@pytest.mark.weekly_unless(name=QUICK)
+@pytest.mark.weekly_unless(name=("emulated",), affine=("channel",), dtype=("torch.float32",))
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("affine", ["none", "channel", "row", "element", "shift_only"])
@@ -187,7 +187,7 @@ def test_expanded_inputs(name: str) -> None:
         assert_close(ops.sq_prod(g), g.double().sum(1).square(), g.dtype, 5)
 
 
-@pytest.mark.slow_unless(name=QUICK)
+@pytest.mark.weekly_unless(name=QUICK)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_thread_counts_change_nothing(name: str) -> None:
     before = torch.get_num_threads()
