@@ -82,10 +82,12 @@ apart: setup $(VENV)/.frontends $(VENV)/apart/mml $(VENV)/apart/axolotl ## Run t
 		tests/adapters/test_mml_package.py
 	PYTHONPATH=$(VENV)/apart/axolotl $(BIN)/python -m pytest -p no:benchmark -m slow tests/adapters/test_peft.py -k axolotl
 
-# These tests take many minutes, and depend on few sources: the GPU kernels, and the files of a bank. Last run: 2026-11-29.
-# That the CUDA library is built and loaded and a bank's crash after any operation passed. So did the sanitizers and the
-# machine code of the CUDA sources, before the last changes there. Triton's two were not finished on a busy machine.
-weekly: setup ## Run the sanitizers over the GPU kernels, compile them for two GPUs, and crash a bank after any operation
+# These tests take many minutes, and depend on few sources: the GPU kernels, and the files of a bank. A change of those
+# needs them at once. Last run: 2026-11-29. That the CUDA library is built and loaded and a bank's crash after any operation
+# passed. So did the sanitizers and the machine code of the CUDA sources, before the last changes there. Triton's two were
+# not finished on a busy machine. The geometries and dtypes of the emulated CUDA sources and of the Triton kernels in the
+# interpreter, which became weekly tests then, passed on 2026-11-30.
+weekly: setup ## Run the GPU kernels on every geometry and under sanitizers, compile them, and crash a bank at any operation
 	$(PYTEST) -m weekly
 
 # The tests that a second torch need not run. Files, processes, pages, distances, settings, commands and the adapters of

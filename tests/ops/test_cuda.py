@@ -46,7 +46,7 @@ def test_any_order_of_threads_and_copies(check: str, order: tuple[bool, bool]) -
         assert CHECKS[check]() < (1e-14 if "float64" in check else 2e-6)
 
 
-@pytest.mark.weekly
+@pytest.mark.slow
 def test_every_barrier_is_needed() -> None:
     """Skipping any one barrier, or wait for copies, changes a result in at least one order that a GPU might run."""
     with emulated.running():
