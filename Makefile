@@ -92,11 +92,12 @@ weekly: setup ## Run the GPU kernels on every geometry and under sanitizers, com
 
 # The tests that a second torch need not run. Files, processes, pages, distances, settings, commands and the adapters of
 # other packages reach torch only through calls that the tests of ops, gradients and estimation make too. The scripts of
-# bench/ measure with the first torch only, and the mutation tests break the library to try the tests. Not named here,
-# and so run, is also what follows from torch itself: heads, probes, pipelines, processes and the cut of a network.
+# bench/ measure with the first torch only, and the mutation tests break the library to try the tests. Every order of the
+# emulated CUDA sources needs no second torch either: test_ops.py runs them with it. Not named here, and so run, is also what
+# follows from torch itself: heads, probes, pipelines, processes and the cut of a network.
 VERSION_INDEPENDENT := adapters analysis bank bench cli gradients/test_mutations.py gradients/test_ownership_mutations.py \
-	ops/test_gpu_specs.py tasks/test_cache.py tasks/test_data.py tasks/test_settings.py test_demo.py test_docs.py \
-	test_embedding.py test_examples.py test_public_names.py test_readme.py test_recipe.py test_zoo.py
+	ops/test_cuda.py ops/test_gpu_specs.py tasks/test_cache.py tasks/test_data.py tasks/test_settings.py test_demo.py \
+	test_docs.py test_embedding.py test_examples.py test_public_names.py test_readme.py test_recipe.py test_zoo.py
 
 test-version: setup ## Run the tests that depend on torch; TORCH=2.11.0 takes that version
 	$(PYTEST) -m "not slow and not weekly" $(VERSION_INDEPENDENT:%=--ignore=tests/%)
