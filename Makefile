@@ -82,16 +82,22 @@ apart: setup $(VENV)/.frontends $(VENV)/apart/mml $(VENV)/apart/axolotl ## Run t
 		tests/adapters/test_mml_package.py
 	PYTHONPATH=$(VENV)/apart/axolotl $(BIN)/python -m pytest -p no:benchmark -m slow tests/adapters/test_peft.py -k axolotl
 
-# These tests take many minutes, and depend on few sources: the GPU kernels, and the files of a bank. Last run: 2026-11-29.
-# That the CUDA library is built and loaded and a bank's crash after any operation passed. So did the sanitizers and the
-# machine code of the CUDA sources, before the last changes there. Triton's two were not finished on a busy machine.
-weekly: setup ## Run the sanitizers over the GPU kernels, compile them for two GPUs, and crash a bank after any operation
+# These tests take many minutes, and depend on few sources: the GPU kernels, and the files of a bank. A change of those
+# needs them at once. Last run: 2026-11-29. That the CUDA library is built and loaded and a bank's crash after any operation
+# passed. So did the sanitizers and the machine code of the CUDA sources, before the last changes there. Triton's two were
+# not finished on a busy machine. The geometries and dtypes of the emulated CUDA sources and of the Triton kernels in the
+# interpreter, which became weekly tests then, passed on 2026-11-30.
+weekly: setup ## Run the GPU kernels on every geometry and under sanitizers, compile them, and crash a bank at any operation
 	$(PYTEST) -m weekly
 
-# The tests that a second torch need not run. Files, processes, pages and distances reach torch only through calls that
-# other tests make too, and the scripts of bench/ measure with the first torch only. Tests that are not named here run.
-VERSION_INDEPENDENT := analysis bank bench ops/test_gpu_specs.py tasks/test_cache.py test_demo.py test_embedding.py \
-	test_readme.py test_docs.py test_examples.py
+# The tests that a second torch need not run. Files, processes, pages, distances, settings, commands and the adapters of
+# other packages reach torch only through calls that the tests of ops, gradients and estimation make too. The scripts of
+# bench/ measure with the first torch only, and the mutation tests break the library to try the tests. Every order of the
+# emulated CUDA sources needs no second torch either: test_ops.py runs them with it. Not named here, and so run, is also what
+# follows from torch itself: heads, probes, pipelines, processes and the cut of a network.
+VERSION_INDEPENDENT := adapters analysis bank bench cli gradients/test_mutations.py gradients/test_ownership_mutations.py \
+	ops/test_cuda.py ops/test_gpu_specs.py tasks/test_cache.py tasks/test_data.py tasks/test_settings.py test_demo.py \
+	test_docs.py test_embedding.py test_examples.py test_public_names.py test_readme.py test_recipe.py test_zoo.py
 
 test-version: setup ## Run the tests that depend on torch; TORCH=2.11.0 takes that version
 	$(PYTEST) -m "not slow and not weekly" $(VERSION_INDEPENDENT:%=--ignore=tests/%)

@@ -1,4 +1,4 @@
-"""One thread per process, Triton's interpreter, and which parametrisations of a test are slow."""
+"""One thread per process, Triton's interpreter, and which parametrisations of a test are slow or weekly."""
 
 import os
 from collections.abc import Iterator
@@ -25,11 +25,15 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what ``slow_unless(parameter=(value, ...), ...)`` does not name: its values as in the test's id."""
+    """Mark as slow what ``slow_unless(parameter=(value, ...), ...)`` does not name: its values as in the test's id.
+
+    ``weekly_unless`` does the same for weekly tests.
+    """
     for item in items:
-        quick = [marker.kwargs for marker in item.iter_markers("slow_unless")]
-        if quick and not any(all(str(item.callspec.params[k]) in map(str, v) for k, v in q.items()) for q in quick):
-            item.add_marker("slow")
+        for kind in ("slow", "weekly"):
+            quick = [marker.kwargs for marker in item.iter_markers(f"{kind}_unless")]
+            if quick and not any(all(str(item.callspec.params[k]) in map(str, v) for k, v in q.items()) for q in quick):
+                item.add_marker(kind)
 
 
 @pytest.fixture

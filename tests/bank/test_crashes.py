@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -372,46 +373,46 @@ def test_locks_that_are_lost_leave_claims_and_one_writer(tmp_path: Path) -> None
     assert Bank(tmp_path).claim("b")
 
 
-CHILD = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
-sys.path[:0] = {paths!r}
-from pathlib import Path
-from test_crashes import Bank, make
-bank, name = Bank(Path(sys.argv[1])), sys.argv[2]
-print("ready", flush=True)
-for k in range(100_000):
-    try:
-        bank.add(*(make(f"{{name}} {{k}} {{j}}", k) for j in range(1 + k % 3)))
-        print(k, flush=True)
-    except KeyboardInterrupt:
-        print("interrupted", flush=True)
-        break
-"""
+def _write(folder: Path, name: str) -> None:
+    """Add to a bank until a signal comes, and note in a file what is added."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    bank = Bank(folder / "bank")
+    with open(folder / name, "w") as notes:
+        print("ready", file=notes, flush=True)
+        for k in range(100_000):
+            try:
+                bank.add(*(make(f"{name} {k} {j}", k) for j in range(1 + k % 3)))
+                print(k, file=notes, flush=True)
+            except KeyboardInterrupt:
+                print("interrupted", file=notes, flush=True)
+                break
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_two_writers_get_a_signal_at_any_moment(tmp_path: Path, kind: signal.Signals) -> None:
     """Two processes add to one bank, and one after the other is ended; what `add` returned for is there."""
-    (tmp_path / "child.py").write_text(
-        CHILD.format(paths=[str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers")])
-    )
-    rng = random.Random(int(kind))
+    rng, fork = random.Random(int(kind)), get_context("fork")  # a new process would import torch for seconds
     for round_ in range(6):
-        command = [sys.executable, str(tmp_path / "child.py"), str(tmp_path / "bank")]
-        children = [subprocess.Popen([*command, f"{round_}{name}"], stdout=subprocess.PIPE, text=True) for name in "ab"]
+        names = [f"{round_}{name}" for name in "ab"]
+        children = [fork.Process(target=_write, args=(tmp_path, name)) for name in names]
         for child in children:
-            assert child.stdout.readline() == "ready\n"
-        for child, name in zip(children, "ab", strict=True):
+            child.start()
+        while not all((tmp_path / name).exists() and (tmp_path / name).read_text() for name in names):
+            assert all(child.is_alive() for child in children)
+            time.sleep(0.01)
+        for child, name in zip(children, names, strict=True):
             time.sleep(rng.uniform(0.1, 0.6))
-            child.send_signal(kind)
-            lines = child.communicate(timeout=120)[0].split()
+            os.kill(child.pid, kind)
+            child.join(120)
+            assert child.exitcode == (0 if kind == signal.SIGINT else -kind)
+            lines = (tmp_path / name).read_text().split()
             bank = Bank(tmp_path / "bank")
             tasks = set(bank.tasks)
             for k in (int(line) for line in lines if line.isdecimal()):
                 for j in range(1 + k % 3):
-                    assert f"{round_}{name} {k} {j}" in tasks
+                    assert f"{name} {k} {j}" in tasks
         assert set(bank.verify()) <= {"manifest.copy.jsonl"}
     bank.add(make("more"))
     assert bank.verify() == {}

@@ -28,6 +28,7 @@ from t2v_fast.bank.index import Index, scan
 from t2v_fast.bank.manifest import encode_record
 
 SPAWN = multiprocessing.get_context("spawn")
+FORK = multiprocessing.get_context("fork")  # its processes need not import torch, which takes seconds
 
 
 def same(a: Embedding, b: Embedding) -> bool:
@@ -171,7 +172,7 @@ def test_many_processes_killed_at_random(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         workers = [w for w in workers if w.is_alive()]
         while len(workers) < 3:
-            workers.append(SPAWN.Process(target=_work, args=(tmp_path, list(names), rng.random())))
+            workers.append(FORK.Process(target=_work, args=(tmp_path, list(names), rng.random())))
             workers[-1].start()
         time.sleep(rng.random() * 0.1)
         if kills < 6 and len(Bank(tmp_path)) > 15 * kills:

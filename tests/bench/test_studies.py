@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import importlib
 import json
 import os
@@ -121,7 +123,17 @@ def test_layers_table(script: Script) -> None:
 
 
 @pytest.mark.slow
-def test_sharding_table(script: Script) -> None:
+def test_tables_of_processes(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both measure the same processes, which take most of the time to import torch: they run once."""
+    study = importlib.import_module("bench.studies.sharding")
+    measured, found = study.measured, {}
+
+    def once(asked: argparse.Namespace, size: int, settings: dict[str, str]) -> list[dict]:
+        key = str((vars(asked), size, settings))
+        found[key] = found.get(key) or measured(asked, size, settings)
+        return found[key]
+
+    monkeypatch.setattr(study, "measured", once)
     small = ("--width", "16", "--blocks", "2", "--tokens", "4", "--rounds", "1")
     lines = script("studies.sharding", *small).splitlines()
     assert lines[-1] == "2 blocks of width 16, 4 examples of 4 tokens."
@@ -130,6 +142,12 @@ def test_sharding_table(script: Script) -> None:
         "Fisher by filter",
         "Fisher by parameter",
     ] * 2
+    lines = script("studies.today", "--toy", "--rounds", "1", "--only", "processes").splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        "blocks, one process",
+        "blocks, each of two processes",
+    ]
+    assert len(found) == 4
 
 
 def test_language_models_table(script: Script) -> None:
@@ -181,16 +199,17 @@ def test_table_of_decoders(
         assert min(seconds, ratio) >= 0
 
 
-@pytest.mark.slow
-def test_table_of_networks_of_today(script: Script) -> None:
-    lines = script("studies.today", "--toy", "--rounds", "1", "--only", "checkpointed", "processes").splitlines()
+def test_table_of_checkpointed_networks(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = importlib.import_module("bench.studies.checkpointing")
+    monkeypatch.setattr(study, "apart", lambda function, *args: function(*args))
+    # Inductor, which compiles C++ code, is left out; what it is given is not.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    lines = script("studies.today", "--toy", "--rounds", "1", "--only", "checkpointed").splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
         "encoder",
         "encoder, compiled step",
         "encoder, checkpointed blocks",
         "encoder, checkpointed blocks, reentrant",
-        "blocks, one process",
-        "blocks, each of two processes",
     ]
 
 

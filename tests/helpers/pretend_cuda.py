@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from t2v_fast.gradients import squares
 from t2v_fast.gradients.graph import Taps
@@ -159,6 +158,31 @@ _RESHAPING_IN_PLACE = {
 }
 
 
+def tensors_in(*arguments: Any) -> list[Tensor]:
+    """The tensors among what operators take and give: torch's own functions for this take as long as operators do."""
+    found: list[Tensor] = []
+    for a in arguments:
+        if isinstance(a, Tensor):
+            found.append(a)
+        elif isinstance(a, (tuple, list)):
+            found += tensors_in(*a)
+        elif isinstance(a, dict):
+            found += tensors_in(*a.values())
+    return found
+
+
+def replaced(kind: type[Tensor], function: Callable[[Any], Any], of: Any) -> Any:
+    """What an operator takes or gives, with ``function(t)`` in place of each tensor of a kind."""
+    if isinstance(of, kind):
+        return function(of)
+    if type(of) in (tuple, list):
+        return type(of)([replaced(kind, function, each) for each in of])
+    if type(of) is dict:
+        return {key: replaced(kind, function, each) for key, each in of.items()}
+    assert not tensors_in(of) or isinstance(of, Tensor), type(of)
+    return of
+
+
 # Called with each operator of the device: what is run, its arguments, those of them that are on the host, the result.
 listeners: list[Callable[[Any, Callable, tuple, dict[str, Any], list[Tensor], Any], None]] = []
 
@@ -167,7 +191,7 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the CPU. The results pretend to be on CUDA if an argument does, or if the call asks for it."""
     if func is torch.ops.prim.device.default:
         return CUDA
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    tensors = tensors_in(args, kwargs)
     pretending = [t for t in tensors if isinstance(t, Pretend)]
     on_gpu = bool(pretending)
     if on_gpu and func not in _ACROSS and any(t.dim() for t in tensors if not isinstance(t, Pretend)):
@@ -179,7 +203,7 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         with torch._C._DisableTorchDispatch():
             func(*args)
     own = {id(t.held): t for t in pretending}
-    args, kwargs = tree_map_only(Pretend, lambda t: t.held, (args, kwargs))
+    args, kwargs = replaced(Pretend, lambda t: t.held, (args, kwargs))
     function = _STAND_INS.get(func, func)
     found = function(*args, **kwargs)
     if listeners and (on_gpu or pretending):
@@ -192,8 +216,8 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if func is aten._pack_padded_sequence.default:  # lengths of a batch are on the CPU
         return Pretend(found[0]), found[1]
     if func in _ATTENTION:
-        return tree_map_only(Tensor, lambda t: Pretend(t) if t.is_floating_point() else t, found)
-    return tree_map_only(Tensor, lambda t: own[id(t)] if id(t) in own else Pretend(t), found)
+        return replaced(Tensor, lambda t: Pretend(t) if t.is_floating_point() else t, found)
+    return replaced(Tensor, lambda t: own[id(t)] if id(t) in own else Pretend(t), found)
 
 
 def moved(network: nn.Module) -> nn.Module:

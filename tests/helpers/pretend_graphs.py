@@ -19,9 +19,8 @@ from typing import Any
 import pretend_cuda
 import pytest
 import torch
-from pretend_cuda import Pinned
+from pretend_cuda import Pinned, replaced, tensors_in
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 from waits import waits
 
 CAPTURING = "CUDA error: operation not permitted when stream is capturing"
@@ -39,7 +38,7 @@ class CUDAGraph:
     def write(
         self, func: Any, function: Callable, args: tuple, kwargs: dict[str, Any], here: list[Tensor], found: Any
     ) -> None:
-        results = [t for t in tree_leaves(found) if isinstance(t, Tensor)]
+        results = tensors_in(found)
         to_host = any(t is other for t in here for other in results)
         pageable = any(t.dim() and not isinstance(t, Pinned) for t in here)
         if waits(func, args) or to_host or pageable:
@@ -47,8 +46,8 @@ class CUDAGraph:
             raise RuntimeError(f"{CAPTURING} ({func})")
         assert func not in pretend_cuda._RESHAPING_IN_PLACE, f"{func} would be repeated on its own result"
         frozen = {id(t) for t in here}
-        args, kwargs = tree_map_only(Tensor, lambda t: t.clone() if id(t) in frozen else t, (args, kwargs))
-        given = {_address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        args, kwargs = replaced(Tensor, lambda t: t.clone() if id(t) in frozen else t, (args, kwargs))
+        given = {_address(t) for t in tensors_in(args, kwargs)}
         self._fresh |= {_address(t) for t in results} - given
         self.steps.append((function, args, kwargs, results))
 
@@ -62,7 +61,7 @@ class CUDAGraph:
         self.replays += 1
         with torch.no_grad():
             for function, args, kwargs, results in self.steps:
-                found = [t for t in tree_leaves(function(*args, **kwargs)) if isinstance(t, Tensor)]
+                found = tensors_in(function(*args, **kwargs))
                 for t, new in zip(results, found, strict=True):
                     if t.numel() and _address(t) != _address(new):
                         t.copy_(new)

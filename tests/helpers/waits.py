@@ -7,10 +7,8 @@ from collections import Counter
 from typing import Any
 
 import torch
-from pretend_cuda import Pinned, Pretend
-from torch import Tensor
+from pretend_cuda import Pinned, Pretend, tensors_in
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 WAIT, TO_HOST, TO_DEVICE = "wait", "copy to the host", "copy to the device"
 
@@ -55,7 +53,7 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = tensors_in(args, kwargs)
         there = any(isinstance(t, Pretend) for t in tensors)
         self.launched += self.counting and there and not func.is_view
         if there and name in _WAITING:

@@ -84,11 +84,11 @@ def check_conv(case: ConvCase, x: Tensor, g: Tensor) -> None:
     assert_close(q, filter_sums(gradients), x.dtype, terms)
 
 
-@pytest.mark.slow_unless(
+@pytest.mark.weekly_unless(
     case=("3x3", "3x3_grouped", "3x3_stride_of_each_axis", "1x1_padded", "depthwise_multiplier"),
     dtype=("torch.bfloat16",),
 )
-@pytest.mark.slow_unless(case=("empty_batch", "one_filter", "1x1_strided"), dtype=("torch.float32",))
+@pytest.mark.weekly_unless(case=("empty_batch", "one_filter", "1x1_strided"), dtype=("torch.float32",))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 def test_sq_conv(case: ConvCase, dtype: torch.dtype, large_blocks: None) -> None:
@@ -101,7 +101,7 @@ def test_sq_conv(case: ConvCase, dtype: torch.dtype, large_blocks: None) -> None
 SOME = [c for c in CONVOLUTIONS if c.name in ("3x3_wide", "3x3_grouped_dilated", "stem_7x7", "three_cotangents")]
 
 
-@pytest.mark.slow_unless(case=("three_cotangents",), dtype=("torch.bfloat16",))
+@pytest.mark.weekly_unless(case=("three_cotangents",), dtype=("torch.bfloat16",))
 @pytest.mark.parametrize("case", SOME, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_default_blocks(case: ConvCase, dtype: torch.dtype) -> None:
@@ -127,7 +127,7 @@ def test_either_setting_allows_tf32(tf32_by_backend: None) -> None:
     assert launch.precision() == "ieee"
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_candidate(dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every candidate that tuning may pick is correct: each is put first in turn."""
@@ -175,7 +175,7 @@ def test_the_grid_of_many_positions(monkeypatch: pytest.MonkeyPatch) -> None:
         sq_conv_gram.gram_grid(sq_conv_gram.ConvGeometry(many, sq_conv_gram.POINTWISE, 1), 64)
 
 
-@pytest.mark.slow_unless(name=("3x3_strided",))
+@pytest.mark.weekly_unless(name=("3x3_strided",))
 @pytest.mark.parametrize("source", [sq_conv_gram.PATCHES, sq_conv_gram.PIXELS])
 @pytest.mark.parametrize("name", ["3x3", "3x3_strided", "3x3_grouped_dilated", "three_cotangents", "1x1_strided"])
 def test_both_sources_of_the_gram_matrix(name: str, source: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_positions_are_shared_out(monkeypatch: pytest.MonkeyPatch, shape: tuple[
     assert_close(bias, g.double().sum(1).square(), x.dtype, 300)
 
 
-@pytest.mark.slow_unless(case=("one_token", "few_tokens", "no_tokens", "empty_batch"), dtype=("torch.bfloat16",))
+@pytest.mark.weekly_unless(case=("one_token", "few_tokens", "no_tokens", "empty_batch"), dtype=("torch.bfloat16",))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", OUTERS, ids=str)
 def test_sq_outer(case: OuterCase, dtype: torch.dtype, large_blocks: None) -> None:
@@ -240,7 +240,7 @@ def test_sq_outer(case: OuterCase, dtype: torch.dtype, large_blocks: None) -> No
             )
 
 
-@pytest.mark.slow_unless(affine=("none",), dtype=("torch.float32",))
+@pytest.mark.weekly_unless(affine=("none",), dtype=("torch.float32",))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("affine", ["none", "channel", "row", "element", "shift_only"])
 def test_sq_prod(dtype: torch.dtype, affine: str) -> None:
@@ -277,8 +277,8 @@ LINEAR = {  # N, S, I, O, K
 }
 
 
-@pytest.mark.slow_unless(case=("few positions", "no example"), kind=("tf32", "torch.bfloat16"))
-@pytest.mark.slow_unless(case=("two blocks",), kind=("torch.bfloat16",))
+@pytest.mark.weekly_unless(case=("few positions", "no example"), kind=("tf32", "torch.bfloat16"))
+@pytest.mark.weekly_unless(case=("two blocks",), kind=("torch.bfloat16",))
 @pytest.mark.parametrize("kind", [*map(str, DTYPES), "tf32"])
 @pytest.mark.parametrize("case", LINEAR)
 def test_sq_linear(case: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +348,7 @@ def test_large_blocks_need_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [blocks[1] for blocks in sizes] == [128, 128, 64, 64]
 
 
-@pytest.mark.slow_unless(dtype=("torch.float32",))
+@pytest.mark.weekly_unless(dtype=("torch.float32",))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sq_scatter(dtype: torch.dtype) -> None:
     for n, s, o, v, k in ((3, 6, 5, 4, 1), (2, 9, 17, 3, 2), (2, 1, 3, 8, 1), (1, 5, 600, 2, 1)):
