@@ -7,6 +7,7 @@ not fit into memory are given by their checkpoints (:func:`merge_checkpoints`).
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -195,7 +196,8 @@ def merge_checkpoints(
                     for found, scale, weight in zip(given, scales, weights, strict=True)
                 ]
                 mean = _mean(values, importance)
-                if not bool(mean.isfinite().all()):
+                # The sum tells with one look at each entry, unless it overflows.
+                if not math.isfinite(float(mean.sum())) and not bool(mean.isfinite().all()):
                     raise ValueError(f"{name!r} has entries that all Fishers give no weight: raise floor or minimum")
                 yield mean.to(entry.dtype)
 
@@ -241,11 +243,15 @@ def _total(fisher: Checkpoint, model: Checkpoint, minimum: float, path: str | os
         entry = model.entries[name]
         repeats = 1 if found.shape == entry.shape else max(1, Entry(entry.dtype, entry.shape[1:]).numel)
         for part in found.pieces():
-            value = fisher.read(name, part).double()
-            if not bool((value >= 0).all()) or not bool(value.isfinite().all()):
+            value = fisher.read(name, part)
+            if not value.numel():
+                continue
+            low, high = map(float, value.aminmax())  # NaN where there is one
+            if not (low >= 0 and high < math.inf):
                 raise ValueError(f"the Fisher of {name!r} in {path} has values that are negative or not finite")
-            value = value.clamp_min(minimum)
-            total, count = total + float(value.sum()) * repeats, count + value.numel() * repeats
+            value = value if low >= minimum else value.double().clamp_min(minimum)
+            total += float(value.sum(dtype=torch.float64)) * repeats
+            count += value.numel() * repeats
     if not total > 0:
         raise ValueError(f"the Fisher in {path} is {total} in all, expected a positive number")
     return total / count
