@@ -74,9 +74,9 @@ def compute_importances(
         is its ``ParamData``, which grows with a growing head; otherwise it is a tensor.
 
     Raises:
-        ValueError: The criterion does not give one number for one example, or it is no likelihood and ``labels`` needs
-            one, or ``labels`` needs outputs [N, C] and the model gives others, or the data set is empty, or the
-            criterion ignores every label.
+        ValueError: The criterion does not give one number for one example, or NaN, as a mean over labels of weight 0
+            is; or it is no likelihood and ``labels`` needs one, or ``labels`` needs outputs [N, C] and the model gives
+            others, or the data set is empty, or the criterion ignores every label.
         UnsupportedError: A parameter has no exact per-example gradient.
     """
     model.to(device)
@@ -159,7 +159,7 @@ class _JoinedBatches:
                 yield _joined(waiting)
                 waiting, examples = [], 0
             self.sizes.append(size)
-            self.counted.append(_other_labels(found[1], self.ignored))
+            self.counted.append(int(_counting(found[1], self.ignored).sum()))
             self._bytes = sum(t.numel() * t.element_size() for t in tree_leaves(found) if isinstance(t, Tensor))
             waiting.append(found)
             shape, examples = own, examples + size
@@ -176,11 +176,11 @@ def _ignored_label(criterion: Any) -> int | None:
     return criterion.ignore_index if known else None
 
 
-def _other_labels(labels: Any, ignored: int | None) -> int:
-    """How many examples have a label that is not ``ignored``. Floating-point labels are probabilities of classes."""
+def _counting(labels: Any, ignored: int | None) -> Tensor:
+    """Which examples have a label that is not ``ignored``, [N]. Floating-point labels are probabilities of classes."""
     if ignored is None or not isinstance(labels, Tensor) or labels.is_floating_point():
-        return len(labels)
-    return int((labels != ignored).reshape(len(labels), -1).any(1).sum())
+        return torch.ones(len(labels), dtype=torch.bool)
+    return (labels != ignored).reshape(len(labels), -1).any(1)
 
 
 def _shape_to_join(batch: Any, size: int) -> Any:
@@ -407,5 +407,17 @@ def _gradients_of_single_losses(criterion: Any, outputs: Tensor, targets: Tensor
                     f"criterion {criterion} gives {losses[0]!r} for one example, expected one number: set its "
                     "reduction to 'mean' or 'sum'"
                 )
-            loss = torch.stack([t.reshape(()) for t in losses]).sum()
+            each = torch.stack([t.reshape(()) for t in losses])
+            gradients = torch.autograd.grad(each.sum(), z)[0]
+            # A mean over no label is NaN. Its gradient may be zero, and then nothing would show in the result.
+            defined = gradients.reshape(len(z), -1).isfinite().all(1) & ~each.isnan()
+            undefined = ~defined & _counting(targets, _ignored_label(criterion)).to(z.device)
+            if bool(undefined.any()):
+                n = int(undefined.nonzero()[0])
+                raise ValueError(
+                    f"criterion {criterion} gives the loss {each[n].item()} for the label {targets[n].tolist()}, or a "
+                    "gradient that is not finite: leave out examples whose labels have no weight (the ignore_index of "
+                    "nn.CrossEntropyLoss and nn.NLLLoss is left out)"
+                )
+            return gradients
         return torch.autograd.grad(loss, z)[0]

@@ -115,6 +115,23 @@ def test_labels_that_the_criterion_ignores_do_not_count(weight: Tensor | None) -
         compute_importances(model, criterion, None, none, "cpu", 3)
 
 
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        nn.CrossEntropyLoss(torch.tensor([0.0, 2.0, 0.5, 3.0]).double()),
+        lambda outputs, labels: F.cross_entropy(outputs, labels, ignore_index=0),
+    ],
+)
+def test_a_mean_over_no_label_is_refused(criterion: Any) -> None:
+    """Its gradient is NaN, or zero, which would count as that of an example."""
+    with pytest.raises(ValueError, match="gives the loss nan for the label 0"):
+        compute_importances(network(), criterion, None, TensorDataset(X, Y * 0, DATA.tensors[-1]), "cpu", 3)
+    some = Y != 0
+    kept = TensorDataset(X[some], Y[some], DATA.tensors[-1][some])
+    for value in compute_importances(network(), criterion, None, kept, "cpu", 3).values():
+        assert value.isfinite().all()
+
+
 def test_an_example_counts_if_one_of_its_positions_does() -> None:
     class Positions(nn.Module):
         """Two positions with logits of four classes: [N, 4, 2]."""
