@@ -377,8 +377,8 @@ class SelfCheck(Reruns):
 
         The logits of the batch of their own, and of each example alone, are compared with those of the ``whole`` batch.
         Where the first one alone has the ``program`` of a batch of more than two, only this one is run alone. (All rows
-        of such a network go through the same calls: a rule is right for all of them or for none.) Plain autograd is run
-        of the second one only where the squares are sums over both.
+        of such a network go through the same calls: a rule is right for all of them or for none.) Where the squares are
+        sums over both, both are run alone: the graph of the two would agree with itself in what mixes their gradients.
 
         Returns:
             Whether it is proved that examples do not interact: the examples alone have the ``program`` of the batch.
@@ -417,9 +417,7 @@ class SelfCheck(Reruns):
             # The first of these is in the middle of a batch of more than two. A number that unseen code takes from the
             # first or the last example of a batch differs when it is run alone.
             for k in range(len(examples)):
-                if k and proved and n > 2:
-                    if summed:  # ``got`` has this example as well, which depends on no other
-                        self._add_within(plain, k, both, cotangent)
+                if k and proved and n > 2 and not summed:
                     break
                 checked.append(k)
                 e, place = examples[k], both.places[k]
@@ -437,8 +435,9 @@ class SelfCheck(Reruns):
                     raise SelfCheckError(f"{wrong}. {_MAY_MIX}")
         if got and (n == 1 or wrong is not None):
             plain = PlainSquares(recorder, got)
-            for k in range(len(both)) if summed else checked:
-                self._add_within(plain, k, both, cotangent)
+            for k in checked:
+                with recorder.regions.reading():  # the graph serves several passes
+                    plain.add(k, logits, cotangent, both.places[k])
             if (wrong := self._difference(plain, got, checked, logits, SELF_CHECK_TOLERANCE)) is not None:
                 raise SelfCheckError(wrong)
         return proved
@@ -451,11 +450,6 @@ class SelfCheck(Reruns):
         direction = torch.zeros_like(alone.logits)
         direction[place] = cotangent
         plain.add(row, alone.logits, direction, place)
-
-    def _add_within(self, plain: PlainSquares, row: int, both: Run, cotangent: Tensor) -> None:
-        """Add the squared gradients of an example of a batch, whose graph serves several passes."""
-        with self.recorder.regions.reading():
-            plain.add(row, both.logits, cotangent, both.places[row])
 
     def _difference(
         self, plain: PlainSquares, got: dict[str, Tensor], rows: list[int], logits: Tensor, allowed: Tolerances

@@ -1026,29 +1026,40 @@ HIDDEN_HOOKS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class _HookedElsewhere(nn.Module):
+    """Another thread sets a hook on a network that is row by row, whose gradients are then those of no example."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.below, self.above, self.change = nn.Linear(4, 6), nn.Linear(6, 3), HIDDEN_HOOKS[how]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.below(x))
+        thread = threading.Thread(target=lambda: h.requires_grad and h.register_hook(self.change))
+        thread.start()
+        thread.join()
+        return self.above(h)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("size", [3, 6, 32, 200])
 @pytest.mark.parametrize("how", HIDDEN_HOOKS)
 def test_hooks_that_the_proof_does_not_see(how: str, size: int, dtype: torch.dtype) -> None:
-    """Another thread sets a hook on a network that is row by row, whose gradients are then those of no example."""
-
-    class Hooked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.below, self.above = nn.Linear(4, 6), nn.Linear(6, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = torch.tanh(self.below(x))
-            thread = threading.Thread(target=lambda: h.requires_grad and h.register_hook(HIDDEN_HOOKS[how]))
-            thread.start()
-            thread.join()
-            return self.above(h)
-
     torch.manual_seed(0)
     x = torch.randn(size, 4, dtype=dtype)
     for estimator, samples in (("monte_carlo", 1), ("deflated", 2)):
         with pytest.raises(SelfCheckError, match="self-check failed for 'below"):
-            fisher(Hooked().to(dtype), [x], estimator, samples)
+            fisher(_HookedElsewhere(how).to(dtype), [x], estimator, samples)
+
+
+@pytest.mark.parametrize("size", [3, 6, 32])
+@pytest.mark.parametrize("how", HIDDEN_HOOKS)
+def test_hooks_that_the_proof_does_not_see_in_sums_over_examples(how: str, size: int) -> None:
+    """The squares are sums over the two examples that are compared. The graph of both agrees with itself."""
+    torch.manual_seed(0)
+    x = torch.randn(size, 4, dtype=torch.float64)
+    with pytest.raises(SelfCheckError, match="self-check failed for 'below"):
+        fisher(_HookedElsewhere(how).double(), [x], "exact", granularity="parameter")
 
 
 @pytest.mark.parametrize("by", [1.0, 1e3, 1e5])
