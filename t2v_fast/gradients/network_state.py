@@ -419,14 +419,12 @@ class _Reader:
             members = vars(of)
             for key in methods.others:
                 value = getattr(members[key], "__func__", members[key])  # a static method or a class method
+                value = value.fget if isinstance(value, property) else value
                 if isinstance(value, types.FunctionType):
                     self.tokens += (key, id(value.__code__))
                     self._same(value)
                     cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
                     self._briefly((value.__defaults__, value.__kwdefaults__, cells))
-                elif isinstance(value, property):
-                    self.tokens.append(key)
-                    self._briefly((value.fget,))
                 elif not (key.startswith("__") and key.endswith("__")):
                     self.tokens.append(key)
                     self._briefly(value)

@@ -267,8 +267,13 @@ def test_class_attributes_and_methods_are_part_of_a_network(checks: list[int]) -
 
 def test_each_change_of_a_class_changes_the_signature() -> None:
     """Also of a class that an attribute names before a module of it is met, and of code that a method shares."""
+    captured = 1.0
 
     class Base(nn.Module):
+        @property
+        def fixed(self, by: float = 1.0) -> float:
+            return by * captured
+
         def scale(self, x: Tensor, by: float = 1.0) -> Tensor:
             return by * x
 
@@ -288,9 +293,17 @@ def test_each_change_of_a_class_changes_the_signature() -> None:
             super().__init__()
             self.kind, self.layer = Layer, Layer()
 
+    def capture() -> None:
+        nonlocal captured
+        captured = 2.0
+
     model = Named()
-    before = Base.__dict__["scale"]
+    before, fixed = Base.__dict__["scale"], Base.__dict__["fixed"]
     changes: list[Callable[[], object]] = [
+        capture,
+        lambda: setattr(fixed.fget, "__defaults__", (2.0,)),
+        lambda: setattr(fixed.fget, "__code__", (lambda self, by=3.0: by + captured).__code__),
+        lambda: setattr(Base, "fixed", property(lambda self: 5.0)),
         lambda: setattr(Layer, "forward", lambda self, x: x),
         lambda: setattr(Layer.forward, "__code__", (lambda self, x: 2 * x).__code__),
         lambda: setattr(Base, "shift", staticmethod(lambda x: x + 1)),
