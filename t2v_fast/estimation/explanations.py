@@ -17,6 +17,8 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 # What torch says where two types meet that must be one.
 _TYPES_DIFFER = re.compile(r"dtype|datatype|scalar type|Input type|must have the type")
+# What torch calls types of whole numbers there, such as "Long", "long int" and "torch.int64".
+_WHOLE_TYPES = re.compile(r"\b(Byte|(unsigned |signed )?[Cc]har|[Ss]hort|[Ii]nt|[Ll]ong|[Bb]ool|u?int\d+)\b")
 
 
 def explanation(error: Exception, model: nn.Module, inputs: Any, batch: int) -> ValueError | None:
@@ -45,7 +47,7 @@ def explanation(error: Exception, model: nn.Module, inputs: Any, batch: int) -> 
     elif isinstance(error, IndexError):
         why = _outside_of_a_table(error, model, inputs)
     elif type(error) in (RuntimeError, ValueError) and _TYPES_DIFFER.search(str(error)):
-        why = _other_type(model, inputs)
+        why = _other_type(str(error), model, inputs)
     else:
         why = None
     return None if why is None else ValueError(f"batch {batch}: {why}")
@@ -58,11 +60,16 @@ def _fields(inputs: Any) -> Iterator[tuple[str, Tensor]]:
             yield f"the input{keystr(path)}", t
 
 
-def _other_type(model: nn.Module, inputs: Any) -> str | None:
-    """The input whose type no weight of the network has."""
+def _other_type(message: str, model: nn.Module, inputs: Any) -> str | None:
+    """The input whose type no weight of the network has.
+
+    Whole numbers are most often tokens or masks, which the network looks up. They are named only where the message
+    names such a type, and not where indices are what has another one.
+    """
     weights = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()})
     fields = [(name, t) for name, t in _fields(inputs) if str(t.dtype) not in weights]
-    # Whole numbers are most often tokens or masks, which the network looks up: floating-point inputs come first.
+    if not _WHOLE_TYPES.search(message) or "'indices'" in message:
+        fields = [(name, t) for name, t in fields if t.is_floating_point() or t.is_complex()]
     fields.sort(key=lambda field: not field[1].is_floating_point())
     if not fields or not weights:
         return None

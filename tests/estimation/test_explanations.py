@@ -67,6 +67,20 @@ def test_whole_numbers_where_images_are_expected() -> None:
         fisher(NETWORKS["convolution"](), [X.to(torch.uint8)])
 
 
+@pytest.mark.parametrize("weight", [torch.ones(4, 4, dtype=torch.float64), torch.ones(4, 4, dtype=torch.bfloat16)])
+def test_tokens_are_not_blamed_for_a_type_within_the_network(weight: Tensor) -> None:
+    class Embedded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(10, 4), nn.Linear(4, 3)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.table(tokens).mean(1) @ weight)
+
+    with pytest.raises(RuntimeError, match="same dtype"):
+        fisher(Embedded(), [{"tokens": TOKENS}])
+
+
 def test_a_field_of_another_type_is_named() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
