@@ -170,7 +170,8 @@ def merge_checkpoints(
     Raises:
         FileExistsError: If the output has a checkpoint already.
         ValueError: If the models' names or shapes differ, a Fisher does not fit its parameter, has a name that the
-            models lack, has negative or infinite values or no positive one, or a tensor has no weight at all.
+            models lack, has negative or infinite values or no positive one, or a tensor has no weight at all or is not
+            finite.
     """
     weights = _weights(len(models), len(fishers), weights)
     with contextlib.ExitStack() as stack:
@@ -198,6 +199,9 @@ def merge_checkpoints(
                 mean = _mean(values, importance)
                 # The sum tells with one look at each entry, unless it overflows.
                 if not math.isfinite(float(mean.sum())) and not bool(mean.isfinite().all()):
+                    for path, value in zip(models, values, strict=True):
+                        if not bool(value.isfinite().all()):
+                            raise ValueError(f"{name!r} in {path} has values that are not finite")
                     raise ValueError(f"{name!r} has entries that all Fishers give no weight: raise floor or minimum")
                 yield mean.to(entry.dtype)
 
