@@ -181,11 +181,13 @@ def step_of(name: str, size: int, batch: int, kind: str, device: torch.device, c
 
 
 def _prepared(name: str, size: int, batch: int, kind: str, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
-    model = _model(name, size, kind, device)
-    x = torch.randn(batch, 3, size, size, device=device, dtype=KINDS[kind]).contiguous(
-        memory_format=torch.channels_last
-    )
+    model, x = _model(name, size, kind, device), _images(size, batch, kind, device)
     return model, x, torch.randn(batch, 10, device=device, dtype=KINDS[kind])
+
+
+def _images(size: int, batch: int, kind: str, device: torch.device) -> Tensor:
+    x = torch.randn(batch, 3, size, size, device=device, dtype=KINDS[kind])
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def time_floor(name: str, size: int, batch: int, kind: str, device: torch.device) -> dict[str, float]:
@@ -302,7 +304,7 @@ def time_peer(
     """
     contestant = contestants.find(peer)
     model = network(name, size, device, KINDS[kind])  # its own: peers leave hooks in a network
-    _, x, _ = _prepared(name, size, min(batch, examples), kind, device)
+    x = _images(size, min(batch, examples), kind, device)
     y = torch.zeros(len(x), dtype=torch.int64, device=device)
     state = contestant.prepare(model)
     with products(kind), contestant.session():
