@@ -140,13 +140,13 @@ class _JoinedBatches:
     def __init__(self, loader: Iterable[Any], ignored: int | None) -> None:
         self.loader, self.most = loader, 0  # the most examples of a joined batch
         self.ignored = ignored  # the label that the criterion leaves out, if any
-        self.sizes: list[int] = []  # of the loader's batches
-        self.counted: list[int] = []  # the examples in each that have another label
+        self.size = 0  # of the loader's first batch
+        self.counted: list[int] = []  # the examples in each batch of the loader that have another label
         self._bytes = 0  # of the last batch of the loader
 
     def grow(self, activations: int, allowed: int) -> None:
         """Let later batches take the memory ``allowed`` in bytes, where the first one has ``activations``."""
-        self.most = self.sizes[0] * max(1, allowed // max(1, self._bytes + activations))
+        self.most = self.size * max(1, allowed // max(1, self._bytes + activations))
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         waiting: list[tuple[Any, Any]] = []
@@ -158,7 +158,7 @@ class _JoinedBatches:
             if waiting and (own is None or own != shape or examples + size > self.most):
                 yield _joined(waiting)
                 waiting, examples = [], 0
-            self.sizes.append(size)
+            self.size = self.size or size
             self.counted.append(int(_counting(found[1], self.ignored).sum()))
             self._bytes = sum(t.numel() * t.element_size() for t in tree_leaves(found) if isinstance(t, Tensor))
             waiting.append(found)
