@@ -36,7 +36,8 @@ COHERENCE = 0.7
 FLOOR = 0.01  # t_n is at least this part of its mean, which bounds the weights of examples that t_n underestimates
 MARGIN = 0.85  # aim at this part of the allowed error, as the errors that draws report vary by some ten percent
 MOST_SHARED = 64  # the most cotangents of an example, unless their mean is above a quarter of it
-MIN_DRAWN = 64  # the fewest examples that a draw expects to visit, so that normal confidence intervals hold
+MIN_DRAWN = 64  # the fewest examples that the first draw expects to visit, so that normal confidence intervals hold
+MIN_REDRAWN = 8  # the fewest of a later draw, and of uncertain examples if there are any, to estimate their variance
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def share_out(need: SamplingStats, samples: float) -> Tensor:
     return 1 + torch.bincount(taken, minlength=n)
 
 
-def draw(need: SamplingStats, error: float, seed: int = 0) -> Allocation:
+def draw(need: SamplingStats, error: float, seed: int = 0, least: int = MIN_DRAWN) -> Allocation:
     """Choose the examples and their cotangents that cost the least for an expected relative error.
 
     An example with k cotangents costs k + :data:`FORWARD`, and one cotangent more where a second sketch estimates the
@@ -231,6 +232,7 @@ def draw(need: SamplingStats, error: float, seed: int = 0) -> Allocation:
         need: The statistics of the examples.
         error: The relative error of the Fisher's norm that is aimed at, at least 0.
         seed: Fixes which examples are drawn.
+        least: The fewest examples that are expected to be visited, unless all of them are certain.
 
     Returns:
         The allocation, with the examples that have the most cotangents first.
@@ -268,7 +270,7 @@ def draw(need: SamplingStats, error: float, seed: int = 0) -> Allocation:
             middle = (low + high) / 2
             low, high = (middle, high) if best(10**middle)[2] <= error else (low, middle)
         inclusion, samples, _ = best(10**low)
-    inclusion = _at_least(inclusion, need.importance, MIN_DRAWN)
+    inclusion = _at_least(inclusion, need.importance, least)
     return Allocation(samples, _systematic(inclusion, seed), inclusion).ordered()
 
 
@@ -304,10 +306,10 @@ def sample_until(
     found: list[FisherDiagonal] = []
     predicted: list[float] = []
     visited = torch.zeros(len(need.importance), dtype=torch.bool)
-    target = MARGIN * tolerance
+    target, least = MARGIN * tolerance, MIN_DRAWN
     while True:
         own_seed = seed if not found else int(mixed(mixed(torch.tensor(seed)) + len(found)))
-        allocation = draw(need, target, own_seed)
+        allocation = draw(need, target, own_seed, least)
         if every_example:
             allocation = full_allocation(allocation.samples)
         found.append(visit(allocation, own_seed))
@@ -322,9 +324,11 @@ def sample_until(
         if error <= tolerance:
             return mean
         # Precisions add up, and all draws are taken to be as much worse than predicted as their mean is.
-        # Only the error of the next draw is unknown, which asks for half the margin.
-        missing = float(weights.sum()) * ((error / ((1 + MARGIN) / 2 * tolerance)) ** 2 - 1)
+        # Only the error of the next draw is unknown, so only the missing precision has the margin.
+        missing = float(weights.sum()) * ((error / tolerance) ** 2 - 1) / MARGIN**2
         target = missing**-0.5
+        # A draw of little weight in the mean may be small: the mean is as normal as its other draws are.
+        least = max(MIN_REDRAWN, math.ceil(MIN_DRAWN * missing / (float(weights.sum()) + missing)))
 
 
 def _at_least(inclusion: Tensor, importance: Tensor, least: int) -> Tensor:
@@ -336,7 +340,7 @@ def _at_least(inclusion: Tensor, importance: Tensor, least: int) -> Tensor:
     for _ in range(50):
         certain = inclusion >= 1
         rest = some & ~certain
-        expected, wanted = float(inclusion[rest].sum()), max(least - int(certain.sum()), least // 8)
+        expected, wanted = float(inclusion[rest].sum()), max(least - int(certain.sum()), MIN_REDRAWN)
         if not rest.any() or expected >= wanted * (1 - 1e-9):
             break
         inclusion = torch.where(rest, inclusion.clamp_min(1e-300) * wanted / max(expected, 1e-300), inclusion)

@@ -447,6 +447,28 @@ def test_tolerance_table(script: Script, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(float(w[6].split()[0]) <= 0.05 and float(w[9].split()[0]) <= 0.02 for w in ways)
 
 
+def test_errors_of_a_fixed_number_of_cotangents(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("bench.studies.tolerance"), "load_probe", small_probe)
+    few = [
+        "--images",
+        "20",
+        "--size",
+        "32",
+        "--classes",
+        "10",
+        "--heads",
+        "early",
+        "--average",
+        "1",
+        "9",
+        "--seeds",
+        "3",
+    ]
+    sampled, exact = script("studies.tolerance", *few).splitlines()[-2:]
+    assert float(sampled.split("|")[5]) > 0.01
+    assert float(exact.split("|")[5]) == 0  # as many cotangents as eigenvectors: nothing is left to chance
+
+
 def test_points_table(script: Script) -> None:
     lines = script("studies.points", "--tiles", "5", "--channels", "32").splitlines()
     rows = {row[0]: [float(e) for e in row[1:]] for row in ([c.strip() for c in r.split("|")[1:-1]] for r in lines[3:])}
