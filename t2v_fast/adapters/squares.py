@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..estimation.batches import Forward, forward_passes
+from ..estimation.diagonal import check_finite
 from ..gradients.recorder import FisherRecorder, ParameterFilter
 
 Directions = Callable[[Tensor, Tensor | None], Tensor]
@@ -46,7 +47,7 @@ def summed_squares(
         The sums of squares in the parameters' shapes, by name, and the number of examples.
 
     Raises:
-        ValueError: The loader gave no example, or an argument does not fit.
+        ValueError: The loader gave no example, a sum is not finite, or an argument does not fit.
         UnsupportedError: A parameter has no exact per-example gradient.
         SelfCheckError: The self-check failed.
 
@@ -70,4 +71,6 @@ def summed_squares(
             examples += batch.size
     if not examples:
         raise ValueError("the loader gave no example")
+    for name, total in sums.items():
+        check_finite(name, total)
     return sums, examples

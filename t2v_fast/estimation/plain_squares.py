@@ -132,6 +132,12 @@ class PlainSquares:
                 difference = float((q.double() if w is None else q.double() - w).norm()) if q.numel() else 0.0
                 norm = 0.0 if w is None else float(w.norm())
                 if not difference <= allowed * norm + floor * q.numel() ** 0.5:
+                    if not q.isfinite().all():
+                        return (
+                            f"self-check failed for {name!r}: its squared per-example gradients are not finite in "
+                            f"{str(q.dtype).removeprefix('torch.')}. The network's activations or gradients overflow; "
+                            "scale the inputs, or use a type with a larger range"
+                        )
                     return (
                         f"self-check failed for {name!r}: its squared per-example gradients differ from plain autograd "
                         f"by {difference / max(norm, 1e-300):.2g} relative (allowed {allowed:.0e}). The result would "

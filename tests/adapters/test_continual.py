@@ -132,6 +132,18 @@ def test_a_mean_over_no_label_is_refused(criterion: Any) -> None:
         assert value.isfinite().all()
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_squares_that_overflow_are_refused(check: bool) -> None:
+    """The squares of gradients of 1e20 are infinite in float32. The loss and its gradients are finite."""
+    model = nn.Linear(2, 2).eval()
+    data = TensorDataset(torch.tensor([[1.0, 2.0], [1e20, 1.0], [2.0, 1.0]]), torch.tensor([0, 1, 0]))
+    with torch.no_grad():
+        model.weight.zero_()
+    error = SelfCheckError if check else ValueError
+    with pytest.raises(error, match=r"'weight'.* not finite"):
+        compute_importances(model, nn.CrossEntropyLoss(), None, data, "cpu", 3, self_check=check)
+
+
 def test_an_example_counts_if_one_of_its_positions_does() -> None:
     class Positions(nn.Module):
         """Two positions with logits of four classes: [N, 4, 2]."""
