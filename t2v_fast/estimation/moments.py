@@ -202,9 +202,10 @@ class NamedMoments:
         """Split the results of the parts into those of the quantities."""
         apart: dict[str, Tensor] = {}
         for t, names in zip(found, self._names, strict=True):
-            for name, q in zip(names, t.split(self._sizes(names), -1), strict=True):
-                shape = t.shape[:-1] + self._shapes[name]
-                apart[name] = (q if q.shape == shape else q.reshape(shape)).clone()
+            copies = torch.ops.aten.split_with_sizes_copy(t, self._sizes(names), -1)  # none keeps the memory of all
+            for name, q in zip(names, copies, strict=True):
+                shape = self._shapes[name]
+                apart[name] = q if len(shape) == 1 else q.view(t.shape[:-1] + shape)
         return {name: apart[name] for name in self._shapes if name not in self._missed}
 
 

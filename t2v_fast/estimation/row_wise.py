@@ -141,7 +141,7 @@ class RowWise(TorchFunctionMode):
             (self._n,) = sizes
             self._constants = {id(t): (k, t._version, t) for k, t in enumerate(constants)}
             for t in tensors:
-                self._keep(t, False)
+                self._rows[id(t)] = self._row(t, False)
 
     def __enter__(self) -> RowWise:
         below = _get_current_function_mode_stack()
@@ -156,7 +156,7 @@ class RowWise(TorchFunctionMode):
         call = _Call(self.program_of, (output,), {})
         with torch._C.DisableTorchFunction():
             try:
-                self._read(output, call)
+                self._read((output,), call)
             except Exception:
                 return None
             constants = _constants_of(self._network)
@@ -185,7 +185,7 @@ class RowWise(TorchFunctionMode):
             self._read(args, call)
             for name, value in kwargs.items():
                 call.tokens.append(name)
-                self._read(value, call)
+                self._read((value,), call)
             if not (call.rows or call.constants) or func in _PROPERTIES:
                 return None
             rule = ROW_WISE.get(func)
@@ -200,60 +200,69 @@ class RowWise(TorchFunctionMode):
     def _after(self, call: _Call, result: Any) -> None:
         """Note what a call has returned, and check what it has written to."""
         assert self._calls is not None
+        calls, self._calls = self._calls, None  # unless nothing below ends the proof
         results = result if type(result) in (tuple, list) else (result,)
-        ordinary = all(type(t) is Tensor and not t.is_inference() for t in results)  # the others have no version
-        if not (ordinary and results and all(t.dim() and t.shape[0] == self._n for t in results)):
-            self._calls = None
+        rows: list[_Row] = []
+        shapes = []
+        for t in results:
+            shape = t.shape if type(t) is Tensor else ()  # a subclass may have a code of its own
+            if not shape or shape[0] != self._n or t.is_inference():  # an inference tensor has no version
+                return
+            known = self._rows.get(id(t))
+            row = self._row(t, known.fresh if known is not None and known.is_of(t) else not t._is_view())
+            rows.append(row)
+            # What no argument shows: whether autograd is on, and the type of autocast.
+            call.tokens.append((row.requires_grad, t.dtype))
+            if call.sized:
+                shapes.append(shape[1:])
+        if not rows:
             return
-        known = [self._rows.get(id(t)) for t in results]
-        fresh = [
-            not t._is_view() if k is None or not k.is_of(t) else k.fresh for t, k in zip(results, known, strict=True)
-        ]
         # A call in place may write to its first argument, and to memory that was made in the pass.
-        if not all(
-            t._version == version or (t is result and t is call.args[0] and fresh[0]) for t, version in call.versions
-        ):
-            self._calls = None
-            return
-        # What no argument shows: whether autograd is on, and the type of autocast.
-        shapes = [t.shape[1:] for t in results if call.sized]
-        self._calls.append((*call.tokens, *((t.requires_grad, t.dtype) for t in results), *shapes))
-        for t, is_fresh in zip(results, fresh, strict=True):
-            self._keep(t, is_fresh)
+        for t, version in call.versions:
+            if t._version != version and not (t is result and t is call.args[0] and rows[0].fresh):
+                return
+        calls.append((*call.tokens, *shapes))
+        self._rows |= {id(t): row for t, row in zip(results, rows, strict=True)}
+        self._calls = calls
 
-    def _keep(self, t: Tensor, fresh: bool) -> None:
-        self._rows[id(t)] = _Row(weakref.ref(t), self._made, t._version, t.requires_grad, fresh)
+    def _row(self, t: Tensor, fresh: bool) -> _Row:
         self._made += 1
+        return _Row(weakref.ref(t), self._made, t._version, t.requires_grad, fresh)
 
-    def _read(self, value: Any, call: _Call) -> None:
-        """Note what an argument is: a row, a constant, a plain value, or a sequence of these."""
-        kind = type(value)
-        if kind in _ORDINARY:
-            version = value._version
-            if (constant := self._constants.get(id(value))) is not None and constant[1] == version:
-                call.constants.append(value)
-                call.tokens += ("constant", constant[0])
-            elif (
-                (row := self._rows.get(id(value))) is not None
-                and row.is_of(value)
-                and (row.version, row.requires_grad) == (version, value.requires_grad)
-            ):
-                call.rows.append(value)
-                call.tokens += ("row", row.place)
+    def _read(self, values: Sequence[Any], call: _Call) -> None:
+        """Note what arguments are: rows, constants, plain values, or sequences of these.
+
+        One call for all values: a network makes hundreds of these calls between its layers, when none is in the caches.
+        """
+        tokens = call.tokens
+        tokens.append(len(values))
+        for value in values:
+            kind = type(value)
+            if kind in _PLAIN:
+                tokens += (kind, value)
+            elif kind in _ORDINARY:
+                version = value._version
+                if (constant := self._constants.get(id(value))) is not None and constant[1] == version:
+                    call.constants.append(value)
+                    tokens += ("constant", constant[0])
+                elif (
+                    (row := self._rows.get(id(value))) is not None
+                    and row.is_of(value)
+                    and row.version == version
+                    and row.requires_grad == value.requires_grad
+                ):
+                    call.rows.append(value)
+                    tokens += ("row", row.place)
+                else:
+                    raise _Unproved
+                call.versions.append((value, version))
+            elif kind in _SEQUENCES:
+                self._read(value, call)
+            elif kind is slice:
+                tokens.append(slice)
+                self._read((value.start, value.stop, value.step), call)
             else:
                 raise _Unproved
-            call.versions.append((value, version))
-        elif kind in _SEQUENCES:
-            call.tokens.append(len(value))
-            for entry in value:
-                self._read(entry, call)
-        elif kind is slice:
-            call.tokens.append(slice)
-            self._read((value.start, value.stop, value.step), call)
-        elif kind in _PLAIN:
-            call.tokens += (kind, value)
-        else:
-            raise _Unproved
 
 
 # ---- the table: for each function, whether a call keeps rows apart

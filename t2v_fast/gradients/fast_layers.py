@@ -218,7 +218,11 @@ def convolution_matrix(weight: Tensor, image: Pair, stride: Pair, padding: Pair,
     size = conv_output_size(image, kernel, stride, padding, dilation)
     geometry = list(zip(size, kernel, image, stride, padding, dilation, strict=True))
     rows, columns = ([_overlap(o, *rest) for o in range(outputs)] for outputs, *rest in geometry)
-    matrix = weight.new_zeros(*size, len(weight), *image, weight.shape[1])
+    # Zeros only where some remain: to write a large matrix twice takes as long as to read the weight.
+    whole = all(
+        len(range(pixels)[met]) == pixels for of, pixels in zip((rows, columns), image, strict=True) for _, met in of
+    )
+    matrix = (weight.new_empty if whole else weight.new_zeros)(*size, len(weight), *image, weight.shape[1])
     for oy, (ky, y) in enumerate(rows):
         for ox, (kx, x) in enumerate(columns):
             matrix[oy, ox, :, y, x] = weight[:, :, ky, kx].permute(0, 2, 3, 1)

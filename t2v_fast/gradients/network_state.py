@@ -277,26 +277,28 @@ class _Reader:
             self._looked.add(id(module))
             self._class(type(module))
             left_out = _WRAPPER if "dynamo_ctx" in vars(module) else _COMPILED
+            tokens = self.tokens
             for key, value in vars(module).items():
                 if key in left_out:
                     continue
-                if key in ("_parameters", "_buffers"):
+                kind = type(value)
+                if kind in _PLAIN:
+                    tokens += (key, kind, value)
+                elif kind in _CONTAINERS and not value:  # most are hooks that are not set
+                    tokens += (key, 0)
+                elif key in ("_parameters", "_buffers"):
                     for name, t in value.items():
-                        self.tokens.append(name)
+                        tokens.append(name)
                         # How many batches a norm has seen in training decides its momentum at most, and no code.
                         if name == "num_batches_tracked" and isinstance(module, _NormBase) and t is not None:
                             self._tensor(t)
                         else:
                             self.value(t)
                 elif key == "_modules":
-                    self.tokens.extend(value)
+                    tokens.extend(value)
                     stack.extend(child for child in value.values() if child is not None)
-                elif type(value) in _PLAIN:
-                    self.tokens += (key, type(value), value)
-                elif type(value) in _CONTAINERS and not value:  # most are hooks that are not set
-                    self.tokens += (key, 0)
                 else:
-                    self.tokens.append(key)
+                    tokens.append(key)
                     self.value(value)
 
     def inputs(self, inputs: Any) -> None:

@@ -290,6 +290,8 @@ class FisherRecorder:
         """
         if self.granularity == "parameter":
             return gradient.square()
+        if self.granularity == "filter" and gradient.dim() < 2:  # most parameters: each filter has one entry
+            return gradient.reshape(-1).square()
         rows = self._rows(name, gradient)
         squares = torch.linalg.vector_norm(rows, dim=1).square()  # without a tensor of the squares
         return squares / max(1, rows.shape[1]) if self.granularity == "filter" else squares.sum() / max(1, rows.numel())
