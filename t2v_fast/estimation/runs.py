@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -27,6 +27,7 @@ class Run:
     logits: Tensor
     places: list[Place]
     segments: Tensor | None = None  # of a packed row
+    _spreads: dict[tuple, list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         """The number of examples."""
@@ -57,18 +58,26 @@ class Run:
         Returns:
             The example that differs most and by how much, or None where all logits are close.
         """
-        logits = whole.logits.detach()
         pairs = zip(self.each(), whole.each(examples), strict=True)
         differences = [(one - other).abs().reshape(len(one), -1) for one, other in pairs]
         apart = torch.cat([d.amax(1) for d in differences])
-        blocks = [(apart[:, None], logits)]
-        if sum(parts) == logits.shape[-1]:  # each head is compared at its own scale
-            both = (torch.cat(differences), logits)
-            blocks = list(zip(*(t.split(list(parts), 1) for t in both), strict=True))
-        if all(bool((d <= tolerance * spread(part, robust=tolerance < 0.1)).all()) for d, part in blocks):
+        blocks: Sequence[Tensor] = [apart]
+        if sum(parts) == whole.logits.shape[-1]:  # each head is compared at its own scale
+            blocks = torch.cat(differences).split(list(parts), 1)
+        allowed = [tolerance * by for by in whole._spread_of(parts, robust=tolerance < 0.1)]
+        if all(bool((d <= most).all()) for d, most in zip(blocks, allowed, strict=True)):
             return None
         worst = int(apart.nan_to_num(torch.inf).argmax())
         return examples[worst], float(apart[worst])
+
+    def _spread_of(self, parts: Sequence[int], robust: bool) -> list[float]:
+        """The :func:`spread` of all logits, or of those of each head. It serves all comparisons with this batch."""
+        key = *parts, robust
+        if key not in self._spreads:
+            logits = self.logits.detach()
+            blocks = logits.split(list(parts), -1) if sum(parts) == logits.shape[-1] else [logits]
+            self._spreads[key] = [spread(block, robust) for block in blocks]
+        return self._spreads[key]
 
 
 def part_of_batch(inputs: Any, examples: list[int], n: int) -> Any:
