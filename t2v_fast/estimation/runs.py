@@ -95,15 +95,27 @@ def spread(logits: Tensor, robust: bool) -> float:
     which half precision needs. Rows whose logits are all alike do not count, such as tokens with zero vectors.
     """
     z = logits.reshape(-1, logits.shape[-1])
-    z = z[:: -(-z.numel() // 2**22)].double()  # of a language model's tokens, some are enough
-    # In the middle between the lower and the upper median: at the lower one of two logits, the spread would be the
-    # smallest margin of all examples.
-    centre = (z.median(1, keepdim=True).values - (-z).median(1, keepdim=True).values) / 2
-    centre = centre if z.shape[1] > 1 else z.median()
+    z = z[:: -(-z.numel() // 2**22)]  # of a language model's tokens, some are enough
+    z = z if z.dtype == torch.float64 else z.float()
+    centre = _median(z) if z.shape[1] > 1 else z.median()
     apart = (z - centre).abs()
     differs = (apart > 0).any(1)
     if bool(differs.any()):
         z, apart = z[differs], apart[differs]
     apart = apart.flatten()
-    spread = float(apart[:: -(-len(apart) // 2**20)].quantile(0.5) if robust else apart.max())
-    return max(spread, 1e3 * torch.finfo(logits.dtype).eps * float(z.abs().median()))
+    found = float(_median(apart[:: -(-len(apart) // 2**20)]) if robust else apart.max())
+    least = 1e3 * torch.finfo(logits.dtype).eps
+    if least * float(z.abs().amax()) <= found:  # as nearly always, and a median takes longer
+        return found
+    return max(found, least * float(z.abs().median()))
+
+
+def _median(t: Tensor) -> Tensor:
+    """The middle between the lower and the upper median along the last axis, which is kept.
+
+    At the lower one of two logits, the spread would be the smallest margin of all examples.
+    """
+    low = t.median(-1, keepdim=True).values
+    above = torch.where(t > low, t, torch.inf).amin(-1, keepdim=True)
+    high = torch.where(2 * (t <= low).sum(-1, keepdim=True) > t.shape[-1], low, above)
+    return ((low.double() + high.double()) / 2).to(t.dtype)
