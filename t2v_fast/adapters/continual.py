@@ -108,19 +108,20 @@ def compute_importances(
             )
         if not sum(joined.counted):
             raise ValueError(f"every label is the criterion's ignore_index ({ignored}): no example has a gradient")
-        found = {name: squares / sum(joined.counted) for name, squares in found.items()}
+        for squares in found.values():  # in place: a pass over all parameters takes as long as that of a small batch
+            squares.div_(sum(joined.counted))
     else:
         task_type = _likelihood_of(criterion)
         forward = _one_row_each if task_type == "classification" else _avalanche_forward
         options = {"parameters": names, "forward": forward, **options}
         found = fim_diag(model, joined, task_type, labels, device=device, **options)
-    scale = 1.0
     if batch_scale:  # the mean of 1 / size over the plugin's batches, some of which may be smaller, or have no gradient
         scale = sum(1 / size for size in joined.counted if size) / len(joined.counted)
+        for squares in found.values():
+            squares.mul_(scale)
     with torch.no_grad():
         values = {
-            name: found[name].to(p) * scale if name in found else torch.zeros_like(p)
-            for name, p in model.named_parameters()
+            name: found[name].to(p) if name in found else torch.zeros_like(p) for name, p in model.named_parameters()
         }
     param_data = getattr(sys.modules.get("avalanche.training.utils"), "ParamData", None)
     if param_data is None:
@@ -142,7 +143,7 @@ class _JoinedBatches:
         self.ignored = ignored  # the label that the criterion leaves out, if any
         self.size = 0  # of the loader's first batch
         self.counted: list[int] = []  # the examples in each batch of the loader that have another label
-        self._bytes = 0  # of the last batch of the loader
+        self._bytes = 0  # of the loader's last batch before :meth:`grow`
 
     def grow(self, activations: int, allowed: int) -> None:
         """Let later batches take the memory ``allowed`` in bytes, where the first one has ``activations``."""
@@ -160,7 +161,8 @@ class _JoinedBatches:
                 waiting, examples = [], 0
             self.size = self.size or size
             self.counted.append(int(_counting(found[1], self.ignored).sum()))
-            self._bytes = sum(t.numel() * t.element_size() for t in tree_leaves(found) if isinstance(t, Tensor))
+            if not self.most:
+                self._bytes = sum(t.numel() * t.element_size() for t in tree_leaves(found) if isinstance(t, Tensor))
             waiting.append(found)
             shape, examples = own, examples + size
             if own is None or examples + size > self.most:
@@ -180,7 +182,8 @@ def _counting(labels: Any, ignored: int | None) -> Tensor:
     """Which examples have a label that is not ``ignored``, [N]. Floating-point labels are probabilities of classes."""
     if ignored is None or not isinstance(labels, Tensor) or labels.is_floating_point():
         return torch.ones(len(labels), dtype=torch.bool)
-    return (labels != ignored).reshape(len(labels), -1).any(1)
+    counting = labels != ignored
+    return counting if labels.dim() == 1 else counting.reshape(len(labels), -1).any(1)
 
 
 def _shape_to_join(batch: Any, size: int) -> Any:

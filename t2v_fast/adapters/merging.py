@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -133,8 +132,16 @@ def _weights(models: int, fishers: int, weights: Sequence[float] | None) -> list
 
 def _mean(values: Sequence[Tensor], importance: Sequence[Tensor]) -> Tensor:
     """Return the mean of a parameter over models, weighted entry by entry, in float64."""
-    top = sum(f * value.detach().double() for f, value in zip(importance, values, strict=True))
-    return cast(Tensor, top / sum(importance))
+    products = (_float64(value).mul_(f) for f, value in zip(importance, values, strict=True))
+    top = next(products)
+    for product in products:
+        top.add_(product)
+    return top.div_(sum(importance[1:], importance[0]))
+
+
+def _float64(t: Tensor) -> Tensor:
+    """Return a copy in float64, which may be written to: new memory takes longer than the arithmetic."""
+    return t.detach().to(torch.float64, copy=True)
 
 
 def merge_checkpoints(
@@ -191,7 +198,7 @@ def merge_checkpoints(
                     yield values[0]
                     continue
                 importance = [
-                    weight * (_piece(found, name, entry, part).clamp_min(minimum) / scale + floor)
+                    _scaled(_piece(found, name, entry, part).clamp_min_(minimum), scale, floor).mul_(weight)
                     if name in found.entries
                     else torch.full_like(values[0], weight, dtype=torch.float64)
                     for found, scale, weight in zip(given, scales, weights, strict=True)
@@ -236,8 +243,14 @@ def _check_fits(first: Checkpoint, model: Checkpoint, fisher: Checkpoint, path: 
 
 def _piece(fisher: Checkpoint, name: str, entry: Entry, part: slice) -> Tensor:
     """Return a piece of a Fisher in float64, in a shape that broadcasts to the parameter's piece."""
-    value = fisher.read(name, part).double()
+    value = _float64(fisher.read(name, part))
     return value if value.dim() == len(entry.shape) else value.view(-1, *[1] * (len(entry.shape) - 1))
+
+
+def _scaled(fisher: Tensor, scale: float, floor: float) -> Tensor:
+    """Divide a Fisher by its scale and add the floor, in place."""
+    fisher = fisher if scale == 1 else fisher.div_(scale)
+    return fisher.add_(floor) if floor else fisher
 
 
 def _total(fisher: Checkpoint, model: Checkpoint, minimum: float, path: str | os.PathLike) -> float:

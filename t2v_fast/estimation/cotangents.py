@@ -42,6 +42,7 @@ from .sketches import packed, sketches_of
 ESTIMATORS = ("exact", "deflated", "hutchinson", "monte_carlo", "empirical")
 LARGEST_EXACT = 2**30  # the most numbers in the exact cotangents of a batch of tokens
 LARGEST_BLOCK = 2**20  # the most logits that are brought to float64 at once: 8 MB for each temporary tensor
+CACHED_BLOCK = 2**17  # the same on a CPU, where temporary tensors that fit into a cache take half the time
 LEVELS = ("token", "sequence")
 
 
@@ -163,7 +164,8 @@ def _blocks(
     on_device = logits.is_cuda and vars(type(model)).get("on_device", False)
     own = isinstance(samples, Tensor) or isinstance(generator, Tensor)
     width = max(1, classes) ** (2 if estimator == "exact" else 1)  # numbers of an example
-    size = max(1, count if own else LARGEST_BLOCK // width)
+    largest = LARGEST_BLOCK if on_device else min(LARGEST_BLOCK, CACHED_BLOCK)
+    size = max(1, count if own else largest // width)
     for start in range(0, max(1, count), size):
         rows = slice(start, min(start + size, count))
         z = logits.detach()[rows if at is None else tuple(index[rows] for index in at)]
@@ -197,7 +199,7 @@ def _of_block(
     if estimator == "exact":
         return model.exact(z)
     if estimator == "hutchinson":
-        return model.sketch(z, random_signs(z.shape[0], count, z.shape[1], generator, z.device)) / count**0.5
+        return model.sketch(z, random_signs(z.shape[0], count, z.shape[1], generator, z.device)).div_(count**0.5)
     if estimator == "monte_carlo":
         return model.score(z, model.draw(z, count, generator)) / count**0.5
     assert labels is not None  # since the estimator is "empirical"

@@ -84,7 +84,7 @@ def random_signs(
         bits = mixed(mixed(to_device(source, device))[:, None] + counters)
         return (1 - 2 * (bits < 0).double()).view(n, k, c).transpose(0, 1)
     bits = torch.randint(0, 2, (n, k, c), generator=source, dtype=torch.uint8)
-    return (to_device(bits, device).double() * 2 - 1).transpose(0, 1)
+    return to_device(bits, device).double().mul_(2).sub_(1).transpose(0, 1)
 
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as a signed 64-bit integer; sums and products wrap around
@@ -178,7 +178,7 @@ class Softmax(Likelihood):
     def sketch(self, z: Tensor, signs: Tensor) -> Tensor:
         p = z.softmax(1)
         weighted = p.sqrt() * signs
-        return weighted - p * weighted.sum(-1, keepdim=True)
+        return weighted.addcmul_(p, weighted.sum(-1, keepdim=True), value=-1)
 
     def draw(self, z: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
         cumulative = z.softmax(1).cumsum(1)

@@ -310,12 +310,9 @@ def graph_bytes(output: Tensor, regions: Regions | None = None) -> int:
     inside = {node: region for node in nodes if (region := region_of(node)) is not None}
     edges = [(node, child) for node in nodes for child, _ in node.next_functions if child is not None]
     used_outside = {child for node, child in edges if inside.get(child) is not inside.get(node)}
+    moving = VIEWS | TRANSPOSES
     for node in nodes:
-        if (
-            node.name() not in VIEWS | TRANSPOSES
-            and node.next_functions
-            and (node not in inside or node in used_outside)
-        ):
+        if node.name() not in moving and node.next_functions and (node not in inside or node in used_outside):
             total += sum(math.prod(of.shape) * of.dtype.itemsize for of in node._input_metadata)
     return total
 

@@ -108,7 +108,7 @@ class PlainSquares:
         # Small gradients, and those of tensors that are not torch's own, which have no hooks.
         for name, gradient in zip(self._names, found, strict=True):
             if gradient is not None and name not in taken:
-                take(name, gradient)
+                self._add(row, name, gradient)
 
     def difference(
         self, got: Mapping[str, Tensor], rows: Iterable[int], dtype: torch.dtype, allowed: float

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -27,6 +27,7 @@ class Run:
     logits: Tensor
     places: list[Place]
     segments: Tensor | None = None  # of a packed row
+    _spreads: dict[tuple, list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         """The number of examples."""
@@ -57,18 +58,26 @@ class Run:
         Returns:
             The example that differs most and by how much, or None where all logits are close.
         """
-        logits = whole.logits.detach()
         pairs = zip(self.each(), whole.each(examples), strict=True)
         differences = [(one - other).abs().reshape(len(one), -1) for one, other in pairs]
         apart = torch.cat([d.amax(1) for d in differences])
-        blocks = [(apart[:, None], logits)]
-        if sum(parts) == logits.shape[-1]:  # each head is compared at its own scale
-            both = (torch.cat(differences), logits)
-            blocks = list(zip(*(t.split(list(parts), 1) for t in both), strict=True))
-        if all(bool((d <= tolerance * spread(part, robust=tolerance < 0.1)).all()) for d, part in blocks):
+        blocks: Sequence[Tensor] = [apart]
+        if sum(parts) == whole.logits.shape[-1]:  # each head is compared at its own scale
+            blocks = torch.cat(differences).split(list(parts), 1)
+        allowed = [tolerance * by for by in whole._spread_of(parts, robust=tolerance < 0.1)]
+        if all(bool((d <= most).all()) for d, most in zip(blocks, allowed, strict=True)):
             return None
         worst = int(apart.nan_to_num(torch.inf).argmax())
         return examples[worst], float(apart[worst])
+
+    def _spread_of(self, parts: Sequence[int], robust: bool) -> list[float]:
+        """The :func:`spread` of all logits, or of those of each head. It serves all comparisons with this batch."""
+        key = *parts, robust
+        if key not in self._spreads:
+            logits = self.logits.detach()
+            blocks = logits.split(list(parts), -1) if sum(parts) == logits.shape[-1] else [logits]
+            self._spreads[key] = [spread(block, robust) for block in blocks]
+        return self._spreads[key]
 
 
 def part_of_batch(inputs: Any, examples: list[int], n: int) -> Any:
@@ -86,15 +95,27 @@ def spread(logits: Tensor, robust: bool) -> float:
     which half precision needs. Rows whose logits are all alike do not count, such as tokens with zero vectors.
     """
     z = logits.reshape(-1, logits.shape[-1])
-    z = z[:: -(-z.numel() // 2**22)].double()  # of a language model's tokens, some are enough
-    # In the middle between the lower and the upper median: at the lower one of two logits, the spread would be the
-    # smallest margin of all examples.
-    centre = (z.median(1, keepdim=True).values - (-z).median(1, keepdim=True).values) / 2
-    centre = centre if z.shape[1] > 1 else z.median()
+    z = z[:: -(-z.numel() // 2**22)]  # of a language model's tokens, some are enough
+    z = z if z.dtype == torch.float64 else z.float()
+    centre = _median(z) if z.shape[1] > 1 else z.median()
     apart = (z - centre).abs()
     differs = (apart > 0).any(1)
     if bool(differs.any()):
         z, apart = z[differs], apart[differs]
     apart = apart.flatten()
-    spread = float(apart[:: -(-len(apart) // 2**20)].quantile(0.5) if robust else apart.max())
-    return max(spread, 1e3 * torch.finfo(logits.dtype).eps * float(z.abs().median()))
+    found = float(_median(apart[:: -(-len(apart) // 2**20)]) if robust else apart.max())
+    least = 1e3 * torch.finfo(logits.dtype).eps
+    if least * float(z.abs().amax()) <= found:  # as nearly always, and a median takes longer
+        return found
+    return max(found, least * float(z.abs().median()))
+
+
+def _median(t: Tensor) -> Tensor:
+    """The middle between the lower and the upper median along the last axis, which is kept.
+
+    At the lower one of two logits, the spread would be the smallest margin of all examples.
+    """
+    low = t.median(-1, keepdim=True).values
+    above = torch.where(t > low, t, torch.inf).amin(-1, keepdim=True)
+    high = torch.where(2 * (t <= low).sum(-1, keepdim=True) > t.shape[-1], low, above)
+    return ((low.double() + high.double()) / 2).to(t.dtype)

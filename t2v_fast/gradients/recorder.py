@@ -17,6 +17,7 @@ from types import MappingProxyType, TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops.reference import accumulate_dtype
 from .checkpointing import Regions
@@ -27,7 +28,7 @@ from .ownership import dense
 from .parameters import FilterAxis, ParameterFilter, filter_axes_of, select_parameters
 from .quantised import allow_packing, unpack
 from .refusals import check_segments, random_layer, taps_of
-from .routes import routes_of
+from .routes import GradientRoutes, routes_of
 from .rules import has_rule
 from .sharding import sharding_of
 from .squares import Squares
@@ -136,6 +137,8 @@ class FisherRecorder:
         self._reported: set[str] = set()  # parameters whose slower route was logged
         self._looked_for_random_layers = False  # since the context was entered
         self._required: list[tuple[nn.Parameter, bool]] | None = None  # requires_grad of each parameter before
+        # Of outputs that were checked, as long as they exist: the last node, the segments, and what was found.
+        self._checked = WeakTensorKeyDictionary()
 
     def __enter__(self) -> FisherRecorder:
         if self._required is not None:
@@ -270,7 +273,9 @@ class FisherRecorder:
             UnsupportedError: There is no exact answer for a parameter.
         """
         with self.regions.reading():
-            routes_of(self._taps(output, segments), self.unsupported, self._reported)
+            found = self._routed(output, segments)
+        if self.sharding is None and not self.regions.alive:  # gathered and recomputed tensors are others later
+            self._checked[output] = output.grad_fn, segments, found
 
     def reduce(self, name: str, gradient: Tensor) -> Tensor:
         """Square one gradient of a parameter, and take means at the recorder's granularity.
@@ -365,12 +370,13 @@ class FisherRecorder:
             raise ValueError(
                 "the output has no autograd graph: run the forward inside the recorder, with gradients enabled"
             )
+        node, of_segments, found = self._checked.pop(output, (None, None, None))
+        known = node is output.grad_fn and of_segments is segments
         with self.regions.reading():
-            taps = self._taps(output, segments)
+            taps, routes = found if known else self._routed(output, segments)
             fix_batch_norm_gradients(taps.order)
             if not self.regions.alive:  # to look at a ReLU's activations would compute them again
                 keep_channels_last(taps)
-            routes = routes_of(taps, self.unsupported, self._reported)
             tapped = taps.of(routes.single | routes.summed)
             called = not all(map(has_rule, tapped))
         self.unused, self.skipped = taps.unused, routes.skipped
@@ -396,6 +402,11 @@ class FisherRecorder:
         reuse = Reuse(cotangents, sum(use.parameter in single for use in uses))
         reuse.plan = self._plans.setdefault((uses[0].parameter, uses[0].slot), reuse.plan)
         return reuse
+
+    def _routed(self, output: Tensor, segments: Tensor | None) -> tuple[Taps, GradientRoutes]:
+        """The uses of the wanted parameters in the graph of an output, and their routes."""
+        taps = self._taps(output, segments)
+        return taps, routes_of(taps, self.unsupported, self._reported)
 
     def _taps(self, output: Tensor, segments: Tensor | None = None) -> Taps:
         with self.reading():

@@ -247,7 +247,7 @@ class Squares:
         if key not in self._weights_of:
             own = self._weights
             each = torch.ones(self.n, device=device, dtype=dtype) if own is None else own.to(device, dtype)
-            self._weights_of[key] = each.repeat(passes)
+            self._weights_of[key] = each if passes == 1 else each.repeat(passes)
         return self._weights_of[key]
 
     def _filter_sums(self, name: str, factors: Factors, reuse: Reuse) -> tuple[Factors, Tensor]:

@@ -256,3 +256,36 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     paths = [["first", "second"], ["first-fisher", "second-fisher"]]
     assert main(["merge", *paths[0], "--fishers", paths[1][0], "--output", str(tmp_path / "no")]) == 1
     assert "2 models, 1 Fishers" in capsys.readouterr().err
+
+
+def test_a_merge_writes_to_no_input(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, 3)
+
+    def some(*sizes: int) -> Tensor:
+        return torch.rand(*sizes, generator=generator, dtype=torch.float64)
+
+    models = [{"w": some(*shape)} for _ in range(3)]
+    fishers = [{"w": some(4)}, {"w": some(*shape)}, {"w": some(4)}]  # by filter, by entry, by filter
+    for k in range(3):
+        save_sharded(models[k], tmp_path / f"m{k}")
+        save_sharded(fishers[k], tmp_path / f"f{k}")
+    before = [{"w": t["w"].clone()} for t in (*models, *fishers)]
+    paths = [[tmp_path / f"{letter}{k}" for k in range(3)] for letter in "mf"]
+    merge_checkpoints(*paths, tmp_path / "merged", [1, 2, 3], normalize=False, floor=0.1, minimum=0.2)
+    importance = [
+        w * (f["w"].clamp_min(0.2).reshape(4, -1).expand(shape) + 0.1) for w, f in zip([1, 2, 3], fishers, strict=True)
+    ]
+    wanted = sum(f * m["w"] for f, m in zip(importance, models, strict=True)) / sum(importance)
+    with Checkpoint(tmp_path / "merged") as merged:
+        torch.testing.assert_close(merged.read("w"), wanted)
+    every = [{"w": f["w"].reshape(4, -1).expand(shape).clone()} for f in fishers]
+    kept = [f["w"].clone() for f in every]
+    fisher_merge(models, every)
+    merge_unscaled(models, every)
+    assert all(torch.equal(f["w"], k) for f, k in zip(every, kept, strict=True))
+    assert all(torch.equal(t["w"], b["w"]) for t, b in zip((*models, *fishers), before, strict=True))
+    for k in range(3):
+        with Checkpoint(tmp_path / f"m{k}") as model, Checkpoint(tmp_path / f"f{k}") as found:
+            assert torch.equal(model.read("w"), models[k]["w"])
+            assert torch.equal(found.read("w"), fishers[k]["w"])

@@ -1116,3 +1116,71 @@ def test_generators_of_a_networks_own_are_found_in_batches_of_any_size(source: s
     for _ in range(2):  # a network that failed is not remembered
         with pytest.raises(SelfCheckError, match="the network is random"):
             fisher(network, [torch.randn(size, 3) for _ in range(2)])
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "a masked class", "an offset", "all alike"])
+@pytest.mark.parametrize("shape", [(2, 3), (1, 2), (5, 1), (7, 10), (3, 5, 41)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_spread_is_that_of_its_definition(dtype: torch.dtype, shape: tuple[int, ...], kind: str) -> None:
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if kind == "ties":
+        z = z.round()
+    elif kind == "a masked class":
+        z[..., 0] = -1e4
+    elif kind == "an offset":
+        z += 100
+    elif kind == "all alike":
+        z[0] = 2.0
+    z = z.to(dtype)
+    rows = z.double().reshape(-1, shape[-1])
+    if shape[-1] > 1:
+        ordered = rows.sort(1).values
+        centre = (ordered[:, [(shape[-1] - 1) // 2]] + ordered[:, [shape[-1] // 2]]) / 2
+    else:
+        centre = rows.flatten().sort().values[(len(rows) - 1) // 2]
+    apart = (rows - centre).abs()
+    differs = (apart > 0).any(1)
+    if differs.any():
+        rows, apart = rows[differs], apart[differs]
+    least = 1e3 * torch.finfo(dtype).eps * float(rows.abs().median())
+    for robust, found in ((True, apart.flatten().quantile(0.5)), (False, apart.max())):
+        assert spread(z, robust) == pytest.approx(max(float(found), least), rel=1e-5)
+
+
+def test_the_graph_of_a_checked_output_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+    looks: list[Tensor] = []
+    plain = FisherRecorder._taps
+
+    def look(self: FisherRecorder, output: Tensor, segments: Tensor | None = None) -> Any:
+        looks.append(output)
+        return plain(self, output, segments)
+
+    monkeypatch.setattr(FisherRecorder, "_taps", look)
+    x, u = torch.randn(6, 4), torch.randn(6, 3)
+    with FisherRecorder(network) as recorder:
+        first, second = network(x), network(x)
+        recorder.check(first)
+        other = recorder.backward(second, u)  # the uses in another graph are others
+        found = recorder.backward(first, u)
+        assert len(looks) == 2
+        changed = network(x)
+        recorder.check(changed)
+        changed *= 2  # which gives it another graph
+        twice = recorder.backward(changed, u)
+        assert len(looks) == 4
+    for name, q in found.items():
+        assert torch.equal(q, other[name])
+        torch.testing.assert_close(twice[name], 4 * q)
+
+
+def test_a_checked_output_is_not_kept() -> None:
+    network = nn.Linear(4, 3)
+    with FisherRecorder(network) as recorder:
+        output = network(torch.randn(6, 4))
+        output.grad_fn.metadata["label"] = label = nn.Identity()  # which lasts as long as the node
+        recorder.check(output)
+        kept = weakref.ref(label)
+        del output, label
+        gc.collect()
+        assert kept() is None

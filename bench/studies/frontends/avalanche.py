@@ -65,7 +65,7 @@ def importances(name: str, model: nn.Module, images: torch.Tensor, rounds: int) 
 
     same_images, same_error = (times(lambda size=size: theirs(size), ours, rounds).ratio for size in (BATCH, 1))
     return Row(
-        f"Avalanche `EWCPlugin.compute_importances`, {name}, {len(images)} images",
+        f"Avalanche `EWCPlugin.compute_importances`, {name}, {len(images):,} images",
         1,
         f"{worst:.0e} relative to the plugin at batch size 1, whose sums are float32",
         same_images,
@@ -82,7 +82,10 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
     return [
         *(experiences(name) for name in test_avalanche.MODELS),
         importances("`SlimResNet18`, 32 x 32", SlimResNet18(10), torch.randn(64, 3, 32, 32), arguments.rounds),
-        importances("`SimpleMLP`, 28 x 28", SimpleMLP(), torch.randn(512, 784), arguments.rounds),
+        *(
+            importances("`SimpleMLP`, 28 x 28", SimpleMLP(), torch.randn(images, 784), arguments.rounds)
+            for images in (512, 2000)
+        ),
     ]
 
 
