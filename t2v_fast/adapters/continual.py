@@ -18,7 +18,7 @@ from ..estimation.graph_obstacles import hooked
 from ..estimation.one_forward import graph_bytes
 from .fim import evaluating, fim_diag
 from .single_images import SingleImages, noting
-from .squares import summed_squares
+from .squares import in_type_of, summed_squares
 
 CRITERIA = {nn.CrossEntropyLoss: "classification", nn.BCEWithLogitsLoss: "multi-label"}
 MODES = ("own", "eval")
@@ -121,7 +121,8 @@ def compute_importances(
             squares.mul_(scale)
     with torch.no_grad():
         values = {
-            name: found[name].to(p) if name in found else torch.zeros_like(p) for name, p in model.named_parameters()
+            name: in_type_of(name, found[name], p) if name in found else torch.zeros_like(p)
+            for name, p in model.named_parameters()
         }
     param_data = getattr(sys.modules.get("avalanche.training.utils"), "ParamData", None)
     if param_data is None:
@@ -298,10 +299,10 @@ def online_ewc_fisher(
         single.store()
     count = examples if batch_size is None else batches * batch_size
     parts = [
-        total[name].to(p).flatten() if name in total else torch.zeros_like(p).flatten()
+        in_type_of(name, total[name] / count, p).flatten() if name in total else torch.zeros_like(p).flatten()
         for name, p in net.named_parameters()
     ]
-    return torch.cat(parts) / count
+    return torch.cat(parts)
 
 
 def accelerate_mammoth(model: Any, *, update_statistics: bool = True, **options: Any) -> Any:

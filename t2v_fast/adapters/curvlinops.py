@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..estimation.cotangents import cotangents
-from .squares import summed_squares
+from .squares import in_type_of, summed_squares
 
 # The likelihood of each loss, and the Hessian of its sum in units of the likelihood's Fisher.
 LOSSES = {nn.CrossEntropyLoss: ("softmax", 1.0), nn.BCEWithLogitsLoss: ("sigmoid", 1.0), nn.MSELoss: ("gaussian", 2.0)}
@@ -103,7 +103,7 @@ def diagonal_operator(
     scale = curvature**2 if estimator == "empirical" else curvature
     if loss_func.reduction == "mean":
         scale /= examples if likelihood == "softmax" else examples * outputs
-    return operator([sums[name].to(p).mul_(scale) for name, p in zip(names, params, strict=True)])
+    return operator([in_type_of(name, sums[name].mul_(scale), p) for name, p in zip(names, params, strict=True)])
 
 
 def _likelihood_of(loss: Any) -> tuple[str, float]:

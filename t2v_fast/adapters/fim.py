@@ -14,6 +14,7 @@ from ..estimation.batches import split_batch
 from ..estimation.estimator import default_forward, fisher
 from ..estimation.packing import IGNORED
 from ..gradients.recorder import ParameterFilter
+from .squares import in_type_of
 
 TASK_TYPES = {"classification": "softmax", "multi-label": "sigmoid", "regression": "gaussian"}
 # Whose labels the gradients are of, in the words of continual learning, and the estimator that this means.
@@ -92,7 +93,7 @@ def fim_diag(
             **options,
         )
     own = dict(model.named_parameters())
-    return {name: value.to(own[name]) for name, value in found.items()}
+    return {name: in_type_of(name, value, own[name]) for name, value in found.items()}
 
 
 @contextmanager

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from ..estimation.batches import forward_passes
 from ..estimation.cotangents import ESTIMATORS, cotangents
+from ..estimation.diagonal import check_finite
 from ..gradients.recorder import FisherRecorder
+from .squares import in_type_of
 
 
 class _Diagonal(ABC):
@@ -81,8 +83,10 @@ class _Diagonal(ABC):
             loss, u, factor = self._loss_and_directions(batch.logits.detach(), y)
             squares = recorder.backward(batch.logits, u)
         self._checked = True
+        for name, found in squares.items():
+            check_finite(name, found)
         parts = [
-            squares[name].to(q).flatten() if name in squares else torch.zeros_like(q).flatten()
+            in_type_of(name, squares[name], q).flatten() if name in squares else torch.zeros_like(q).flatten()
             for name, q in self.params_dict.items()
         ]
         diagonal = torch.cat(parts).mul_(factor).detach()
@@ -110,6 +114,8 @@ class _Diagonal(ABC):
         parts = [(second.T @ features.square()).flatten()]
         if self.model.last_layer.bias is not None:
             parts.append(second.sum(0))
+        for name, part in zip(("weight", "bias"), parts, strict=False):
+            check_finite(f"last_layer.{name}", part)
         return loss, torch.cat(parts).mul_(factor)
 
     def _loss_and_directions(self, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..estimation.cotangents import class_indices, cotangents
-from .squares import summed_squares
+from .squares import in_type_of, summed_squares
 
 IMAGES, LABELS = "image", "class"  # the keys of a batch
 GRADIENTS = ("log-likelihood", "logit")
@@ -114,7 +114,7 @@ def fim_diag(
         unsupported=unsupported,
         self_check=self_check,
     )
-    return {name: sums[name].to(p) / examples for name, p in model.named_parameters() if name in sums}
+    return {name: in_type_of(name, sums[name] / examples, p) for name, p in model.named_parameters() if name in sums}
 
 
 def _first_head(model: nn.Module, images: Any) -> Tensor:

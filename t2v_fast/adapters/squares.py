@@ -74,3 +74,11 @@ def summed_squares(
     for name, total in sums.items():
         check_finite(name, total)
     return sums, examples
+
+
+def in_type_of(name: str, values: Tensor, parameter: Tensor) -> Tensor:
+    """Return the values of a parameter on its device and in its type. Raise ValueError where the type is too small."""
+    found = values.to(parameter)
+    if found.dtype != values.dtype:
+        check_finite(name, found)
+    return found

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..estimation.cotangents import cotangents
 from .fim import evaluating
-from .squares import summed_squares
+from .squares import in_type_of, summed_squares
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 CLASS_EMBEDDING = "cls_token_layer.class_embedding"
@@ -126,8 +126,9 @@ class DiagComputer:
         for name, p in encoder.named_parameters():
             if name in set(names):
                 p.requires_grad_(False)
-        dtype = DTYPES[self.fp_precision]
-        return {name: _joined([sums[part].to(dtype) for part in parts]) for name, parts in columns.items()}, examples
+        like = torch.empty(0, dtype=DTYPES[self.fp_precision], device=self.device)
+        found = {name: in_type_of(name, total, like) for name, total in sums.items()}
+        return {name: _joined([found[part] for part in parts]) for name, parts in columns.items()}, examples
 
 
 class LossDiagComputer(DiagComputer):

@@ -326,6 +326,9 @@ def sample_until(
         # Precisions add up, and all draws are taken to be as much worse than predicted as their mean is.
         # Only the error of the next draw is unknown, so only the missing precision has the margin.
         missing = float(weights.sum()) * ((error / tolerance) ** 2 - 1) / MARGIN**2
+        if not math.isfinite(missing):  # nothing is known from an estimate of zero with an error: take everything
+            target, least = 0.0, MIN_DRAWN
+            continue
         target = missing**-0.5
         # A draw of little weight in the mean may be small: the mean is as normal as its other draws are.
         least = max(MIN_REDRAWN, math.ceil(MIN_DRAWN * missing / (float(weights.sum()) + missing)))

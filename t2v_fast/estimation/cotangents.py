@@ -199,7 +199,7 @@ def _of_block(
     if estimator == "exact":
         return model.exact(z)
     if estimator == "hutchinson":
-        return model.sketch(z, random_signs(z.shape[0], count, z.shape[1], generator, z.device)).div_(count**0.5)
+        return model.sketch(z, random_signs(z.shape[0], count, z.shape[1], generator, z.device)) / count**0.5
     if estimator == "monte_carlo":
         return model.score(z, model.draw(z, count, generator)) / count**0.5
     assert labels is not None  # since the estimator is "empirical"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -92,10 +93,16 @@ def spread(logits: Tensor, robust: bool) -> float:
     """How far the logits of an example spread around their median; at least a multiple of their rounding error.
 
     ``robust`` takes the median spread, so that a masked class does not count. Otherwise the largest spread is taken,
-    which half precision needs. Rows whose logits are all alike do not count, such as tokens with zero vectors.
+    which half precision needs. Rows whose logits are all alike do not count, such as tokens with zero vectors. Neither
+    do classes whose logit is the same in every row, such as the masked classes of other tasks. Nothing is close within
+    a spread that is not finite, so it is NaN.
     """
     z = logits.reshape(-1, logits.shape[-1])
     z = z[:: -(-z.numel() // 2**22)]  # of a language model's tokens, some are enough
+    varied = (z[0] != z[-1]) if len(z) > 1 else torch.ones_like(z[0], dtype=torch.bool)
+    if not bool(varied.all()):  # only then every row is looked at
+        varied[~varied] = (z[:, ~varied] != z[:1, ~varied]).any(0)
+        z = z[:, varied] if bool(varied.any()) else z
     z = z if z.dtype == torch.float64 else z.float()
     centre = _median(z) if z.shape[1] > 1 else z.median()
     apart = (z - centre).abs()
@@ -105,9 +112,9 @@ def spread(logits: Tensor, robust: bool) -> float:
     apart = apart.flatten()
     found = float(_median(apart[:: -(-len(apart) // 2**20)]) if robust else apart.max())
     least = 1e3 * torch.finfo(logits.dtype).eps
-    if least * float(z.abs().amax()) <= found:  # as nearly always, and a median takes longer
-        return found
-    return max(found, least * float(z.abs().median()))
+    if not least * float(z.abs().amax()) <= found:  # rarely, and a median takes longer
+        found = max(found, least * float(z.abs().median()))
+    return found if math.isfinite(found) else math.nan
 
 
 def _median(t: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ class FisherRecorder:
         self._reported: set[str] = set()  # parameters whose slower route was logged
         self._looked_for_random_layers = False  # since the context was entered
         self._required: list[tuple[nn.Parameter, bool]] | None = None  # requires_grad of each parameter before
-        # Of outputs that were checked, as long as they exist: the last node, the segments, and what was found.
+        # Of outputs that were checked, as long as they exist: the last node, and what was found.
         self._checked = WeakTensorKeyDictionary()
 
     def __enter__(self) -> FisherRecorder:
@@ -274,8 +274,9 @@ class FisherRecorder:
         """
         with self.regions.reading():
             found = self._routed(output, segments)
-        if self.sharding is None and not self.regions.alive:  # gathered and recomputed tensors are others later
-            self._checked[output] = output.grad_fn, segments, found
+        # Gathered and recomputed tensors are others later, and segments may be written to.
+        if segments is None and self.sharding is None and not self.regions.alive:
+            self._checked[output] = output.grad_fn, found
 
     def reduce(self, name: str, gradient: Tensor) -> Tensor:
         """Square one gradient of a parameter, and take means at the recorder's granularity.
@@ -370,8 +371,8 @@ class FisherRecorder:
             raise ValueError(
                 "the output has no autograd graph: run the forward inside the recorder, with gradients enabled"
             )
-        node, of_segments, found = self._checked.pop(output, (None, None, None))
-        known = node is output.grad_fn and of_segments is segments
+        node, found = self._checked.pop(output, (None, None))
+        known = segments is None and node is output.grad_fn
         with self.regions.reading():
             taps, routes = found if known else self._routed(output, segments)
             fix_batch_norm_gradients(taps.order)

@@ -144,6 +144,17 @@ def test_squares_that_overflow_are_refused(check: bool) -> None:
         compute_importances(model, nn.CrossEntropyLoss(), None, data, "cpu", 3, self_check=check)
 
 
+@pytest.mark.parametrize("labels", ["true", "all", "pred"])
+def test_squares_that_half_precision_cannot_hold_are_refused(labels: str) -> None:
+    """They are summed in float32, and the result has the type of the parameters."""
+    model = nn.Linear(2, 2).eval().half()
+    with torch.no_grad():
+        model.weight.zero_()
+    data = TensorDataset(torch.tensor([[1500.0, 1.0], [1500.0, 2.0]]).half(), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="the Fisher of 'weight' is not finite"):
+        compute_importances(model, nn.CrossEntropyLoss(), None, data, "cpu", 2, labels=labels)
+
+
 def test_an_example_counts_if_one_of_its_positions_does() -> None:
     class Positions(nn.Module):
         """Two positions with logits of four classes: [N, 4, 2]."""

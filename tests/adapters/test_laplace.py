@@ -132,6 +132,19 @@ def test_what_is_refused() -> None:
         T2VGGN(tokens, "classification").diag(torch.randn(2, 5, 3).double(), torch.zeros(2, 5).long())
 
 
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+@pytest.mark.parametrize("backend", ["T2VGGN", "T2VEF"])
+def test_squares_that_overflow_are_refused(backend: str, subset: str) -> None:
+    from t2v_fast.adapters import laplace
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[1].weight.zero_()
+    data = TensorDataset(torch.tensor([[1.0, 2, 3], [3, 2, 1], [1e20, 1, 1]]), torch.tensor([0, 1, 0]))
+    with pytest.raises(ValueError, match=r"weight' is not finite"):
+        fitted(model, DataLoader(data, 2), "classification", getattr(laplace, backend), subset)
+
+
 def test_the_page_runs() -> None:
     """The sections on laplace-torch and on curvlinops."""
     page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch import Tensor
 
 from t2v_fast.estimation import likelihoods
 from t2v_fast.estimation.cotangents import ESTIMATORS, cotangents
@@ -208,3 +209,15 @@ def test_rounding_of_the_logits_changes_no_sign(classes: int) -> None:
         u, again = (cotangents(logits, "deflated", each, generator=seeds) for logits in (z, rounded))
         squares, others = (torch.einsum("knc,knd->ncd", t, t) for t in (u, again))
         torch.testing.assert_close(others, squares, rtol=1e-6, atol=1e-8)
+
+
+def test_a_likelihood_may_keep_the_tensor_that_it_returns() -> None:
+    class Kept(Gaussian):
+        factor = torch.ones(2, 5, 3, dtype=torch.float64)
+
+        def sketch(self, z: Tensor, signs: Tensor) -> Tensor:
+            return self.factor
+
+    for _ in range(2):
+        u = cotangents(torch.zeros(5, 3), "hutchinson", 2, Kept())
+        torch.testing.assert_close(u, torch.full((2, 5, 3), 2**-0.5))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import pickle
 import random
 import threading
@@ -778,6 +779,33 @@ def test_rows_without_any_spread_do_not_count() -> None:
     assert spread(logits, robust=True) == spread(logits[1, 2:4], robust=True) == 2
 
 
+@pytest.mark.parametrize("fill", [-100.0, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("masked", [1, 5, 8])
+@pytest.mark.parametrize("strength", [0.1, 3.0])
+def test_masked_classes_do_not_hide_that_examples_interact(fill: float, masked: int, strength: float) -> None:
+    """The classes of other tasks have the same large negative logit in every row. The mixing has no gradient."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x).tanh()
+            z = self.last(h - strength * h.detach().mean(0))
+            z[:, 10 - masked :] = fill
+            return z
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with pytest.raises(SelfCheckError, match="examples interact"):
+            fisher(Masked().eval(), [torch.randn(16, 6)], "exact")
+
+
+def test_a_spread_that_is_not_finite_compares_nothing() -> None:
+    assert math.isnan(spread(torch.tensor([[0.1], [0.2], [-math.inf], [-math.inf]]), robust=True))
+
+
 def test_each_head_is_compared_at_its_own_scale() -> None:
     """The logits of one head are so large that what another head does to examples is lost among them."""
 
@@ -1133,9 +1161,11 @@ def test_the_spread_is_that_of_its_definition(dtype: torch.dtype, shape: tuple[i
         z[0] = 2.0
     z = z.to(dtype)
     rows = z.double().reshape(-1, shape[-1])
-    if shape[-1] > 1:
+    if (varied := (rows != rows[0]).any(0)).any():
+        rows = rows[:, varied]
+    if (classes := rows.shape[1]) > 1:
         ordered = rows.sort(1).values
-        centre = (ordered[:, [(shape[-1] - 1) // 2]] + ordered[:, [shape[-1] // 2]]) / 2
+        centre = (ordered[:, [(classes - 1) // 2]] + ordered[:, [classes // 2]]) / 2
     else:
         centre = rows.flatten().sort().values[(len(rows) - 1) // 2]
     apart = (rows - centre).abs()
@@ -1172,6 +1202,20 @@ def test_the_graph_of_a_checked_output_is_looked_at_once(monkeypatch: pytest.Mon
     for name, q in found.items():
         assert torch.equal(q, other[name])
         torch.testing.assert_close(twice[name], 4 * q)
+
+
+def test_segments_that_change_after_a_check_count() -> None:
+    network = nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 3)).eval()
+    ids, u = torch.randint(0, 10, (1, 7)), torch.randn(2, 1, 7, 3)
+    segments, later = torch.tensor([0, 0, 1, 1, 1, 2, 2]), torch.tensor([0, 1, 1, 1, 1, 2, 2])
+    with FisherRecorder(network) as recorder:
+        output = network(ids)
+        want = recorder.backward(output, u, segments=later, retain_graph=True)
+        recorder.check(output, segments)
+        segments.copy_(later)
+        got = recorder.backward(output, u, segments=segments)
+    for name, q in want.items():
+        torch.testing.assert_close(got[name], q)
 
 
 def test_a_checked_output_is_not_kept() -> None:
