@@ -106,10 +106,11 @@ def compute_importances(
                 watch=watch,
                 **options,
             )
-        if not sum(joined.counted):
+        counted = sum(joined.counted)
+        if not counted:
             raise ValueError(f"every label is the criterion's ignore_index ({ignored}): no example has a gradient")
         for squares in found.values():  # in place: a pass over all parameters takes as long as that of a small batch
-            squares.div_(sum(joined.counted))
+            squares.div_(counted)
     else:
         task_type = _likelihood_of(criterion)
         forward = _one_row_each if task_type == "classification" else _avalanche_forward

@@ -41,8 +41,8 @@ from .sketches import packed, sketches_of
 
 ESTIMATORS = ("exact", "deflated", "hutchinson", "monte_carlo", "empirical")
 LARGEST_EXACT = 2**30  # the most numbers in the exact cotangents of a batch of tokens
-LARGEST_BLOCK = 2**20  # the most logits that are brought to float64 at once: 8 MB for each temporary tensor
-CACHED_BLOCK = 2**17  # the same on a CPU, where temporary tensors that fit into a cache take half the time
+# The most logits that are brought to float64 at once. On a CPU, tensors that fit into a cache take half the time.
+LARGEST_BLOCK = {"cpu": 2**17, "cuda": 2**20}
 LEVELS = ("token", "sequence")
 
 
@@ -164,8 +164,7 @@ def _blocks(
     on_device = logits.is_cuda and vars(type(model)).get("on_device", False)
     own = isinstance(samples, Tensor) or isinstance(generator, Tensor)
     width = max(1, classes) ** (2 if estimator == "exact" else 1)  # numbers of an example
-    largest = LARGEST_BLOCK if on_device else min(LARGEST_BLOCK, CACHED_BLOCK)
-    size = max(1, count if own else largest // width)
+    size = max(1, count if own else LARGEST_BLOCK["cuda" if on_device else "cpu"] // width)
     for start in range(0, max(1, count), size):
         rows = slice(start, min(start + size, count))
         z = logits.detach()[rows if at is None else tuple(index[rows] for index in at)]

@@ -62,21 +62,20 @@ class Run:
         pairs = zip(self.each(), whole.each(examples), strict=True)
         differences = [(one - other).abs().reshape(len(one), -1) for one, other in pairs]
         apart = torch.cat([d.amax(1) for d in differences])
-        blocks: Sequence[Tensor] = [apart]
-        if sum(parts) == whole.logits.shape[-1]:  # each head is compared at its own scale
-            blocks = torch.cat(differences).split(list(parts), 1)
-        allowed = [tolerance * by for by in whole._spread_of(parts, robust=tolerance < 0.1)]
+        heads = tuple(parts) if sum(parts) == whole.logits.shape[-1] else ()  # each is compared at its own scale
+        blocks = torch.cat(differences).split(heads, 1) if heads else [apart]
+        allowed = [tolerance * by for by in whole._spread_of(heads, robust=tolerance < 0.1)]
         if all(bool((d <= most).all()) for d, most in zip(blocks, allowed, strict=True)):
             return None
         worst = int(apart.nan_to_num(torch.inf).argmax())
         return examples[worst], float(apart[worst])
 
-    def _spread_of(self, parts: Sequence[int], robust: bool) -> list[float]:
-        """The :func:`spread` of all logits, or of those of each head. It serves all comparisons with this batch."""
-        key = *parts, robust
+    def _spread_of(self, heads: tuple[int, ...], robust: bool) -> list[float]:
+        """The :func:`spread` of the logits of each head, or of all. It serves all comparisons with this batch."""
+        key = *heads, robust
         if key not in self._spreads:
             logits = self.logits.detach()
-            blocks = logits.split(list(parts), -1) if sum(parts) == logits.shape[-1] else [logits]
+            blocks = logits.split(heads, -1) if heads else [logits]
             self._spreads[key] = [spread(block, robust) for block in blocks]
         return self._spreads[key]
 
@@ -99,8 +98,8 @@ def spread(logits: Tensor, robust: bool) -> float:
     """
     z = logits.reshape(-1, logits.shape[-1])
     z = z[:: -(-z.numel() // 2**22)]  # of a language model's tokens, some are enough
-    varied = (z[0] != z[-1]) if len(z) > 1 else torch.ones_like(z[0], dtype=torch.bool)
-    if not bool(varied.all()):  # only then every row is looked at
+    varied = z[0] != z[-1]
+    if len(z) > 1 and not bool(varied.all()):  # only then every row is looked at
         varied[~varied] = (z[:, ~varied] != z[:1, ~varied]).any(0)
         z = z[:, varied] if bool(varied.any()) else z
     z = z if z.dtype == torch.float64 else z.float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -285,6 +286,21 @@ def test_small_eigenvalues_that_were_taken_for_zero_end_in_an_exact_answer() -> 
     assert sample_until(need, 0.1, visit, every_example=True).relative_error() == 0
     assert asked[-1] == [3, 3, 3, 3]
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("reported", [math.inf, math.nan])
+def test_an_error_that_is_not_finite_takes_everything(reported: float) -> None:
+    need, asked = need_of(300), []
+
+    def visit(allocation: Allocation, seed: int) -> FisherDiagonal:
+        asked.append(allocation)
+        error = {"w": torch.tensor([reported if len(asked) == 1 else 0.0])}
+        return FisherDiagonal({"w": torch.ones(1)}, error, "filter", "deflated", 1, 300, estimator_error=error)
+
+    assert sample_until(need, 0.5, visit).relative_error() == 0
+    assert len(asked) == 2
+    assert len(asked[1].examples) == 300
+    assert need.predicted_error(asked[1]) == 0
 
 
 @pytest.mark.slow_unless(classes=(5,))

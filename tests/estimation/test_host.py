@@ -151,7 +151,7 @@ def test_logits_are_taken_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         labels = torch.arange(10) % 6
         whole = on_both(z, estimator, 2, labels=labels)[1]
         with monkeypatch.context() as patch:
-            patch.setattr(t2v_fast.estimation.cotangents, "LARGEST_BLOCK", 20)  # three examples
+            patch.setattr(t2v_fast.estimation.cotangents, "LARGEST_BLOCK", {"cpu": 20, "cuda": 20})  # three examples
             torch.testing.assert_close(on_both(z, estimator, 2, labels=labels)[1], whole, rtol=1e-6, atol=1e-7)
 
 

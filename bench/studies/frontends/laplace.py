@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -80,16 +81,23 @@ def _growth(name: str, images: int) -> float:
 
 def rows(arguments: argparse.Namespace) -> list[Row]:
     return [
-        row(ours, theirs, images, arguments.rounds)
+        row
         for ours, names in BACKENDS.items()
         for images in SIZES[ours]
-        for theirs in names
+        for row in compared(ours, names, images, arguments.rounds)
     ]
 
 
-def row(ours: str, theirs: str, images: int, rounds: int) -> Row:
-    """Compare one of this library's backends with one of laplace-torch's."""
-    exact, la = (fit(name, images, torch.float64) for name in (ours, theirs))
+def compared(ours: str, names: Sequence[str], images: int, rounds: int) -> Iterator[Row]:
+    """Compare one of this library's backends with some of laplace-torch's."""
+    exact, needed = fit(ours, images, torch.float64), megabytes(ours, images)
+    for theirs in names:
+        yield row(ours, exact, needed, theirs, images, rounds)
+
+
+def row(ours: str, exact: Any, needed: float, theirs: str, images: int, rounds: int) -> Row:
+    """Compare a backend, its fit in float64 and the memory that it needs with one of laplace-torch's."""
+    la = fit(theirs, images, torch.float64)
     worst = float((exact.H - la.H).norm() / la.H.norm())
     evidence = float((exact.log_marginal_likelihood() - la.log_marginal_likelihood()).abs())
     ratio = times(lambda: fit(theirs, images), lambda: fit(ours, images), rounds).ratio
@@ -98,7 +106,7 @@ def row(ours: str, theirs: str, images: int, rounds: int) -> Row:
         f"{images:,} images of 32 x 32",
         1,
         f"{worst:.0e} relative in float64, log marginal likelihood {evidence:.0e} apart; memory grows by "
-        f"{megabytes(theirs, images):.0f} MB with its own and {megabytes(ours, images):.0f} MB with ours",
+        f"{megabytes(theirs, images):.0f} MB with its own and {needed:.0f} MB with ours",
         ratio,
         ratio,
     )
