@@ -12,7 +12,7 @@ from typing import Any
 
 # Former module: the modules that have its names now.
 MOVED: dict[str, tuple[str, ...]] = {
-    "allocation": ("estimation.allocation",),
+    "allocation": ("estimation.allocation", "estimation.tolerance"),
     "cache": ("tasks.cache",),
     "cards": ("ops.gpu_specs",),
     "cotangents": ("estimation.cotangents", "estimation.likelihoods"),

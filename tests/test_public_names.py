@@ -47,6 +47,7 @@ CHANGED: dict[str, str] = {
     "t2v_fast.moments.DrawnExamples.add": "it takes factors that are computed once a batch, for all parameters",
     "t2v_fast.transfers.transfer": "its default was the table itself, so that each new transfer changed the parameters",
     "t2v_fast.allocation.until": "visit takes the seed of each draw, so that draws are independent and can be averaged",
+    "t2v_fast.allocation.Allocation": "strata and more, whose defaults are what it was: a draw can be refined",
     "t2v_fast.allocation.draw": "least, the last, whose default is what it was: later draws may be small",
     "t2v_fast.head.fit_heads": "temperature, by name only",
     "t2v_fast.rules.factors_of": "alone, the last, and with a default",

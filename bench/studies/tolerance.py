@@ -18,6 +18,11 @@ pass, times their numbers. A batch has as many backward passes as its neediest i
 
 With ``--average``, the cotangents are shared out by the spectrum, so many for an image on average, and the error is the
 spread of whole estimates over the seeds. No second sketch is needed then.
+
+    python -m bench.studies.tolerance --heads newton early --images 128 --goals 0.05 0.02 --seeds 8
+
+With ``--goals``, the cost of each goal for several seeds: the mean number of backward passes and of visits of an image,
+the largest number of passes, and the error that was reported in the end.
 """
 
 from __future__ import annotations
@@ -35,8 +40,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from t2v_fast import FisherDiagonal, FisherRecorder, Probe, TaskData, fisher, load_probe
-from t2v_fast.estimation.allocation import Allocation, SamplingStats, full_allocation, sample_until, share_out
+from t2v_fast.estimation.allocation import Allocation, SamplingStats, full_allocation, share_out
 from t2v_fast.estimation.cotangents import cotangents
+from t2v_fast.estimation.tolerance import sample_until
 from t2v_fast.tasks.data import balanced_weights
 from t2v_fast.tasks.head import fit_head
 
@@ -94,8 +100,9 @@ class Task:
 
 def passes(allocation: Allocation, rank: int | None = None) -> int:
     """Backward passes, each of an image; with a ``rank``, below it one more for the second sketch."""
-    batches = [allocation.samples[b] for b in allocation.batches(BATCH)]
-    return sum(len(k) * (int(k.max()) + (rank is not None and int(k.min()) < rank)) for k in batches)
+    numbers = [allocation.numbers[b] for b in allocation.batches(BATCH)]
+    second = rank is not None and allocation.more is None
+    return sum(len(k) * (int(k.max()) + (second and int(k.min()) < rank)) for k in numbers)
 
 
 def variances(task: Task, network: nn.Module, parameters: list[str]) -> Tensor:
@@ -129,9 +136,9 @@ def flat(q: dict[str, Tensor]) -> Tensor:
 
 
 def tolerance(
-    task: Task, network: nn.Module, parameters: list[str], goal: float
+    task: Task, network: nn.Module, parameters: list[str], goal: float, first_seed: int = 0
 ) -> tuple[FisherDiagonal, int, int, int]:
-    """The estimate within the goal; images visited, backward passes and draws."""
+    """The estimate within the goal; images visited, backward passes, and draws and refinements."""
     visits, cost, rounds = 0, 0, 0
 
     def visit(allocation: Allocation, seed: int) -> FisherDiagonal:
@@ -149,7 +156,7 @@ def tolerance(
             allocation=allocation,
         )
 
-    return sample_until(task.need, goal, visit), visits, cost, rounds
+    return sample_until(task.need, goal, visit, first_seed), visits, cost, rounds
 
 
 def spread(probe: Probe, classes: int, head: str, count: int, averages: list[float], seeds: int) -> None:
@@ -171,6 +178,26 @@ def spread(probe: Probe, classes: int, head: str, count: int, averages: list[flo
                 str(average),
                 f"{passes(allocation) / len(task.images):.2f}",
                 f"{error:.3f}",
+            ]
+            print("|", " | ".join(row), "|", flush=True)
+
+
+def costs(probe: Probe, classes: int, head: str, count: int, goals: list[float], seeds: int) -> None:
+    """Print what each goal costs, over the seeds."""
+    task = Task.of(probe, classes, head, count)
+    with probe.with_head(task.head) as network:
+        for goal in goals:
+            found = [tolerance(task, network, probe.embedding_parameters(), goal, seed) for seed in range(seeds)]
+            each = [cost / count for _, _, cost, _ in found]
+            row = [
+                f"{classes:,}",
+                f"`{head}`",
+                f"{goal:.0%}",
+                f"{statistics.mean(each):.2f}",
+                f"{statistics.median(each):.2f}",
+                f"{max(each):.2f}",
+                f"{statistics.mean(visits / count for _, visits, _, _ in found):.2f}",
+                f"{statistics.mean(f.relative_error() for f, *_ in found):.4f}",
             ]
             print("|", " | ".join(row), "|", flush=True)
 
@@ -199,7 +226,7 @@ def measure(probe: Probe, classes: int, head: str, count: int) -> None:
                 error = f"{found.relative_error():.3f}"
                 if exact is not None:
                     error += f" ({float((found.vector() - exact).norm() / exact.norm()):.3f})"
-                again = f" in {rounds} draws" if rounds > 1 else ""
+                again = f" in {rounds} visits" if rounds > 1 else ""
                 spent = f"{cost / n:.2f}, {visits} images{again}"
             else:
                 errors = [float((a.square() @ left[torch.arange(n), k - 1]).sqrt()) / norm for k in ways[way]]
@@ -222,6 +249,7 @@ def main() -> None:
     parser.add_argument(
         "--average", type=float, nargs="+", help="cotangents of an image on average, without a tolerance"
     )
+    parser.add_argument("--goals", type=float, nargs="+", help="relative errors, whose cost is measured over the seeds")
     parser.add_argument("--seeds", type=int, default=24)
     arguments = parser.parse_args()
     probe = load_probe(size=arguments.size)
@@ -230,6 +258,13 @@ def main() -> None:
         print("| classes | head | cotangents | passes an image | error |\n" + "| --- " * 5 + "|", flush=True)
         for classes, head in product(arguments.classes, arguments.heads):
             spread(probe, classes, head, arguments.images, arguments.average, arguments.seeds)
+        return
+    if arguments.goals:
+        print(f"{arguments.images} images at {arguments.size} pixels, {arguments.seeds} seeds\n")
+        columns = ["classes", "head", "goal", "passes an image", "median", "most", "visits an image", "error"]
+        print("|", " | ".join(columns), "|\n" + "| --- " * len(columns) + "|", flush=True)
+        for classes, head in product(arguments.classes, arguments.heads):
+            costs(probe, classes, head, arguments.images, arguments.goals, arguments.seeds)
         return
     goals = [c for g in GOALS for c in (f"passes an image, {g:.0%}", "s for 1,000 images", "error")]
     columns = ["classes", "head", "top probability", "cotangents", *goals]

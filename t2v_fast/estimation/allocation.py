@@ -10,23 +10,23 @@ backward pass. Let S_n be the Fisher of example n's logits, W the head's weights
   cotangents are l eigenvectors and k - l sketches (:mod:`t2v_fast.estimation.sketches`).
 
 :func:`share_out` spends a fixed number of cotangents on all examples. :func:`draw` spends as little as a given error
-allows. The approximations only decide how good the choice is: the estimate is unbiased for every choice.
+is predicted to allow; :mod:`t2v_fast.estimation.tolerance` watches what the error really is. The approximations only
+decide how good the choice is: the estimate is unbiased for every choice.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .diagonal import FisherDiagonal, combined
 from .likelihoods import Likelihood, get_likelihood, mixed
-from .sketches import ALIGNMENT, least, tails
+from .moments import Strata
+from .sketches import ALIGNMENT, MoreSketches, least, tails
 
 FORWARD = 0.5  # time to read and run an example, relative to backpropagating one cotangent
 OVERHEAD = 3.0  # fixed cost of a pass, in examples; measured with EfficientNet-Lite0 at 64 pixels on a CPU
@@ -34,10 +34,9 @@ OVERHEAD = 3.0  # fixed cost of a pass, in examples; measured with EfficientNet-
 # classes, for heads fitted to the end and heads stopped early (EfficientNet-Lite0, handwritten digits).
 COHERENCE = 0.7
 FLOOR = 0.01  # t_n is at least this part of its mean, which bounds the weights of examples that t_n underestimates
-MARGIN = 0.85  # aim at this part of the allowed error, as the errors that draws report vary by some ten percent
 MOST_SHARED = 64  # the most cotangents of an example, unless their mean is above a quarter of it
 MIN_DRAWN = 64  # the fewest examples that the first draw expects to visit, so that normal confidence intervals hold
-MIN_REDRAWN = 8  # the fewest of a later draw, and of uncertain examples if there are any, to estimate their variance
+MIN_UNCERTAIN = 8  # the fewest uncertain examples, if there are any, to estimate their variance
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,9 @@ class Allocation:
         examples: The numbers of the visited examples in the order of the visits, int64 [n].
         inclusion: The probability with which each example of the data set is visited, [N]. Each visited example's part
             is divided by its probability, which keeps the sum unbiased (Horvitz and Thompson, 1952).
+        strata: Where what the sketches of some examples estimate is added up apart, which takes an estimate with its
+            error.
+        more: If given, examples only get these sketches. ``samples`` still tells which eigenvectors they leave out.
 
     Raises:
         ValueError: The sizes do not fit, an example's number is out of range, or a visited example has a probability
@@ -58,6 +60,8 @@ class Allocation:
     samples: Tensor
     examples: Tensor
     inclusion: Tensor
+    strata: Strata | None = None
+    more: MoreSketches | None = None
 
     def __post_init__(self) -> None:
         n = len(self.samples)
@@ -65,17 +69,25 @@ class Allocation:
             raise ValueError(f"inclusion is {list(self.inclusion.shape)}, expected a probability an example: [{n}]")
         if len(self.examples) and not 0 <= int(self.examples.min()) <= int(self.examples.max()) < n:
             raise ValueError(f"examples go from {self.examples.min()} to {self.examples.max()}, expected 0 to {n - 1}")
+        if self.more is not None and [len(self.more.counts), len(self.more.logits)] != [n, n]:
+            found = f"{len(self.more.counts)} numbers of sketches and {len(self.more.logits)} logits"
+            raise ValueError(f"there are {found}, expected {n}")
         visited = self.inclusion[self.examples]
         if not ((visited > 0) & (visited <= 1)).all():
             raise ValueError("inclusion of the visited examples must be above 0 and at most 1")
+
+    @property
+    def numbers(self) -> Tensor:
+        """How many cotangents each example of the data set gets, if it is visited, int64 [N]."""
+        return self.samples if self.more is None else self.more.counts
 
     def ordered(self) -> Allocation:
         """Return the same allocation, with the examples that have the most cotangents first.
 
         The examples of one batch then need about the same number of backward passes.
         """
-        order = self.samples[self.examples].argsort(descending=True, stable=True)
-        return Allocation(self.samples, self.examples[order], self.inclusion)
+        order = self.numbers[self.examples].argsort(descending=True, stable=True)
+        return replace(self, examples=self.examples[order])
 
     def batches(self, size: int) -> list[Tensor]:
         """Split the visited examples, in their order, into the batches that cost the least.
@@ -94,7 +106,7 @@ class Allocation:
         """
         if size < 1:
             raise ValueError(f"size is {size}, expected batches of at least one example")
-        passes = FORWARD + self.samples[self.examples].double().numpy()
+        passes = FORWARD + self.numbers[self.examples].double().numpy()
         n = len(passes)
         # For the first i examples: the least cost, and where the last batch begins.
         least, begin = np.zeros(n + 1), np.zeros(n + 1, dtype=int)
@@ -181,10 +193,23 @@ class SamplingStats:
 
     def predicted_error(self, allocation: Allocation) -> float:
         """Return the relative error that the approximations predict for an allocation with two sketches an example."""
-        steps, place = allocation.samples.unique(return_inverse=True)
-        v = self.variances(steps, sketches=2).gather(1, place[:, None])[:, 0]
+        v = self.left_by(allocation.samples)
         p = allocation.inclusion
         return math.sqrt(float((self.importance.square() * ((1 - p) + v) / p).nan_to_num(0).sum())) / COHERENCE
+
+    def left_by(self, samples: Tensor) -> Tensor:
+        """Return v_n for the number of cotangents of each example, [N], with two sketches."""
+        steps, place = samples.unique(return_inverse=True)
+        return self.variances(steps, sketches=2).gather(1, place[:, None])[:, 0]
+
+    def sketches(self, samples: Tensor) -> Tensor:
+        """Return how many sketches there are, at least two, for the number of cotangents of each example, int64 [N]."""
+        tail, found = tails(self.spectrum), torch.zeros_like(samples)
+        for k in samples.unique().tolist():
+            if k < self.spectrum.shape[1]:
+                some = samples == k
+                found[some] = k + 1 - least(tail[some], k, 2)[1]
+        return found
 
 
 def share_out(need: SamplingStats, samples: float) -> Tensor:
@@ -243,7 +268,8 @@ def draw(need: SamplingStats, error: float, seed: int = 0, least: int = MIN_DRAW
     if not error >= 0:
         raise ValueError(f"error is {error}, expected a relative error of at least 0")
     n, rank = need.spectrum.shape
-    steps = torch.unique((1.15 ** torch.arange(100)).round().long().clamp_max(rank))
+    # Few different numbers, so that the examples of a batch have the same one.
+    steps = torch.unique((1.3 ** torch.arange(40)).round().long().clamp_max(rank))
     steps = steps if int(steps[-1]) == rank else torch.cat([steps, torch.tensor([rank])])
     variances = need.variances(steps, sketches=2)
     cost = FORWARD + steps + (steps < rank)
@@ -274,66 +300,6 @@ def draw(need: SamplingStats, error: float, seed: int = 0, least: int = MIN_DRAW
     return Allocation(samples, _systematic(inclusion, seed), inclusion).ordered()
 
 
-def sample_until(
-    need: SamplingStats,
-    tolerance: float,
-    visit: Callable[[Allocation, int], FisherDiagonal],
-    seed: int = 0,
-    every_example: bool = False,
-) -> FisherDiagonal:
-    """Estimate the Fisher from one draw after the other, until the estimated error of their mean is small enough.
-
-    The draws are independent. The weight of a draw in the mean is proportional to the precision that the approximations
-    predict for it. The weights do not depend on the errors that draws report, since an estimate and its reported error
-    are not independent. The reported errors only decide how large the next draw is: it is as large as the missing
-    precision asks for, if it is as much better or worse than predicted as the draws before it.
-
-    Args:
-        need: The statistics of the examples.
-        tolerance: The largest ``estimator_error`` relative to the norm of the Fisher, above 0.
-        visit: Returns the Fisher of an allocation, with its ``estimator_error``, from random signs of a seed.
-        seed: Fixes the examples and the random signs of all draws.
-        every_example: Visit every example in each draw, with the numbers of cotangents that the draw chose.
-
-    Returns:
-        The mean over the draws. Its relative error is at most ``tolerance``.
-
-    Raises:
-        ValueError: ``tolerance`` is not above zero.
-    """
-    if not tolerance > 0:
-        raise ValueError(f"tolerance is {tolerance}, expected a relative error above 0")
-    found: list[FisherDiagonal] = []
-    predicted: list[float] = []
-    visited = torch.zeros(len(need.importance), dtype=torch.bool)
-    target, least = MARGIN * tolerance, MIN_DRAWN
-    while True:
-        own_seed = seed if not found else int(mixed(mixed(torch.tensor(seed)) + len(found)))
-        allocation = draw(need, target, own_seed, least)
-        if every_example:
-            allocation = full_allocation(allocation.samples)
-        found.append(visit(allocation, own_seed))
-        predicted.append(need.predicted_error(allocation))
-        visited[allocation.examples] = True
-        if predicted[-1] == 0:  # nothing is left to chance, unless small eigenvalues were taken for zero
-            everything = full_allocation(torch.full_like(allocation.samples, need.spectrum.shape[1]))
-            return found[-1] if found[-1].relative_error() <= tolerance else visit(everything, own_seed)
-        weights = 1 / torch.tensor(predicted, dtype=torch.float64).square()
-        mean = combined(found, weights / weights.sum(), int(visited.sum()))
-        error = mean.relative_error()
-        if error <= tolerance:
-            return mean
-        # Precisions add up, and all draws are taken to be as much worse than predicted as their mean is.
-        # Only the error of the next draw is unknown, so only the missing precision has the margin.
-        missing = float(weights.sum()) * ((error / tolerance) ** 2 - 1) / MARGIN**2
-        if not math.isfinite(missing):  # nothing is known from an estimate of zero with an error: take everything
-            target, least = 0.0, MIN_DRAWN
-            continue
-        target = missing**-0.5
-        # A draw of little weight in the mean may be small: the mean is as normal as its other draws are.
-        least = max(MIN_REDRAWN, math.ceil(MIN_DRAWN * missing / (float(weights.sum()) + missing)))
-
-
 def _at_least(inclusion: Tensor, importance: Tensor, least: int) -> Tensor:
     """Scale the probabilities up until ``least`` examples are expected to be visited, or all of them are certain.
 
@@ -343,7 +309,7 @@ def _at_least(inclusion: Tensor, importance: Tensor, least: int) -> Tensor:
     for _ in range(50):
         certain = inclusion >= 1
         rest = some & ~certain
-        expected, wanted = float(inclusion[rest].sum()), max(least - int(certain.sum()), MIN_REDRAWN)
+        expected, wanted = float(inclusion[rest].sum()), max(least - int(certain.sum()), MIN_UNCERTAIN)
         if not rest.any() or expected >= wanted * (1 - 1e-9):
             break
         inclusion = torch.where(rest, inclusion.clamp_min(1e-300) * wanted / max(expected, 1e-300), inclusion)

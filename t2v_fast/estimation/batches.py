@@ -28,6 +28,7 @@ from .explanations import explanation
 from .graphs import Passes
 from .packing import AS_GIVEN, Texts
 from .self_check import SelfCheck
+from .sketches import MoreSketches
 
 Forward = Callable[[nn.Module, Any], Tensor]
 Mask = Callable[[Any, Tensor | None], Tensor | None]
@@ -148,6 +149,7 @@ class Draws:
     inclusion: Tensor | None  # float64 [N], the probabilities of being visited; None where all of them are one
     samples: int | Tensor  # cotangents of each example: one number for all, or int64 [N]
     source: torch.Generator | Tensor  # of random numbers: one generator, or a seed for each example, int64 [N]
+    more: MoreSketches | None = None  # for examples that were visited before
 
 
 class Schedule:
@@ -156,7 +158,8 @@ class Schedule:
     ``samples`` is one number for all examples, and the random numbers come from one generator in the order of the
     loader. Or ``samples`` has one int64 entry for each example of the data set, and each example has its own seed.
     ``weights`` and ``inclusion`` have one entry for each example of the data set. ``examples`` are the numbers of the
-    examples that the loader yields, in its order; by default 0, 1, 2 and so on.
+    examples that the loader yields, in its order; by default 0, 1, 2 and so on. ``more`` are sketches for
+    examples that were visited before.
     """
 
     def __init__(
@@ -166,8 +169,9 @@ class Schedule:
         weights: Tensor | None = None,
         inclusion: Tensor | None = None,
         examples: Tensor | None = None,
+        more: MoreSketches | None = None,
     ) -> None:
-        self.samples, self.seed = samples, seed
+        self.samples, self.seed, self.more = samples, seed, more
         self.weights = None if weights is None else weights.cpu()
         self.inclusion, self.examples = inclusion, examples
         self.generator = torch.Generator().manual_seed(seed)
@@ -192,7 +196,8 @@ class Schedule:
         inclusion = None if self.inclusion is None else self.inclusion[examples]
         if isinstance(self.samples, Tensor):
             assert isinstance(examples, Tensor)  # numbers of cotangents come with the numbers of the examples
-            return Draws(examples, weights, inclusion, self.samples[examples], seeds_of(examples, self.seed))
+            more = None if self.more is None else self.more.of(examples)
+            return Draws(examples, weights, inclusion, self.samples[examples], seeds_of(examples, self.seed), more)
         return Draws(examples, weights, inclusion, self.samples, self.generator)
 
     def check_finished(self, at_least_one: bool = True) -> None:

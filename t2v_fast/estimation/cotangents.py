@@ -37,7 +37,7 @@ from torch import Tensor
 from ..ops.asynchronous import to_device
 from .deferred import DeferredChecks
 from .likelihoods import Likelihood, Sigmoid, Softmax, get_likelihood, random_signs
-from .sketches import packed, sketches_of
+from .sketches import sketches_of
 
 ESTIMATORS = ("exact", "deflated", "hutchinson", "monte_carlo", "empirical")
 LARGEST_EXACT = 2**30  # the most numbers in the exact cotangents of a batch of tokens
@@ -66,6 +66,7 @@ def cotangents(
     level: str = "token",
     sketches: int = 1,
     checks: DeferredChecks | None = None,
+    more: Tensor | None = None,
 ) -> Tensor:
     """Return the cotangents of one batch, whose squared gradients sum to an estimate of its Fisher.
 
@@ -93,6 +94,8 @@ def cotangents(
         level: ``"token"`` or ``"sequence"``, for ``empirical`` and tokens.
         sketches: For ``deflated`` and logits [N, C], the number of independent random-sign sketches, each of which is
             one cotangent. They come last, and differ by chance alone.
+        more: For ``deflated`` and seeds of each example: leave the eigenvectors out, and return so many
+            sketches of what they leave of each example, int64 [N].
         checks: Where logits of a CUDA device that are not finite are reported, so that the host need not wait; by
             default at once.
 
@@ -121,7 +124,9 @@ def cotangents(
             f"samples or seeds of each example are for 'deflated' cotangents of logits [N, C], got {estimator!r} of "
             f"{list(logits.shape)}"
         )
-    for name, each in (("samples", samples), ("generator", generator)):
+    if more is not None and not (isinstance(generator, Tensor) and estimator == "deflated"):
+        raise ValueError(f"more sketches are for 'deflated' cotangents with a seed for each example, got {estimator!r}")
+    for name, each in (("samples", samples), ("generator", generator), ("more", more)):
         if isinstance(each, Tensor) and (list(each.shape) != [len(logits)] or each.dtype != torch.int64):
             raise ValueError(f"{name} are {list(each.shape)} {each.dtype}, expected int64 [{len(logits)}]")
     if logits.dim() == 3:
@@ -130,7 +135,8 @@ def cotangents(
         return _of_tokens(logits, estimator, count, model, labels, one_generator, mask, level, checks)
     if mask is not None:
         raise ValueError(f"a mask {list(mask.shape)} is for logits [N, T, C], got logits {list(logits.shape)}")
-    u = [part for _, part in _blocks(logits, None, estimator, samples, model, labels, generator, sketches, checks)]
+    blocks = _blocks(logits, None, estimator, samples, model, labels, generator, checks, sketches, more)
+    u = [part for _, part in blocks]
     return u[0] if len(u) == 1 else torch.cat(u, 1)
 
 
@@ -142,8 +148,9 @@ def _blocks(
     model: Likelihood,
     labels: Tensor | None,
     generator: torch.Generator | Tensor | None,
-    sketches: int,
     checks: DeferredChecks | None,
+    sketches: int = 1,
+    more: Tensor | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield the cotangents [K, n, C] of some examples at a time, with the examples' slice.
 
@@ -171,7 +178,8 @@ def _blocks(
         reported.finite(z, partial(_not_finite, checks, start))
         z = z.to(logits.device if on_device else "cpu", torch.float64)
         y = None if labels is None else labels[rows]
-        yield rows, _of_block(z, estimator, samples, model, y, generator, sketches).to(logits.device, logits.dtype)
+        u = _of_block(z, estimator, samples, model, y, generator, sketches, more)
+        yield rows, u.to(logits.device, logits.dtype)
     if checks is None:
         reported.finish()
 
@@ -189,10 +197,11 @@ def _of_block(
     labels: Tensor | None,
     source: torch.Generator | Tensor | None,
     sketches: int,
+    more: Tensor | None,
 ) -> Tensor:
     """Return the cotangents of some examples, from their logits z in float64 [n, C]."""
     if estimator == "deflated":
-        return _deflated(model, z, samples, source, sketches)
+        return _deflated(model, z, samples, source, sketches, more)
     # The other estimators have one number of cotangents and one generator.
     count, generator = cast(int, samples), cast(torch.Generator | None, source)
     if estimator == "exact":
@@ -206,7 +215,12 @@ def _of_block(
 
 
 def _deflated(
-    model: Likelihood, z: Tensor, samples: int | Tensor, source: torch.Generator | Tensor | None, sketches: int
+    model: Likelihood,
+    z: Tensor,
+    samples: int | Tensor,
+    source: torch.Generator | Tensor | None,
+    sketches: int,
+    more: Tensor | None,
 ) -> Tensor:
     """Return leading eigenvectors and sketches, without sketches where all examples of the batch are exact.
 
@@ -219,6 +233,12 @@ def _deflated(
     own = isinstance(source, Tensor)  # seeds of each example
     counts = sketches_of(model, z, samples, sketches) if own else torch.where(exact, 0, sketches)
     leading = torch.where(exact, rank, samples - 1 + sketches - counts)
+    if more is not None:
+        most = max(1, int(more.max()))
+        scale = more.clamp_min(1).double().rsqrt() * (torch.arange(most)[:, None] < more)  # [most, N]
+        signs = random_signs(n, most, c, source, z.device) * to_device(scale, z.device)[:, :, None]
+        u = model.deflated(z, leading, signs)
+        return _aligned(u[len(u) - most :], torch.zeros_like(more), more)
     most = max(sketches, int(counts.max())) if n else sketches
     signs = random_signs(n, most, c, source, z.device)
     if own or exact.any():
@@ -231,9 +251,24 @@ def _deflated(
     u = model.deflated(z, leading, signs)
     if most == sketches:
         return u
-    # Sketches take the places of eigenvectors that other examples have.
-    vectors, last, more = u.split([len(u) - most, sketches, most - sketches])
-    return torch.cat([packed(torch.cat([vectors, more]))[0], last])
+    return _aligned(u, leading, counts)
+
+
+def _aligned(u: Tensor, leading: Tensor, sketches: Tensor) -> Tensor:
+    """Move the cotangents of each example, so that those of all examples end together.
+
+    Sketches then take the places of eigenvectors that other examples have.
+
+    Args:
+        u: Eigenvectors, and then sketches, [K, N, C]. The first ones of both are those of an example.
+        leading: How many eigenvectors each example has, int64 [N]: some example has as many as there are.
+        sketches: How many sketches each example has, int64 [N].
+    """
+    held = leading + sketches  # by each example, [N]
+    place = torch.arange(int(held.max()))[:, None] - (held.max() - held)  # among those of its own, [k, N]
+    index = torch.where(place < leading, place, place + (int(leading.max()) - leading))
+    index, there = to_device(index.clamp_min(0), u.device), to_device(place >= 0, u.device)
+    return u.take_along_dim(index[:, :, None], 0) * there[:, :, None]
 
 
 def _of_tokens(
@@ -269,7 +304,7 @@ def _of_tokens(
     u = logits.new_zeros((0, *logits.shape))
     if not len(place):  # no token counts: a cotangent of zeros, for the batches that follow have some
         return logits.new_zeros((1, *logits.shape))
-    for rows, part in _blocks(logits, at, estimator, samples, likelihood, chosen, generator, 1, checks):
+    for rows, part in _blocks(logits, at, estimator, samples, likelihood, chosen, generator, checks):
         u = u if len(u) else logits.new_zeros((len(part), *logits.shape))
         u[:, sequence[rows], place[rows]] = part
     if estimator == "deflated" or (estimator == "empirical" and level == "token"):

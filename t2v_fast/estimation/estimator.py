@@ -25,10 +25,10 @@ from .cotangents import check_estimator, cotangents
 from .diagonal import FisherDiagonal, check_finite, diagonal_of
 from .graphs import GraphedPasses, Passes
 from .likelihoods import LIKELIHOODS, Likelihood, get_likelihood
-from .moments import DrawnExamples, DrawnUnits, NamedMoments, Units
+from .moments import DrawnExamples, DrawnUnits, NamedMoments, Strata, Units
 from .packing import IGNORED, Texts
 from .processes import add_up, shards_of, together
-from .sketches import sketches_of
+from .sketches import Parts, sketches_of
 
 BATCH_MEAN = "batch_mean"
 
@@ -218,7 +218,8 @@ def fisher(
     passes = GraphedPasses(recorder, bool(cuda_graphs)) if cuda_graphs or automatic else Passes(recorder)
     if isinstance(passes, GraphedPasses) and estimator == BATCH_MEAN:
         passes.refuse("'batch_mean' needs the gradients of the whole batch")
-    estimate = _Estimate(recorder, passes, estimator, likelihood, level, estimator_error)
+    strata = None if allocation is None or recorder.divided else allocation.strata
+    estimate = _Estimate(recorder, passes, estimator, likelihood, level, estimator_error, strata)
     self_check = self_check and estimator != BATCH_MEAN
     # The other estimators read no label, only which tokens have one.
     shift_labels = False if shift_labels is None and estimator != "empirical" else shift_labels
@@ -275,7 +276,7 @@ def _schedule(
         return Schedule(samples, seed, weights)
     if weights is None:
         weights = torch.ones(len(allocation.samples))
-    return Schedule(allocation.samples, seed, weights, allocation.inclusion, allocation.examples)
+    return Schedule(allocation.samples, seed, weights, allocation.inclusion, allocation.examples, allocation.more)
 
 
 def _check_tokens(counts: Sequence[float | None]) -> None:
@@ -300,11 +301,13 @@ class _Estimate:
         likelihood: Likelihood,
         level: str,
         estimator_error: bool,
+        strata: Strata | None,
     ) -> None:
         self.recorder, self.passes = recorder, passes
         self.estimator, self.likelihood, self.level = estimator, likelihood, level
         self.moments = NamedMoments()
         self.drawn = {name: DrawnExamples() for name in recorder.parameters} if estimator_error else None
+        self.strata = strata
         self.skipped: frozenset[str] = frozenset()
         self.tokens: float | None = None  # how many tokens have counted so far; None for networks without tokens
 
@@ -328,7 +331,7 @@ class _Estimate:
     def _per_example(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """Return each example's estimate, [N, ...], or for granularity ``parameter`` their weighted sum."""
         u = cotangents(
-            batch.logits,
+            batch.logits if draws.more is None else draws.more.logits.to(batch.logits),
             self.estimator,
             draws.samples,
             self.likelihood,
@@ -338,6 +341,7 @@ class _Estimate:
             level=self.level,
             sketches=1 if self.drawn is None else 2,
             checks=batch.checks,
+            more=None if draws.more is None else draws.more.counts,
         )
         if self.drawn is not None:
             return self._with_estimator_error(batch, draws, u, self.drawn)
@@ -359,27 +363,37 @@ class _Estimate:
     def _with_estimator_error(
         self, batch: Batch, draws: Draws, u: Tensor, drawn: dict[str, DrawnExamples]
     ) -> dict[str, Tensor]:
-        """Return each example's estimate, and record how much its two sketches, the last two cotangents, differ.
+        """Return each example's estimate, and record how much its sketches differ, which are its last cotangents.
 
-        With d the difference of their squares, the variance of their sum is estimated by d^2, which goes to ``drawn``.
+        The variance of the sketches' sum goes to ``drawn``, and to the strata of the examples, if there are any.
         """
-        least = int(draws.samples.min()) if isinstance(draws.samples, Tensor) else draws.samples
-        if least < self.likelihood.rank(batch.logits.shape[-1]):
-            sizes = [len(u) - 2, 1, 1] if len(u) > 2 else [1, 1]
-            groups = self._squares(batch, u, sizes)
-            values = {name: cast(Tensor, sum(g[name] for g in groups)) for name in groups[0]}
-            apart = {name: groups[-1][name] - groups[-2][name] for name in values}
-            if isinstance(draws.source, Tensor):  # two of the sketches of an example tell the error of all
-                counts = sketches_of(self.likelihood, batch.logits, draws.samples, 2).double() / 2
-                scale = to_device(counts.sqrt(), batch.logits.device)
-                apart = {name: q * scale.to(q.dtype).view(-1, *(1,) * (q.dim() - 1)) for name, q in apart.items()}
-        else:  # every example is exact
+        counts = self._sketches(batch, draws)
+        if not counts.any():  # every example is exact
             (values,) = self._squares(batch, u)
-            apart = {name: torch.zeros_like(q) for name, q in values.items()}
+            variances = {name: torch.zeros_like(q) for name, q in values.items()}
+        else:
+            parts = Parts.of(len(u), counts)
+            groups = self._squares(batch, u, parts.sizes)
+            values = {name: cast(Tensor, sum(g[name] for g in groups)) for name in groups[0]}
+            found = {name: parts.sums_and_variances([g[name] for g in groups]) for name in values}
+            variances = {name: variance for name, (_, variance) in found.items()}
+            if self.strata is not None and parts.are_apart:
+                sketched = {name: total for name, (total, _) in found.items()}
+                examples = torch.as_tensor(draws.examples)
+                self.strata.add(examples, draws.weights, batch.logits, sketched, variances)
         units = DrawnUnits(draws.weights, draws.inclusion)
         for name, q in values.items():
-            drawn[name].add(q, apart[name].double().square(), units)
+            drawn[name].add(q, variances[name], units)
         return values
+
+    def _sketches(self, batch: Batch, draws: Draws) -> Tensor:
+        """Return how many sketches each example has, int64 [N]: its last cotangents, or all of them."""
+        if draws.more is not None:
+            return draws.more.counts
+        if isinstance(draws.source, Tensor):
+            return sketches_of(self.likelihood, batch.logits, draws.samples, 2)
+        samples = torch.as_tensor(draws.samples).expand(batch.size)
+        return torch.where(samples < self.likelihood.rank(batch.logits.shape[-1]), 2, 0)
 
     def _batch_mean(self, batch: Batch, draws: Draws, tokens: Tensor | None) -> dict[str, Tensor]:
         """Return the squared gradient of the batch's weighted mean loss, with labels drawn from the model."""
@@ -473,6 +487,8 @@ class _Estimate:
             diagonal = replace(diagonal, num_examples=len(allocation.samples))
         if self.drawn is None:
             return diagonal
+        if self.strata is not None:
+            self.strata.divide(self.moments.weight)
         errors = {name: self.drawn[name].variance().sqrt() / self.moments.weight for name in diagonal}
         return replace(diagonal, estimator_error=shards_of(errors, self.recorder))
 

@@ -267,3 +267,60 @@ class DrawnExamples:
             return draws + second
         spread = second - (first * first) / self.weight
         return draws + spread.clamp_min(0) * self.units / (self.units - 1)
+
+
+class Strata:
+    """What the sketches of each stratum of examples estimate together, and the variance of it.
+
+    Args:
+        number: The stratum of each example of the data set, int64 [N]; -1 for examples without one.
+        count: The number of strata S.
+
+    Attributes:
+        sums: For each quantity of the examples, [...], the weighted sums over the strata, [2, S, ...] in float64: of
+            the estimates, and of their variances.
+        logits: The logits of the examples, [N, C] on the CPU.
+        complete: Whether every example with a stratum was added.
+    """
+
+    def __init__(self, number: Tensor, count: int) -> None:
+        self.number, self.count = number, count
+        self.sums: dict[str, Tensor] = {}
+        self.logits = torch.empty(0)
+        self._missing = number >= 0
+
+    @property
+    def complete(self) -> bool:
+        return not bool(self._missing.any())
+
+    def add(
+        self,
+        examples: Tensor,
+        weights: Tensor,
+        logits: Tensor,
+        sketched: Mapping[str, Tensor],
+        variances: Mapping[str, Tensor],
+    ) -> None:
+        """Add the estimates [n, ...] and their variances for examples with these numbers, weights and logits."""
+        if not len(self.logits):
+            self.logits = torch.zeros(len(self.number), logits.shape[1], dtype=logits.dtype)
+        self.logits[examples] = logits.detach().cpu()
+        self._missing[examples] = False
+        there = self.number[examples]
+        onto = torch.zeros(self.count, len(examples), dtype=torch.float64)
+        rows = (there >= 0).nonzero()[:, 0]
+        onto[there[rows], rows] = weights.to("cpu", torch.float64)[rows]
+        factors = torch.stack([onto, onto.square()])
+        on: dict[torch.device, Tensor] = {}
+        for name, q in sketched.items():
+            pair = [t if t.device.type in CHUNK else t.cpu() for t in (q, variances[name])]
+            device = pair[0].device
+            if device not in on:
+                on[device] = to_device(factors, device)
+            found = torch.stack([torch.tensordot(f, t.double(), 1) for f, t in zip(on[device], pair, strict=True)])
+            self.sums[name] = self.sums[name] + found if name in self.sums else found
+
+    def divide(self, weight: float) -> None:
+        """Divide by the sum of all weights, as means are, and bring the sums to the CPU."""
+        for name, sums in self.sums.items():
+            self.sums[name] = torch.stack([sums[0] / weight, sums[1] / weight**2]).cpu()

@@ -23,14 +23,20 @@ unbiased for every choice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
+from ..ops.asynchronous import to_device
 from .likelihoods import Likelihood
 
 # The mean squared correlation of the gradients. With EfficientNet-Lite0 at 64 pixels, handwritten digits, 10 to 1,000
 # classes and heads fitted to the end or stopped early, it was 0.1 to 0.9 behind the first eigenvector.
 ALIGNMENT = 0.5
+MEASURED = 8  # the most sketches, at the end of all, whose squares are taken one by one
+LARGEST_MIXTURE = 32  # the most cotangents that are eigenvectors of some examples and sketches of others
 
 
 def tails(spectrum: Tensor) -> Tensor:
@@ -85,6 +91,98 @@ def sketches_of(likelihood: Likelihood, logits: Tensor, samples: int | Tensor, s
             some = each == k
             counts[some] = k - 1 + sketches - least(tail[some], k, sketches)[1]
     return counts
+
+
+@dataclass(frozen=True)
+class MoreSketches:
+    """More sketches for examples that were visited before, of what their leading eigenvectors leave.
+
+    The logits are those of the first visit. Those of a second one may round differently, and so exchange eigenvectors
+    of nearly equal eigenvalues: the sum would then miss one of them and have another one twice.
+
+    Attributes:
+        counts: How many sketches each example gets, int64 [N].
+        logits: The logits of the first visit, [N, C].
+    """
+
+    counts: Tensor
+    logits: Tensor
+
+    def of(self, examples: Tensor) -> MoreSketches:
+        """Return those of some examples."""
+        return MoreSketches(self.counts[examples], self.logits[examples])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How the squares of a batch's cotangents are taken apart, so that sketches tell their variance and their sum.
+
+    The sketches of an example are its last cotangents, and eigenvectors come before them. The squares q_j of s sketches
+    have the same distribution. So the variance of their sum is s times the variance of one, which is estimated from
+    those whose squares are taken one by one.
+
+    Attributes:
+        sizes: The number of cotangents of each group. Groups of one are taken one by one.
+        counts: The number of sketches of each example, int64 [N].
+        are_apart: Whether no group has eigenvectors of one example and sketches of another.
+    """
+
+    sizes: list[int]
+    counts: Tensor
+    are_apart: bool
+    _there: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, cotangents: int, counts: Tensor) -> Parts:
+        """Divide K ``cotangents`` of examples that have ``counts`` [N] sketches, some of them at least two."""
+        few, most = int(counts[counts > 0].min()), int(counts.max())
+        if apart := most - few <= LARGEST_MIXTURE:
+            last = min(few, MEASURED)
+            sizes = [cotangents - most, *[1] * (most - few), few - last, *[1] * last]
+        else:
+            last = min(cotangents, MEASURED)
+            sizes = [cotangents - last, *[1] * last]
+        return cls([size for size in sizes if size], counts, apart)
+
+    def sums_and_variances(self, squares: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the sums over the sketches of each example and their estimated variances, [N, ...] both.
+
+        Args:
+            squares: The sums over each group of cotangents, [N, ...].
+        """
+        total, mean, spread = (torch.zeros_like(squares[0]) for _ in range(3))
+        shape = -1, *(1,) * (total.dim() - 1)
+        of_sketches, weights, scale = (t.view(*t.shape[:-1], *shape) for t in self._like(total))
+        for q, there, weight, size in zip(squares, of_sketches, weights, self.sizes, strict=True):
+            total = torch.addcmul(total, q, there)
+            if size == 1:  # Welford's (1962) updates, which do not cancel
+                apart = q - mean
+                mean = torch.addcmul(mean, apart, weight)
+                spread = torch.addcmul(spread, apart * (q - mean), there)
+        return total, spread * scale
+
+    def _like(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which groups have sketches of which examples, their weights in a running mean, and a scale.
+
+        The scale makes the variance of an example's sum from its squared deviations.
+
+        Args:
+            q: Has the dtype and the device of the results.
+
+        Returns:
+            [G, N], [G, N] and [N].
+        """
+        if (key := (q.device, q.dtype)) not in self._there:
+            sizes = torch.tensor(self.sizes)
+            left = sizes.flip(0).cumsum(0).flip(0)[:, None]  # the cotangents from each group on
+            there = self.counts >= left
+            alone = there & (sizes == 1)[:, None]
+            seen = alone.cumsum(0)
+            weights = alone.double() / seen.clamp_min(1)
+            scale = self.counts.double() / (seen[-1] - 1).clamp_min(1)
+            self._there[key] = to_device(torch.cat([there, weights, scale[None]]).to(q.dtype), q.device)
+        found, groups = self._there[key], len(self.sizes)
+        return found[:groups], found[groups:-1], found[-1]
 
 
 def packed(u: Tensor) -> tuple[Tensor, Tensor]:

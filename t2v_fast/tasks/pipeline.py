@@ -44,7 +44,7 @@ class Task2Vec(Stages):
         tolerance: the relative error that the estimator may leave: the norm of the error over the norm of the
             embedding. Images are drawn by importance, the weighted trace of their logit Fisher through the head, and
             each gets as many cotangents as its spectrum asks for, until the estimated error is below the tolerance
-            (:func:`t2v_fast.estimation.allocation.sample_until`). With an iterable or a ``feature_folder``, all images
+            (:func:`t2v_fast.estimation.tolerance.sample_until`). With an iterable or a ``feature_folder``, all images
             are visited. ``samples`` is ignored. ``standard_error`` is then the error against ``"exact"`` on all images,
             and ``meta`` has the ``relative_error`` that was reached, the number of ``images`` of the Fisher and the
             mean number of cotangents, ``samples``. Needs ``estimator="deflated"`` and ``method="fisher"``.

@@ -16,11 +16,12 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from .. import ops, spans
-from ..estimation.allocation import Allocation, SamplingStats, full_allocation, sample_until, share_out
+from ..estimation.allocation import Allocation, SamplingStats, full_allocation, share_out
 from ..estimation.estimator import BATCH_MEAN, FisherDiagonal, fisher
 from ..estimation.label_sets import Heads, LabelSet, fisher_of_label_sets
 from ..estimation.moments import NamedMoments
 from ..estimation.one_forward import FeatureTap, one_forward
+from ..estimation.tolerance import sample_until
 from ..estimation.variational import RobustFisher, variational_fisher
 from ..gradients.fast_forward import fast_forward
 from ..gradients.wrappers import named_parameters

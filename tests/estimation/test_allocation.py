@@ -20,13 +20,13 @@ from t2v_fast.estimation.allocation import (
     SamplingStats,
     draw,
     full_allocation,
-    sample_until,
     seeds_of,
     share_out,
 )
 from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.estimation.likelihoods import LIKELIHOODS, get_likelihood
 from t2v_fast.estimation.sketches import ALIGNMENT
+from t2v_fast.estimation.tolerance import sample_until
 
 
 def logits(n: int, classes: int, scale: float = 1.0, seed: int = 0) -> Tensor:

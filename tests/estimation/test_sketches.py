@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from t2v_fast import fisher
-from t2v_fast.estimation.allocation import SamplingStats, full_allocation, sample_until, seeds_of
+from t2v_fast.estimation.allocation import SamplingStats, full_allocation, seeds_of
 from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.estimation.likelihoods import LIKELIHOODS, get_likelihood
 from t2v_fast.estimation.sketches import least, packed, sketches_of, tails
+from t2v_fast.estimation.tolerance import sample_until
 
 
 def logits(n: int, classes: int, scale: float, seed: int = 0) -> Tensor:
