@@ -443,7 +443,7 @@ def test_tolerance_table(script: Script, monkeypatch: pytest.MonkeyPatch) -> Non
     few = ["--images", "20", "--size", "32", "--classes", "2", "--heads", "early"]
     lines = script("studies.tolerance", *few).splitlines()[2:]
     ways = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert [w[3] for w in ways] == ["equal", "by spectrum", "tolerance"]
+    assert [w[3] for w in ways] == ["equal", "by spectrum"]
     assert all(float(w[6].split()[0]) <= 0.05 and float(w[9].split()[0]) <= 0.02 for w in ways)
 
 
@@ -453,6 +453,19 @@ def test_errors_of_a_fixed_number_of_cotangents(script: Script, monkeypatch: pyt
     sampled, exact = script("studies.tolerance", *few, "--average", "1", "9", "--seeds", "3").splitlines()[-2:]
     assert float(sampled.split("|")[5]) > 0.01
     assert float(exact.split("|")[5]) == 0  # as many cotangents as eigenvectors: nothing is left to chance
+
+
+def test_costs_of_a_tolerance(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("bench.studies.tolerance"), "load_probe", small_probe)
+    few = ["--images", "20", "--size", "32", "--classes", "10", "--heads", "early", "--seeds", "3"]
+    for line, goal in zip(
+        script("studies.tolerance", *few, "--goals", "0.2", "0.02").splitlines()[-2:], (0.2, 0.02), strict=True
+    ):
+        passes, median, most, visits, error, true = (float(cell) for cell in line.split("|")[4:-1])
+        assert 1 <= median <= most <= 10 * visits
+        assert passes <= most
+        assert error <= goal
+        assert true <= 2 * goal
 
 
 def test_points_table(script: Script) -> None:
