@@ -372,7 +372,7 @@ class _Estimate:
             (values,) = self._squares(batch, u)
             variances = {name: torch.zeros_like(q) for name, q in values.items()}
         else:
-            parts = Parts.of(len(u), counts)
+            parts = Parts.of(len(u), counts, only_sketches=draws.more is not None)
             groups = self._squares(batch, u, parts.sizes)
             values = {name: cast(Tensor, sum(g[name] for g in groups)) for name in groups[0]}
             found = {name: parts.sums_and_variances([g[name] for g in groups]) for name in values}

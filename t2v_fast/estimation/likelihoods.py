@@ -151,7 +151,10 @@ class Softmax(Likelihood):
         if there and exact.any() and exact.all():
             return self.exact(z)
         if p.shape[1] <= DENSE_CLASSES and not there:
-            values, vectors = torch.linalg.eigh(_covariance(p))
+            # The solver's choice among eigenvectors of equal eigenvalues depends on the place in the batch. A relative
+            # shift far below any rounding of a network separates them.
+            apart = p * (1 + 1e-11 * torch.linspace(-1, 1, p.shape[1], dtype=p.dtype, device=p.device))
+            values, vectors = torch.linalg.eigh(_covariance(apart / apart.sum(1, keepdim=True)))
             values, vectors = values.flip(1)[:, :-1], vectors.flip(2)[:, :, :-1]  # without the smallest, which is 0
             # The solver's choice between v and -v depends on rounding. A sketch of several eigenvectors would, too.
             turned = torch.arange(1, p.shape[1] + 1, dtype=z.dtype).cos() @ vectors < 0  # [N, C - 1]
@@ -212,7 +215,8 @@ class _Diagonal(Likelihood):
     def deflated(self, z: Tensor, leading: Tensor, signs: Tensor) -> Tensor:
         root = self.variance(z).sqrt()
         most = int(leading.max()) if len(leading) else 0
-        largest = root.topk(most, dim=1).indices  # [N, most]
+        # Among equal ones the first: topk would choose others for another ``most``.
+        largest = root.sort(dim=1, descending=True, stable=True).indices[:, :most]  # [N, most]
         first = _first(most, leading, z).squeeze(1).T.to(z.dtype)[:, :, None]  # [most, N, 1]
         kept = torch.zeros(most, *z.shape, dtype=z.dtype, device=z.device).scatter_(2, largest.T[:, :, None], first)
         return torch.cat([kept * root, root * (1 - kept.sum(0)) * signs])

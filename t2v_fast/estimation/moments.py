@@ -301,7 +301,13 @@ class Strata:
         sketched: Mapping[str, Tensor],
         variances: Mapping[str, Tensor],
     ) -> None:
-        """Add the estimates [n, ...] and their variances for examples with these numbers, weights and logits."""
+        """Add the estimates [n, ...] and their variances for examples with these numbers, weights and logits.
+
+        Raises:
+            RuntimeError: An example was added before.
+        """
+        if bool(((self.number[examples] >= 0) & ~self._missing[examples]).any()):
+            raise RuntimeError("examples were added to their strata before: each call needs strata of its own")
         if not len(self.logits):
             self.logits = torch.zeros(len(self.number), logits.shape[1], dtype=logits.dtype)
         self.logits[examples] = logits.detach().cpu()

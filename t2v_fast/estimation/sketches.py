@@ -8,7 +8,9 @@ signs. A sketch of all eigenvectors but the first l estimates their part of F_f 
     m_f(sum_{i > l} e_i a_i, sum_{i > l} e_i a_i) = sum_{i > l} m_f(a_i, a_i) + 2 sum_{l < i < j} e_i e_j m_f(a_i, a_j)
 
 The products e_i e_j have mean zero and are uncorrelated. So the mean of s sketches is unbiased with the variance
-4 / s * sum_{l < i < j} m_f(a_i, a_j)^2, and the first l eigenvectors add none.
+4 / s * sum_{l < i < j} m_f(a_i, a_j)^2, and the first l eigenvectors add none. Where the sketches of a likelihood
+combine classes and not eigenvectors (a softmax over many classes, or any on a CUDA device), the sum is over pairs of
+what the first eigenvectors leave of the classes. It is about the same, unless few classes have a probability at all.
 
 Before any backward pass only the eigenvalues are known. As a proxy, every eigenvector has a part of the Fisher in
 proportion to its eigenvalue, and all gradients have the same squared correlation :data:`ALIGNMENT` within the filters.
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from ..ops.asynchronous import to_device
 from .likelihoods import Likelihood
+from .moments import CHUNK
 
 # The mean squared correlation of the gradients. With EfficientNet-Lite0 at 64 pixels, handwritten digits, 10 to 1,000
 # classes and heads fitted to the end or stopped early, it was 0.1 to 0.9 behind the first eigenvector.
@@ -125,36 +128,41 @@ class Parts:
         sizes: The number of cotangents of each group. Groups of one are taken one by one.
         counts: The number of sketches of each example, int64 [N].
         are_apart: Whether no group has eigenvectors of one example and sketches of another.
+        only_sketches: Whether there are no eigenvectors at all.
     """
 
     sizes: list[int]
     counts: Tensor
     are_apart: bool
+    only_sketches: bool
     _there: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, cotangents: int, counts: Tensor) -> Parts:
+    def of(cls, cotangents: int, counts: Tensor, only_sketches: bool = False) -> Parts:
         """Divide K ``cotangents`` of examples that have ``counts`` [N] sketches, some of them at least two."""
         few, most = int(counts[counts > 0].min()), int(counts.max())
-        if apart := most - few <= LARGEST_MIXTURE:
+        apart = only_sketches or most - few <= LARGEST_MIXTURE
+        if apart and not only_sketches:
             last = min(few, MEASURED)
             sizes = [cotangents - most, *[1] * (most - few), few - last, *[1] * last]
         else:
             last = min(cotangents, MEASURED)
             sizes = [cotangents - last, *[1] * last]
-        return cls([size for size in sizes if size], counts, apart)
+        return cls([size for size in sizes if size], counts, apart, only_sketches)
 
     def sums_and_variances(self, squares: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the sums over the sketches of each example and their estimated variances, [N, ...] both.
+        """Return the sums over the sketches of each example and their estimated variances, [N, ...] both in float64.
 
         Args:
             squares: The sums over each group of cotangents, [N, ...].
         """
+        # Squares of squares leave the range of float32. Devices that lack float64 hand over to the CPU.
+        squares = [(q if q.device.type in CHUNK else q.cpu()).double() for q in squares]
         total, mean, spread = (torch.zeros_like(squares[0]) for _ in range(3))
         shape = -1, *(1,) * (total.dim() - 1)
         of_sketches, weights, scale = (t.view(*t.shape[:-1], *shape) for t in self._like(total))
         for q, there, weight, size in zip(squares, of_sketches, weights, self.sizes, strict=True):
-            total = torch.addcmul(total, q, there)
+            total = total + q if self.only_sketches else torch.addcmul(total, q, there)
             if size == 1:  # Welford's (1962) updates, which do not cancel
                 apart = q - mean
                 mean = torch.addcmul(mean, apart, weight)

@@ -42,10 +42,10 @@ def sample_until(
 
     The first draw is refined while it is the only one and more sketches are enough. Later draws are independent, and
     the result is the mean of all. The weight of a draw in the mean is proportional to the precision that the
-    approximations predict for it, and the weight of a refinement to its number of sketches. The weights do not depend
-    on the errors that draws report, since an estimate and its reported error are not independent. The reported errors
-    only decide how large the next draw is: it is as large as the missing precision asks for, if it is as much better or
-    worse than predicted as the draws before it.
+    approximations predict for its plan, and the weight of a refinement to its number of sketches. The weights do not
+    depend on the errors that draws report, since an estimate and its reported error are not independent. The reported
+    errors only decide how large the next draw is: it is as large as the missing precision asks for, if it is as much
+    better or worse than predicted as the draws before it.
 
     Args:
         need: The statistics of the examples.
@@ -55,7 +55,8 @@ def sample_until(
         every_example: Visit every example in each draw, with the numbers of cotangents that the draw chose.
 
     Returns:
-        The mean over the draws. Its relative error is at most ``tolerance``.
+        The mean over the draws. Its relative error is at most ``tolerance``, or not finite if that of all examples
+        with all their eigenvectors is not.
 
     Raises:
         ValueError: ``tolerance`` is not above zero.
@@ -138,8 +139,10 @@ def _refined(
         chosen, more = plan
         more = torch.where(certain & chosen[strata.number], more, 0)
         examples = allocation.examples if every_example else allocation.examples[more[allocation.examples] > 0]
-        again = Strata(strata.number, strata.count)
+        again = Strata(torch.where(more > 0, strata.number, -1), strata.count)
         visit(replace(allocation, examples=examples, strata=again, more=MoreSketches(more, strata.logits)))
+        if not again.complete:
+            break
         share = _by_stratum(strata, more) / _by_stratum(strata, have + more).clamp_min(1)
         found = _with(found, strata, again, share, int(more.sum()))
         have = have + more
@@ -156,7 +159,7 @@ def _plan(
     norm = float(found.vector().norm().clamp_min(torch.finfo(torch.float64).tiny))
     reported = sum(float(sums[1].sum()) for sums in strata.sums.values()) / norm / norm
     excess = found.relative_error() ** 2 - (AIM * tolerance) ** 2
-    first = need.sketches(samples)
+    first, rank = need.sketches(samples), need.spectrum.shape[1]
     value = _by_stratum(strata, need.importance.square() * need.left_by(samples) * first / have.clamp_min(1))
     if not float(value.sum()) > 0:
         return None
@@ -165,6 +168,7 @@ def _plan(
     for part in MORE:
         more = (part * have).ceil().long().clamp_min(2)
         gain = value * _by_stratum(strata, more) / _by_stratum(strata, have + more).clamp_min(1)
+        gain = torch.where(_by_stratum(strata, have + more > rank) > 0, 0, gain)  # as many would be exact
         cost = _by_stratum(strata, more + FORWARD).clamp_min(1)
         order = (gain / cost).argsort(descending=True)
         enough = int((gain[order].cumsum(0) < excess).sum())

@@ -77,6 +77,42 @@ def test_parts_tell_sums_and_variances_of_sketches(spread: int) -> None:
         torch.testing.assert_close(variances[n], want)
 
 
+def test_parts_of_sketches_alone_are_always_apart() -> None:
+    """However much their numbers differ, which a refinement of examples in their own order comes to."""
+    counts = torch.tensor([2, 0, 9, 90])
+    each = torch.rand(90, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    each *= (torch.arange(90)[:, None] >= 90 - counts)[:, :, None]
+    parts = Parts.of(90, counts, only_sketches=True)
+    totals, variances = parts.sums_and_variances([part.sum(0) for part in each.split(parts.sizes)])
+    assert parts.are_apart
+    torch.testing.assert_close(totals, each.sum(0))
+    for n, s in enumerate(counts.tolist()):
+        want = s * each[-min(s, 8) :, n].var(0) if s else torch.zeros(5, dtype=torch.float64)
+        torch.testing.assert_close(variances[n], want)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_errors_of_squares_at_the_ends_of_float32(scale: float) -> None:
+    """The squares of squares are beyond its range."""
+    squares = [scale * torch.tensor([[1.0], [3.0]]), scale * torch.tensor([[2.0], [3.0]])]
+    total, variance = Parts.of(2, torch.tensor([2, 2])).sums_and_variances(squares)
+    torch.testing.assert_close(total / scale, torch.tensor([[3.0], [6.0]], dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance / scale**2, torch.tensor([[1.0], [0.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "classes"), [("gaussian", 20), ("sigmoid", 20), ("softmax", 5), ("softmax", 33), ("softmax", 70)]
+)
+def test_equal_eigenvalues_have_the_same_eigenvectors_in_every_batch(likelihood: str, classes: int) -> None:
+    """At each place of a batch, beside examples with more eigenvectors, and alone."""
+    model, z = get_likelihood(likelihood), torch.zeros(6, classes, dtype=torch.float64)
+    alone = second_moment(model.deflated(z[:1], torch.tensor([2]), torch.empty(0, 1, classes)))[0]
+    leading = torch.tensor([2, 3, 2, 3, 2, 2])
+    found = second_moment(model.deflated(z, leading, torch.empty(0, 6, classes)))
+    for n in (0, 2, 4, 5):
+        torch.testing.assert_close(found[n], alone, rtol=0, atol=2e-3 * float(alone.abs().max()))
+
+
 class Watched:
     """A network of random features with many classes, its statistics, and a ``visit`` that notes its allocations."""
 
@@ -266,3 +302,8 @@ def test_errors() -> None:
         with pytest.raises(ValueError, match=message):
             call()
     assert Strata(torch.tensor([-1]), 1).complete
+    watched = Watched(9, 20)
+    allocation = replace(full_allocation(torch.full((20,), 2)), strata=Strata(torch.zeros(20, dtype=torch.long), 1))
+    watched(allocation, 0)
+    with pytest.raises(RuntimeError, match="each call needs strata of its own"):
+        watched(allocation, 1)
