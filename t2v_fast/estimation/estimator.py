@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -374,11 +375,8 @@ class _Estimate:
         else:
             parts = Parts.of(len(u), counts, only_sketches=draws.more is not None)
             groups = self._squares(batch, u, parts.sizes)
-            values = {name: cast(Tensor, sum(g[name] for g in groups)) for name in groups[0]}
-            found = {name: parts.sums_and_variances([g[name] for g in groups]) for name in values}
-            variances = {name: variance for name, (_, variance) in found.items()}
+            values, sketched, variances = _apart(groups, parts)
             if self.strata is not None and parts.are_apart:
-                sketched = {name: total for name, (total, _) in found.items()}
                 examples = torch.as_tensor(draws.examples)
                 self.strata.add(examples, draws.weights, batch.logits, sketched, variances)
         units = DrawnUnits(draws.weights, draws.inclusion)
@@ -491,6 +489,30 @@ class _Estimate:
             self.strata.divide(self.moments.weight)
         errors = {name: self.drawn[name].variance().sqrt() / self.moments.weight for name in diagonal}
         return replace(diagonal, estimator_error=shards_of(errors, self.recorder))
+
+
+def _apart(
+    groups: Sequence[Mapping[str, Tensor]], parts: Parts
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Return sums over all groups of cotangents, sums over the sketches, and the estimated variances of the latter.
+
+    The quantities of a device are laid side by side, because many small operations take longer than a few large ones.
+    """
+    found: list[dict[str, Tensor]] = [{}, {}, {}]
+    on: dict[torch.device, list[str]] = {}
+    for name, q in groups[0].items():
+        on.setdefault(q.device, []).append(name)
+    for names in on.values():
+        shapes = [groups[0][name].shape for name in names]
+        sizes = [math.prod(shape[1:]) for shape in shapes]
+        flat = [
+            torch.cat([group[name].reshape(-1, size) for name, size in zip(names, sizes, strict=True)], 1)
+            for group in groups
+        ]
+        for into, whole in zip(found, (torch.stack(flat).sum(0), *parts.sums_and_variances(flat)), strict=True):
+            for name, shape, q in zip(names, shapes, whole.split(sizes, 1), strict=True):
+                into[name] = q.reshape(shape)
+    return found[0], found[1], found[2]
 
 
 @contextlib.contextmanager

@@ -151,10 +151,7 @@ class Softmax(Likelihood):
         if there and exact.any() and exact.all():
             return self.exact(z)
         if p.shape[1] <= DENSE_CLASSES and not there:
-            # The solver's choice among eigenvectors of equal eigenvalues depends on the place in the batch. A relative
-            # shift far below any rounding of a network separates them.
-            apart = p * (1 + 1e-11 * torch.linspace(-1, 1, p.shape[1], dtype=p.dtype, device=p.device))
-            values, vectors = torch.linalg.eigh(_covariance(apart / apart.sum(1, keepdim=True)))
+            values, vectors = torch.linalg.eigh(_covariance(_apart(p)))
             values, vectors = values.flip(1)[:, :-1], vectors.flip(2)[:, :, :-1]  # without the smallest, which is 0
             # The solver's choice between v and -v depends on rounding. A sketch of several eigenvectors would, too.
             turned = torch.arange(1, p.shape[1] + 1, dtype=z.dtype).cos() @ vectors < 0  # [N, C - 1]
@@ -281,6 +278,17 @@ def _covariance(p: Tensor) -> Tensor:
     covariance = -p[:, :, None] * p[:, None, :]
     covariance.diagonal(dim1=1, dim2=2).copy_(p * complement)
     return covariance
+
+
+def _apart(p: Tensor) -> Tensor:
+    """Shift the probabilities of rows [N, C] that have equal ones, by far less than any rounding of a network.
+
+    A solver's choice among the eigenvectors of equal eigenvalues depends on the place of the row in its batch.
+    """
+    ordered = p.sort(1).values
+    equal = (ordered.diff(dim=1) < 1e-9 * ordered[:, 1:]).any(1, keepdim=True)
+    shifted = p * (1 + 1e-11 * torch.linspace(-1, 1, p.shape[1], dtype=p.dtype, device=p.device))
+    return torch.where(equal, shifted / shifted.sum(1, keepdim=True), p)
 
 
 def _leading_eigenvectors(p: Tensor, r: int) -> Tensor:
