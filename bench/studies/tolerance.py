@@ -3,10 +3,10 @@
     python -m bench.studies.tolerance [--classes 2 10 100 1000] [--heads newton early own] [--images 200] [--size 64]
 
 The ways are equal numbers of cotangents, and numbers that are shared out by the spectrum. Images are handwritten digits
-(scikit-learn's), the probe is the packaged EfficientNet-Lite0. Labels of 2
-classes are parities, of 10 the digits, of 100 and 1,000 random (1,000 images are labelled and fitted, whatever --images
-says). Heads: ``newton``, fitted to the end (six iterations for 1,000 classes), ``early``, one epoch of Adam, and
-``own``, the probe's own head of 1,000 classes (left out for other numbers of classes).
+(scikit-learn's), the probe is the packaged EfficientNet-Lite0. Labels of 2 classes are parities, of 10 the digits, of
+100 and 1,000 random (1,000 images are labelled and fitted, whatever --images says). Heads: ``newton``, fitted to the
+end (six iterations for 1,000 classes), ``early``, one epoch of Adam, and ``own``, the probe's own head of 1,000 classes
+(left out for other numbers of classes).
 
 Errors are relative to the norm of the embedding: the root mean square over the draws, from two sketches of each image
 for each number of cotangents. Seconds are the measured seconds of a forward and of a backward pass, times their
@@ -237,6 +237,10 @@ def measure(probe: Probe, classes: int, head: str, count: int) -> None:
         print("|", " | ".join([f"{classes:,}", f"`{head}`", f"{task.confidence:.4f}", way, *cells]), "|", flush=True)
 
 
+def header(columns: list[str]) -> None:
+    print("|", " | ".join(columns), "|\n" + "| --- " * len(columns) + "|", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--classes", type=int, nargs="+", default=[2, 10, 100, 1000])
@@ -252,7 +256,7 @@ def main() -> None:
     probe = load_probe(size=arguments.size)
     if arguments.average:
         print(f"{arguments.images} images at {arguments.size} pixels, {arguments.seeds} seeds\n")
-        print("| classes | head | cotangents | passes an image | error |\n" + "| --- " * 5 + "|", flush=True)
+        header(["classes", "head", "cotangents", "passes an image", "error"])
         for classes, head in product(arguments.classes, arguments.heads):
             spread(probe, classes, head, arguments.images, arguments.average, arguments.seeds)
         return
@@ -269,14 +273,14 @@ def main() -> None:
             "error",
             "against exact",
         ]
-        print("|", " | ".join(columns), "|\n" + "| --- " * len(columns) + "|", flush=True)
+        header(columns)
         for classes, head in product(arguments.classes, arguments.heads):
             costs(probe, classes, head, arguments.images, arguments.goals, arguments.seeds)
         return
     goals = [c for g in GOALS for c in (f"passes an image, {g:.0%}", "s for 1,000 images", "error")]
     columns = ["classes", "head", "top probability", "cotangents", *goals]
     print(f"{arguments.images} images at {arguments.size} pixels, {torch.get_num_threads()} threads\n")
-    print("|", " | ".join(columns), "|\n" + "| --- " * len(columns) + "|", flush=True)
+    header(columns)
     for classes in arguments.classes:
         for head in arguments.heads:
             if head == "own" and classes != OWN_CLASSES:

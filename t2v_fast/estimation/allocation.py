@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .likelihoods import Likelihood, get_likelihood, mixed
 from .moments import Strata
-from .sketches import ALIGNMENT, MoreSketches, least, tails
+from .sketches import ALIGNMENT, MoreSketches, counts_of, least, tails
 
 FORWARD = 0.5  # time to read and run an example, relative to backpropagating one cotangent
 OVERHEAD = 3.0  # fixed cost of a pass, in examples; measured with EfficientNet-Lite0 at 64 pixels on a CPU
@@ -204,12 +204,7 @@ class SamplingStats:
 
     def sketches(self, samples: Tensor) -> Tensor:
         """Return how many sketches there are, at least two, for the number of cotangents of each example, int64 [N]."""
-        tail, found = tails(self.spectrum), torch.zeros_like(samples)
-        for k in samples.unique().tolist():
-            if k < self.spectrum.shape[1]:
-                some = samples == k
-                found[some] = k + 1 - least(tail[some], k, 2)[1]
-        return found
+        return counts_of(tails(self.spectrum), samples, 2)
 
 
 def share_out(need: SamplingStats, samples: float) -> Tensor:

@@ -375,7 +375,7 @@ class _Estimate:
         else:
             parts = Parts.of(len(u), counts, only_sketches=draws.more is not None)
             groups = self._squares(batch, u, parts.sizes)
-            values, sketched, variances = _apart(groups, parts)
+            values, sketched, variances = _taken_apart(groups, parts)
             if self.strata is not None and parts.are_apart:
                 examples = torch.as_tensor(draws.examples)
                 self.strata.add(examples, draws.weights, batch.logits, sketched, variances)
@@ -491,7 +491,7 @@ class _Estimate:
         return replace(diagonal, estimator_error=shards_of(errors, self.recorder))
 
 
-def _apart(
+def _taken_apart(
     groups: Sequence[Mapping[str, Tensor]], parts: Parts
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Return sums over all groups of cotangents, sums over the sketches, and the estimated variances of the latter.

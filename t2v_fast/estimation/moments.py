@@ -303,6 +303,8 @@ class Strata:
     ) -> None:
         """Add the estimates [n, ...] and their variances for examples with these numbers, weights and logits.
 
+        Estimates and variances are float64, on a CPU or a CUDA device.
+
         Raises:
             RuntimeError: An example was added before.
         """
@@ -317,13 +319,10 @@ class Strata:
         rows = (there >= 0).nonzero()[:, 0]
         onto[there[rows], rows] = weights.to("cpu", torch.float64)[rows]
         factors = torch.stack([onto, onto.square()])
-        on: dict[torch.device, Tensor] = {}
+        on = {device: to_device(factors, device) for device in {q.device for q in sketched.values()}}
         for name, q in sketched.items():
-            pair = [t if t.device.type in CHUNK else t.cpu() for t in (q, variances[name])]
-            device = pair[0].device
-            if device not in on:
-                on[device] = to_device(factors, device)
-            found = torch.stack([torch.tensordot(f, t.double(), 1) for f, t in zip(on[device], pair, strict=True)])
+            pair = zip(on[q.device], (q, variances[name]), strict=True)
+            found = torch.stack([torch.tensordot(f, t, 1) for f, t in pair])
             self.sums[name] = self.sums[name] + found if name in self.sums else found
 
     def divide(self, weight: float) -> None:

@@ -26,7 +26,7 @@ unbiased for every choice.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -87,11 +87,15 @@ def sketches_of(likelihood: Likelihood, logits: Tensor, samples: int | Tensor, s
     """
     spectrum = likelihood.spectrum(logits.detach().to("cpu", torch.float64))
     tail = tails(spectrum / spectrum.sum(1, True).clamp_min(torch.finfo(torch.float64).tiny))
-    each = samples if isinstance(samples, Tensor) else torch.full((len(tail),), samples)
-    counts = torch.zeros_like(each)
-    for k in each.unique().tolist():
-        if k < likelihood.rank(logits.shape[1]):
-            some = each == k
+    return counts_of(tail, samples if isinstance(samples, Tensor) else torch.full((len(tail),), samples), sketches)
+
+
+def counts_of(tail: Tensor, samples: Tensor, sketches: int) -> Tensor:
+    """Return how many sketches each example gets, as :func:`sketches_of` does, from its T(l), [N, R + 1]."""
+    counts = torch.zeros_like(samples)
+    for k in samples.unique().tolist():
+        if k < tail.shape[1] - 1:
+            some = samples == k
             counts[some] = k - 1 + sketches - least(tail[some], k, sketches)[1]
     return counts
 
@@ -135,7 +139,6 @@ class Parts:
     counts: Tensor
     are_apart: bool
     only_sketches: bool
-    _there: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cotangents: int, counts: Tensor, only_sketches: bool = False) -> Parts:
@@ -151,46 +154,28 @@ class Parts:
         return cls([size for size in sizes if size], counts, apart, only_sketches)
 
     def sums_and_variances(self, squares: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the sums over the sketches of each example and their estimated variances, [N, ...] both in float64.
+        """Return the sums over the sketches of each example and their estimated variances, [N, D] both in float64.
 
         Args:
-            squares: The sums over each group of cotangents, [N, ...].
+            squares: The sums over each group of cotangents, [N, D].
         """
         # Squares of squares leave the range of float32. Devices that lack float64 hand over to the CPU.
         squares = [(q if q.device.type in CHUNK else q.cpu()).double() for q in squares]
+        sizes = torch.tensor(self.sizes)
+        left = sizes.flip(0).cumsum(0).flip(0)[:, None]  # the cotangents from each group on
+        there = self.counts >= left  # which groups have sketches of which examples, [G, N]
+        alone = there & (sizes == 1)[:, None]
+        seen = alone.cumsum(0)
+        shares, scale = alone.double() / seen.clamp_min(1), self.counts.double() / (seen[-1] - 1).clamp_min(1)
+        factors = to_device(torch.cat([there, shares, scale[None]]), squares[0].device)[:, :, None]
         total, mean, spread = (torch.zeros_like(squares[0]) for _ in range(3))
-        shape = -1, *(1,) * (total.dim() - 1)
-        of_sketches, weights, scale = (t.view(*t.shape[:-1], *shape) for t in self._like(total))
-        for q, there, weight, size in zip(squares, of_sketches, weights, self.sizes, strict=True):
-            total = total + q if self.only_sketches else torch.addcmul(total, q, there)
+        for g, (q, size) in enumerate(zip(squares, self.sizes, strict=True)):
+            total = total + q if self.only_sketches else torch.addcmul(total, q, factors[g])
             if size == 1:  # Welford's (1962) updates, which do not cancel
                 apart = q - mean
-                mean = torch.addcmul(mean, apart, weight)
-                spread = torch.addcmul(spread, apart * (q - mean), there)
-        return total, spread * scale
-
-    def _like(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return which groups have sketches of which examples, their weights in a running mean, and a scale.
-
-        The scale makes the variance of an example's sum from its squared deviations.
-
-        Args:
-            q: Has the dtype and the device of the results.
-
-        Returns:
-            [G, N], [G, N] and [N].
-        """
-        if (key := (q.device, q.dtype)) not in self._there:
-            sizes = torch.tensor(self.sizes)
-            left = sizes.flip(0).cumsum(0).flip(0)[:, None]  # the cotangents from each group on
-            there = self.counts >= left
-            alone = there & (sizes == 1)[:, None]
-            seen = alone.cumsum(0)
-            weights = alone.double() / seen.clamp_min(1)
-            scale = self.counts.double() / (seen[-1] - 1).clamp_min(1)
-            self._there[key] = to_device(torch.cat([there, weights, scale[None]]).to(q.dtype), q.device)
-        found, groups = self._there[key], len(self.sizes)
-        return found[:groups], found[groups:-1], found[-1]
+                mean = torch.addcmul(mean, apart, factors[len(sizes) + g])
+                spread = torch.addcmul(spread, apart * (q - mean), factors[g])
+        return total, spread * factors[-1]
 
 
 def packed(u: Tensor) -> tuple[Tensor, Tensor]:

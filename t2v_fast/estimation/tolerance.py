@@ -131,9 +131,12 @@ def _refined(
     strata = allocation.strata
     assert strata is not None
     have = need.sketches(allocation.samples)  # of each example, so far
+    single = (
+        need.importance.square() * need.left_by(allocation.samples) * have
+    )  # the variance with one sketch, in proportion
     certain = strata.number >= 0
     while strata.sums and strata.complete and found.relative_error() > tolerance:
-        plan = _plan(need, allocation.samples, found, strata, have, tolerance)
+        plan = _plan(found, strata, single, have, need.spectrum.shape[1], tolerance)
         if plan is None:
             break
         chosen, more = plan
@@ -150,17 +153,21 @@ def _refined(
 
 
 def _plan(
-    need: SamplingStats, samples: Tensor, found: FisherDiagonal, strata: Strata, have: Tensor, tolerance: float
+    found: FisherDiagonal, strata: Strata, single: Tensor, have: Tensor, rank: int, tolerance: float
 ) -> tuple[Tensor, Tensor] | None:
     """Choose the strata [S] that get more sketches, and how many the examples of a chosen one get, int64 [N].
 
     The reported variance of all is taken to be where it was predicted, so that no stratum is chosen for its own report.
+
+    Args:
+        single: In proportion to the variance that one sketch of each example would leave, [N].
+        have: The number of sketches of each example so far, int64 [N].
+        rank: The most cotangents of an example, which are exact.
     """
     norm = float(found.vector().norm().clamp_min(torch.finfo(torch.float64).tiny))
-    reported = sum(float(sums[1].sum()) for sums in strata.sums.values()) / norm / norm
+    reported = sum(float(strata.sums[name][1].sum()) for name in found) / norm / norm
     excess = found.relative_error() ** 2 - (AIM * tolerance) ** 2
-    first, rank = need.sketches(samples), need.spectrum.shape[1]
-    value = _by_stratum(strata, need.importance.square() * need.left_by(samples) * first / have.clamp_min(1))
+    value = _by_stratum(strata, single / have.clamp_min(1))
     if not float(value.sum()) > 0:
         return None
     value = value * (reported / float(value.sum()))
@@ -181,8 +188,9 @@ def _plan(
 def _with(found: FisherDiagonal, strata: Strata, again: Strata, share: Tensor, spent: int) -> FisherDiagonal:
     """Average the sketches of two visits. ``share`` [S] is the weight of the second; ``strata`` gets the averages."""
     entries, errors, standard = {}, {}, {}
-    for name, sums in strata.sums.items():
-        new = again.sums.get(name, torch.zeros_like(sums))  # of strata that were not visited, with the weight 0
+    for name in found:  # without parameters that some batch did not use
+        sums = strata.sums[name]
+        new = again.sums.get(name, torch.zeros_like(sums))  # zero where the second visit did not use it
         w = share.view(-1, *(1,) * (sums.dim() - 2))
         strata.sums[name] = torch.stack(
             [(1 - w) * sums[0] + w * new[0], (1 - w).square() * sums[1] + w.square() * new[1]]

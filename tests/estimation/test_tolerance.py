@@ -20,7 +20,7 @@ from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.estimation.likelihoods import get_likelihood
 from t2v_fast.estimation.moments import Strata
 from t2v_fast.estimation.sketches import MoreSketches, Parts, sketches_of
-from t2v_fast.estimation.tolerance import MIN_STRATUM, sample_until, strata_of
+from t2v_fast.estimation.tolerance import MIN_STRATUM, _plan, _with, sample_until, strata_of
 
 
 def some_logits(n: int, classes: int, scale: float = 1.0, seed: int = 0) -> Tensor:
@@ -213,6 +213,34 @@ def test_a_refinement_is_the_mean_over_all_sketches(monkeypatch: pytest.MonkeyPa
             sizes = [sum(q[n][1][i][0] for n in members) for i in range(len(sets))]
             want += sum(size / sum(sizes) * mean for size, mean in zip(sizes, sets, strict=True))
         torch.testing.assert_close(f[name], want, rtol=1e-9, atol=1e-12)
+
+
+def test_parameters_that_some_batch_did_not_use_stay_left_out() -> None:
+    """The strata have sums for them, the result of the first visit does not."""
+    first, again = (Strata(torch.zeros(2, dtype=torch.long), 1) for _ in range(2))
+    first.sums = {name: torch.full((2, 1, 3), 4.0, dtype=torch.float64) for name in ("used", "unused")}
+    again.sums = {"used": torch.full((2, 1, 3), 2.0, dtype=torch.float64)}
+    entries = {"used": torch.full((3,), 10.0, dtype=torch.float64)}
+    errors = {"used": torch.full((3,), 3.0, dtype=torch.float64)}
+    found = FisherDiagonal(entries, errors, "filter", "deflated", 2, 2, estimator_error=errors, visited=2)
+    mean = _with(found, first, again, torch.tensor([0.5], dtype=torch.float64), 4)
+    assert list(mean) == ["used"]
+    assert mean["used"].tolist() == [9.0] * 3
+    # Of the variance 9, 4 was that of the sketches, of which a quarter is left, and a quarter of 2 comes.
+    torch.testing.assert_close(mean.estimator_error["used"], torch.full((3,), 6.5, dtype=torch.float64).sqrt())
+    assert mean.samples == 4
+
+
+@pytest.mark.parametrize(("have", "refined"), [(4, True), (18, False)])
+def test_no_example_gets_more_sketches_than_would_be_exact(have: int, refined: bool) -> None:
+    strata = Strata(torch.tensor([0, 0, 1, 1]), 2)
+    strata.sums = {"w": torch.ones(2, 2, 3, dtype=torch.float64)}
+    entries, errors = ({"w": torch.full((3,), value, dtype=torch.float64)} for value in (10.0, 2.0**0.5))
+    found = FisherDiagonal(entries, errors, "filter", "deflated", 2, 4, estimator_error=errors, visited=4)
+    single, counts = torch.ones(4, dtype=torch.float64), torch.full((4,), have)
+    plan = _plan(found, strata, single, counts, 19, 0.13)
+    assert (plan is not None) == refined
+    assert plan is None or (int(plan[1].max()) <= 19 - have and plan[0].any())
 
 
 def test_strata_do_not_depend_on_batches() -> None:
