@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..gradients.fast_forward import fast_forward
 from ..gradients.graph import UnsupportedError
+from ..gradients.members import modules_of
 from ..gradients.recorder import FisherRecorder
 from ..gradients.tensor_parallel import whole
 from ..ops.asynchronous import to_device
@@ -326,7 +327,7 @@ def _check_mask(mask: Tensor | None, labels: Tensor | None, logits: Tensor) -> T
 @contextlib.contextmanager
 def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
     """Restore the buffers that a forward pass in training mode changes, such as batch norm's running statistics."""
-    before = [(b, b.clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
+    before = [(b, b.clone()) for b in model.buffers()] if any(m.training for m in modules_of(model)) else []
     try:
         yield
     finally:

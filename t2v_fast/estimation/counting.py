@@ -22,6 +22,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from ..gradients.graph import views_of
+from ..gradients.members import modules_of, name_of
 from ..gradients.ownership import nodes_of
 
 _AXIS = {"cumsum": 1, "topk": 2, "sort": 1, "argsort": 1, "msort": None}  # the place of the axis among the arguments
@@ -152,12 +153,12 @@ def capacity_of(layer: nn.Module) -> str | None:
 
 def layer_with_capacity(network: nn.Module) -> nn.Module | None:
     """The first module of a network that has a capacity."""
-    return next((layer for layer in network.modules() if capacity_of(layer) is not None), None)
+    return next((layer for layer in modules_of(network) if capacity_of(layer) is not None), None)
 
 
 def described(network: nn.Module, layer: nn.Module | None) -> str:
     """A layer's name and class, for a message."""
-    name = next((name for name, of in network.named_modules() if of is layer), None)
+    name = name_of(network, layer)
     if layer is None or name is None:
         return "the network"
     capacity = capacity_of(layer)

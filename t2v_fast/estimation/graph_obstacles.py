@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..gradients.members import name_of
+
 # Operators that make the host wait without a tag of torch's that says so.
 _WAITING = frozenset(
     {"is_nonzero", "_linalg_eigh", "_linalg_svd", "linalg_inv_ex", "_linalg_solve_ex", "_linalg_eigvals"}
@@ -255,8 +257,7 @@ def hooked(model: nn.Module) -> str | None:
     """
     for module, table, hooks in _hooks(model):
         if hooks:
-            name = next((repr(name) for name, m in model.named_modules() if m is module), "")
-            where = f"the layer {name}" if module is not None else "every module"
+            where = f"the layer {name_of(model, module)!r}" if module is not None else "every module"
             return f"{where} has a hook ({table}), which a replay would not run"
     return None
 

@@ -40,6 +40,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves
 
 from ..gradients.fast_layers import FastLayers
+from ..gradients.members import modules_of
 
 Program = tuple[tuple, ...]  # one entry for each call, with its function and what its arguments are; and the output
 
@@ -100,7 +101,7 @@ class _Unproved(Exception):
 
 def _constants_of(network: nn.Module) -> list[Tensor]:
     """The parameters and buffers of a network, each once."""
-    members = (t for m in network.modules() for of in (m._parameters, m._buffers) for t in of.values())
+    members = (t for m in modules_of(network) for of in (m._parameters, m._buffers) for t in of.values())
     return list({id(t): t for t in members if t is not None}.values())
 
 

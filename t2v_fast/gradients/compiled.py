@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from .members import modules_of
 from .network_state import state_of
 from .process_wide import ProcessWide
 from .wrappers import is_compiled
@@ -31,7 +32,7 @@ eager = ProcessWide(_stance)
 
 def say_once(model: nn.Module, network: nn.Module) -> None:
     """Log that a model, or a part of it, was compiled, once for each network that it is a wrapper of."""
-    compiled = any(is_compiled(m) or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
+    compiled = any(is_compiled(m) or getattr(m, "_compiled_call_impl", None) is not None for m in modules_of(model))
     if compiled and state_of(network).is_first("compiled"):
         log.info(
             "%s was compiled with torch.compile, which hides its layers: they run without it for the Fisher",

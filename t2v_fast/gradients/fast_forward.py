@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from .. import ops
 from .fast_layers import FastLayers
+from .members import modules_of, parameters_of
 from .ownership import nodes_of
 from .tensor_parallel import is_distributed
 
@@ -172,7 +173,7 @@ class FastNetwork:
         self.model, self.forward = model, forward
         self.works: bool | None = None if channels_last else False
         self.observe: Callable[[Any], AbstractContextManager[Any]] = nullcontext
-        self._on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+        self._on_cpu = all(p.device.type == "cpu" for p in parameters_of(model))
         self._layers = FastLayers(self._put_back, self._on_cpu)
         self._layers.read = self._make_channels_last
         # By the weight's id: the weight, its own data, the channels-last copy, and the weight's version then.
@@ -181,7 +182,7 @@ class FastNetwork:
     def __enter__(self) -> FastNetwork:
         # On a CPU, the fast layers say which convolutions torch computes, when they run for the first time.
         kinds = (nn.ConvTranspose2d,) if self._layers.sees_convolutions and self._on_cpu else _CONVOLUTIONS
-        for module in self.model.modules() if self.works is None else ():
+        for module in modules_of(self.model) if self.works is None else ():
             # A weight that is computed from other tensors is not a parameter of its module.
             if isinstance(module, kinds) and (weight := module._parameters.get("weight")) is not None:
                 self._make_channels_last(weight)
@@ -307,7 +308,7 @@ def fast_forward(
         (2, 2)
     """
     kind = torch.device(device).type
-    if any(map(is_distributed, model.parameters())):  # processes share the weights, which have a memory of their own
+    if any(map(is_distributed, parameters_of(model))):  # processes share the weights, which have a memory of their own
         yield forward
         return
     if kind != "cpu" and not (kind == "cuda" and channels_last):

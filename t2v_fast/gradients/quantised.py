@@ -13,6 +13,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from .members import modules_of
+
 # The kinds of nodes of layers y = x W^T + b with a quantised W, which are functions written in Python.
 LINEAR = ("MatMul4Bit", "MatMul8bitLt", "MatMul8bitFp")
 _PACKS = "support_avx512bf16_for_cpu"  # the attribute of a 4-bit layer that lets it pack its weight
@@ -43,7 +45,7 @@ def unpack(model: nn.Module) -> list[nn.Module]:
     Returns:
         The layers that may pack their weights, for :func:`allow_packing`.
     """
-    layers = [module for module in model.modules() if vars(module).get(_PACKS, False)]
+    layers = [module for module in modules_of(model) if vars(module).get(_PACKS, False)]
     for layer in layers:
         setattr(layer, _PACKS, False)
         if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):

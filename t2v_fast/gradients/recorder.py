@@ -24,6 +24,7 @@ from .checkpointing import Regions
 from .compiled import eager, say_once
 from .factors import Factors, Plan, Reuse
 from .graph import Taps, UnsupportedError, Use, fix_batch_norm_gradients, keep_channels_last
+from .members import parameters_of
 from .ownership import dense
 from .parameters import FilterAxis, ParameterFilter, filter_axes_of, select_parameters
 from .quantised import allow_packing, unpack
@@ -119,7 +120,7 @@ class FisherRecorder:
         self.model = network_of(model)
         self.sharding = sharding_of(self.model)  # before the parameters are named, because gathered ones are others
         # Whether several processes share the network's parameters, so that each has a part of some of them.
-        self.divided = self.sharding is not None or any(map(is_distributed, self.model.parameters()))
+        self.divided = self.sharding is not None or any(map(is_distributed, parameters_of(self.model)))
         self.granularity = granularity
         self.unsupported = unsupported
         self.parameters = select_parameters(model, parameters)  # by names with or without wrappers
@@ -152,7 +153,7 @@ class FisherRecorder:
         self._looked_for_random_layers = False
         if self.sharding is not None:
             self._contexts.enter_context(self.sharding)
-        self._required = [(p, p.requires_grad) for p in self.model.parameters()]
+        self._required = [(p, p.requires_grad) for p in parameters_of(self.model)]
         wanted = {id(p) for p in self.parameters.values()}
         for p, _ in self._required:
             p.requires_grad_(id(p) in wanted)

@@ -10,6 +10,7 @@ from torch.autograd.graph import Node
 
 from .fast_layers import NODES
 from .graph import Taps, UnsupportedError, find_taps, parameters_below
+from .members import modules_of, name_of
 from .ownership import PASSING
 from .quantised import LINEAR
 from .tensor_parallel import BETWEEN, check_local_parts
@@ -93,22 +94,27 @@ def _is_sharded(parameter: Tensor) -> bool:
 
 def random_layer(model: nn.Module) -> str | None:
     """The name and type of a layer in training mode that draws random numbers; None if there is none."""
-    for name, module in model.named_modules():
-        if not module.training:
-            continue
-        kind = type(module).__name__
-        if isinstance(module, nn.RReLU):
-            return f"{name!r} ({kind})"
-        noise = getattr(module, "jitter_noise", None)  # of routers of experts
-        if isinstance(noise, (int, float)) and noise > 0:
-            return f"{name!r} ({kind}, jitter_noise={noise})"
-        drops = "drop" in kind.lower() or isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
-        if isinstance(module, nn.RNNBase) and module.num_layers == 1:
-            continue
-        for attribute in ("p", "drop_prob", "dropout") if drops else ():
-            value = getattr(module, attribute, None)
-            if isinstance(value, (int, float)) and value > 0:
-                return f"{name!r} ({kind}, {attribute}={value})"
+    for module in modules_of(model):
+        if module.training and (kind := _random_kind(module)) is not None:
+            return f"{name_of(model, module)!r} ({kind})"
+    return None
+
+
+def _random_kind(module: nn.Module) -> str | None:
+    """The type of a module that draws random numbers in training mode, with the attribute that says so."""
+    kind = type(module).__name__
+    if isinstance(module, nn.RReLU):
+        return kind
+    noise = getattr(module, "jitter_noise", None)  # of routers of experts
+    if isinstance(noise, (int, float)) and noise > 0:
+        return f"{kind}, jitter_noise={noise}"
+    drops = "drop" in kind.lower() or isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+    if isinstance(module, nn.RNNBase) and module.num_layers == 1:
+        return None
+    for attribute in ("p", "drop_prob", "dropout") if drops else ():
+        value = getattr(module, attribute, None)
+        if isinstance(value, (int, float)) and value > 0:
+            return f"{kind}, {attribute}={value}"
     return None
 
 

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .graph import UnsupportedError
+from .members import modules_of
 
 Value = TypeVar("Value")
 
@@ -73,7 +74,7 @@ def sharding_of(model: nn.Module) -> Sharding | None:
     kind = getattr(fsdp, "FSDPModule", None)
     if kind is None:
         return None
-    modules = [module for module in model.modules() if isinstance(module, kind)]
+    modules = [module for module in modules_of(model) if isinstance(module, kind)]
     groups: dict[int, Any] = {}
     for module in modules:
         state = module._get_fsdp_state()

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from .graph import UnsupportedError
+from .members import modules_of, name_of, parameters_of
 
 COMPILED = "_orig_mod"  # the name of a module within the one that torch.compile has wrapped around it
 _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
@@ -74,10 +75,11 @@ def network_of(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"the network is a {type(model).__name__}, expected a torch.nn.Module")
     fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
-    for key, module in model.named_modules():
+    for module in modules_of(model):
         if fsdp1 is not None and isinstance(module, fsdp1):
             flat = getattr(module, "_flat_param", None)  # which knows the names of its parts
-            first = ".".join(filter(None, (original_name(model, key), *getattr(flat, "_fqns", ())[:1])))
+            key = original_name(model, name_of(model, module) or "")
+            first = ".".join(filter(None, (key, *getattr(flat, "_fqns", ())[:1])))
             raise UnsupportedError(
                 f"the parameter {first!r} is flattened together with others by FSDP1 (FullyShardedDataParallel), so "
                 "that its own gradient does not exist: shard the network with fully_shard (FSDP2), or pass the network "
@@ -85,16 +87,17 @@ def network_of(model: Any) -> nn.Module:
             )
         alone = isinstance(module, nn.DataParallel) and len(module.device_ids) < 2  # which calls its module as it is
         if isinstance(module, _PARALLEL) and not alone:
+            key = original_name(model, name_of(model, module) or "")
             raise UnsupportedError(
-                f"the layer {original_name(model, key)!r} is a {type(module).__name__}, which exchanges tensors in its "
+                f"the layer {key!r} is a {type(module).__name__}, which exchanges tensors in its "
                 "forward pass: wrap the whole network, or pass it before it is wrapped"
             )
-    for name, p in named_parameters(model):
-        if hasattr(p, "ds_id"):
-            raise UnsupportedError(
-                f"the parameter {name!r} is partitioned by DeepSpeed's ZeRO stage 3, which frees it outside of the "
-                "forward pass: shard the network with fully_shard (FSDP2), or use ZeRO stage 2 at most"
-            )
+    if any(hasattr(p, "ds_id") for p in parameters_of(model)):
+        name = next(name for name, p in named_parameters(model) if hasattr(p, "ds_id"))
+        raise UnsupportedError(
+            f"the parameter {name!r} is partitioned by DeepSpeed's ZeRO stage 3, which frees it outside of the "
+            "forward pass: shard the network with fully_shard (FSDP2), or use ZeRO stage 2 at most"
+        )
     return model
 
 
@@ -105,7 +108,7 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Names and parameters, as ``model.named_parameters()`` has them without wrappers."""
-    if not any(_inside(module) is not None for module in model.modules()):  # to follow every name takes long
+    if not any(_inside(module) is not None for module in modules_of(model)):  # to follow every name takes long
         yield from model.named_parameters()
         return
     for name, p in model.named_parameters():
