@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,7 +25,7 @@ from .cotangents import check_estimator, cotangents
 from .diagonal import FisherDiagonal, check_finite, diagonal_of
 from .graphs import GraphedPasses, Passes
 from .likelihoods import LIKELIHOODS, Likelihood, get_likelihood
-from .moments import DrawnExamples, DrawnUnits, NamedMoments, Strata, Units
+from .moments import DrawnUnits, NamedDrawnExamples, NamedMoments, SideBySide, Strata, Units
 from .packing import IGNORED, Texts
 from .processes import add_up, shards_of, together
 from .sketches import Parts, sketches_of
@@ -307,7 +306,7 @@ class _Estimate:
         self.recorder, self.passes = recorder, passes
         self.estimator, self.likelihood, self.level = estimator, likelihood, level
         self.moments = NamedMoments()
-        self.drawn = {name: DrawnExamples() for name in recorder.parameters} if estimator_error else None
+        self.drawn = NamedDrawnExamples() if estimator_error else None
         self.strata = strata
         self.skipped: frozenset[str] = frozenset()
         self.tokens: float | None = None  # how many tokens have counted so far; None for networks without tokens
@@ -362,7 +361,7 @@ class _Estimate:
         return squares(groups) if batch.check is None else batch.check.compared(u, squares, groups)
 
     def _with_estimator_error(
-        self, batch: Batch, draws: Draws, u: Tensor, drawn: dict[str, DrawnExamples]
+        self, batch: Batch, draws: Draws, u: Tensor, drawn: NamedDrawnExamples
     ) -> dict[str, Tensor]:
         """Return each example's estimate, and record how much its sketches differ, which are its last cotangents.
 
@@ -379,9 +378,7 @@ class _Estimate:
             if self.strata is not None and parts.are_apart:
                 examples = torch.as_tensor(draws.examples)
                 self.strata.add(examples, draws.weights, batch.logits, sketched, variances)
-        units = DrawnUnits(draws.weights, draws.inclusion)
-        for name, q in values.items():
-            drawn[name].add(q, variances[name], units)
+        drawn.add(values, variances, DrawnUnits(draws.weights, draws.inclusion))
         return values
 
     def _sketches(self, batch: Batch, draws: Draws) -> Tensor:
@@ -487,7 +484,8 @@ class _Estimate:
             return diagonal
         if self.strata is not None:
             self.strata.divide(self.moments.weight)
-        errors = {name: self.drawn[name].variance().sqrt() / self.moments.weight for name in diagonal}
+        variances = self.drawn.variance()
+        errors = {name: variances[name].sqrt() / self.moments.weight for name in diagonal}
         return replace(diagonal, estimator_error=shards_of(errors, self.recorder))
 
 
@@ -498,21 +496,13 @@ def _taken_apart(
 
     The quantities of a device are laid side by side, because many small operations take longer than a few large ones.
     """
-    found: list[dict[str, Tensor]] = [{}, {}, {}]
-    on: dict[torch.device, list[str]] = {}
-    for name, q in groups[0].items():
-        on.setdefault(q.device, []).append(name)
-    for names in on.values():
-        shapes = [groups[0][name].shape for name in names]
-        sizes = [math.prod(shape[1:]) for shape in shapes]
-        flat = [
-            torch.cat([group[name].reshape(-1, size) for name, size in zip(names, sizes, strict=True)], 1)
-            for group in groups
-        ]
-        for into, whole in zip(found, (torch.stack(flat).sum(0), *parts.sums_and_variances(flat)), strict=True):
-            for name, shape, q in zip(names, shapes, whole.split(sizes, 1), strict=True):
-                into[name] = q.reshape(shape)
-    return found[0], found[1], found[2]
+    sides = SideBySide(groups[0])
+    found: tuple[list[Tensor], ...] = [], [], []
+    for squares in zip(*(sides.join(group, len(parts.counts)) for group in groups), strict=True):
+        for into, whole in zip(found, (torch.stack(squares).sum(0), *parts.sums_and_variances(squares)), strict=True):
+            into.append(whole)
+    values, sketched, variances = map(sides.split, found)
+    return values, sketched, variances
 
 
 @contextlib.contextmanager

@@ -111,20 +111,80 @@ class Moments:
         return (spread.clamp_min(0) * self.units / (self.units - 1)).sqrt() / self.weight
 
 
+class SideBySide:
+    """How quantities of the same units are laid side by side, in parts, each of which is one tensor.
+
+    A part has quantities of one device. Dozens of small operations take longer than one on all of them.
+
+    Args:
+        values: The quantities [U, ...] by name.
+        most: The most numbers of a unit that a part holds, unless it has a single quantity; by default any number.
+
+    Example:
+        >>> values = {"a": torch.ones(2, 3), "b": torch.zeros(2)}
+        >>> sides = SideBySide(values)
+        >>> [list(part.shape) for part in sides.join(values, 2)]
+        [[2, 4]]
+        >>> {name: list(q.shape) for name, q in sides.split(sides.join(values, 2)).items()}
+        {'a': [2, 3], 'b': [2]}
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], most: float = math.inf) -> None:
+        self._shapes = {name: q.shape[1:] for name, q in values.items()}
+        self._parts: list[tuple[torch.device, list[str]]] = []
+        newest: dict[torch.device, tuple[float, list[str]]] = {}  # of each device: the room that is left, and the names
+        for name, q in values.items():
+            size = self._shapes[name].numel()
+            room, names = newest.get(q.device, (0, []))
+            if q.device not in newest or room < size:
+                room, names = most, []
+                self._parts.append((q.device, names))
+            names.append(name)
+            newest[q.device] = room - size, names
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def missing(self, values: Mapping[str, Tensor]) -> set[str]:
+        """Return the names of the quantities that ``values`` lacks."""
+        return self._shapes.keys() - values.keys()
+
+    def join(self, values: Mapping[str, Tensor], units: int) -> list[Tensor]:
+        """Return the parts [U, D] of so many units, with zeros for quantities that are missing."""
+        joined = []
+        for device, names in self._parts:
+            rows = [
+                values[name].reshape(units, size) if name in values else torch.zeros(units, size, device=device)
+                for name, size in zip(names, self._sizes(names), strict=True)
+            ]
+            joined.append(rows[0] if len(rows) == 1 else torch.cat(rows, 1))
+        return joined
+
+    def split(self, parts: Sequence[Tensor], copy: bool = False) -> dict[str, Tensor]:
+        """Return the quantities of parts [..., D], in the order of the names: views, or with ``copy`` in own memory."""
+        apart: dict[str, Tensor] = {}
+        for t, (_, names) in zip(parts, self._parts, strict=True):
+            divide = torch.ops.aten.split_with_sizes_copy if copy else torch.split
+            for name, q in zip(names, divide(t, self._sizes(names), -1), strict=True):
+                shape = self._shapes[name]
+                apart[name] = q if len(shape) == 1 else q.reshape(t.shape[:-1] + shape)
+        return {name: apart[name] for name in self._shapes}
+
+    def _sizes(self, names: Sequence[str]) -> list[int]:
+        return [self._shapes[name].numel() for name in names]
+
+
 class NamedMoments:
     """The moments of several quantities of the same units, by name.
 
-    A quantity that some batch lacks is left out of the results. Small quantities are stored side by side in one tensor,
-    because calling dozens of small operations takes longer than running one on all of them.
+    A quantity that some batch lacks is left out of the results. Small quantities are stored side by side.
     """
 
     TOGETHER = 2**16  # the most numbers of a unit that are stored side by side
 
     def __init__(self) -> None:
+        self._sides = SideBySide({})
         self._parts: list[Moments] = []
-        self._names: list[list[str]] = []  # of each part
-        self._devices: list[torch.device] = []
-        self._shapes: dict[str, torch.Size] = {}
         self._missed: set[str] = set()
 
     @property
@@ -157,16 +217,11 @@ class NamedMoments:
     def add(self, values: Mapping[str, Tensor], units: Units) -> None:
         """Add the values [U, ...] of U more units."""
         if not self._parts:
-            self._arrange(values)
-        self._missed |= self._shapes.keys() - values.keys()
-        for part, names, device in zip(self._parts, self._names, self._devices, strict=True):
-            rows = [
-                values[name].reshape(units.count, size)
-                if name in values
-                else torch.zeros(units.count, size, device=device)
-                for name, size in zip(names, self._sizes(names), strict=True)
-            ]
-            part.add(rows[0] if len(rows) == 1 else torch.cat(rows, 1), units)
+            self._sides = SideBySide(values, self.TOGETHER)
+            self._parts = [Moments() for _ in range(len(self._sides))]
+        self._missed |= self._sides.missing(values)
+        for part, joined in zip(self._parts, self._sides.join(values, units.count), strict=True):
+            part.add(joined, units)
 
     def mean(self) -> dict[str, Tensor]:
         """Return the weighted mean of each quantity."""
@@ -180,33 +235,9 @@ class NamedMoments:
         """Return the standard error of each quantity's mean."""
         return self._apart([part.standard_error() for part in self.parts])
 
-    def _arrange(self, values: Mapping[str, Tensor]) -> None:
-        """Assign each quantity to a part, which holds quantities of one device."""
-        room: dict[torch.device, int] = {}  # the room left in each device's newest part
-        at: dict[torch.device, int] = {}  # the index of that part
-        for name, q in values.items():
-            self._shapes[name] = q.shape[1:]
-            size = self._shapes[name].numel()
-            if q.device not in room or room[q.device] < size:
-                room[q.device], at[q.device] = self.TOGETHER, len(self._parts)
-                self._parts.append(Moments())
-                self._names.append([])
-                self._devices.append(q.device)
-            room[q.device] -= size
-            self._names[at[q.device]].append(name)
-
-    def _sizes(self, names: Sequence[str]) -> list[int]:
-        return [self._shapes[name].numel() for name in names]
-
     def _apart(self, found: list[Tensor]) -> dict[str, Tensor]:
-        """Split the results of the parts into those of the quantities."""
-        apart: dict[str, Tensor] = {}
-        for t, names in zip(found, self._names, strict=True):
-            copies = torch.ops.aten.split_with_sizes_copy(t, self._sizes(names), -1)  # none keeps the memory of all
-            for name, q in zip(names, copies, strict=True):
-                shape = self._shapes[name]
-                apart[name] = q if len(shape) == 1 else q.view(t.shape[:-1] + shape)
-        return {name: apart[name] for name in self._shapes if name not in self._missed}
+        """Split the results of the parts into those of the quantities, none of which keeps the memory of all."""
+        return {name: q for name, q in self._sides.split(found, copy=True).items() if name not in self._missed}
 
 
 class DrawnUnits:
@@ -221,6 +252,7 @@ class DrawnUnits:
         a = weights.to("cpu", torch.float64)
         inclusion = torch.ones_like(a) if inclusion is None else inclusion.to("cpu", torch.float64)
         r, left = a / inclusion, 1 - inclusion
+        self.count = len(a)
         self.uncertain, self.left = int((left > 0).sum()), float(left.sum())
         self._factors = torch.stack([r.square() * inclusion, left * r, left * r.square()])  # [3, n]
         self._there: dict[torch.device, Tensor] = {}
@@ -267,6 +299,33 @@ class DrawnExamples:
             return draws + second
         spread = second - (first * first) / self.weight
         return draws + spread.clamp_min(0) * self.units / (self.units - 1)
+
+
+class NamedDrawnExamples:
+    """:class:`DrawnExamples` of several quantities of the same examples, by name.
+
+    A quantity that some batch lacks is left out, as by :class:`NamedMoments`.
+    """
+
+    def __init__(self) -> None:
+        self._sides = SideBySide({})
+        self._parts: list[DrawnExamples] = []
+        self._missed: set[str] = set()
+
+    def add(self, values: Mapping[str, Tensor], variances: Mapping[str, Tensor], units: DrawnUnits) -> None:
+        """Add values [n, ...] and the variances of their random draws."""
+        if not self._parts:
+            self._sides = SideBySide(values)
+            self._parts = [DrawnExamples() for _ in range(len(self._sides))]
+        self._missed |= self._sides.missing(values)
+        joined = (self._sides.join(of, units.count) for of in (values, variances))
+        for part, q, variance in zip(self._parts, *joined, strict=True):
+            part.add(q, variance, units)
+
+    def variance(self) -> dict[str, Tensor]:
+        """Return the variance of the weighted sum of each quantity, on the CPU."""
+        found = self._sides.split([part.variance() for part in self._parts], copy=True)
+        return {name: q for name, q in found.items() if name not in self._missed}
 
 
 class Strata:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2v_fast.estimation.moments import Moments, NamedMoments, Units
+from t2v_fast.estimation.moments import DrawnExamples, DrawnUnits, Moments, NamedDrawnExamples, NamedMoments, Units
 
 SHAPES = {"filter": (5,), "tensor": (), "none": (0,), "large": (40, 3), "small": (2, 2), "double": (7,)}
 
@@ -52,3 +52,23 @@ def test_what_a_batch_lacks_is_left_out() -> None:
 
 def test_no_batch_weighs_nothing() -> None:
     assert NamedMoments().weight == 0
+
+
+def test_quantities_side_by_side() -> None:
+    """Of any shape and with one missing; the variances are those of each alone."""
+    torch.manual_seed(0)
+    shapes = {"a": (3,), "b": (), "c": (2, 4)}
+    named, alone = NamedDrawnExamples(), {name: DrawnExamples() for name in shapes}
+    for n in (5, 2, 7):
+        values, variances = ({name: torch.rand(n, *shape) for name, shape in shapes.items()} for _ in range(2))
+        units = DrawnUnits(torch.rand(n) + 0.1, torch.rand(n).clamp(0.2, 1))
+        if n == 2:
+            del values["b"], variances["b"]
+        named.add(values, variances, units)
+        for name, q in values.items():
+            alone[name].add(q, variances[name], units)
+    found = named.variance()
+    assert list(found) == ["a", "c"]
+    for name, variance in found.items():
+        torch.testing.assert_close(variance, alone[name].variance())
+    assert NamedDrawnExamples().variance() == {}
