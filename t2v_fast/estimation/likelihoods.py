@@ -15,6 +15,11 @@ from torch import Tensor
 from ..ops.asynchronous import to_device
 
 DENSE_CLASSES = 64  # above this many classes eigenvectors come from the secular equation, not from a dense solver
+# The roots of the secular equation for which the classes behind so many likeliest ones count as one.
+FEW_ROOTS, FEW_CLASSES = 16, 32
+# The most eigenvectors that a sketch of classes combines before the classes. On a GPU each of them costs ten launches.
+COMBINED = {"cpu": 4, "cuda": 2}
+CLASSES_SHARE = 0.05  # of the variance of eigenvectors: so little more may a sketch of classes have
 
 
 class Likelihood(ABC):
@@ -160,17 +165,30 @@ class Softmax(Likelihood):
             first = _first(columns.shape[2], leading, z)
             rest = torch.einsum("ncr,snr->snc", columns * ~first, signs[:, :, :-1])
             return torch.cat([(columns * first)[:, :, :most].permute(2, 0, 1), rest])
-        if most == 0:
-            return self.sketch(z, signs)
+        if not there and not (some := (leading > 0) | ~_are_flat(p)).all():
+            found = torch.cat([z.new_zeros(most, *z.shape), self.sketch(z, signs)])
+            if some.any():
+                found[:, some] = self.deflated(z[some], leading[some], signs[:, some])
+            return found
         # With B B^T = S, any orthonormal Q gives S = B Q Q^T B^T + B (I - Q Q^T) B^T. So the result is unbiased even
         # where Q is inaccurate. The right singular vectors of B make the second part small.
-        vectors = _leading_eigenvectors(p, most)  # [N, C, most]
-        root = p.sqrt()[:, :, None]
-        right = root * (vectors - (p[:, :, None] * vectors).sum(1, keepdim=True))  # B^T v
-        q = _orthonormal(right) * _first(most, leading, z)
+        apart, among = _jittered(p), min(COMBINED["cuda" if there else "cpu"], p.shape[1] // 2)
+        values = _leading_eigenvalues(apart, min(most + among, p.shape[1] - 1))  # [N, r]
+        reach = _reach(values, p, to_device(leading, z.device), among)
+        if not there:
+            values = values[:, : int(reach.max()) if len(reach) else 0]
+        vectors = _eigenvectors(apart, values)  # [N, C, r]
+        right = p.sqrt()[:, :, None] * (vectors - (p[:, :, None] * vectors).sum(1, keepdim=True))  # B^T v
+        q = _orthonormal(right)
+        number = torch.arange(q.shape[2], device=z.device)
+        alone = _first(q.shape[2], leading, z)  # [N, 1, r]
+        kept = q * (number < reach[:, None, None])
         signs = signs.permute(1, 2, 0)  # [N, C, sketches]
-        remainder = signs - q @ (q.mT @ signs)
-        found = self.sketch(z, torch.cat([q, remainder], 2).permute(2, 0, 1))
+        # The signs of the combined eigenvectors are products of two signs. So they have no correlation with each other
+        # and with the signs of the classes, and all signs of an example come from one draw.
+        pairs = (signs[:, : 2 * among : 2] * signs[:, 1 : 2 * among : 2].sign())[:, number % among]
+        remainder = signs - kept @ (kept.mT @ signs) + (kept * ~alone) @ pairs
+        found = self.sketch(z, torch.cat([(q * alone)[:, :, :most], remainder], 2).permute(2, 0, 1))
         if there and exact.any():
             found[:most] = torch.where(to_device(exact, z.device)[:, None], self.exact(z), found[:most])
         return found
@@ -291,63 +309,143 @@ def _apart(p: Tensor) -> Tensor:
     return torch.where(equal, shifted / shifted.sum(1, keepdim=True), p)
 
 
-def _leading_eigenvectors(p: Tensor, r: int) -> Tensor:
-    """Approximate the r leading eigenvectors [N, C, r] of diag(p) - p p^T, by bisection on its secular equation.
-
-    The eigenvalues interlace with the sorted probabilities, p_(i) >= lambda_i >= p_(i+1). They are the roots of
-    1 - sum_c p_c^2 / (p_c - lambda), and the eigenvector of lambda has the entries p_c / (p_c - lambda). A step of the
-    bisection takes O(N C r) operations.
-    """
-    # Equal probabilities have no root between them. A relative shift far below any sampling error separates them.
+def _jittered(p: Tensor) -> Tensor:
+    """Separate equal probabilities, between which there is no root, by a shift far below any sampling error."""
     jitter = 1 + 1e-9 * torch.linspace(-1, 1, p.shape[1], dtype=p.dtype, device=p.device)
-    p = p.clamp_min(torch.finfo(p.dtype).tiny) * jitter
-    top = p.topk(r + 1, dim=1).values
-    high, low = top[:, None, :r].clone(), top[:, None, 1:].clone()  # [N, 1, r]
-    if p.device.type == "cpu":
-        for _ in range(60):
-            middle = (high + low) / 2
-            secular = 1 - (p.square()[:, :, None] / (p[:, :, None] - middle)).sum(1, keepdim=True)
-            above = secular > 0  # the secular function falls from +inf at p_(i+1) to -inf at p_(i)
-            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    else:
-        low, high = _narrowed(p, low, high)
-    gap = p[:, :, None] - (high + low) / 2
+    return p.clamp_min(torch.finfo(p.dtype).tiny) * jitter
+
+
+def _leading_eigenvalues(p: Tensor, r: int) -> Tensor:
+    """Approximate the r leading eigenvalues [N, r] of diag(p) - p p^T, from its secular equation.
+
+    They interlace with the sorted probabilities, p_(i) >= lambda_i >= p_(i+1), and are the roots of
+    1 - sum_c p_c^2 / (p_c - lambda). For the first :data:`FEW_ROOTS` of them, the classes behind the likeliest
+    :data:`FEW_CLASSES` count as one pole with the same first two moments. A point of the search takes
+    O(N FEW_CLASSES r) operations.
+    """
+    # Which classes count apart depends on the number of the root alone, so that other examples do not change it.
+    few, classes = min(r, FEW_ROOTS), p.shape[1]
+    found = []
+    for start, stop, width in ((0, few, min(FEW_CLASSES, classes)), (few, r, classes)):
+        if start < stop:
+            top = p.topk(width, dim=1)
+            moments = None
+            if width < classes:
+                rest = p.scatter(1, top.indices, 0)
+                squares = rest.square()
+                moments = squares.sum(1)[:, None, None], (squares * rest).sum(1)[:, None, None]
+            high, low = top.values[:, None, start:stop], top.values[:, None, start + 1 : stop + 1]  # [N, 1, roots]
+            found.append(_roots(top.values, moments, low, high)[:, 0])
+    return torch.cat(found, 1)
+
+
+def _eigenvectors(p: Tensor, values: Tensor) -> Tensor:
+    """Return the eigenvectors [N, C, r] of diag(p) - p p^T with these eigenvalues, with the entries p_c / (p_c - l)."""
+    gap = p[:, :, None] - values[:, None, :]
     vectors = p[:, :, None] / torch.where(gap == 0, torch.finfo(p.dtype).tiny, gap)
     return vectors / vectors.abs().amax(1, keepdim=True)
 
 
-def _narrowed(p: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Narrow the intervals [N, 1, r] around the roots by 2^-60, in few steps with many points each.
+def _are_flat(p: Tensor) -> Tensor:
+    """Return for which examples, [N], a sketch of classes alone is nearly as good as one of eigenvectors."""
+    top = p.max(1, keepdim=True)
+    rest = p.scatter(1, top.indices, 0)
+    squared = rest.square()
+    first, left, squares = top.values[:, 0], rest.sum(1), squared.sum(1)  # nothing cancels for a confident head
+    of_rest = rest - squared
+    trace = first * left + of_rest.sum(1)
+    # The squared norm of S = diag(p) - p p^T: the squares of its diagonal, and of its other entries.
+    second = (first * left).square() + of_rest.square().sum(1)
+    second += 2 * first.square() * squares + squares.square() - squared.square().sum(1)
+    return second <= CLASSES_SHARE * (trace.square() - second)
 
-    On a GPU a call costs more than what it computes here.
+
+def _reach(values: Tensor, p: Tensor, leading: Tensor, among: int) -> Tensor:
+    """Return how many eigenvectors of each example are kept apart from its classes, int64 [N]: at least ``leading``.
+
+    A sketch that combines the columns b_c = sqrt(p_c) (e_c - p) of B has the variance 2 sum_i l_i^2 more than one that
+    combines eigenvectors, if each eigenvector is spread over many columns. Next to 4 sum_{i < j} l_i l_j this is much
+    where few eigenvalues are large. Up to ``among`` of them are combined: as many as leave little of it, or all if
+    these leave half of it at most. The result depends on no other example.
+
+    Args:
+        values: The first r eigenvalues, [N, r].
+        p: The probabilities, [N, C]. The sorted ones approximate the other eigenvalues.
+        leading: The eigenvectors that are no part of a sketch, [N].
+        among: The most eigenvectors that are a part of each sketch.
     """
-    bits = _bits(p.numel() * low.shape[2])
-    inner = torch.arange(1, 2**bits, dtype=p.dtype, device=p.device) / 2**bits
+    r = values.shape[1]
+    number = torch.arange(among + 1, device=p.device)
+    place = leading[:, None] + number[:among]
+    here = torch.where(place < r, values.gather(1, place.clamp_max(r - 1)), 0)  # [N, among]
+    top = p.topk(r + 1, dim=1)
+    others = p.scatter(1, top.indices, 0)
+    # What l_1, l_2, ... are at least, about. Then sums over i > m of l_i and of l_i^2, for m from ``leading`` on.
+    behind = torch.stack([top.values[:, 1:], top.values[:, 1:].square()])
+    behind = torch.cat([behind, torch.stack([others.sum(1), others.square().sum(1)])[:, :, None]], 2)
+    end = (leading + among).clamp_max(r)[None, :, None].expand(2, -1, 1)
+    behind = behind.flip(2).cumsum(2).flip(2).gather(2, end)
+    tails = torch.cat([torch.stack([here, here.square()]), behind], 2)
+    first, second = tails.flip(2).cumsum(2).flip(2)  # [N, among + 1]
+    enough = second <= CLASSES_SHARE * (first[:, :1].square() - second[:, :1])
+    fewest = torch.where(enough, number, among + 1).amin(1)
+    half = torch.where(second[:, among] <= second[:, 0] / 2, among, 0)
+    return (leading + torch.where(fewest <= among, fewest, half)).clamp_max(r)
+
+
+def _roots(top: Tensor, moments: tuple[Tensor, Tensor] | None, low: Tensor, high: Tensor) -> Tensor:
+    """Find the roots [N, 1, r] of 1 - sum_c p_c^2 / (p_c - l) + a^2 / (a l - b) between ``low`` and ``high``.
+
+    ``top`` are the p_c, [N, c], and (a, b) the sums of squares and of cubes of the others, [N, 1, 1], if there are any.
+    The function falls from +inf to -inf between neighbouring poles. Each step looks at many points between them: a call
+    costs more than what it computes, if that is little. The roots are found to 2^-60 of the intervals.
+    """
+    bits = _bits(len(top), top.shape[1] * low.shape[2], top.device.type)
+    steps = -(-60 // bits)
+    inner = torch.arange(1, 2**bits, dtype=top.dtype, device=top.device)
     low, width = low[..., None], (high - low)[..., None]  # [N, 1, r, 1]
-    p, squares = p[:, :, None, None], p.square()[:, :, None, None]
-    for _ in range(-(-60 // bits)):
-        points = torch.addcmul(low, width, inner)  # [N, 1, r, 2^bits - 1]
-        below = ((squares / (p - points)).sum(1, keepdim=True) < 1).sum(3, keepdim=True, dtype=p.dtype)
-        low, width = torch.addcmul(low, width, below, value=2**-bits), width / 2**bits
-    return low[..., 0], (low + width)[..., 0]
+    moments = None if moments is None else (moments[0][..., None], moments[1][..., None])
+    p, squares = top[:, :, None, None], top.square()[:, :, None, None]
+    for step in range(1, steps + 1):
+        part = 2.0 ** (-bits * step)  # of the first interval
+        points = torch.addcmul(low, width, inner, value=part)  # [N, 1, r, 2^bits - 1]
+        below = (squares / (p - points)).sum(1, keepdim=True) < _others(moments, points)
+        low = torch.addcmul(low, width, below.sum(3, keepdim=True, dtype=p.dtype), value=part)
+    return torch.add(low, width, alpha=part / 2)[..., 0]
 
 
-def _bits(numbers: int) -> int:
-    """How many bits of a root a step finds: six, or fewer where the tensors [N, C, r, 2^bits] would be large."""
-    return min(6, max(1, int(math.log2(2**26 / max(1, numbers)))))
+def _others(moments: tuple[Tensor, Tensor] | None, x: Tensor) -> Tensor | float:
+    """One plus the part of the secular function at x that the unlikely classes have."""
+    if moments is None:
+        return 1.0
+    a, b = moments
+    return 1 + a * (a / (a * x - b).clamp_min(torch.finfo(x.dtype).tiny))
+
+
+def _bits(rows: int, numbers: int, device: str) -> int:
+    """How many bits of a root a step finds. It looks at 2^bits times ``numbers`` of each row.
+
+    On a CPU this depends on no other row, so that a row is rounded in the same way in every batch.
+    """
+    if device == "cpu":
+        return 3 if numbers <= FEW_ROOTS * FEW_CLASSES else 1
+    return min(8, max(1, int(math.log2(2**26 / max(1, rows * numbers)))))
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """Return orthonormal columns that span those of [N, C, r]."""
+    """Return columns [N, C, r] that are orthonormal or zero and span those given, each on the side of its own."""
     if columns.device.type == "cpu":
-        return torch.linalg.qr(columns)[0]
-    # cuSOLVER would be called for each example. The second pass removes what rounding left of the former columns, also
-    # where a column is a combination of them.
-    q = columns[:, :, :0]
-    for k in range(columns.shape[2]):
+        q = torch.linalg.qr(columns)[0]
+        return q * (q * columns).sum(1, keepdim=True).sign()  # the solver's signs depend on rounding
+    # cuSOLVER would be called for each example. A column that is a combination of the former ones becomes zero, because
+    # rounding noise could lie in their span. The second pass removes what the first one left of them.
+    tiny = torch.finfo(columns.dtype).tiny
+    columns = columns / columns.norm(dim=1, keepdim=True).clamp_min(tiny)
+    q = columns[:, :, :1]
+    for k in range(1, columns.shape[2]):
         v = columns[:, :, k : k + 1]
-        for _ in range(3 if k else 1):
-            v = v - q @ (q.mT @ v) if k else v
-            v = v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
-        q = torch.cat([q, v], 2)
+        v = torch.baddbmm(v, q, q.mT @ v, alpha=-1)
+        norm = v.norm(dim=1, keepdim=True)
+        v = v * ((norm > 1e-8) / norm.clamp_min(tiny))
+        q = torch.cat([q, torch.baddbmm(v, q, q.mT @ v, alpha=-1)], 2)
     return q

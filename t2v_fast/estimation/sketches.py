@@ -8,9 +8,10 @@ signs. A sketch of all eigenvectors but the first l estimates their part of F_f 
     m_f(sum_{i > l} e_i a_i, sum_{i > l} e_i a_i) = sum_{i > l} m_f(a_i, a_i) + 2 sum_{l < i < j} e_i e_j m_f(a_i, a_j)
 
 The products e_i e_j have mean zero and are uncorrelated. So the mean of s sketches is unbiased with the variance
-4 / s * sum_{l < i < j} m_f(a_i, a_j)^2, and the first l eigenvectors add none. Where the sketches of a likelihood
-combine classes and not eigenvectors (a softmax over many classes, or any on a CUDA device), the sum is over pairs of
-what the first eigenvectors leave of the classes. It is about the same, unless few classes have a probability at all.
+4 / s * sum_{l < i < j} m_f(a_i, a_j)^2, and the first l eigenvectors add none. A softmax over many classes, or any
+softmax on a CUDA device, has sketches that combine classes instead of eigenvectors. Their variance is up to
+2 / s * sum_{i > l} m_f(a_i, a_i)^2 higher. That is much where few classes share the probability. There the sketches
+combine some of the next eigenvectors, and what these leave of the classes.
 
 Before any backward pass only the eigenvalues are known. As a proxy, every eigenvector has a part of the Fisher in
 proportion to its eigenvalue, and all gradients have the same squared correlation :data:`ALIGNMENT` within the filters.

@@ -44,6 +44,18 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Sc
     return run
 
 
+def test_the_study_of_sketches(script: Script, tmp_path: Path) -> None:
+    """Few probable classes have smaller errors than sketches of classes alone leave, and all classes the same ones."""
+    page = tmp_path / "page.md"
+    found = script("studies.sketches", "--draws", "400", "--write", str(page))
+    assert page.read_text().count("\n| ") == 9
+    cells = [line.split("|")[1:-1] for line in found.splitlines() if line.startswith("| ")]
+    errors = {name.strip(): [float(number) for number in numbers] for name, *numbers in cells[2:]}
+    assert errors["2"][3] < 0.1 * errors["2"][2]
+    assert errors["3"][1] < 0.1 * errors["3"][0]
+    assert errors["all"][0] == errors["all"][1]
+
+
 @pytest.mark.slow
 def test_suites_and_report(tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")

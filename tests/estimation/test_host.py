@@ -22,7 +22,8 @@ from t2v_fast.estimation.likelihoods import (
     LIKELIHOODS,
     Gaussian,
     _bits,
-    _leading_eigenvectors,
+    _eigenvectors,
+    _leading_eigenvalues,
     _orthonormal,
     random_signs,
 )
@@ -113,16 +114,18 @@ def test_examples_that_take_all_eigenvectors_are_exact(classes: int, scale: floa
 
 def test_the_secular_equation_is_solved_as_well_in_larger_steps() -> None:
     p = (torch.randn(5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(4)) * 5).softmax(1)
-    want = _leading_eigenvectors(p, 3)
+    want = _eigenvectors(p, _leading_eigenvalues(p, 3))
     with pretended():
-        got = _leading_eigenvectors(Pretend(p), 3).held
+        got = _eigenvectors(Pretend(p), _leading_eigenvalues(Pretend(p), 3)).held
     cosines = torch.nn.functional.cosine_similarity(got, want, dim=1)
     assert float((1 - cosines).abs().max()) < 1e-12
-    assert [_bits(n) for n in (0, 2**20, 2**24, 2**25, 2**40)] == [6, 6, 2, 1, 1]
+    assert [_bits(1, n, "cuda") for n in (0, 2**20, 2**24, 2**25, 2**40)] == [8, 6, 2, 1, 1]
+    assert [_bits(n, 512, "cpu") for n in (0, 1, 2**10)] == [3, 3, 3]
+    assert _bits(1, 1000, "cpu") == 1
 
 
-def test_dependent_columns_become_orthonormal() -> None:
-    """The projection on them is what keeps an estimate unbiased."""
+def test_columns_become_orthonormal_and_dependent_ones_zero() -> None:
+    """Their projection is what keeps an estimate unbiased."""
     a = torch.randn(3, 9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     a[0, :, 2] = a[0, :, 0] - 2 * a[0, :, 1]
     a[1, :, 3] = a[1, :, 0] * (1 + 1e-9)
@@ -131,8 +134,21 @@ def test_dependent_columns_become_orthonormal() -> None:
         q = _orthonormal(Pretend(a)).held
     products = q.mT @ q
     want = torch.eye(4, dtype=torch.float64).expand(3, 4, 4).clone()
-    want[2, 1, 1] = 0
+    want[0, 2, 2] = want[1, 3, 3] = want[2, 1, 1] = 0
     torch.testing.assert_close(products, want, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("classes", "probable", "k"), [(20, 3, 8), (20, 3, 11), (64, 3, 62), (300, 10, 16)])
+def test_more_eigenvectors_than_probable_classes(classes: int, probable: int, k: int) -> None:
+    """Masked classes have no probability, so that the eigenvectors behind the others are rounding noise."""
+    for logits in (torch.zeros(probable), torch.linspace(0, 0.5, probable)):
+        z = torch.full((1, classes), -1e4, dtype=torch.float64)
+        z[0, -probable:] = logits.double()
+        with pretended():
+            u = cotangents(Pretend(z.expand(40, -1)), "deflated", k, generator=torch.Generator().manual_seed(0)).held
+        p = z[0].softmax(0)
+        found = torch.einsum("knc,knd->ncd", u, u)
+        torch.testing.assert_close(found, (p.diag() - p[:, None] * p).expand_as(found), rtol=0, atol=1e-7)
 
 
 def test_random_signs_depend_on_no_device() -> None:

@@ -6,12 +6,20 @@ import itertools
 
 import pytest
 import torch
+from pretend_cuda import Pretend, pretended
 from torch import Tensor, nn
 
 from t2v_fast import fisher
 from t2v_fast.estimation.allocation import SamplingStats, full_allocation, seeds_of
 from t2v_fast.estimation.cotangents import cotangents
-from t2v_fast.estimation.likelihoods import LIKELIHOODS, get_likelihood
+from t2v_fast.estimation.likelihoods import (
+    COMBINED,
+    LIKELIHOODS,
+    _are_flat,
+    _leading_eigenvalues,
+    _reach,
+    get_likelihood,
+)
 from t2v_fast.estimation.sketches import least, packed, sketches_of, tails
 from t2v_fast.estimation.tolerance import sample_until
 
@@ -91,34 +99,130 @@ def test_the_last_rows_are_sketches_of_every_example() -> None:
     assert packed(u)[1].tolist() == (k + 1).tolist()
 
 
+def few_probable(likely: int, classes: int = 90) -> Tensor:
+    """Logits [1, C] with which a few of the classes, and not the first ones, have nearly all the probability."""
+    z = logits(1, classes, 0.3, seed=3)
+    z[0, torch.arange(likely) * 3 + 2] += 20
+    return z
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(
+    ("likely", "k", "s"), [(2, 1, 1), (3, 2, 1), (2, 1, 2), (3, 1, 1), (4, 2, 2), (6, 1, 1), (6, 5, 1)]
+)
+def test_few_probable_classes_are_sketched_by_eigenvectors(likely: int, k: int, s: int, gpu: bool) -> None:
+    """Of many classes, or on a CUDA device, where the sketches of flat spectra combine classes.
+
+    The estimate is unbiased, and its variance is that of the formula. A sketch of classes alone would have
+    up to 2 sum_i l_i^2 more.
+    """
+    draws = 8000
+    z = few_probable(likely, 20 if gpu else 90)
+    jacobian = logits(z.shape[1], 4, 1.0, seed=2)
+    values, vectors = torch.linalg.eigh(second_moment(cotangents(z, "exact"))[0])
+    a = (vectors * values.clamp_min(0).sqrt()).T.flip(0) @ jacobian  # the leading ones first, [C, filters]
+    number = int(sketches_of(get_likelihood("softmax"), z, k, s))
+    assert number == s
+    rest = a[k - 1 :]
+    want = 4 / s * sum((rest[i] * rest[j]).square() for i, j in itertools.combinations(range(len(rest)), 2))
+    z, seeds = z.expand(draws, -1), seeds_of(torch.arange(draws), 0)
+    samples = torch.full((draws,), k)
+    if gpu:
+        with pretended():
+            u = cotangents(Pretend(z), "deflated", samples, generator=seeds, sketches=s).held
+    else:
+        u = cotangents(z, "deflated", samples, generator=seeds, sketches=s)
+    each = torch.einsum("knc,cf->knf", u, jacobian).square().sum(0)
+    exact = a.square().sum(0)
+    assert ((each.mean(0) - exact).abs() <= 5 * each.std(0) / draws**0.5 + 1e-6 * exact).all()
+    behind = a[k - 1 + COMBINED["cuda" if gpu else "cpu"] :]  # where classes are combined
+    classes = 2 / s * behind.pow(4).sum(0)
+    least = 1e-6 * float(exact.square().max())
+    if behind.square().sum() < 1e-6 * a.square().sum():
+        assert (0.9 * want - least <= each.var(0)).all()
+    assert (each.var(0) <= 1.1 * (want + classes) + least).all()
+
+
+def test_classes_are_combined_where_eigenvectors_are_no_better() -> None:
+    """With flat spectra, and where more eigenvalues are equal than a sketch combines."""
+    equal = 20.0 * (torch.arange(90) < 12)[None].double()
+    z = torch.cat([logits(1, 90, 0.3), *(few_probable(likely) for likely in (1, 2, 5, 12)), equal, few_probable(25)])
+    leading = torch.tensor([0, 0, 1, 2, 3, 0, 0])
+    p = z.softmax(1)
+    values = _leading_eigenvalues(p, 7)
+    assert (_reach(values, p, leading, 4) - leading).tolist() == [0, 1, 1, 2, 4, 0, 0]
+    assert _are_flat(p).tolist() == [True, False, False, False, False, False, True]
+
+
+def test_cotangents_do_not_depend_on_the_batch() -> None:
+    """Examples beside others that take more eigenvectors, or combine fewer."""
+    z = torch.cat([few_probable(1), few_probable(2), few_probable(3), few_probable(5), logits(2, 90, 0.3)])
+    samples, seeds = torch.tensor([1, 1, 2, 1, 40, 70]), torch.arange(6)
+    together = cotangents(z, "deflated", samples, generator=seeds)
+    for n in range(6):
+        alone = cotangents(z[n, None], "deflated", samples[n, None], generator=seeds[n, None])
+        for u in (together[:, n, None], alone):
+            assert torch.count_nonzero(u.any(2)) == samples[n]
+        got, want = (second_moment(u)[0] for u in (together[:, n, None], alone))
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_a_confident_example_has_the_same_cotangents_in_every_batch() -> None:
+    """Also where 1 - p is near the rounding of p, and the last bits of a root of the secular equation show."""
+    for gap in (10, 20, 27, 34):
+        z = logits(40, 100, 0.5)
+        z[:, 7] += gap
+        z[::2, 9] += gap - 3
+        seeds = torch.arange(40)
+        for k in (1, 2):
+            samples = torch.full((40,), k)
+            together = second_moment(cotangents(z, "deflated", samples, generator=seeds))
+            for n in (0, 1, 39):
+                here = slice(n, n + 1)
+                alone = second_moment(cotangents(z[here], "deflated", samples[here], generator=seeds[here]))
+                assert (together[here] - alone).norm() < 1e-9 * alone.norm()
+
+
 def network(classes: int) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, classes)).double().eval()
 
 
-def test_reported_errors_are_calibrated() -> None:
-    """Intervals of two reported errors hold the exact value about 95 times in 100, with flat spectra."""
-    classes, n = 80, 200
-    model = network(classes)
-    x = logits(n, 6, 1.0)
+def check_reported_errors(model: nn.Module, x: Tensor, cotangents: int, seeds: int) -> None:
+    """Intervals of two reported errors hold the exact value about 95 times in 100, with two sketches or more each."""
     exact = fisher(model, [x], "exact", parameters=["0.weight"]).vector()
     inside, ratios = [], []
-    for seed in range(40):
+    for seed in range(seeds):
         found = fisher(
             model,
             [x],
             parameters=["0.weight"],
-            allocation=full_allocation(torch.full((n,), 4)),
+            allocation=full_allocation(torch.full((len(x),), cotangents)),
             seed=seed,
             estimator_error=True,
             self_check=False,
         )
-        assert sketches_of(get_likelihood("softmax"), model(x), 4, 2).min() == 5
         error = found.error_vector()
         inside.append(((found.vector() - exact).abs() <= 1.96 * error).double())
         ratios.append((found.vector() - exact).square().sum() / error.square().sum())
     assert 0.92 <= float(torch.stack(inside).mean()) <= 0.98
     assert 0.7 <= float(torch.stack(ratios).mean()) <= 1.4
+
+
+def test_reported_errors_are_calibrated() -> None:
+    """With flat spectra."""
+    model, x = network(80), logits(200, 6, 1.0)
+    assert sketches_of(get_likelihood("softmax"), model(x), 4, 2).min() == 5
+    check_reported_errors(model, x, cotangents=4, seeds=40)
+
+
+def test_reported_errors_of_confident_examples_are_calibrated() -> None:
+    """Two or three of the classes share the probability of each example."""
+    model = network(80)
+    with torch.no_grad():
+        model[2].weight[3:].mul_(0.1)
+        model[2].bias[3:].sub_(20)
+    check_reported_errors(model, logits(100, 6, 1.0), cotangents=1, seeds=60)
 
 
 def test_a_tolerance_is_met_with_flat_spectra() -> None:
