@@ -131,9 +131,8 @@ def _refined(
     strata = allocation.strata
     assert strata is not None
     have = need.sketches(allocation.samples)  # of each example, so far
-    single = (
-        need.importance.square() * need.left_by(allocation.samples) * have
-    )  # the variance with one sketch, in proportion
+    # In proportion to the variance with one sketch.
+    single = need.importance.square() * need.left_by(allocation.samples) * have
     certain = strata.number >= 0
     while strata.sums and strata.complete and found.relative_error() > tolerance:
         plan = _plan(found, strata, single, have, need.spectrum.shape[1], tolerance)
