@@ -51,7 +51,7 @@ from .bfloat16_layers import (
     wanted,
     widened,
 )
-from .graph import views_of
+from .graph import image_format, views_of
 
 MIN_MULTIPLICATIONS = 2**22  # a smaller product is not worth the call of oneDNN
 MAX_POINTWISE_PIXELS = 4  # 1x1 convolutions over images of more pixels are left to torch
@@ -194,6 +194,8 @@ class BatchNorm(torch.autograd.Function):
         of_weight = of_bias = None
         if any(to_parameters):
             mask = [False, *to_parameters]
+            if x.device.type == "cpu" and x.dim() == 4 and len(x) == 1:  # see graph.fix_batch_norm_gradients
+                g = g.contiguous(memory_format=image_format(x))
             saved = x.new_empty(0) if x.is_cuda else None  # the statistics of a batch: CUDA asks for a tensor
             _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
                 g, x, weight, mean, variance, saved, saved, False, ctx.eps, mask

@@ -349,11 +349,14 @@ def fix_batch_norm_gradients(nodes: Iterable[Node]) -> None:
         if node.name() != "NativeBatchNormBackward0":
             continue
         metadata = node._input_metadata[0]
-        if metadata.device.type != "cpu" or len(metadata.shape) != 4 or metadata.shape[0] != 1:
-            continue
-        x = node._saved_input
-        last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        _bring_into(node, torch.channels_last if last else torch.contiguous_format)
+        if metadata.device.type == "cpu" and len(metadata.shape) == 4 and metadata.shape[0] == 1:
+            _bring_into(node, image_format(node._saved_input))
+
+
+def image_format(x: Tensor) -> torch.memory_format:
+    """The memory format in which torch's batch norms on a CPU read a single image [1, C, H, W] and its cotangent."""
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def keep_channels_last(taps: Taps) -> None:
