@@ -499,7 +499,7 @@ def _taken_apart(
     sides = SideBySide(groups[0])
     found: tuple[list[Tensor], ...] = [], [], []
     for squares in zip(*(sides.join(group, len(parts.counts)) for group in groups), strict=True):
-        for into, whole in zip(found, (torch.stack(squares).sum(0), *parts.sums_and_variances(squares)), strict=True):
+        for into, whole in zip(found, (sum(squares[1:], squares[0]), *parts.sums_and_variances(squares)), strict=True):
             into.append(whole)
     values, sketched, variances = map(sides.split, found)
     return values, sketched, variances

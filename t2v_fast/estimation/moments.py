@@ -17,6 +17,11 @@ from ..ops.asynchronous import to_device
 CHUNK = {"cpu": 2**17, "cuda": 2**24}
 
 
+def chunk_width(values: Tensor) -> int:
+    """Return how many columns of values [U, D] are brought to float64 at once."""
+    return max(256, CHUNK[values.device.type] // max(1, len(values)))
+
+
 class Units:
     """The units that a mean is over, such as the examples of a batch.
 
@@ -71,7 +76,7 @@ class Moments:
         self.weight += units.weight
         self.weight2 += units.weight2
         self._prepare(shape, values.device)
-        width = max(256, CHUNK[values.device.type] // max(1, units.count))
+        width = chunk_width(flat)
         parts = (t.view(-1).split(width) for t in (self.first, self.cross, self.second))
         for q, first, cross, second in zip(flat.split(width, 1), *parts, strict=True):
             q = q.double()

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ..ops.asynchronous import to_device
 from .likelihoods import Likelihood
-from .moments import CHUNK
+from .moments import CHUNK, chunk_width
 
 # The mean squared correlation of the gradients. With EfficientNet-Lite0 at 64 pixels, handwritten digits, 10 to 1,000
 # classes and heads fitted to the end or stopped early, it was 0.1 to 0.9 behind the first eigenvector.
@@ -160,23 +160,28 @@ class Parts:
         Args:
             squares: The sums over each group of cotangents, [N, D].
         """
-        # Squares of squares leave the range of float32. Devices that lack float64 hand over to the CPU.
-        squares = [(q if q.device.type in CHUNK else q.cpu()).double() for q in squares]
+        squares = [q if q.device.type in CHUNK else q.cpu() for q in squares]  # other devices may lack float64
+        device = squares[0].device
         sizes = torch.tensor(self.sizes)
         left = sizes.flip(0).cumsum(0).flip(0)[:, None]  # the cotangents from each group on
         there = self.counts >= left  # which groups have sketches of which examples, [G, N]
         alone = there & (sizes == 1)[:, None]
         seen = alone.cumsum(0)
         shares, scale = alone.double() / seen.clamp_min(1), self.counts.double() / (seen[-1] - 1).clamp_min(1)
-        factors = to_device(torch.cat([there, shares, scale[None]]), squares[0].device)[:, :, None]
-        total, mean, spread = (torch.zeros_like(squares[0]) for _ in range(3))
-        for g, (q, size) in enumerate(zip(squares, self.sizes, strict=True)):
-            total = total + q if self.only_sketches else torch.addcmul(total, q, factors[g])
-            if size == 1:  # Welford's (1962) updates, which do not cancel
-                apart = q - mean
-                mean = torch.addcmul(mean, apart, factors[len(sizes) + g])
-                spread = torch.addcmul(spread, apart * (q - mean), factors[g])
-        return total, spread * factors[-1]
+        factors = to_device(torch.cat([there, shares, scale[None]]), device)[:, :, None]
+        found = torch.zeros(2, *squares[0].shape, dtype=torch.float64, device=device)
+        columns = (q.split(chunk_width(squares[0]), 1) for q in (*found, *squares))
+        for total, spread, *groups in zip(*columns, strict=True):
+            mean = torch.zeros_like(total)
+            for g, (q, size) in enumerate(zip(groups, self.sizes, strict=True)):
+                q = q.double()  # squares of squares leave the range of float32
+                total.add_(q) if self.only_sketches else total.addcmul_(q, factors[g])
+                if size == 1:  # Welford's (1962) updates, which do not cancel
+                    apart = q - mean
+                    mean.addcmul_(apart, factors[len(sizes) + g])
+                    spread.addcmul_(apart.mul_(q - mean), factors[g])
+            spread.mul_(factors[-1])
+        return found[0], found[1]
 
 
 def packed(u: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from t2v_fast.estimation import cotangents as cotangents_module
 from t2v_fast.estimation.allocation import Allocation, SamplingStats, full_allocation, seeds_of
 from t2v_fast.estimation.cotangents import cotangents
 from t2v_fast.estimation.likelihoods import get_likelihood
-from t2v_fast.estimation.moments import Strata
+from t2v_fast.estimation.moments import CHUNK, Strata
 from t2v_fast.estimation.sketches import MoreSketches, Parts, sketches_of
 from t2v_fast.estimation.tolerance import MIN_STRATUM, _plan, _with, sample_until, strata_of
 
@@ -57,23 +57,26 @@ def test_more_sketches_are_of_what_the_eigenvectors_leave(
 
 
 @pytest.mark.parametrize("spread", [3, 60])
-def test_parts_tell_sums_and_variances_of_sketches(spread: int) -> None:
+def test_parts_tell_sums_and_variances_of_sketches(spread: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of examples with different numbers of eigenvectors and sketches, whose cotangents end together."""
+    monkeypatch.setitem(CHUNK, "cpu", 1024)  # so that there are several chunks of columns
     generator = torch.Generator().manual_seed(0)
     counts = torch.tensor([2, 0, 3, 2 + spread])
     k = int(counts.max()) + 2
-    each = torch.rand(k, 4, 5, dtype=torch.float64, generator=generator)  # squares of each cotangent
+    each = torch.rand(k, 4, 600, dtype=torch.float64, generator=generator)  # squares of each cotangent
     parts = Parts.of(k, counts)
     assert sum(parts.sizes) == k
     assert parts.are_apart == (spread == 3)
     groups = [part.sum(0) for part in each.split(parts.sizes)]
+    before = [q.clone() for q in groups]
     totals, variances = parts.sums_and_variances(groups)
+    assert all(map(torch.equal, groups, before))
     for n, s in enumerate(counts.tolist()):
         own = each[k - s :, n]
         if parts.are_apart:
             torch.testing.assert_close(totals[n], own.sum(0))
         measured = own if parts.are_apart else own[-8:]
-        want = s * measured.var(0) if s else torch.zeros(5, dtype=torch.float64)
+        want = s * measured.var(0) if s else torch.zeros(600, dtype=torch.float64)
         torch.testing.assert_close(variances[n], want)
 
 
