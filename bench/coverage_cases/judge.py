@@ -14,7 +14,7 @@ import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -168,6 +168,11 @@ class Question:
     def parameters(self) -> dict[str, nn.Parameter]:
         everything = dict(self.network.named_parameters())
         return {name: everything[name] for name in self.wanted}
+
+    def named(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """With the names that the network itself has. The library's have no part of a wrapper."""
+        prefix = "module." if isinstance(self.network, nn.DataParallel) else ""
+        return {prefix + name: q for name, q in found.items()}
 
 
 def ask(case: Case, doubled: bool = False) -> Question:
@@ -329,7 +334,7 @@ def by_recorder(question: Question, unsupported: str) -> list[dict[str, Tensor]]
     found = []
     with FisherRecorder(question.network, question.wanted, unsupported=unsupported) as recorder:
         for batch, u in zip(question.batches, question.cotangents, strict=True):
-            found.append(recorder.backward(question.call(question.network, batch), u))
+            found.append(question.named(recorder.backward(question.call(question.network, batch), u)))
     return found
 
 
@@ -337,17 +342,16 @@ def by_fisher(question: Question, unsupported: str, granularity: str) -> dict[st
     labels, forward = question.labels, lambda network, inputs: question.call(network, inputs).flatten(1)
     if question.case.labels is not None:
         labels, forward = [question.case.labels(count(batch)) for batch in question.batches], question.call
-    return dict(
-        fisher(
-            question.network,
-            list(zip(question.batches, labels, strict=True)),
-            "empirical",
-            granularity=granularity,
-            parameters=question.wanted,
-            unsupported=unsupported,
-            forward=forward,
-        )
+    found = fisher(
+        question.network,
+        list(zip(question.batches, labels, strict=True)),
+        "empirical",
+        granularity=granularity,
+        parameters=question.wanted,
+        unsupported=unsupported,
+        forward=forward,
     )
+    return question.named(found)
 
 
 def reduced(whole: dict[str, Tensor], granularity: str) -> dict[str, Tensor]:

@@ -6,7 +6,12 @@ A call of :func:`t2v_fast.fisher` looks at all modules a dozen times, for one pr
 
 from __future__ import annotations
 
+import functools
+
 from torch import nn
+
+# What torch's walks call. A network with methods of its own may hide members, or show more than it has.
+WALKS = frozenset(("modules", "named_modules", "parameters", "named_parameters", "_named_members"))
 
 
 def modules_of(network: nn.Module) -> list[nn.Module]:
@@ -25,7 +30,8 @@ def modules_of(network: nn.Module) -> list[nn.Module]:
             found[id(module)] = module
             if children := module._modules:
                 stack.extend(reversed(list(children.values())))
-    return list(found.values())
+    modules = list(found.values())
+    return modules if _have_usual_walks(modules) else list(network.modules())
 
 
 def name_of(network: nn.Module, module: nn.Module | None) -> str | None:
@@ -47,5 +53,20 @@ def parameters_of(network: nn.Module) -> list[nn.Parameter]:
         >>> [tuple(p.shape) for p in parameters_of(network)]
         [(3, 2), (3,)]
     """
-    members = (p for module in modules_of(network) for p in module._parameters.values())
+    modules = modules_of(network)
+    if not _have_usual_walks(modules):
+        return list(network.parameters())
+    members = (p for module in modules for p in module._parameters.values())
     return list({id(p): p for p in members if p is not None}.values())
+
+
+def _have_usual_walks(modules: list[nn.Module]) -> bool:
+    """Whether neither a class nor a module has methods of its own; only the first module's own may be any of the walks."""
+    if not all(map(_is_usual, {type(module) for module in modules})):
+        return False
+    return WALKS.isdisjoint(vars(modules[0])) and not any("named_modules" in vars(module) for module in modules)
+
+
+@functools.lru_cache
+def _is_usual(kind: type[nn.Module]) -> bool:
+    return all(getattr(kind, walk) is getattr(nn.Module, walk) for walk in WALKS)

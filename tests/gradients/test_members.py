@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from t2v_fast import fisher
 from t2v_fast.gradients.members import modules_of, name_of, parameters_of
 
 
@@ -44,3 +48,71 @@ def test_members_of_a_network_that_defines_equality() -> None:
     assert len(modules_of(network)) == 3
     assert name_of(network, nn.ReLU()) is None
     assert len(parameters_of(network)) == 4
+
+
+class _WithGain(nn.Linear):
+    """A layer that shows a parameter which it keeps in a list."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.gains = [nn.Parameter(torch.rand(self.out_features))]
+
+    def named_parameters(self, prefix: str = "", *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from super().named_parameters(prefix, *args, **kwargs)
+        yield "gain", self.gains[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gains[0]
+
+
+class _WithLayer(nn.Module):
+    """A network that shows a layer which it keeps in a list."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(*sizes)]
+        self.norm = nn.BatchNorm1d(sizes[1])
+
+    def named_modules(self, memo: Any = None, prefix: str = "", **options: Any) -> Iterator[tuple[str, nn.Module]]:
+        yield from super().named_modules(memo, prefix, **options)
+        yield f"{prefix}.layer".lstrip("."), self.layers[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.layers[0](x))
+
+
+@pytest.mark.parametrize(("kind", "hidden"), [(_WithGain, "gain"), (_WithLayer, "layer.weight")])
+def test_members_that_only_the_methods_of_a_network_show(kind: type[nn.Module], hidden: str) -> None:
+    """They are frozen, and become differentiable for the time of the estimate."""
+    network = kind(3, 4).eval()
+    for p in network.parameters():
+        p.requires_grad_(False)
+    assert list(map(id, modules_of(network))) == list(map(id, network.modules()))
+    assert list(map(id, parameters_of(network))) == list(map(id, network.parameters()))
+    x = torch.randn(5, 3)
+    found = fisher(network, x.split(3), "exact")
+    for p in network.parameters():
+        p.requires_grad_()
+    assert hidden in found
+    torch.testing.assert_close(found[hidden], fisher(network, x.split(3), "exact")[hidden])
+
+
+class _Counting(nn.Module):
+    """Counts its calls in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return x
+
+
+def test_buffers_of_a_layer_that_only_a_method_shows_are_restored() -> None:
+    """``eval()`` does not reach it."""
+    network = _WithLayer(3, 3)
+    network.layers[0] = _Counting()
+    fisher(network.eval(), [torch.randn(5, 3)], "exact")
+    assert not network.layers[0].calls
