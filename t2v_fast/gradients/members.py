@@ -61,7 +61,7 @@ def parameters_of(network: nn.Module) -> list[nn.Parameter]:
 
 
 def _have_usual_walks(modules: list[nn.Module]) -> bool:
-    """Whether neither a class nor a module has methods of its own; only the first module's own may be any of the walks."""
+    """Whether torch walks over these modules, the network first, without methods of their own or of their classes."""
     if not all(map(_is_usual, {type(module) for module in modules})):
         return False
     return WALKS.isdisjoint(vars(modules[0])) and not any("named_modules" in vars(module) for module in modules)
