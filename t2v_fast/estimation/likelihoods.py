@@ -133,10 +133,11 @@ class Softmax(Likelihood):
 
     def spectrum(self, z: Tensor) -> Tensor:
         p = z.softmax(1).sort(1, descending=True).values
-        # The smallest eigenvalue is 0, with eigenvector (1, ..., 1). With many classes, the likeliest classes give the
+        # The smallest eigenvalue is 0, with eigenvector (1, ..., 1). With many classes, the likeliest ones give the
         # large eigenvalues. The others lie between neighbouring probabilities, which approximate them.
-        values = torch.cat([torch.linalg.eigvalsh(_covariance(t)).flip(1) for t in p[:, :DENSE_CLASSES].split(1024)])
-        return torch.cat([values, p[:, DENSE_CLASSES + 1 :]], 1)[:, : p.shape[1] - 1].clamp_min(0)
+        few = p.shape[1] - 1 if p.shape[1] <= DENSE_CLASSES else FEW_CLASSES
+        values = torch.cat([torch.linalg.eigvalsh(_gathered(t, few)).flip(1)[:, :few] for t in p.split(1024)])
+        return torch.cat([values, p[:, few + 1 :]], 1).clamp_min(0)
 
     def trace_through(self, z: Tensor, weight: Tensor) -> Tensor:
         p = z.softmax(1)
@@ -153,9 +154,10 @@ class Softmax(Likelihood):
         most = int(leading.max()) if len(leading) else 0
         there = z.device.type != "cpu"  # where the host would wait for a dense solver
         exact = leading >= self.rank(p.shape[1])
-        if there and exact.any() and exact.all():
-            return self.exact(z)
-        if p.shape[1] <= DENSE_CLASSES and not there:
+        many = p.shape[1] > DENSE_CLASSES or there
+        if many and exact.any() and exact.all():
+            return torch.cat([self.exact(z), z.new_zeros(len(signs), *z.shape)])
+        if not many:
             values, vectors = torch.linalg.eigh(_covariance(_apart(p)))
             values, vectors = values.flip(1)[:, :-1], vectors.flip(2)[:, :, :-1]  # without the smallest, which is 0
             # The solver's choice between v and -v depends on rounding. A sketch of several eigenvectors would, too.
@@ -165,6 +167,13 @@ class Softmax(Likelihood):
             first = _first(columns.shape[2], leading, z)
             rest = torch.einsum("ncr,snr->snc", columns * ~first, signs[:, :, :-1])
             return torch.cat([(columns * first)[:, :, :most].permute(2, 0, 1), rest])
+        if not there and exact.any():  # eigenvectors with coinciding roots would leave a part out, and nothing mends it
+            found = z.new_zeros(most + len(signs), *z.shape)
+            found[:most, exact] = self.exact(z[exact])
+            others = self.deflated(z[~exact], leading[~exact], signs[:, ~exact])
+            k = len(others) - len(signs)
+            found[:k, ~exact], found[most:, ~exact] = others[:k], others[k:]
+            return found
         if not there and not (some := (leading > 0) | ~_are_flat(p)).all():
             found = torch.cat([z.new_zeros(most, *z.shape), self.sketch(z, signs)])
             if some.any():
@@ -194,9 +203,16 @@ class Softmax(Likelihood):
         return found
 
     def sketch(self, z: Tensor, signs: Tensor) -> Tensor:
+        # With nearly all of the probability at one class, its sqrt(p) s - p sum_c sqrt(p_c) s_c would cancel.
         p = z.softmax(1)
+        top = p.argmax(1, keepdim=True)
+        others = p.scatter(1, top, 0).sum(1, keepdim=True)
         weighted = p.sqrt() * signs
-        return weighted.addcmul_(p, weighted.sum(-1, keepdim=True), value=-1)
+        place = top.expand(*weighted.shape[:-1], 1)
+        of_top = weighted.gather(-1, place)
+        rest = weighted.scatter_(-1, place, 0).sum(-1, keepdim=True)
+        weighted.addcmul_(p, rest + of_top, value=-1)
+        return weighted.scatter_(-1, place, of_top * others - p.gather(1, top) * rest)
 
     def draw(self, z: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
         cumulative = z.softmax(1).cumsum(1)
@@ -205,7 +221,8 @@ class Softmax(Likelihood):
 
     def score(self, z: Tensor, labels: Tensor) -> Tensor:
         p, labels = z.softmax(1).expand(*labels.shape, -1), labels[..., None]
-        return p.scatter(-1, labels, p.gather(-1, labels) - 1)
+        others = p.scatter(-1, labels, 0)
+        return others.scatter_(-1, labels, -others.sum(-1, keepdim=True))  # p - 1 would cancel
 
 
 class _Diagonal(Likelihood):
@@ -296,6 +313,22 @@ def _covariance(p: Tensor) -> Tensor:
     covariance = -p[:, :, None] * p[:, None, :]
     covariance.diagonal(dim1=1, dim2=2).copy_(p * complement)
     return covariance
+
+
+def _gathered(p: Tensor, few: int) -> Tensor:
+    """Return a matrix [N, few + 1, few + 1] with about the largest eigenvalues of diag(p) - p p^T, for sorted rows p.
+
+    The classes behind the first few count as one, with the same sums of squares and of cubes: a pole of the secular
+    equation (:func:`_leading_eigenvalues`). With a single class behind them the eigenvalues are the same.
+    """
+    top, rest = p[:, :few], p[:, few:]
+    squares = rest.square().sum(1, keepdim=True)
+    pole = rest.pow(3).sum(1, keepdim=True) / squares.clamp_min(torch.finfo(p.dtype).tiny)
+    root = torch.cat([top, squares.sqrt()], 1)
+    matrix = -root[:, :, None] * root[:, None, :]
+    complement = torch.cat([p[:, 1:].sum(1, keepdim=True), 1 - top[:, 1:]], 1)  # 1 - p, without cancellation
+    matrix.diagonal(dim1=1, dim2=2).copy_(torch.cat([top * complement, (pole - squares).clamp_min(0)], 1))
+    return matrix
 
 
 def _apart(p: Tensor) -> Tensor:
@@ -400,7 +433,7 @@ def _roots(top: Tensor, moments: tuple[Tensor, Tensor] | None, low: Tensor, high
     The function falls from +inf to -inf between neighbouring poles. Each step looks at many points between them: a call
     costs more than what it computes, if that is little. The roots are found to 2^-60 of the intervals.
     """
-    bits = _bits(len(top), top.shape[1] * low.shape[2], top.device.type)
+    bits = _bits(*top.shape, low.shape[2], top.device.type)
     steps = -(-60 // bits)
     inner = torch.arange(1, 2**bits, dtype=top.dtype, device=top.device)
     low, width = low[..., None], (high - low)[..., None]  # [N, 1, r, 1]
@@ -422,14 +455,14 @@ def _others(moments: tuple[Tensor, Tensor] | None, x: Tensor) -> Tensor | float:
     return 1 + a * (a / (a * x - b).clamp_min(torch.finfo(x.dtype).tiny))
 
 
-def _bits(rows: int, numbers: int, device: str) -> int:
-    """How many bits of a root a step finds. It looks at 2^bits times ``numbers`` of each row.
+def _bits(rows: int, classes: int, roots: int, device: str) -> int:
+    """How many bits of a root a step finds. It looks at 2^bits numbers for each class and root of a row.
 
-    On a CPU this depends on no other row, so that a row is rounded in the same way in every batch.
+    On a CPU this depends on the classes alone, so that a row is rounded in the same way in every batch.
     """
     if device == "cpu":
-        return 3 if numbers <= FEW_ROOTS * FEW_CLASSES else 1
-    return min(8, max(1, int(math.log2(2**26 / max(1, rows * numbers)))))
+        return 3 if classes <= FEW_CLASSES else 1
+    return min(8, max(1, int(math.log2(2**26 / max(1, rows * classes * roots)))))
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

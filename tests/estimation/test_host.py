@@ -119,9 +119,9 @@ def test_the_secular_equation_is_solved_as_well_in_larger_steps() -> None:
         got = _eigenvectors(Pretend(p), _leading_eigenvalues(Pretend(p), 3)).held
     cosines = torch.nn.functional.cosine_similarity(got, want, dim=1)
     assert float((1 - cosines).abs().max()) < 1e-12
-    assert [_bits(1, n, "cuda") for n in (0, 2**20, 2**24, 2**25, 2**40)] == [8, 6, 2, 1, 1]
-    assert [_bits(n, 512, "cpu") for n in (0, 1, 2**10)] == [3, 3, 3]
-    assert _bits(1, 1000, "cpu") == 1
+    assert [_bits(1, n, 1, "cuda") for n in (0, 2**20, 2**24, 2**25, 2**40)] == [8, 6, 2, 1, 1]
+    assert {_bits(rows, 32, roots, "cpu") for rows in (0, 1, 2**10) for roots in (1, 16)} == {3}
+    assert {_bits(rows, 65, roots, "cpu") for rows in (0, 1, 2**10) for roots in (1, 16)} == {1}
 
 
 def test_columns_become_orthonormal_and_dependent_ones_zero() -> None:

@@ -16,9 +16,11 @@ from t2v_fast.estimation.likelihoods import (
     COMBINED,
     LIKELIHOODS,
     _are_flat,
+    _jittered,
     _leading_eigenvalues,
     _reach,
     get_likelihood,
+    random_signs,
 )
 from t2v_fast.estimation.sketches import least, packed, sketches_of, tails
 from t2v_fast.estimation.tolerance import sample_until
@@ -249,3 +251,40 @@ def test_a_tolerance_is_met_with_flat_spectra() -> None:
     assert found.relative_error() <= 0.05
     assert float((found.vector() - exact).norm() / exact.norm()) <= 0.1  # twice what is reported
     assert found.samples * found.visited < 0.3 * n * (classes - 1)
+
+
+@pytest.mark.parametrize("classes", [66, 100])
+def test_all_eigenvectors_are_exact_where_shifted_probabilities_coincide(classes: int) -> None:
+    """The solver shifts equal probabilities apart, and so brings others together, which then have one eigenvector."""
+    shift = 1 + 1e-9 * torch.linspace(-1, 1, classes, dtype=torch.float64)
+    z = torch.randn(200, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 2
+    steps = (torch.arange(200) % 5 - 2) * 2.0**-51
+    z[:, 7], z[:, 60] = 1 + z[:, 7].abs(), 1 + z[:, 7].abs() + (shift[7] / shift[60]).log() + steps
+    apart = _jittered(z.softmax(1))
+    assert (apart[:, 7] == apart[:, 60]).any()
+    want = second_moment(get_likelihood("softmax").exact(z))
+    for k in (torch.arange(200) % 7 % 2 * (classes - 2) + 1, torch.full((200,), classes - 1)):
+        got = second_moment(cotangents(z, "deflated", k, generator=torch.arange(200)))
+        torch.testing.assert_close(got[k > 1], want[k > 1], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("gap", [40.0, 80.0, 300.0])
+@pytest.mark.parametrize("classes", [2, 5, 70])
+def test_sketches_of_very_confident_examples(classes: int, gap: float) -> None:
+    """Their entries add up to zero, although the likeliest one is a tiny difference of two large numbers."""
+    z = torch.randn(4, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    z[:, 1] += gap
+    model, signs = get_likelihood("softmax"), random_signs(4, 64, classes, torch.Generator().manual_seed(2))
+    u = model.sketch(z, signs)
+    assert (u.sum(2).abs() <= 1e-12 * u.abs().amax(2)).all()
+    others = [c for c in range(classes) if c != 1]
+    p = z.softmax(1)[:, others]
+    want = p.sqrt() * signs[:, :, others] - p * signs[:, :, 1:2]  # up to the rounding of the likeliest probability
+    torch.testing.assert_close(u[:, :, others], want, rtol=1e-6, atol=0)
+
+
+def test_the_score_of_a_very_confident_example() -> None:
+    z = torch.tensor([[60.0, 0.0, 1.0]], dtype=torch.float64)
+    (score,) = get_likelihood("softmax").score(z, torch.tensor([0]))
+    p = z.softmax(1)[0]
+    torch.testing.assert_close(score, torch.stack([-p[1] - p[2], p[1], p[2]]), rtol=1e-12, atol=0)
