@@ -50,7 +50,8 @@ class Moments:
     """A weighted mean over independent units and its standard error, by the delta method for a ratio of sums.
 
     For values q_u with weights a_u, the mean is m = sum_u a_u q_u / sum_u a_u. Its variance is estimated by
-    U / (U - 1) * sum_u a_u^2 (q_u - m)^2 / (sum_u a_u)^2.
+    sum_u a_u^2 (q_u - m)^2 / ((sum_u a_u)^2 - sum_u a_u^2). That is unbiased if all weights are equal, and also if q_u
+    is the mean over a_u examples, as in batches of different sizes.
 
     Example:
         >>> moments = Moments()
@@ -108,12 +109,13 @@ class Moments:
         return self.first / self.weight
 
     def standard_error(self) -> Tensor:
-        """Return the standard error of the mean, or NaN for fewer than two units."""
+        """Return the standard error of the mean, or NaN for fewer than two units that count."""
         mean = self.mean()
-        if self.units < 2:
+        others = self.weight**2 - self.weight2
+        if self.units < 2 or not others > 1e-12 * self.weight2:
             return torch.full_like(mean, float("nan"))
         spread = self.second - 2 * mean * self.cross + mean.square() * self.weight2  # sum_u a^2 (q - mean)^2
-        return (spread.clamp_min(0) * self.units / (self.units - 1)).sqrt() / self.weight
+        return (spread.clamp_min(0) / others).sqrt()
 
 
 class SideBySide:

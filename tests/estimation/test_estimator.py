@@ -117,7 +117,7 @@ def test_standard_error_is_that_of_a_weighted_mean() -> None:
     for name, s in per_example_squares(network, x, u).items():
         q = reduce(s, "filter")
         a = (w / w.sum()).view(-1, *[1] * (q.dim() - 1))
-        want = ((a * (q - (a * q).sum(0))).square().sum(0) * 6 / 5).sqrt()
+        want = ((a * (q - (a * q).sum(0))).square().sum(0) / (1 - a.square().sum())).sqrt()
         assert relative_error(got.standard_error[name], want) < 1e-7
 
 

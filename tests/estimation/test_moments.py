@@ -72,3 +72,19 @@ def test_quantities_side_by_side() -> None:
     for name, variance in found.items():
         torch.testing.assert_close(variance, alone[name].variance())
     assert NamedDrawnExamples().variance() == {}
+
+
+@pytest.mark.parametrize("sizes", [(30, 30), (57, 3), (50, *[1] * 10), (16, 16, 16, 12)])
+def test_the_variance_of_a_mean_over_batches_of_any_sizes_is_unbiased(sizes: tuple[int, ...]) -> None:
+    """Each of 40,000 entries is a data set of 60 examples with variance one."""
+    generator = torch.Generator().manual_seed(0)
+    moments = Moments()
+    for size in sizes:
+        moments.add(torch.randn(1, 40_000, generator=generator) / size**0.5, Units(torch.tensor([float(size)])))
+    assert abs(float(moments.standard_error().square().mean()) * 60 - 1) < 0.03
+
+
+def test_one_unit_that_counts_has_no_standard_error() -> None:
+    moments = Moments()
+    moments.add(torch.tensor([1.0, 2.0]), Units(torch.tensor([3.0, 0.0])))
+    assert moments.standard_error().isnan()
