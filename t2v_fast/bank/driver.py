@@ -18,12 +18,13 @@ import torch
 
 from ..embedding import FingerprintMismatch, differences
 from ..spans import Spans
+from ..tasks.settings import Settings, other_settings
 from . import job_profile
 from .display import Display
 from .engines import Engine, Factory, InProcess, Processes, Result, WorkerDied
 from .job import Job, WorkItem
 from .job_profile import JobProfile, RunTime, TaskTime
-from .store import Bank
+from .store import Bank, BankError
 
 DEATHS = 3  # workers that die at one task before it counts as failed
 POLL = 0.5  # seconds between looks at tasks that another driver has claimed
@@ -118,7 +119,7 @@ class _Driver:
     def __init__(self, job: Job, bank: Bank, engine: Engine, clock: _Clock, display: Display) -> None:
         self.bank, self.engine, self.clock, self.display = bank, engine, clock, display
         self.workers = clock.workers
-        self.names = job.tasks
+        self.names, self.settings = job.tasks, Settings(**job.settings)
         self.queue = deque(work for work in job.work if not all(map(bank.settled, work.tasks)))
         self.claimed_elsewhere: deque[WorkItem] = deque()  # tasks that another driver has claimed
         self.assigned: dict[int, WorkItem | None] = {}  # by worker; None: idle, or not ready yet
@@ -128,8 +129,20 @@ class _Driver:
         self.checked = False  # whether the bank was found to have the same settings
         self.summary = Summary(before=sum(map(bank.settled, self.names)))
 
+    def _note_settings(self) -> None:
+        """Say that finished tasks stay as they are, where one of them was embedded with other settings."""
+        names = set(self.names)
+        task = next((task for task in self.bank.tasks if task in names), None)
+        with contextlib.suppress(BankError):  # a damaged embedding is not the matter here
+            if task is not None and (different := other_settings(self.settings, self.bank[task].meta)):
+                self.display.note(
+                    f"note: task {task} was embedded with other settings before ({', '.join(different)}). Finished "
+                    "tasks stay as they are: to embed all tasks alike, use another bank"
+                )
+
     def run(self, on_start: Callable[[Engine], None] | None) -> Summary:
         self.display.begin(self.summary.before)
+        self._note_settings()
         for _ in range(min(self.workers, max(1, len(self.queue)))):
             self._start_worker()
         if on_start is not None:

@@ -349,3 +349,32 @@ class Settings:
 
 
 OPTIONS: dict[str, Option] = {f.name: replace(f.metadata["option"], default=f.default) for f in fields(Settings)}
+
+
+def other_settings(settings: Any, meta: Mapping[str, Any]) -> list[str]:
+    """Compare settings with those that an embedding was made with, as its ``meta`` has them.
+
+    These settings make no two embeddings incomparable: they decide how exact one is.
+
+    Args:
+        settings: A :class:`Settings`, or a pipeline with the same attributes.
+        meta: Of a comparable embedding.
+
+    Returns:
+        A text for each difference.
+
+    Example:
+        >>> other_settings(Settings(samples=3), {"estimator": "deflated", "samples": 2, "seed": 0})
+        ['samples is 2, not 3']
+    """
+    names = ["seed"]
+    if settings.method == "fisher":
+        names += ["estimator", "tolerance"]
+        if settings.tolerance is None and meta.get("tolerance") is None:  # with a tolerance, a measured number is there
+            names.append("samples")
+    made = {"tolerance": None, **meta}
+    return [
+        f"{name} is {made[name]!r}, not {getattr(settings, name)!r}"
+        for name in names
+        if name in made and made[name] != getattr(settings, name)
+    ]

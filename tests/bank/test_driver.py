@@ -72,6 +72,21 @@ def test_a_task_that_kills_its_workers_fails_alone(tmp_path: Path) -> None:
     assert summary.lost_workers == 3
 
 
+def test_finished_tasks_stay_where_settings_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A note says so: embeddings of more cotangents are comparable, and are not made again."""
+    job = folders(tmp_path, ["a"])
+    run(job, tmp_path / "bank")
+    write_folder(tmp_path / "tasks" / "b", *shapes(12, classes=2, seed=1))
+    capsys.readouterr()
+    assert run(job, tmp_path / "bank").before == 1
+    assert "other settings" not in capsys.readouterr().err
+    write_job(job, {"tasks": [{"folders": "tasks"}], "settings": {"samples": 3}})
+    assert run(job, tmp_path / "bank").before == 2
+    said = capsys.readouterr().err
+    assert "task a was embedded with other settings before (samples is" in said
+    assert ", not 3). Finished tasks stay as they are" in said
+
+
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     job = folders(tmp_path, ["a"])
     run(job, tmp_path / "bank")
