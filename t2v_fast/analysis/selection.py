@@ -135,6 +135,38 @@ def check_errors(errors: np.ndarray) -> np.ndarray:
     return errors
 
 
+def without_own(errors: np.ndarray, experts: Vectors, tasks: Vectors) -> np.ndarray:
+    """Return errors without those of experts on their own tasks.
+
+    An expert's own task is at distance zero, so to choose it says nothing about a distance. An expert's own task is
+    known by its embedding, which is equal in all entries.
+
+    Args:
+        errors: The errors [T, E], NaN where an expert may not be used for a task.
+        experts: The embeddings of the E tasks that the experts were trained on, or an array [E, D].
+        tasks: T tasks, embedded in the same way.
+
+    Returns:
+        The errors [T, E], NaN where the expert was trained on the task too.
+
+    Raises:
+        ValueError: For wrong shapes.
+
+    Example:
+        >>> import numpy as np
+        >>> tasks = np.array([[2.0, 1.0], [1.0, 3.0]])
+        >>> without_own(np.array([[0.1, 0.2], [0.4, 0.3]]), tasks, tasks)
+        array([[nan, 0.2],
+               [0.4, nan]])
+    """
+    errors = np.asarray(errors, dtype=np.float64)
+    f, t = as_vectors(experts, "experts"), as_vectors(tasks, "tasks")
+    if errors.shape != (len(t), len(f)):
+        raise ValueError(f"errors are {list(errors.shape)}, expected [{len(t)} tasks, {len(f)} experts]")
+    own = np.array([[np.array_equal(expert, task) for expert in f] for task in t])
+    return np.where(own, np.nan, errors)
+
+
 @dataclass
 class Model2Vec:
     """Learn where models belong among tasks: m_j = F_j + b_j, from errors of the experts on earlier tasks.
@@ -185,7 +217,8 @@ class Model2Vec:
         Args:
             experts: The embeddings of the E tasks that the experts were trained on, or an array [E, D].
             tasks: T tasks, embedded in the same way.
-            errors: The errors [T, E], NaN where an expert may not be used for a task.
+            errors: The errors [T, E], NaN where an expert may not be used for a task. :func:`without_own` leaves out
+                those of experts on their own tasks, which teach nothing.
             trivial: The trivial task t0 [D], by default
                 :func:`~t2v_fast.analysis.distance.trivial_embedding` of the experts.
 
@@ -309,7 +342,8 @@ def leave_one_out(experts: Vectors, tasks: Vectors, errors: np.ndarray, model: M
     Args:
         experts: The embeddings of the E tasks that the experts were trained on, or an array [E, D].
         tasks: T tasks, embedded in the same way.
-        errors: The errors [T, E], NaN where an expert may not be used for a task.
+        errors: The errors [T, E], NaN where an expert may not be used for a task. :func:`without_own` leaves out those
+            of experts on their own tasks, which would always be chosen.
         model: The settings to learn with, by default those of ``Model2Vec()``.
 
     Returns:
@@ -402,7 +436,8 @@ def compare(
 ) -> dict[str, np.ndarray]:
     """Compare ways to choose an expert, as table 1 of Achille et al., 2019, does.
 
-    "Best on average" and Model2Vec learn from the errors of the other tasks only.
+    "Best on average" and Model2Vec learn from the errors of the other tasks only. A task's own expert has no part in
+    any way (:func:`without_own`): it is no choice, no best expert, and not drawn by chance.
 
     Args:
         experts: The embeddings of the E tasks that the experts were trained on, or an array [E, D].
@@ -414,8 +449,13 @@ def compare(
 
     Returns:
         The relative error increase [T] of each way, by its name.
+
+    Raises:
+        FingerprintMismatch: If the embeddings cannot be compared.
+        ValueError: For wrong shapes and values, and for a task that has no error of another expert than its own.
     """
-    errors = check_errors(errors)
+    check_same(experts, tasks)
+    errors = check_errors(without_own(errors, experts, tasks))
     available = ~np.isnan(errors)
     chosen = {
         "best on average": best_on_average(errors),

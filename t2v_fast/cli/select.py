@@ -24,7 +24,8 @@ def add_parser(commands: Any) -> None:
         "--errors",
         type=Path,
         help="CSV of test errors: a column for each expert, named as the task that it was trained on; a row for each "
-        "task; empty where an expert is not to be used. With --zoo, the columns are named as the networks",
+        "task; empty where an expert is not to be used. Errors of experts on their own tasks have no effect. With "
+        "--zoo, the columns are named as the networks",
     )
     parser.add_argument("--task", action="append", help="a task to choose for (default: all that have no errors yet)")
     parser.add_argument("--alpha", type=float, default=ALPHA, help="of the asymmetric distance (default: %(default)s)")
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         if name not in known:
             raise ValueError(f"no embedding of {name!r}: there are {', '.join(names)}")
     of_experts, of_tasks = [known[name] for name in experts], [known[name] for name in tasks]
+    errors = selection.without_own(errors, of_experts, of_tasks)
     if wanted:
         chosen_for = [known[name] for name in wanted]
         distances = asymmetric_distance(of_experts, chosen_for, alpha=arguments.alpha)

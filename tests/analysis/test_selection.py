@@ -22,6 +22,7 @@ from t2v_fast.analysis.selection import (
     predict_errors,
     read_errors,
     relative_error_increase,
+    without_own,
 )
 from t2v_fast.analysis.transferability import leep, logme
 from t2v_fast.embedding import FingerprintMismatch
@@ -200,6 +201,25 @@ def test_compare() -> None:
     assert all(values.shape == (40,) and (values >= 0).all() for values in found.values())
     rows = selection.increase_rows(found)
     assert rows[1][1] == f"{100 * found['chance'].mean():.1f} %"
+
+
+def test_an_expert_is_not_tried_on_its_own_task() -> None:
+    """An own error that is best or worst changes no figure, and distance zero is never the choice."""
+    experts, others, _, _ = bank(6, 4)
+    tasks = np.concatenate([experts, others])
+    errors = np.random.default_rng(0).uniform(0.1, 0.5, (10, 4))
+    blank = errors.copy()
+    np.fill_diagonal(blank, np.nan)
+    np.testing.assert_array_equal(without_own(errors, experts, tasks), blank)
+    want = compare(experts, tasks, blank)
+    for own in (0.01, 0.9):
+        np.fill_diagonal(errors, own)
+        for name, increase in compare(experts, tasks, errors).items():
+            np.testing.assert_array_equal(increase, want[name])
+    nearest = nearest_expert(asymmetric_distance(experts, tasks), ~np.isnan(blank))
+    np.testing.assert_array_equal(want["Task2Vec, asymmetric"], relative_error_increase(blank, nearest))
+    with pytest.raises(ValueError, match=r"errors are \[4, 10\], expected \[10 tasks, 4 experts\]"):
+        compare(experts, tasks, errors.T)
 
 
 def test_predicted_errors_are_weighted_means() -> None:

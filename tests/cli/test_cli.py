@@ -104,7 +104,7 @@ def test_select(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixtur
     for way in ("chance", "best on average", "Task2Vec, symmetric", "Task2Vec, asymmetric", "Model2Vec"):
         assert way in found
     embeddings = [Embedding.load(out / f"task {k}.safetensors") for k in range(3)]
-    model = Model2Vec().fit(embeddings[:2], embeddings[:2], np.array([[np.nan, 0.3], [0.2, 0.1]]))
+    model = Model2Vec().fit(embeddings[:2], embeddings[:2], np.array([[np.nan, 0.3], [0.2, np.nan]]))
     with (tmp_path / "s.csv").open() as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["expert", "task 2"]
@@ -113,6 +113,14 @@ def test_select(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "for task 0" in capsys.readouterr().out
     ranked = json.loads((tmp_path / "s.json").read_text())["experts"]
     assert [e["expert"] for e in ranked["task 0"]] == ["task 1"]  # a task is not its own expert
+    # An expert's error on its own task changes no figure.
+    results = []
+    for own in ("", "0.01", "0.9"):
+        errors.write_text(f"task,task 0,task 1,task 2\ntask 0,{own},0.3,0.2\ntask 1,0.2,{own},0.4\n")
+        assert run("select", out, "--errors", errors, "--json", tmp_path / "s.json") == 0
+        results.append(json.loads((tmp_path / "s.json").read_text()))
+    assert results[0] == results[1] == results[2]
+    capsys.readouterr()
     for text, message in (
         ("task,task 0\ntask 9,0.1\n", "no embedding of 'task 9'"),
         ("task,task 0\ntask 1,0.0\n", "pass a floor"),
