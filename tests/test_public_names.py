@@ -54,6 +54,10 @@ CHANGED: dict[str, str] = {
     "t2v_fast.rules.register_rule": "segments, by name only, and with a default",
     "t2v_fast.rules.Rule": "segments, the last: register_rule makes these objects",
     "t2v_fast.page.write_map": "alpha, by name only",
+    **dict.fromkeys(
+        ("t2v_fast.selection.check_errors", "t2v_fast.selection.compare"),
+        "names of tasks for messages, the last, and with a default",
+    ),
     "t2v_fast.graph.Use.parameter": "a cached property: it is looked up once",
     "t2v_fast.graph.Use": "stack, the last: only the library makes these objects",
     "t2v_fast.FisherDiagonal": _ENTRIES,

@@ -374,6 +374,10 @@ def test_priors_from_errors_and_near_tasks(tmp_path):
     table.write_text("task,timm/a,b,c\ntask 2,0.1,0.2,\ntask 0,0.2,0.1,\ntask 1,0.3,,\n")
     assert prior(errors=table) == found  # nothing is known of c, which the shortlist does not leave out
     assert prior(errors=table, earlier=earlier, embedding=mine) == near
+    with table.open("a") as file:
+        file.write("task 9,,,\n")  # a task without errors says nothing of networks, and needs no embedding
+    assert prior(errors=table) == found
+    assert prior(errors=table, earlier=earlier, embedding=mine) == near
 
 
 def test_a_race_without_scores_has_no_picture(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,18 +108,31 @@ def chance_increase(errors: np.ndarray, *, floor: float = 0.0) -> np.ndarray:
     return (np.nanmean(errors, axis=1) - np.nanmin(errors, axis=1)) / _best_errors(errors, floor)
 
 
-def _best_errors(errors: np.ndarray, floor: float) -> np.ndarray:
+def _best_errors(errors: np.ndarray, floor: float, names: Sequence[str] | None = None) -> np.ndarray:
     best = np.maximum(np.nanmin(errors, axis=1), floor)
     if (best <= 0).any():
         raise ValueError(
-            f"task {int(np.flatnonzero(best <= 0)[0])}: its best expert makes no error, so an increase has no ratio; "
+            f"task {_called(best <= 0, names)}: its best expert makes no error, so an increase has no ratio; "
             "pass a floor such as 1 / the number of its test images"
         )
     return best
 
 
-def check_errors(errors: np.ndarray) -> np.ndarray:
+def _called(wrong: np.ndarray, names: Sequence[str] | None) -> str:
+    """Return the name of the first wrong task, or its index where tasks have no names."""
+    task = int(np.flatnonzero(wrong)[0])
+    return str(task) if names is None else repr(names[task])
+
+
+def check_errors(errors: np.ndarray, names: Sequence[str] | None = None) -> np.ndarray:
     """Return errors as float64 [T, E].
+
+    Args:
+        errors: The errors [T, E], NaN where an expert may not be used for a task.
+        names: The names [T] of the tasks for messages, by default their indices.
+
+    Returns:
+        The errors.
 
     Raises:
         ValueError: Unless every task has an error, and all errors are from 0 to 1 or NaN.
@@ -129,7 +142,7 @@ def check_errors(errors: np.ndarray) -> np.ndarray:
         raise ValueError(f"errors have shape {list(errors.shape)}, expected [tasks, experts]")
     known = ~np.isnan(errors)
     if not known.any(1).all():
-        raise ValueError(f"task {int(np.flatnonzero(~known.any(1))[0])} has no error of any expert")
+        raise ValueError(f"task {_called(~known.any(1), names)} has no error of any expert")
     if not ((errors[known] >= 0) & (errors[known] <= 1)).all():
         raise ValueError("errors must be from 0 to 1, or missing")
     return errors
@@ -433,6 +446,7 @@ def compare(
     alpha: float = ALPHA,
     model: Model2Vec | None = None,
     floor: float = 0.0,
+    names: Sequence[str] | None = None,
 ) -> dict[str, np.ndarray]:
     """Compare ways to choose an expert, as table 1 of Achille et al., 2019, does.
 
@@ -446,6 +460,7 @@ def compare(
         alpha: The weight of the complexity in the asymmetric distance.
         model: The settings of Model2Vec, by default ``Model2Vec(alpha)``.
         floor: The smallest denominator of :func:`relative_error_increase`.
+        names: The names [T] of the tasks for messages, by default their indices.
 
     Returns:
         The relative error increase [T] of each way, by its name.
@@ -455,7 +470,8 @@ def compare(
         ValueError: For wrong shapes and values, and for a task that has no error of another expert than its own.
     """
     check_same(experts, tasks)
-    errors = check_errors(without_own(errors, experts, tasks))
+    errors = check_errors(without_own(errors, experts, tasks), names)
+    _best_errors(errors, floor, names)  # says which task has none
     available = ~np.isnan(errors)
     chosen = {
         "best on average": best_on_average(errors),
@@ -503,10 +519,11 @@ def read_errors(path: str | os.PathLike) -> tuple[list[str], list[str], np.ndarr
     """Read a CSV table of errors, with experts on top and a task at the start of each row.
 
     Args:
-        path: The file. An empty field means that the expert may not be used for the task.
+        path: The file. An empty field means that the expert may not be used for the task. All fields of a task may be
+            empty: it is one to choose for.
 
     Returns:
-        The names of the tasks, the names of the experts, and the errors [T, E].
+        The names of the tasks, the names of the experts, and the errors [T, E], NaN for empty fields.
 
     Raises:
         ValueError: For anything else; the message names the file and the row.
@@ -527,4 +544,12 @@ def read_errors(path: str | os.PathLike) -> tuple[list[str], list[str], np.ndarr
     for names, kind in ((experts, "experts"), (tasks, "tasks")):
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{path}: two {kind} are called {sorted(twice)[0]!r}")
-    return tasks, experts, check_errors(np.array(errors))
+    table = np.array(errors)
+    tried = ~np.isnan(table).all(1)
+    if not tried.any():
+        raise ValueError(f"{path} has no errors: all fields of its {len(tasks)} tasks are empty")
+    try:
+        check_errors(table[tried])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return tasks, experts, table

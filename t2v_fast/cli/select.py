@@ -50,12 +50,17 @@ def run(arguments: argparse.Namespace) -> int:
     if len(known) < len(names):
         raise ValueError("two embeddings are of tasks of one name, so the table of errors does not say which is meant")
     tasks, experts, errors = selection.read_errors(arguments.errors)
-    wanted = arguments.task or [name for name in names if name not in tasks]
-    for name in [*experts, *tasks, *wanted]:
+    for name in [*experts, *tasks, *(arguments.task or ())]:
         if name not in known:
             raise ValueError(f"no embedding of {name!r}: there are {', '.join(names)}")
-    of_experts, of_tasks = [known[name] for name in experts], [known[name] for name in tasks]
-    errors = selection.without_own(errors, of_experts, of_tasks)
+    of_experts = [known[name] for name in experts]
+    errors = selection.without_own(errors, of_experts, [known[name] for name in tasks])
+    tried = ~np.isnan(errors).all(1)
+    if not tried.any():
+        raise ValueError(f"{arguments.errors} has only errors of experts on their own tasks: add some on other tasks")
+    tasks, errors = [name for name, some in zip(tasks, tried, strict=True) if some], errors[tried]
+    of_tasks = [known[name] for name in tasks]
+    wanted = arguments.task or [name for name in names if name not in tasks]
     if wanted:
         chosen_for = [known[name] for name in wanted]
         distances = asymmetric_distance(of_experts, chosen_for, alpha=arguments.alpha)
@@ -78,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
             console.print(f"Model2Vec distances -> {arguments.csv}", markup=False)
     table = Table(title="increase of the error over the best expert, on the tasks of the table")
     header, *rows = selection.increase_rows(
-        selection.compare(of_experts, of_tasks, errors, alpha=arguments.alpha, floor=arguments.floor)
+        selection.compare(of_experts, of_tasks, errors, alpha=arguments.alpha, floor=arguments.floor, names=tasks)
     )
     for column in header:
         table.add_column(column)

@@ -218,6 +218,15 @@ def test_an_expert_is_not_tried_on_its_own_task() -> None:
             np.testing.assert_array_equal(increase, want[name])
     nearest = nearest_expert(asymmetric_distance(experts, tasks), ~np.isnan(blank))
     np.testing.assert_array_equal(want["Task2Vec, asymmetric"], relative_error_increase(blank, nearest))
+    errors[7, 2] = 0
+    with pytest.raises(ValueError, match="task 7: its best expert makes no error"):
+        compare(experts, tasks, errors)
+    with pytest.raises(ValueError, match="task 'h': its best expert makes no error"):
+        compare(experts, tasks, errors, names="abcdefghij")
+    errors[1] = np.nan
+    errors[1, 1] = 0.1  # of its own expert
+    with pytest.raises(ValueError, match="task 'b' has no error of any expert"):
+        compare(experts, tasks, errors, names="abcdefghij", floor=0.1)
     with pytest.raises(ValueError, match=r"errors are \[4, 10\], expected \[10 tasks, 4 experts\]"):
         compare(experts, tasks, errors.T)
 
@@ -290,14 +299,16 @@ def test_read_errors(tmp_path: Path) -> None:
     tasks, experts, errors = read_errors(path)
     assert (tasks, experts) == (["a", "b"], ["x", "y"])
     np.testing.assert_array_equal(errors, [[0.1, np.nan], [0.3, 0.2]])
+    path.write_text("task,x,y\na,0.1,\nb,,\n")  # b is a task to choose for
+    np.testing.assert_array_equal(read_errors(path)[2], [[0.1, np.nan], [np.nan, np.nan]])
     for text, message in (
         ("task,x\n", "has no errors"),
         ("task,x\na,0.1,0.2\n", "row of 'a' has 2 errors, expected 1"),
         ("task,x\na,low\n", "could not convert"),
         ("task,x,x\na,0.1,0.2\n", "two experts are called 'x'"),
         ("task,x\na,0.1\na,0.1\n", "two tasks are called 'a'"),
-        ("task,x\na,\n", "task 0 has no error"),
-        ("task,x\na,7\n", "from 0 to 1"),
+        ("task,x\na,\nb, \n", "all fields of its 2 tasks are empty"),
+        ("task,x\na,7\n", "errors.csv: errors must be from 0 to 1"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):

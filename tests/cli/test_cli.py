@@ -120,10 +120,19 @@ def test_select(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixtur
         assert run("select", out, "--errors", errors, "--json", tmp_path / "s.json") == 0
         results.append(json.loads((tmp_path / "s.json").read_text()))
     assert results[0] == results[1] == results[2]
+    # A row without errors is a task to choose for, as one without a row.
+    errors.write_text("task,task 0,task 1\ntask 0,,0.3\ntask 1,0.2,\n")
+    assert run("select", out, "--errors", errors, "--json", tmp_path / "a.json") == 0
+    errors.write_text("task,task 0,task 1\ntask 2,,\ntask 0,,0.3\ntask 1,0.2,\n")
+    assert run("select", out, "--errors", errors, "--json", tmp_path / "b.json") == 0
+    assert list(json.loads((tmp_path / "b.json").read_text())["experts"]) == ["task 2"]
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
     capsys.readouterr()
     for text, message in (
         ("task,task 0\ntask 9,0.1\n", "no embedding of 'task 9'"),
-        ("task,task 0\ntask 1,0.0\n", "pass a floor"),
+        ("task,task 0\ntask 1,0.0\n", "task 'task 1': its best expert makes no error"),
+        ("task,task 0\ntask 1,\n", "all fields of its 1 tasks are empty"),
+        ("task,task 0\ntask 0,0.1\n", "has only errors of experts on their own tasks"),
     ):
         errors.write_text(text)
         assert run("select", out, "--errors", errors) == 1
