@@ -56,6 +56,24 @@ def test_the_study_of_sketches(script: Script, tmp_path: Path) -> None:
     assert errors["all"][0] == errors["all"][1]
 
 
+def test_the_study_of_confidence(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default is the best for a confident network, and not for one that is not confident."""
+    from bench.studies import confidence
+
+    monkeypatch.setattr(confidence, "SCALES", (1.0, 600.0))
+    monkeypatch.setattr(confidence, "SIZES", ((10, 12),))
+    page = tmp_path / "page.md"
+    found = script("studies.confidence", "--draws", "10", "--write", str(page))
+    assert page.read_text().count("\n| ") == 4
+    cells = [line.split("|")[1:-1] for line in found.splitlines() if line.startswith("| ")]
+    flat, confident = ([float(cell) for cell in row] for row in cells[2:])
+    assert flat[0] < 0.3 < 0.9 < confident[0]
+    assert confident[3] < 0.01 < confident[6]  # deflated and hutchinson, of two cotangents
+    assert flat[6] < 1.2 * flat[3]
+    assert flat[3] > 0.1
+    assert flat[4] == pytest.approx(flat[3], rel=0.5)  # the predicted error
+
+
 @pytest.mark.slow
 def test_suites_and_report(tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
