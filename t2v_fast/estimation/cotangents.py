@@ -27,6 +27,7 @@ a wait. Both are unbiased.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import cast
@@ -186,7 +187,11 @@ def _blocks(
 
 def _not_finite(checks: DeferredChecks | None, start: int, example: int, values: list[float]) -> str:
     batch = "the batch" if checks is None else f"batch {checks.batch}"
-    return f"the logits of example {start + example} of {batch} are not finite: {values}"
+    message = f"the logits of example {start + example} of {batch} are not finite: {values}"
+    if any(math.isnan(value) or value == math.inf for value in values):
+        return message
+    # These are the first values only: the -inf may come later.
+    return f"{message}; if -inf masks classes, use torch.finfo(logits.dtype).min in place of -inf"
 
 
 def _of_block(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from t2v_fast import fisher
 from t2v_fast.estimation import likelihoods
 from t2v_fast.estimation.cotangents import ESTIMATORS, cotangents
 from t2v_fast.estimation.likelihoods import LIKELIHOODS, Gaussian
@@ -132,6 +133,33 @@ def test_empirical_is_the_gradient_of_the_loss() -> None:
 def test_errors(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(2, 3))
+
+
+def test_logits_that_mask_classes_by_minus_infinity() -> None:
+    """The message says what to do, and doing so gives the Fisher of the other classes. An overflow gets no advice."""
+    torch.manual_seed(0)
+    network, x = torch.nn.Linear(4, 12), torch.randn(5, 4)
+
+    class Masked(torch.nn.Module):
+        def __init__(self, fill: float) -> None:
+            super().__init__()
+            self.linear, self.fill = network, fill
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.linear(inputs).masked_fill(torch.arange(12) > 8, self.fill)
+
+    advice = r"use torch\.finfo\(logits\.dtype\)\.min in place of -inf"
+    with pytest.raises(ValueError, match=rf"example 0 of batch 0 are not finite: \[.*\]; .*{advice}"):
+        fisher(Masked(-torch.inf), [x])
+    for estimator in ("deflated", "exact", "hutchinson", "monte_carlo"):
+        found = fisher(Masked(torch.finfo(torch.float32).min), [x], estimator=estimator)
+        assert (found["linear.weight"][9:] == 0).all()
+    found = fisher(Masked(torch.finfo(torch.float32).min), [x], estimator="exact")
+    kept = torch.nn.Linear(4, 9)
+    kept.load_state_dict({name: t[:9] for name, t in network.state_dict().items()})
+    torch.testing.assert_close(found["linear.weight"][:9], fisher(kept, [x], estimator="exact")["weight"])
+    with pytest.raises(ValueError, match=r"example 0 of the batch are not finite: \[inf, 0\.0\]$"):
+        cotangents(torch.tensor([[torch.inf, 0.0]]))
 
 
 def test_every_estimator_keeps_dtype_and_shape() -> None:
