@@ -30,6 +30,17 @@ PAGES = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROO
 PICTURES_OF = {"distances.png", "roofline.png", "tree.svg", "map.html"}
 
 
+class Matcher(torch.nn.Module):
+    """A network of two inputs [N, 3, 8, 8], with three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Linear(3 * 8 * 8, 3)
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return self.embed(left.flatten(1)) * self.embed(right.flatten(1))
+
+
 def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (DOCS / "guide" / f"{page}.md").read_text(), re.DOTALL)
 
@@ -41,7 +52,7 @@ def names_of(page: str) -> dict[str, Any]:
     model = Model()
     names = {"model": model, "loader": [(images, labels)], "images": images, "weights": torch.ones(6)}
     if page == "embeddings":
-        names["tasks"] = {"a": shapes(6), "b": shapes(6, 2)}
+        names |= {"tasks": {"a": shapes(6), "b": shapes(6, 2)}, "network": Model()}
     if page == "accuracy":
         names |= {"probe": small_probe(), "dataset": shapes(12)}
     if page in ("jobs", "distances"):
@@ -52,7 +63,7 @@ def names_of(page: str) -> dict[str, Any]:
         batches, rows = [padded(texts[:2]), padded(texts[2:])], [packed(texts[:3]), packed(texts[3:])]
         names |= {"model": Decoder(), "torch": torch, "batches": batches, "packed": rows}
     if page == "fisher":
-        names |= {"mixture": Mixture("loop"), "texts": [tokens(3, 4)]}
+        names |= {"mixture": Mixture("loop"), "texts": [tokens(3, 4)], "matcher": Matcher(), "labels": labels}
     if page == "refusals":
         names["normalised"] = Model()
         weight_norm(names["normalised"].conv)
