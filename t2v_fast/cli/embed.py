@@ -90,6 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "images": embedding.num_examples,
                 "classes": classes,
                 "skipped": skipped,
+                "left_out": embedding.meta["left_out"],
                 "seconds": embedding.meta["seconds"],
             }
         )
@@ -115,11 +116,11 @@ def _check_folder(folder: Path) -> None:
 
 def _looks_like_a_task(folder: Path) -> bool:
     """Whether a folder has no image of its own, but at least two sub-folders that have some."""
-    entries = list(folder.iterdir())
+    entries = [entry for entry in folder.iterdir() if entry.name[0] != "."]
     if any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries):
         return False
-    folders = [entry for entry in entries if entry.is_dir() and entry.name[0] != "."]
-    return sum(any(f.suffix.lower() in IMAGE_SUFFIXES for f in each.iterdir()) for each in folders) > 1
+    folders = [entry for entry in entries if entry.is_dir()]
+    return sum(any(f.suffix.lower() in IMAGE_SUFFIXES for f in each.glob("[!.]*")) for each in folders) > 1
 
 
 def _run_job(arguments: argparse.Namespace) -> int:

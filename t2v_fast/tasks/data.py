@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import mimetypes
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
@@ -14,11 +16,13 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ..embedding import escaped
 from ..spans import count, stage
 from .cache import ImageCache
 from .probe import rgb
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+SHOWN = 5  # names in a warning
 TASK_TYPES = {"multiclass": "softmax", "multilabel": "sigmoid"}  # with the likelihood of their labels
 
 
@@ -44,7 +48,9 @@ class TaskData:
     """A labelled data set that can be visited several times in the same order.
 
     :meth:`of` makes one from any usual form of data. The attribute ``skipped`` lists the unreadable files that were
-    left out; it is complete after a pass.
+    left out; it is complete after a pass. The attribute ``left_out`` says what in a folder is no part of the task:
+    classes without an image, images outside of a class folder, and images with other suffixes than
+    :data:`IMAGE_SUFFIXES`.
 
     Args:
         source: a map-style data set of (image, label), or an iterable that can be iterated again.
@@ -79,6 +85,7 @@ class TaskData:
         self.source, self.name, self.task_type, self.classes = source, name, task_type, classes
         self.describe, self.skip_unreadable = describe, skip_unreadable
         self.skipped: list[str] = []
+        self.left_out: list[str] = []
         self._labels: Tensor | None = None  # of all images, after the first complete pass
         self._places: Tensor | None = None  # where the images of that pass are in the source
         self.cache: ImageCache | None = None  # of decoded images, while the task is being embedded
@@ -88,6 +95,9 @@ class TaskData:
         cls, data: Any, *, name: str | None = None, task_type: str = "multiclass", skip_unreadable: bool = False
     ) -> TaskData:
         """Make a task from any usual form of data.
+
+        A warning names what is left out of a folder. Hidden files and folders, whose names begin with a dot, do not
+        count.
 
         Args:
             data: (images, labels), where images are an array or a tensor with first axis N; a folder with one
@@ -103,10 +113,14 @@ class TaskData:
         if isinstance(data, TaskData):
             return data
         if isinstance(data, (str, os.PathLike)):
-            folder = _Folder(Path(data))
-            return cls(
-                folder, name or Path(data).resolve().name, task_type, folder.classes, folder.describe, skip_unreadable
-            )
+            folder, name = _Folder(Path(data)), name or Path(data).resolve().name
+            task = cls(folder, name, task_type, folder.classes, folder.describe, skip_unreadable)
+            task.left_out = folder.left_out
+            if task.left_out:
+                text = f"{_task(name)}: {folder.root}: left out {'; '.join(task.left_out)}"
+                expected = f"expected one sub-folder a class with files {' '.join(IMAGE_SUFFIXES)}"
+                warnings.warn(f"{text} ({expected})", stacklevel=3)
+            return task
         if isinstance(data, DataLoader):
             raise DataError(f"{_task(name)}: a DataLoader makes batches of its own: pass its data set")
         if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], (np.ndarray, Tensor)):
@@ -411,23 +425,62 @@ def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
     return image
 
 
+def _visible_files(folder: Path) -> list[Path]:
+    """All files below a folder, sorted, except hidden ones and those in hidden folders."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if not any(part[0] == "." for part in path.relative_to(folder).parts) and path.is_file()
+    ]
+
+
+def _has_unknown_suffix(path: Path) -> bool:
+    """Whether a file has the suffix of an image, as far as Python knows them, but not one that is read."""
+    kind = mimetypes.guess_type(path.name)[0] or ""
+    return kind.startswith("image/") and path.suffix.lower() not in IMAGE_SUFFIXES
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
 class _Folder:
-    """The images below one sub-folder for each class, with classes and files in sorted order."""
+    """The images below one sub-folder for each class, with classes and files in sorted order.
+
+    ``left_out`` has a sentence for each kind of thing that one may have taken for a part of the task.
+    """
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
             raise DataError(f"{root} is no folder: expected a folder with one sub-folder of images a class")
         self.root = root
-        self.classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
-        self.files = [
-            (path, label)
-            for label, name in enumerate(self.classes)
-            for path in sorted((root / name).rglob("*"))
-            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-        ]
+        inside = sorted((e for e in root.iterdir() if e.name[0] != "."), key=lambda e: e.name)
+        self.classes = [entry.name for entry in inside if entry.is_dir()]
+        self.files: list[tuple[Path, int]] = []
+        without: list[str] = []  # folders without an image
+        unknown: list[str] = []  # images with other suffixes
+        for label, name in enumerate(self.classes):
+            files = _visible_files(root / name)
+            images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+            self.files += [(path, label) for path in images]
+            if not images:
+                suffixes = sorted({path.suffix or "no suffix" for path in files})
+                without.append(f"{name} ({_some(suffixes) if files else 'empty'})")
+            else:
+                unknown += [str(path.relative_to(root)) for path in files if _has_unknown_suffix(path)]
+        beside = [path.name for path in inside if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+        groups = {
+            "class folders without an image": without,
+            "images outside of a class folder": beside,
+            "images with another suffix": unknown,
+        }
+        self.left_out = [escaped(f"{what} ({len(names)}): {_some(names)}") for what, names in groups.items() if names]
         if not self.files:
+            found = f"; found {'; '.join(self.left_out)}" if self.left_out else ""
             raise DataError(
-                f"{root} holds no image: expected one sub-folder a class with files {' '.join(IMAGE_SUFFIXES)}"
+                f"{root} holds no image: expected one sub-folder a class with files {' '.join(IMAGE_SUFFIXES)}{found}"
             )
 
     def describe(self, index: int) -> str:

@@ -170,6 +170,7 @@ class Task2Vec(Stages):
                 sub-folder of images for each class; or arrays (images, labels).
             name: the task's name, for messages and ``meta``; by default a folder's name.
             skip_unreadable: leave out image files that cannot be read, and list them in ``meta["skipped_images"]``.
+                What else of a folder is no part of the task is in ``meta["left_out"]``, and a warning names it.
 
         Returns:
             The embedding, with one entry for each filter.
@@ -240,6 +241,7 @@ class Task2Vec(Stages):
                 raise DataError(f"task {name!r} has {len(labels)} labels for {len(data.source)} images")
         skip = data.skip_unreadable or skip_unreadable
         indexed = TaskData(WithIndex(data.source), data.name, "multiclass", None, data.describe, skip)
+        indexed.left_out = data.left_out
         return self._within_memory(indexed, lambda: self._embed_label_sets(indexed, label_sets, classes or {}))
 
     def _embed_label_sets(
@@ -254,7 +256,7 @@ class Task2Vec(Stages):
                 task = TaskData(data.source, name, self.task_type, classes.get(name), skip_unreadable=True)
                 runs[name] = TaskRun(task, shared.features, task.check_labels(labels)[indices])
                 self.encode_labels(runs[name])
-                task.skipped = data.skipped
+                task.skipped, task.left_out = data.skipped, data.left_out
             self.fit_heads(list(runs.values()))
             for run in runs.values():
                 self.allocate(run)
@@ -295,6 +297,7 @@ class Task2Vec(Stages):
                 "head_converged": fit.converged,
                 "head_weight_decay": fit.weight_decay,
                 "skipped_images": [str(s) for s in run.data.skipped],
+                "left_out": run.data.left_out,
                 "seconds_waiting_for_data": round(run.waited, 3),
                 "seconds": {stage: round(s, 3) for stage, s in run.seconds.items()},
             },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,40 @@ def test_folders(tmp_path: Path) -> None:
     _, y = collect(data)
     assert len(y) == 22
     assert [Path(s).name for s in data.skipped] == ["001.png", "002.png"]
+
+
+def test_what_is_left_out_of_a_folder_is_named(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    folder = write_folder(tmp_path / "task", *shapes())
+    first = folder / "class 0" / "000.png"
+    for hidden in ("._000.png", ".trash/000.png"):  # as macOS leaves them, and what a file manager keeps
+        (folder / "class 0" / hidden).parent.mkdir(exist_ok=True)
+        (folder / "class 0" / hidden).write_bytes(b"no picture")
+    (folder / "class 0" / "notes.txt").write_text("not an image")
+    (folder / "._1.png").write_bytes(b"no picture")
+    Image.open(first).save(folder / "class 0" / "24.JFIF", "JPEG")
+    data = TaskData.of(folder)
+    assert not recwarn
+    assert data.left_out == []
+    assert len(collect(data)[1]) == 25
+    (folder / "class 3").mkdir()
+    (folder / "class 4").mkdir()
+    (folder / "class 4" / "1.heic").write_bytes(b"a picture")
+    (folder / "class 1" / "2.AVIF").write_bytes(b"a picture")
+    for k in range(7):
+        (folder / f"{k}.png").write_bytes(first.read_bytes())
+    with pytest.warns(UserWarning, match=r"task 'task': .*left out class .*\(expected .*\.jpg") as found:
+        data = TaskData.of(folder)
+    assert len(found) == 1
+    assert data.left_out == [
+        "class folders without an image (2): class 3 (empty), class 4 (.heic)",
+        "images outside of a class folder (7): 0.png, 1.png, 2.png, 3.png, 4.png and 2 more",
+        "images with another suffix (1): class 1/2.AVIF",
+    ]
+    assert len(collect(data)[1]) == 25
+    for name in ("class 0", "class 1", "class 2"):
+        shutil.rmtree(folder / name)
+    with pytest.raises(DataError, match=r"holds no image: expected .*; found class folders .*; images outside"):
+        TaskData.of(folder)
 
 
 def test_a_second_pass_must_be_like_the_first() -> None:

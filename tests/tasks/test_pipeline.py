@@ -193,6 +193,11 @@ def test_unreadable_images_are_reported(tmp_path: Path) -> None:
     e = Task2Vec(small_probe()).embed(folder, skip_unreadable=True)
     assert e.num_examples == 23
     assert [Path(p).name for p in e.meta["skipped_images"]] == ["002.png"]
+    assert e.meta["left_out"] == []
+    (folder / "empty").mkdir()
+    with pytest.warns(UserWarning, match=r"left out class folders without an image \(1\): empty \(empty\)"):
+        e = Task2Vec(small_probe()).embed(folder, skip_unreadable=True)
+    assert e.meta["left_out"] == ["class folders without an image (1): empty (empty)"]
     assert e.meta["classes"] == ["class 0", "class 1", "class 2"]
 
 
