@@ -184,7 +184,9 @@ def layerwise_cdist(
         FingerprintMismatch: If the embeddings cannot be compared.
     """
     if not (_are_embeddings(a) and _are_embeddings(b)):
-        raise TypeError("distances by layer need sequences of Embedding: arrays do not say where a layer begins")
+        raise TypeError(
+            "distances by layer need lists of Embedding, as list(bank): arrays do not say where a layer begins"
+        )
     check_comparable([*a, *b])
     chosen = _metric(metric)
     first, second = (as_vectors(e, "embeddings", normalized=chosen.normalized) for e in (a, b))
@@ -432,7 +434,9 @@ def to_frame(embeddings: Sequence[Embedding], metric: str = "cosine", *, epsilon
         cars  0.3369  0.0000
     """
     if not _are_embeddings(embeddings):
-        raise TypeError("a table of distances needs a sequence of Embedding: arrays have no names, see pdist")
+        raise TypeError(
+            "a table of distances needs a list of Embedding, as list(bank): arrays have no names, see pdist"
+        )
     try:
         import pandas
     except ImportError as error:
@@ -478,11 +482,18 @@ def as_vectors(given: Vectors, name: str, length: int | None = None, *, normaliz
         normalized: Divide the Fisher values by the scales of their embeddings.
 
     Raises:
+        TypeError: For anything else, such as a bank, which ``list`` turns into a list of embeddings.
         ValueError: For another shape, values that are negative or not finite, and scales of zero with ``normalized``.
         FingerprintMismatch: If embeddings cannot be compared.
     """
     array = stack(given) if _are_embeddings(given) else given.cpu() if hasattr(given, "cpu") else given
-    vectors = np.asarray(array, dtype=np.float64)
+    try:
+        vectors = np.asarray(array, dtype=np.float64)
+    except TypeError:
+        what = type(given).__name__
+        raise TypeError(
+            f"{name} is {what}, expected a list of Embedding, as list(bank), or an array [T, D] of numbers"
+        ) from None
     if normalized and _are_embeddings(given):
         scale = np.stack([e.scale for e in given])
         if not scale.all():

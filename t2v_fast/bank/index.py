@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ..analysis.distance import cdist
 from ..analysis.metrics import TINY
@@ -51,6 +50,8 @@ class Index:
         sample = np.asarray(vectors[rows], dtype=np.float64)
         self.metric = metric
         self.reference = np.median(_divided_by_mean(sample), axis=0).astype(np.float32)
+        import torch  # only here, because its import takes longer than most that one does with a bank
+
         features = torch.from_numpy(self._features(sample))
         self.center = features.mean(0).numpy()
         with torch.random.fork_rng(devices=[]):  # torch.pca_lowrank draws from the global generator

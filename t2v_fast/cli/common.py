@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from ..analysis.distance import ALL_METRICS, ALPHA
+from ..bank.recovery import is_bank
+from ..bank.store import Bank
 from ..embedding import Embedding, FingerprintMismatch, escaped
 from ..files import write_atomically
 
@@ -29,7 +31,9 @@ SHOWN = 3  # names in a message
 
 def add_embeddings(parser: argparse.ArgumentParser) -> None:
     """Add the positional argument that :func:`load_embeddings` takes."""
-    parser.add_argument("embeddings", nargs="+", type=Path, metavar="FILE", help="files, or folders of them")
+    parser.add_argument(
+        "embeddings", nargs="+", type=Path, metavar="FILE", help="files that `embed` wrote, folders of them, and banks"
+    )
 
 
 def add_metric(parser: argparse.ArgumentParser) -> None:
@@ -45,16 +49,24 @@ def add_metric(parser: argparse.ArgumentParser) -> None:
 
 
 def load_embeddings(given: Sequence[Path]) -> tuple[list[str], list[Embedding]]:
-    """The names of the tasks and the embeddings in files and folders; ValueError for fewer than two."""
-    paths = []
+    """The names of the tasks and the embeddings in files, folders and banks; ValueError for fewer than two."""
+    names: list[str] = []
+    embeddings: list[Embedding] = []
     for path in given:
         if not path.exists():
             raise ValueError(f"no such file or folder: {path}")
-        paths += sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if len(paths) < 2:
-        raise ValueError(f"distances need at least two embeddings, found {len(paths)}")
-    embeddings = [Embedding.load(path) for path in paths]
-    names = [str(e.meta.get("task") or path.stem) for e, path in zip(embeddings, paths, strict=True)]
+        if path.is_dir() and is_bank(path):
+            stored = list(Bank(path, create=False))
+            names += [str(e.meta["task"]) for e in stored]  # without which nothing goes into a bank
+            embeddings += stored
+        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+            embeddings.append(Embedding.load(file))
+            names.append(str(embeddings[-1].meta.get("task") or file.stem))
+    if len(embeddings) < 2:
+        raise ValueError(
+            f"distances need at least two embeddings, found {len(embeddings)} in {', '.join(map(str, given))}: "
+            "expected files that `t2v-fast embed` wrote, folders of them, or banks with finished tasks"
+        )
     _check_settings(names, embeddings)
     return names, embeddings
 

@@ -482,6 +482,14 @@ def test_nearest_in_a_bank(tmp_path: Path) -> None:
     assert Bank(tmp_path / "empty").nearest(make("x")) == []
 
 
+def test_distances_say_that_they_take_a_list(full: Bank) -> None:
+    assert distance.pdist(list(full)).shape == (6, 6)
+    calls = [distance.pdist, distance.centred_distance, distance.layerwise_pdist, distance.to_frame]
+    for call in (*calls, lambda bank: distance.cdist(list(bank), bank)):
+        with pytest.raises(TypeError, match=r"lists? of Embedding, as list\(bank\)"):
+            call(full)
+
+
 def test_threads(tmp_path: Path) -> None:
     bank, names = Bank(tmp_path), [str(k) for k in range(30)]
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from small import shapes, small_probe, write_folder
 
-from t2v_fast import Embedding, cli, ops
+from t2v_fast import Bank, Embedding, cli, ops
 from t2v_fast.analysis.distance import asymmetric_distance, centred_distance, pdist
 from t2v_fast.analysis.selection import Model2Vec
 from t2v_fast.tasks.pipeline import Task2Vec
@@ -315,6 +315,25 @@ def test_other_settings_are_told_in_lines(tmp_path: Path, capsys: pytest.Capture
     assert '    "one": task 0, task 1, task 2\n    "two\\u001b": task 0\n' in error
     assert "dtype" not in error
     assert max(map(len, error.splitlines())) < 120
+
+
+def test_distances_of_a_bank(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "files").mkdir()
+    save_embeddings(tmp_path / "files")
+    files = [Embedding.load(tmp_path / "files" / f"task {k}.safetensors") for k in range(3)]
+    Bank(tmp_path / "bank").add(*files[1:])
+    for command in (["distance"], ["plot", "--output", tmp_path / "p.png"], ["map", "--output", tmp_path / "m.html"]):
+        for given in ([tmp_path / "bank"], [tmp_path / "files" / "task 0.safetensors", tmp_path / "bank"]):
+            assert run(*command, *given, "--json", tmp_path / "r.json") == 0
+            want = ["task 0", "task 1", "task 2"][-1 - len(given) :]
+            assert json.loads((tmp_path / "r.json").read_text())["tasks"] == want
+    (tmp_path / "errors.csv").write_text("task,task 0,task 1\ntask 0,,0.3\ntask 1,0.2,0.1\n")
+    assert run("select", tmp_path / "bank", tmp_path / "files" / "task 0.safetensors", "--errors",
+               tmp_path / "errors.csv") == 0  # fmt: skip
+    assert "for task 2" in capsys.readouterr().out
+    Bank(tmp_path / "other").fail("cats", "no image")
+    assert run("distance", tmp_path / "other") == 1
+    assert f"found 0 in {tmp_path / 'other'}: expected files" in capsys.readouterr().err
 
 
 def test_a_folder_of_tasks_is_told_from_a_task(
