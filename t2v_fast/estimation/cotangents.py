@@ -28,7 +28,7 @@ a wait. Both are unbiased.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import cast
 
@@ -47,10 +47,10 @@ LARGEST_BLOCK = {"cpu": 2**17, "cuda": 2**20}
 LEVELS = ("token", "sequence")
 
 
-def check_estimator(estimator: str, samples: int | Tensor) -> None:
-    """Raise ValueError for an unknown estimator, or for fewer than one cotangent."""
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"unknown estimator {estimator!r}: expected one of {', '.join(ESTIMATORS)}")
+def check_estimator(estimator: str, samples: int | Tensor, known: Sequence[str] = ESTIMATORS) -> None:
+    """Raise ValueError for an estimator that is not ``known``, or for fewer than one cotangent."""
+    if estimator not in known:
+        raise ValueError(f"unknown estimator {estimator!r}: expected one of {', '.join(known)}")
     least = samples if not isinstance(samples, Tensor) else int(samples.min()) if len(samples) else 1
     if least < 1:
         raise ValueError(f"samples is {least}, expected at least one cotangent for each example")

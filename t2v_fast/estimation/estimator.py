@@ -21,7 +21,7 @@ from ..ops import planner
 from ..ops.asynchronous import to_device
 from .allocation import Allocation
 from .batches import Batch, Draws, Schedule, forward_passes
-from .cotangents import check_estimator, cotangents
+from .cotangents import ESTIMATORS, check_estimator, cotangents
 from .diagonal import FisherDiagonal, check_finite, diagonal_of
 from .graphs import GraphedPasses, Passes
 from .likelihoods import LIKELIHOODS, Likelihood, get_likelihood
@@ -202,7 +202,7 @@ def fisher(
         True
     """
     if estimator != BATCH_MEAN:
-        check_estimator(estimator, samples)
+        check_estimator(estimator, samples, (*ESTIMATORS, BATCH_MEAN))
     likelihood = get_likelihood(likelihood)
     _check_options(estimator, granularity, estimator_error, allocation)
     recorder = FisherRecorder(model, parameters, granularity, unsupported=unsupported, filter_axis=filter_axis)

@@ -495,7 +495,7 @@ def test_inputs_of_every_kind() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": "best"}, "unknown estimator 'best'"),
+        ({"estimator": "best"}, "unknown estimator 'best': expected one of exact, .*, empirical, batch_mean"),
         ({"granularity": "layer"}, "unknown granularity 'layer'"),
         ({"parameters": ["8.weight"]}, "no floating-point parameter '8.weight'"),
         ({"parameters": lambda name, p: False}, "no parameter is left"),
