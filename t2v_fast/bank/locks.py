@@ -13,6 +13,7 @@ try:
 except ImportError:  # not a POSIX system: opening a bank raises an error, and everything else works
     fcntl = None  # type: ignore[assignment]
 AVAILABLE = fcntl is not None
+LOCKS = "locks"  # the file in the folder of a bank
 WRITER = 0  # byte that the one process that is writing locks
 
 

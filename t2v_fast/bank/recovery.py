@@ -17,7 +17,7 @@ from typing import Any
 from ..analysis.distance import METRICS
 from ..files import sync_folder, write_atomically, write_file_at
 from .index import index_path
-from .locks import WRITER, Locks
+from .locks import LOCKS, WRITER, Locks
 from .manifest import (
     ADVICE,
     FIELDS,
@@ -42,6 +42,18 @@ from .rows import free_name, read_embedding, rows_path, set_rows_aside, unnamed_
 def is_bank(folder: Path) -> bool:
     """Return whether the folder has any file that only a bank has."""
     return any((folder / name).exists() for name in (MANIFEST, MANIFEST_COPY, HEADER, HEADER_COPY)) or _has_rows(folder)
+
+
+def check_is_bank(folder: Path) -> None:
+    """Raise BankError for a folder that has no file of a bank, or only what a job leaves before its first task."""
+    if is_bank(folder):
+        return
+    if (folder / LOCKS).is_file():
+        raise BankError(
+            f"{folder} has no task yet: the job that made it has stored none so far. If it was interrupted, run the "
+            "same command again"
+        )
+    raise BankError(f"{folder} is no bank: it has no manifest.jsonl")
 
 
 def check_not_lost(folder: Path) -> None:
@@ -369,7 +381,7 @@ def _has_rows(folder: Path) -> bool:
 def _writer(folder: Path, must: bool = False) -> Iterator[None]:
     """Keep writers out, also without ``must`` in a folder where nobody can write."""
     try:
-        held = Locks.of(folder / "locks")
+        held = Locks.of(folder / LOCKS)
     except OSError:
         if must or os.access(folder, os.W_OK):
             raise

@@ -30,7 +30,7 @@ import numpy as np
 from ..embedding import Embedding, FingerprintMismatch, differences_from
 from . import locks, recovery
 from .index import Index, scan, stored_index
-from .locks import WRITER, Locks, task_offset
+from .locks import LOCKS, WRITER, Locks, task_offset
 from .manifest import (
     ADVICE,
     MANIFEST,
@@ -95,8 +95,8 @@ class Bank:
         self.folder = Path(folder)
         if create:
             self.folder.mkdir(parents=True, exist_ok=True)
-        elif not recovery.is_bank(self.folder):
-            raise BankError(f"{self.folder} is no bank: it has no manifest.jsonl")
+        else:
+            recovery.check_is_bank(self.folder)
         if not self.folder.is_dir():
             raise BankError(f"{self.folder} is no folder")
         self._thread = threading.RLock()
@@ -418,8 +418,7 @@ class Bank:
                 versions.
         """
         folder = Path(folder)
-        if not recovery.is_bank(folder):
-            raise BankError(f"{folder} is no bank: it has no manifest.jsonl")
+        recovery.check_is_bank(folder)
         report = recovery.mend_text_files(folder) + recovery.mend_rows(folder)
         if report:
             recovery.drop_indices(folder)
@@ -434,7 +433,7 @@ class Bank:
 
     @property
     def _locks(self) -> Locks:
-        return Locks.of(self.folder / "locks")
+        return Locks.of(self.folder / LOCKS)
 
     @property
     def _length(self) -> int:

@@ -544,3 +544,7 @@ def test_commands(full: Bank, tmp_path: Path, capsys: pytest.CaptureFixture) -> 
         1,
         f"t2v-fast: error: {tmp_path / 'nothing'} is no bank: it has no manifest.jsonl\n",
     )
+    assert Bank(tmp_path / "begun").claim("cats")
+    for action in ("ls", "failed", "verify", "repair"):
+        status, text = run(action, str(tmp_path / "begun"))
+        assert (status, "begun has no task yet" in text, "run the same command again" in text) == (1, True, True)
