@@ -163,6 +163,7 @@ class _Loader(yaml.SafeLoader):
 
 
 SETTINGS = {name: option for name, option in OPTIONS.items() if name not in NOT_IN_JOBS}
+KEYS_OF_SETTINGS = {*SETTINGS, "skip_unreadable"}
 PROBE: dict[str, Any] = {"name": str, "weights": str, "head": str, "size": int}
 PROBE_MINIMUMS = {"size": 1}
 KINDS: dict[str, dict[str, Any]] = {  # the key that names the place of the data: other keys and their defaults
@@ -301,6 +302,8 @@ class _Checker:
             if key not in keys:
                 near = difflib.get_close_matches(str(key)[:80], keys, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(sorted(keys))}"
+                if key in KEYS_OF_SETTINGS:
+                    hint = f"it is a key of settings, as in `settings: {{{key}: ...}}`"
                 raise self._error(f"{where}unknown key {shown(key)}: {hint}")
 
     def _check_probe(self, probe: Any) -> None:
@@ -317,7 +320,7 @@ class _Checker:
         for name, reason in NOT_IN_JOBS.items():
             if isinstance(given, dict) and name in given:
                 raise self._error(f"settings: {name} is not for a job: {reason}")
-        self._mapping(given, {*SETTINGS, "skip_unreadable"}, "settings: ")
+        self._mapping(given, KEYS_OF_SETTINGS, "settings: ")
         settings = dict(given)
         skip_unreadable = settings.pop("skip_unreadable", False)
         try:

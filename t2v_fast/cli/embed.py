@@ -9,7 +9,7 @@ from typing import Any
 
 from ..embedding import Embedding, escaped
 from ..tasks.data import IMAGE_SUFFIXES
-from ..tasks.settings import OPTIONS
+from ..tasks.settings import NOT_IN_JOBS, OPTIONS
 from .common import console
 from .options import PROBE_OPTIONS, add_probe_options, add_settings, flags_of, task2vec_of
 
@@ -123,6 +123,21 @@ def _looks_like_a_task(folder: Path) -> bool:
     return sum(any(f.suffix.lower() in IMAGE_SUFFIXES for f in each.glob("[!.]*")) for each in folders) > 1
 
 
+def _key_of(name: str) -> str:
+    """Where an option has its place in a job file, as the middle of a sentence that ends with the file's name."""
+    if name in PROBE_OPTIONS:
+        key = f"probe: {{{'name' if name == 'probe' else name.removeprefix('probe_')}: ...}}"
+    elif name == "weight_decay":
+        key = "settings: {head_options: {weight_decay: ...}}"
+    elif name == "skip_unreadable":
+        key = "settings: {skip_unreadable: true}"
+    elif name in OPTIONS and name not in NOT_IN_JOBS:
+        key = f"settings: {{{name}: ...}}"
+    else:
+        return "settings are in "
+    return f"write `{key}` into "
+
+
 def _run_job(arguments: argparse.Namespace) -> int:
     from ..bank.driver import run_job
     from ..bank.job import load_job
@@ -132,7 +147,7 @@ def _run_job(arguments: argparse.Namespace) -> int:
         raise ValueError("a job needs --job FILE and --bank FOLDER, and takes no other folders")
     for name, default in arguments.defaults.items():
         if getattr(arguments, name) != default:
-            raise ValueError(f"{flags_of(name)[0]} does not go with --job: settings are in {arguments.job}")
+            raise ValueError(f"{flags_of(name)[0]} does not go with --job: {_key_of(name)}{arguments.job}")
     job = load_job(arguments.job, root=arguments.root, allow_outside=arguments.allow_outside)
     bank = Bank(arguments.bank)
     if arguments.retry_failed:

@@ -239,7 +239,14 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "failed: c" in err
     for arguments, message in (
         (["--job", job], "needs --job FILE and --bank FOLDER"),
-        (["--job", job, "--bank", "b", "--samples", 3], "--samples does not go with --job"),
+        (
+            ["--job", job, "--bank", "b", "--samples", 3],
+            "--samples does not go with --job: write `settings: {samples: ...}` into",
+        ),
+        (["--job", job, "--bank", "b", "--skip-unreadable"], "write `settings: {skip_unreadable: true}` into"),
+        (["--job", job, "--bank", "b", "--weights", "none"], "write `probe: {weights: ...}` into"),
+        (["--job", job, "--bank", "b", "--probe", "x"], "write `probe: {name: ...}` into"),
+        (["--job", job, "--bank", "b", "--overwrite"], "--overwrite does not go with --job: settings are in"),
         ([], "nothing to embed"),
         (["--workers", 2, tmp_path], "needs --job"),
         (["--job", tmp_path / "none.yaml", "--bank", tmp_path / "b"], "none.yaml cannot be read"),

@@ -161,6 +161,12 @@ TASK = {"folder": "flowers"}
         ([], "got list, expected a mapping with probe, settings, tasks"),
         ({"tasks": []}, "tasks: got list, expected a list of at least one task"),
         ({"task": [TASK]}, "unknown key 'task': did you mean 'tasks'"),
+        (
+            {"skip_unreadable": True, "tasks": [TASK]},
+            "'skip_unreadable': it is a key of settings, as in `settings: {skip",
+        ),
+        ({"tasks": [{"samples": 2, **TASK}]}, "task 1: unknown key 'samples': it is a key of settings"),
+        ({"settings": {"zzz": 1}, "tasks": [TASK]}, "settings: unknown key 'zzz': expected one of .*skip_unreadable"),
         ({"tasks": [TASK, "x"]}, "task 2: got 'x', expected a mapping with one of the keys folder, "),
         ({"tasks": [{"name": "n", "folder": "flowers", "lable": "x"}]}, r"task 1 \('n'\): unknown key 'lable'"),
         ({"tasks": [{"name": "n"}]}, r"task 1 \('n'\): has none of the keys"),
