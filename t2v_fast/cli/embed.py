@@ -9,8 +9,9 @@ from typing import Any
 
 from ..embedding import Embedding, escaped
 from ..tasks.data import IMAGE_SUFFIXES
+from ..tasks.pipeline import Task2Vec
 from ..tasks.settings import NOT_IN_JOBS, OPTIONS
-from .common import console
+from .common import console, readable
 from .options import PROBE_OPTIONS, add_probe_options, add_settings, flags_of, task2vec_of
 
 # Options that are for jobs only, and those that a job file decides.
@@ -66,35 +67,48 @@ def run(arguments: argparse.Namespace) -> int:
     task2vec = task2vec_of(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
     made = arguments.result["embeddings"] = []
+    failed = arguments.result["failed"] = {}
     for number, (name, folder) in enumerate(zip(names, arguments.tasks, strict=True), 1):
-        path = arguments.output / f"{name}.safetensors"
-        if path.exists() and not arguments.overwrite:
-            if Embedding.load(path).fingerprint != task2vec.fingerprint():
-                raise ValueError(f"{path} was made with other settings: pass --overwrite, or another --output")
-            console.print(escaped(f"{name}: already in {path}"), markup=False)
-            made.append({"task": name, "path": str(path), "new": False})
-            continue
-        embedding = task2vec.embed(folder, name=name, skip_unreadable=arguments.skip_unreadable)
-        embedding.save(path)
-        skipped, classes = embedding.meta["skipped_images"], len(embedding.meta["classes"])
-        note = f", {len(skipped)} unreadable left out: {', '.join(skipped[:3])}" if skipped else ""
-        seconds = sum(embedding.meta["seconds"].values())
         place = f" ({number} of {len(names)})" if len(names) > 1 else ""
-        text = f"{name}: {embedding.num_examples} images, {classes} classes{note}, {seconds:.1f} s{place} -> {path}"
-        console.print(escaped(text), markup=False)
-        made.append(
-            {
-                "task": name,
-                "path": str(path),
-                "new": True,
-                "images": embedding.num_examples,
-                "classes": classes,
-                "skipped": skipped,
-                "left_out": embedding.meta["left_out"],
-                "seconds": embedding.meta["seconds"],
-            }
-        )
-    return 0
+        try:
+            made.append(_embed(task2vec, folder, name, arguments, place))
+        except (ValueError, RuntimeError, PermissionError, FileNotFoundError) as error:
+            # The other folders go on, as the tasks of a job do. Other errors of the system, as a full disk, end all.
+            failed[name] = str(error) if name in str(error) else f"task {name!r}: {error}"
+            print(f"t2v-fast: error: {readable(ValueError(failed[name]))}", file=sys.stderr)
+    if failed:
+        arguments.result["error"] = "\n".join(failed.values())
+    if failed and len(names) > 1:
+        text = f"{len(failed)} of {len(names)} tasks failed: {', '.join(failed)}"
+        print(f"t2v-fast: {escaped(text)}; the same command tries them again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _embed(task2vec: Task2Vec, folder: Path, name: str, arguments: argparse.Namespace, place: str) -> dict[str, Any]:
+    """Embed one folder, unless that was done before. Return what ``--json`` shows of it."""
+    path = arguments.output / f"{name}.safetensors"
+    if path.exists() and not arguments.overwrite:
+        if Embedding.load(path).fingerprint != task2vec.fingerprint():
+            raise ValueError(f"{path} was made with other settings: pass --overwrite, or another --output")
+        console.print(escaped(f"{name}: already in {path}"), markup=False)
+        return {"task": name, "path": str(path), "new": False}
+    embedding = task2vec.embed(folder, name=name, skip_unreadable=arguments.skip_unreadable)
+    embedding.save(path)
+    skipped, classes = embedding.meta["skipped_images"], len(embedding.meta["classes"])
+    note = f", {len(skipped)} unreadable left out: {', '.join(skipped[:3])}" if skipped else ""
+    seconds = sum(embedding.meta["seconds"].values())
+    text = f"{name}: {embedding.num_examples} images, {classes} classes{note}, {seconds:.1f} s{place} -> {path}"
+    console.print(escaped(text), markup=False)
+    return {
+        "task": name,
+        "path": str(path),
+        "new": True,
+        "images": embedding.num_examples,
+        "classes": classes,
+        "skipped": skipped,
+        "left_out": embedding.meta["left_out"],
+        "seconds": embedding.meta["seconds"],
+    }
 
 
 def _check_folder(folder: Path) -> None:

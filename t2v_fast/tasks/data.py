@@ -310,7 +310,10 @@ class _Reader:
         except DataError as error:
             return error
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            return where if self.skip else DataError(f"{self.task}: {where} cannot be read: {error}")
+            if self.skip:
+                return where
+            hint = "skip_unreadable leaves such images out (embed --skip-unreadable; a setting of jobs)"
+            return DataError(f"{self.task}: {where} cannot be read: {error}; {hint}")
 
     def _item(self, item: Any, where: str) -> Item:
         if not isinstance(item, (tuple, list)) or len(item) < 2:

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -179,10 +180,30 @@ def test_unreadable_images(folders: list[str], tmp_path: Path, capsys: pytest.Ca
     bad = Path(folders[0]) / "class 0" / "000.png"
     bad.write_bytes(b"no picture")
     assert run("embed", folders[0], "--output", tmp_path / "out", "--quiet") == 1
-    assert "000.png cannot be read" in capsys.readouterr().err
+    assert "000.png cannot be read" in (error := capsys.readouterr().err)
+    assert "(embed --skip-unreadable; a setting of jobs)" in error
     assert not list((tmp_path / "out").iterdir())
     assert run("embed", folders[0], "--output", tmp_path / "out", "--quiet", "--skip-unreadable") == 0
     assert "1 unreadable left out" in capsys.readouterr().out
+
+
+def test_a_folder_that_fails_leaves_the_others(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.rmtree(Path(folders[0]) / "class 0")
+    shutil.rmtree(Path(folders[0]) / "class 1")
+    (Path(folders[1]) / "class 0" / "000.png").write_bytes(b"no picture")
+    assert run("embed", *folders, "--output", tmp_path / "out", "--json", tmp_path / "r.json") == 1
+    found = capsys.readouterr()
+    assert "(3 of 3) -> " in found.out
+    lines = found.err.splitlines()
+    assert lines[0].startswith("t2v-fast: error: task 'task 0' has images of one class only")
+    assert lines[1].startswith("t2v-fast: error: task 'task 1': ")
+    assert lines[2:] == ["t2v-fast: 2 of 3 tasks failed: task 0, task 1; the same command tries them again"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["task 2.safetensors"]
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert (result["status"], list(result["failed"])) == (1, ["task 0", "task 1"])
+    assert [made["task"] for made in result["embeddings"]] == ["task 2"]
 
 
 @pytest.mark.parametrize(("has", "words"), [(True, "fast, the processor has"), (False, "no faster than float32")])
