@@ -10,7 +10,7 @@ from typing import Any
 from ..embedding import Embedding, escaped
 from ..tasks.data import IMAGE_SUFFIXES
 from ..tasks.pipeline import Task2Vec
-from ..tasks.settings import NOT_IN_JOBS, OPTIONS
+from ..tasks.settings import NOT_IN_JOBS, OPTIONS, other_settings
 from .common import console, readable
 from .options import PROBE_OPTIONS, add_probe_options, add_settings, flags_of, task2vec_of
 
@@ -88,9 +88,14 @@ def _embed(task2vec: Task2Vec, folder: Path, name: str, arguments: argparse.Name
     """Embed one folder, unless that was done before. Return what ``--json`` shows of it."""
     path = arguments.output / f"{name}.safetensors"
     if path.exists() and not arguments.overwrite:
-        if Embedding.load(path).fingerprint != task2vec.fingerprint():
-            raise ValueError(f"{path} was made with other settings: pass --overwrite, or another --output")
-        console.print(escaped(f"{name}: already in {path}"), markup=False)
+        before = Embedding.load(path)
+        different = other_settings(task2vec, before.meta)
+        if different or before.fingerprint != task2vec.fingerprint():
+            which = f" ({', '.join(different)})" if different else ""
+            raise ValueError(f"{path} was made with other settings{which}: pass --overwrite, or another --output")
+        size = f"{before.num_examples} images, {len(before.meta['classes'])} classes"
+        text = f"{name}: already in {path} ({size}; --overwrite embeds the folder again)"
+        console.print(escaped(text), markup=False)
         return {"task": name, "path": str(path), "new": False}
     embedding = task2vec.embed(folder, name=name, skip_unreadable=arguments.skip_unreadable)
     embedding.save(path)

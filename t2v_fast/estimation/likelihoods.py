@@ -433,7 +433,7 @@ def _roots(top: Tensor, moments: tuple[Tensor, Tensor] | None, low: Tensor, high
     The function falls from +inf to -inf between neighbouring poles. Each step looks at many points between them: a call
     costs more than what it computes, if that is little. The roots are found to 2^-60 of the intervals.
     """
-    bits = _bits(*top.shape, low.shape[2], top.device.type)
+    bits = _bits(len(top), top.shape[1], low.shape[2], top.device.type)
     steps = -(-60 // bits)
     inner = torch.arange(1, 2**bits, dtype=top.dtype, device=top.device)
     low, width = low[..., None], (high - low)[..., None]  # [N, 1, r, 1]

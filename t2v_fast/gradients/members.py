@@ -6,8 +6,6 @@ A call of :func:`t2v_fast.fisher` looks at all modules a dozen times, for one pr
 
 from __future__ import annotations
 
-import functools
-
 from torch import nn
 
 # What torch's walks call. A network with methods of its own may hide members, or show more than it has.
@@ -62,11 +60,10 @@ def parameters_of(network: nn.Module) -> list[nn.Parameter]:
 
 def _have_usual_walks(modules: list[nn.Module]) -> bool:
     """Whether torch walks over these modules, the network first, without methods of their own or of their classes."""
-    if not all(map(_is_usual, {type(module) for module in modules})):
+    if not all(_is_usual(kind) for kind in {type(module) for module in modules}):
         return False
     return WALKS.isdisjoint(vars(modules[0])) and not any("named_modules" in vars(module) for module in modules)
 
 
-@functools.lru_cache
 def _is_usual(kind: type[nn.Module]) -> bool:
     return all(getattr(kind, walk) is getattr(nn.Module, walk) for walk in WALKS)

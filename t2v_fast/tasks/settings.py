@@ -370,7 +370,8 @@ def other_settings(settings: Any, meta: Mapping[str, Any]) -> list[str]:
     names = ["seed"]
     if settings.method == "fisher":
         names += ["estimator", "tolerance"]
-        if settings.tolerance is None and meta.get("tolerance") is None:  # with a tolerance, a measured number is there
+        samples = settings.estimator not in ("exact", "empirical") and settings.tolerance is None
+        if samples and meta.get("tolerance") is None:  # with a tolerance, a measured number is there
             names.append("samples")
     made = {"tolerance": None, **meta}
     return [

@@ -59,8 +59,15 @@ def test_embed_then_distance(folders: list[str], tmp_path: Path, capsys: pytest.
         want = of_a_set[metric](embeddings, embeddings) if metric in of_a_set else pdist(embeddings, metric)
         np.testing.assert_allclose(found, want, rtol=1e-12, atol=1e-12)
     # Other settings never mix with what is there.
-    assert run("embed", *folders, "--output", out, "--quiet", "--probe", "other") == 1
+    assert run("embed", *folders, "--output", out, "--quiet", "--probe", "other", "--estimator", "exact") == 1
     assert "was made with other settings: pass --overwrite" in capsys.readouterr().err
+    assert run("embed", folders[0], "--output", out, "--samples", "3") == 1
+    assert (
+        "was made with other settings (estimator is 'exact', not 'deflated', samples is 2, not 3): pass"
+        in capsys.readouterr().err
+    )
+    assert run("embed", folders[0], "--output", out, "--estimator", "exact", "--samples", "3") == 0
+    assert "(24 images, 3 classes; --overwrite embeds the folder again)" in capsys.readouterr().out
     assert run("embed", folders[0], "--output", out, "--quiet", "--probe", "other", "--overwrite") == 0
     assert run("distance", out) == 1
     assert "cannot be compared" in capsys.readouterr().err
