@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -25,6 +26,7 @@ from ..tasks.pipeline import Task2Vec
 from .job import WorkItem
 
 Factory = Callable[[], Task2Vec]
+TERMINATED = 128 + signal.SIGTERM  # the exit status of a worker that was told to end, as a shell would report it
 
 
 @dataclass
@@ -171,6 +173,8 @@ class Processes(Engine):
 
 
 def _cause(status: int | None) -> str:
+    if status == TERMINATED:
+        status = -signal.SIGTERM
     if status is not None and status < 0:
         with contextlib.suppress(ValueError):
             return f"killed by {signal.Signals(-status).name}"
@@ -180,6 +184,20 @@ def _cause(status: int | None) -> str:
 def _work(connection: Connection, factory: Factory, threads: int) -> None:
     """Run a worker process: make the pipeline once, then do one piece of work after the other."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the driver, which then stops its workers
+    # By default the signal ends a process without any cleanup, which leaves the semaphore of its progress bars behind.
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        _serve(connection, factory, threads)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process ends by itself, and its cleanup must not be cut off
+
+
+def _stop(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # as in _work
+    sys.exit(TERMINATED)
+
+
+def _serve(connection: Connection, factory: Factory, threads: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None  # of a process that multiprocessing started
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
