@@ -152,39 +152,40 @@ class Softmax(Likelihood):
     def deflated(self, z: Tensor, leading: Tensor, signs: Tensor) -> Tensor:
         p = z.softmax(1)
         most = int(leading.max()) if len(leading) else 0
-        there = z.device.type != "cpu"  # where the host would wait for a dense solver
         exact = leading >= self.rank(p.shape[1])
-        many = p.shape[1] > DENSE_CLASSES or there
-        if many and exact.any() and exact.all():
-            return torch.cat([self.exact(z), z.new_zeros(len(signs), *z.shape)])
-        if not many:
-            values, vectors = torch.linalg.eigh(_covariance(_apart(p)))
-            values, vectors = values.flip(1)[:, :-1], vectors.flip(2)[:, :, :-1]  # without the smallest, which is 0
-            # The solver's choice between v and -v depends on rounding. A sketch of several eigenvectors would, too.
-            turned = torch.arange(1, p.shape[1] + 1, dtype=z.dtype).cos() @ vectors < 0  # [N, C - 1]
-            vectors = torch.where(turned[:, None], -vectors, vectors)
-            columns = vectors * values.clamp_min(0).sqrt()[:, None, :]  # [N, C, C - 1]
-            first = _first(columns.shape[2], leading, z)
-            rest = torch.einsum("ncr,snr->snc", columns * ~first, signs[:, :, :-1])
-            return torch.cat([(columns * first)[:, :, :most].permute(2, 0, 1), rest])
-        if not there and exact.any():  # eigenvectors with coinciding roots would leave a part out, and nothing mends it
-            found = z.new_zeros(most + len(signs), *z.shape)
+        if z.device.type != "cpu":  # where the host would wait for a dense solver, and for a choice among rows
+            if exact.any() and exact.all():
+                return torch.cat([self.exact(z), z.new_zeros(len(signs), *z.shape)])
+            found = self._deflated_by_roots(z, leading, signs)
+            if exact.any():
+                found[:most] = torch.where(to_device(exact, z.device)[:, None], self.exact(z), found[:most])
+            return found
+        if p.shape[1] <= DENSE_CLASSES:
+            return _deflated_by_solver(p, leading, signs)
+        flat = (leading == 0) & _are_flat(p)
+        found = z.new_zeros(most + len(signs), *z.shape)
+        if exact.any():  # no sketch would mend eigenvectors whose roots coincide
             found[:most, exact] = self.exact(z[exact])
-            others = self.deflated(z[~exact], leading[~exact], signs[:, ~exact])
-            k = len(others) - len(signs)
-            found[:k, ~exact], found[most:, ~exact] = others[:k], others[k:]
-            return found
-        if not there and not (some := (leading > 0) | ~_are_flat(p)).all():
-            found = torch.cat([z.new_zeros(most, *z.shape), self.sketch(z, signs)])
-            if some.any():
-                found[:, some] = self.deflated(z[some], leading[some], signs[:, some])
-            return found
-        # With B B^T = S, any orthonormal Q gives S = B Q Q^T B^T + B (I - Q Q^T) B^T. So the result is unbiased even
-        # where Q is inaccurate. The right singular vectors of B make the second part small.
-        apart, among = _jittered(p), min(COMBINED["cuda" if there else "cpu"], p.shape[1] // 2)
+        if flat.any():
+            found[most:, flat] = self.sketch(z[flat], signs[:, flat])
+        if (others := ~(exact | flat)).any():
+            u = self._deflated_by_roots(z[others], leading[others], signs[:, others])
+            first = len(u) - len(signs)
+            found[:first, others], found[most:, others] = u[:first], u[first:]
+        return found
+
+    def _deflated_by_roots(self, z: Tensor, leading: Tensor, signs: Tensor) -> Tensor:
+        """As :meth:`deflated`, with eigenvectors of the secular equation, which need not be exact.
+
+        With B B^T = S, any orthonormal Q gives S = B Q Q^T B^T + B (I - Q Q^T) B^T. So the result is unbiased even
+        where Q is inaccurate. The right singular vectors of B make the second part small.
+        """
+        p = z.softmax(1)
+        most = int(leading.max()) if len(leading) else 0
+        apart, among = _jittered(p), min(COMBINED["cpu" if z.device.type == "cpu" else "cuda"], p.shape[1] // 2)
         values = _leading_eigenvalues(apart, min(most + among, p.shape[1] - 1))  # [N, r]
         reach = _reach(values, p, to_device(leading, z.device), among)
-        if not there:
+        if z.device.type == "cpu":
             values = values[:, : int(reach.max()) if len(reach) else 0]
         vectors = _eigenvectors(apart, values)  # [N, C, r]
         right = p.sqrt()[:, :, None] * (vectors - (p[:, :, None] * vectors).sum(1, keepdim=True))  # B^T v
@@ -197,10 +198,7 @@ class Softmax(Likelihood):
         # and with the signs of the classes, and all signs of an example come from one draw.
         pairs = (signs[:, : 2 * among : 2] * signs[:, 1 : 2 * among : 2].sign())[:, number % among]
         remainder = signs - kept @ (kept.mT @ signs) + (kept * ~alone) @ pairs
-        found = self.sketch(z, torch.cat([(q * alone)[:, :, :most], remainder], 2).permute(2, 0, 1))
-        if there and exact.any():
-            found[:most] = torch.where(to_device(exact, z.device)[:, None], self.exact(z), found[:most])
-        return found
+        return self.sketch(z, torch.cat([(q * alone)[:, :, :most], remainder], 2).permute(2, 0, 1))
 
     def sketch(self, z: Tensor, signs: Tensor) -> Tensor:
         # With nearly all of the probability at one class, its sqrt(p) s - p sum_c sqrt(p_c) s_c would cancel.
@@ -313,6 +311,20 @@ def _covariance(p: Tensor) -> Tensor:
     covariance = -p[:, :, None] * p[:, None, :]
     covariance.diagonal(dim1=1, dim2=2).copy_(p * complement)
     return covariance
+
+
+def _deflated_by_solver(p: Tensor, leading: Tensor, signs: Tensor) -> Tensor:
+    """As :meth:`Likelihood.deflated`, with all eigenvectors of the probabilities' covariance."""
+    values, vectors = torch.linalg.eigh(_covariance(_apart(p)))
+    values, vectors = values.flip(1)[:, :-1], vectors.flip(2)[:, :, :-1]  # without the smallest, which is 0
+    # The solver's choice between v and -v depends on rounding. A sketch of several eigenvectors would, too.
+    turned = torch.arange(1, p.shape[1] + 1, dtype=p.dtype).cos() @ vectors < 0  # [N, C - 1]
+    vectors = torch.where(turned[:, None], -vectors, vectors)
+    columns = vectors * values.clamp_min(0).sqrt()[:, None, :]  # [N, C, C - 1]
+    first = _first(columns.shape[2], leading, p)
+    rest = torch.einsum("ncr,snr->snc", columns * ~first, signs[:, :, :-1])
+    most = int(leading.max()) if len(leading) else 0
+    return torch.cat([(columns * first)[:, :, :most].permute(2, 0, 1), rest])
 
 
 def _gathered(p: Tensor, few: int) -> Tensor:
