@@ -51,7 +51,8 @@ class Moments:
 
     For values q_u with weights a_u, the mean is m = sum_u a_u q_u / sum_u a_u. Its variance is estimated by
     sum_u a_u^2 (q_u - m)^2 / ((sum_u a_u)^2 - sum_u a_u^2). That is unbiased if all weights are equal, and also if q_u
-    is the mean over a_u examples, as in batches of different sizes.
+    is the mean over a_u examples, as in batches of different sizes. Where the weights are those of more units than were
+    drawn, the number of the drawn ones corrects for the mean: it is taken from the same units.
 
     Example:
         >>> moments = Moments()
@@ -111,11 +112,11 @@ class Moments:
     def standard_error(self) -> Tensor:
         """Return the standard error of the mean, or NaN for fewer than two units that count."""
         mean = self.mean()
-        others = self.weight**2 - self.weight2
-        if self.units < 2 or not others > 1e-12 * self.weight2:
+        lost = max(1 / self.units, self.weight2 / self.weight**2) if self.weight else 1.0  # as the mean is their own
+        if not lost < 1 - 1e-12:
             return torch.full_like(mean, float("nan"))
         spread = self.second - 2 * mean * self.cross + mean.square() * self.weight2  # sum_u a^2 (q - mean)^2
-        return (spread.clamp_min(0) / others).sqrt()
+        return (spread.clamp_min(0) / (1 - lost)).sqrt() / self.weight
 
 
 class SideBySide:

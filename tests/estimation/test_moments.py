@@ -88,3 +88,12 @@ def test_one_unit_that_counts_has_no_standard_error() -> None:
     moments = Moments()
     moments.add(torch.tensor([1.0, 2.0]), Units(torch.tensor([3.0, 0.0])))
     assert moments.standard_error().isnan()
+
+
+def test_the_spread_of_few_drawn_units_is_not_that_around_their_own_mean() -> None:
+    """Eight of a thousand units: the spread of all is that of a sample of eight."""
+    values = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    named = NamedMoments()
+    named.add({"q": values}, Units(torch.ones(8), torch.full((8,), 0.008)))
+    named.set_weights(torch.ones(1000))
+    torch.testing.assert_close(named.standard_error()["q"], values.std() / 1000**0.5)
