@@ -58,6 +58,7 @@ CHANGED: dict[str, str] = {
         ("t2v_fast.selection.check_errors", "t2v_fast.selection.compare"),
         "names of tasks for messages, the last, and with a default",
     ),
+    "t2v_fast.cotangents.check_estimator": "estimators that are known, the last, and with a default",
     "t2v_fast.graph.Use.parameter": "a cached property: it is looked up once",
     "t2v_fast.graph.Use": "stack, the last: only the library makes these objects",
     "t2v_fast.FisherDiagonal": _ENTRIES,

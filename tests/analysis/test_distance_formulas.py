@@ -242,7 +242,7 @@ def test_layerwise() -> None:
             assert (np.diag(distances) == 0).all()
         across = layerwise_cdist(tasks_[:1], tasks_[1:], metric)
         np.testing.assert_allclose(across[name], distances[:1, 1:], rtol=1e-12)
-    with pytest.raises(TypeError, match="sequences of Embedding"):
+    with pytest.raises(TypeError, match="lists of Embedding"):
         layerwise_pdist(np.ones((2, 3)))
 
 
