@@ -315,7 +315,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     bank = Bank(tmp_path / "bank")
     bank.add(make("a"), make("b", 1))
     code = f"""if True:
-        import mmap, os, sys  # numpy imports mmap late, and the other user may not be allowed to read it
+        import mmap, os, sys, torch  # imported late otherwise, and another user may not be allowed to read them
         sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers")]!r}
         from test_crashes import Bank, make
         if os.getuid() == 0:
