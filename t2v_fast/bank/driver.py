@@ -89,6 +89,7 @@ def run_job(
     """
     if workers < 0:
         raise ValueError(f"workers is {workers}, expected at least 0")
+    settings = Settings(**job.settings) if factory is None else None  # of another factory nothing is known
     factory = factory or job.task2vec
     began, threads = time.monotonic(), torch.get_num_threads()
     if ray is not None:
@@ -105,7 +106,7 @@ def run_job(
     else:
         engine = InProcess(factory)
     clock = _Clock(began, max(workers, 1), threads, isinstance(engine, InProcess), dict(job.settings))
-    driver = _Driver(job, bank, engine, clock, Display(len(job.tasks), progress))
+    driver = _Driver(job, settings, bank, engine, clock, Display(len(job.tasks), progress))
     try:
         with driver.display:
             return driver.run(on_start)
@@ -116,10 +117,12 @@ def run_job(
 class _Driver:
     """The state of one run of a job."""
 
-    def __init__(self, job: Job, bank: Bank, engine: Engine, clock: _Clock, display: Display) -> None:
+    def __init__(
+        self, job: Job, settings: Settings | None, bank: Bank, engine: Engine, clock: _Clock, display: Display
+    ) -> None:
         self.bank, self.engine, self.clock, self.display = bank, engine, clock, display
         self.workers = clock.workers
-        self.names, self.settings = job.tasks, Settings(**job.settings)
+        self.names, self.settings = job.tasks, settings
         self.queue = deque(work for work in job.work if not all(map(bank.settled, work.tasks)))
         self.claimed_elsewhere: deque[WorkItem] = deque()  # tasks that another driver has claimed
         self.assigned: dict[int, WorkItem | None] = {}  # by worker; None: idle, or not ready yet
@@ -134,7 +137,7 @@ class _Driver:
         names = set(self.names)
         task = next((task for task in self.bank.tasks if task in names), None)
         with contextlib.suppress(BankError):  # a damaged embedding is not the matter here
-            if task is not None and (different := other_settings(self.settings, self.bank[task].meta)):
+            if self.settings and task and (different := other_settings(self.settings, self.bank[task].meta)):
                 self.display.note(
                     f"note: task {task} was embedded with other settings before ({', '.join(different)}). Finished "
                     "tasks stay as they are: to embed all tasks alike, use another bank"

@@ -26,6 +26,7 @@ from ..tasks.pipeline import Task2Vec
 from .job import WorkItem
 
 Factory = Callable[[], Task2Vec]
+STOPPING = 2.0  # seconds that all workers together may take to end by themselves
 TERMINATED = 128 + signal.SIGTERM  # the exit status of a worker that was told to end, as a shell would report it
 
 
@@ -164,9 +165,10 @@ class Processes(Engine):
         for process, connection in self._workers.values():
             connection.close()
             process.terminate()
+        deadline = time.monotonic() + STOPPING
         for process, _ in self._workers.values():
-            process.join(10)
-            if process.is_alive():
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():  # in a call of compiled code, which lets no signal through before it returns
                 process.kill()
                 process.join()
         self._workers.clear()

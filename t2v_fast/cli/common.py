@@ -56,9 +56,12 @@ def load_embeddings(given: Sequence[Path]) -> tuple[list[str], list[Embedding]]:
         if not path.exists():
             raise ValueError(f"no such file or folder: {path}")
         if path.is_dir() and is_bank(path):
+            if beside := next(path.glob("*.safetensors"), None):
+                raise ValueError(f"{path} is a bank, but has the file {beside.name}, too: move the file elsewhere")
             stored = list(Bank(path, create=False))
             names += [str(e.meta["task"]) for e in stored]  # without which nothing goes into a bank
             embeddings += stored
+            continue
         for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
             embeddings.append(Embedding.load(file))
             names.append(str(embeddings[-1].meta.get("task") or file.stem))

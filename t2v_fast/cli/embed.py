@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two tasks are called {sorted(twice)[0]!r}: their embeddings would have one file name")
     for folder in arguments.tasks:
-        _check_folder(folder)
+        with contextlib.suppress(PermissionError):  # which fails the task, and not the others
+            _check_folder(folder)
     task2vec = task2vec_of(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
     made = arguments.result["embeddings"] = []
@@ -74,7 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
             made.append(_embed(task2vec, folder, name, arguments, place))
         except (ValueError, RuntimeError, PermissionError, FileNotFoundError) as error:
             # The other folders go on, as the tasks of a job do. Other errors of the system, as a full disk, end all.
-            failed[name] = str(error) if name in str(error) else f"task {name!r}: {error}"
+            named = repr(name) in str(error) or str(folder) in str(error)
+            failed[name] = str(error) if named else f"task {name!r}: {error}"
             print(f"t2v-fast: error: {readable(ValueError(failed[name]))}", file=sys.stderr)
     if failed:
         arguments.result["error"] = "\n".join(failed.values())
@@ -93,7 +96,7 @@ def _embed(task2vec: Task2Vec, folder: Path, name: str, arguments: argparse.Name
         if different or before.fingerprint != task2vec.fingerprint():
             which = f" ({', '.join(different)})" if different else ""
             raise ValueError(f"{path} was made with other settings{which}: pass --overwrite, or another --output")
-        size = f"{before.num_examples} images, {len(before.meta['classes'])} classes"
+        size = f"{before.num_examples} images, {len(before.meta.get('classes') or ())} classes"
         text = f"{name}: already in {path} ({size}; --overwrite embeds the folder again)"
         console.print(escaped(text), markup=False)
         return {"task": name, "path": str(path), "new": False}

@@ -44,7 +44,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def spectrum(self, z: Tensor) -> Tensor:
-        """Return the eigenvalues of S_n, the largest first, [N, rank]. Small ones may be approximate."""
+        """Return the eigenvalues of S_n, the largest first, [N, rank]. Small ones may be approximate, also in order."""
 
     @abstractmethod
     def trace_through(self, z: Tensor, weight: Tensor) -> Tensor:

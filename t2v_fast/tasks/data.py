@@ -117,7 +117,7 @@ class TaskData:
             task = cls(folder, name, task_type, folder.classes, folder.describe, skip_unreadable)
             task.left_out = folder.left_out
             if task.left_out:
-                text = f"{_task(name)}: {folder.root}: left out {'; '.join(task.left_out)}"
+                text = f"{_task(name)}: {escaped(str(folder.root))}: left out {'; '.join(task.left_out)}"
                 expected = f"expected one sub-folder a class with files {' '.join(IMAGE_SUFFIXES)}"
                 warnings.warn(f"{text} ({expected})", stacklevel=3)
             return task
@@ -428,13 +428,24 @@ def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
     return image
 
 
-def _visible_files(folder: Path) -> list[Path]:
-    """All files below a folder, sorted, except hidden ones and those in hidden folders."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if not any(part[0] == "." for part in path.relative_to(folder).parts) and path.is_file()
-    ]
+def _below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """All files below a folder, sorted, and links that lead to no file. Hidden files and folders do not count.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+    files: list[Path] = []
+    links: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=_refuse):
+        folders[:] = [name for name in folders if name[0] != "."]
+        links += [path for name in folders if (path := Path(place, name)).is_symlink()]  # which are not followed
+        for path in (Path(place, name) for name in names if name[0] != "."):
+            (files if path.is_file() else links).append(path)
+    return sorted(files), sorted(links)
+
+
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 def _has_unknown_suffix(path: Path) -> bool:
@@ -464,13 +475,16 @@ class _Folder:
         self.files: list[tuple[Path, int]] = []
         without: list[str] = []  # folders without an image
         unknown: list[str] = []  # images with other suffixes
+        unread: list[str] = []
         for label, name in enumerate(self.classes):
-            files = _visible_files(root / name)
+            files, links = _below(root / name)
+            unread += [str(path.relative_to(root)) for path in links]
             images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
             self.files += [(path, label) for path in images]
             if not images:
                 suffixes = sorted({path.suffix or "no suffix" for path in files})
-                without.append(f"{name} ({_some(suffixes) if files else 'empty'})")
+                what = _some(suffixes) if files else "links only" if links else "empty"
+                without.append(f"{name} ({what})")
             else:
                 unknown += [str(path.relative_to(root)) for path in files if _has_unknown_suffix(path)]
         beside = [path.name for path in inside if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
@@ -478,6 +492,7 @@ class _Folder:
             "class folders without an image": without,
             "images outside of a class folder": beside,
             "images with another suffix": unknown,
+            "links to folders or to nothing": unread,
         }
         self.left_out = [escaped(f"{what} ({len(names)}): {_some(names)}") for what, names in groups.items() if names]
         if not self.files:

@@ -370,8 +370,11 @@ def other_settings(settings: Any, meta: Mapping[str, Any]) -> list[str]:
     names = ["seed"]
     if settings.method == "fisher":
         names += ["estimator", "tolerance"]
-        samples = settings.estimator not in ("exact", "empirical") and settings.tolerance is None
-        if samples and meta.get("tolerance") is None:  # with a tolerance, a measured number is there
+        if settings.estimator == BATCH_MEAN:
+            names += ["batch_size"] if settings.batch_size is not None else []
+        elif settings.estimator in ("exact", "empirical"):
+            names.remove("seed")
+        elif settings.tolerance is None and meta.get("tolerance") is None:  # otherwise a measured number is there
             names.append("samples")
     made = {"tolerance": None, **meta}
     return [

@@ -81,7 +81,10 @@ def test_finished_tasks_stay_where_settings_change(tmp_path: Path, capsys: pytes
     assert run(job, tmp_path / "bank").before == 1
     assert "other settings" not in capsys.readouterr().err
     write_job(job, {"tasks": [{"folders": "tasks"}], "settings": {"samples": 3}})
-    assert run(job, tmp_path / "bank").before == 2
+    assert run(job, tmp_path / "bank").before == 2  # whose pipeline is not made from the job's settings
+    assert "other settings" not in capsys.readouterr().err
+    with pytest.raises(FingerprintMismatch):  # the job's own has another network
+        run(job, tmp_path / "bank", factory=None)
     said = capsys.readouterr().err
     assert "task a was embedded with other settings before (samples is" in said
     assert ", not 3). Finished tasks stay as they are" in said

@@ -84,6 +84,14 @@ def test_the_variance_of_a_mean_over_batches_of_any_sizes_is_unbiased(sizes: tup
     assert abs(float(moments.standard_error().square().mean()) * 60 - 1) < 0.03
 
 
+@pytest.mark.parametrize("scale", [1e-160, 1e150])
+def test_weights_of_any_size(scale: float) -> None:
+    moments = Moments()
+    moments.add(torch.tensor([1.0, 2.0, 6.0]), Units(scale * torch.ones(3, dtype=torch.float64)))
+    torch.testing.assert_close(float(moments.mean()), 3.0)
+    assert float(moments.standard_error()) == pytest.approx((7 / 3) ** 0.5, rel=1e-9) or scale < 1  # underflows to 0
+
+
 def test_one_unit_that_counts_has_no_standard_error() -> None:
     moments = Moments()
     moments.add(torch.tensor([1.0, 2.0]), Units(torch.tensor([3.0, 0.0])))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +192,38 @@ def test_what_is_left_out_of_a_folder_is_named(tmp_path: Path, recwarn: pytest.W
     for name in ("class 0", "class 1", "class 2"):
         shutil.rmtree(folder / name)
     with pytest.raises(DataError, match=r"holds no image: expected .*; found class folders .*; images outside"):
+        TaskData.of(folder)
+
+
+def test_links_and_folders_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link to an image is an image, and a class may be a link to a folder. Other links are named."""
+    folder = write_folder(tmp_path / "task", *shapes())
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "class 0" / "000.png").rename(tmp_path / "elsewhere" / "000.png")
+    (folder / "class 0" / "000.png").symlink_to(tmp_path / "elsewhere" / "000.png")
+    (folder / "class 1").rename(tmp_path / "class 1")
+    (folder / "class 1").symlink_to(tmp_path / "class 1")
+    assert len(collect(TaskData.of(folder))[1]) == 24
+    (folder / "class 0" / "gone.png").symlink_to(tmp_path / "gone.png")
+    (folder / "class 0" / "more").symlink_to(tmp_path / "elsewhere")
+    (folder / "class 3").mkdir()
+    (folder / "class 3" / "gone.png").symlink_to(tmp_path / "gone.png")
+    with pytest.warns(UserWarning, match="links to folders or to nothing"):
+        data = TaskData.of(folder)
+    assert data.left_out == [
+        "class folders without an image (1): class 3 (links only)",
+        "links to folders or to nothing (3): class 0/gone.png, class 0/more, class 3/gone.png",
+    ]
+    assert len(collect(data)[1]) == 24
+    real = os.scandir
+
+    def refuse(path: str | Path) -> Iterator[os.DirEntry]:
+        if Path(path).name == "class 2":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="class 2"):
         TaskData.of(folder)
 
 

@@ -20,7 +20,7 @@ from t2v_fast.cli.options import flags_of, settings_of
 from t2v_fast.estimation.variational import variational_fisher
 from t2v_fast.tasks import probe as probes
 from t2v_fast.tasks.head import fit_heads
-from t2v_fast.tasks.settings import GROUPS, NAMES_IN, NOT_IN_JOBS, OPTIONS, SettingError, Settings
+from t2v_fast.tasks.settings import GROUPS, NAMES_IN, NOT_IN_JOBS, OPTIONS, SettingError, Settings, other_settings
 
 # A value of each option that is not its default; as a command line has it; and options that go with it.
 OTHERS: dict[str, tuple[Any, str, dict[str, Any]]] = {
@@ -281,3 +281,23 @@ def test_names_within_mappings_are_those_of_the_functions() -> None:
         "head_options": head,
         "method_options": robust | {"num_samples"},
     }
+
+
+def test_settings_that_decide_how_exact_an_embedding_is() -> None:
+    """Those that an estimator does not use are no difference."""
+    made = {"estimator": "deflated", "samples": 2, "seed": 0, "batch_size": 32}
+    assert other_settings(Settings(), made) == []
+    assert other_settings(Settings(seed=3, samples=4), made) == ["seed is 0, not 3", "samples is 2, not 4"]
+    assert other_settings(Settings(tolerance=0.05), made) == ["tolerance is None, not 0.05"]
+    within = {**made, "tolerance": 0.05, "samples": 1.7}
+    assert other_settings(Settings(tolerance=0.05), within) == []
+    assert other_settings(Settings(), within) == ["tolerance is 0.05, not None"]
+    exact = {**made, "estimator": "exact"}
+    assert other_settings(Settings(estimator="exact", seed=3, samples=4), exact) == []
+    of_batches = {**made, "estimator": "batch_mean"}
+    options = {"estimator": "batch_mean", "samples": 4}
+    assert other_settings(Settings(**options), of_batches) == []
+    assert other_settings(Settings(**options, batch_size=8), of_batches) == ["batch_size is 32, not 8"]
+    variational = {"method": "variational", "seed": 0}
+    assert other_settings(Settings(method="variational", samples=4), variational) == []
+    assert other_settings(Settings(), {}) == []  # of a file that says nothing of it
