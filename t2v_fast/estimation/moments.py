@@ -112,9 +112,8 @@ class Moments:
     def standard_error(self) -> Tensor:
         """Return the standard error of the mean, or NaN for fewer than two units that count."""
         mean = self.mean()
-        lost = (
-            max(1 / self.units, self.weight2 / self.weight / self.weight) if self.weight else 1.0
-        )  # as the mean is their own
+        # The part of the spread that is lost, because the mean is that of the same units.
+        lost = max(1 / self.units, self.weight2 / self.weight / self.weight) if self.weight else 1.0
         if not lost < 1 - 1e-12:
             return torch.full_like(mean, float("nan"))
         spread = self.second - 2 * mean * self.cross + mean.square() * self.weight2  # sum_u a^2 (q - mean)^2
