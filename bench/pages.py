@@ -25,12 +25,17 @@ def replace_section(path: Path, name: str, text: str) -> None:
     write_atomically(path, f"{before}{separator}{start}\n{text.strip()}\n{end}{after or chr(10)}".encode())
 
 
-def print_or_write(page: Callable[[], str], name: str, description: str) -> None:
-    """Print the table that ``page`` makes. The script's only option, ``--write``, also puts it into a document."""
+def print_or_write(page: Callable[..., str], name: str, description: str, **numbers: int) -> None:
+    """Print the table that ``page`` makes. The script's option ``--write`` also puts it into a document.
+
+    Each of ``numbers`` is an option of the script with its default, and goes to ``page``.
+    """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--write", type=Path, help="the page whose table is replaced")
+    for option, default in numbers.items():
+        parser.add_argument(f"--{option}", type=int, default=default)
     arguments = parser.parse_args()
-    text = page()
+    text = page(**{option: getattr(arguments, option) for option in numbers})
     print(text)
     if arguments.write:
         replace_section(arguments.write, name, text)

@@ -10,14 +10,12 @@ half a minute of one core.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from bench.pages import markdown, replace_section
+from bench.pages import markdown, print_or_write
 from t2v_fast import fisher
 
 INPUTS, HIDDEN = 6, 16
@@ -75,14 +73,7 @@ def page(draws: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=20)
-    parser.add_argument("--write", type=Path, help="the page whose table is replaced")
-    arguments = parser.parse_args()
-    text = page(arguments.draws)
-    print(text)
-    if arguments.write:
-        replace_section(arguments.write, "confidence", text)
+    print_or_write(page, "confidence", __doc__, draws=20)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ of classes only, as they did once.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from bench.pages import markdown, replace_section
+from bench.pages import markdown, print_or_write
 from t2v_fast.estimation import likelihoods
 from t2v_fast.estimation.allocation import seeds_of
 from t2v_fast.estimation.cotangents import cotangents
@@ -63,14 +61,7 @@ def page(draws: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=4000)
-    parser.add_argument("--write", type=Path, help="the page whose table is replaced")
-    arguments = parser.parse_args()
-    text = page(arguments.draws)
-    print(text)
-    if arguments.write:
-        replace_section(arguments.write, "sketches", text)
+    print_or_write(page, "sketches", __doc__, draws=4000)
 
 
 if __name__ == "__main__":
