@@ -180,6 +180,17 @@ def without_own(errors: np.ndarray, experts: Vectors, tasks: Vectors) -> np.ndar
     return np.where(own, np.nan, errors)
 
 
+def with_errors(tasks: Sequence[str], errors: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Return the names of the tasks that have an error of any expert, and their errors, from names [T], errors [T, E].
+
+    Example:
+        >>> with_errors(["cars", "birds"], np.array([[np.nan, np.nan], [0.4, np.nan]]))
+        (['birds'], array([[0.4, nan]]))
+    """
+    tried = ~np.isnan(errors).all(1)
+    return [name for name, some in zip(tasks, tried, strict=True) if some], errors[tried]
+
+
 @dataclass
 class Model2Vec:
     """Learn where models belong among tasks: m_j = F_j + b_j, from errors of the experts on earlier tasks.
@@ -545,11 +556,11 @@ def read_errors(path: str | os.PathLike) -> tuple[list[str], list[str], np.ndarr
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{path}: two {kind} are called {sorted(twice)[0]!r}")
     table = np.array(errors)
-    tried = ~np.isnan(table).all(1)
-    if not tried.any():
+    tried, known = with_errors(tasks, table)
+    if not tried:
         raise ValueError(f"{path} has no errors: all fields of its {len(tasks)} tasks are empty")
     try:
-        check_errors(table[tried])
+        check_errors(known)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return tasks, experts, table

@@ -55,10 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"no embedding of {name!r}: there are {', '.join(names)}")
     of_experts = [known[name] for name in experts]
     errors = selection.without_own(errors, of_experts, [known[name] for name in tasks])
-    tried = ~np.isnan(errors).all(1)
-    if not tried.any():
+    tasks, errors = selection.with_errors(tasks, errors)
+    if not tasks:
         raise ValueError(f"{arguments.errors} has only errors of experts on their own tasks: add some on other tasks")
-    tasks, errors = [name for name, some in zip(tasks, tried, strict=True) if some], errors[tried]
     of_tasks = [known[name] for name in tasks]
     wanted = arguments.task or [name for name in names if name not in tasks]
     if wanted:

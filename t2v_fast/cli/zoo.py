@@ -99,8 +99,7 @@ def _prior(arguments: argparse.Namespace) -> dict[str, float] | None:
             "--earlier and --embedding go together: distances are from earlier tasks to the folder's embedding"
         )
     tasks, experts, errors = selection.read_errors(arguments.errors)
-    tried = ~np.isnan(errors).all(1)  # a task without errors says nothing of networks
-    tasks, errors = [name for name, some in zip(tasks, tried, strict=True) if some], errors[tried]
+    tasks, errors = selection.with_errors(tasks, errors)  # the others say nothing of networks
     distances = None
     if arguments.earlier is not None:
         if arguments.embedding.is_dir():

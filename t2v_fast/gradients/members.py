@@ -20,16 +20,8 @@ def modules_of(network: nn.Module) -> list[nn.Module]:
         >>> modules_of(network) == list(network.modules())
         True
     """
-    found: dict[int, nn.Module] = {}
-    stack: list[nn.Module | None] = [network]
-    while stack:
-        module = stack.pop()
-        if module is not None and id(module) not in found:
-            found[id(module)] = module
-            if children := module._modules:
-                stack.extend(reversed(list(children.values())))
-    modules = list(found.values())
-    return modules if _have_usual_walks(modules) else list(network.modules())
+    modules = _walked(network)
+    return list(network.modules()) if modules is None else modules
 
 
 def name_of(network: nn.Module, module: nn.Module | None) -> str | None:
@@ -51,11 +43,25 @@ def parameters_of(network: nn.Module) -> list[nn.Parameter]:
         >>> [tuple(p.shape) for p in parameters_of(network)]
         [(3, 2), (3,)]
     """
-    modules = modules_of(network)
-    if not _have_usual_walks(modules):
+    modules = _walked(network)
+    if modules is None:
         return list(network.parameters())
     members = (p for module in modules for p in module._parameters.values())
     return list({id(p): p for p in members if p is not None}.values())
+
+
+def _walked(network: nn.Module) -> list[nn.Module] | None:
+    """Each module once, in the order of ``network.modules()``; None where that goes another way."""
+    found: dict[int, nn.Module] = {}
+    stack: list[nn.Module | None] = [network]
+    while stack:
+        module = stack.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            if children := module._modules:
+                stack.extend(reversed(list(children.values())))
+    modules = list(found.values())
+    return modules if _have_usual_walks(modules) else None
 
 
 def _have_usual_walks(modules: list[nn.Module]) -> bool:

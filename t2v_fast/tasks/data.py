@@ -49,8 +49,8 @@ class TaskData:
 
     :meth:`of` makes one from any usual form of data. The attribute ``skipped`` lists the unreadable files that were
     left out; it is complete after a pass. The attribute ``left_out`` says what in a folder is no part of the task:
-    classes without an image, images outside of a class folder, and images with other suffixes than
-    :data:`IMAGE_SUFFIXES`.
+    classes without an image, images outside of a class folder, images with other suffixes than
+    :data:`IMAGE_SUFFIXES`, and links to folders or to nothing.
 
     Args:
         source: a map-style data set of (image, label), or an iterable that can be iterated again.
