@@ -59,7 +59,7 @@ def page() -> str:
         # Both passes make the same copies; graphs only take away what lies between.
         kinds = [plain.kinds[kind] for kind in (WAIT, TO_HOST, TO_DEVICE)]
         assert kinds == [replayed.kinds[kind] for kind in (WAIT, TO_HOST, TO_DEVICE)]
-        rows.append([name, *map(str, kinds), f"{plain.launched:,}", f"{replayed.launched:,} and 2 graphs"])
+        rows.append([name, *map(str, kinds), f"{plain.operators.total():,}", f"{replayed.operators.total():,} and 2 graphs"])
     return markdown(rows)
 
 

@@ -204,9 +204,11 @@ def test_a_replayed_batch_waits_for_nothing_and_launches_little(name: str) -> No
         waits = {place[2].partition(":")[0]: n for place, n in counted.places.items() if place[0] == WAIT}
         assert waits == ALLOWED_WAITS.get(name, {})
         assert counted.numbers[TO_HOST] <= 20 + 8 * 5 * sum(waits.values())
-        launched.append(counted.launched)
+        # Cotangents are made outside of the graphs, and may take more operators than this small network.
+        launched.append({name for name in counted.operators if name.startswith(("convolution", "addmm", "sq_"))})
     as_they_are, replayed = launched
-    assert replayed < 0.75 * as_they_are
+    assert as_they_are
+    assert not replayed
 
 
 # ---- what is refused

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -548,17 +549,22 @@ def _walk(
     for node in order:
         if any(child in needed or child in useful for child, _ in node.next_functions):
             needed.add(node)
-    for node in reversed(order):
-        cotangents = tuple(pending.pop((node, k), None) for k in range(len(node._input_metadata)))
-        if all(g is None for g in cotangents):
-            continue
-        visit(node, cotangents)
-        found |= {(node, k): g for k, g in enumerate(cotangents) if (node, k) in wanted and g is not None}
-        if node.name() == LEAF or node not in needed:
-            continue
-        for (child, number), g in zip(node.next_functions, call_node(node, cotangents), strict=False):
-            if child is not None and g is not None:
-                add(child, number, g)
+    executed = needed | useful
+    with (
+        patch.object(torch._C, "_will_engine_execute_node", executed.__contains__),
+        patch.object(torch._C, "_current_graph_task_id", lambda: id(executed)),
+    ):
+        for node in reversed(order):
+            cotangents = tuple(pending.pop((node, k), None) for k in range(len(node._input_metadata)))
+            if all(g is None for g in cotangents):
+                continue
+            visit(node, cotangents)
+            found |= {(node, k): g for k, g in enumerate(cotangents) if (node, k) in wanted and g is not None}
+            if node.name() == LEAF or node not in needed:
+                continue
+            for (child, number), g in zip(node.next_functions, call_node(node, cotangents), strict=False):
+                if child is not None and g is not None:
+                    add(child, number, g)
     return found
 
 

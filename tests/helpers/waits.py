@@ -18,6 +18,7 @@ _WAITING = {
     *("unique_consecutive", "bincount", "_linalg_eigh", "_linalg_svd", "linalg_inv_ex", "_linalg_solve_ex"),
     *("linalg_cholesky_ex", "repeat_interleave"),
 }
+_OF_STAND_INS = torch.ops.prim.device.default  # no other tensor is asked for its device in this way
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
@@ -37,7 +38,7 @@ class Counted(TorchDispatchMode):
         self.kinds: Counter[str] = Counter()
         self.places: Counter[tuple[str, str, str]] = Counter()
         self.numbers: Counter[str] = Counter()  # that were copied
-        self.launched = 0  # operators of the device that are no views
+        self.operators: Counter[str] = Counter()  # of the device, without views
 
     def count(self, kind: str, what: str, numbers: int = 0) -> None:
         if not self.counting:
@@ -55,7 +56,8 @@ class Counted(TorchDispatchMode):
         name = func.overloadpacket.__name__
         tensors = tensors_in(args, kwargs)
         there = any(isinstance(t, Pretend) for t in tensors)
-        self.launched += self.counting and there and not func.is_view
+        if self.counting and there and not func.is_view and func is not _OF_STAND_INS:
+            self.operators[name] += 1
         if there and name in _WAITING:
             self.count(WAIT, name)
         elif name in ("_to_copy", "copy_"):
