@@ -43,7 +43,11 @@ CHANGED: dict[str, str] = {
         "it takes retain_graph last, as backward does",
     ),
     "t2v_fast.selfcheck.SelfCheck": "purpose, the last, with a default: fisher hands over squares of its first batch",
-    "t2v_fast.cotangents.cotangents": "it takes checks last, where the host need not wait for the device",
+    "t2v_fast.cotangents.cotangents": "checks, more and segments, the last, and with defaults",
+    **dict.fromkeys(
+        ("t2v_fast.cotangents.Likelihood.deflated", "t2v_fast.cotangents.Softmax.deflated"),
+        "most and known, the last, and with defaults; a likelihood of someone else needs neither",
+    ),
     "t2v_fast.moments.DrawnExamples.add": "it takes factors that are computed once a batch, for all parameters",
     "t2v_fast.transfers.transfer": "its default was the table itself, so that each new transfer changed the parameters",
     "t2v_fast.allocation.until": "visit takes the seed of each draw, so that draws are independent and can be averaged",

@@ -6,10 +6,10 @@ cotangents with E[sum_k u_k u_k^T] = S_n, the expectation of sum_k (J_n^T u_k)^2
 
 ===============  ================================================================================================
 ``exact``        the columns of a factor of S_n: no sampling error, C - 1 cotangents for a softmax over C classes
-``deflated``     the leading ``samples`` - 1 eigenvectors of S_n, and one random-sign sketch of all others; unbiased.
-                 ``samples`` may differ between examples (:mod:`t2v_fast.estimation.allocation`). Examples with seeds of
-                 their own get fewer eigenvectors and the mean of more sketches where that is better
-                 (:mod:`t2v_fast.estimation.sketches`)
+``deflated``     leading eigenvectors of S_n, and the mean of random-sign sketches of all others; unbiased. As many of
+                 the ``samples`` are sketches as the spectrum suggests, one at least
+                 (:mod:`t2v_fast.estimation.sketches`). ``samples`` may differ between examples
+                 (:mod:`t2v_fast.estimation.allocation`)
 ``hutchinson``   random-sign sketches of the whole factor (Hutchinson, 1989); unbiased
 ``monte_carlo``  scores of labels drawn from the model, as in Task2Vec's public code; unbiased
 ``empirical``    the score of the data set's own label; this is the empirical Fisher, which is another quantity
@@ -30,21 +30,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..ops.asynchronous import to_device
 from .deferred import DeferredChecks
-from .likelihoods import Likelihood, Sigmoid, Softmax, get_likelihood, random_signs
-from .sketches import sketches_of
+from .likelihoods import Likelihood, Sigmoid, Softmax, get_likelihood, largest, random_signs
+from .sketches import leading_of, sketches_of
 
 ESTIMATORS = ("exact", "deflated", "hutchinson", "monte_carlo", "empirical")
 LARGEST_EXACT = 2**30  # the most numbers in the exact cotangents of a batch of tokens
 # The most logits that are brought to float64 at once. On a CPU, tensors that fit into a cache take half the time.
 LARGEST_BLOCK = {"cpu": 2**17, "cuda": 2**20}
 LEVELS = ("token", "sequence")
+# The tokens of a sequence whose sketches combine classes: eigenvectors would save a twentieth of the variance at most.
+MANY_OTHERS = 20
 
 
 def check_estimator(estimator: str, samples: int | Tensor, known: Sequence[str] = ESTIMATORS) -> None:
@@ -68,6 +70,7 @@ def cotangents(
     sketches: int = 1,
     checks: DeferredChecks | None = None,
     more: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> Tensor:
     """Return the cotangents of one batch, whose squared gradients sum to an estimate of its Fisher.
 
@@ -83,9 +86,9 @@ def cotangents(
     Args:
         logits: [N, C], or [N, T, C] for tokens.
         estimator: One of :data:`ESTIMATORS`.
-        samples: The number of cotangents K, for the sampling estimators. ``deflated`` gives fewer where fewer are
-            exact. For ``deflated`` and logits [N, C] it may be one number for each example, int64 [N]: K is then the
-            largest, and u is zero where an example has fewer.
+        samples: The number of cotangents K, for the sampling estimators. For ``deflated`` and logits [N, C] there are
+            fewer where fewer are exact. It may then be one number for each example, int64 [N]: K is the largest, and
+            u is zero where an example has fewer.
         likelihood: A name in :data:`t2v_fast.estimation.likelihoods.LIKELIHOODS`, or a likelihood.
         labels: The labels, for ``empirical`` only: class indices [N] (for tokens [N, T]) for softmax, else targets of
             the shape of the logits.
@@ -93,12 +96,14 @@ def cotangents(
             [N, C] it may be a seed for each example, int64 [N]: an example's signs are then the same in every batch.
         mask: Which tokens have a label, [N, T]; by default all. The other tokens' cotangents are zero.
         level: ``"token"`` or ``"sequence"``, for ``empirical`` and tokens.
-        sketches: For ``deflated`` and logits [N, C], the number of independent random-sign sketches, each of which is
-            one cotangent. They come last, and differ by chance alone.
+        sketches: For ``deflated`` and logits [N, C], the fewest independent random-sign sketches, each of which is one
+            cotangent. With more than one there are ``samples`` - 1 + ``sketches`` cotangents. The sketches of an
+            example come last, and differ by chance alone.
         more: For ``deflated`` and seeds of each example: leave the eigenvectors out, and return so many
             sketches of what they leave of each example, int64 [N].
         checks: Where logits of a CUDA device that are not finite are reported, so that the host need not wait; by
             default at once.
+        segments: Which sequence each token of a packed row [1, T, C] belongs to, int64 [T]; by default all are one.
 
     Returns:
         The cotangents, [K, N, C] or [K, N, T, C], with the dtype and on the device of the logits.
@@ -112,6 +117,30 @@ def cotangents(
         >>> p = logits.softmax(1)
         >>> torch.allclose(torch.einsum("knc,knd->ncd", u, u), torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
         True
+    """
+    return drawn_cotangents(
+        logits, estimator, samples, likelihood, labels, generator, mask, level, sketches, checks, more, segments
+    )[0]
+
+
+def drawn_cotangents(
+    logits: Tensor,
+    estimator: str,
+    samples: int | Tensor,
+    likelihood: str | Likelihood,
+    labels: Tensor | None,
+    generator: torch.Generator | Tensor | None,
+    mask: Tensor | None,
+    level: str,
+    sketches: int,
+    checks: DeferredChecks | None,
+    more: Tensor | None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return :func:`cotangents`, and how many sketches each example has.
+
+    The number of sketches is int64 [N], on the CPU, or on the logits' device where the host would wait for it. It is
+    None for logits [N, T, C], for other estimators than ``deflated``, and where all examples are exact.
     """
     check_estimator(estimator, samples)
     model = get_likelihood(likelihood)
@@ -133,12 +162,14 @@ def cotangents(
     if logits.dim() == 3:
         # Tokens have one number of cotangents and one generator.
         count, one_generator = cast(int, samples), cast(torch.Generator | None, generator)
-        return _of_tokens(logits, estimator, count, model, labels, one_generator, mask, level, checks)
+        return _of_tokens(logits, estimator, count, model, labels, one_generator, mask, level, checks, segments), None
     if mask is not None:
         raise ValueError(f"a mask {list(mask.shape)} is for logits [N, T, C], got logits {list(logits.shape)}")
-    blocks = _blocks(logits, None, estimator, samples, model, labels, generator, checks, sketches, more)
-    u = [part for _, part in blocks]
-    return u[0] if len(u) == 1 else torch.cat(u, 1)
+    blocks = [*_blocks(logits, None, estimator, samples, model, labels, generator, checks, sketches, more)]
+    if len(blocks) == 1:
+        return blocks[0][1:]
+    counts = [part for *_, part in blocks if part is not None]  # of all blocks, or of none
+    return torch.cat([u for _, u, _ in blocks], 1), torch.cat(counts) if counts else None
 
 
 def _blocks(
@@ -152,8 +183,9 @@ def _blocks(
     checks: DeferredChecks | None,
     sketches: int = 1,
     more: Tensor | None = None,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the cotangents [K, n, C] of some examples at a time, with the examples' slice.
+    others: Tensor | None = None,
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Yield the examples' slice, their cotangents [K, n, C] and their numbers of sketches, some examples at a time.
 
     The examples are the rows of logits [..., C] with the indices ``at``; by default all rows of logits [N, C].
     """
@@ -179,8 +211,9 @@ def _blocks(
         reported.finite(z, partial(_not_finite, checks, start))
         z = z.to(logits.device if on_device else "cpu", torch.float64)
         y = None if labels is None else labels[rows]
-        u = _of_block(z, estimator, samples, model, y, generator, sketches, more)
-        yield rows, u.to(logits.device, logits.dtype)
+        near = None if others is None else others[rows]
+        u, counts = _of_block(z, estimator, samples, model, y, generator, sketches, more, near)
+        yield rows, u.to(logits.device, logits.dtype), counts
     if checks is None:
         reported.finish()
 
@@ -203,20 +236,23 @@ def _of_block(
     source: torch.Generator | Tensor | None,
     sketches: int,
     more: Tensor | None,
-) -> Tensor:
-    """Return the cotangents of some examples, from their logits z in float64 [n, C]."""
+    others: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the cotangents of some examples, from their logits z in float64 [n, C], and their numbers of sketches."""
     if estimator == "deflated":
-        return _deflated(model, z, samples, source, sketches, more)
+        return _deflated(model, z, samples, source, sketches, more, others)
     # The other estimators have one number of cotangents and one generator.
     count, generator = cast(int, samples), cast(torch.Generator | None, source)
     if estimator == "exact":
-        return model.exact(z)
-    if estimator == "hutchinson":
-        return model.sketch(z, random_signs(z.shape[0], count, z.shape[1], generator, z.device)) / count**0.5
-    if estimator == "monte_carlo":
-        return model.score(z, model.draw(z, count, generator)) / count**0.5
-    assert labels is not None  # since the estimator is "empirical"
-    return model.score(z, to_device(labels, z.device))[None]
+        u = model.exact(z)
+    elif estimator == "hutchinson":
+        u = model.sketch(z, random_signs(z.shape[0], count, z.shape[1], generator, z.device)) / count**0.5
+    elif estimator == "monte_carlo":
+        u = model.score(z, model.draw(z, count, generator)) / count**0.5
+    else:
+        assert labels is not None  # since the estimator is "empirical"
+        u = model.score(z, to_device(labels, z.device))[None]
+    return u, None
 
 
 def _deflated(
@@ -226,52 +262,70 @@ def _deflated(
     source: torch.Generator | Tensor | None,
     sketches: int,
     more: Tensor | None,
-) -> Tensor:
-    """Return leading eigenvectors and sketches, without sketches where all examples of the batch are exact.
-
-    Each example has ``samples`` - 1 + ``sketches`` cotangents. At least the last ``sketches`` are sketches.
-    """
-    n, c = z.shape
-    samples = samples.cpu() if isinstance(samples, Tensor) else torch.full((n,), samples)
-    rank = model.rank(c)
-    exact = samples >= rank
-    own = isinstance(source, Tensor)  # seeds of each example
-    counts = sketches_of(model, z, samples, sketches) if own else torch.where(exact, 0, sketches)
-    leading = torch.where(exact, rank, samples - 1 + sketches - counts)
-    if more is not None:
-        most = max(1, int(more.max()))
-        scale = more.clamp_min(1).double().rsqrt() * (torch.arange(most)[:, None] < more)  # [most, N]
-        signs = random_signs(n, most, c, source, z.device) * to_device(scale, z.device)[:, :, None]
-        u = model.deflated(z, leading, signs)
-        return _aligned(u[len(u) - most :], torch.zeros_like(more), more)
-    most = max(sketches, int(counts.max())) if n else sketches
-    signs = random_signs(n, most, c, source, z.device)
-    if own or exact.any():
-        scale = counts.clamp_min(1).double().rsqrt() * (torch.arange(most)[:, None] < counts)  # [most, N]
-        signs = signs * to_device(scale, z.device)[:, :, None]
+    others: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return leading eigenvectors and sketches, and how many sketches each example has; None where none has any."""
+    (n, c), own = z.shape, isinstance(source, Tensor)
+    if others is not None and bool((others >= MANY_OTHERS).all()):
+        width = cast(int, samples)
+        return model.sketch(z, random_signs(n, width, c, source, z.device)) / width**0.5, None
+    given: dict[str, Any] = {}
+    if isinstance(samples, Tensor):
+        samples = samples.cpu()
+        counts = sketches_of(model, z, samples, sketches)
+        leading = torch.where(samples >= model.rank(c), model.rank(c), samples - 1 + sketches - counts)
+        width = largest(leading + counts)
+    elif samples >= model.rank(c) and others is None:
+        width = model.rank(c)
+        leading, counts = torch.full((n,), width), torch.zeros(n, dtype=torch.int64)
     else:
-        signs = signs / sketches**0.5
-    if exact.all():
-        return model.deflated(z, leading, signs[:0])
-    u = model.deflated(z, leading, signs)
-    if most == sketches:
-        return u
-    return _aligned(u, leading, counts)
+        width = samples - 1 + sketches
+        leading, known = leading_of(model, z, samples, sketches, others)
+        counts = width - leading
+        given = {} if known is None else {"known": known}
+    on_host = leading.device.type == "cpu"
+    most = largest(leading) if on_host else min(width - sketches, model.rank(c))
+    deflated = partial(model.deflated, **given if on_host else {"most": most, **given})
+    if more is not None:
+        rows = max(1, int(more.max()))
+        signs = random_signs(n, rows, c, source, z.device) * _averaging(more, rows, z.device)
+        u = deflated(z, leading, signs)[most:]
+        return _aligned(u, torch.zeros_like(more), more, 0, rows), more
+    rows = width if not on_host else largest(counts) if n else sketches
+    # A generator goes on by as many numbers for each example, whatever the logits are.
+    all_signs = random_signs(n, rows if own else width, c, source, z.device)
+    if not rows:
+        return deflated(z, leading, all_signs[:0]), None
+    u = deflated(z, leading, all_signs[:rows] * _averaging(counts, rows, z.device))
+    if rows > sketches:
+        u = _aligned(u, leading, counts, most, width)
+    if others is not None and bool((many := others >= MANY_OTHERS).any()):
+        there = to_device(many, z.device)[:, None]
+        u = torch.where(there, model.sketch(z, all_signs) / width**0.5, u)
+    return u, counts
 
 
-def _aligned(u: Tensor, leading: Tensor, sketches: Tensor) -> Tensor:
+def _averaging(counts: Tensor, rows: int, device: torch.device) -> Tensor:
+    """Return what makes the squares of the first ``counts`` [N] of some sketches a mean: [rows, N, 1]."""
+    scale = counts.clamp_min(1).double().rsqrt() * (torch.arange(rows, device=counts.device)[:, None] < counts)
+    return to_device(scale, device)[:, :, None]
+
+
+def _aligned(u: Tensor, leading: Tensor, sketches: Tensor, most: int, width: int) -> Tensor:
     """Move the cotangents of each example, so that those of all examples end together.
 
     Sketches then take the places of eigenvectors that other examples have.
 
     Args:
         u: Eigenvectors, and then sketches, [K, N, C]. The first ones of both are those of an example.
-        leading: How many eigenvectors each example has, int64 [N]: some example has as many as there are.
+        leading: How many eigenvectors each example has, int64 [N].
         sketches: How many sketches each example has, int64 [N].
+        most: How many of the K are eigenvectors.
+        width: The most cotangents of an example.
     """
-    held = leading + sketches  # by each example, [N]
-    place = torch.arange(int(held.max()))[:, None] - (held.max() - held)  # among those of its own, [k, N]
-    index = torch.where(place < leading, place, place + (int(leading.max()) - leading))
+    # The place of each cotangent among those of its example, [width, N].
+    place = torch.arange(width, device=leading.device)[:, None] - (width - leading - sketches)
+    index = torch.where(place < leading, place, place + (most - leading))
     index, there = to_device(index.clamp_min(0), u.device), to_device(place >= 0, u.device)
     return u.take_along_dim(index[:, :, None], 0) * there[:, :, None]
 
@@ -286,6 +340,7 @@ def _of_tokens(
     mask: Tensor | None,
     level: str,
     checks: DeferredChecks | None,
+    segments: Tensor | None,
 ) -> Tensor:
     """Return the cotangents of logits [N, T, C]. Every token that is not masked is first treated as an example."""
     n, t, c = logits.shape
@@ -303,13 +358,17 @@ def _of_tokens(
     mask = mask.to("cpu", torch.bool)
     if labels is not None and list(labels.shape[:2]) != [n, t]:
         raise ValueError(f"labels are {list(labels.shape)}, expected one a token: {[n, t]}")
-    sequence, place = (to_device(index, logits.device) for index in mask.nonzero(as_tuple=True))
+    chosen_tokens = mask.nonzero(as_tuple=True)
+    owner = chosen_tokens[0] if segments is None else segments.cpu()[chosen_tokens[1]]
+    owner = owner + 1  # of padding in a packed row it is -1
+    others = torch.bincount(owner)[owner] - 1 if len(owner) else owner  # tokens of the same sequence
+    sequence, place = (to_device(index, logits.device) for index in chosen_tokens)
     at = sequence, place
     chosen = None if labels is None else labels.cpu()[mask]
     u = logits.new_zeros((0, *logits.shape))
     if not len(place):  # no token counts: a cotangent of zeros, for the batches that follow have some
         return logits.new_zeros((1, *logits.shape))
-    for rows, part in _blocks(logits, at, estimator, samples, likelihood, chosen, generator, checks):
+    for rows, part, _ in _blocks(logits, at, estimator, samples, likelihood, chosen, generator, checks, others=others):
         u = u if len(u) else logits.new_zeros((len(part), *logits.shape))
         u[:, sequence[rows], place[rows]] = part
     if estimator == "deflated" or (estimator == "empirical" and level == "token"):

@@ -21,14 +21,14 @@ from ..ops import planner
 from ..ops.asynchronous import to_device
 from .allocation import Allocation
 from .batches import Batch, Draws, Schedule, forward_passes
-from .cotangents import ESTIMATORS, check_estimator, cotangents
+from .cotangents import ESTIMATORS, check_estimator, cotangents, drawn_cotangents
 from .diagonal import FisherDiagonal, check_finite, diagonal_of
 from .graphs import GraphedPasses, Passes
 from .likelihoods import LIKELIHOODS, Likelihood, get_likelihood
 from .moments import DrawnUnits, NamedDrawnExamples, NamedMoments, SideBySide, Strata, Units
 from .packing import IGNORED, Texts
 from .processes import add_up, shards_of, together
-from .sketches import Parts, sketches_of
+from .sketches import Parts
 
 BATCH_MEAN = "batch_mean"
 
@@ -330,21 +330,22 @@ class _Estimate:
 
     def _per_example(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """Return each example's estimate, [N, ...], or for granularity ``parameter`` their weighted sum."""
-        u = cotangents(
+        u, sketches = drawn_cotangents(
             batch.logits if draws.more is None else draws.more.logits.to(batch.logits),
             self.estimator,
             draws.samples,
             self.likelihood,
             batch.labels,
             draws.source,
-            mask=batch.mask,
-            level=self.level,
-            sketches=1 if self.drawn is None else 2,
-            checks=batch.checks,
-            more=None if draws.more is None else draws.more.counts,
+            batch.mask,
+            self.level,
+            1 if self.drawn is None else 2,
+            batch.checks,
+            None if draws.more is None else draws.more.counts,
+            batch.segments,
         )
         if self.drawn is not None:
-            return self._with_estimator_error(batch, draws, u, self.drawn)
+            return self._with_estimator_error(batch, draws, u, sketches, self.drawn)
         summed = self.recorder.granularity == "parameter"
         weights = draws.weights if summed else None
         (found,) = self._squares(batch, u, weights=weights)
@@ -361,14 +362,14 @@ class _Estimate:
         return squares(groups) if batch.check is None else batch.check.compared(u, squares, groups)
 
     def _with_estimator_error(
-        self, batch: Batch, draws: Draws, u: Tensor, drawn: NamedDrawnExamples
+        self, batch: Batch, draws: Draws, u: Tensor, counts: Tensor | None, drawn: NamedDrawnExamples
     ) -> dict[str, Tensor]:
         """Return each example's estimate, and record how much its sketches differ, which are its last cotangents.
 
-        The variance of the sketches' sum goes to ``drawn``, and to the strata of the examples, if there are any.
+        ``counts`` are the numbers of sketches; None if every example is exact. The variance of the sketches' sum goes
+        to ``drawn``, and to the strata of the examples, if there are any.
         """
-        counts = self._sketches(batch, draws)
-        if not counts.any():  # every example is exact
+        if counts is None:
             (values,) = self._squares(batch, u)
             variances = {name: torch.zeros_like(q) for name, q in values.items()}
         else:
@@ -380,15 +381,6 @@ class _Estimate:
                 self.strata.add(examples, draws.weights, batch.logits, sketched, variances)
         drawn.add(values, variances, DrawnUnits(draws.weights, draws.inclusion))
         return values
-
-    def _sketches(self, batch: Batch, draws: Draws) -> Tensor:
-        """Return how many sketches each example has, int64 [N]: its last cotangents, or all of them."""
-        if draws.more is not None:
-            return draws.more.counts
-        if isinstance(draws.source, Tensor):
-            return sketches_of(self.likelihood, batch.logits, draws.samples, 2)
-        samples = torch.as_tensor(draws.samples).expand(batch.size)
-        return torch.where(samples < self.likelihood.rank(batch.logits.shape[-1]), 2, 0)
 
     def _batch_mean(self, batch: Batch, draws: Draws, tokens: Tensor | None) -> dict[str, Tensor]:
         """Return the squared gradient of the batch's weighted mean loss, with labels drawn from the model."""

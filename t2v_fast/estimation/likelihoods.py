@@ -11,10 +11,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..ops.asynchronous import to_device
 
 DENSE_CLASSES = 64  # above this many classes eigenvectors come from the secular equation, not from a dense solver
+FEW_SOLVED = 16  # up to this many, the solver finds them faster than the secular equation gives the eigenvalues alone
 # The roots of the secular equation for which the classes behind so many likeliest ones count as one.
 FEW_ROOTS, FEW_CLASSES = 16, 32
 # The most eigenvectors that a sketch of classes combines before the classes. On a GPU each of them costs ten launches.
@@ -46,6 +48,17 @@ class Likelihood(ABC):
     def spectrum(self, z: Tensor) -> Tensor:
         """Return the eigenvalues of S_n, the largest first, [N, rank]. Small ones may be approximate, also in order."""
 
+    def behind(self, z: Tensor, most: int) -> tuple[Tensor, Tensor | None]:
+        """Return the sums of the eigenvalues of S_n behind the first l, and of their squares, [2, N, most + 1].
+
+        l goes from 0 to ``most``, the rank at most. The eigenvalues are relative to their sum, and may be approximate.
+        Then comes what :meth:`deflated` takes as ``known``, which saves it a search, or None.
+        """
+        values = self.spectrum(z)
+        values = values / values.sum(1, True).clamp_min(torch.finfo(z.dtype).tiny)
+        sums = torch.stack([values, values.square()]).flip(2).cumsum(2).flip(2)
+        return F.pad(sums, (0, 1))[:, :, : most + 1], None
+
     @abstractmethod
     def trace_through(self, z: Tensor, weight: Tensor) -> Tensor:
         """Return tr(W^T S_n W), [N], with W the ``weight`` [C, D] of the layer that gave the logits.
@@ -54,13 +67,19 @@ class Likelihood(ABC):
         """
 
     @abstractmethod
-    def deflated(self, z: Tensor, leading: Tensor, signs: Tensor) -> Tensor:
-        """Return leading eigenvectors of S_n and random-sign sketches of the rest, [max(leading) + K, N, C].
+    def deflated(
+        self, z: Tensor, leading: Tensor, signs: Tensor, most: int | None = None, known: Tensor | None = None
+    ) -> Tensor:
+        """Return leading eigenvectors of S_n and random-sign sketches of the rest, [most + K, N, C].
 
-        The first max(leading) cotangents are eigenvectors, each scaled by the root of its eigenvalue. Example n has
-        the first ``leading[n]`` of them and zeros after that. ``leading`` is on the CPU. Then comes one sketch of the
-        remaining part of S_n for each row of ``signs`` [K, N, C]. The caller scales the signs by 1 / sqrt(K), so that
-        the sketches' squares are averaged.
+        The first ``most`` cotangents are eigenvectors, each scaled by the root of its eigenvalue. Example n has the
+        first ``leading[n]`` of them and zeros after that. Then comes one sketch of the remaining part of S_n for each
+        row of ``signs`` [K, N, C]. The caller scales the signs by 1 / sqrt(K), so that the sketches' squares are
+        averaged.
+
+        ``leading`` is int64 [N] on the CPU, and ``most`` is its largest entry. Only likelihoods that are
+        :attr:`on_device` get a ``leading`` on a CUDA device, together with ``most``, which may then be larger.
+        ``known`` is what :meth:`behind` found for at least ``most``; it is left out where that was None.
         """
 
     @abstractmethod
@@ -107,9 +126,14 @@ def _uniform(z: Tensor, shape: tuple[int, ...], generator: torch.Generator | Non
     return to_device(torch.rand((z.shape[0], *shape), generator=generator, dtype=z.dtype), z.device)
 
 
+def largest(counts: Tensor) -> int:
+    """Return the largest of some numbers, and 0 if there are none."""
+    return int(counts.max()) if len(counts) else 0
+
+
 def _first(r: int, leading: Tensor, z: Tensor) -> Tensor:
     """Return which of r eigenvectors are among the leading ones of each example, [N, 1, r] on the device of z."""
-    return to_device(torch.arange(r) < leading[:, None, None], z.device)
+    return to_device(torch.arange(r, device=leading.device) < leading[:, None, None], z.device)
 
 
 class Softmax(Likelihood):
@@ -149,41 +173,68 @@ class Softmax(Likelihood):
         mean = (p @ weight) - p.sum(1, keepdim=True) * weight[top]
         return ((p * from_top.clamp_min(0)).sum(1) - mean.square().sum(1)).clamp_min(0)
 
-    def deflated(self, z: Tensor, leading: Tensor, signs: Tensor) -> Tensor:
+    def behind(self, z: Tensor, most: int) -> tuple[Tensor, Tensor | None]:
+        p, known = z.softmax(1), None
+        if z.device.type == "cpu" and p.shape[1] <= FEW_SOLVED:
+            known = _eigencolumns(p)
+            values = known[:, :, :most].square().sum(1)
+        elif z.device.type == "cpu":
+            few = min(most, FEW_ROOTS)
+            values = _leading_eigenvalues(_jittered(p), few) if few else p[:, :0]
+            if most > few:  # the others lie between neighbouring probabilities
+                values = torch.cat([values, p.sort(1, descending=True).values[:, few + 1 : most + 1]], 1)
+        else:
+            known = _leading_eigenvalues(_jittered(p), _roots_of(z, most))
+            values = known[:, :most]
+        trace, squares = _traces(p)
+        trace = trace.clamp_min(torch.finfo(z.dtype).tiny)[:, None]
+        values = values / trace
+        kept = F.pad(torch.stack([values, values.square()]).cumsum(2), (1, 0))
+        whole = torch.stack([torch.ones_like(trace), squares[:, None] / trace / trace])
+        return (whole - kept).clamp_min(0), known
+
+    def deflated(
+        self, z: Tensor, leading: Tensor, signs: Tensor, most: int | None = None, known: Tensor | None = None
+    ) -> Tensor:
         p = z.softmax(1)
-        most = int(leading.max()) if len(leading) else 0
+        rows = largest(leading) if most is None else most
         exact = leading >= self.rank(p.shape[1])
         if z.device.type != "cpu":  # where the host would wait for a dense solver, and for a choice among rows
-            if exact.any() and exact.all():
+            if most is not None or not exact.any():
+                return self._deflated_by_roots(z, leading, signs, rows, known)
+            if exact.all():
                 return torch.cat([self.exact(z), z.new_zeros(len(signs), *z.shape)])
-            found = self._deflated_by_roots(z, leading, signs)
-            if exact.any():
-                found[:most] = torch.where(to_device(exact, z.device)[:, None], self.exact(z), found[:most])
+            found = self._deflated_by_roots(z, leading, signs, rows)
+            found[:rows] = torch.where(to_device(exact, z.device)[:, None], self.exact(z), found[:rows])
             return found
-        if p.shape[1] <= DENSE_CLASSES:
-            return _deflated_by_solver(p, leading, signs)
-        flat = (leading == 0) & _are_flat(p)
-        found = z.new_zeros(most + len(signs), *z.shape)
-        if exact.any():  # no sketch would mend eigenvectors whose roots coincide
-            found[:most, exact] = self.exact(z[exact])
-        if flat.any():
-            found[most:, flat] = self.sketch(z[flat], signs[:, flat])
+        if known is not None:
+            return _of_columns(known, leading, signs, rows)
+        solved = p.shape[1] <= DENSE_CLASSES
+        found = z.new_zeros(rows + len(signs), *z.shape)
+        if solved:
+            exact = torch.zeros_like(exact)  # nothing is gained by another factor
+        elif exact.any():  # no sketch would mend eigenvectors whose roots coincide
+            found[:rows, exact] = self.exact(z[exact])
+        if (flat := (leading == 0) & _are_flat(p)).any():
+            found[rows:, flat] = self.sketch(z[flat], signs[:, flat])
         if (others := ~(exact | flat)).any():
-            u = self._deflated_by_roots(z[others], leading[others], signs[:, others])
+            of_others = z[others], leading[others], signs[:, others], largest(leading[others])
+            u = _of_columns(_eigencolumns(p[others]), *of_others[1:]) if solved else self._deflated_by_roots(*of_others)
             first = len(u) - len(signs)
-            found[:first, others], found[most:, others] = u[:first], u[first:]
+            found[:first, others], found[rows:, others] = u[:first], u[first:]
         return found
 
-    def _deflated_by_roots(self, z: Tensor, leading: Tensor, signs: Tensor) -> Tensor:
+    def _deflated_by_roots(
+        self, z: Tensor, leading: Tensor, signs: Tensor, most: int, known: Tensor | None = None
+    ) -> Tensor:
         """As :meth:`deflated`, with eigenvectors of the secular equation, which need not be exact.
 
         With B B^T = S, any orthonormal Q gives S = B Q Q^T B^T + B (I - Q Q^T) B^T. So the result is unbiased even
         where Q is inaccurate. The right singular vectors of B make the second part small.
         """
         p = z.softmax(1)
-        most = int(leading.max()) if len(leading) else 0
-        apart, among = _jittered(p), min(COMBINED["cpu" if z.device.type == "cpu" else "cuda"], p.shape[1] // 2)
-        values = _leading_eigenvalues(apart, min(most + among, p.shape[1] - 1))  # [N, r]
+        apart, among = _jittered(p), _combined(z)
+        values = _leading_eigenvalues(apart, _roots_of(z, most)) if known is None else known  # [N, r]
         reach = _reach(values, p, to_device(leading, z.device), among)
         if z.device.type == "cpu":
             values = values[:, : int(reach.max()) if len(reach) else 0]
@@ -242,13 +293,15 @@ class _Diagonal(Likelihood):
     def trace_through(self, z: Tensor, weight: Tensor) -> Tensor:
         return self.variance(z) @ weight.square().sum(1)
 
-    def deflated(self, z: Tensor, leading: Tensor, signs: Tensor) -> Tensor:
+    def deflated(
+        self, z: Tensor, leading: Tensor, signs: Tensor, most: int | None = None, known: Tensor | None = None
+    ) -> Tensor:
         root = self.variance(z).sqrt()
-        most = int(leading.max()) if len(leading) else 0
+        most = largest(leading) if most is None else most
         # Among equal ones the first: topk would choose others for another ``most``.
-        largest = root.sort(dim=1, descending=True, stable=True).indices[:, :most]  # [N, most]
+        likeliest = root.sort(dim=1, descending=True, stable=True).indices[:, :most]  # [N, most]
         first = _first(most, leading, z).squeeze(1).T.to(z.dtype)[:, :, None]  # [most, N, 1]
-        kept = torch.zeros(most, *z.shape, dtype=z.dtype, device=z.device).scatter_(2, largest.T[:, :, None], first)
+        kept = torch.zeros(most, *z.shape, dtype=z.dtype, device=z.device).scatter_(2, likeliest.T[:, :, None], first)
         return torch.cat([kept * root, root * (1 - kept.sum(0)) * signs])
 
     def sketch(self, z: Tensor, signs: Tensor) -> Tensor:
@@ -313,17 +366,20 @@ def _covariance(p: Tensor) -> Tensor:
     return covariance
 
 
-def _deflated_by_solver(p: Tensor, leading: Tensor, signs: Tensor) -> Tensor:
-    """As :meth:`Likelihood.deflated`, with all eigenvectors of the probabilities' covariance."""
+def _eigencolumns(p: Tensor) -> Tensor:
+    """Return the eigenvectors of diag(p) - p p^T, scaled by the roots of their eigenvalues, [N, C, C - 1]."""
     values, vectors = torch.linalg.eigh(_covariance(_apart(p)))
     values, vectors = values.flip(1)[:, :-1], vectors.flip(2)[:, :, :-1]  # without the smallest, which is 0
     # The solver's choice between v and -v depends on rounding. A sketch of several eigenvectors would, too.
     turned = torch.arange(1, p.shape[1] + 1, dtype=p.dtype).cos() @ vectors < 0  # [N, C - 1]
     vectors = torch.where(turned[:, None], -vectors, vectors)
-    columns = vectors * values.clamp_min(0).sqrt()[:, None, :]  # [N, C, C - 1]
-    first = _first(columns.shape[2], leading, p)
+    return vectors * values.clamp_min(0).sqrt()[:, None, :]
+
+
+def _of_columns(columns: Tensor, leading: Tensor, signs: Tensor, most: int) -> Tensor:
+    """As :meth:`Softmax.deflated`, with all eigenvectors, from :func:`_eigencolumns`."""
+    first = _first(columns.shape[2], leading, columns)
     rest = torch.einsum("ncr,snr->snc", columns * ~first, signs[:, :, :-1])
-    most = int(leading.max()) if len(leading) else 0
     return torch.cat([(columns * first)[:, :, :most].permute(2, 0, 1), rest])
 
 
@@ -355,8 +411,12 @@ def _apart(p: Tensor) -> Tensor:
 
 
 def _jittered(p: Tensor) -> Tensor:
-    """Separate equal probabilities, between which there is no root, by a shift far below any sampling error."""
-    jitter = 1 + 1e-9 * torch.linspace(-1, 1, p.shape[1], dtype=p.dtype, device=p.device)
+    """Separate equal probabilities, between which there is no root, by a shift far below any sampling error.
+
+    The likeliest class stays as it is: with a confident head, a shift of it could exceed what it leaves to the others.
+    """
+    jitter = torch.linspace(-1e-9, 1e-9, p.shape[1], dtype=p.dtype, device=p.device)
+    jitter = 1 + jitter - jitter[p.argmax(1)][:, None]
     return p.clamp_min(torch.finfo(p.dtype).tiny) * jitter
 
 
@@ -371,6 +431,11 @@ def _leading_eigenvalues(p: Tensor, r: int) -> Tensor:
     # Which classes count apart depends on the number of the root alone, so that other examples do not change it.
     few, classes = min(r, FEW_ROOTS), p.shape[1]
     found = []
+    # The first entry of the diagonal is p_(1) (1 - p_(1)). With a confident head, its complement is far below p_(1).
+    first = p.max(1, keepdim=True)
+    rest = p.scatter(1, first.indices, 0)
+    of_first = first.values * rest.sum(1, keepdim=True)
+    trace = of_first + (rest - rest.square()).sum(1, keepdim=True)  # the largest eigenvalue is at most this
     for start, stop, width in ((0, few, min(FEW_CLASSES, classes)), (few, r, classes)):
         if start < stop:
             top = p.topk(width, dim=1)
@@ -380,7 +445,9 @@ def _leading_eigenvalues(p: Tensor, r: int) -> Tensor:
                 squares = rest.square()
                 moments = squares.sum(1)[:, None, None], (squares * rest).sum(1)[:, None, None]
             high, low = top.values[:, None, start:stop], top.values[:, None, start + 1 : stop + 1]  # [N, 1, roots]
-            found.append(_roots(top.values, moments, low, high)[:, 0])
+            if not start:
+                high = torch.cat([torch.minimum(high[:, :, :1], trace[:, :, None]), high[:, :, 1:]], 2)
+            found.append(_roots(top.values, of_first, moments, low, high)[:, 0])
     return torch.cat(found, 1)
 
 
@@ -391,17 +458,32 @@ def _eigenvectors(p: Tensor, values: Tensor) -> Tensor:
     return vectors / vectors.abs().amax(1, keepdim=True)
 
 
-def _are_flat(p: Tensor) -> Tensor:
-    """Return for which examples, [N], a sketch of classes alone is nearly as good as one of eigenvectors."""
+def _combined(z: Tensor) -> int:
+    """Return how many eigenvectors a sketch combines at most."""
+    return min(COMBINED["cpu" if z.device.type == "cpu" else "cuda"], z.shape[1] // 2)
+
+
+def _roots_of(z: Tensor, most: int) -> int:
+    """Return how many eigenvalues are needed for ``most`` eigenvectors and those that a sketch combines."""
+    return min(most + _combined(z), z.shape[1] - 1)
+
+
+def _traces(p: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the traces of S = diag(p) - p p^T and of S^2, [N] both. Nothing cancels for a confident head."""
     top = p.max(1, keepdim=True)
     rest = p.scatter(1, top.indices, 0)
     squared = rest.square()
-    first, left, squares = top.values[:, 0], rest.sum(1), squared.sum(1)  # nothing cancels for a confident head
+    first, left, squares = top.values[:, 0], rest.sum(1), squared.sum(1)
     of_rest = rest - squared
-    trace = first * left + of_rest.sum(1)
-    # The squared norm of S = diag(p) - p p^T: the squares of its diagonal, and of its other entries.
+    # The trace of S^2 is the sum of the squares of the diagonal of S, and of its other entries.
     second = (first * left).square() + of_rest.square().sum(1)
     second += 2 * first.square() * squares + squares.square() - squared.square().sum(1)
+    return first * left + of_rest.sum(1), second
+
+
+def _are_flat(p: Tensor) -> Tensor:
+    """Return for which examples, [N], a sketch of classes alone is nearly as good as one of eigenvectors."""
+    trace, second = _traces(p)
     return second <= CLASSES_SHARE * (trace.square() - second)
 
 
@@ -438,33 +520,36 @@ def _reach(values: Tensor, p: Tensor, leading: Tensor, among: int) -> Tensor:
     return (leading + torch.where(fewest <= among, fewest, half)).clamp_max(r)
 
 
-def _roots(top: Tensor, moments: tuple[Tensor, Tensor] | None, low: Tensor, high: Tensor) -> Tensor:
+def _roots(top: Tensor, of_first: Tensor, moments: tuple[Tensor, Tensor] | None, low: Tensor, high: Tensor) -> Tensor:
     """Find the roots [N, 1, r] of 1 - sum_c p_c^2 / (p_c - l) + a^2 / (a l - b) between ``low`` and ``high``.
 
-    ``top`` are the p_c, [N, c], and (a, b) the sums of squares and of cubes of the others, [N, 1, 1], if there are any.
-    The function falls from +inf to -inf between neighbouring poles. Each step looks at many points between them: a call
-    costs more than what it computes, if that is little. The roots are found to 2^-60 of the intervals.
+    ``top`` are the p_c, [N, c], with the likeliest first. ``of_first`` is p_1 (1 - p_1), [N, 1], which cannot be
+    computed from p_1 where p_1 is nearly one: 1 - p_1^2 / (p_1 - l) is (p_1 (1 - p_1) - l) / (p_1 - l). And (a, b) are
+    the sums of squares and of cubes of the other classes, [N, 1, 1], if there are any. The function falls from +inf to
+    -inf between neighbouring poles. Each step looks at many points between them: a call costs more than what it
+    computes, if that is little. The roots are found to 2^-60 of the intervals.
     """
     bits = _bits(len(top), top.shape[1], low.shape[2], top.device.type)
     steps = -(-60 // bits)
     inner = torch.arange(1, 2**bits, dtype=top.dtype, device=top.device)
     low, width = low[..., None], (high - low)[..., None]  # [N, 1, r, 1]
     moments = None if moments is None else (moments[0][..., None], moments[1][..., None])
-    p, squares = top[:, :, None, None], top.square()[:, :, None, None]
+    first, of_first = top[:, :1, None, None], of_first[:, :, None, None]
+    p, squares = top[:, 1:, None, None], top[:, 1:].square()[:, :, None, None]
     for step in range(1, steps + 1):
         part = 2.0 ** (-bits * step)  # of the first interval
         points = torch.addcmul(low, width, inner, value=part)  # [N, 1, r, 2^bits - 1]
-        below = (squares / (p - points)).sum(1, keepdim=True) < _others(moments, points)
+        others = (of_first - points) / (first - points)
+        if moments is not None:
+            others = others + _gathered_part(*moments, points)
+        below = (squares / (p - points)).sum(1, keepdim=True) < others
         low = torch.addcmul(low, width, below.sum(3, keepdim=True, dtype=p.dtype), value=part)
     return torch.add(low, width, alpha=part / 2)[..., 0]
 
 
-def _others(moments: tuple[Tensor, Tensor] | None, x: Tensor) -> Tensor | float:
-    """One plus the part of the secular function at x that the unlikely classes have."""
-    if moments is None:
-        return 1.0
-    a, b = moments
-    return 1 + a * (a / (a * x - b).clamp_min(torch.finfo(x.dtype).tiny))
+def _gathered_part(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    """The part of the secular function at x that the unlikely classes have."""
+    return a * (a / (a * x - b).clamp_min(torch.finfo(x.dtype).tiny))
 
 
 def _bits(rows: int, classes: int, roots: int, device: str) -> int:

@@ -77,18 +77,51 @@ def least(tail: Tensor, samples: int, sketches: int = 1) -> tuple[Tensor, Tensor
     return found.values, found.indices
 
 
-def sketches_of(likelihood: Likelihood, logits: Tensor, samples: int | Tensor, sketches: int = 1) -> Tensor:
-    """Return how many sketches each example of a batch gets, int64 [N]; 0 where its eigenvectors suffice.
+def leading_of(
+    likelihood: Likelihood, z: Tensor, samples: int, sketches: int = 1, others: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Choose how many leading eigenvectors each example gets, int64 [N] on the device of z.
+
+    Also return what the likelihood knows then (:meth:`~t2v_fast.estimation.likelihoods.Likelihood.behind`).
+
+    An example has ``samples`` - 1 + ``sketches`` cotangents, at least ``sketches`` of them sketches. Where all its
+    eigenvectors are among them, no more sketches are needed, and some of the cotangents are zero.
+
+    An example that shares its backward passes with others has random signs of its own. The products of two examples'
+    gradients vanish in expectation only. With the proxy of this module they add 2 * sum_k e_k^2 to T(l) / s for each
+    other example, where e_k is the part of the trace that cotangent k has.
+
+    Args:
+        likelihood: The likelihood of the labels.
+        z: The logits in float64, [N, C].
+        samples: k, one number for all.
+        sketches: The fewest sketches of an example.
+        others: With how many others each example shares its backward passes, int64 [N] on the CPU; by default none.
+    """
+    (first, second), known = likelihood.behind(z, min(samples - 1, likelihood.rank(z.shape[1])))  # [N, l]
+    number = samples - 1 + sketches - torch.arange(first.shape[1], device=z.device)  # of sketches
+    of_sketches = 2 * (first.square() - second).clamp_min(0)
+    of_eigenvectors = torch.zeros_like(first)
+    if others is not None:
+        weight = 2 * to_device(others.double(), z.device)[:, None]
+        of_sketches = of_sketches + weight * first.square()
+        of_eigenvectors = weight * (second[:, :1] - second)
+    return (of_sketches / number + of_eigenvectors).argmin(1), known
+
+
+def sketches_of(likelihood: Likelihood, logits: Tensor, samples: Tensor, sketches: int = 1) -> Tensor:
+    """Return how many sketches each example of a batch gets, int64 [N] on the CPU; 0 where its eigenvectors suffice.
 
     Args:
         likelihood: The likelihood of the labels.
         logits: [N, C].
-        samples: k, one number for all or int64 [N]. An example has k - 1 + ``sketches`` cotangents.
+        samples: k of each example, int64 [N]. An example has k - 1 + ``sketches`` cotangents.
         sketches: The fewest sketches of an example.
     """
     spectrum = likelihood.spectrum(logits.detach().to("cpu", torch.float64))
-    tail = tails(spectrum / spectrum.sum(1, True).clamp_min(torch.finfo(torch.float64).tiny))
-    return counts_of(tail, samples if isinstance(samples, Tensor) else torch.full((len(tail),), samples), sketches)
+    return counts_of(
+        tails(spectrum / spectrum.sum(1, True).clamp_min(torch.finfo(torch.float64).tiny)), samples, sketches
+    )
 
 
 def counts_of(tail: Tensor, samples: Tensor, sketches: int) -> Tensor:
@@ -131,7 +164,7 @@ class Parts:
 
     Attributes:
         sizes: The number of cotangents of each group. Groups of one are taken one by one.
-        counts: The number of sketches of each example, int64 [N].
+        counts: The number of sketches of each example, int64 [N], on the CPU or on the device of the squares.
         are_apart: Whether no group has eigenvectors of one example and sketches of another.
         only_sketches: Whether there are no eigenvectors at all.
     """
@@ -144,7 +177,10 @@ class Parts:
     @classmethod
     def of(cls, cotangents: int, counts: Tensor, only_sketches: bool = False) -> Parts:
         """Divide K ``cotangents`` of examples that have ``counts`` [N] sketches, some of them at least two."""
-        few, most = int(counts[counts > 0].min()), int(counts.max())
+        if counts.device.type == "cpu":
+            few, most = int(counts[counts > 0].min()), int(counts.max())
+        else:  # where the host would wait for them
+            few, most = min(2, cotangents), cotangents
         apart = only_sketches or most - few <= LARGEST_MIXTURE
         if apart and not only_sketches:
             last = min(few, MEASURED)
@@ -162,7 +198,7 @@ class Parts:
         """
         squares = [q if q.device.type in CHUNK else q.cpu() for q in squares]  # other devices may lack float64
         device = squares[0].device
-        sizes = torch.tensor(self.sizes)
+        sizes = to_device(torch.tensor(self.sizes), self.counts.device)
         left = sizes.flip(0).cumsum(0).flip(0)[:, None]  # the cotangents from each group on
         there = self.counts >= left  # which groups have sketches of which examples, [G, N]
         alone = there & (sizes == 1)[:, None]
