@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ import torch
 
 from ..embedding import FingerprintMismatch, differences
 from ..spans import Spans
+from ..tasks.data import DataError
 from ..tasks.settings import Settings, other_settings
 from . import job_profile
 from .display import Display
@@ -27,6 +29,8 @@ from .job_profile import JobProfile, RunTime, TaskTime
 from .store import Bank, BankError
 
 DEATHS = 3  # workers that die at one task before it counts as failed
+COMPARED = ("folder", "csv")  # tasks whose data are looked at again: a look takes no time to speak of
+SHOWN = 3  # names in a note
 POLL = 0.5  # seconds between looks at tasks that another driver has claimed
 
 
@@ -123,6 +127,7 @@ class _Driver:
         self.bank, self.engine, self.clock, self.display = bank, engine, clock, display
         self.workers = clock.workers
         self.names, self.settings = job.tasks, settings
+        self.finished = [work for work in job.work if work.kind in COMPARED and all(map(bank.settled, work.tasks))]
         self.queue = deque(work for work in job.work if not all(map(bank.settled, work.tasks)))
         self.claimed_elsewhere: deque[WorkItem] = deque()  # tasks that another driver has claimed
         self.assigned: dict[int, WorkItem | None] = {}  # by worker; None: idle, or not ready yet
@@ -143,9 +148,32 @@ class _Driver:
                     "tasks stay as they are: to embed all tasks alike, use another bank"
                 )
 
+    def _note_contents(self) -> None:
+        """Say that finished tasks stay as they are, where their folders or tables have changed."""
+        changed = [task for work in self.finished for task in work.tasks if self._has_changed(work, task)]
+        if changed:
+            more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+            self.display.note(
+                f"note: {', '.join(changed[:SHOWN])}{more} had other images or labels when embedded. Finished tasks "
+                "stay as they are: to embed one again, give it another name in the job, or use another bank"
+            )
+
+    def _has_changed(self, work: WorkItem, task: str) -> bool:
+        try:
+            before = self.bank[task].meta.get("contents")
+            if before is None:
+                return False
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what is left out was said when the task was embedded
+                contents = work.data(task).contents
+            return contents is not None and contents() != before
+        except (BankError, DataError, KeyError):  # failed, damaged, or without its data, which is no matter now
+            return False
+
     def run(self, on_start: Callable[[Engine], None] | None) -> Summary:
         self.display.begin(self.summary.before)
         self._note_settings()
+        self._note_contents()
         for _ in range(min(self.workers, max(1, len(self.queue)))):
             self._start_worker()
         if on_start is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import mimetypes
 import os
 import warnings
@@ -50,7 +51,8 @@ class TaskData:
     :meth:`of` makes one from any usual form of data. The attribute ``skipped`` lists the unreadable files that were
     left out; it is complete after a pass. The attribute ``left_out`` says what in a folder is no part of the task:
     classes without an image, images outside of a class folder, images with other suffixes than
-    :data:`IMAGE_SUFFIXES`, and links to folders or to nothing.
+    :data:`IMAGE_SUFFIXES`, and links to folders or to nothing. The attribute ``contents`` is None, or a function that
+    tells whether a folder or a table is what it was before (:func:`contents_of`).
 
     Args:
         source: a map-style data set of (image, label), or an iterable that can be iterated again.
@@ -86,6 +88,7 @@ class TaskData:
         self.describe, self.skip_unreadable = describe, skip_unreadable
         self.skipped: list[str] = []
         self.left_out: list[str] = []
+        self.contents: Callable[[], str] | None = None
         self._labels: Tensor | None = None  # of all images, after the first complete pass
         self._places: Tensor | None = None  # where the images of that pass are in the source
         self.cache: ImageCache | None = None  # of decoded images, while the task is being embedded
@@ -115,7 +118,7 @@ class TaskData:
         if isinstance(data, (str, os.PathLike)):
             folder, name = _Folder(Path(data)), name or Path(data).resolve().name
             task = cls(folder, name, task_type, folder.classes, folder.describe, skip_unreadable)
-            task.left_out = folder.left_out
+            task.left_out, task.contents = folder.left_out, folder.contents
             if task.left_out:
                 text = f"{_task(name)}: {escaped(str(folder.root))}: left out {'; '.join(task.left_out)}"
                 expected = f"expected one sub-folder a class with files {' '.join(IMAGE_SUFFIXES)}"
@@ -454,6 +457,22 @@ def _has_unknown_suffix(path: Path) -> bool:
     return kind.startswith("image/") and path.suffix.lower() not in IMAGE_SUFFIXES
 
 
+def contents_of(files: Iterable[tuple[str, Path]]) -> str:
+    """Return a digest of what each file is called in its task, such as its path and label, and of its size.
+
+    It tells whether a task has the same images as before without reading them. A file whose content changed and whose
+    size did not is not noticed.
+    """
+    digest = hashlib.sha256()
+    for name, path in files:
+        try:
+            size = path.stat().st_size
+        except OSError:  # a row of a table without an image
+            size = -1
+        digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:32]
+
+
 def _some(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
@@ -500,6 +519,9 @@ class _Folder:
             raise DataError(
                 f"{root} holds no image: expected one sub-folder a class with files {' '.join(IMAGE_SUFFIXES)}{found}"
             )
+
+    def contents(self) -> str:
+        return contents_of((str(path.relative_to(self.root)), path) for path, _ in self.files)
 
     def describe(self, index: int) -> str:
         return str(self.files[index][0])

@@ -171,6 +171,7 @@ class Task2Vec(Stages):
             name: the task's name, for messages and ``meta``; by default a folder's name.
             skip_unreadable: leave out image files that cannot be read, and list them in ``meta["skipped_images"]``.
                 What else of a folder is no part of the task is in ``meta["left_out"]``, and a warning names it.
+                ``meta["contents"]`` of a folder is a digest of the names and sizes of its images.
 
         Returns:
             The embedding, with one entry for each filter.
@@ -298,6 +299,7 @@ class Task2Vec(Stages):
                 "head_weight_decay": fit.weight_decay,
                 "skipped_images": [str(s) for s in run.data.skipped],
                 "left_out": run.data.left_out,
+                "contents": None if run.data.contents is None else run.data.contents(),
                 "seconds_waiting_for_data": round(run.waited, 3),
                 "seconds": {stage: round(s, 3) for stage, s in run.seconds.items()},
             },

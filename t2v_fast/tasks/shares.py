@@ -118,7 +118,7 @@ def _share(
         describe = functools.partial(_describe, whole.describe, start)
         source: Subset = Subset(cast(Dataset, whole.source), range(start, stop))
         part = TaskRun(TaskData(source, whole.name, whole.task_type, whole.classes, describe, whole.skip_unreadable))
-        part.data.left_out = whole.left_out
+        part.data.left_out, part.data.contents = whole.left_out, whole.contents
         with contextlib.nullcontext() if sharding is None else sharding:
             task2vec.compute_features(part)
         parts.append(part)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from .data import IMAGE_SUFFIXES, DataError, TaskData, open_image
+from .data import IMAGE_SUFFIXES, DataError, TaskData, contents_of, open_image
 
 
 class Table:
@@ -28,7 +30,7 @@ class Table:
     def __init__(
         self, file: Path, path: str, labels: Sequence[str] | None, resolve: Callable[[str], Path], task: str
     ) -> None:
-        where = f"task {task!r}: {file}"
+        where, self.folder = f"task {task!r}: {file}", file.parent
         try:
             with open(file, newline="", encoding="utf-8-sig") as stream:
                 rows = list(csv.reader(stream, strict=True))
@@ -57,6 +59,11 @@ class Table:
         self.cells = {
             name: [row[place[name]] for row in rows[1:]] for name in labels
         }  # text; empty where a label is unknown
+
+    def contents(self, labels: Sequence[str]) -> str:
+        """See :func:`~t2v_fast.tasks.data.contents_of`."""
+        rows = zip(self.paths, *(self.cells[label] for label in labels), strict=True)
+        return contents_of((repr((os.path.relpath(path, self.folder), *cells)), path) for path, *cells in rows)
 
     def images(self, keep: Sequence[int], labels: Sequence | np.ndarray) -> _Files:
         """A map-style data set of the rows ``keep``, with their labels."""
@@ -97,7 +104,9 @@ def table_task(table: Table, label: str, name: str, skip_unreadable: bool) -> Ta
         raise DataError(f"task {name!r}: column {label!r} is empty")
     codes, classes = encode([cells[k] for k in keep])
     files = table.images(keep, codes)
-    return TaskData(files, name, "multiclass", classes, files.describe, skip_unreadable)
+    task = TaskData(files, name, "multiclass", classes, files.describe, skip_unreadable)
+    task.contents = partial(table.contents, [label])
+    return task
 
 
 def multilabel_task(table: Table, labels: Sequence[str], name: str, skip_unreadable: bool) -> TaskData:
@@ -108,7 +117,9 @@ def multilabel_task(table: Table, labels: Sequence[str], name: str, skip_unreada
                 raise DataError(f"task {name!r}: column {label!r}, line {row} is {cell[:80]!r}, expected 0 or 1")
     targets = np.array([table.cells[label] for label in labels], dtype=np.int64).T
     files = table.images(range(len(targets)), targets)
-    return TaskData(files, name, "multilabel", list(labels), files.describe, skip_unreadable)
+    task = TaskData(files, name, "multilabel", list(labels), files.describe, skip_unreadable)
+    task.contents = partial(table.contents, labels)
+    return task
 
 
 def saved_dataset(folder: Path, image: str, label: str, name: str, skip_unreadable: bool) -> TaskData:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,35 @@ def test_finished_tasks_stay_where_settings_change(tmp_path: Path, capsys: pytes
     said = capsys.readouterr().err
     assert "task a was embedded with other settings before (samples is" in said
     assert ", not 3). Finished tasks stay as they are" in said
+
+
+def test_finished_tasks_whose_data_changed_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Folders and tables. Reading them again, or moving everything, is no change."""
+    names = ["a", "b", "c", "d", "e", "f"]
+    tasks = folders(tmp_path, names).parent / "tasks"
+    write_table(tmp_path, shapes(12)[0], {"kind": ["x", "y"] * 6, "colour": ["r", "s"] * 6})
+    table = {"name": "g", "csv": "table.csv", "label": "kind"}
+    job = tmp_path / "job.yaml"
+    write_job(job, {"tasks": [{"folders": "tasks"}, table]})
+    assert run(job, tmp_path / "bank").finished == 7
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path, moved)
+    capsys.readouterr()
+    assert run(moved / "job.yaml", moved / "bank").before == 7
+    assert "other images" not in capsys.readouterr().err
+
+    (tasks / "a" / "class 0" / "000.png").rename(tasks / "a" / "class 1" / "100.png")
+    (tasks / "b" / "class 0" / "000.png").unlink()
+    shutil.copy(tasks / "c" / "class 0" / "000.png", tasks / "c" / "class 0" / "100.png")
+    with open(tasks / "d" / "class 0" / "000.png", "ab") as file:
+        file.write(b"0")
+    shutil.rmtree(tasks / "f")  # its embedding is as good as before
+    with open(tmp_path / "table.csv") as file:
+        text = file.read()
+    (tmp_path / "table.csv").write_text(text.replace(",x", ",z", 1))
+    write_job(job, {"tasks": [{"folders": "tasks"}, table]})
+    assert run(job, tmp_path / "bank").before == 6
+    assert "note: a, b, c and 2 more had other images or labels when embedded. Finished" in capsys.readouterr().err
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:

@@ -68,6 +68,13 @@ def test_embed_then_distance(folders: list[str], tmp_path: Path, capsys: pytest.
     )
     assert run("embed", folders[0], "--output", out, "--estimator", "exact", "--samples", "3") == 0
     assert "(24 images, 3 classes; --overwrite embeds the folder again)" in capsys.readouterr().out
+    # And neither do other images.
+    (sorted(Path(folders[1]).rglob("*.png"))[0]).unlink()
+    assert run("embed", folders[1], "--output", out, "--estimator", "exact") == 1
+    error = capsys.readouterr().err
+    assert f"task 1.safetensors was made of other images than {folders[1]} has now: pass --overwrite" in error
+    assert run("embed", folders[1], "--output", out, "--estimator", "exact", "--overwrite") == 0
+    assert run("embed", folders[1], "--output", out, "--estimator", "exact") == 0
     assert run("embed", folders[0], "--output", out, "--quiet", "--probe", "other", "--overwrite") == 0
     assert run("distance", out) == 1
     assert "cannot be compared" in capsys.readouterr().err
