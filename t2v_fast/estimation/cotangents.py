@@ -19,10 +19,11 @@ Everything is computed in float64. For a confident head 1 - p is around 1e-7, wh
 of a CUDA device stay there, and the host does not wait for them; those of any other device are brought to the CPU.
 
 Random numbers are drawn on the CPU in the order of the examples, so a seed gives the same numbers on every device and
-at every batch size. Where examples come in another order, or some are left out, each example has its own seed. One
+at every batch size. (The signs of tokens come after the numbers of their batch, so that those of logits [N, T, C]
+depend on its size.) Where examples come in another order, or some are left out, each example has its own seed. One
 thing depends on the device: with at most :data:`t2v_fast.estimation.likelihoods.DENSE_CLASSES` classes, the sketches of
-``deflated`` combine eigenvectors on a CPU, and classes on a CUDA device, where no solver finds all eigenvectors without
-a wait. Both are unbiased.
+``deflated`` combine eigenvectors on a CPU unless the probabilities are about equal, and classes on a CUDA device, where
+no solver finds all eigenvectors without a wait. Both are unbiased.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ LARGEST_EXACT = 2**30  # the most numbers in the exact cotangents of a batch of 
 # The most logits that are brought to float64 at once. On a CPU, tensors that fit into a cache take half the time.
 LARGEST_BLOCK = {"cpu": 2**17, "cuda": 2**20}
 LEVELS = ("token", "sequence")
-# The tokens of a sequence whose sketches combine classes: eigenvectors would save a twentieth of the variance at most.
-MANY_OTHERS = 20
+# The squared correlation of the gradients of two tokens, over that of the eigenvectors of one token. It is one where
+# all tokens have the same features, and small where features are independent; 0.1 to 0.5 give about the same errors.
+BETWEEN_TOKENS = 0.25
 
 
 def check_estimator(estimator: str, samples: int | Tensor, known: Sequence[str] = ESTIMATORS) -> None:
@@ -134,7 +136,7 @@ def drawn_cotangents(
     level: str,
     sketches: int,
     checks: DeferredChecks | None,
-    more: Tensor | None,
+    more: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return :func:`cotangents`, and how many sketches each example has.
@@ -159,6 +161,11 @@ def drawn_cotangents(
     for name, each in (("samples", samples), ("generator", generator), ("more", more)):
         if isinstance(each, Tensor) and (list(each.shape) != [len(logits)] or each.dtype != torch.int64):
             raise ValueError(f"{name} are {list(each.shape)} {each.dtype}, expected int64 [{len(logits)}]")
+    if segments is not None and (logits.dim() != 3 or [1, *segments.shape] != list(logits.shape[:2])):
+        raise ValueError(
+            f"segments are {list(segments.shape)}, expected one for each token of one row [1, T, C], got logits "
+            f"{list(logits.shape)}"
+        )
     if logits.dim() == 3:
         # Tokens have one number of cotangents and one generator.
         count, one_generator = cast(int, samples), cast(torch.Generator | None, generator)
@@ -201,21 +208,32 @@ def _blocks(
     else:
         labels = _check_labels(labels.cpu(), count, classes, model)
     reported = DeferredChecks() if checks is None else checks
-    on_device = logits.is_cuda and vars(type(model)).get("on_device", False)
     own = isinstance(samples, Tensor) or isinstance(generator, Tensor)
     width = max(1, classes) ** (2 if estimator == "exact" else 1)  # numbers of an example
-    size = max(1, count if own else LARGEST_BLOCK["cuda" if on_device else "cpu"] // width)
-    for start in range(0, max(1, count), size):
-        rows = slice(start, min(start + size, count))
-        z = logits.detach()[rows if at is None else tuple(index[rows] for index in at)]
-        reported.finite(z, partial(_not_finite, checks, start))
-        z = z.to(logits.device if on_device else "cpu", torch.float64)
+    for rows, given, z in _in_float64(logits, at, model, width, count if own else None):
+        reported.finite(given, partial(_not_finite, checks, rows.start))
         y = None if labels is None else labels[rows]
         near = None if others is None else others[rows]
         u, counts = _of_block(z, estimator, samples, model, y, generator, sketches, more, near)
         yield rows, u.to(logits.device, logits.dtype), counts
     if checks is None:
         reported.finish()
+
+
+def _in_float64(
+    logits: Tensor, at: tuple[Tensor, ...] | None, model: Likelihood, width: int, size: int | None = None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield the slice of some examples, their logits, and these in float64 where the likelihood takes them.
+
+    By default there are as many examples as have :data:`LARGEST_BLOCK` numbers, ``width`` each.
+    """
+    on_device = logits.is_cuda and vars(type(model)).get("on_device", False)
+    size = max(1, LARGEST_BLOCK["cuda" if on_device else "cpu"] // width if size is None else size)
+    count = len(logits if at is None else at[0])
+    for start in range(0, max(1, count), size):
+        rows = slice(start, min(start + size, count))
+        z = logits.detach()[rows if at is None else tuple(index[rows] for index in at)]
+        yield rows, z, z.to(logits.device if on_device else "cpu", torch.float64)
 
 
 def _not_finite(checks: DeferredChecks | None, start: int, example: int, values: list[float]) -> str:
@@ -264,51 +282,49 @@ def _deflated(
     more: Tensor | None,
     others: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return leading eigenvectors and sketches, and how many sketches each example has; None where none has any."""
+    """Return leading eigenvectors and sketches, and how many sketches each example has; None where none has any.
+
+    ``others`` weighs the tokens that share the backward passes of each one, as :func:`leading_of` takes it.
+    """
     (n, c), own = z.shape, isinstance(source, Tensor)
-    if others is not None and bool((others >= MANY_OTHERS).all()):
-        width = cast(int, samples)
-        return model.sketch(z, random_signs(n, width, c, source, z.device)) / width**0.5, None
-    given: dict[str, Any] = {}
+    rank, known = model.rank(c), None
     if isinstance(samples, Tensor):
         samples = samples.cpu()
-        counts = sketches_of(model, z, samples, sketches)
-        leading = torch.where(samples >= model.rank(c), model.rank(c), samples - 1 + sketches - counts)
+        # The random numbers of a generator are for examples in a row: how many one gets may not depend on another.
+        counts = sketches_of(model, z, samples, sketches) if own else torch.where(samples < rank, sketches, 0)
+        leading = torch.where(samples < rank, samples - 1 + sketches - counts, rank)
         width = largest(leading + counts)
-    elif samples >= model.rank(c) and others is None:
-        width = model.rank(c)
-        leading, counts = torch.full((n,), width), torch.zeros(n, dtype=torch.int64)
+    elif samples >= rank and others is None:
+        every = torch.full((n,), rank)
+        return model.deflated(z, every, z.new_zeros(0, n, c)), None
     else:
         width = samples - 1 + sketches
         leading, known = leading_of(model, z, samples, sketches, others)
         counts = width - leading
-        given = {} if known is None else {"known": known}
-    on_host = leading.device.type == "cpu"
-    most = largest(leading) if on_host else min(width - sketches, model.rank(c))
-    deflated = partial(model.deflated, **given if on_host else {"most": most, **given})
+    given: dict[str, Any] = {} if known is None else {"known": known}
+    if leading.device.type == "cpu":
+        most, rows = largest(leading), largest(counts) if n else sketches
+    else:  # where the host would wait for them
+        most, rows = min(width - sketches, rank), width
+        given["most"] = most
     if more is not None:
-        rows = max(1, int(more.max()))
-        signs = random_signs(n, rows, c, source, z.device) * _averaging(more, rows, z.device)
-        u = deflated(z, leading, signs)[most:]
-        return _aligned(u, torch.zeros_like(more), more, 0, rows), more
-    rows = width if not on_host else largest(counts) if n else sketches
+        signs = random_signs(n, max(1, largest(more)), c, source, z.device)
+        u = model.deflated(z, leading, _averaged(signs, more), **given)[most:]
+        return _aligned(u, torch.zeros_like(more), more, 0, len(u)), more
     # A generator goes on by as many numbers for each example, whatever the logits are.
-    all_signs = random_signs(n, rows if own else width, c, source, z.device)
-    if not rows:
-        return deflated(z, leading, all_signs[:0]), None
-    u = deflated(z, leading, all_signs[:rows] * _averaging(counts, rows, z.device))
-    if rows > sketches:
-        u = _aligned(u, leading, counts, most, width)
-    if others is not None and bool((many := others >= MANY_OTHERS).any()):
-        there = to_device(many, z.device)[:, None]
-        u = torch.where(there, model.sketch(z, all_signs) / width**0.5, u)
-    return u, counts
+    drawn = rows if own else sketches if isinstance(samples, Tensor) else width
+    signs = random_signs(n, drawn, c, source, z.device)[:rows]
+    u = model.deflated(z, leading, _averaged(signs, counts), **given)
+    return (_aligned(u, leading, counts, most, width) if rows > sketches else u), counts if rows else None
 
 
-def _averaging(counts: Tensor, rows: int, device: torch.device) -> Tensor:
-    """Return what makes the squares of the first ``counts`` [N] of some sketches a mean: [rows, N, 1]."""
-    scale = counts.clamp_min(1).double().rsqrt() * (torch.arange(rows, device=counts.device)[:, None] < counts)
-    return to_device(scale, device)[:, :, None]
+def _averaged(signs: Tensor, counts: Tensor) -> Tensor:
+    """Scale the first ``counts`` [N] of some rows of signs, so that the squares of sketches are averaged.
+
+    The other rows become zero.
+    """
+    scale = counts.clamp_min(1).double().rsqrt() * (torch.arange(len(signs), device=counts.device)[:, None] < counts)
+    return signs * to_device(scale, signs.device)[:, :, None]
 
 
 def _aligned(u: Tensor, leading: Tensor, sketches: Tensor, most: int, width: int) -> Tensor:
@@ -360,14 +376,19 @@ def _of_tokens(
         raise ValueError(f"labels are {list(labels.shape)}, expected one a token: {[n, t]}")
     chosen_tokens = mask.nonzero(as_tuple=True)
     owner = chosen_tokens[0] if segments is None else segments.cpu()[chosen_tokens[1]]
-    owner = owner + 1  # of padding in a packed row it is -1
-    others = torch.bincount(owner)[owner] - 1 if len(owner) else owner  # tokens of the same sequence
+    owner = to_device(owner + 1, logits.device)  # of padding in a packed row it is -1
     sequence, place = (to_device(index, logits.device) for index in chosen_tokens)
     at = sequence, place
     chosen = None if labels is None else labels.cpu()[mask]
     u = logits.new_zeros((0, *logits.shape))
     if not len(place):  # no token counts: a cotangent of zeros, for the batches that follow have some
         return logits.new_zeros((1, *logits.shape))
+    others = None
+    if estimator == "deflated":
+        traces = torch.cat([likelihood.trace(z) for *_, z in _in_float64(logits, at, likelihood, max(1, c))])
+        owner = owner.to(traces.device)
+        whole = traces.new_zeros(max(n, t) + 1).index_add_(0, owner, traces)[owner]  # of the sequence of each token
+        others = BETWEEN_TOKENS * (whole - traces) / traces.clamp_min(torch.finfo(traces.dtype).tiny)
     for rows, part, _ in _blocks(logits, at, estimator, samples, likelihood, chosen, generator, checks, others=others):
         u = u if len(u) else logits.new_zeros((len(part), *logits.shape))
         u[:, sequence[rows], place[rows]] = part

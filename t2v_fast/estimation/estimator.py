@@ -104,8 +104,8 @@ def fisher(
     ===============  ==================================================================  ==========================
     ``estimator``    what is squared                                                     backward passes a batch
     ===============  ==================================================================  ==========================
-    ``deflated``     the leading ``samples`` - 1 eigenvectors of S_n and one             ``samples``; exact from the
-                     random-sign sketch of the others; unbiased, the default             rank of S_n on
+    ``deflated``     leading eigenvectors of S_n and random-sign sketches of the         ``samples``; exact from the
+                     others, divided by the spectrum; unbiased, the default              rank of S_n on
     ``exact``        a factor B of S_n, with B B^T = S_n; no sampling error              C - 1 for softmax, else C
     ``hutchinson``   random-sign sketches of the whole factor; unbiased                  ``samples``
     ``monte_carlo``  g_n(y) for ``samples`` labels y drawn from the model; unbiased,     ``samples``
@@ -119,8 +119,9 @@ def fisher(
     **Token models** give logits [N, T, C]: the examples are sequences, and each token has a label. All tokens of a
     sequence share the backward passes of the table, with an independent sign or label for each token: the products of
     two tokens' gradients then vanish in expectation, and the result is unbiased. So even ``estimator="empirical"`` is a
-    random-sign estimate with ``level="token"``, not an exact value. ``exact`` takes one pass for each token and
-    direction, (C - 1) * T for softmax, and has no sampling error.
+    random-sign estimate with ``level="token"``, not an exact value, and so is ``deflated`` with any number of
+    ``samples``. ``exact`` takes one pass for each token and direction, (C - 1) * T for softmax, and has no sampling
+    error.
 
     The model's parameters, its buffers and its mode are left as they are. Call ``model.eval()`` first: batch norm in
     training mode makes examples depend on each other, which only ``batch_mean`` allows.
@@ -144,8 +145,9 @@ def fisher(
             :class:`t2v_fast.FisherRecorder`.
         weights: One number of at least 0 for each example, [number of examples], in the order of the loader. They are
             divided by their sum; by default all examples count the same.
-        seed: Fixes the random signs and labels. They do not depend on the batch size or the device. (With at most 64
-            classes, ``deflated`` applies the signs differently on a CUDA device, where its estimate is another draw.)
+        seed: Fixes the random signs and labels. They do not depend on the device, and those of logits [N, C] not on the
+            batch size. (With at most 64 classes, ``deflated`` applies the signs differently on a CUDA device, where its
+            estimate is another draw.)
         self_check: Compare some examples with plain autograd and with single-example forward passes, and raise an
             error where examples interact or the network is random (:mod:`t2v_fast.estimation.self_check`).
         device: Where inputs are moved to; by default where the first parameter is.
@@ -337,12 +339,12 @@ class _Estimate:
             self.likelihood,
             batch.labels,
             draws.source,
-            batch.mask,
-            self.level,
-            1 if self.drawn is None else 2,
-            batch.checks,
-            None if draws.more is None else draws.more.counts,
-            batch.segments,
+            mask=batch.mask,
+            level=self.level,
+            sketches=1 if self.drawn is None else 2,
+            checks=batch.checks,
+            more=None if draws.more is None else draws.more.counts,
+            segments=batch.segments,
         )
         if self.drawn is not None:
             return self._with_estimator_error(batch, draws, u, sketches, self.drawn)

@@ -48,6 +48,10 @@ class Likelihood(ABC):
     def spectrum(self, z: Tensor) -> Tensor:
         """Return the eigenvalues of S_n, the largest first, [N, rank]. Small ones may be approximate, also in order."""
 
+    def trace(self, z: Tensor) -> Tensor:
+        """Return the trace of S_n, [N]."""
+        return self.spectrum(z).sum(1)
+
     def behind(self, z: Tensor, most: int) -> tuple[Tensor, Tensor | None]:
         """Return the sums of the eigenvalues of S_n behind the first l, and of their squares, [2, N, most + 1].
 
@@ -147,7 +151,7 @@ class Softmax(Likelihood):
         p = z.softmax(1)
         tail = p.flip(1).cumsum(1).flip(1)  # [N, C], tail[c] = p[c] + p[c + 1] + ...; 1 - sum would cancel
         here, after = tail[:, :-1], tail[:, 1:]
-        diagonal = (p[:, :-1] * after / here.clamp_min(torch.finfo(z.dtype).tiny)).sqrt()  # [N, C - 1]
+        diagonal = (p[:, :-1] * (after / here.clamp_min(torch.finfo(z.dtype).tiny))).sqrt()  # [N, C - 1]
         ratio = p[:, None, :] / after[:, :, None].clamp_min(torch.finfo(z.dtype).tiny)  # [N, C - 1, C]
         factor = torch.eye(p.shape[1], dtype=z.dtype, device=z.device)[:-1] - ratio.triu(1)
         return (diagonal[:, :, None] * factor).transpose(0, 1)
@@ -172,6 +176,9 @@ class Softmax(Likelihood):
         from_top = squares - 2 * products[top] + squares[top][:, None]  # [N, C], |w_c - w_top|^2
         mean = (p @ weight) - p.sum(1, keepdim=True) * weight[top]
         return ((p * from_top.clamp_min(0)).sum(1) - mean.square().sum(1)).clamp_min(0)
+
+    def trace(self, z: Tensor) -> Tensor:
+        return _traces(z.softmax(1))[0]
 
     def behind(self, z: Tensor, most: int) -> tuple[Tensor, Tensor | None]:
         p, known = z.softmax(1), None
@@ -286,6 +293,9 @@ class _Diagonal(Likelihood):
 
     def rank(self, classes: int) -> int:
         return classes
+
+    def trace(self, z: Tensor) -> Tensor:
+        return self.variance(z).sum(1)
 
     def spectrum(self, z: Tensor) -> Tensor:
         return self.variance(z).sort(1, descending=True).values

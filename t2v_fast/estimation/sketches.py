@@ -87,23 +87,24 @@ def leading_of(
     An example has ``samples`` - 1 + ``sketches`` cotangents, at least ``sketches`` of them sketches. Where all its
     eigenvectors are among them, no more sketches are needed, and some of the cotangents are zero.
 
-    An example that shares its backward passes with others has random signs of its own. The products of two examples'
-    gradients vanish in expectation only. With the proxy of this module they add 2 * sum_k e_k^2 to T(l) / s for each
-    other example, where e_k is the part of the trace that cotangent k has.
+    A token shares its backward passes with the other tokens of its sequence, and has random signs of its own. The
+    products of two tokens' gradients vanish in expectation only. With w = c sum_m tr(S_m) / tr(S), where m are the
+    other tokens and c is how much less the gradients of two tokens are correlated than those of the eigenvectors of
+    one, they add 2 w sum_k e_k^2 to T(l) / s. Here e_k is the part of the trace that cotangent k has.
 
     Args:
         likelihood: The likelihood of the labels.
         z: The logits in float64, [N, C].
         samples: k, one number for all.
         sketches: The fewest sketches of an example.
-        others: With how many others each example shares its backward passes, int64 [N] on the CPU; by default none.
+        others: w, [N] on the device of z; by default no example shares its backward passes.
     """
     (first, second), known = likelihood.behind(z, min(samples - 1, likelihood.rank(z.shape[1])))  # [N, l]
     number = samples - 1 + sketches - torch.arange(first.shape[1], device=z.device)  # of sketches
     of_sketches = 2 * (first.square() - second).clamp_min(0)
     of_eigenvectors = torch.zeros_like(first)
     if others is not None:
-        weight = 2 * to_device(others.double(), z.device)[:, None]
+        weight = 2 * others[:, None]
         of_sketches = of_sketches + weight * first.square()
         of_eigenvectors = weight * (second[:, :1] - second)
     return (of_sketches / number + of_eigenvectors).argmin(1), known

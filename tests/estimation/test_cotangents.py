@@ -46,6 +46,13 @@ def test_exact_is_a_factor_of_the_logit_fisher(likelihood: str, classes: int, sc
     assert error(second_moment(u), logit_fisher(z, likelihood)) < 1e-13
 
 
+@pytest.mark.parametrize("gap", [200.0, 690.0])
+def test_exact_does_not_underflow(gap: float) -> None:
+    z = torch.tensor([[gap, 0.0, 1.0, 1.0]], dtype=torch.float64)
+    found = second_moment(cotangents(z, "exact"))[0].diagonal()
+    torch.testing.assert_close(found[1:] / z.softmax(1)[0, 1:], torch.ones(3, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize(("classes", "samples"), [(2, 1), (2, 2), (3, 2), (4, 9)])
 def test_deflated_is_exact_once_it_has_all_eigenvectors(likelihood: str, classes: int, samples: int) -> None:
