@@ -375,8 +375,6 @@ def _of_tokens(
     if labels is not None and list(labels.shape[:2]) != [n, t]:
         raise ValueError(f"labels are {list(labels.shape)}, expected one a token: {[n, t]}")
     chosen_tokens = mask.nonzero(as_tuple=True)
-    owner = chosen_tokens[0] if segments is None else segments.cpu()[chosen_tokens[1]]
-    owner = to_device(owner + 1, logits.device)  # of padding in a packed row it is -1
     sequence, place = (to_device(index, logits.device) for index in chosen_tokens)
     at = sequence, place
     chosen = None if labels is None else labels.cpu()[mask]
@@ -386,8 +384,9 @@ def _of_tokens(
     others = None
     if estimator == "deflated":
         traces = torch.cat([likelihood.trace(z) for *_, z in _in_float64(logits, at, likelihood, max(1, c))])
-        owner = owner.to(traces.device)
-        whole = traces.new_zeros(max(n, t) + 1).index_add_(0, owner, traces)[owner]  # of the sequence of each token
+        owner = chosen_tokens[0] if segments is None else segments.cpu()[chosen_tokens[1]]
+        owner = to_device(owner.unique(return_inverse=True)[1], traces.device)  # the sequence of each token
+        whole = torch.zeros_like(traces).index_add_(0, owner, traces)[owner]
         others = BETWEEN_TOKENS * (whole - traces) / traces.clamp_min(torch.finfo(traces.dtype).tiny)
     for rows, part, _ in _blocks(logits, at, estimator, samples, likelihood, chosen, generator, checks, others=others):
         u = u if len(u) else logits.new_zeros((len(part), *logits.shape))
