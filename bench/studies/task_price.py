@@ -57,7 +57,7 @@ STAGES: dict[str, tuple[str, ...]] = {
         "t2v_fast.estimation.one_forward:passes_through_graphs",
         "t2v_fast.estimation.one_forward:by_need",
     ),
-    "cotangents": ("t2v_fast.estimation.estimator:cotangents", "t2v_fast.estimation.one_forward:cotangents"),
+    "cotangents": ("t2v_fast.estimation.estimator:drawn_cotangents", "t2v_fast.estimation.one_forward:cotangents"),
     "owners of rows": ("t2v_fast.gradients.recorder:taps_of",),
     "backward passes": ("t2v_fast.gradients.squares:backpropagate",),
     "squares": (

@@ -359,7 +359,11 @@ MUTATIONS = [
     ),
     Mutation(
         "a direction of the exact estimator left out",
-        function(fisher_module, "cotangents", lambda real: lambda *args, **kwargs: real(*args, **kwargs)[:-1]),
+        function(
+            fisher_module,
+            "drawn_cotangents",
+            lambda real: lambda *args, **kwargs: (real(*args, **kwargs)[0][:-1], None),
+        ),
         LINEAR,
         PROPERTY,
     ),
@@ -367,7 +371,7 @@ MUTATIONS = [
         "labels ignored",
         function(
             fisher_module,
-            "cotangents",
+            "drawn_cotangents",
             lambda real: (
                 lambda logits, estimator, samples, likelihood, labels, *rest, **kwargs: real(
                     logits, estimator, samples, likelihood, labels * 0, *rest, **kwargs
