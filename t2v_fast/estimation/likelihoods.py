@@ -21,6 +21,7 @@ FEW_SOLVED = 16  # up to this many, the solver finds them faster than the secula
 FEW_ROOTS, FEW_CLASSES = 16, 32
 # The most eigenvectors that a sketch of classes combines before the classes. On a GPU each of them costs ten launches.
 COMBINED = {"cpu": 4, "cuda": 2}
+LARGEST_STEP = 2**26  # numbers that a step of the search for roots looks at on a GPU
 CLASSES_SHARE = 0.05  # of the variance of eigenvectors: so little more may a sketch of classes have
 
 
@@ -569,7 +570,7 @@ def _bits(rows: int, classes: int, roots: int, device: str) -> int:
     """
     if device == "cpu":
         return 3 if classes <= FEW_CLASSES else 1
-    return min(8, max(1, int(math.log2(2**26 / max(1, rows * classes * roots)))))
+    return min(8, max(1, int(math.log2(LARGEST_STEP / max(1, rows * classes * roots)))))
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
