@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -29,7 +29,6 @@ from .job_profile import JobProfile, RunTime, TaskTime
 from .store import Bank, BankError
 
 DEATHS = 3  # workers that die at one task before it counts as failed
-COMPARED = ("folder", "csv")  # tasks whose data are looked at again: a look takes no time to speak of
 SHOWN = 3  # names in a note
 POLL = 0.5  # seconds between looks at tasks that another driver has claimed
 
@@ -127,7 +126,7 @@ class _Driver:
         self.bank, self.engine, self.clock, self.display = bank, engine, clock, display
         self.workers = clock.workers
         self.names, self.settings = job.tasks, settings
-        self.finished = [work for work in job.work if work.kind in COMPARED and all(map(bank.settled, work.tasks))]
+        self.finished = [work for work in job.work if all(map(bank.settled, work.tasks))]
         self.queue = deque(work for work in job.work if not all(map(bank.settled, work.tasks)))
         self.claimed_elsewhere: deque[WorkItem] = deque()  # tasks that another driver has claimed
         self.assigned: dict[int, WorkItem | None] = {}  # by worker; None: idle, or not ready yet
@@ -160,20 +159,22 @@ class _Driver:
 
     def _has_changed(self, work: WorkItem, task: str) -> bool:
         try:
-            before = self.bank[task].meta.get("contents")
-            if before is None:
-                return False
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what is left out was said when the task was embedded
-                contents = work.data(task).contents
-            return contents is not None and contents() != before
-        except (BankError, DataError, KeyError):  # failed, damaged, or without its data, which is no matter now
+            now = work.contents()
+            return now is not None and self.bank[task].meta.get("contents") not in (None, now)
+        except (
+            BankError,
+            DataError,
+            KeyError,
+            OSError,
+        ):  # failed, damaged, or without its data, which is no matter now
             return False
 
     def run(self, on_start: Callable[[Engine], None] | None) -> Summary:
         self.display.begin(self.summary.before)
         self._note_settings()
-        self._note_contents()
+        # It takes some seconds for a thousand folders.
+        look = threading.Thread(target=self._note_contents, daemon=True)
+        look.start()
         for _ in range(min(self.workers, max(1, len(self.queue)))):
             self._start_worker()
         if on_start is not None:
@@ -199,6 +200,7 @@ class _Driver:
             for worker, event in events:
                 if not isinstance(event, Result):
                     self._handle(worker, event)
+        look.join()
         failed = self.bank.failed
         self.summary.failed = {name: failed[name] for name in self.names if name in failed}
         self.summary.seconds = time.monotonic() - self.clock.began

@@ -40,7 +40,7 @@ import yaml
 
 from ..tasks import probe as probes
 from ..tasks import sources
-from ..tasks.data import DataError, TaskData
+from ..tasks.data import DataError, TaskData, contents_of_folder
 from ..tasks.pipeline import Task2Vec
 from ..tasks.settings import FOLDER, NOT_IN_JOBS, OPTIONS, SWITCH, SettingError, Settings, shown
 from .store import BankError, check_name
@@ -75,6 +75,18 @@ class WorkItem:
     def data(self, task: str) -> TaskData:
         """The data of one of the tasks. Raises DataError, which names the task, for data that cannot be used."""
         return _READERS[self.kind](self, task)
+
+    def contents(self) -> str | None:
+        """What ``meta["contents"]`` of its task would be now; None for tasks that have none, or take long to look at.
+
+        Raises DataError for data that cannot be used, or OSError.
+        """
+        if self.kind == "folder":
+            return contents_of_folder(self.paths[0])
+        if self.kind == "csv":
+            labels = self.options["labels"] or [self.options["label"]]
+            return _table(self, next(iter(self.tasks)), labels).contents(labels)
+        return None
 
     def table(self) -> sources.Table:
         """The table of images that the tasks share."""

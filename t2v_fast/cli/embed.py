@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 from ..embedding import Embedding, escaped
-from ..tasks.data import IMAGE_SUFFIXES, TaskData
+from ..tasks.data import IMAGE_SUFFIXES, contents_of_folder
 from ..tasks.pipeline import Task2Vec
 from ..tasks.settings import NOT_IN_JOBS, OPTIONS, other_settings
 from .common import console, readable
@@ -97,7 +96,7 @@ def _embed(task2vec: Task2Vec, folder: Path, name: str, arguments: argparse.Name
         if different or before.fingerprint != task2vec.fingerprint():
             which = f" ({', '.join(different)})" if different else ""
             raise ValueError(f"{path} was made with other settings{which}: pass --overwrite, or another --output")
-        if before.meta.get("contents") not in (None, _contents(folder)):
+        if before.meta.get("contents") not in (None, contents_of_folder(folder)):
             raise ValueError(
                 f"{path} was made of other images than {folder} has now: pass --overwrite, or another --output"
             )
@@ -122,13 +121,6 @@ def _embed(task2vec: Task2Vec, folder: Path, name: str, arguments: argparse.Name
         "left_out": embedding.meta["left_out"],
         "seconds": embedding.meta["seconds"],
     }
-
-
-def _contents(folder: Path) -> str | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is left out of a folder was said when it was embedded
-        contents = TaskData.of(folder).contents
-    return None if contents is None else contents()
 
 
 def _check_folder(folder: Path) -> None:

@@ -457,6 +457,15 @@ def _has_unknown_suffix(path: Path) -> bool:
     return kind.startswith("image/") and path.suffix.lower() not in IMAGE_SUFFIXES
 
 
+def contents_of_folder(folder: Path) -> str:
+    """Return :func:`contents_of` the images in a folder, as ``meta["contents"]`` has it.
+
+    Raises:
+        DataError: it is no folder, or holds no image.
+    """
+    return _Folder(folder).contents()
+
+
 def contents_of(files: Iterable[tuple[str, Path]]) -> str:
     """Return a digest of what each file is called in its task, such as its path and label, and of its size.
 

@@ -30,7 +30,7 @@ class Table:
     def __init__(
         self, file: Path, path: str, labels: Sequence[str] | None, resolve: Callable[[str], Path], task: str
     ) -> None:
-        where, self.folder = f"task {task!r}: {file}", file.parent
+        where, self.folder = f"task {task!r}: {file}", file.parent.resolve()
         try:
             with open(file, newline="", encoding="utf-8-sig") as stream:
                 rows = list(csv.reader(stream, strict=True))
