@@ -41,6 +41,17 @@ def escaped(text: str) -> str:
     return _ACTS.sub(lambda match: f"\\{f'x{ord(match[0]):02x}' if match[0] < 'Ā' else f'u{ord(match[0]):04x}'}", text)
 
 
+def first_of(names: Sequence[str], shown: int = 3) -> str:
+    """Return the first few names, and how many more there are.
+
+    Example:
+        >>> first_of(["a", "b", "c", "d", "e"])
+        'a, b, c and 2 more'
+    """
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
 class FingerprintMismatch(ValueError):
     """Embeddings were made with different probes or settings, so a distance between them means nothing.
 

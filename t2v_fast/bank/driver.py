@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 
-from ..embedding import FingerprintMismatch, differences
+from ..embedding import FingerprintMismatch, differences, first_of
 from ..spans import Spans
 from ..tasks.data import DataError
 from ..tasks.settings import Settings, other_settings
@@ -29,7 +29,6 @@ from .job_profile import JobProfile, RunTime, TaskTime
 from .store import Bank, BankError
 
 DEATHS = 3  # workers that die at one task before it counts as failed
-SHOWN = 3  # names in a note
 POLL = 0.5  # seconds between looks at tasks that another driver has claimed
 
 
@@ -151,9 +150,8 @@ class _Driver:
         """Say that finished tasks stay as they are, where their folders or tables have changed."""
         changed = [task for work in self.finished for task in work.tasks if self._has_changed(work, task)]
         if changed:
-            more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
             self.display.note(
-                f"note: {', '.join(changed[:SHOWN])}{more} had other images or labels when embedded. Finished tasks "
+                f"note: {first_of(changed)} had other images or labels when embedded. Finished tasks "
                 "stay as they are: to embed one again, give it another name in the job, or use another bank"
             )
 
@@ -161,12 +159,7 @@ class _Driver:
         try:
             now = work.contents()
             return now is not None and self.bank[task].meta.get("contents") not in (None, now)
-        except (
-            BankError,
-            DataError,
-            KeyError,
-            OSError,
-        ):  # failed, damaged, or without its data, which is no matter now
+        except (BankError, DataError, KeyError, OSError):  # damaged, failed, or without its data: no matter now
             return False
 
     def run(self, on_start: Callable[[Engine], None] | None) -> Summary:

@@ -14,7 +14,7 @@ from rich.console import Console
 from ..analysis.distance import ALL_METRICS, ALPHA
 from ..bank.recovery import is_bank
 from ..bank.store import Bank
-from ..embedding import Embedding, FingerprintMismatch, escaped
+from ..embedding import Embedding, FingerprintMismatch, escaped, first_of
 from ..files import write_atomically
 
 
@@ -26,7 +26,6 @@ class _Console(Console):
 
 
 console = _Console(highlight=False)
-SHOWN = 3  # names in a message
 
 
 def add_embeddings(parser: argparse.ArgumentParser) -> None:
@@ -85,16 +84,10 @@ def _check_settings(names: Sequence[str], embeddings: Sequence[Embedding]) -> No
             lines.append(f"  {key}:")
             for value, tasks in groups.items():
                 text = value if len(value) <= 60 else f"{value[:57]}..."
-                lines.append(f"    {text}: {_some(tasks)}")
+                lines.append(f"    {text}: {first_of(tasks)}")
     if lines:
         head = "these embeddings cannot be compared, because they were made with different settings:"
         raise FingerprintMismatch("\n".join([head, *lines, "  compare those of one kind, or embed the others again"]))
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first few names, and how many there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def families_of(embeddings: Sequence[Embedding]) -> list[str] | None:

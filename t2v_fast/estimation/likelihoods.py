@@ -57,7 +57,7 @@ class Likelihood(ABC):
         """Return the sums of the eigenvalues of S_n behind the first l, and of their squares, [2, N, most + 1].
 
         l goes from 0 to ``most``, the rank at most. The eigenvalues are relative to their sum, and may be approximate.
-        Then comes what :meth:`deflated` takes as ``known``, which saves it a search, or None.
+        The second result is None, or the caller passes it to :meth:`deflated` as ``known``, which saves a search.
         """
         values = self.spectrum(z)
         values = values / values.sum(1, True).clamp_min(torch.finfo(z.dtype).tiny)
@@ -219,9 +219,8 @@ class Softmax(Likelihood):
             return _of_columns(known, leading, signs, rows)
         solved = p.shape[1] <= DENSE_CLASSES
         found = z.new_zeros(rows + len(signs), *z.shape)
-        if solved:
-            exact = torch.zeros_like(exact)  # nothing is gained by another factor
-        elif exact.any():  # no sketch would mend eigenvectors whose roots coincide
+        exact = exact & (not solved)  # all eigenvectors of the solver are as good
+        if exact.any():  # no sketch would mend eigenvectors whose roots coincide
             found[:rows, exact] = self.exact(z[exact])
         if (flat := (leading == 0) & _are_flat(p)).any():
             found[rows:, flat] = self.sketch(z[flat], signs[:, flat])

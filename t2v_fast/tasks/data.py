@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..embedding import escaped
+from ..embedding import escaped, first_of
 from ..spans import count, stage
 from .cache import ImageCache
 from .probe import rgb
@@ -482,12 +482,6 @@ def contents_of(files: Iterable[tuple[str, Path]]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
-
-
 class _Folder:
     """The images below one sub-folder for each class, with classes and files in sorted order.
 
@@ -511,7 +505,7 @@ class _Folder:
             self.files += [(path, label) for path in images]
             if not images:
                 suffixes = sorted({path.suffix or "no suffix" for path in files})
-                what = _some(suffixes) if files else "links only" if links else "empty"
+                what = first_of(suffixes, SHOWN) if files else "links only" if links else "empty"
                 without.append(f"{name} ({what})")
             else:
                 unknown += [str(path.relative_to(root)) for path in files if _has_unknown_suffix(path)]
@@ -522,7 +516,9 @@ class _Folder:
             "images with another suffix": unknown,
             "links to folders or to nothing": unread,
         }
-        self.left_out = [escaped(f"{what} ({len(names)}): {_some(names)}") for what, names in groups.items() if names]
+        self.left_out = [
+            escaped(f"{what} ({len(names)}): {first_of(names, SHOWN)}") for what, names in groups.items() if names
+        ]
         if not self.files:
             found = f"; found {'; '.join(self.left_out)}" if self.left_out else ""
             raise DataError(
