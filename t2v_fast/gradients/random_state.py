@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import random
-import sys
 from typing import Any
 
 import numpy.random  # from NumPy 2.5 on, "import numpy" leaves it out, and a pass that imports it would seem to draw
@@ -31,24 +30,22 @@ def drawn(before: dict[str, object], after: dict[str, object]) -> str | None:
 class _NumpyStates:
     """The states of NumPy's global generator, which is asked for one only after its memory has changed.
 
-    NumPy takes some hundred microseconds to write a state down, as long as a small network for a pass. The words of the
-    generator can be read from its memory in less than one. A state has one more number, where a normal number was drawn
-    together with another and waits for its use. It begins to wait when the generator draws, which changes the words. So
-    the same words mean the same state, unless a number waits. (``set_state`` may let a number wait and keep the
-    words. Then the draw that takes this number goes unnoticed. The next draw is noticed.)
+    NumPy takes some fifty microseconds to write a state down, as long as a small network for a pass. The memory that
+    the state lies in can be read in one: the words of the bit generator, and the object around it, where a normal
+    number waits that was drawn together with another. The same memory means the same state.
     """
 
     def __init__(self) -> None:
-        self._known: tuple[bytes | None, tuple] = None, ()  # the words, and the state that they mean
+        self._known: tuple[bytes | None, tuple] = None, ()  # the memory, and the state that it holds
 
     def now(self, numpy_random: Any) -> tuple:
         """The present state."""
-        words = self._words(numpy_random)
+        memory = self._memory(numpy_random)
         before, state = self._known
-        if words is None or words != before:
+        if memory is None or memory != before:
             state = self._ask(numpy_random)
-            waits = len(state) == 1 or state[3]
-            self._known = (None if waits or words != b"".join(state[1:3]) else words), state
+            # Another thread may have drawn in between.
+            self._known = (memory if memory == self._memory(numpy_random) else None), state
         return state
 
     @staticmethod
@@ -56,16 +53,18 @@ class _NumpyStates:
         found = numpy_random.get_state(legacy=False)
         if found["bit_generator"] != "MT19937":
             return (repr(found),)
-        words, position = found["state"]["key"].tobytes(), int(found["state"]["pos"]).to_bytes(4, sys.byteorder)
-        return "MT19937", words, position, found["has_gauss"], found["gauss"]
+        return "MT19937", found["state"]["key"].tobytes(), found["state"]["pos"], found["has_gauss"], found["gauss"]
 
     @staticmethod
-    def _words(numpy_random: Any) -> bytes | None:
-        """The words and the position of a Mersenne twister; None where another generator is NumPy's global one."""
+    def _memory(numpy_random: Any) -> bytes | None:
+        """The memory of a Mersenne twister; None where another generator is NumPy's global one."""
         generator: Any = getattr(numpy_random, "get_bit_generator", lambda: None)()  # NumPy has it from 1.24 on
-        if type(generator) is not numpy_random.MT19937:
+        around = getattr(numpy_random.get_state, "__self__", None)
+        if type(generator) is not numpy_random.MT19937 or type(around) is not numpy_random.RandomState:
             return None
-        return ctypes.string_at(generator.ctypes.state_address, 4 * 625)
+        header = object.__basicsize__  # counts of references change with each look
+        fields = ctypes.string_at(id(around) + header, around.__sizeof__() - header)
+        return ctypes.string_at(generator.ctypes.state_address, 4 * 625) + fields
 
 
 _numpy_states = _NumpyStates()

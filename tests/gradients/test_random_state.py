@@ -52,12 +52,35 @@ def test_every_draw_is_seen(draw: str, earlier: int, looked: bool) -> None:
 
 def test_a_normal_number_that_waits_is_part_of_the_state() -> None:
     np.random.seed(0)
-    random_state()
     np.random.randn()
     waits = np.random.get_state()
     before = random_state()
     np.random.set_state((*waits[:3], 0, 0.0))  # without the number that waits
+    without = random_state()
+    assert without != before
+    np.random.set_state(waits)
+    assert random_state() == before
+    np.random.randn()
+    assert random_state() == without
+
+
+def test_one_place_in_a_sequence_is_reached_with_and_without_a_number_that_waits() -> None:
+    np.random.seed(0)
+    np.random.rand(2)
+    random_state()
+    words = np.random.get_state()[1:3]
+    np.random.seed(0)
+    np.random.randn()
+    assert [np.array_equal(*pair) for pair in zip(words, np.random.get_state()[1:3], strict=True)] == [True, True]
+    before = random_state()
+    np.random.randn()
     assert random_state() != before
+
+
+def test_numpy_is_asked_only_after_it_has_drawn() -> None:
+    np.random.randn(3)
+    first = random_state()["NumPy's generator"]
+    assert random_state()["NumPy's generator"] is first
 
 
 @pytest.mark.parametrize("kind", [np.random.PCG64, np.random.MT19937])
