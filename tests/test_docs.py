@@ -135,7 +135,7 @@ def test_commands(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for picture in PICTURES_OF:
         assert (tmp_path / picture).exists() == any(picture in command for command in commands), picture
     if page == "jobs":
-        # Several processes add them, in the order in which they finish.
+        # Several processes add them, in the order in which they finish, and flowers were taken out and embedded again.
         assert sorted(Bank(tmp_path / "tasks.bank").tasks) == ["birds/beak", "birds/wing", "flowers"]
         assert (tmp_path / "arrays" / "hessian.npy").exists()
 

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -116,6 +116,27 @@ def run_job(
         driver.close()
 
 
+def changed_tasks(job: Job, bank: Bank) -> list[str]:
+    """Return the finished tasks of a job whose folders or tables had other images or labels when they were embedded.
+
+    ``meta["contents"]`` of their embeddings tells (:func:`~t2v_fast.tasks.data.contents_of`): the names and sizes of
+    the images are compared, and the labels. Tasks of other kinds, and those whose data are gone, are never among them.
+    """
+    return _changed(job.work, bank)
+
+
+def _changed(works: Iterable[WorkItem], bank: Bank) -> list[str]:
+    return [task for work in works for task in work.tasks if task in bank and _has_changed(work, bank, task)]
+
+
+def _has_changed(work: WorkItem, bank: Bank, task: str) -> bool:
+    try:
+        now = work.contents()
+        return now is not None and bank[task].meta.get("contents") not in (None, now)
+    except (BankError, DataError, KeyError, OSError):  # damaged, taken out, or without its data: no matter now
+        return False
+
+
 class _Driver:
     """The state of one run of a job."""
 
@@ -148,19 +169,11 @@ class _Driver:
 
     def _note_contents(self) -> None:
         """Say that finished tasks stay as they are, where their folders or tables have changed."""
-        changed = [task for work in self.finished for task in work.tasks if self._has_changed(work, task)]
-        if changed:
+        if changed := _changed(self.finished, self.bank):
             self.display.note(
                 f"note: {first_of(changed)} had other images or labels when embedded. Finished tasks "
-                "stay as they are: to embed one again, give it another name in the job, or use another bank"
+                "stay as they are: --redo-changed embeds them again (`changed_tasks` and `Bank.remove` in Python)"
             )
-
-    def _has_changed(self, work: WorkItem, task: str) -> bool:
-        try:
-            now = work.contents()
-            return now is not None and self.bank[task].meta.get("contents") not in (None, now)
-        except (BankError, DataError, KeyError, OSError):  # damaged, failed, or without its data: no matter now
-            return False
 
     def run(self, on_start: Callable[[Engine], None] | None) -> Summary:
         self.display.begin(self.summary.before)

@@ -111,7 +111,7 @@ class Index:
         return (d - d.mean(1, keepdims=True)).astype(np.float32)
 
     def save(self, path: str | os.PathLike, tasks: Sequence[str]) -> None:
-        """Write the index to ``path``, with a digest of the names of its tasks."""
+        """Write the index to ``path``, with a digest of ``tasks``, which names its rows."""
         file = io.BytesIO()
         names = np.array([_names_digest(tasks), self.metric])
         np.savez(file, names=names, reference=self.reference, center=self.center, axes=self.axes, points=self.points)
@@ -123,7 +123,7 @@ class Index:
 
         Args:
             path: The file.
-            tasks: The names of all tasks now. The index must be of the first of them.
+            tasks: The names of all rows now. The index must be of the first of them.
             metric: The metric that the index must be for.
             length: The length D of the vectors.
 
@@ -153,7 +153,14 @@ class Index:
 
 
 def stored_index(folder: Path, tasks: Sequence[str], vectors: np.ndarray, metric: str) -> Index:
-    """Return the index that a bank keeps for a metric; it is made, or extended to all tasks, where that is needed."""
+    """Return the index that a bank keeps for a metric; it is made, or extended to all tasks, where that is needed.
+
+    Args:
+        folder: The folder of the bank.
+        tasks: A name for each row of ``vectors``, which no other vector ever has.
+        vectors: The Fisher vectors [T, D].
+        metric: A name in :data:`t2v_fast.analysis.distance.METRICS`.
+    """
     path = index_path(folder, metric)
     stored = Index.load(path, tasks, metric, vectors.shape[1])
     index = stored or Index(vectors, metric)

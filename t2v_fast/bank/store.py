@@ -23,7 +23,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,6 +47,15 @@ from .manifest import (
     write_header,
 )
 from .rows import map_rows, read_embedding, write_rows
+
+
+class _Snapshot(NamedTuple):
+    """The finished tasks of one moment, in the order of their rows."""
+
+    moment: tuple
+    tasks: list[str]
+    rows: list[int]
+    vectors: np.ndarray  # [T, D]
 
 
 class Bank:
@@ -86,7 +95,7 @@ class Bank:
     _read: int  # bytes of the manifest that were read
     _lines: int
     _ledger: Ledger
-    _snapshot: tuple[tuple, list[str], np.ndarray] | None
+    _snapshot: _Snapshot | None
     _indices: dict[str, tuple[tuple, Index]]
 
     def __init__(self, folder: str | os.PathLike, *, create: bool = True) -> None:
@@ -211,23 +220,15 @@ class Bank:
         """Return the Fisher vectors [T, D] of all finished tasks, one row for each of :attr:`tasks`.
 
         The array is a read-only memory map, so only the rows in use are read. Rows are not compared with their
-        checksums; :meth:`verify` does that. If :meth:`repair` took tasks out of the bank, the array is a copy.
+        checksums; :meth:`verify` does that. If tasks were taken out of the bank (:meth:`remove`, :meth:`repair`), the
+        array is a copy.
         """
         return self.snapshot()[1]
 
     def snapshot(self) -> tuple[list[str], np.ndarray]:
         """Return :attr:`tasks` and :meth:`vectors` of the same moment."""
-        with self._thread:
-            self.refresh()
-            moment = (self._inode, self._read)
-            if self._snapshot is None or self._snapshot[0] != moment:
-                order = self._order()
-                rows = [self._ledger.done[task].row for task in order]
-                count = rows[-1] + 1 if rows else 0
-                length = self._length if self._header else 0
-                array = map_rows(self.folder, "hessian", count, length) if rows else np.empty((0, length))
-                self._snapshot = moment, order, array if len(rows) == count else array[rows]
-            return self._snapshot[1], self._snapshot[2]
+        now = self._now()
+        return now.tasks, now.vectors
 
     def nearest(
         self,
@@ -261,16 +262,16 @@ class Bank:
         embedding = self[query] if isinstance(query, str) else query
         if k < 1:
             raise ValueError(f"k is {k}, expected at least 1")
-        tasks, vectors = self.snapshot()
-        if not tasks:
+        now = self._now()
+        if not now.tasks:
             return []
         self._check_comparable([embedding])
         more = k + isinstance(query, str)
         if exact:
-            rows, distances = scan(vectors, embedding.hessian, more, metric)
+            rows, distances = scan(now.vectors, embedding.hessian, more, metric)
         else:
-            rows, distances = self._index(tasks, vectors, metric).query(vectors, embedding.hessian, more, candidates)
-        found = [(tasks[row], float(d)) for row, d in zip(rows, distances, strict=True)]
+            rows, distances = self._index(now, metric).query(now.vectors, embedding.hessian, more, candidates)
+        found = [(now.tasks[row], float(d)) for row, d in zip(rows, distances, strict=True)]
         return [(task, d) for task, d in found if task != query][:k]
 
     # Sharing the work with other processes
@@ -338,6 +339,24 @@ class Bank:
                     raise BankError(f"bank {self.folder}: task {task!r} has not failed")
             self._append([{"task": task, "state": "open"} for task in wanted])
         return wanted
+
+    def remove(self, *tasks: str) -> None:
+        """Take finished tasks out of the bank, all of them or none. They can be embedded again then.
+
+        What they took on the disk is not given back, and :meth:`vectors` is a copy from then on.
+
+        Args:
+            tasks: The names of finished tasks.
+
+        Raises:
+            BankError: If one of the tasks is not finished.
+        """
+        with self._writing():
+            wanted = list(dict.fromkeys(tasks))
+            for task in wanted:
+                if task not in self._ledger.done:
+                    raise BankError(f"bank {self.folder}: task {str(task)[:80]!r} is not finished")
+            self._append([{"task": task, "state": "open"} for task in wanted])
 
     def settled(self, task: str) -> bool:
         """Return whether a task is finished or has failed, without looking at the folder again."""
@@ -490,10 +509,28 @@ class Bank:
                     f"{', '.join(different)} (first the bank's)"
                 )
 
-    def _index(self, tasks: list[str], vectors: np.ndarray, metric: str) -> Index:
-        """Return the index of a metric, brought up to date with the snapshot that was just taken."""
-        moment = (self._inode, self._read)
-        if metric in self._indices and self._indices[metric][0] == moment:
-            return self._indices[metric][1]
-        self._indices[metric] = moment, stored_index(self.folder, tasks, vectors, metric)
-        return self._indices[metric][1]
+    def _now(self) -> _Snapshot:
+        with self._thread:
+            self.refresh()
+            moment = (self._inode, self._read)
+            if self._snapshot is None or self._snapshot.moment != moment:
+                tasks = self._order()
+                rows = [self._ledger.done[task].row for task in tasks]
+                count = rows[-1] + 1 if rows else 0
+                length = self._length if self._header else 0
+                array = map_rows(self.folder, "hessian", count, length) if rows else np.empty((0, length))
+                if len(rows) != count:  # tasks were taken out
+                    array = array[rows]
+                    array.flags.writeable = False
+                self._snapshot = _Snapshot(moment, tasks, rows, array)
+            return self._snapshot
+
+    def _index(self, now: _Snapshot, metric: str) -> Index:
+        """Return the index of a metric, brought up to date with a snapshot."""
+        moment, index = self._indices.get(metric, (None, None))
+        if index is None or moment != now.moment:
+            # A task that was removed and embedded again has another row.
+            names = [f"{row} {task}" for row, task in zip(now.rows, now.tasks, strict=True)]
+            index = stored_index(self.folder, names, now.vectors, metric)
+            self._indices[metric] = now.moment, index
+        return index

@@ -33,6 +33,8 @@ def add_parser(commands: Any) -> None:
     action("failed", _failed, "failed tasks and their errors")
     retry = action("retry", _retry, "let failed tasks run again in the next `embed --job`")
     retry.add_argument("tasks", nargs="*", metavar="TASK", help="default: all that failed")
+    removing = action("rm", _rm, "take tasks out, so that they can be embedded again")
+    removing.add_argument("tasks", nargs="+", metavar="TASK")
     exporting = action("export", _export, "write all finished tasks in another form")
     exporting.add_argument("path", type=Path, metavar="PATH")
     exporting.add_argument("--form", default="numpy", choices=FORMS)
@@ -69,6 +71,14 @@ def _failed(arguments: argparse.Namespace) -> int:
 def _retry(arguments: argparse.Namespace) -> int:
     tasks = _open(arguments).retry(arguments.tasks or None)
     console.print(f"{len(tasks)} task{'s' * (len(tasks) != 1)} will be run again")
+    arguments.result.update(tasks=tasks)
+    return 0
+
+
+def _rm(arguments: argparse.Namespace) -> int:
+    tasks = list(dict.fromkeys(arguments.tasks))
+    _open(arguments).remove(*tasks)
+    console.print(f"{len(tasks)} task{'s' * (len(tasks) != 1)} taken out")
     arguments.result.update(tasks=tasks)
     return 0
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..embedding import Embedding, escaped
+from ..embedding import Embedding, escaped, first_of
 from ..tasks.data import IMAGE_SUFFIXES, contents_of_folder
 from ..tasks.pipeline import Task2Vec
 from ..tasks.settings import NOT_IN_JOBS, OPTIONS, other_settings
@@ -16,7 +16,7 @@ from .common import console, readable
 from .options import PROBE_OPTIONS, add_probe_options, add_settings, flags_of, task2vec_of
 
 # Options that are for jobs only, and those that a job file decides.
-FOR_JOBS = ("job", "bank", "workers", "ray", "root", "allow_outside", "retry_failed")
+FOR_JOBS = ("job", "bank", "workers", "ray", "root", "allow_outside", "retry_failed", "redo_changed")
 NOT_FOR_JOBS = (
     *PROBE_OPTIONS,
     *(name for name in OPTIONS if name != "progress"),
@@ -49,6 +49,11 @@ def add_parser(commands: Any) -> None:
     job.add_argument("--root", type=Path, help="folder that all paths of a job must stay in (default: the job's)")
     job.add_argument("--allow-outside", action="store_true", help="paths of a job may lead anywhere")
     job.add_argument("--retry-failed", action="store_true", help="run again what failed in this bank")
+    job.add_argument(
+        "--redo-changed",
+        action="store_true",
+        help="embed finished tasks again whose folders or tables have changed since",
+    )
     add_probe_options(parser)
     add_settings(parser)
     parser.set_defaults(run=run, defaults={name: parser.get_default(name) for name in NOT_FOR_JOBS})
@@ -165,7 +170,7 @@ def _key_of(name: str) -> str:
 
 
 def _run_job(arguments: argparse.Namespace) -> int:
-    from ..bank.driver import run_job
+    from ..bank.driver import changed_tasks, run_job
     from ..bank.job import load_job
     from ..bank.store import Bank
 
@@ -178,6 +183,10 @@ def _run_job(arguments: argparse.Namespace) -> int:
     bank = Bank(arguments.bank)
     if arguments.retry_failed:
         bank.retry([task for task in bank.failed if task in set(job.tasks)])
+    redone = changed_tasks(job, bank) if arguments.redo_changed else []
+    if redone:
+        bank.remove(*redone)
+        console.print(f"to be embedded again, because they have changed: {escaped(first_of(redone))}", markup=False)
     summary = run_job(job, bank, workers=arguments.workers or 0, ray=arguments.ray, progress=arguments.progress)
     lost = f", {summary.lost_workers} workers were lost" if summary.lost_workers else ""
     console.print(
@@ -189,6 +198,7 @@ def _run_job(arguments: argparse.Namespace) -> int:
         bank=arguments.bank,
         finished=summary.finished,
         before=summary.before,
+        changed=redone,
         failed=summary.failed,
         images=summary.images,
         lost_workers=summary.lost_workers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -26,12 +27,14 @@ from jobs import (
     plain,
     run,
     slow_pipeline,
+    take_small_probes,
     write_job,
     write_table,
 )
-from small import shapes, small_probe, write_folder
+from small import shapes, write_folder
 
 from t2v_fast import Bank, FingerprintMismatch, cli
+from t2v_fast.bank.driver import changed_tasks
 from t2v_fast.bank.engines import Processes, perform
 from t2v_fast.bank.job import load_job
 
@@ -91,7 +94,9 @@ def test_finished_tasks_stay_where_settings_change(tmp_path: Path, capsys: pytes
     assert ", not 3). Finished tasks stay as they are" in said
 
 
-def test_finished_tasks_whose_data_changed_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_tasks_whose_data_changed_are_named_and_embedded_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Folders and tables. Reading them again, or moving everything, is no change."""
     names = ["a", "b", "c", "d", "e", "f"]
     tasks = folders(tmp_path, names).parent / "tasks"
@@ -118,6 +123,24 @@ def test_finished_tasks_whose_data_changed_are_named(tmp_path: Path, capsys: pyt
     write_job(job, {"tasks": [{"folders": "tasks"}, table]})
     assert run(job, tmp_path / "bank").before == 6
     assert "note: a, b, c and 2 more had other images or labels when embedded. Finished" in capsys.readouterr().err
+    bank = Bank(tmp_path / "bank")
+    assert changed_tasks(load_job(job), bank) == ["a", "b", "c", "d", "g"]
+
+    kept = {name: bank[name].hessian for name in ("e", "f")}
+    take_small_probes(monkeypatch)
+    redo = ["embed", "--job", str(job), "--bank", str(tmp_path / "bank"), "--redo-changed"]
+    assert cli.main(redo) == 0
+    said = capsys.readouterr()
+    assert "to be embedded again, because they have changed: a, b, c and 2 more" in said.out
+    assert "5 of 6 tasks embedded" in said.out
+    assert "other images" not in said.err
+    assert sorted(bank.tasks) == ["a", "b", "c", "d", "e", "f", "g"]
+    assert {name: bank[name].num_examples for name in "abcdg"} == {"a": 12, "b": 11, "c": 13, "d": 12, "g": 12}
+    assert bank["g"].meta["contents"] == load_job(job).work[-1].contents()
+    for name, hessian in kept.items():
+        np.testing.assert_array_equal(bank[name].hessian, hessian)
+    assert cli.main([*redo, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["changed"] == []
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
@@ -254,7 +277,7 @@ def test_tables_share_their_images(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr("t2v_fast.tasks.probe.load_probe", lambda **options: small_probe())
+    take_small_probes(monkeypatch)
     job = folders(tmp_path, ["a", "b"])
     write_folder(tmp_path / "tasks" / "c", shapes(4)[0], np.zeros(4, int))
 

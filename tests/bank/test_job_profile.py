@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jobs import folders, pipeline, run, write_job, write_table
+from jobs import folders, pipeline, run, take_small_probes, write_job, write_table
 from PIL import Image
-from small import shapes, small_probe
+from small import shapes
 
 from t2v_fast import Bank, Task2Vec, cli
 from t2v_fast.analysis.plot_profile import job_times
@@ -197,7 +197,7 @@ def test_strange_lines_are_left_out(tmp_path: Path) -> None:
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr("t2v_fast.tasks.probe.load_probe", lambda **options: small_probe())
+    take_small_probes(monkeypatch)
     job = folders(tmp_path, ["a", "b", "c"])
 
     def command(*arguments: object) -> tuple[int, str, str]:

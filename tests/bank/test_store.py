@@ -99,6 +99,55 @@ def test_failures_are_kept_until_retried(tmp_path: Path) -> None:
     assert (bank.failed, bank.tasks) == ({}, ["bad"])
 
 
+def test_removed_tasks_can_be_added_again(tmp_path: Path) -> None:
+    bank, other = Bank(tmp_path), Bank(tmp_path)
+    bank.add(*(make(name, k) for k, name in enumerate("abcd")))
+    assert len(other) == 4
+    for names in (["b", "e"], ["b", "f"], [""]):
+        with pytest.raises(BankError, match=f"task {names[-1]!r} is not finished"):
+            bank.remove(*names)
+    bank.fail("f", "no images")
+    with pytest.raises(BankError, match="'f' is not finished"):
+        bank.remove("f")
+    bank.remove()
+    assert bank.tasks == ["a", "b", "c", "d"]  # all or none
+    assert not bank.claim("b")
+    bank.remove("b", "d", "b")
+    for b in (bank, other, Bank(tmp_path)):
+        assert (b.tasks, "b" in b, b.settled("b"), b.verify()) == (["a", "c"], False, False, {})
+        np.testing.assert_array_equal(b.vectors(), np.stack([make("a", 0).hessian, make("c", 2).hessian]))
+        assert not b.vectors().flags.writeable
+        with pytest.raises(KeyError, match="task 'd' is not in it"):
+            b["d"]
+    assert bank.claim("b")
+    other.add(make("d", 13), make("b", 11))
+    expected = [make("a", 0), make("c", 2), make("d", 13), make("b", 11)]
+    assert Bank.repair(tmp_path) == []
+    for b in (bank, other, Bank(tmp_path)):
+        assert b.verify() == {}
+        assert all(same(x, y) for x, y in zip(b, expected, strict=True))
+        np.testing.assert_array_equal(b.vectors(), np.stack([e.hessian for e in expected]))
+    bank.remove("a", "b", "c", "d")
+    assert (bank.tasks, bank.vectors().shape, bank.nearest(make("a"))) == ([], (0, 7), [])
+    with pytest.raises(FingerprintMismatch):  # an empty bank keeps what its embeddings were made with
+        bank.add(make("a", fingerprint={"probe": "q"}))
+
+
+@pytest.mark.parametrize("opened", ["the same object", "another object"])
+def test_an_index_does_not_outlive_removed_tasks(tmp_path: Path, opened: str) -> None:
+    """The last task is removed, and another takes its name: all names are as before."""
+    vectors = clustered(200, 7)
+    bank = Bank(tmp_path)
+    bank.add(*(make(str(k), hessian=v) for k, v in enumerate(vectors)))
+    assert bank.nearest(make("x", hessian=vectors[199]), 1)[0][0] == "199"
+    bank.remove("199")
+    bank.add(make("199", hessian=vectors[7] * np.linspace(1, 1.01, 7)))
+    bank = bank if opened == "the same object" else Bank(tmp_path)
+    query = make("x", hessian=vectors[7] * np.linspace(1, 1.01, 7))
+    assert bank.nearest(query, 1) == bank.nearest(query, 1, exact=True)
+    assert bank.nearest(query, 1)[0][0] == "199"
+
+
 def test_claims_exclude_threads_objects_and_processes(tmp_path: Path) -> None:
     bank, other = Bank(tmp_path), Bank(tmp_path)
     assert bank.claim("a")
@@ -511,12 +560,15 @@ def test_threads(tmp_path: Path) -> None:
 def test_commands(full: Bank, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     full.fail("broken", "no such image")
     folder = str(full.folder)
+    full.add(make("another"), make("one more"))
 
     def run(*arguments: str) -> tuple[int, str]:
         status = cli.main(["bank", *arguments])
         out = capsys.readouterr()
         return status, out.out + out.err
 
+    assert run("rm", folder, "another", "t1")[1].count("task 't1' is not finished") == 1
+    assert run("rm", folder, "another", "one more", "another") == (0, "2 tasks taken out\n")
     assert run("ls", folder)[1].count("\n") == 7
     assert "6 tasks, 1 failed" in run("ls", folder)[1]
     assert "broken: no such image" in run("failed", folder)[1]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import take_small_probes
 from small import small_probe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -535,7 +536,7 @@ def test_throughput_tables(tmp_path: Path, script: Script, monkeypatch: pytest.M
     (tmp_path / "public").mkdir()
     (tmp_path / "public" / "task2vec.py").write_text(PUBLIC_CODE)
     monkeypatch.setattr(study, "load_probe", small_probe)
-    monkeypatch.setattr("t2v_fast.tasks.probe.load_probe", lambda **options: small_probe())
+    take_small_probes(monkeypatch)
     monkeypatch.setattr(study, "find_spec", lambda name: None)
     monkeypatch.setattr(study, "POOL", 60)
 

@@ -8,8 +8,10 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import yaml
 from PIL import Image
 from small import shapes, small_probe, write_folder
@@ -39,6 +41,14 @@ def write_table(root: Path, images: np.ndarray, columns: dict[str, list], name: 
 def write_job(path: Path, content: object) -> Path:
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
     return path
+
+
+def take_small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the jobs of this process have a small probe.
+
+    ``load_probe`` itself stays: a module that is first imported in the meantime would keep what stands in its place.
+    """
+    monkeypatch.setattr("t2v_fast.bank.job.probes", SimpleNamespace(load_probe=lambda **options: small_probe()))
 
 
 def pipeline() -> Task2Vec:
