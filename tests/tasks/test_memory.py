@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import pickle
 
 import pytest
@@ -20,6 +21,10 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """What the allocator was told."""
     gc.collect()
     assert not fast_forward._contexts
+    if fast_forward._release is not None:  # memory of an earlier test, which is kept for some seconds
+        fast_forward._release.cancel()
+        fast_forward._release, fast_forward._looks_at = None, math.inf
+    fast_forward._keep(False)
     found: list[bool] = []
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     for name in list(fast_forward.os.environ):
