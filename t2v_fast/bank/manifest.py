@@ -1,7 +1,8 @@
 """The text files of a bank: ``bank.json``, the header, and ``manifest.jsonl``, one record a line.
 
 A record has one of three states. ``done`` names the row of a finished task and the checksums of its arrays, ``failed``
-holds an error, and ``open`` withdraws whatever an earlier record of the task said.
+holds an error, and ``open`` withdraws what an earlier record of the task said. It names the row that it withdraws, or
+null for a failure. (Lines of older versions name none, and withdraw whatever the task has.)
 
 Each of the two files has a copy. A record goes to the copy of the manifest once the manifest is on the disk, so the
 copy is never ahead. A copy that has more lines than the manifest proves that the manifest lost lines.
@@ -16,6 +17,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -144,6 +146,8 @@ def parse_record(line: bytes) -> dict[str, Any]:
         if not isinstance(record.get(key), kind) or isinstance(record[key], bool):
             raise ValueError(f"its {key!r} is {str(record.get(key))[:80]!r}, expected {kind.__name__}")
     check_name(record["task"])
+    if record["state"] == "open" and not isinstance(record.get("row"), (int, NoneType)):
+        raise ValueError(f"its row is {str(record['row'])[:80]!r}, expected a number or null")
     if record["state"] == "done":
         sums, scale = record["sums"], record.get("scale")
         if "hessian" not in sums or not set(sums) <= set(FIELDS) or not all(isinstance(s, str) for s in sums.values()):
@@ -153,6 +157,11 @@ def parse_record(line: bytes) -> dict[str, Any]:
         if record["row"] < 0 or record["examples"] < 1:
             raise ValueError(f"its row is {record['row']} with {record['examples']} examples")
     return record
+
+
+def withdraws(record: dict[str, Any], row: int) -> bool:
+    """Return whether an ``open`` record withdraws the embedding of its task that is in this row."""
+    return record.get("row", row) == row
 
 
 @dataclass(frozen=True)
@@ -176,8 +185,9 @@ class Ledger:
         """Take up a record of the manifest. Raises ValueError if it contradicts earlier ones."""
         task, state = record["task"], record["state"]
         if state == "open":
-            self.done.pop(task, None)
             self.failed.pop(task, None)
+            if task in self.done and withdraws(record, self.done[task].row):
+                del self.done[task]
             return
         if task in self.done:
             raise ValueError(f"task {task!r} was finished before")

@@ -7,10 +7,11 @@ its damaged content is kept beside it under a name that begins with ``damaged``.
 from __future__ import annotations
 
 import contextlib
+import heapq
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from .manifest import (
     lines_lost,
     parse_header,
     parse_record,
+    withdraws,
 )
 from .rows import free_name, read_embedding, rows_path, set_rows_aside, unnamed_rows
 
@@ -167,8 +169,8 @@ def _done(found: _Findings) -> dict[str, dict[str, Any]]:
     for record in found.records:
         if record["state"] == "done":
             done[record["task"]] = record
-        elif record["state"] == "open":
-            done.pop(record["task"], None)
+        elif record["state"] == "open" and (former := done.get(record["task"])) and withdraws(record, former["row"]):
+            del done[record["task"]]
     return done
 
 
@@ -225,14 +227,14 @@ def _merge(found: _Findings, original: bytes, copy: bytes | None) -> None:
     first, problems = _whole_lines(original)
     second, _ = _whole_lines(copy or b"")
     merged = _supersequence(first, second)
-    if len(merged) > len(first):
-        problems.append(f"lines that are only in {MANIFEST_COPY}: {len(merged) - len(first)}")
+    if more := set(second) - set(first):
+        problems.append(f"lines that are only in {MANIFEST_COPY}: {len(more)}")
     ledger, kept = Ledger(), []
     for line in merged:
         record = parse_record(line)
-        if record["state"] == "done" and record["task"] in ledger.done:
+        if record["state"] == "done" and record["task"] in ledger.done and record["row"] >= ledger.rows:
             # A damaged line withdrew the task.
-            again = {"task": record["task"], "state": "open"}
+            again = {"task": record["task"], "state": "open", "row": ledger.done[record["task"]].row}
             ledger.apply(again)
             kept.append(encode_record(again))
             found.records.append(again)
@@ -260,16 +262,26 @@ def _whole_lines(text: bytes) -> tuple[list[bytes], list[str]]:
 
 
 def _supersequence(first: list[bytes], second: list[bytes]) -> list[bytes]:
-    """Return all lines of two lists in an order that fits both."""
-    if second == first[: len(second)]:
-        return first
-    if first == second[: len(first)]:
-        return second
-    merged: list[bytes] = []
-    for kind, i, j, k, m in SequenceMatcher(None, first, second, autojunk=False).get_opcodes():
-        merged += first[i:j]
-        merged += [] if kind == "equal" else second[k:m]
-    return merged
+    """Return all lines of two lists in an order that fits both.
+
+    If neither list has all lines, the rows give the order: a line is behind those of earlier rows, and a line without
+    one stays behind the line before it. (Equal lines, of repeated failures, are one line then.)
+    """
+    for whole, part in ((first, second), (second, first)):
+        rest = iter(whole)
+        if all(line in rest for line in part):  # each one behind the one before
+            return whole
+    return list(dict.fromkeys(line for _, line in heapq.merge(_placed(first), _placed(second), key=itemgetter(0))))
+
+
+def _placed(lines: list[bytes]) -> Iterator[tuple[tuple[int, bool], bytes]]:
+    """Give each line its place, which never decreases: its row, and whether it comes behind the embedding there."""
+    place = (-1, True)
+    for line in lines:
+        record = parse_record(line)
+        if (row := record.get("row")) is not None:
+            place = max(place, (row, record["state"] != "done"))
+        yield place, line
 
 
 # Mending
@@ -332,11 +344,11 @@ def mend_rows(folder: Path) -> list[str]:
             old, new = changed.get(record["task"], (None, None))
             if record is latest.get(record["task"]) and record == old:
                 if new is None:
-                    withdrawn.append(record["task"])
+                    withdrawn.append({"task": record["task"], "state": "open", "row": record["row"]})
                 lines.append(encode_record(new or record))
                 continue
             lines.append(encode_record(record))
-        lines += [encode_record({"task": task, "state": "open"}) for task in withdrawn]
+        lines += map(encode_record, withdrawn)
         for name in (MANIFEST, MANIFEST_COPY):
             write_atomically(folder / name, b"".join(lines))
         sync_folder(folder)

@@ -337,7 +337,7 @@ class Bank:
             for task in wanted:
                 if task not in self._ledger.failed:
                     raise BankError(f"bank {self.folder}: task {task!r} has not failed")
-            self._append([{"task": task, "state": "open"} for task in wanted])
+            self._append([{"task": task, "state": "open", "row": None} for task in wanted])
         return wanted
 
     def remove(self, *tasks: str) -> None:
@@ -356,7 +356,7 @@ class Bank:
             for task in wanted:
                 if task not in self._ledger.done:
                     raise BankError(f"bank {self.folder}: task {str(task)[:80]!r} is not finished")
-            self._append([{"task": task, "state": "open"} for task in wanted])
+            self._append([{"task": task, "state": "open", "row": self._ledger.done[task].row} for task in wanted])
 
     def settled(self, task: str) -> bool:
         """Return whether a task is finished or has failed, without looking at the folder again."""
