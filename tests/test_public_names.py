@@ -39,6 +39,12 @@ CHANGED: dict[str, str] = {
         _SEGMENTS,
     ),
     **dict.fromkeys(
+        (f"{place}.{name}" for place in ("t2v_fast.Bank", "t2v_fast.bank.Bank") for name in ("add", "claim")),
+        "they take replace and again, by name, whose defaults are what they were",
+    ),
+    "t2v_fast.run.Summary": "changed, the last, with a default",
+    "t2v_fast.run.run_job": "redo_changed, by name, whose default is what it was",
+    **dict.fromkeys(
         ("t2v_fast.FisherRecorder.backward_groups", "t2v_fast.recorder.FisherRecorder.backward_groups"),
         "it takes retain_graph last, as backward does",
     ),

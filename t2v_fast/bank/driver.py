@@ -43,6 +43,7 @@ class Summary:
         failed: All tasks of the job that have failed, with their errors.
         lost_workers: Workers that died.
         seconds: Duration of the run.
+        changed: Finished tasks that were to be embedded again, because their folders or tables had changed.
         profile: Where the time of the run went.
     """
 
@@ -52,6 +53,7 @@ class Summary:
     failed: dict[str, str] = field(default_factory=dict)
     lost_workers: int = 0
     seconds: float = 0.0
+    changed: list[str] = field(default_factory=list)
     profile: JobProfile = field(default_factory=lambda: JobProfile([]), init=False, repr=False)
 
 
@@ -64,6 +66,7 @@ def run_job(
     progress: bool = True,
     factory: Factory | None = None,
     on_start: Callable[[Engine], None] | None = None,
+    redo_changed: bool = False,
 ) -> Summary:
     """Embed all tasks of a job that a bank does not have and that have not failed before.
 
@@ -80,6 +83,9 @@ def run_job(
         progress: Show a bar on the error stream.
         factory: Makes the pipeline of a worker, by default ``job.task2vec``. It travels to the workers.
         on_start: Called with the engine when the first workers are started.
+        redo_changed: Embed finished tasks again if their folders or tables have other images or labels than then. Names
+            and sizes of files are compared. The former embedding stays until the new one takes its place, also if the
+            run is interrupted or the task fails now.
 
     Returns:
         The :class:`Summary` of the run.
@@ -108,7 +114,7 @@ def run_job(
     else:
         engine = InProcess(factory)
     clock = _Clock(began, max(workers, 1), threads, isinstance(engine, InProcess), dict(job.settings))
-    driver = _Driver(job, settings, bank, engine, clock, Display(len(job.tasks), progress))
+    driver = _Driver(job, settings, bank, engine, clock, Display(len(job.tasks), progress), redo_changed)
     try:
         with driver.display:
             return driver.run(on_start)
@@ -116,16 +122,12 @@ def run_job(
         driver.close()
 
 
-def changed_tasks(job: Job, bank: Bank) -> list[str]:
-    """Return the finished tasks of a job whose folders or tables had other images or labels when they were embedded.
+def _changed(works: Iterable[WorkItem], bank: Bank) -> list[str]:
+    """Return the finished tasks whose folders or tables had other images or labels when they were embedded.
 
     ``meta["contents"]`` of their embeddings tells (:func:`~t2v_fast.tasks.data.contents_of`): the names and sizes of
     the images are compared, and the labels. Tasks of other kinds, and those whose data are gone, are never among them.
     """
-    return _changed(job.work, bank)
-
-
-def _changed(works: Iterable[WorkItem], bank: Bank) -> list[str]:
     return [task for work in works for task in work.tasks if task in bank and _has_changed(work, bank, task)]
 
 
@@ -133,7 +135,7 @@ def _has_changed(work: WorkItem, bank: Bank, task: str) -> bool:
     try:
         now = work.contents()
         return now is not None and bank[task].meta.get("contents") not in (None, now)
-    except (BankError, DataError, KeyError, OSError):  # damaged, taken out, or without its data: no matter now
+    except (BankError, DataError, OSError):  # damaged, taken out, or without its data: no matter now
         return False
 
 
@@ -141,20 +143,33 @@ class _Driver:
     """The state of one run of a job."""
 
     def __init__(
-        self, job: Job, settings: Settings | None, bank: Bank, engine: Engine, clock: _Clock, display: Display
+        self,
+        job: Job,
+        settings: Settings | None,
+        bank: Bank,
+        engine: Engine,
+        clock: _Clock,
+        display: Display,
+        redo_changed: bool,
     ) -> None:
         self.bank, self.engine, self.clock, self.display = bank, engine, clock, display
         self.workers = clock.workers
         self.names, self.settings = job.tasks, settings
-        self.finished = [work for work in job.work if all(map(bank.settled, work.tasks))]
-        self.queue = deque(work for work in job.work if not all(map(bank.settled, work.tasks)))
+        self.redo_changed, changed = redo_changed, []
+        if redo_changed:
+            display.note("looking whether finished tasks have changed")
+            changed = _changed(job.work, bank)
+        self.again = set(changed)  # finished tasks that are embedded again
+        before = {name for name in self.names if bank.settled(name) and name not in self.again}
+        self.finished = [work for work in job.work if work.tasks.keys() <= before]
+        self.queue = deque(work for work in job.work if not work.tasks.keys() <= before)
         self.claimed_elsewhere: deque[WorkItem] = deque()  # tasks that another driver has claimed
         self.assigned: dict[int, WorkItem | None] = {}  # by worker; None: idle, or not ready yet
         self.idle: list[int] = []
         self.deaths: dict[str, int] = {}
         self.starts_failed = 0
         self.checked = False  # whether the bank was found to have the same settings
-        self.summary = Summary(before=sum(map(bank.settled, self.names)))
+        self.summary = Summary(before=len(before), changed=changed)
 
     def _note_settings(self) -> None:
         """Say that finished tasks stay as they are, where one of them was embedded with other settings."""
@@ -168,11 +183,14 @@ class _Driver:
                 )
 
     def _note_contents(self) -> None:
-        """Say that finished tasks stay as they are, where their folders or tables have changed."""
-        if changed := _changed(self.finished, self.bank):
+        """Say which tasks have other folders or tables than when they were embedded, and whether they stay."""
+        if self.redo_changed:
+            if self.again:
+                self.display.note(f"to be embedded again, because they have changed: {first_of(self.summary.changed)}")
+        elif changed := _changed(self.finished, self.bank):
             self.display.note(
                 f"note: {first_of(changed)} had other images or labels when embedded. Finished tasks "
-                "stay as they are: --redo-changed embeds them again (`changed_tasks` and `Bank.remove` in Python)"
+                "stay as they are: --redo-changed (redo_changed=True in Python) embeds them again"
             )
 
     def run(self, on_start: Callable[[Engine], None] | None) -> Summary:
@@ -208,7 +226,7 @@ class _Driver:
                     self._handle(worker, event)
         look.join()
         failed = self.bank.failed
-        self.summary.failed = {name: failed[name] for name in self.names if name in failed}
+        self.summary.failed |= {name: failed[name] for name in self.names if name in failed}
         self.summary.seconds = time.monotonic() - self.clock.began
         self.summary.profile = JobProfile(self.clock.tasks, [self.clock.run()])
         return self.summary
@@ -221,7 +239,7 @@ class _Driver:
     def _assign_work(self) -> None:
         while self.idle and self.queue:
             work = self.queue.popleft()
-            mine = {task: label for task, label in work.tasks.items() if self.bank.claim(task)}
+            mine = {task: label for task, label in work.tasks.items() if self._claim(work, task)}
             rest = {t: v for t, v in work.tasks.items() if t not in mine and not self.bank.settled(t)}
             if rest:
                 self.claimed_elsewhere.append(replace(work, tasks=rest))
@@ -229,6 +247,15 @@ class _Driver:
                 worker = self.idle.pop()
                 self.assigned[worker] = given = replace(work, tasks=mine)
                 self.engine.submit(worker, given)
+
+    def _claim(self, work: WorkItem, task: str) -> bool:
+        again = task in self.again
+        if not self.bank.claim(task, again=again):
+            return False
+        if again and task in self.bank and not _has_changed(work, self.bank, task):
+            self.bank.release(task)  # another driver has embedded it again
+            return False
+        return True
 
     def _handle(self, worker: int, event: Any) -> None:
         if isinstance(event, dict):
@@ -248,12 +275,17 @@ class _Driver:
             raise RuntimeError(f"the pipeline cannot be made: {event}")
 
     def _store(self, results: list[tuple[WorkItem, Result]]) -> None:
-        self.bank.add(*(e for _, result in results for e in result.embeddings))
+        embeddings = [e for _, result in results for e in result.embeddings]
+        self.bank.add(*embeddings, replace=bool(self.again))
         for work, result in results:
             for note in result.notes:
                 self.display.note(note)
             for task, error in result.errors.items():
-                self.bank.fail(task, error)
+                if task in self.again and task in self.bank:
+                    error += "; its former embedding stays"
+                    self.summary.failed[task] = error
+                else:
+                    self.bank.fail(task, error)
                 self.display.note(f"failed: {task}: {error}")
             for task in work.tasks:
                 self.bank.release(task)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -35,6 +36,12 @@ ADVICE = "`t2v-fast bank repair` restores what the other files still say"
 
 class BankError(ValueError):
     """A bank is damaged or was used wrongly. The message names the file, and the task if there is one."""
+
+
+class NotInBank(BankError, KeyError):
+    """A bank does not have a finished task of this name. It may have failed, or was taken out in the meantime."""
+
+    __str__ = Exception.__str__  # that of KeyError puts the message into quotes
 
 
 def check_name(task: Any) -> None:
@@ -235,8 +242,8 @@ def lines_lost(manifest: bytes, copy: bytes) -> int:
     """Return how many whole lines the copy has that the manifest lacks."""
     if manifest.startswith(copy):
         return 0
-    have = set(manifest.splitlines())
-    return sum(line not in have and is_record(line) for line in copy.splitlines())
+    lost = Counter(copy.splitlines()) - Counter(manifest.splitlines())  # the lines of repeated failures are equal
+    return sum(count for line, count in lost.items() if is_record(line))
 
 
 def is_residue(rest: bytes, start: int, copied: int | None) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -227,8 +228,8 @@ def _merge(found: _Findings, original: bytes, copy: bytes | None) -> None:
     first, problems = _whole_lines(original)
     second, _ = _whole_lines(copy or b"")
     merged = _supersequence(first, second)
-    if more := set(second) - set(first):
-        problems.append(f"lines that are only in {MANIFEST_COPY}: {len(more)}")
+    if lost := Counter(merged) - Counter(first):
+        problems.append(f"lines that are only in {MANIFEST_COPY}: {lost.total()}")
     ledger, kept = Ledger(), []
     for line in merged:
         record = parse_record(line)

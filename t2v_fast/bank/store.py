@@ -36,6 +36,7 @@ from .manifest import (
     MANIFEST,
     BankError,
     Ledger,
+    NotInBank,
     append_lines,
     check_name,
     copy_size,
@@ -118,13 +119,15 @@ class Bank:
 
     # Adding and reading
 
-    def add(self, *embeddings: Embedding) -> None:
+    def add(self, *embeddings: Embedding, replace: bool = False) -> None:
         """Store embeddings under the names in their ``meta["task"]``, all of them or none.
 
         The embeddings are on the disk when this method returns. Adding many at once waits for the disk only once.
 
         Args:
             embeddings: The embeddings to store, under names that the bank does not have yet.
+            replace: Let an embedding take the place of the one that the bank has under its name (as with
+                :meth:`remove`).
 
         Raises:
             FingerprintMismatch: If an embedding cannot be compared with those of the bank.
@@ -138,7 +141,7 @@ class Bank:
             check_name(name)
         with self._writing():
             for k, name in enumerate(names):
-                if name in self._ledger.done or name in names[:k]:
+                if (name in self._ledger.done and not replace) or name in names[:k]:
                     raise BankError(f"bank {self.folder}: task {name!r} is there already")
             try:
                 self._prepare()
@@ -148,7 +151,8 @@ class Bank:
                     self._prepared = None  # the header has no copy yet
                     self._prepare()
                 self._check_comparable(embeddings)
-                self._append(write_rows(self.folder, names, embeddings, self._ledger.rows, self._length))
+                records = write_rows(self.folder, names, embeddings, self._ledger.rows, self._length)
+                self._append(self._withdrawals(names) + records)
             except OSError as error:
                 some = names[0] if len(names) == 1 else f"{names[0]!r} to {names[-1]!r}"
                 raise OSError(
@@ -158,8 +162,9 @@ class Bank:
     @property
     def tasks(self) -> list[str]:
         """The names of the finished tasks, in the order of :meth:`vectors`."""
-        self.refresh()
-        return self._order()
+        with self._thread:
+            self.refresh()
+            return self._order()
 
     def __len__(self) -> int:
         """Return the number of finished tasks."""
@@ -175,15 +180,16 @@ class Bank:
         """Read one embedding and compare it with its checksums.
 
         Raises:
-            KeyError: If the bank does not have the task. The message holds the error of a task that failed.
+            KeyError: If the bank does not have the task (:class:`~t2v_fast.bank.NotInBank`). The message holds the
+                error of a task that failed.
             BankError: If the embedding is damaged.
         """
-        self.refresh()
-        if task not in self._ledger.done:
-            failed = self._ledger.failed
-            state = f"failed: {failed[task]}" if task in failed else "is not in it"
-            raise KeyError(f"bank {self.folder}: task {task!r} {state}")
-        done = self._ledger.done[task]
+        with self._thread:
+            self.refresh()
+            done, error = self._ledger.done.get(task), self._ledger.failed.get(task)
+        if done is None:
+            state = "is not in it" if error is None else f"failed: {error}"
+            raise NotInBank(f"bank {self.folder}: task {task!r} {state}")
         with open(self._manifest, "rb") as file:
             file.seek(done.start)
             line = file.read(done.length)
@@ -276,14 +282,19 @@ class Bank:
 
     # Sharing the work with other processes
 
-    def claim(self, task: str) -> bool:
+    def claim(self, task: str, *, again: bool = False) -> bool:
         """Try to become the one process and thread that works on a task.
 
         A claim ends with :meth:`release`, or with the process, however the process ends. Without a claim, two
         processes may compute the same task, but only one of them can store it.
 
+        Args:
+            task: The name of the task.
+            again: Claim a finished task, too, to replace its embedding (:meth:`add`).
+
         Returns:
-            True if the caller now has the claim. False if the task is finished, has failed, or is claimed already.
+            True if the caller now has the claim. False if the task is finished (unless ``again``), has failed, or is
+            claimed already.
         """
         check_name(task)
         if not self._locks.acquire(task_offset(task), wait=False):
@@ -293,7 +304,7 @@ class Bank:
         except BaseException:
             self.release(task)
             raise
-        if self.settled(task):
+        if task in self._ledger.failed or (task in self._ledger.done and not again):
             self.release(task)
             return False
         return True
@@ -349,14 +360,15 @@ class Bank:
             tasks: The names of finished tasks.
 
         Raises:
-            BankError: If one of the tasks is not finished.
+            BankError: If one of the tasks is not finished. One that has failed needs :meth:`retry` instead.
         """
         with self._writing():
             wanted = list(dict.fromkeys(tasks))
             for task in wanted:
                 if task not in self._ledger.done:
-                    raise BankError(f"bank {self.folder}: task {str(task)[:80]!r} is not finished")
-            self._append([{"task": task, "state": "open", "row": self._ledger.done[task].row} for task in wanted])
+                    state = "has failed: retry it" if task in self._ledger.failed else "is not in it"
+                    raise BankError(f"bank {self.folder}: task {task!r} {state}")
+            self._append(self._withdrawals(wanted))
 
     def settled(self, task: str) -> bool:
         """Return whether a task is finished or has failed, without looking at the folder again."""
@@ -496,6 +508,10 @@ class Bank:
             append_lines(self.folder, b"".join(lines), self._read)
             for line in lines:
                 self._take_up(line)
+
+    def _withdrawals(self, tasks: Sequence[str]) -> list[dict[str, Any]]:
+        done = self._ledger.done
+        return [{"task": task, "state": "open", "row": done[task].row} for task in tasks if task in done]
 
     def _load_header(self) -> None:
         if self._header is None:

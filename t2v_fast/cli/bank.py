@@ -77,6 +77,8 @@ def _retry(arguments: argparse.Namespace) -> int:
 
 def _rm(arguments: argparse.Namespace) -> int:
     tasks = list(dict.fromkeys(arguments.tasks))
+    if not tasks:  # `rm BANK -- --`
+        raise ValueError("no task to take out")
     _open(arguments).remove(*tasks)
     console.print(f"{len(tasks)} task{'s' * (len(tasks) != 1)} taken out")
     arguments.result.update(tasks=tasks)

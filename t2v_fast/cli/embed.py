@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..embedding import Embedding, escaped, first_of
+from ..embedding import Embedding, escaped
 from ..tasks.data import IMAGE_SUFFIXES, contents_of_folder
 from ..tasks.pipeline import Task2Vec
 from ..tasks.settings import NOT_IN_JOBS, OPTIONS, other_settings
@@ -170,7 +170,7 @@ def _key_of(name: str) -> str:
 
 
 def _run_job(arguments: argparse.Namespace) -> int:
-    from ..bank.driver import changed_tasks, run_job
+    from ..bank.driver import run_job
     from ..bank.job import load_job
     from ..bank.store import Bank
 
@@ -183,11 +183,14 @@ def _run_job(arguments: argparse.Namespace) -> int:
     bank = Bank(arguments.bank)
     if arguments.retry_failed:
         bank.retry([task for task in bank.failed if task in set(job.tasks)])
-    redone = changed_tasks(job, bank) if arguments.redo_changed else []
-    if redone:
-        bank.remove(*redone)
-        console.print(f"to be embedded again, because they have changed: {escaped(first_of(redone))}", markup=False)
-    summary = run_job(job, bank, workers=arguments.workers or 0, ray=arguments.ray, progress=arguments.progress)
+    summary = run_job(
+        job,
+        bank,
+        workers=arguments.workers or 0,
+        ray=arguments.ray,
+        progress=arguments.progress,
+        redo_changed=arguments.redo_changed,
+    )
     lost = f", {summary.lost_workers} workers were lost" if summary.lost_workers else ""
     console.print(
         f"{summary.finished} of {len(job.tasks)} tasks embedded in {summary.seconds:.1f} s ({summary.images} images), "
@@ -198,7 +201,7 @@ def _run_job(arguments: argparse.Namespace) -> int:
         bank=arguments.bank,
         finished=summary.finished,
         before=summary.before,
-        changed=redone,
+        changed=summary.changed,
         failed=summary.failed,
         images=summary.images,
         lost_workers=summary.lost_workers,
@@ -211,6 +214,6 @@ def _run_job(arguments: argparse.Namespace) -> int:
         print_profile(summary.profile)
     for task, error in summary.failed.items():
         print(escaped(f"failed: {task}: {error}"), file=sys.stderr)
-    if summary.failed:
-        print(f"{len(summary.failed)} tasks failed; --retry-failed runs them again", file=sys.stderr)
+    if kept := summary.failed.keys() & bank.failed.keys():
+        print(f"{len(kept)} tasks failed; --retry-failed runs them again", file=sys.stderr)
     return 1 if summary.failed else 0

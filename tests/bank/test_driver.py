@@ -33,8 +33,7 @@ from jobs import (
 )
 from small import shapes, write_folder
 
-from t2v_fast import Bank, FingerprintMismatch, cli
-from t2v_fast.bank.driver import changed_tasks
+from t2v_fast import Bank, FingerprintMismatch, Task2Vec, cli
 from t2v_fast.bank.engines import Processes, perform
 from t2v_fast.bank.job import load_job
 
@@ -124,14 +123,13 @@ def test_finished_tasks_whose_data_changed_are_named_and_embedded_again(
     assert run(job, tmp_path / "bank").before == 6
     assert "note: a, b, c and 2 more had other images or labels when embedded. Finished" in capsys.readouterr().err
     bank = Bank(tmp_path / "bank")
-    assert changed_tasks(load_job(job), bank) == ["a", "b", "c", "d", "g"]
 
     kept = {name: bank[name].hessian for name in ("e", "f")}
     take_small_probes(monkeypatch)
     redo = ["embed", "--job", str(job), "--bank", str(tmp_path / "bank"), "--redo-changed"]
     assert cli.main(redo) == 0
     said = capsys.readouterr()
-    assert "to be embedded again, because they have changed: a, b, c and 2 more" in said.out
+    assert "to be embedded again, because they have changed: a, b, c and 2 more" in said.err
     assert "5 of 6 tasks embedded" in said.out
     assert "other images" not in said.err
     assert sorted(bank.tasks) == ["a", "b", "c", "d", "e", "f", "g"]
@@ -141,6 +139,59 @@ def test_finished_tasks_whose_data_changed_are_named_and_embedded_again(
         np.testing.assert_array_equal(bank[name].hessian, hessian)
     assert cli.main([*redo, "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["changed"] == []
+
+
+def test_a_former_embedding_stays_until_another_one_takes_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_small_probes(monkeypatch)
+    job, bank = folders(tmp_path, ["a", "b"]), Bank(tmp_path / "bank")
+    run(job, bank.folder)
+    former = bank["a"].hessian
+    folder = tmp_path / "tasks" / "a"
+    (folder / "class 0" / "000.png").unlink()
+    with pytest.raises(FingerprintMismatch):
+        run(job, bank.folder, factory=other_pipeline, redo_changed=True)
+    with pytest.raises(ValueError, match="workers is -1"):
+        run(job, bank.folder, workers=-1, redo_changed=True)
+    for other in sorted(folder.iterdir())[1:]:
+        shutil.rmtree(other)
+    assert cli.main(["embed", "--job", str(job), "--bank", str(bank.folder), "--redo-changed"]) == 1
+    said = capsys.readouterr().err
+    assert "failed: a: DataError: task 'a' has images of one class only" in said
+    assert "its former embedding stays" in said
+    assert "--retry-failed" not in said
+    assert bank.failed == {}
+    np.testing.assert_array_equal(bank["a"].hessian, former)
+    write_folder(folder, *shapes(12, seed=5))
+    summary = run(job, bank.folder, redo_changed=True)
+    assert (summary.changed, summary.finished, summary.before, summary.failed) == (["a"], 1, 1, {})
+    assert (bank["a"].hessian != former).any()
+    assert run(job, bank.folder, redo_changed=True).changed == []
+
+
+def test_two_drivers_embed_what_changed_once(tmp_path: Path) -> None:
+    names = [f"t{k}" for k in range(6)]
+    job, bank = folders(tmp_path, names), Bank(tmp_path / "bank")
+    run(job, bank.folder)
+    for name in names:
+        (tmp_path / "tasks" / name / "class 0" / "000.png").unlink()
+    both = threading.Barrier(2)
+    summaries = []
+
+    def drive(task2vec: Task2Vec) -> None:
+        options = {"factory": lambda: task2vec, "on_start": lambda engine: both.wait(60)}
+        summaries.append(run(job, bank.folder, redo_changed=True, **options))
+
+    threads = [threading.Thread(target=drive, args=(pipeline(),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [summary.changed for summary in summaries] == [names, names]
+    assert sum(summary.finished for summary in summaries) == 6
+    assert [bank[name].num_examples for name in names] == [11] * 6
+    assert Bank(bank.folder).verify() == {}
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from t2v_fast import Bank, BankError, Embedding, FingerprintMismatch, cli, distance
+from t2v_fast.bank import NotInBank
 from t2v_fast.bank.export import export
 from t2v_fast.bank.index import Index, scan
 from t2v_fast.bank.manifest import encode_record
@@ -103,12 +104,10 @@ def test_removed_tasks_can_be_added_again(tmp_path: Path) -> None:
     bank, other = Bank(tmp_path), Bank(tmp_path)
     bank.add(*(make(name, k) for k, name in enumerate("abcd")))
     assert len(other) == 4
-    for names in (["b", "e"], ["b", "f"], [""]):
-        with pytest.raises(BankError, match=f"task {names[-1]!r} is not finished"):
-            bank.remove(*names)
     bank.fail("f", "no images")
-    with pytest.raises(BankError, match="'f' is not finished"):
-        bank.remove("f")
+    for names, state in ((["b", "e"], "is not in it"), (["b", "f"], "has failed: retry it"), ([""], "is not in it")):
+        with pytest.raises(BankError, match=f"task {names[-1]!r} {state}"):
+            bank.remove(*names)
     bank.remove()
     assert bank.tasks == ["a", "b", "c", "d"]  # all or none
     assert not bank.claim("b")
@@ -131,6 +130,55 @@ def test_removed_tasks_can_be_added_again(tmp_path: Path) -> None:
     assert (bank.tasks, bank.vectors().shape, bank.nearest(make("a"))) == ([], (0, 7), [])
     with pytest.raises(FingerprintMismatch):  # an empty bank keeps what its embeddings were made with
         bank.add(make("a", fingerprint={"probe": "q"}))
+
+
+def test_an_embedding_takes_the_place_of_another(tmp_path: Path) -> None:
+    bank, other = Bank(tmp_path), Bank(tmp_path)
+    bank.add(make("a", 0), make("b", 1))
+    with pytest.raises(BankError, match="task 'a' is there already"):
+        bank.add(make("c", 2), make("a", 10))
+    assert not bank.claim("a")
+    assert bank.claim("a", again=True)
+    assert not other.claim("a", again=True)
+    bank.add(make("c", 2), make("a", 10), replace=True)
+    bank.release("a")
+    with pytest.raises(BankError, match="task 'd' is there already"):
+        bank.add(make("d"), make("d", 1), replace=True)
+    bank.fail("e", "no images")
+    assert not bank.claim("e", again=True)
+    expected = [make("b", 1), make("c", 2), make("a", 10)]
+    assert Bank.repair(tmp_path) == []
+    for b in (bank, other, Bank(tmp_path)):
+        assert all(same(x, y) for x, y in zip(b, expected, strict=True))
+        np.testing.assert_array_equal(b.vectors(), np.stack([e.hessian for e in expected]))
+
+
+def test_a_task_that_is_missing_is_an_error_of_both_kinds(tmp_path: Path) -> None:
+    """A mapping raises KeyError, and the command line catches errors about a bank."""
+    Bank(tmp_path).add(make("a"))
+    for error in (KeyError, BankError, NotInBank):
+        with pytest.raises(error) as caught:
+            Bank(tmp_path)["b"]
+        assert str(caught.value) == f"bank {tmp_path}: task 'b' is not in it"
+
+
+def test_names_are_read_while_others_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread that looks at the folder waits until the names are sorted."""
+    bank, own = Bank(tmp_path), Bank._order
+    bank.add(make("a"), make("b"))
+    looks = threading.Thread(target=len, args=(bank,))
+
+    def order(self: Bank) -> list[str]:
+        Bank(tmp_path).remove("a")
+        looks.start()
+        looks.join(0.2)
+        return own(self)
+
+    monkeypatch.setattr(Bank, "_order", order)
+    assert bank.tasks == ["a", "b"]
+    looks.join()
+    monkeypatch.undo()
+    assert bank.tasks == ["b"]
 
 
 @pytest.mark.parametrize("opened", ["the same object", "another object"])
@@ -567,7 +615,9 @@ def test_commands(full: Bank, tmp_path: Path, capsys: pytest.CaptureFixture) -> 
         out = capsys.readouterr()
         return status, out.out + out.err
 
-    assert run("rm", folder, "another", "t1")[1].count("task 't1' is not finished") == 1
+    assert "task 't1' is not in it" in run("rm", folder, "another", "t1")[1]
+    assert "task 'broken' has failed: retry it" in run("rm", folder, "broken")[1]
+    assert "no task to take out" in run("rm", folder, "--", "--")[1]
     assert run("rm", folder, "another", "one more", "another") == (0, "2 tasks taken out\n")
     assert run("ls", folder)[1].count("\n") == 7
     assert "6 tasks, 1 failed" in run("ls", folder)[1]
