@@ -11,6 +11,7 @@ part. Per-example gradients are computed at the taps, from the cotangents that r
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
@@ -272,6 +273,19 @@ def parameters_below(root: Node, names: Mapping[int, str]) -> tuple[tuple[str, .
             nodes.add(node)
             stack.extend(child for child, _ in node.next_functions if child is not None)
     return tuple(wanted), frozenset(node.name() for node in nodes)
+
+
+def nearest_parameter(root: Node, names: Mapping[int, str]) -> str | None:
+    """The wanted parameter with the fewest nodes between itself and ``root``, which it lies below."""
+    queue, seen = deque([root]), {root}
+    while queue:
+        node = queue.popleft()
+        if id(getattr(node, "variable", None)) in names:
+            return names[id(node.variable)]
+        children = [child for child, _ in node.next_functions if child is not None and child not in seen]
+        seen.update(children)
+        queue.extend(children)
+    return None
 
 
 def views_of(node: Node | None) -> tuple[Tensor, tuple[str, ...]] | None:

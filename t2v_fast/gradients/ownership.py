@@ -125,6 +125,11 @@ class Ownership:
         numbers = range(len(node._input_metadata)) if node in self._several else (0,)
         return {number: states[node, number] for number in numbers if (node, number) in states}
 
+    def mixed(self) -> Node | None:
+        """The node nearest to the output with an output whose entries several examples share."""
+        mixed = (node for node in self.order if any(isinstance(s, Interacting) for s in self._outputs(node).values()))
+        return next(mixed, None)
+
     def _visit(self, node: Node, name: str) -> None:
         """Carry the states of a node's outputs to its inputs."""
         outputs = self._outputs(node)

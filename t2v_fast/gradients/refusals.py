@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from .fast_layers import NODES
-from .graph import Taps, UnsupportedError, find_taps, parameters_below
+from .graph import Taps, UnsupportedError, find_taps, nearest_parameter, parameters_below
 from .members import modules_of, name_of
-from .ownership import PASSING
+from .ownership import PASSING, Ownership
 from .quantised import LINEAR
 from .tensor_parallel import BETWEEN, check_local_parts
 
@@ -66,7 +66,7 @@ def taps_of(
     if (why := taps.ownership.interacting) is not None:
         raise UnsupportedError(
             f"the parameter {min(parameters)!r} and others have no per-example gradients: in what is computed from the "
-            f"network's input, {why}. Change the layer that mixes examples"
+            f"network's input, {why}. Change the layer that mixes examples{_place_of(taps.ownership, names)}"
         )
     sharded = [name for name in sorted(taps.unused) if _is_sharded(parameters[name])]
     if sharded:
@@ -86,6 +86,15 @@ def taps_of(
             "the layer"
         )
     return taps
+
+
+def _place_of(ownership: Ownership, names: Mapping[int, str]) -> str:
+    """What the layer that mixes examples reads; nothing where that needs no gradient, such as the network's input."""
+    node = ownership.mixed()
+    name = None if node is None else nearest_parameter(node, names)
+    if node is None or name is None:
+        return ""
+    return f": it reads what {node.name()} computes, and the nearest parameter towards the input is {name!r}"
 
 
 def _is_sharded(parameter: Tensor) -> bool:

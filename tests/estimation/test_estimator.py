@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -406,6 +407,38 @@ def test_transformers_and_convnexts_agree_with_per_example_autograd() -> None:
             got = fisher(network, [x[:2], x[2:]], "exact", granularity=granularity)
             assert_agrees(got, truth(network, x, "exact", granularity))
             assert not got.unused, name
+
+
+class Middle(nn.Module):
+    """Layers of which one mixes the examples."""
+
+    def __init__(self, mix: Callable[[Tensor], Tensor], at: int) -> None:
+        super().__init__()
+        self.layers, self.mix, self.at = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), mix, at
+
+    def forward(self, x: Tensor) -> Tensor:
+        for k, layer in enumerate(self.layers):
+            x = layer(x).relu()
+            x = self.mix(x) if k == self.at else x
+        return x
+
+
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: (x @ x.T).softmax(1) @ x,
+        lambda x: x - x.mean(0),
+        lambda x: x.softmax(0),
+        lambda x: x.sort(0).values,
+        lambda x: nn.functional.batch_norm(x, None, None, training=True),
+    ],
+    ids=["attention", "mean", "softmax", "sort", "batch norm"],
+)
+@pytest.mark.parametrize("unsupported", ["error", "exact"])
+def test_the_layer_that_mixes_examples_is_found(mix: Callable[[Tensor], Tensor], at: int, unsupported: str) -> None:
+    with pytest.raises(UnsupportedError, match=rf"towards the input is 'layers\.{at}\.bias'"):
+        fisher(Middle(mix, at), [torch.randn(5, 4)], unsupported=unsupported)
 
 
 def test_interacting_examples_are_refused() -> None:
