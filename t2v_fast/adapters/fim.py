@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..estimation.batches import split_batch
-from ..estimation.estimator import default_forward, fisher
+from ..estimation.batches import default_forward, split_batch
+from ..estimation.estimator import fisher
 from ..estimation.packing import IGNORED
 from ..gradients.recorder import ParameterFilter
 from .squares import in_type_of

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from ..adapters.checkpoints import SHARD_BYTES, Checkpoint, empty_folder, keys_of, save_sharded
 from ..adapters.language import next_tokens
 from ..adapters.squares import summed_squares
-from ..estimation.batches import Schedule
+from ..estimation.batches import Schedule, default_forward
 from ..estimation.cotangents import cotangents
-from ..estimation.estimator import default_forward, fisher
+from ..estimation.estimator import fisher
 from ..estimation.packing import IGNORED
 from .common import console
 

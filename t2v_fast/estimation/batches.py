@@ -8,6 +8,7 @@ batch.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import Dataset, IterableDataset
 
 from ..gradients.fast_forward import fast_forward
 from ..gradients.graph import UnsupportedError
@@ -27,7 +29,7 @@ from .allocation import seeds_of
 from .deferred import DeferredChecks
 from .explanations import explanation
 from .graphs import Passes
-from .packing import AS_GIVEN, Texts
+from .packing import AS_GIVEN, IGNORED, Texts, has_decoder_tokens, padding_mask
 from .self_check import SelfCheck
 from .sketches import MoreSketches
 
@@ -101,6 +103,8 @@ def forward_passes(
             checks, copies = DeferredChecks(), DeviceCopies(torch.device(device))
             for inputs, labels, segments in _rows(loader, texts):
                 checks.begin_batch()
+                if forward is default_forward:
+                    _check_decoder(recorder.model, inputs, labels)
                 there = copies.of(inputs)
                 n = _check_inputs(there, checks)
                 if n == 0:
@@ -237,6 +241,57 @@ def _mask_of_row(valid: Tensor | None, segments: Tensor, logits: Tensor) -> Tens
     return theirs if valid is None else theirs & valid.cpu().bool()
 
 
+def _default_forward(model: nn.Module, inputs: Any) -> Tensor:
+    """Run the model, mappings as keyword arguments; return its output, or the output's ``logits``."""
+    if isinstance(inputs, Mapping):
+        # A cache copies keys and values, and Hugging Face's models keep packed sequences apart only without one.
+        cached = getattr(getattr(model, "config", None), "use_cache", False)
+        if cached and "use_cache" in inspect.signature(model.forward).parameters:
+            inputs = {"use_cache": False, **inputs}
+        output = model(**inputs)
+    else:
+        output = model(inputs)
+    return getattr(output, "logits", output)
+
+
+def _default_mask(inputs: Any, labels: Tensor | None) -> Tensor | None:
+    """Return which tokens count, [N, T]: all but padding and tokens with label -100. None means all tokens."""
+    mask = padding_mask(inputs)
+    if mask is not None and mask.dim() == 4 and mask.shape[0] == 1:  # of queries and keys, and labels are [1, T]
+        mask = None
+    mask = None if mask is None else mask.bool().cpu()
+    if labels is not None and not labels.is_floating_point():
+        wanted = (labels != IGNORED).cpu()
+        mask = wanted if mask is None else mask & wanted
+    return mask
+
+
+# The defaults of other functions that run a network over a loader.
+default_forward, default_mask = _default_forward, _default_mask
+
+
+def check_loader(loader: Any) -> None:
+    """Raise TypeError for what would yield single examples in place of batches: a tensor, or a map-style data set."""
+    kind, instead = type(loader).__name__, "DataLoader(data, batch_size=...)"
+    if isinstance(loader, Tensor):
+        instead = "[x] if it is one batch, or DataLoader(TensorDataset(x), batch_size=...) if it holds a data set"
+    elif not isinstance(loader, Dataset) or isinstance(loader, IterableDataset):
+        return
+    raise TypeError(f"the loader is a {kind}, expected batches: pass {instead}")
+
+
+def _check_decoder(model: nn.Module, inputs: Any, labels: Tensor | None) -> None:
+    """Raise ValueError where an encoder-decoder would make up the tokens of its decoder without the labels."""
+    config = getattr(model, "config", None)
+    if labels is None or labels.dim() < 2 or not getattr(config, "is_encoder_decoder", False):
+        return
+    if isinstance(inputs, Mapping) and not has_decoder_tokens(inputs):
+        raise ValueError(
+            "the batch of an encoder-decoder has labels and no decoder_input_ids. The network does not get the labels: "
+            "add decoder_input_ids, which model.prepare_decoder_input_ids_from_labels(labels) makes"
+        )
+
+
 def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """Split what a loader yields, (inputs, labels, ...), inputs alone or a mapping with "labels", into two."""
     if isinstance(batch, Mapping) and "labels" in batch:
@@ -257,7 +312,12 @@ class DeviceCopies:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        try:
+            self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        except RuntimeError as error:
+            if torch.cuda.is_available():
+                raise
+            raise RuntimeError(f"the device is {str(device)!r}, and this torch sees no CUDA device") from error
 
     def of(self, inputs: Any) -> Any:
         """Return the inputs of a batch on the device, ready for the current stream."""

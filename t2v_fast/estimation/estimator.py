@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,46 +19,17 @@ from ..gradients.recorder import FilterAxis, FisherRecorder, ParameterFilter
 from ..ops import planner
 from ..ops.asynchronous import to_device
 from .allocation import Allocation
-from .batches import Batch, Draws, Schedule, forward_passes
+from .batches import Batch, Draws, Schedule, check_loader, default_forward, default_mask, forward_passes
 from .cotangents import ESTIMATORS, check_estimator, cotangents, drawn_cotangents
 from .diagonal import FisherDiagonal, check_finite, diagonal_of
 from .graphs import GraphedPasses, Passes
 from .likelihoods import LIKELIHOODS, Likelihood, get_likelihood
 from .moments import DrawnUnits, NamedDrawnExamples, NamedMoments, SideBySide, Strata, Units
-from .packing import IGNORED, Texts
+from .packing import Texts
 from .processes import add_up, shards_of, together
 from .sketches import Parts
 
 BATCH_MEAN = "batch_mean"
-
-
-def _default_forward(model: nn.Module, inputs: Any) -> Tensor:
-    """Run the model, mappings as keyword arguments; return its output, or the output's ``logits``."""
-    if isinstance(inputs, Mapping):
-        # A cache copies keys and values, and Hugging Face's models keep packed sequences apart only without one.
-        cached = getattr(getattr(model, "config", None), "use_cache", False)
-        if cached and "use_cache" in inspect.signature(model.forward).parameters:
-            inputs = {"use_cache": False, **inputs}
-        output = model(**inputs)
-    else:
-        output = model(inputs)
-    return getattr(output, "logits", output)
-
-
-def _default_mask(inputs: Any, labels: Tensor | None) -> Tensor | None:
-    """Return which tokens count, [N, T]: all but padding and tokens with label -100. None means all tokens."""
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    if mask is not None and mask.dim() == 4 and mask.shape[0] == 1:  # of queries and keys, and labels are [1, T]
-        mask = None
-    mask = None if mask is None else mask.bool().cpu()
-    if labels is not None and not labels.is_floating_point():
-        wanted = (labels != IGNORED).cpu()
-        mask = wanted if mask is None else mask & wanted
-    return mask
-
-
-# The defaults of other functions that run a network over a loader.
-default_forward, default_mask = _default_forward, _default_mask
 
 
 def fisher(
@@ -77,8 +47,8 @@ def fisher(
     seed: int = 0,
     self_check: bool = True,
     device: str | torch.device | None = None,
-    forward: Callable[[nn.Module, Any], Tensor] = _default_forward,
-    mask: Callable[[Any, Tensor | None], Tensor | None] = _default_mask,
+    forward: Callable[[nn.Module, Any], Tensor] = default_forward,
+    mask: Callable[[Any, Tensor | None], Tensor | None] = default_mask,
     level: str = "token",
     shift_labels: bool | None = None,
     packed: bool | None = None,
@@ -153,8 +123,8 @@ def fisher(
         device: Where inputs are moved to; by default where the first parameter is.
         forward: Runs the model: ``forward(model, inputs)`` returns the logits.
         mask: ``mask(inputs, labels)`` returns which tokens count, [N, T], or None for all. By default it leaves out
-            tokens whose ``attention_mask`` is 0 and tokens whose label is -100; the label of logits[n, t] is
-            labels[n, t].
+            tokens whose ``attention_mask`` is 0 (whose ``decoder_attention_mask`` is 0, for batches with
+            ``decoder_input_ids``) and tokens whose label is -100; the label of logits[n, t] is labels[n, t].
         level: For token models: ``"token"`` is the mean over tokens of each token's Fisher; ``"sequence"`` is the mean
             over sequences of a whole sequence's Fisher, which is the sum over its tokens. The standard error counts
             sequences in both.
@@ -214,6 +184,7 @@ def fisher(
         seed += recorder.sharding.rank  # each process draws for examples of its own
         device = recorder.sharding.device if device is None else device
     schedule = _schedule(estimator, samples, weights, seed, allocation)
+    check_loader(loader)
     if device is None:
         device = next(iter(recorder.parameters.values())).device
     automatic = cuda_graphs is None and estimator != BATCH_MEAN and torch.device(device).type == "cuda"

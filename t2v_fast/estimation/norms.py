@@ -12,9 +12,8 @@ from tqdm import tqdm
 
 from ..gradients.recorder import FisherRecorder, ParameterFilter
 from ..ops.asynchronous import to_device
-from .batches import Batch, Forward, Mask, forward_passes
+from .batches import Batch, Forward, Mask, check_loader, default_forward, default_mask, forward_passes
 from .cotangents import cotangents
-from .estimator import default_forward, default_mask
 from .likelihoods import Likelihood, get_likelihood
 from .packing import Texts
 
@@ -168,6 +167,7 @@ def gradient_norms(
     with forward_passes(
         recorder, forward, device, mask, channels_last=channels_last, self_check=self_check, texts=texts
     ) as batches_of:
+        check_loader(loader)
         for batch in batches_of(tqdm(loader, desc="norms", unit="batch", disable=not progress, leave=False)):
             u = _score(batch, likelihood) if loss is None else _of_loss(batch, loss)
             parts.append(GradientNorms.of(recorder, recorder.backward(batch.logits, u, segments=batch.segments)))

@@ -64,28 +64,60 @@ class Texts:
             yield {key: t for key, t in here.items() if key != SEGMENTS}, y, segments
 
     def _labels(self, inputs: Any, labels: Tensor | None, segments: Tensor | None) -> Tensor | None:
-        if self.shift_labels:
-            return shifted(inputs, labels, segments)
-        tokens = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+        name = "decoder_input_ids" if isinstance(inputs, Mapping) and has_decoder_tokens(inputs) else "input_ids"
+        tokens = inputs.get(name) if isinstance(inputs, Mapping) else inputs
         tokens = tokens if isinstance(tokens, Tensor) and not tokens.is_floating_point() and tokens.dim() == 2 else None
-        if self.shift_labels is None and labels is not None and tokens is not None and labels.shape == tokens.shape:
+        if (
+            self.shift_labels is not False
+            and labels is not None
+            and tokens is not None
+            and labels.shape == tokens.shape
+        ):
             labels_, tokens_ = labels.cpu(), tokens.cpu()
-            counts = labels_ != IGNORED
-            if bool((labels_ == tokens_)[counts].all()) and len(labels_[counts].unique()) > 1:
+            themselves = _same(labels_, tokens_)
+            if self.shift_labels is None and themselves:
                 raise ValueError(
                     "the labels are the input tokens themselves. Models for the next token predict labels[t + 1] at "
                     "position t: pass shift_labels=True, or False if labels[t] is what the logits at t predict"
                 )
+            if self.shift_labels and not themselves and _same(labels_[:, :-1], tokens_[:, 1:]):
+                raise ValueError(
+                    f"shift_labels is True, but labels[n, t] is {name}[n, t + 1] already, as for encoder-decoders: the "
+                    "labels would be shifted twice. Leave shift_labels out"
+                )
+        if self.shift_labels:
+            return shifted(inputs, labels, segments)
         return labels
 
 
 AS_GIVEN = Texts(shift_labels=False, packed=False)
 
 
+def _same(labels: Tensor, tokens: Tensor) -> bool:
+    """Whether labels are these tokens, as far as they count, and differ from each other."""
+    counts = labels != IGNORED
+    return bool((labels == tokens)[counts].all()) and len(labels[counts].unique()) > 1
+
+
+def padding_mask(inputs: Any) -> Tensor | None:
+    """Return the mask of a batch [N, T] that is 0 where a token of the output is padding; None if the batch has none.
+
+    The output of an encoder-decoder has the tokens of its decoder, and ``attention_mask`` is of the encoder's.
+    """
+    if not isinstance(inputs, Mapping):
+        return None
+    return inputs.get("decoder_attention_mask" if has_decoder_tokens(inputs) else "attention_mask")
+
+
+def has_decoder_tokens(inputs: Mapping[str, Any]) -> bool:
+    """Return whether a batch has the tokens of a decoder beside those of an encoder."""
+    return any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+
+
 def shifted(inputs: Any, labels: Tensor | None, segments: Tensor | None = None) -> Tensor:
     """Return the label of the next token at each position, and -100 where there is none.
 
-    Neither padding (``attention_mask``) nor the last token of a sequence has a label.
+    Neither padding (:func:`padding_mask`) nor the last token of a sequence has a label.
 
     Args:
         inputs: The inputs of the batch.
@@ -104,7 +136,7 @@ def shifted(inputs: Any, labels: Tensor | None, segments: Tensor | None = None) 
         raise ValueError(f"shift_labels=True needs integer labels [N, T], one for each token, got {shape}")
     following = torch.full_like(labels, IGNORED)
     following[:, :-1] = labels[:, 1:]
-    there = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    there = padding_mask(inputs)
     if isinstance(there, Tensor) and there.shape == labels.shape:
         there = there.to(labels.device).bool()
         following[:, :-1].masked_fill_(~(there[:, 1:] & there[:, :-1]), IGNORED)

@@ -13,6 +13,7 @@ from networks import generator, images, small_network
 from oracle import per_example_squares, randomise_norms, reduce, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import t2v_fast
 from t2v_fast import FisherRecorder, SelfCheckError, UnsupportedError, fisher
@@ -407,6 +408,23 @@ def test_transformers_and_convnexts_agree_with_per_example_autograd() -> None:
             got = fisher(network, [x[:2], x[2:]], "exact", granularity=granularity)
             assert_agrees(got, truth(network, x, "exact", granularity))
             assert not got.unused, name
+
+
+@pytest.mark.parametrize("run", [fisher, t2v_fast.gradient_norms])
+def test_what_yields_examples_in_place_of_batches_is_refused(run: Callable) -> None:
+    x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    model, data = nn.Linear(4, 3), TensorDataset(x, y)
+    with pytest.raises(TypeError, match=r"the loader is a Tensor, expected batches: pass \[x\] if it is one batch"):
+        run(model, x)
+    with pytest.raises(TypeError, match=r"the loader is a TensorDataset, .* pass DataLoader\(data, batch_size="):
+        run(model, data)
+    assert len(run(model, DataLoader(data, batch_size=4))) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_device_is_named() -> None:
+    with pytest.raises(RuntimeError, match="the device is 'cuda', and this torch sees no CUDA device"):
+        fisher(nn.Linear(4, 3), [torch.randn(2, 4)], device="cuda")
 
 
 class Middle(nn.Module):
