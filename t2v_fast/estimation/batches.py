@@ -272,7 +272,7 @@ default_forward, default_mask = _default_forward, _default_mask
 
 def check_loader(loader: Any) -> None:
     """Raise TypeError for what would yield single examples in place of batches: a tensor, or a map-style data set."""
-    kind, instead = type(loader).__name__, "DataLoader(data, batch_size=...)"
+    kind, instead = type(loader).__name__, "DataLoader(data, batch_size=...), with None if each item is a batch"
     if isinstance(loader, Tensor):
         instead = "[x] if it is one batch, or DataLoader(TensorDataset(x), batch_size=...) if it holds a data set"
     elif not isinstance(loader, Dataset) or isinstance(loader, IterableDataset):

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..embedding import first_of
 from ..gradients.compiled import eager
 from ..gradients.tensor_parallel import whole
 from ..gradients.wrappers import COMPILED, named_modules, network_of, original_name
@@ -161,7 +162,11 @@ class Probe:
         name: the probe's name in fingerprints, by default the network's class.
 
     Raises:
-        ValueError: the head cannot be found.
+        ValueError: the head cannot be found, or the network has no weight that an embedding covers.
+
+    Warns:
+        UserWarning: embeddings will leave out matrices of torch's layers, which are no ``weight``
+            (:meth:`embedding_parameters`).
 
     Example:
         >>> probe = Probe(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10)))
@@ -183,6 +188,16 @@ class Probe:
         self.feature_dim = cast(nn.Linear, network.get_submodule(self.head)).in_features
         self.cut: Cut | None = None
         self._fingerprint: str | None = None
+        if left_out := _weights_under_other_names(self.network):
+            advice = (
+                "an embedding covers the parameter `weight` of each module, as that of the paper's public code does"
+            )
+            if any("parametrizations" in key or key.endswith(("weight_g", "weight_v")) for key in left_out):
+                advice += "; torch.nn.utils.parametrize.remove_parametrizations, or torch.nn.utils.remove_weight_norm, "
+                advice += "makes one of what is computed in the forward pass"
+            if not self.embedding_parameters():
+                raise ValueError(f"no weight is left to embed with, without {first_of(left_out)}: {advice}")
+            warnings.warn(f"probe {self.name} leaves out {first_of(left_out)}: {advice}", stacklevel=2)
 
     def skipping(self, layers: int | str) -> Probe:
         """This probe without its first layers: the network runs from a :class:`Cut` on. Both probes share the network.
@@ -262,6 +277,17 @@ class Probe:
         own, size = PACKAGED_SIZES.get(self.name), self.preprocessing.crop
         padded = own is None or _odd_inputs(own) == _odd_inputs(size)
         return self._fingerprint if padded else f"{self._fingerprint} padded for {size} pixels"
+
+
+def _weights_under_other_names(network: nn.Module) -> list[str]:
+    """Matrices of torch's own layers that are no ``weight``: of attention, recurrent and normalised layers."""
+    return [
+        f"{name}.{key}" if name else key
+        for name, module in named_modules(network).items()
+        if type(module).__module__.startswith("torch.nn")
+        for key, parameter in module._parameters.items()
+        if parameter is not None and key != "weight" and sum(size > 1 for size in parameter.shape) > 1
+    ]
 
 
 def _odd_inputs(size: int) -> list[bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 from small import small_probe
-from torch import nn
+from torch import Tensor, nn
 
 from t2v_fast.tasks.probe import PACKAGED_SIZES, Preprocessing, Probe, load_probe
 
@@ -294,3 +295,47 @@ def test_a_failed_download_names_the_way_out(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(models, "get_model", get_model)
     with pytest.raises(RuntimeError, match=r"could not be had \(TimeoutError: no route\): pass a weights file"):
         load_probe("torchvision/resnet18")
+
+
+class Attention(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.attention, self.rest = (
+            nn.Conv2d(3, 8, 7, 7),
+            nn.MultiheadAttention(8, 2),
+            nn.Sequential(*layers),
+        )
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).flatten(2).permute(2, 0, 1)
+        return self.head(self.rest(self.attention(x, x, x)[0].mean(0)))
+
+
+def test_weights_under_other_names_are_named() -> None:
+    small = Preprocessing(resize=14, crop=14)
+    with pytest.warns(
+        UserWarning, match=r"probe Attention leaves out attention.in_proj_weight: .* `weight` of each module"
+    ) as found:
+        probe = Probe(Attention(), preprocessing=small)
+    assert "remove_parametrizations" not in str(found[0].message)
+    assert probe.embedding_parameters() == ["conv.weight", "attention.out_proj.weight"]
+    normalised = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+    with pytest.warns(
+        UserWarning, match=r"in_proj_weight, rest\.0\.parametrizations\.weight\.original1: .*remove_param"
+    ):
+        Probe(Attention(normalised), preprocessing=small)
+    network = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    )
+    with pytest.raises(
+        ValueError, match=r"no weight is left .* 0\.parametrizations\.weight\.original1: .*remove_weight_norm"
+    ):
+        Probe(network, preprocessing=small)
+    nn.utils.parametrize.remove_parametrizations(network[0], "weight")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Probe(network, preprocessing=small).embedding_parameters() == ["0.weight"]
