@@ -22,7 +22,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "distributed": ("tasks.distributed", "bank.ray_engine"),
     "export": ("bank.export",),
     "factors": ("gradients.factors", "gradients.grouped"),
-    "fisher": ("estimation.estimator", "estimation.diagonal"),
+    "fisher": ("estimation.estimator", "estimation.diagonal", "estimation.packing"),
     "geometry": ("ops.geometry",),
     "graph": ("gradients.graph", "gradients.refusals"),
     "head": ("tasks.head", "tasks.head_solvers"),

@@ -157,7 +157,7 @@ class _Driver:
         self.names, self.settings = job.tasks, settings
         self.redo_changed, changed = redo_changed, []
         if redo_changed:
-            display.note("looking whether finished tasks have changed")
+            display.note("looking for finished tasks that have changed")
             changed = _changed(job.work, bank)
         self.again = set(changed)  # finished tasks that are embedded again
         before = {name for name in self.names if bank.settled(name) and name not in self.again}
