@@ -86,7 +86,7 @@ apart: setup $(VENV)/.frontends $(VENV)/apart/mml $(VENV)/apart/axolotl ## Run t
 # needs them at once. Last run: 2026-11-29. That the CUDA library is built and loaded and a bank's crash after any operation
 # passed. So did the sanitizers and the machine code of the CUDA sources, before the last changes there. Triton's two were
 # not finished on a busy machine. The geometries and dtypes of the emulated CUDA sources and of the Triton kernels in the
-# interpreter, which became weekly tests then, passed on 2026-11-30.
+# interpreter, which became weekly tests then, passed on 2026-11-30. The bank's crashes passed again on 2026-12-01.
 weekly: setup ## Run the GPU kernels on every geometry and under sanitizers, compile them, and crash a bank at any operation
 	$(PYTEST) -m weekly
 
