@@ -166,11 +166,6 @@ def parse_record(line: bytes) -> dict[str, Any]:
     return record
 
 
-def withdraws(record: dict[str, Any], row: int) -> bool:
-    """Return whether an ``open`` record withdraws the embedding of its task that is in this row."""
-    return record.get("row", row) == row
-
-
 @dataclass(frozen=True)
 class Done:
     """Where a finished task is: its row, and the place of its line in the manifest."""
@@ -193,7 +188,7 @@ class Ledger:
         task, state = record["task"], record["state"]
         if state == "open":
             self.failed.pop(task, None)
-            if task in self.done and withdraws(record, self.done[task].row):
+            if (done := self.done.get(task)) is not None and record.get("row", done.row) == done.row:
                 del self.done[task]
             return
         if task in self.done:

@@ -37,7 +37,6 @@ from .manifest import (
     lines_lost,
     parse_header,
     parse_record,
-    withdraws,
 )
 from .rows import free_name, read_embedding, rows_path, set_rows_aside, unnamed_rows
 
@@ -131,7 +130,7 @@ class _Findings:
     header: dict[str, Any] | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
     manifest: bytes = b""  # the whole lines of both manifests, which contradict each other nowhere
-    rows: int = 0
+    ledger: Ledger = field(default_factory=Ledger)  # of those lines
     has_copies: bool = False
     lines: list[str] = field(default_factory=list)  # what is wrong with lines of the manifest
     files: dict[str, str] = field(default_factory=dict)  # what is wrong with other files, by their name
@@ -166,13 +165,9 @@ def _damage(folder: Path, header: dict[str, Any] | None, record: dict[str, Any])
 
 
 def _done(found: _Findings) -> dict[str, dict[str, Any]]:
-    done = {}
-    for record in found.records:
-        if record["state"] == "done":
-            done[record["task"]] = record
-        elif record["state"] == "open" and (former := done.get(record["task"])) and withdraws(record, former["row"]):
-            del done[record["task"]]
-    return done
+    """The records of the finished tasks, by name."""
+    rows = {done.row for done in found.ledger.done.values()}
+    return {r["task"]: r for r in found.records if r["state"] == "done" and r["row"] in rows}
 
 
 def _look(folder: Path) -> _Findings:
@@ -210,7 +205,7 @@ def _look(folder: Path) -> _Findings:
     if not found.has_copies and found.header is not None:
         length = found.header["layers"][-1][2]
         for name in FIELDS:
-            if count := unnamed_rows(folder, name, found.rows, length):
+            if count := unnamed_rows(folder, name, found.ledger.rows, length):
                 path = rows_path(folder, name)
                 found.files[path.name] = f"{path} has {count} rows that no line of the manifest names; {ADVICE}"
     return found
@@ -230,7 +225,7 @@ def _merge(found: _Findings, original: bytes, copy: bytes | None) -> None:
     merged = _supersequence(first, second)
     if lost := Counter(merged) - Counter(first):
         problems.append(f"lines that are only in {MANIFEST_COPY}: {lost.total()}")
-    ledger, kept = Ledger(), []
+    ledger, kept = found.ledger, []
     for line in merged:
         record = parse_record(line)
         if record["state"] == "done" and record["task"] in ledger.done and record["row"] >= ledger.rows:
@@ -246,7 +241,7 @@ def _merge(found: _Findings, original: bytes, copy: bytes | None) -> None:
             continue
         kept.append(line)
         found.records.append(record)
-    found.manifest, found.rows, found.lines = b"".join(kept), ledger.rows, problems
+    found.manifest, found.lines = b"".join(kept), problems
 
 
 def _whole_lines(text: bytes) -> tuple[list[bytes], list[str]]:
@@ -308,7 +303,7 @@ def mend_text_files(folder: Path) -> list[str]:
                     _replace(folder / name, encode_header(found.header))
         report += [*found.lines, *(found.files[n] for n in (HEADER, HEADER_COPY, MANIFEST_COPY) if n in found.files)]
         if not found.has_copies and found.header is not None:
-            report += set_rows_aside(folder, found.rows, found.header["layers"][-1][2])
+            report += set_rows_aside(folder, found.ledger.rows, found.header["layers"][-1][2])
         elif found.header is None and not found.records and _has_rows(folder):
             report.append("there are rows of embeddings, but no other file says anything about them: they stay")
         for name in (MANIFEST, MANIFEST_COPY):  # in this order, because the copy may not be ahead

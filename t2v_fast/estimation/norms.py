@@ -161,13 +161,13 @@ def gradient_norms(
         raise ValueError("packed=True is for the default loss: a loss of one's own returns a number for each row")
     texts = Texts(False if loss is not None and shift_labels is None else shift_labels, packed)
     recorder = FisherRecorder(model, parameters, "tensor", unsupported=unsupported)
+    check_loader(loader)
     if device is None:
         device = next(iter(recorder.parameters.values())).device
     parts: list[GradientNorms] = []
     with forward_passes(
         recorder, forward, device, mask, channels_last=channels_last, self_check=self_check, texts=texts
     ) as batches_of:
-        check_loader(loader)
         for batch in batches_of(tqdm(loader, desc="norms", unit="batch", disable=not progress, leave=False)):
             u = _score(batch, likelihood) if loss is None else _of_loss(batch, loss)
             parts.append(GradientNorms.of(recorder, recorder.backward(batch.logits, u, segments=batch.segments)))

@@ -30,8 +30,8 @@ def drawn(before: dict[str, object], after: dict[str, object]) -> str | None:
 class _NumpyStates:
     """The states of NumPy's global generator, which is asked for one only after its memory has changed.
 
-    NumPy takes some fifty microseconds to write a state down, as long as a small network for a pass. The memory that
-    the state lies in can be read in one: the words of the bit generator, and the object around it, where a normal
+    NumPy takes some fifty microseconds to write a state down, as long as a small network for a pass. To read the memory
+    that holds the state takes two. It is the words of the bit generator, and the object around it. There a normal
     number waits that was drawn together with another. The same memory means the same state.
     """
 

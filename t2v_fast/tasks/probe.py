@@ -162,7 +162,7 @@ class Probe:
         name: the probe's name in fingerprints, by default the network's class.
 
     Raises:
-        ValueError: the head cannot be found, or the network has no weight that an embedding covers.
+        ValueError: the head cannot be found, or no matrix but the head's is called ``weight``.
 
     Warns:
         UserWarning: embeddings will leave out matrices of torch's layers, which are no ``weight``
